@@ -1,0 +1,125 @@
+"""What the terminal shows: bars on a terminal, plain lines elsewhere; progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vdiff.reporting import Progress
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1:15`; `4000` → `1:06:40`."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class PlainProgress:
+    """A line at most every ten seconds, and one at the end: for logs and pipes."""
+
+    def __init__(self, description: str, total: int, unit: str, start: int) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.start = self.completed = start
+        self.began = self.said = time.monotonic()
+        self.note = ""
+        self.said_completed = -1
+
+    def update(self, completed: int, note: str = "") -> None:
+        """Say a line if the last one is long enough ago."""
+        self.completed, self.note = completed, note or self.note
+        if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
+            self.say()
+
+    def say(self) -> None:
+        """Say where the work stands, unless that was said already."""
+        if self.said_completed == self.completed:
+            return
+        self.said, self.said_completed = time.monotonic(), self.completed
+        seconds = max(self.said - self.began, 1e-9)
+        rate = (self.completed - self.start) / seconds
+        left = f", {duration((self.total - self.completed) / rate)} left" if rate > 0 else ""
+        took = f", {duration(seconds)} spent" if self.completed >= self.total else left
+        note = f", {self.note}" if self.note else ""
+        print(
+            f"{self.description}: {self.completed}/{self.total} {self.unit}, {rate:.3g}/s{took}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class BarProgress:
+    """A bar with rate and time left."""
+
+    def __init__(self, description: str, total: int, unit: str, start: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self.start, self.unit, self.began = start, unit, time.monotonic()
+        self.rich = RichProgress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self.task = self.rich.add_task(description, total=total, completed=start, rate="", note="")
+
+    def update(self, completed: int, note: str = "") -> None:
+        """Move the bar."""
+        rate = (completed - self.start) / max(time.monotonic() - self.began, 1e-9)
+        fields = {"rate": f"{rate:.3g} {self.unit}/s"}
+        if note:
+            fields["note"] = note
+        self.rich.update(self.task, completed=completed, **fields)
+
+
+class Console:
+    """The reporter of the command line."""
+
+    def line(self, text: str) -> None:
+        """Say one line on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def result(self, text: str) -> None:
+        """Print a result on stdout."""
+        print(text, flush=True)
+
+    @contextmanager
+    def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> Iterator[Progress]:
+        """Show a bar on a terminal, plain lines elsewhere."""
+        if sys.stderr.isatty():
+            bar = BarProgress(description, total, unit, start)
+            with bar.rich:
+                yield bar
+        else:
+            plain = PlainProgress(description, total, unit, start)
+            yield plain
+            plain.say()
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """Print a table of results on stdout: boxed on a terminal, aligned plain text elsewhere."""
+        if sys.stdout.isatty():
+            from rich.console import Console as RichConsole
+            from rich.table import Table
+
+            table = Table(title=title, title_justify="left")
+            for column in columns:
+                table.add_column(column, justify="left" if column == columns[0] else "right")
+            for row in rows:
+                table.add_row(*row)
+            RichConsole().print(table)
+            return
+        widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+        self.result(title)
+        for row in [columns, *rows]:
+            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            self.result("  ".join(cells).rstrip())

@@ -1,0 +1,59 @@
+"""The `vdiff` command: one subcommand for each script."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+import vdiff
+from vdiff.cli.options import CONTEXT, run_as_program
+from vdiff.errors import suggestion
+
+COMMANDS = {
+    "prepare": ("vdiff.cli.prepare", "Turn images into an LMDB dataset."),
+    "train": ("vdiff.cli.train", "Train the base model, the first teacher."),
+    "distill": ("vdiff.cli.distill", "Halve the sampling steps of a model, stage by stage."),
+    "sample": ("vdiff.cli.sample", "Draw images from a checkpoint."),
+}
+
+
+class LazyGroup(click.Group):
+    """Subcommands are imported when they are asked for, so that the help is immediate."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in the order of work."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the subcommand's module and return its `command`."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """An unknown name is an error with a suggestion."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"no such command {args[0]}; {suggestion(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program."""
+        kwargs.pop("standalone_mode", None)
+        return run_as_program(lambda: super(LazyGroup, self).main(*args, standalone_mode=False, **kwargs))
+
+
+@click.group(cls=LazyGroup, context_settings=CONTEXT)
+@click.version_option(vdiff.__version__, prog_name="vdiff")
+def main() -> None:
+    """Train a diffusion model, then distil it until 1 to 8 network evaluations draw an image."""

@@ -1,0 +1,143 @@
+"""What every command shares: spelling of options, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import click
+
+from vdiff.errors import Interrupted, VdiffError, suggestion
+
+CONTEXT = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "help_option_names": ["--help", "-h"],
+    "max_content_width": 110,
+    "show_default": True,
+    "auto_envvar_prefix": "VDIFF",
+}
+
+
+class Command(click.Command):
+    """A command whose help ends with examples, and whose failures are one line and an exit code."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        kwargs["context_settings"] = {**CONTEXT, **kwargs.get("context_settings", {})}
+        super().__init__(*args, **kwargs)
+        self.examples = list(examples)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples as they are typed."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write_text(example)
+        super().format_epilog(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under the headings that `option(group=…)` gave them."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program."""
+        if not kwargs.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **kwargs)
+        return run_as_program(lambda: super(Command, self).main(*args, standalone_mode=False, **kwargs))
+
+
+class GroupedOption(click.Option):
+    """An option that knows the heading it stands under in `--help`."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+def option(*names: str, group: str, **attributes: Any) -> Callable[[Any], Any]:
+    """`click.option`, under the heading `group` of the help text."""
+    return click.option(*names, cls=GroupedOption, group=group, **attributes)
+
+
+def switch(name: str, *, group: str, default: bool | None = False, help: str) -> Callable[[Any], Any]:  # noqa: A002
+    """An option that takes True, False, or nothing after it (which means True)."""
+    return option(
+        name, group=group, type=bool, is_flag=False, flag_value="True", default=default, metavar="[True|False]", help=help
+    )
+
+
+class Names(click.ParamType):
+    """Several values in one word, separated by commas: `64,128`."""
+
+    def __init__(self, item: click.ParamType, metavar: str) -> None:
+        self.item = item
+        self.name = metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Split at the commas and convert each part."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.item.convert(part.strip(), param, ctx) for part in str(value).split(","))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What stands behind the option in `--help`."""
+        del param, ctx
+        return self.name
+
+
+def one_line_usage_error(error: click.ClickException) -> str:
+    """Click's message as one line that ends with what to do next."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.NoSuchOption) and context is not None:
+        options = [name for parameter in context.command.params for name in parameter.opts]
+        message = f"no such option {error.option_name}"
+        if near := suggestion(error.option_name.replace("-", "_").replace("__", "--", 1), options, only_near=True):
+            message += f"; {near}"
+    path = context.command_path if context is not None else "vdiff"
+    return f"{message}; see {path} --help"
+
+
+def fail(message: str, code: int) -> None:
+    """Print one error line to stderr and leave."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def run_as_program(run: Callable[[], Any]) -> None:
+    """Run a command and leave with the documented exit code: 0 done, 1 failed, 2 usage, 3 skipped inputs, 130/143 signal."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = run()
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        fail(one_line_usage_error(error), error.exit_code)
+    except VdiffError as error:
+        fail(str(error), error.exit_code)
+    except Interrupted as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that what is half-written is taken away, and leaves with 143."""
+    del signum, frame
+    raise Interrupted("terminated", 143)

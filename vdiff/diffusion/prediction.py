@@ -1,0 +1,92 @@
+"""What a network says of a noisy image, in the one currency that everybody else uses: x, ε and v at once.
+
+With z = α x + σ ε and α² + σ² = 1 (Salimans & Ho 2022, section 4 and appendix D):
+
+    v = α ε − σ x,    x̂ = α z − σ v̂,    ε̂ = σ z + α v̂.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vdiff.diffusion.schedules import alpha_sigma
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIN_SIGNAL = 1e-6
+"""Below this α an ε-prediction says nothing about x."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Image x̂, noise ε̂ and velocity v̂ of one noisy batch; all (B, C, H, W) and consistent with its z."""
+
+    x: Tensor
+    eps: Tensor
+    v: Tensor
+
+    def clip(self, z: Tensor, angle: Tensor, limit: float) -> Prediction:
+        """Clip x̂ to ±`limit` and derive ε̂ and v̂ again, so that the three stay consistent with z.
+
+        `angle` must be positive: a clean image has no noise to derive.
+        """
+        return from_x(z, self.x.clamp(-limit, limit), angle)
+
+
+def from_x(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
+    """x̂ is the output; ε̂ = (z − α x̂)/σ; v̂ = α ε̂ − σ x̂."""
+    alpha, sigma = alpha_sigma(angle, z)
+    eps = (z - alpha * output) / sigma
+    return Prediction(output, eps, alpha * eps - sigma * output)
+
+
+def from_eps(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
+    """ε̂ is the output; x̂ = (z − σ ε̂)/α; v̂ = α ε̂ − σ x̂.
+
+    Raises:
+        ValueError: α is zero, where the noise says nothing about the image.
+    """
+    if float(angle.cos().min()) < MIN_SIGNAL:
+        raise ValueError(
+            f"eps-prediction at zero signal: α = {float(angle.cos().min()):.1g} leaves x̂ = (z − σ ε̂)/α undefined; "
+            "predict v, x or both instead"
+        )
+    alpha, sigma = alpha_sigma(angle, z)
+    x = (z - sigma * output) / alpha
+    return Prediction(x, output, alpha * output - sigma * x)
+
+
+def from_v(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
+    """v̂ is the output; x̂ = α z − σ v̂; ε̂ = σ z + α v̂."""
+    alpha, sigma = alpha_sigma(angle, z)
+    return Prediction(alpha * z - sigma * output, sigma * z + alpha * output, output)
+
+
+def from_both(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
+    """The output is x̃ and ε̃ along the channels: x̂ = σ² x̃ + (1 − σ²)(z − σ ε̃)/α, which is σ² x̃ + α (z − σ ε̃).
+
+    Written with α² = 1 − σ² nothing is divided, and at zero signal x̂ = x̃. Source: Salimans & Ho 2022, section 4, and
+    the released code.
+    """
+    alpha, sigma = alpha_sigma(angle, z)
+    x_part, eps_part = output.chunk(2, dim=1)
+    return from_x(z, sigma**2 * x_part + alpha * (z - sigma * eps_part), angle)
+
+
+@dataclass(frozen=True)
+class PredictionType:
+    """How to read a network's output, and how many times the image's channels it has."""
+
+    read: Callable[[Tensor, Tensor, Tensor], Prediction]
+    channel_factor: int = 1
+
+
+PREDICTION_TYPES: dict[str, PredictionType] = {
+    "v": PredictionType(from_v),
+    "x": PredictionType(from_x),
+    "eps": PredictionType(from_eps),
+    "both": PredictionType(from_both, channel_factor=2),
+}

@@ -1,0 +1,243 @@
+"""Noise schedules: time t ∈ [0, 1] (0 is clean) → angle φ → (α, σ) = (cos φ, sin φ).
+
+An angle says all about a noise level: z = cos φ · x + sin φ · ε, SNR = cot² φ, log-SNR λ = −2 log tan φ. Angles are
+float64; samplers, targets and losses take their sines and cosines before they go down to the precision of the images.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Schedule(ABC):
+    """A map of time to angle, and what the network is told about the time.
+
+    Attributes:
+        num_levels: the noise levels of a table; None where every t ∈ [0, 1] is a level.
+        label_scale: L in label(t) = L·t − 1.
+    """
+
+    name: ClassVar[str]
+    num_levels: int | None
+    label_scale: int
+
+    @abstractmethod
+    def angle(self, t: Tensor) -> Tensor:
+        """φ(t), float64, rising with t; the shape of t."""
+
+    @abstractmethod
+    def time(self, angle: Tensor) -> Tensor:
+        """t(φ), float64: the inverse of `angle`."""
+
+    def label(self, t: Tensor) -> Tensor:
+        """What the network is told: L·t − 1, a real number.
+
+        Level k of an L-step grid is k − 1, the integer timestep of other libraries, and equal noise levels carry equal
+        labels whatever the number of steps, so a student starts exactly aligned with its teacher.
+        """
+        return self.label_scale * t.double() - 1
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        """λ(t) = log α²/σ² = −2 log tan φ(t)."""
+        return logsnr(self.angle(t))
+
+    def check_num_steps(self, num_steps: int) -> None:
+        """Refuse a number of steps that this schedule has no levels for.
+
+        Raises:
+            ValueError: fewer than one step, or a table whose length is no multiple of `num_steps`.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        if self.num_levels is not None and self.num_levels % num_steps:
+            raise ValueError(f"the {self.name} schedule has {self.num_levels} levels, and {num_steps} does not divide them")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and parameters, for a checkpoint's configuration."""
+        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class CosineSchedule(Schedule):
+    """Continuous cosine schedule φ(t) = a·t + b, cut so that λ stays within ±`logsnr_max`.
+
+    b = atan e^(−logsnr_max/2), a = atan e^(logsnr_max/2) − b. With `logsnr_max` = ∞, φ(t) = πt/2.
+    Source: Salimans & Ho 2022 (section 2 and the released code: λ ∈ [−20, 20]).
+    """
+
+    name: ClassVar[str] = "cosine"
+    logsnr_max: float = 20.0
+    label_scale: int = 1024
+    num_levels: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not self.logsnr_max > 0:
+            raise ValueError(f"logsnr_max must be positive, got {self.logsnr_max}")
+
+    @property
+    def first(self) -> float:
+        """b, the angle at t = 0."""
+        return math.atan(math.exp(-self.logsnr_max / 2))
+
+    @property
+    def span(self) -> float:
+        """a, the angle from t = 0 to t = 1: symmetric, so that it is π/2 − 2b."""
+        return math.pi / 2 - 2 * self.first
+
+    def angle(self, t: Tensor) -> Tensor:
+        """φ(t) = a·t + b."""
+        return self.span * t.double() + self.first
+
+    def time(self, angle: Tensor) -> Tensor:
+        """t = (φ − b)/a."""
+        return (angle.double() - self.first) / self.span
+
+
+class TableSchedule(Schedule):
+    """A table of ᾱ_k at k = 1 … N: level k is t = k/N, level 0 is the clean image, and φ is linear in between."""
+
+    def alphas_cumprod(self) -> list[float]:
+        """ᾱ_k = ∏_{j ≤ k} (1 − β_j) for k = 1 … N."""
+        products, product = [], 1.0
+        for beta in self.betas():
+            product *= 1 - beta
+            products.append(product)
+        return products
+
+    @abstractmethod
+    def betas(self) -> list[float]:
+        """β_k, the variance that step k adds, k = 1 … N."""
+
+    @cached_property
+    def angles(self) -> list[float]:
+        """φ_k for k = 0 … N: tan² φ_k = (1 − ᾱ_k)/ᾱ_k, φ_0 = 0."""
+        return [0.0, *(math.atan2(math.sqrt(1 - a), math.sqrt(a)) for a in self.alphas_cumprod())]
+
+    def angle(self, t: Tensor) -> Tensor:
+        """φ at t, linear between the levels of the table."""
+        levels = t.double() * (len(self.angles) - 1)
+        table = levels.new_tensor(self.angles)
+        below = levels.floor().clamp(0, len(self.angles) - 2).long()
+        return table[below].lerp(table[below + 1], levels - below)
+
+    def time(self, angle: Tensor) -> Tensor:
+        """The inverse of `angle`."""
+        angle = angle.double()
+        table = angle.new_tensor(self.angles)
+        below = (table.searchsorted(angle.contiguous(), right=True) - 1).clamp(0, len(self.angles) - 2)
+        return (below + (angle - table[below]) / (table[below + 1] - table[below])) / (len(self.angles) - 1)
+
+
+@dataclass(frozen=True)
+class DdpmCosineSchedule(TableSchedule):
+    """Table of N levels with ᾱ_k ∝ cos²(((k/N) + s)/(1 + s)·π/2), s = 0.008, and β ≤ 0.999.
+
+    Source: Nichol & Dhariwal 2021, *Improved Denoising Diffusion Probabilistic Models*, eq. 17.
+    """
+
+    name: ClassVar[str] = "ddpm_cosine"
+    num_levels: int = 1024
+    offset: float = 0.008
+    max_beta: float = 0.999
+
+    @property
+    def label_scale(self) -> int:  # type: ignore[override]
+        """L = N."""
+        return self.num_levels
+
+    def betas(self) -> list[float]:
+        """β_k = min(1 − ᾱ_k/ᾱ_{k−1}, 0.999)."""
+
+        def alpha_bar(k: int) -> float:
+            return math.cos((k / self.num_levels + self.offset) / (1 + self.offset) * math.pi / 2) ** 2
+
+        return [min(1 - alpha_bar(k) / alpha_bar(k - 1), self.max_beta) for k in range(1, self.num_levels + 1)]
+
+
+@dataclass(frozen=True)
+class LinearSchedule(TableSchedule):
+    """Table of N levels with β rising linearly from 1e-4 to 0.02 (Ho et al. 2020, N = 1000)."""
+
+    name: ClassVar[str] = "linear"
+    num_levels: int = 1000
+    first_beta: float = 1e-4
+    last_beta: float = 0.02
+
+    @property
+    def label_scale(self) -> int:  # type: ignore[override]
+        """L = N."""
+        return self.num_levels
+
+    def betas(self) -> list[float]:
+        """β_k = 1e-4 + (k − 1)/(N − 1)·(0.02 − 1e-4)."""
+        n = self.num_levels
+        return [self.first_beta + k / max(n - 1, 1) * (self.last_beta - self.first_beta) for k in range(n)]
+
+
+def logsnr(angle: Tensor) -> Tensor:
+    """λ = −2 log tan φ."""
+    return -2 * angle.double().tan().log()
+
+
+def grid_times(num_steps: int) -> Tensor:
+    """t_i = i/N for i = 0 … N: shape (N + 1,), float64."""
+    import torch
+
+    return torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+
+
+def grid_angles(schedule: Schedule, t: Tensor) -> Tensor:
+    """φ(t) on a sampling grid, whose end t = 0 is the image itself: φ = 0.
+
+    The cosine schedule's own φ(0) = 4.5e-5 would leave that much noise in the sample. With φ = 0 the last DDIM step is
+    z_0 = cos φ_t · z − sin φ_t · v̂ = x̂, which is what the released code returns there, without a special case anywhere.
+    """
+    return schedule.angle(t) * (t > 0)
+
+
+def coefficient(values: Tensor, like: Tensor) -> Tensor:
+    """Bring per-image `values` (B,) to the type and device of `like` (B, …), shaped to multiply it.
+
+    The type comes first because some devices have no float64.
+    """
+    return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def alpha_sigma(angle: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(α, σ) = (cos φ, sin φ), taken in float64, then shaped to multiply `like`."""
+    return coefficient(angle.cos(), like), coefficient(angle.sin(), like)
+
+
+def diffuse(x: Tensor, eps: Tensor, angle: Tensor) -> Tensor:
+    """z = α x + σ ε: x and eps (B, …), angle (B,)."""
+    alpha, sigma = alpha_sigma(angle, x)
+    return alpha * x + sigma * eps
+
+
+def build_schedule(config: Mapping[str, Any]) -> Schedule:
+    """The schedule that `Schedule.to_dict` described.
+
+    Raises:
+        ValueError: an unknown name or parameter.
+    """
+    parameters = {key: value for key, value in config.items() if key != "name"}
+    name = config.get("name")
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}, choose from {', '.join(SCHEDULES)}")
+    known = {field.name for field in fields(SCHEDULES[name])}  # type: ignore[arg-type]
+    if unknown := set(parameters) - known:
+        raise ValueError(f"schedule {name} has no parameter {', '.join(sorted(unknown))}, only {', '.join(sorted(known))}")
+    return SCHEDULES[name](**parameters)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    schedule.name: schedule for schedule in (CosineSchedule, DdpmCosineSchedule, LinearSchedule)
+}

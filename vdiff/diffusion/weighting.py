@@ -1,0 +1,49 @@
+"""Loss weights w(λ) for the squared error of x̂: loss = E w(λ_t) ‖x − x̂‖².
+
+Since x − x̂ = −σ(v − v̂) = −(σ/α)(ε − ε̂), SNR × x-error = ε-error and (SNR + 1) × x-error = v-error.
+Source: Salimans & Ho 2022, section 4; Hang et al. 2023 for min-SNR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIN_SNR_GAMMA = 5.0
+
+
+def constant(logsnr: Tensor) -> Tensor:
+    """w = 1: the x-error as it is."""
+    return logsnr * 0 + 1
+
+
+def snr(logsnr: Tensor) -> Tensor:
+    """w = SNR = e^λ: the ε-error, the loss of Ho et al. 2020."""
+    return logsnr.exp()
+
+
+def truncated_snr(logsnr: Tensor) -> Tensor:
+    """w = max(SNR, 1): the larger of the x-error and the ε-error."""
+    return logsnr.exp().clamp(min=1)
+
+
+def snr_plus_one(logsnr: Tensor) -> Tensor:
+    """w = SNR + 1: the v-error."""
+    return logsnr.exp() + 1
+
+
+def min_snr(logsnr: Tensor) -> Tensor:
+    """w = min(SNR, γ), γ = 5 (Hang et al. 2023, *Efficient Diffusion Training via Min-SNR Weighting Strategy*)."""
+    return logsnr.exp().clamp(max=MIN_SNR_GAMMA)
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant": constant,
+    "snr": snr,
+    "truncated_snr": truncated_snr,
+    "snr_plus_one": snr_plus_one,
+    "min_snr": min_snr,
+}

@@ -1,0 +1,115 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vdiff.errors import VdiffError
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable; file systems that cannot open a folder (Windows) need no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, make it durable, then rename it over `path`.
+
+    A kill or a full disk at any moment leaves the old file or the new one, never a part of either.
+
+    Raises:
+        VdiffError: the file system refuses (no space, no permission).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise VdiffError(f"cannot write {path}: {error.strerror or error}", "free space or choose another --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path`, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary neighbour of `path` that becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises:
+        VdiffError: `path` exists and `overwrite` is off, or the file system refuses.
+    """
+    if path.exists() and not overwrite:
+        raise VdiffError(f"{path} exists already", "give --overwrite to replace it, or another --out")
+    temporary = make_temporary_folder(path)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        old = None
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+        if old is not None:
+            remove(old)
+    except OSError as error:
+        raise VdiffError(f"cannot write {path}: {error.strerror or error}", "free space or choose another --out") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_temporary_folder(path: Path) -> Path:
+    """Create a hidden, empty folder beside `path` (and the parents that are missing)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        folder.chmod(0o755)
+    except OSError as error:
+        raise VdiffError(
+            f"cannot write {path}: {error.strerror or error}", "choose another --out or mend the permissions"
+        ) from None
+    return folder
+
+
+def make_folder(path: Path) -> Path:
+    """Create `path` and its parents if missing.
+
+    Raises:
+        VdiffError: a file is in the way, or the file system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VdiffError(
+            f"cannot write {path}: {error.strerror or error}", "choose another --out or mend the permissions"
+        ) from None
+    return path
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all it holds; a missing one is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Networks, the denoiser that joins one to a schedule, and the folder it is kept in."""

@@ -1,0 +1,222 @@
+"""The model folder: weights and everything needed to rebuild the model, each written whole, loaded by path alone.
+
+    model.safetensors   the weights to sample with
+    config.json         `CheckpointConfig`
+
+Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.toml`); nothing here depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import vdiff
+from vdiff.diffusion.schedules import build_schedule
+from vdiff.errors import VdiffError, suggestion
+from vdiff.files import make_folder, write_text, write_whole
+from vdiff.models.denoiser import Denoiser
+from vdiff.models.unet import UNet, UNetConfig
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        unet, schedule, prediction: the denoiser; `schedule` holds the label convention.
+        num_timesteps: steps it samples with by default; for a distilled model the only grid it was trained on.
+        image_size: pixels of a side; channels are in `unet`.
+        method: "base", or the distillation method.
+        teacher: the teacher's own description of itself (its config without weights), back to the original.
+        weights: "ema" or "raw".
+        num_iters, target_iters: optimiser updates done, and asked for; equal when the training is finished.
+        num_images: images seen by this model's own training.
+        class_names: of a class-conditional model.
+        dataset, dataset_fingerprint: what it was trained on.
+    """
+
+    unet: dict[str, Any]
+    schedule: dict[str, Any]
+    prediction: str
+    num_timesteps: int
+    image_size: int
+    method: str
+    weights: str
+    num_iters: int
+    target_iters: int
+    num_images: int
+    dataset: str
+    dataset_fingerprint: str
+    class_names: list[str] = field(default_factory=list)
+    teacher: dict[str, Any] | None = None
+    vdiff_version: str = vdiff.__version__
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the training reached its last update."""
+        return self.num_iters >= self.target_iters
+
+    @property
+    def takes_any_num_steps(self) -> bool:
+        """Whether the network knows every t ∈ (0, 1], and so every number of steps is right for it."""
+        return self.method == "base" and build_schedule(self.schedule).num_levels is None
+
+    def build(self) -> Denoiser:
+        """The denoiser, with fresh weights.
+
+        Raises:
+            ValueError: values that do not fit together.
+        """
+        return Denoiser(UNet(UNetConfig.from_dict(self.unet)), build_schedule(self.schedule), self.prediction)
+
+    def check_num_steps(self, num_steps: int) -> None:
+        """Refuse a number of sampling steps for which the network was never trained.
+
+        Raises:
+            ValueError: `num_steps` is less than 1, or does not divide `num_timesteps` where it must.
+        """
+        build_schedule(self.schedule).check_num_steps(num_steps)
+        if not self.takes_any_num_steps and self.num_timesteps % num_steps:
+            raise ValueError(
+                f"this model was made for {self.num_timesteps} steps, and {num_steps} does not divide them"
+            )
+
+
+def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: CheckpointConfig) -> None:
+    """Write the weights, then the config, each whole or not at all.
+
+    Args:
+        weights: the denoiser's state dict.
+    """
+    make_folder(folder)
+    plain = {_plain_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    write_whole(folder / WEIGHTS, lambda path: save_file(plain, path, metadata={"format": "pt"}))
+    write_text(folder / CONFIG, json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """The description of the checkpoint in `folder`.
+
+    Raises:
+        VdiffError: no checkpoint there, no JSON, or keys that are unknown or missing.
+    """
+    path = folder / CONFIG
+    if not folder.exists():
+        raise VdiffError(f"{folder}: no such checkpoint", _what_is_near(folder))
+    if not folder.is_dir():
+        raise VdiffError(f"{folder} is a file", "give the checkpoint's folder, the one that holds config.json")
+    if not path.is_file():
+        raise VdiffError(f"{folder} holds no {CONFIG}", "give a folder that train.py or distill.py wrote")
+    advice = "restore the file, or train again"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise VdiffError(f"{path} cannot be read: {error}", advice) from None
+    if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise VdiffError(f"{path} has format {values['format_version']}, newer than {FORMAT_VERSION}", "update vdiff")
+    known = {f.name: f for f in fields(CheckpointConfig)}
+    for key in values:
+        if key not in known:
+            raise VdiffError(f"{path} has an unknown key {key!r}", suggestion(key, known, only_near=True) or advice)
+    required = {f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(required - set(values)):
+        raise VdiffError(f"{path} lacks the key {', '.join(map(repr, missing))}", advice)
+    return CheckpointConfig(**values)
+
+
+def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[Denoiser, CheckpointConfig]:
+    """The denoiser in `folder`, in evaluation mode on `device`, and its description.
+
+    Raises:
+        VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
+    """
+    config = read_config(folder)
+    try:
+        denoiser = config.build()
+    except (ValueError, TypeError) as error:
+        raise VdiffError(f"{folder / CONFIG} describes no model: {error}", "restore the file, or train again") from None
+    weights = {_plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
+    if difference := _difference(denoiser.state_dict(), weights):
+        raise VdiffError(f"{folder / WEIGHTS} does not fit {CONFIG}: {difference}", "restore the two files together")
+    denoiser.load_state_dict(weights)
+    return denoiser.to(device).eval(), config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        VdiffError: the file is missing, truncated or of another format.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise VdiffError(f"{path} is missing", "restore the file, or train again") from None
+    except (SafetensorError, OSError) as error:
+        raise VdiffError(f"{path} cannot be read ({error}): truncated or damaged", "restore the file, or train again") from None
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 of the weights file, to tell whether two results come from the same model."""
+    digest = hashlib.sha256()
+    with open(folder / WEIGHTS, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
+    """The checkpoint under `root` that was written last.
+
+    Raises:
+        VdiffError: there is none.
+    """
+    found = sorted(root.glob(f"*/{CONFIG}"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    if not found:
+        raise VdiffError(f"no checkpoint under {root}/", "run `python train.py` first, or give --checkpoint")
+    return found[-1].parent
+
+
+def _plain_name(name: str) -> str:
+    """Parameter names without what wrappers (DDP, torch.compile) put before them."""
+    for prefix in WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """What keeps `found` from fitting, in a few words; empty when it fits."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        parts = [f"{len(missing)} missing ({missing[0]}, …)"] if missing else []
+        parts += [f"{len(extra)} unexpected ({extra[0]}, …)"] if extra else []
+        return ", ".join(parts)
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            return f"{name} is {tuple(found[name].shape)} where {tuple(tensor.shape)} is due"
+    return ""
+
+
+def _what_is_near(folder: Path) -> str:
+    """A hint that names the checkpoints beside a path that does not exist."""
+    beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
+    if beside:
+        return f"{folder.parent} holds {', '.join(beside)}"
+    return "run `python train.py` first"

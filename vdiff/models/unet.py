@@ -1,0 +1,289 @@
+"""The DDPM UNet (Ho et al. 2020, with the options of Dhariwal & Nichol 2021): network(z, label) → output.
+
+It knows no schedule: `label` is a real number that the denoiser derives from the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_GROUPS = 32
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a UNet.
+
+    Attributes:
+        in_channels, out_channels: of the images, and of the output (twice as many for `both`).
+        channels: of the first level; level i has channels · multipliers[i].
+        embedding_channels: of the time embedding.
+        num_blocks: residual blocks a level.
+        attention_strides: image pixels a pixel of the levels that attend: 4 = at a quarter of the image size.
+        num_heads: attention heads; or `head_channels` channels a head, where that is given.
+        dropout: rate in the residual blocks.
+        resample: "block" changes the size inside a residual block, "conv" by a strided or upsampled convolution.
+        time_affine: the time scales and shifts the normalised features; off: it is added to them.
+        num_classes: of a class-conditional network; 0: unconditional.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    channels: int = 64
+    embedding_channels: int = 256
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    num_blocks: int = 2
+    attention_strides: tuple[int, ...] = (4,)
+    num_heads: int = 1
+    head_channels: int = 0
+    dropout: float = 0.0
+    resample: Literal["block", "conv"] = "block"
+    time_affine: bool = True
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        object.__setattr__(self, "attention_strides", tuple(self.attention_strides))
+        counts = ("in_channels", "out_channels", "channels", "embedding_channels", "num_blocks", "num_heads")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be whole numbers from 1 up, got {self.multipliers}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.resample not in ("block", "conv"):
+            raise ValueError(f"resample must be block or conv, got {self.resample!r}")
+        allowed = [2**level for level in range(len(self.multipliers))]
+        if set(self.attention_strides) - set(allowed):
+            raise ValueError(f"attention_strides must be among {allowed}, got {list(self.attention_strides)}")
+        for multiplier in self.multipliers:
+            if (self.channels * multiplier) % self.heads(self.channels * multiplier):
+                raise ValueError(f"{self.channels * multiplier} channels do not split into heads of equal width")
+
+    def heads(self, channels: int) -> int:
+        """Attention heads at a width of `channels`."""
+        return max(channels // self.head_channels, 1) if self.head_channels else self.num_heads
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint's configuration."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"unknown UNet option {', '.join(unknown)}; choose from {', '.join(known)}")
+        return cls(**values)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with as many groups as divide the channels, 32 at the most."""
+    return nn.GroupNorm(math.gcd(channels, MAX_GROUPS), channels, eps=NORM_EPS)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3×3 convolution that keeps the size (or divides it by the stride)."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+
+
+def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
+    """Start at zero, so that the residual branch it closes starts as nothing."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def timestep_embedding(label: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
+    """(cos ω_i l, sin ω_i l), ω_i = max_period^(−i/half), half = channels/2: (B,) → (B, channels).
+
+    Source: Vaswani et al. 2017; the order and the frequencies are diffusers' for `UNet2DModel`.
+    """
+    half = channels // 2
+    index = torch.arange(half, dtype=torch.float32, device=label.device)
+    angles = label.float()[:, None] * torch.exp(-math.log(max_period) / half * index)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, channels % 2))
+
+
+def upsample_conv(h: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(nearest-neighbour upsampling of h by 2), for a 3×3 convolution, in 16/36 of the multiplications.
+
+    Repeating each pixel is a transposed convolution with a 2×2 kernel of ones, and the two convolutions in a row are one:
+    a transposed convolution whose 4×4 kernel is the flipped 3×3 kernel convolved with those ones.
+    """
+    kernel = F.pad(conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+    kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
+    kernel = kernel[:, :, :, 1:] + kernel[:, :, :, :-1]
+    return F.conv_transpose2d(h, kernel, conv.bias, stride=2, padding=1)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, (resample), conv; norm with the time, SiLU, dropout, conv; plus the (resampled) input."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, config: UNetConfig, resample: Literal["down", "up"] | None = None
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.time_affine = config.time_affine
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels)
+        self.time = nn.Linear(config.embedding_channels, out_channels * (2 if config.time_affine else 1))
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zero_init(conv3x3(out_channels, out_channels))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resample == "down":
+            h, x = self.conv1(F.avg_pool2d(h, 2)), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = upsample_conv(h, self.conv1), F.interpolate(x, scale_factor=2.0, mode="nearest")
+        else:
+            h = self.conv1(h)
+        time = self.time(embedding)[:, :, None, None]
+        if self.time_affine:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, plus the input."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.num_heads, c // self.num_heads)).permute(2, 0, 3, 1, 4)
+        h = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).unflatten(2, (height, width)).reshape(b, c, height, width)
+
+
+class Stage(nn.Module):
+    """A residual block and, at the levels that attend, an attention block."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, *, attend: bool) -> None:
+        super().__init__()
+        self.block = ResBlock(in_channels, out_channels, config)
+        self.attention = Attention(out_channels, config.heads(out_channels)) if attend else nn.Identity()
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.block(h, embedding))
+
+
+class Resample(nn.Module):
+    """The step between two levels: a residual block that changes the size, or a convolution."""
+
+    def __init__(self, channels: int, config: UNetConfig, direction: Literal["down", "up"]) -> None:
+        super().__init__()
+        self.direction = direction
+        self.block = ResBlock(channels, channels, config, direction) if config.resample == "block" else None
+        self.conv = conv3x3(channels, channels, 2 if direction == "down" else 1) if self.block is None else None
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        if self.block is not None:
+            return self.block(h, embedding)
+        assert self.conv is not None
+        return self.conv(h) if self.direction == "down" else upsample_conv(h, self.conv)
+
+
+class UNet(nn.Module):
+    """z (B, in_channels, H, W), label (B,) [, classes (B,)] → (B, out_channels, H, W).
+
+    H and W must be multiples of `config.size_multiple`.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, emb = config.channels, config.embedding_channels
+        self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.embed_class = nn.Embedding(config.num_classes, emb) if config.num_classes else None
+
+        self.conv_in = conv3x3(config.in_channels, c)
+        self.down = nn.ModuleList()
+        widths = [c]
+        last = len(config.multipliers) - 1
+        for level, multiplier in enumerate(config.multipliers):
+            width, attend = config.channels * multiplier, 2**level in config.attention_strides
+            for _ in range(config.num_blocks):
+                self.down.append(Stage(c, width, config, attend=attend))
+                c = width
+                widths.append(c)
+            if level < last:
+                self.down.append(Resample(c, config, "down"))
+                widths.append(c)
+
+        self.middle = nn.ModuleList([Stage(c, c, config, attend=True), Stage(c, c, config, attend=False)])
+
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(config.multipliers))):
+            width, attend = config.channels * multiplier, 2**level in config.attention_strides
+            for _ in range(config.num_blocks + 1):
+                self.up.append(Stage(c + widths.pop(), width, config, attend=attend))
+                c = width
+            if level > 0:
+                self.up.append(Resample(c, config, "up"))
+
+        self.norm_out = group_norm(c)
+        self.conv_out = zero_init(conv3x3(c, config.out_channels))
+
+    def forward(self, z: Tensor, label: Tensor, classes: Tensor | None = None) -> Tensor:
+        embedding = self.embed(timestep_embedding(label, self.config.channels).to(z.dtype))
+        if self.embed_class is not None:
+            if classes is None:
+                raise ValueError(f"a class-conditional network needs classes, 0 to {self.config.num_classes - 1}")
+            embedding = embedding + self.embed_class(classes)
+        embedding = F.silu(embedding)
+
+        h = self.conv_in(z)
+        skips = [h]
+        for module in self.down:
+            h = module(h, embedding)
+            skips.append(h)
+        for module in self.middle:
+            h = module(h, embedding)
+        for module in self.up:
+            h = module(h, embedding) if isinstance(module, Resample) else module(_join(h, skips), embedding)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def _join(h: Tensor, skips: list[Tensor]) -> Tensor:
+    """The features with those of the same level on the way down, along the channels."""
+    return torch.cat([h, skips.pop()], dim=1)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in module.parameters())
