@@ -27,7 +27,7 @@ class OptionError(VdiffError):
     exit_code = 2
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - like KeyboardInterrupt, it is no error
     """Work was stopped by a signal after everything worth keeping was written (130 = SIGINT, 143 = SIGTERM)."""
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -12,6 +12,13 @@ from pathlib import Path
 from vdiff.errors import VdiffError
 
 
+def _refusal(path: Path, error: OSError) -> VdiffError:
+    """The file system's refusal, and what to do about it."""
+    return VdiffError(
+        f"cannot write {path}: {error.strerror or error}", "free space, mend the permissions or choose another --out"
+    )
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable; file systems that cannot open a folder (Windows) need no such call."""
     if os.name == "nt":
@@ -23,7 +30,7 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, make it durable, then rename it over `path`.
 
     A kill or a full disk at any moment leaves the old file or the new one, never a part of either.
@@ -39,7 +46,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise VdiffError(f"cannot write {path}: {error.strerror or error}", "free space or choose another --out") from None
+        raise _refusal(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,7 +81,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if old is not None:
             remove(old)
     except OSError as error:
-        raise VdiffError(f"cannot write {path}: {error.strerror or error}", "free space or choose another --out") from None
+        raise _refusal(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -86,9 +93,7 @@ def make_temporary_folder(path: Path) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         folder.chmod(0o755)
     except OSError as error:
-        raise VdiffError(
-            f"cannot write {path}: {error.strerror or error}", "choose another --out or mend the permissions"
-        ) from None
+        raise _refusal(path, error) from None
     return folder
 
 
@@ -101,9 +106,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VdiffError(
-            f"cannot write {path}: {error.strerror or error}", "choose another --out or mend the permissions"
-        ) from None
+        raise _refusal(path, error) from None
     return path
 
 

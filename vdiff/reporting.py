@@ -19,9 +19,7 @@ class Reporter(Protocol):
     def line(self, text: str) -> None:
         """Say one line."""
 
-    def progress(
-        self, description: str, total: int, unit: str, *, start: int = 0
-    ) -> AbstractContextManager[Progress]:
+    def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> AbstractContextManager[Progress]:
         """Begin a bar of `total` units, `start` of which were done before."""
 
 
@@ -34,9 +32,7 @@ class Silent:
     def line(self, text: str) -> None:
         """Nothing."""
 
-    def progress(
-        self, description: str, total: int, unit: str, *, start: int = 0
-    ) -> AbstractContextManager[Progress]:
+    def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> AbstractContextManager[Progress]:
         """A bar that is not shown."""
         del description, total, unit, start
         return nullcontext(self)

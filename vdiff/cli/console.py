@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vdiff.reporting import Progress
 
@@ -76,7 +77,7 @@ class BarProgress:
     def update(self, completed: int, note: str = "") -> None:
         """Move the bar."""
         rate = (completed - self.start) / max(time.monotonic() - self.began, 1e-9)
-        fields = {"rate": f"{rate:.3g} {self.unit}/s"}
+        fields: dict[str, Any] = {"rate": f"{rate:.3g} {self.unit}/s"}
         if note:
             fields["note"] = note
         self.rich.update(self.task, completed=completed, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import click
@@ -35,7 +36,9 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """An unknown name is an error with a suggestion."""
         if args[0] not in COMMANDS and not args[0].startswith("-"):
             raise click.UsageError(f"no such command {args[0]}; {suggestion(args[0], COMMANDS)}", ctx)
@@ -49,8 +52,7 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run as a program."""
-        kwargs.pop("standalone_mode", None)
-        return run_as_program(lambda: super(LazyGroup, self).main(*args, standalone_mode=False, **kwargs))
+        return run_as_program(partial(super().main, *args, **{**kwargs, "standalone_mode": False}))
 
 
 @click.group(cls=LazyGroup, context_settings=CONTEXT)

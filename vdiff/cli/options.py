@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -51,9 +52,9 @@ class Command(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run as a program."""
-        if not kwargs.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **kwargs)
-        return run_as_program(lambda: super(Command, self).main(*args, standalone_mode=False, **kwargs))
+        standalone = kwargs.pop("standalone_mode", True)
+        main = partial(super().main, *args, **{**kwargs, "standalone_mode": False})
+        return run_as_program(main) if standalone else main()
 
 
 class GroupedOption(click.Option):
@@ -72,7 +73,14 @@ def option(*names: str, group: str, **attributes: Any) -> Callable[[Any], Any]:
 def switch(name: str, *, group: str, default: bool | None = False, help: str) -> Callable[[Any], Any]:  # noqa: A002
     """An option that takes True, False, or nothing after it (which means True)."""
     return option(
-        name, group=group, type=bool, is_flag=False, flag_value="True", default=default, metavar="[True|False]", help=help
+        name,
+        group=group,
+        type=bool,
+        is_flag=False,
+        flag_value="True",
+        default=default,
+        metavar="[True|False]",
+        help=help,
     )
 
 
@@ -115,7 +123,10 @@ def fail(message: str, code: int) -> None:
 
 
 def run_as_program(run: Callable[[], Any]) -> None:
-    """Run a command and leave with the documented exit code: 0 done, 1 failed, 2 usage, 3 skipped inputs, 130/143 signal."""
+    """Run a command and leave with its exit code.
+
+    0 done, 1 failed, 2 usage, 3 finished with skipped inputs, 130 Ctrl-C, 143 SIGTERM.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         result = run()

@@ -1,4 +1,4 @@
-"""Distillation: what a student of N steps should answer so that one of its steps lands where its teacher's steps land."""
+"""Distillation: what a student should answer so that one of its steps lands where its teacher's steps land."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def invert_ddim(z: Tensor, z_end: Tensor, angle_t: Tensor, angle_s: Tensor) -> Prediction:
-    """The prediction whose DDIM step leads from z at φ_t to `z_end` at φ_s: v* = (cos δ · z − z_end)/sin δ, δ = φ_t − φ_s.
+    """The prediction whose DDIM step leads from z at φ_t to `z_end` at φ_s.
+
+    v* = (cos δ · z − z_end)/sin δ, δ = φ_t − φ_s.
 
     The same as x* = (z_end − (σ_s/σ_t) z)/(α_s − (σ_s/σ_t) α_t) of Salimans & Ho 2022, eq. 9 (appendix G), in angles:
     it divides by the sine of the step only, so that both ends of the grid need no special case.

@@ -30,7 +30,7 @@ class Sampler(Protocol):
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
     ) -> Tensor:
-        """z_s from z_t: z (B, C, H, W); angles (B,) float64; `noise()` draws ε ~ N(0, I) like z where the rule needs it."""
+        """z_s from z_t: z (B, C, H, W); angles (B,) float64; `noise()` draws N(0, I) like z where the rule needs it."""
 
 
 def ddim_step(z: Tensor, v: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
@@ -64,7 +64,10 @@ def _added_variance(angle_t: Tensor, angle_s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ddim:
-    """DDIM; deterministic at `eta` 0. x̂ is clipped to ±`clip` and ε̂ derived again, as in the paper's code (None: no clip)."""
+    """DDIM; deterministic at `eta` 0.
+
+    x̂ is clipped to ±`clip` and ε̂ derived again, as in the paper's code; None: no clip.
+    """
 
     clip: float | None = 1.0
     eta: float = 0.0
@@ -77,9 +80,7 @@ class Ddim:
             prediction = prediction.clip(z, angle_t, self.clip)
         if self.eta == 0:
             return ddim_step(z, prediction.v, angle_t, angle_s)
-        return stochastic_ddim_step(
-            prediction=prediction, angle_t=angle_t, angle_s=angle_s, eta=self.eta, noise=noise
-        )
+        return stochastic_ddim_step(prediction=prediction, angle_t=angle_t, angle_s=angle_s, eta=self.eta, noise=noise)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def sample(
     z: Tensor,
     num_steps: int,
     noise: Callable[[], Tensor],
-    on_step: Callable[[int], None] = lambda done: None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw images: walk the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W), with N network evaluations.
 
@@ -154,8 +155,11 @@ def sample(
     for i in range(num_steps, 0, -1):
         t, angle_t, angle_s = (values.expand(len(z)) for values in (times[i], angles[i], angles[i - 1]))
         z = sampler.step(z=z, prediction=denoise(z, t), angle_t=angle_t, angle_s=angle_s, noise=noise)
-        finite.append(z.isfinite().all())  # looked at after the loop: looking here would wait for the device at each step
-        on_step(num_steps + 1 - i)
+        finite.append(
+            z.isfinite().all()
+        )  # looked at after the loop: looking here would wait for the device at each step
+        if on_step is not None:
+            on_step(num_steps + 1 - i)
     is_finite = torch.stack(finite).tolist()
     if not all(is_finite):
         step = is_finite.index(False) + 1

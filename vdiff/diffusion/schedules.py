@@ -21,13 +21,16 @@ class Schedule(ABC):
     """A map of time to angle, and what the network is told about the time.
 
     Attributes:
-        num_levels: the noise levels of a table; None where every t ∈ [0, 1] is a level.
         label_scale: L in label(t) = L·t − 1.
     """
 
     name: ClassVar[str]
-    num_levels: int | None
     label_scale: int
+
+    @property
+    @abstractmethod
+    def num_levels(self) -> int | None:
+        """The noise levels of a table; None where every t ∈ [0, 1] is a level."""
 
     @abstractmethod
     def angle(self, t: Tensor) -> Tensor:
@@ -58,7 +61,9 @@ class Schedule(ABC):
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         if self.num_levels is not None and self.num_levels % num_steps:
-            raise ValueError(f"the {self.name} schedule has {self.num_levels} levels, and {num_steps} does not divide them")
+            raise ValueError(
+                f"the {self.name} schedule has {self.num_levels} levels, and {num_steps} does not divide them"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, for a checkpoint's configuration."""
@@ -76,11 +81,15 @@ class CosineSchedule(Schedule):
     name: ClassVar[str] = "cosine"
     logsnr_max: float = 20.0
     label_scale: int = 1024
-    num_levels: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not self.logsnr_max > 0:
             raise ValueError(f"logsnr_max must be positive, got {self.logsnr_max}")
+
+    @property
+    def num_levels(self) -> None:
+        """Every t is a level."""
+        return
 
     @property
     def first(self) -> float:
@@ -130,9 +139,11 @@ class TableSchedule(Schedule):
 
     def time(self, angle: Tensor) -> Tensor:
         """The inverse of `angle`."""
+        import torch
+
         angle = angle.double()
         table = angle.new_tensor(self.angles)
-        below = (table.searchsorted(angle.contiguous(), right=True) - 1).clamp(0, len(self.angles) - 2)
+        below = (torch.searchsorted(table, angle.contiguous(), right=True) - 1).clamp(0, len(self.angles) - 2)
         return (below + (angle - table[below]) / (table[below + 1] - table[below])) / (len(self.angles) - 1)
 
 
@@ -234,7 +245,9 @@ def build_schedule(config: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"unknown schedule {name!r}, choose from {', '.join(SCHEDULES)}")
     known = {field.name for field in fields(SCHEDULES[name])}  # type: ignore[arg-type]
     if unknown := set(parameters) - known:
-        raise ValueError(f"schedule {name} has no parameter {', '.join(sorted(unknown))}, only {', '.join(sorted(known))}")
+        raise ValueError(
+            f"schedule {name} has no parameter {', '.join(sorted(unknown))}, only {', '.join(sorted(known))}"
+        )
     return SCHEDULES[name](**parameters)
 
 

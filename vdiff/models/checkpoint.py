@@ -170,7 +170,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise VdiffError(f"{path} is missing", "restore the file, or train again") from None
     except (SafetensorError, OSError) as error:
-        raise VdiffError(f"{path} cannot be read ({error}): truncated or damaged", "restore the file, or train again") from None
+        raise VdiffError(
+            f"{path} cannot be read ({error}): truncated or damaged", "restore the file, or train again"
+        ) from None
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -128,8 +128,8 @@ def timestep_embedding(label: Tensor, channels: int, max_period: float = 10_000.
 def upsample_conv(h: Tensor, conv: nn.Conv2d) -> Tensor:
     """conv(nearest-neighbour upsampling of h by 2), for a 3×3 convolution, in 16/36 of the multiplications.
 
-    Repeating each pixel is a transposed convolution with a 2×2 kernel of ones, and the two convolutions in a row are one:
-    a transposed convolution whose 4×4 kernel is the flipped 3×3 kernel convolved with those ones.
+    Repeating each pixel is a transposed convolution with a 2×2 kernel of ones, and the two convolutions in a row are
+    one: a transposed convolution whose 4×4 kernel is the flipped 3×3 kernel convolved with those ones.
     """
     kernel = F.pad(conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
     kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
