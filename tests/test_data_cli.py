@@ -1,0 +1,184 @@
+"""`prepare_data.py` as it is typed: defaults, summaries, exit codes, one-line errors, signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from click.testing import CliRunner, Result
+
+from vdiff.cli import prepare as cli
+from vdiff.data import conversion, sources
+from vdiff.data.store import ImageStore
+
+SCRIPT = Path(__file__).parent.parent / "prepare_data.py"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # the command takes SIGTERM over; give it back, as this process lives on
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "signal", lambda *_: before)
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli.command, list(words), prog_name="prepare_data.py")
+
+
+def picture(path: str, width: int = 6, height: int = 4) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (width, height), (200, 100, 50)).save(path, format="PNG")
+
+
+def error(*words: str, code: int = 1) -> str:
+    result = run(*words)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_digits_by_default() -> None:
+    result = run()
+    assert result.exit_code == 0
+    store = ImageStore("data/digits_8")
+    assert (store.meta.sizes, store.meta.channels, store.meta.image_format) == ((8,), 1, "png")
+    assert "1797 images, 10 classes" in result.stdout
+    assert result.stdout.splitlines()[-1].split() == ["next", "python", "train.py", "--data", "data/digits_8"]
+    assert "already" in error()
+
+
+def test_a_folder_with_everything_in_the_summary() -> None:
+    for name in ("photos/a.PNG", "photos/b.png"):
+        picture(name)
+    Path("photos/bad.png").write_text("text")
+    Path("photos/notes.txt").write_text("text")
+    result = run("photos", "--size", "8,4", "--num-workers", "0")
+    assert result.exit_code == 3
+    for words in (
+        "2 images, size 4, 8, to data/photos_4_8",
+        "1 not an image (listed in data/photos_4_8/rejected.jsonl)",
+        "1 .txt",
+        "2 enlarged",
+    ):
+        assert words in result.stdout
+    store = ImageStore("data/photos_4_8")
+    assert (store.meta.channels, store.meta.image_format, store.meta.quality) == (3, "jpeg", 100)
+
+
+def test_json_is_one_object() -> None:
+    picture("photos/a.png")
+    Path("photos/bad.png").write_text("text")
+    result = run("photos", "--size", "4", "--json", "--out", "x")
+    assert result.exit_code == 3
+    values = json.loads(result.stdout)
+    assert (values["path"], values["images"], values["skipped"]) == ("x", 1, {"not an image": 1})
+    assert values["rejected"] == [{"path": "bad.png", "reason": "not an image", "detail": ""}]
+
+
+def test_every_option_reaches_the_dataset() -> None:
+    picture("photos/a.png", 8, 4)
+    conversion_words = ["--channels", "1", "--crop", "pad", "--resample", "box", "--background", "#000080"]
+    assert run("photos", "--size", "8", "--format", "webp", *conversion_words, "--out", "x").exit_code == 0
+    store = ImageStore("x")
+    meta = store.meta
+    assert (meta.image_format, meta.channels, meta.crop, meta.resample, meta.background, meta.quality) == (
+        "webp", 1, "pad", "box", "#000080", None
+    )  # fmt: skip
+    assert PIL.Image.open(io.BytesIO(store.encoded(8, 0))).format == "WEBP"
+    assert store.image(8, 0).getpixel((0, 0)) == round(0x80 * 0.114)
+    assert run("photos", "--size", "8", "--quality", "30", "--out", "x", "--overwrite").exit_code == 0
+    assert ImageStore("x").meta.quality == 30
+
+
+def test_strict_stops() -> None:
+    picture("photos/a.png")
+    Path("photos/bad.png").write_text("text")
+    assert "bad.png: not an image" in run("photos", "--strict").stderr.splitlines()[-1]
+    assert not Path("data/photos_64").exists()
+    assert os.listdir("data") == []
+
+
+def test_errors_say_what_to_do() -> None:
+    picture("photos/a.png")
+    Path("empty").mkdir()
+    Path("text.zip").write_text("no zip")
+    Path("file").write_text("")
+    assert "photo: no such file or folder; did you mean photos?" in error("photo")
+    assert "text.zip is neither a folder nor a zip" in error("text.zip")
+    assert "no images in empty" in error("empty")
+    assert "0 is not in the range" in error("photos", "--size", "0", code=2)
+    assert "5000 is not in the range" in error("photos", "--size", "64,5000", code=2)
+    assert "'x' is not a valid integer" in error("photos", "--size", "x", code=2)
+    assert "--quality 90 has no meaning for png" in error("photos", "--format", "png", "--quality", "90", code=2)
+    assert "--background 'whitish' is no colour" in error("photos", "--background", "whitish", code=2)
+    assert "cannot write file/out" in error("photos", "--out", "file/out")
+    assert "file exists and is not a dataset" in error("photos", "--out", "file", "--overwrite")
+    assert "did you mean" in error("photos", "--strickt", code=2)
+    assert run("photos", "--size", "4", "--out", "set").exit_code == 0
+    assert "set is a prepared dataset already; train on it" in error("set")
+
+
+def test_choices_are_the_registries() -> None:
+    assert list(conversion.FORMATS) == cli.FORMATS
+    assert list(conversion.CROPS) == cli.CROPS
+    assert list(conversion.RESAMPLES) == cli.RESAMPLES
+
+
+def test_the_help_of_a_fresh_process_imports_nothing_heavy() -> None:
+    check = "import sys; import vdiff.cli.prepare, vdiff.data.preparation, vdiff.data.sources, vdiff.data.store\n"
+    heavy = "assert not {'torch', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    subprocess.run([sys.executable, "-c", check + heavy], check=True, env=env)
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], check=True, capture_output=True, text=True)
+    assert "photos.zip --crop pad --background black" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_to_everybody_leaves_one_line_and_nothing_else(number: int, code: int, words: str) -> None:
+    """As a terminal sends Ctrl-C: to the whole process group, the workers included."""
+    picture("photos/0.png", 64, 64)
+    for index in range(1, 3000):
+        os.link("photos/0.png", f"photos/{index}.png")
+    words_typed = ["photos", "--size", "512", "--format", "png", "--num_workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words_typed],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and children(process.pid) < 2:  # the workers are on their way
+        time.sleep(0.02)
+    assert children(process.pid) >= 2
+    os.killpg(process.pid, number)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert stdout == b""
+    # Click ends the line in which a terminal echoes ^C
+    lines = [line for line in stderr.decode().splitlines() if line and not line.startswith("prepare: ")]
+    assert lines == [words]
+    assert os.listdir("data") == []
+
+
+def children(pid: int) -> int:
+    listing = subprocess.run(["ps", "-eo", "ppid"], capture_output=True, text=True, check=True).stdout
+    return listing.split().count(str(pid))
+
+
+def test_a_source_by_name() -> None:
+    assert isinstance(sources.open_source(Path("digits")), sources.Digits)

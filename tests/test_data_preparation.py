@@ -1,0 +1,265 @@
+"""From files to a dataset: order, classes, rejects, workers, and nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import PIL.Image
+import pytest
+
+from vdiff.data import preparation, workers
+from vdiff.data.conversion import ConversionConfig
+from vdiff.data.preparation import Report, prepare
+from vdiff.data.sources import Digits, Folder, Zip, arrange, open_source
+from vdiff.data.store import ImageStore
+from vdiff.errors import VdiffError
+
+CONFIG = ConversionConfig(sizes=(8,), image_format="png")
+EMOJI = Path(__file__).parent.parent.parent / "shared" / "data" / "noto-emoji-64.zip"
+
+
+def picture(seed: int, image_format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(buffer, format=image_format)
+    return buffer.getvalue()
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def records(path: Path) -> dict[bytes, bytes]:
+    with lmdb.open(str(path), readonly=True, lock=False) as env, env.begin() as transaction:
+        return dict(transaction.cursor())
+
+
+def seeds(path: Path) -> list[int]:
+    """Which `picture(seed)` stands at each index."""
+    store = ImageStore(path)
+    known = {picture(seed): seed for seed in range(40)}
+    return [known[store.encoded(8, index)] for index in range(len(store))]
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "labels"),
+    [
+        (["b.png", "a.png"], ["a.png", "b.png"], None),
+        (["dog/1.png", "cat/2.png", "cat/1.png"], ["cat/1.png", "cat/2.png", "dog/1.png"], [0, 0, 1]),
+        (["dog/x/1.png", "cat/y/z/2.png"], ["cat/y/z/2.png", "dog/x/1.png"], [0, 1]),
+        (["all/dog/1.png", "all/cat/2.png", "all/README.md"], ["all/cat/2.png", "all/dog/1.png"], [0, 1]),
+        (["all/a.png", "all/b.png"], ["all/a.png", "all/b.png"], None),
+        (["cat/1.png", "2.png"], ["2.png", "cat/1.png"], None),
+        (["a-b/1.png", "a/2.png"], ["a/2.png", "a-b/1.png"], [0, 1]),  # by folder, not by character
+        ([".a/1.png", "__MACOSX/b/1.png", "c/.hidden.png", "2.PNG"], ["2.PNG"], None),
+        ([], [], None),
+    ],
+)
+def test_order_and_classes(names: list[str], order: list[str], labels: list[int] | None) -> None:
+    listing = arrange(names)
+    assert [item.name for item in listing.items] == order
+    assert [item.label for item in listing.items] == (labels or [None] * len(order))
+    assert bool(listing.class_names) == (labels is not None)
+    assert arrange(reversed(names)) == listing
+
+
+def test_ignored_files_are_counted_by_extension() -> None:
+    assert arrange(["a.txt", "b/c.TXT", "README", "d.png"]).ignored == {".txt": 2, "no extension": 1}
+
+
+def test_folder_and_zip_give_the_same_records(tmp_path: Path) -> None:
+    files = {"top/b/2.png": picture(2), "top/a/1.JPG": picture(1, "JPEG"), "top/a/0.WebP": picture(0, "WEBP")}
+    prepare(Folder(write(tmp_path / "x", files)), tmp_path / "one", CONFIG)
+    prepare(Zip(write_zip(tmp_path / "x.zip", files)), tmp_path / "two", CONFIG)
+    assert records(tmp_path / "one") == records(tmp_path / "two")
+    store = ImageStore(tmp_path / "one")
+    assert store.meta.class_names == ("a", "b")
+    assert [store.label(index) for index in range(3)] == [0, 0, 1]
+    assert store.encoded(8, 2) == picture(2)
+
+
+BAD = {"02.png": b"", "04.jpg": picture(4, "JPEG")[:-100], "05.png": b"some text"}
+
+
+def mixed(root: Path) -> Folder:
+    return Folder(write(root, {f"{seed:02d}.png": picture(seed) for seed in range(30)} | BAD | {"notes.txt": b"x"}))
+
+
+def test_bad_files_leave_no_holes_and_are_listed(tmp_path: Path) -> None:
+    source = mixed(tmp_path / "x")
+    (tmp_path / "x" / "04.png").unlink()
+    report = prepare(source, tmp_path / "out", CONFIG)
+    assert seeds(tmp_path / "out") == [0, 1, 3, *range(6, 30)]
+    assert report.skipped == {"empty file": 1, "damaged": 1, "not an image": 1}
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["path"] for line in lines] == ["02.png", "04.jpg", "05.png"]
+    assert "truncated" in json.loads(lines[1])["detail"].lower()
+    counts = ImageStore(tmp_path / "out").meta.counts
+    assert counts == {"images": 27, "skipped": 3, "ignored": {".txt": 1}, "converted": {}}
+    assert report.images_per_second > 0
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    source = mixed(tmp_path / "x")
+    prepare(source, tmp_path / "alone", CONFIG)
+    monkeypatch.setattr(preparation, "SECONDS_ALONE", 0)
+    monkeypatch.setattr(preparation, "CHUNK_ITEMS", 3)
+    pools = []
+    whole = workers.ProcessPoolExecutor
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or whole(*a, **k))
+    prepare(source, tmp_path / "pool", CONFIG, num_workers=num_workers)
+    assert pools == [(num_workers,)]
+    assert records(tmp_path / "alone") == records(tmp_path / "pool")
+    assert (tmp_path / "alone/data.mdb").read_bytes() == (tmp_path / "pool/data.mdb").read_bytes()
+    assert (tmp_path / "alone/rejected.jsonl").read_bytes() == (tmp_path / "pool/rejected.jsonl").read_bytes()
+
+
+def test_the_pool_reads_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Now:
+        """A pool that works at once."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def submit(self, function: type[int], chunk: str) -> workers.Future[int]:
+            future: workers.Future[int] = workers.Future()
+            future.set_result(function(chunk))
+            return future
+
+        def shutdown(self, **_: object) -> None: ...
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Now)
+    taken = []
+
+    def chunks() -> Iterator[str]:
+        for number in range(100):
+            taken.append(number)
+            yield str(number)
+
+    results = workers.ordered_map(int, chunks(), 2)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    assert len(taken) <= 10 + workers.CHUNKS_AHEAD * 2
+    assert list(results) == list(range(10, 100))
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    with pytest.raises(VdiffError, match=r"worker process was killed.*--num_workers"):
+        list(workers.ordered_map(os._exit, [1], 1))
+
+
+def test_strict_stops_at_the_first_bad_file_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(VdiffError, match=r"02\.png: empty file; .*--strict"):
+        prepare(mixed(tmp_path / "x"), tmp_path / "out", CONFIG, strict=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_nothing_usable_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(VdiffError, match=r"none of 3 images .*02\.png: empty file"):
+        prepare(Folder(write(tmp_path / "x", BAD)), tmp_path / "out", CONFIG)
+    with pytest.raises(VdiffError, match=r"no images in .*; it holds 1 \.txt"):
+        prepare(Folder(write(tmp_path / "y", {"a.txt": b""})), tmp_path / "out", CONFIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_an_existing_dataset_survives_refusal_and_failure(tmp_path: Path) -> None:
+    source = mixed(tmp_path / "x")
+    prepare(source, tmp_path / "out", CONFIG)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(VdiffError, match="exists already; give --overwrite"):
+        prepare(source, tmp_path / "out", CONFIG)
+    with pytest.raises(VdiffError, match=r"02\.png"):
+        prepare(source, tmp_path / "out", CONFIG, overwrite=True, strict=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    for bad in BAD:
+        (tmp_path / "x" / bad).unlink()
+    report = prepare(source, tmp_path / "out", CONFIG, overwrite=True)
+    assert (report.images, report.skipped) == (28, {})  # BAD had taken the places of two good ones
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x"]
+
+
+def test_overwrite_replaces_datasets_only(tmp_path: Path) -> None:
+    photos = write(tmp_path / "photos", {"a/0.png": picture(0)})
+    for source in (Folder(photos), Folder(photos / "a")):
+        with pytest.raises(VdiffError, match="the images lie in the output folder"):
+            prepare(source, photos, CONFIG, overwrite=True)
+    letters = write(tmp_path / "letters", {"dear.txt": b"x"})
+    with pytest.raises(VdiffError, match="exists and is not a dataset"):
+        prepare(Folder(photos), letters, CONFIG, overwrite=True)
+    assert (letters / "dear.txt").exists()
+
+
+def test_damaged_and_encrypted_zips(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.zip", {"0.png": picture(0), "1.png": picture(1)})
+    data = bytearray(path.read_bytes())
+    data[data.index(picture(1)) + 60] ^= 1  # the checksum of the second member is wrong now
+    path.write_bytes(data)
+    report = prepare(Zip(path), tmp_path / "out", CONFIG)
+    assert (report.images, report.skipped) == (1, {"unreadable": 1})
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # the first member claims to be encrypted
+    path.write_bytes(data)
+    with pytest.raises(VdiffError, match=r"0\.png: encrypted"):
+        prepare(Zip(path), tmp_path / "out2", CONFIG)
+    path.write_bytes(b"PK\x05\x06" + bytes(30))
+    with pytest.raises(VdiffError):
+        prepare(open_source(path), tmp_path / "out3", CONFIG)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "far", {"1.png": picture(1)})
+    write(tmp_path / "x" / "a", {"0.png": picture(0)})
+    try:
+        (tmp_path / "x" / "b").symlink_to(tmp_path / "far")
+        (tmp_path / "x" / "c").symlink_to(tmp_path / "x")
+    except OSError:
+        pytest.skip("no links on this system")
+    assert [item.name for item in Folder(tmp_path / "x").list().items] == ["a/0.png", "b/1.png"]
+
+
+def test_digits_are_scikit_learns(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    report = prepare(Digits(), tmp_path / "digits", ConversionConfig(sizes=(8,), channels=1, image_format="png"))
+    assert (report.images, report.converted) == (1797, {})
+    store = ImageStore(tmp_path / "digits")
+    assert store.meta.class_names == tuple("0123456789")
+    for index in range(0, 1797, 97):
+        want = [[round(value * 255 / 16) for value in row] for row in digits.images[index]]
+        assert np.asarray(store.image(8, index)).tolist() == want
+        assert store.label(index) == digits.target[index]
+
+
+def emoji_report(tmp_path: Path) -> Report:
+    if not EMOJI.exists():
+        pytest.skip(f"needs {EMOJI.name} in shared/data beside the repository")
+    return prepare(Zip(EMOJI), tmp_path / "emoji", ConversionConfig(sizes=(32,), image_format="png"))
+
+
+def test_emoji(tmp_path: Path) -> None:
+    report = emoji_report(tmp_path)
+    assert (report.images, report.skipped, report.ignored) == (1906, {}, {".txt": 1})
+    with zipfile.ZipFile(EMOJI) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".png"))
+    store = ImageStore(tmp_path / "emoji")
+    classes = sorted({name.split("/")[1] for name in names})
+    assert store.meta.class_names == tuple(classes)
+    assert [store.meta.class_names[store.label(i) or 0] for i in range(len(store))] == [n.split("/")[1] for n in names]

@@ -1,0 +1,188 @@
+"""The target's defining property: one step of the student lands where two steps of the teacher land."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, gaussian, mixture, no_noise, randn, random_teacher
+from vdiff.diffusion.distillation import METHODS, halving_plan, invert_ddim, progressive_target
+from vdiff.diffusion.samplers import Ddim, ddim_step, sample
+from vdiff.diffusion.schedules import CosineSchedule, grid_angles, grid_times
+
+TEACHERS = {"random": random_teacher, "mixture": mixture}
+STUDENT_STEPS = [
+    (name, num_steps)
+    for name, schedule in ALL_SCHEDULES.items()
+    for num_steps in (1, 2, 3, 4, 8, 500, 512)
+    if schedule.num_levels is None or schedule.num_levels % (2 * num_steps) == 0
+]
+every_student = pytest.mark.parametrize(("name", "num_steps"), STUDENT_STEPS)
+every_teacher = pytest.mark.parametrize("teacher", TEACHERS.values(), ids=TEACHERS)
+
+
+def teacher_walk(teacher, schedule, z, num_steps):
+    """Every t of the student's grid at once: (t, middle, s), the teacher's middle state and its z″ in α and σ."""
+    i = torch.arange(num_steps, dtype=torch.float64)
+    t, middle, s = (2 * i + 2) / (2 * num_steps), (2 * i + 1) / (2 * num_steps), 2 * i / (2 * num_steps)
+    state = z
+    for start, end in ((t, middle), (middle, s)):
+        said = teacher(state, start)
+        angle = schedule.angle(end)
+        alpha = torch.where(end > 0, angle.cos(), 1.0)
+        sigma = torch.where(end > 0, angle.sin(), 0.0)
+        before, state = state, column(alpha, z) * said.x + column(sigma, z) * said.eps
+    return t, middle, s, before, state
+
+
+@every_student
+@every_teacher
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_one_student_step_lands_where_the_teacher_lands(name, num_steps, teacher, dtype, tolerance):
+    schedule = ALL_SCHEDULES[name]
+    z = randn(num_steps, 2, 3, 2, dtype=dtype)
+    answer = teacher(schedule)
+    t, _, s, _, z_end = teacher_walk(answer, schedule, z.double(), num_steps)
+    target = progressive_target(answer, schedule, z=z, t=t, num_steps=num_steps)
+    angle_t, angle_s = grid_angles(schedule, t), grid_angles(schedule, s)
+    step = Ddim(clip=None).step(z=z, prediction=target, angle_t=angle_t, angle_s=angle_s, noise=no_noise)
+    error = (step.double() - z_end).flatten(1).norm(dim=1) / z_end.flatten(1).norm(dim=1)
+    assert step.dtype == dtype
+    assert error.max() < tolerance
+
+
+@every_student
+@every_teacher
+def test_target_is_the_paper_s_quotient(name, num_steps, teacher):
+    """x̃ = (z″ − (σ_s/σ_t) z)/(α_s − (σ_s/σ_t) α_t), with ε and v that belong to it."""
+    schedule = ALL_SCHEDULES[name]
+    z = randn(num_steps, 2, 3, 2)
+    t, _, s, _, z_end = teacher_walk(teacher(schedule), schedule, z, num_steps)
+    angle_t, angle_s = schedule.angle(t), schedule.angle(s) * (s > 0)
+    alpha_t, sigma_t, alpha_s, sigma_s = (
+        column(values, z) for values in (angle_t.cos(), angle_t.sin(), angle_s.cos(), angle_s.sin())
+    )
+    x = (z_end - (sigma_s / sigma_t) * z) / (alpha_s - (sigma_s / sigma_t) * alpha_t)
+    target = progressive_target(teacher(schedule), schedule, z=z, t=t, num_steps=num_steps)
+    scale = max(x.abs().max().item(), 1)
+    torch.testing.assert_close(target.x, x, rtol=0, atol=1e-9 * scale)
+    torch.testing.assert_close(alpha_t * target.x + sigma_t * target.eps, z, rtol=0, atol=1e-9 * scale)
+    torch.testing.assert_close(alpha_t * target.eps - sigma_t * target.x, target.v, rtol=0, atol=1e-9 * scale)
+
+
+@every_student
+@every_teacher
+def test_the_last_step_s_target_is_the_teacher_s_middle_image(name, num_steps, teacher):
+    """At i = 0 (s = 0) the released code returns the teacher's second x-prediction; the formula gives it unasked."""
+    schedule = ALL_SCHEDULES[name]
+    z = randn(num_steps, 2, 3, 2)
+    t, middle, _, z_middle, _ = teacher_walk(teacher(schedule), schedule, z, num_steps)
+    target = progressive_target(teacher(schedule), schedule, z=z[:1], t=t[:1], num_steps=num_steps)
+    torch.testing.assert_close(target.x, teacher(schedule)(z_middle[:1], middle[:1]).x, rtol=0, atol=1e-9)
+
+
+def test_the_papers_number_and_not_the_second_x_prediction():
+    """Unit Gaussian, 8-step teacher, φ = π/4: x* = cos φ (1 + ½ tan(π/16)) z = 0.7774 z, never 0.8155 z."""
+    schedule = CosineSchedule(logsnr_max=math.inf)
+    z = randn(1, 3, 4, 4)
+    t = torch.tensor([0.5], dtype=torch.float64)
+    target = progressive_target(gaussian(schedule, 1.0), schedule, z=z, t=t, num_steps=4)
+    exact = (1 + math.tan(math.pi / 16) / 2) / math.sqrt(2)
+    assert exact == pytest.approx(0.7774, abs=5e-5)
+    torch.testing.assert_close(target.x, exact * z, rtol=1e-12, atol=1e-12)
+    second_x = math.cos(3 * math.pi / 16) * math.cos(math.pi / 16)
+    assert second_x == pytest.approx(0.8155, abs=5e-5)
+    assert not torch.allclose(target.x, second_x * z, rtol=1e-2)
+
+
+@pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
+def test_targets_are_never_clipped(schedule):
+    t = torch.tensor([0.5], dtype=torch.float64)
+    target = progressive_target(gaussian(schedule, 4.0), schedule, z=3 * randn(1, 3, 4, 4), t=t, num_steps=2)
+    assert target.x.abs().max() > 1.5
+
+
+@every_student
+def test_a_perfect_student_s_samples_are_its_teacher_s(name, num_steps):
+    """A student that answers the target at every step draws, in N steps, what the teacher draws in 2N."""
+    schedule, z = ALL_SCHEDULES[name], randn(*Z_SHAPE)
+    teacher = random_teacher(schedule)
+
+    def student(z, t):
+        return progressive_target(teacher, schedule, z=z, t=t, num_steps=num_steps)
+
+    ends = [
+        sample(denoise, schedule, Ddim(clip=None), z=z, num_steps=steps, noise=no_noise)
+        for denoise, steps in ((student, num_steps), (teacher, 2 * num_steps))
+    ]
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
+
+
+def test_the_target_asks_the_teacher_only_on_its_own_grid():
+    """At t and t − 1/2N, also where i/N − 1/N is not 0 in floating point (N = 3, 49, …)."""
+    schedule = ALL_SCHEDULES["cosine"]
+    for num_steps in (3, 7, 49, 512):
+        asked = []
+
+        def teacher(z, t, asked=asked):
+            asked.append(t)
+            return gaussian(schedule, 0.5)(z, t)
+
+        t = grid_times(num_steps)[1:]
+        progressive_target(teacher, schedule, z=randn(num_steps, 1, 1, 1), t=t, num_steps=num_steps)
+        fine = grid_times(2 * num_steps)
+        torch.testing.assert_close(asked[0], fine[2::2], rtol=0, atol=1e-15)
+        torch.testing.assert_close(asked[1], fine[1::2], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ALL_SCHEDULES)
+def test_a_last_step_off_by_one_rounding_still_ends_at_the_image(name):
+    """One ulp above 1/8, t − 1/8 is 1e-17 instead of 0, where the cosine schedule would keep σ = 4.5e-5."""
+    schedule, z = ALL_SCHEDULES[name], randn(1, 2, 3, 2)
+    t = torch.tensor([1 / 8], dtype=torch.float64)
+    above = t.nextafter(torch.ones_like(t))
+    assert above - 1 / 8 > 0
+    at, near = (progressive_target(random_teacher(schedule), schedule, z=z, t=time, num_steps=8) for time in (t, above))
+    torch.testing.assert_close(near.x, at.x, rtol=1e-12, atol=1e-12)
+
+
+def test_inverting_a_step_recovers_the_velocity():
+    angle_t = torch.tensor([0.3, 0.9, math.pi / 2], dtype=torch.float64)
+    angle_s = torch.tensor([0.0, 0.2, 1.5], dtype=torch.float64)
+    z, v = randn(*Z_SHAPE), randn(*Z_SHAPE, seed=1)
+    found = invert_ddim(z, ddim_step(z, v, angle_t, angle_s), angle_t, angle_s)
+    torch.testing.assert_close(found.v, v, rtol=1e-10, atol=1e-10)
+    alpha, sigma = column(angle_t.cos(), z), column(angle_t.sin(), z)
+    torch.testing.assert_close(found.x, alpha * z - sigma * v, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "to_steps", "plan"),
+    [(64, 8, [32, 16, 8]), (8, 8, []), (2, 1, [1]), (1024, 1, [2**k for k in range(9, -1, -1)]), (12, 3, [6, 3])],
+)
+def test_halving_plan(num_steps, to_steps, plan):
+    assert halving_plan(num_steps, to_steps) == plan
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "to_steps", "message"),
+    [
+        (12, 1, "3 steps cannot be halved on the way from 12 to 1"),
+        (12, 2, "3 steps cannot be halved on the way from 12 to 2"),
+        (16, 3, "halving 16 steps never gives 3"),
+        (8, 16, "halving 8 steps never gives 16"),
+        (8, 0, "0"),
+        (8, -1, "-1"),
+        (0, 0, "halving 0 steps never gives 0"),
+    ],
+)
+def test_halving_plan_refuses_what_halving_never_reaches(num_steps, to_steps, message):
+    with pytest.raises(ValueError, match=message):
+        halving_plan(num_steps, to_steps)
+
+
+def test_registry_holds_the_paper_s_method():
+    assert METHODS["progressive"].target is progressive_target
+    assert METHODS["progressive"].plan is halving_plan

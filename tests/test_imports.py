@@ -1,0 +1,166 @@
+"""The rooms of the house: who may import whom, what stays free of torch, and that everything public says what it is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "vdiff").rglob("*.py"))
+}
+
+BASE = ["vdiff.errors", "vdiff.files", "vdiff.reporting"]
+DIFFUSION = [f"vdiff.diffusion.{name}" for name in ("schedules", "prediction", "weighting", "samplers", "distillation")]
+MAY_IMPORT = {
+    "vdiff": [],
+    "vdiff.__main__": ["vdiff.cli"],
+    "vdiff.errors": [],
+    "vdiff.reporting": ["vdiff.errors"],
+    "vdiff.files": ["vdiff.errors"],
+    "vdiff.diffusion": [],
+    "vdiff.diffusion.schedules": [],
+    "vdiff.diffusion.weighting": [],
+    "vdiff.diffusion.prediction": DIFFUSION[:1],
+    "vdiff.diffusion.samplers": DIFFUSION[:3],
+    "vdiff.diffusion.distillation": DIFFUSION[:4],
+    "vdiff.models": [],
+    "vdiff.models.unet": [],
+    "vdiff.models.denoiser": ["vdiff.diffusion", "vdiff.models.unet"],
+    "vdiff.models.checkpoint": ["vdiff.models.denoiser", "vdiff.models.unet", "vdiff.diffusion", *BASE, "vdiff"],
+    "vdiff.data": ["vdiff.data", *BASE, "vdiff"],
+    "vdiff.training": ["vdiff.training", "vdiff.models", "vdiff.data", "vdiff.diffusion", *BASE, "vdiff"],
+    "vdiff.interop": ["vdiff.interop", "vdiff.models", "vdiff.diffusion", *BASE, "vdiff"],
+    "vdiff.evaluation": ["vdiff.evaluation", "vdiff.models", "vdiff.data", "vdiff.diffusion", *BASE, "vdiff"],
+    "vdiff.cli": ["vdiff.*", "vdiff"],
+}
+"""Module or room (the nearest entry above a module rules it) → what it may import of vdiff.
+
+"vdiff" is the package alone, for its version: it imports nothing.
+"""
+
+
+def imports(path: Path, module: str) -> set[str]:
+    """Every module of vdiff that `path` imports anywhere, also inside functions and for type checking."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "vdiff"}
+
+
+def rule(module: str) -> list[str]:
+    while module not in MAY_IMPORT:
+        module = module.rpartition(".")[0]
+        assert module != "vdiff", "a new room needs a line in MAY_IMPORT"
+    return MAY_IMPORT[module]
+
+
+def is_allowed(target: str, allowed: list[str]) -> bool:
+    return any(
+        target == name or (name != "vdiff" and target.startswith(name.removesuffix("*").rstrip(".") + "."))
+        for name in allowed
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_run_downwards_only(module):
+    allowed = rule(module)
+    wrong = sorted(target for target in imports(MODULES[module], module) if not is_allowed(target, allowed))
+    assert not wrong, f"{module} must not import {', '.join(wrong)}; it may import {allowed}"
+
+
+def test_the_table_is_read_as_meant():
+    assert is_allowed("vdiff.models.unet", MAY_IMPORT["vdiff.training"])
+    assert not is_allowed("vdiff.models.checkpoint", MAY_IMPORT["vdiff.models.denoiser"])
+    assert not is_allowed("vdiff.cli.main", MAY_IMPORT["vdiff.models.checkpoint"])
+    assert is_allowed("vdiff.anything.at_all", MAY_IMPORT["vdiff.cli"])
+    neighbours = ("vdiff.training", "vdiff.interop", "vdiff.evaluation")
+    for one in neighbours:
+        assert not any(is_allowed(f"{other}.x", MAY_IMPORT[one]) for other in neighbours if other != one)
+
+
+def test_imports_are_found_wherever_they_are(tmp_path):
+    path = tmp_path / "m.py"
+    path.write_text(
+        "import vdiff.errors\nfrom vdiff import files\nfrom vdiff import __version__\n"
+        "def f():\n    from vdiff.models.unet import UNet\n    from . import schedules\n    from ..models import unet\n"
+    )
+    found = imports(path, "vdiff.diffusion.m")
+    assert found == {"vdiff.errors", "vdiff.files", "vdiff", "vdiff.models.unet", "vdiff.diffusion.schedules"}
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def torch_at_import(path: Path) -> bool:
+    """Whether importing the module runs an import of torch: outside functions and TYPE_CHECKING."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(node):
+            continue
+        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "torch" for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            return True
+        waiting += ast.iter_child_nodes(node)
+    return False
+
+
+WITHOUT_TORCH = [name for name in MODULES if name.startswith(("vdiff.diffusion", "vdiff.cli")) or name in BASE]
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_torch_is_not_imported_at_module_level(module):
+    assert not torch_at_import(MODULES[module])
+
+
+def test_help_and_registries_come_without_torch():
+    modules = ["vdiff", "vdiff.cli.main", *BASE, *DIFFUSION]
+    code = (
+        f"import sys, {', '.join(modules)}\n"
+        "from vdiff.diffusion.samplers import SAMPLERS\n"
+        "heavy = {'torch', 'numpy', 'torchvision', 'accelerate', 'PIL', 'safetensors', 'lmdb'} & set(sys.modules)\n"
+        "print(sorted(heavy), list(SAMPLERS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] ['ddim', 'ddpm', 'clipped']"
+
+
+def undocumented(path: Path) -> list[str]:
+    """Public functions, classes and methods without a docstring; `forward` and dunders are known by their class."""
+    found = []
+
+    def look(node: ast.Module | ast.ClassDef, prefix: str) -> None:
+        for child in node.body:
+            if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if child.name.startswith("_") or child.name == "forward":
+                continue
+            if not ast.get_docstring(child):
+                found.append(prefix + child.name)
+            if isinstance(child, ast.ClassDef):
+                look(child, f"{prefix}{child.name}.")
+
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not ast.get_docstring(tree):
+        found.append("the module")
+    look(tree, "")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_everything_public_says_what_it_is(module):
+    assert undocumented(MODULES[module]) == []

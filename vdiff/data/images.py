@@ -1,0 +1,134 @@
+"""Between tensors and pictures: [−1, 1] ⇄ uint8, PNG files, grids with captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+import torch
+from torch import Tensor
+
+from vdiff.files import write_whole
+
+CELL_PIXELS = 72
+GAP = 4
+SPACING = 4
+MARGIN = 16
+INK = (28, 28, 32)
+SOFT_INK = (96, 96, 104)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """round((x + 1) · 127.5), clamped to 0 … 255; any shape, floating-point in, uint8 out.
+
+    Raises:
+        ValueError: NaN or infinity among the values, or an integer tensor.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"images of dtype {x.dtype}; need a floating-point dtype")
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{bad} of {x.numel()} image values are NaN or infinite (dtype {x.dtype})")
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(u: Tensor) -> Tensor:
+    """u / 127.5 − 1: uint8 0 … 255 to float32 in [−1, 1]; `to_uint8` gives back exactly `u`."""
+    if u.dtype != torch.uint8:
+        raise ValueError(f"images of dtype {u.dtype}; need torch.uint8")
+    return u.float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> PIL.Image.Image:
+    """A (C, H, W) tensor in [−1, 1], C = 1 or 3, as an L or RGB picture."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"image of shape {tuple(image.shape)}; need (1, H, W) or (3, H, W)")
+    pixels = to_uint8(image.detach().cpu()).permute(1, 2, 0)
+    return PIL.Image.fromarray((pixels[..., 0] if image.shape[0] == 1 else pixels).contiguous().numpy())
+
+
+def save_png(image: Tensor | PIL.Image.Image, path: Path) -> None:
+    """Write one picture, or one (C, H, W) tensor in [−1, 1], as a PNG file: whole or not at all."""
+    picture = to_pil(image) if isinstance(image, Tensor) else image
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
+    """(N, C, H, W) in [−1, 1] as one (C, H′, W′) picture of `columns` images a row, on white."""
+    from torchvision.utils import make_grid as torchvision_grid
+
+    grid: Tensor = torchvision_grid(images.detach().float().cpu(), nrow=columns, padding=padding, pad_value=1.0)
+    return grid if images.shape[1] == 3 else grid[:1]  # torchvision repeats a grey channel three times
+
+
+def captioned_grid(
+    rows: Sequence[Sequence[Tensor]],
+    column_titles: Sequence[str],
+    row_titles: Sequence[str] | None = None,
+    title: str | None = None,
+    scale: int | None = None,
+) -> PIL.Image.Image:
+    """A table of (C, H, W) images in [−1, 1] on white, with titles (`\\n` begins a new line) above and to the left.
+
+    Images are enlarged `scale` times without smoothing; by default just enough for cells of 72 pixels.
+
+    Raises:
+        ValueError: the rows differ in length, or the titles in number.
+    """
+    if not rows or not rows[0]:
+        raise ValueError("no images; need at least one row of one image")
+    columns = len(rows[0])
+    if any(len(row) != columns for row in rows) or len(column_titles) != columns:
+        raise ValueError(f"rows of {[len(row) for row in rows]} images under {len(column_titles)} column titles")
+    if row_titles is not None and len(row_titles) != len(rows):
+        raise ValueError(f"{len(row_titles)} row titles for {len(rows)} rows")
+
+    height, width = rows[0][0].shape[-2:]
+    factor = scale or max(1, -(-CELL_PIXELS // min(height, width)))
+    cell_w, cell_h = width * factor, height * factor
+    text = PIL.ImageFont.load_default(size=max(12, min(18, cell_w // 6)))
+    big = PIL.ImageFont.load_default(size=20)
+    canvas = PIL.ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
+
+    def measure(words: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont) -> tuple[int, int]:
+        # heights by lines, not by ink, so that words with and without ascenders share a base line
+        width = canvas.multiline_textbbox((0, 0), words, font=font, spacing=SPACING)[2]
+        line = canvas.textbbox((0, 0), "A", font=font)[3] + SPACING
+        return int(width + 1), int(line * len(words.split("\n")))
+
+    titles = [measure(words, text) for words in column_titles]
+    step = max(cell_w, *(w + 8 for (w, _), words in zip(titles, column_titles, strict=True) if words), 0) + GAP
+    head = max((h for (_, h), words in zip(titles, column_titles, strict=True) if words), default=0)
+    head += 8 if head else 0
+    left = MARGIN + (max(measure(words, text)[0] for words in row_titles) + 12 if row_titles else 0)
+    top = MARGIN + (measure(title, big)[1] + 14 if title else 0)
+    table_w = columns * step - GAP
+    total_w = max(left + table_w, MARGIN + (measure(title, big)[0] if title else 0)) + MARGIN
+    left += (total_w - MARGIN - left - table_w) // 2  # a title wider than the table: centre the table below it
+    total_h = top + head + len(rows) * (cell_h + GAP) - GAP + MARGIN
+
+    picture = PIL.Image.new("RGB", (total_w, total_h), "white")
+    draw = PIL.ImageDraw.Draw(picture)
+    if title:
+        draw.multiline_text(
+            (total_w / 2, MARGIN), title, fill=INK, font=big, anchor="ma", align="center", spacing=SPACING
+        )
+    for column, words in enumerate(column_titles):
+        # titles of one line stand on the same foot as those of several
+        x, y = left + column * step + (step - GAP) / 2, top + head - 8 - titles[column][1]
+        draw.multiline_text((x, y), words, fill=INK, font=text, anchor="ma", align="center", spacing=SPACING)
+    for row, images in enumerate(rows):
+        y = top + head + row * (cell_h + GAP)
+        if row_titles:
+            words = row_titles[row]
+            draw.multiline_text(
+                (left - 12, y + (cell_h - measure(words, text)[1]) / 2),
+                words, fill=SOFT_INK, font=text, anchor="ra", align="right", spacing=SPACING,
+            )  # fmt: skip
+        for column, image in enumerate(images):
+            cell = to_pil(image).resize((cell_w, cell_h), PIL.Image.Resampling.NEAREST)
+            picture.paste(cell, (left + column * step + (step - GAP - cell_w) // 2, y))
+    return picture

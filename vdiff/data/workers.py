@@ -1,0 +1,72 @@
+"""Many processes, one order: a pool that maps chunks and hands the results back as they were put in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+from typing import TypeVar
+
+from vdiff.errors import VdiffError
+
+Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
+
+CHUNKS_AHEAD = 3
+
+
+def ordered_map(
+    function: Callable[[Chunk], Result], chunks: Iterable[Chunk], num_workers: int
+) -> Generator[Result, None, None]:
+    """`map(function, chunks)` in `num_workers` processes, at most three chunks a worker ahead of the consumer.
+
+    Processes are spawned, so threads and locks of the caller are not copied. They ignore SIGINT, which is for the
+    caller to handle, and end with the caller, however that ends.
+
+    Raises:
+        VdiffError: a worker died.
+    """
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_begin)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(_submit(pool, function, chunk))
+            if len(waiting) > CHUNKS_AHEAD * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise VdiffError(
+            "a worker process was killed, most likely for want of memory", "use fewer --num_workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Chunk], Result], chunk: Chunk) -> Future[Result]:
+    """Submit with SIGINT held back: the pool starts its processes here, and they inherit that."""
+    if os.name == "nt":
+        return pool.submit(function, chunk)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed outright cannot stop its workers, which would wait for it forever."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
