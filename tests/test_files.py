@@ -78,7 +78,7 @@ def test_new_folder_appears_at_the_end_with_all_it_holds(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), FileNotFoundError(2, "mine")])
 @pytest.mark.parametrize("exists", [False, True])
 def test_new_folder_vanishes_when_the_block_fails(tmp_path, error, exists):
     path = tmp_path / "data"
@@ -91,8 +91,9 @@ def test_new_folder_vanishes_when_the_block_fails(tmp_path, error, exists):
             (folder / "a.txt").write_text("a")
             raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         work()
+    assert caught.value is error
     assert names(tmp_path) == (["data"] if exists else [])
     assert not exists or names(path) == ["old.txt"]
 
@@ -119,12 +120,13 @@ def test_new_folder_replaces_a_file_too(tmp_path):
     assert names(tmp_path) == ["data"]
 
 
-@pytest.mark.xfail(strict=True, reason="new_folder does not put the old folder back")
-def test_the_old_folder_is_there_until_the_new_one_can_take_its_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("exists", [False, True])
+def test_the_old_folder_is_there_until_the_new_one_can_take_its_place(tmp_path, monkeypatch, exists):
     """The last rename fails: the old data must be back under its name."""
     path = tmp_path / "data"
-    path.mkdir()
-    (path / "old.txt").write_text("old")
+    if exists:
+        path.mkdir()
+        (path / "old.txt").write_text("old")
     real_replace = os.replace
 
     def fails_on_the_new(source, target):
@@ -135,8 +137,8 @@ def test_the_old_folder_is_there_until_the_new_one_can_take_its_place(tmp_path, 
     monkeypatch.setattr(os, "replace", fails_on_the_new)
     with pytest.raises(VdiffError, match="Input/output error"), new_folder(path, overwrite=True) as folder:
         (folder / "new.txt").write_text("new")
-    assert names(tmp_path) == ["data"]
-    assert names(path) == ["old.txt"]
+    assert names(tmp_path) == (["data"] if exists else [])
+    assert not exists or names(path) == ["old.txt"]
 
 
 def test_a_refusal_while_making_folders_is_one_line(tmp_path):

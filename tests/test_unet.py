@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -203,6 +204,16 @@ def test_timestep_embedding_is_cos_and_sin_of_falling_frequencies():
     )
 
 
+@pytest.mark.parametrize("channels", [1, 2, 7, 64])
+def test_timestep_embedding_is_diffusers_bit_for_bit(channels):
+    label = torch.tensor([-1.0, 0.0, 10.25, 1023.0])
+    found = timestep_embedding(label, channels)
+    assert found.shape == (4, channels)
+    if channels > 1:
+        expected = get_timestep_embedding(label, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        assert torch.equal(found, expected)
+
+
 def test_fresh_network_answers_zero_and_its_residual_branches_are_closed():
     config = UNetConfig(**BASE)
     z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
@@ -254,6 +265,8 @@ def test_configuration_round_trip():
 
 def test_heads_and_sizes():
     assert [UNetConfig(head_channels=64).heads(c) for c in (32, 64, 192)] == [1, 1, 3]
+    narrow = UNetConfig(channels=32, multipliers=(1, 2, 4), head_channels=64)
+    assert [narrow.heads(32 * multiplier) for multiplier in narrow.multipliers] == [1, 1, 2]
     assert UNetConfig(num_heads=4).heads(64) == 4
     assert [UNetConfig(multipliers=m, attention_strides=()).size_multiple for m in ((1,), (1, 2), (1, 1, 1, 1))] == [
         1,
@@ -273,8 +286,11 @@ def test_heads_and_sizes():
         ({"dropout": -0.1}, "dropout"),
         ({"resample": "pool"}, "block or conv, got 'pool'"),
         ({"attention_strides": (4,), "multipliers": (1, 2)}, r"among \[1, 2\], got \[4\]"),
-        ({"num_heads": 3, "channels": 32}, "32 channels do not split"),
-        ({"head_channels": 20, "channels": 64, "multipliers": (1,)}, "64 channels do not split"),
+        ({"num_heads": 3, "channels": 32}, "32 channels do not split into 3 heads"),
+        ({"head_channels": 20, "channels": 64, "multipliers": (1,)}, "64 channels do not split into heads of 20"),
+        ({"head_channels": 24, "channels": 64, "multipliers": (1,)}, "64 channels do not split into heads of 24"),
+        ({"head_channels": 24, "channels": 32, "multipliers": (1,)}, "32 channels do not split into heads of 24"),
+        ({"head_channels": 64, "channels": 32, "multipliers": (1, 2, 3)}, "96 channels do not split into heads of 64"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):

@@ -54,5 +54,10 @@ def test_weights_at_snr_a_quarter_one_and_eight(name, at_low, at_even, at_high):
     torch.testing.assert_close(WEIGHTINGS[name](logsnr), torch.tensor([at_low, at_even, at_high]).double())
 
 
+def test_the_constant_is_one_also_where_the_snr_has_no_end():
+    logsnr = torch.tensor([-torch.inf, 0, torch.inf], dtype=torch.float64)
+    assert torch.equal(WEIGHTINGS["constant"](logsnr), torch.ones(3, dtype=torch.float64))
+
+
 def test_every_weighting_is_held_to_an_error():
     assert set(EXPECTED) == set(WEIGHTINGS)

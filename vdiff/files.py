@@ -68,22 +68,33 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary = make_temporary_folder(path)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        old = None
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-        if old is not None:
-            remove(old)
-    except OSError as error:
-        raise _refusal(path, error) from None
+        try:
+            _take_place(temporary, path)
+        except OSError as error:
+            raise _refusal(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(folder: Path, path: Path) -> None:
+    """Make `folder` durable and rename it over `path`; if that fails, `path` is what it was."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+    old = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.replace(path, old)
+    try:
+        os.replace(folder, path)
+    except OSError:
+        if old is not None:
+            os.replace(old, path)
+        raise
+    fsync_folder(path.parent)
+    if old is not None:
+        remove(old)
 
 
 def make_temporary_folder(path: Path) -> Path:

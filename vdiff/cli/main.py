@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from functools import partial
-from typing import Any
 
 import click
 
 import vdiff
-from vdiff.cli.options import CONTEXT, run_as_program
+from vdiff.cli.options import CONTEXT, Program
 from vdiff.errors import suggestion
 
 COMMANDS = {
@@ -20,7 +18,7 @@ COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Program, click.Group):
     """Subcommands are imported when they are asked for, so that the help is immediate."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -49,10 +47,6 @@ class LazyGroup(click.Group):
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run as a program."""
-        return run_as_program(partial(super().main, *args, **{**kwargs, "standalone_mode": False}))
 
 
 @click.group(cls=LazyGroup, context_settings=CONTEXT)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -23,8 +25,25 @@ CONTEXT = {
 }
 
 
-class Command(click.Command):
-    """A command whose help ends with examples, and whose failures are one line and an exit code."""
+class Program(click.Command):
+    """A command or group whose failures are one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Do the work; Ctrl-C is taken here because Click would print an empty line first."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", 130) from None
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program."""
+        standalone = kwargs.pop("standalone_mode", True)
+        main = partial(super().main, *args, **{**kwargs, "standalone_mode": False})
+        return run_as_program(main) if standalone else main()
+
+
+class Command(Program):
+    """A command whose help ends with examples, and whose options stand under headings."""
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         kwargs["context_settings"] = {**CONTEXT, **kwargs.get("context_settings", {})}
@@ -36,7 +55,7 @@ class Command(click.Command):
         if self.examples:
             with formatter.section("Examples"):
                 for example in self.examples:
-                    formatter.write_text(example)
+                    formatter.write(" " * formatter.current_indent + example + "\n")
         super().format_epilog(ctx, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -44,17 +63,11 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run as a program."""
-        standalone = kwargs.pop("standalone_mode", True)
-        main = partial(super().main, *args, **{**kwargs, "standalone_mode": False})
-        return run_as_program(main) if standalone else main()
 
 
 class GroupedOption(click.Option):
@@ -127,9 +140,9 @@ def run_as_program(run: Callable[[], Any]) -> None:
 
     0 done, 1 failed, 2 usage, 3 finished with skipped inputs, 130 Ctrl-C, 143 SIGTERM.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = run()
+        with _terminable():
+            result = run()
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -146,6 +159,19 @@ def run_as_program(run: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside the block SIGTERM raises `Interrupted`; only the main thread can see to that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

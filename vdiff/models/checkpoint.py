@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +32,13 @@ from vdiff.models.unet import UNet, UNetConfig
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+JSON_KINDS: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    list[str]: "a list of texts",
+    dict[str, Any]: "an object",
+    NoneType: "null",
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: Checkpo
     """
     make_folder(folder)
     plain = {_plain_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    write_whole(folder / WEIGHTS, lambda path: save_file(plain, path, metadata={"format": "pt"}))
+    write_tensors(folder / WEIGHTS, plain, {"format": "pt"})
     write_text(folder / CONFIG, json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -113,7 +122,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     """The description of the checkpoint in `folder`.
 
     Raises:
-        VdiffError: no checkpoint there, no JSON, or keys that are unknown or missing.
+        VdiffError: no checkpoint there, no JSON, or keys that are unknown, missing or of the wrong kind.
     """
     path = folder / CONFIG
     if not folder.exists():
@@ -129,8 +138,9 @@ def read_config(folder: Path) -> CheckpointConfig:
             raise ValueError("it is no JSON object")
     except ValueError as error:
         raise VdiffError(f"{path} cannot be read: {error}", advice) from None
-    if values.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
-        raise VdiffError(f"{path} has format {values['format_version']}, newer than {FORMAT_VERSION}", "update vdiff")
+    version = values.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise VdiffError(f"{path} has format {version}, newer than {FORMAT_VERSION}", "update vdiff")
     known = {f.name: f for f in fields(CheckpointConfig)}
     for key in values:
         if key not in known:
@@ -138,6 +148,11 @@ def read_config(folder: Path) -> CheckpointConfig:
     required = {f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - set(values)):
         raise VdiffError(f"{path} lacks the key {', '.join(map(repr, missing))}", advice)
+    hints = get_type_hints(CheckpointConfig)
+    for key, value in values.items():
+        kinds = get_args(hints[key]) if isinstance(hints[key], UnionType) else (hints[key],)
+        if not any(_is_of_kind(value, kind) for kind in kinds):
+            raise VdiffError(f"{path}: {key!r} must be {' or '.join(JSON_KINDS[kind] for kind in kinds)}", advice)
     return CheckpointConfig(**values)
 
 
@@ -159,20 +174,40 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[D
     return denoiser.to(device).eval(), config
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        VdiffError: the file system refuses (no space, no permission).
+    """
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(dict(tensors), temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+    write_whole(path, write)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
         VdiffError: the file is missing, truncated or of another format.
     """
-    try:
+    with _reading(path):
         return load_file(path)
-    except FileNotFoundError:
-        raise VdiffError(f"{path} is missing", "restore the file, or train again") from None
-    except (SafetensorError, OSError) as error:
-        raise VdiffError(
-            f"{path} cannot be read ({error}): truncated or damaged", "restore the file, or train again"
-        ) from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; its tensors are not read.
+
+    Raises:
+        VdiffError: the file is missing, truncated or of another format.
+    """
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -194,6 +229,24 @@ def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
     if not found:
         raise VdiffError(f"no checkpoint under {root}/", "run `python train.py` first, or give --checkpoint")
     return found[-1].parent
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in one line what keeps the safetensors file from being read."""
+    advice = "restore the file, or train again"
+    try:
+        yield
+    except FileNotFoundError:
+        raise VdiffError(f"{path} is missing", advice) from None
+    except (SafetensorError, OSError) as error:
+        raise VdiffError(f"{path} cannot be read ({error}): truncated or damaged", advice) from None
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is what an annotation says."""
+    items = value if kind == list[str] and type(value) is list else []
+    return type(value) is (get_origin(kind) or kind) and all(type(item) is str for item in items)
 
 
 def _plain_name(name: str) -> str:

@@ -28,7 +28,8 @@ class UNetConfig:
         embedding_channels: of the time embedding.
         num_blocks: residual blocks a level.
         attention_strides: image pixels a pixel of the levels that attend: 4 = at a quarter of the image size.
-        num_heads: attention heads; or `head_channels` channels a head, where that is given.
+        num_heads: attention heads; or `head_channels` channels a head, where that is given (one head where a level
+            is narrower).
         dropout: rate in the residual blocks.
         resample: "block" changes the size inside a residual block, "conv" by a strided or upsampled convolution.
         time_affine: the time scales and shifts the normalised features; off: it is added to them.
@@ -66,8 +67,10 @@ class UNetConfig:
         if set(self.attention_strides) - set(allowed):
             raise ValueError(f"attention_strides must be among {allowed}, got {list(self.attention_strides)}")
         for multiplier in self.multipliers:
-            if (self.channels * multiplier) % self.heads(self.channels * multiplier):
-                raise ValueError(f"{self.channels * multiplier} channels do not split into heads of equal width")
+            width = self.channels * multiplier
+            if width % (min(self.head_channels, width) or self.num_heads):
+                heads = f"heads of {self.head_channels} channels" if self.head_channels else f"{self.num_heads} heads"
+                raise ValueError(f"{width} channels do not split into {heads}")
 
     def heads(self, channels: int) -> int:
         """Attention heads at a width of `channels`."""
@@ -120,7 +123,7 @@ def timestep_embedding(label: Tensor, channels: int, max_period: float = 10_000.
     """
     half = channels // 2
     index = torch.arange(half, dtype=torch.float32, device=label.device)
-    angles = label.float()[:, None] * torch.exp(-math.log(max_period) / half * index)
+    angles = label.float()[:, None] * torch.exp(-math.log(max_period) * index / half)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, channels % 2))
 
