@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def quantity(number: float) -> str:
+    """`1234567` → `1.23 M`."""
+    power = 0 if abs(number) < 1000 else min(int(math.log10(abs(number))) // 3, 5)
+    return f"{number / 1000**power:.3g} {' kMGTP'[power]}".rstrip()
 
 
 class PlainProgress:

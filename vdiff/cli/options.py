@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -77,23 +77,49 @@ class GroupedOption(click.Option):
         super().__init__(*args, **kwargs)
         self.group = group
 
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Show defaults that are told in words as they are, without Click's parentheses."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
+
 
 def option(*names: str, group: str, **attributes: Any) -> Callable[[Any], Any]:
     """`click.option`, under the heading `group` of the help text."""
     return click.option(*names, cls=GroupedOption, group=group, **attributes)
 
 
-def switch(name: str, *, group: str, default: bool | None = False, help: str) -> Callable[[Any], Any]:  # noqa: A002
+class TrueOrFalse(click.ParamType):
+    """True or False, in the spellings that people use."""
+
+    name = "boolean"
+    words: ClassVar = {
+        **dict.fromkeys(("true", "yes", "on", "1"), True),
+        **dict.fromkeys(("false", "no", "off", "0"), False),
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        """Read one word."""
+        if isinstance(value, bool):
+            return value
+        answer = self.words.get(str(value).strip().lower())
+        if answer is None:
+            self.fail(f"it takes True, False or nothing after it, not {value!r}", param, ctx)
+        return answer
+
+
+def switch(name: str, *, group: str, default: bool | None = False, **attributes: Any) -> Callable[[Any], Any]:
     """An option that takes True, False, or nothing after it (which means True)."""
     return option(
         name,
         group=group,
-        type=bool,
+        type=TrueOrFalse(),
         is_flag=False,
         flag_value="True",
         default=default,
         metavar="[True|False]",
-        help=help,
+        **attributes,
     )
 
 
@@ -121,7 +147,7 @@ def one_line_usage_error(error: click.ClickException) -> str:
     message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
     if isinstance(error, click.NoSuchOption) and context is not None:
-        options = [name for parameter in context.command.params for name in parameter.opts]
+        options = [name for p in context.command.params if isinstance(p, click.Option) for name in p.opts]
         message = f"no such option {error.option_name}"
         if near := suggestion(error.option_name.replace("-", "_").replace("__", "--", 1), options, only_near=True):
             message += f"; {near}"

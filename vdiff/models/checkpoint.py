@@ -35,6 +35,7 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 JSON_KINDS: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
+    float: "a number",
     list[str]: "a list of texts",
     dict[str, Any]: "an object",
     NoneType: "null",
@@ -54,6 +55,7 @@ class CheckpointConfig:
         weights: "ema" or "raw".
         num_iters, target_iters: optimiser updates done, and asked for; equal when the training is finished.
         num_images: images seen by this model's own training.
+        train_seconds: spent on those updates.
         class_names: of a class-conditional model.
         dataset, dataset_fingerprint: what it was trained on.
     """
@@ -70,6 +72,7 @@ class CheckpointConfig:
     num_images: int
     dataset: str
     dataset_fingerprint: str
+    train_seconds: float = 0.0
     class_names: list[str] = field(default_factory=list)
     teacher: dict[str, Any] | None = None
     vdiff_version: str = vdiff.__version__
@@ -113,7 +116,7 @@ def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: Checkpo
         weights: the denoiser's state dict.
     """
     make_folder(folder)
-    plain = {_plain_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    plain = {_plain_name(name): tensor for name, tensor in weights.items()}
     write_tensors(folder / WEIGHTS, plain, {"format": "pt"})
     write_text(folder / CONFIG, json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
 
@@ -136,7 +139,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise VdiffError(f"{path} cannot be read: {error}", advice) from None
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
@@ -180,10 +183,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         VdiffError: the file system refuses (no space, no permission).
     """
+    on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
         try:
-            save_file(dict(tensors), temporary, metadata)
+            save_file(on_cpu, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from None
 

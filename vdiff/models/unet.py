@@ -57,6 +57,9 @@ class UNetConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_classes", "head_channels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be whole numbers from 1 up, got {self.multipliers}")
         if not 0 <= self.dropout < 1:

@@ -1,0 +1,58 @@
+"""Flags made from the fields of a configuration, so that a setting is written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+import click
+
+from vdiff.cli.options import option, switch
+from vdiff.training.config import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, LoopConfig, value_type
+from vdiff.training.presets import PRESETS
+
+
+def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:
+    """A flag for every setting of `kind`; what is not given stays None, and is left to preset and defaults."""
+    order = (DATA, MODEL, OPTIMISATION, RECORDS, MACHINE)
+    known = [item for item in fields(kind) if "group" in item.metadata]
+    flags = [flag(item) for item in sorted(known, key=lambda item: order.index(item.metadata["group"]))]
+
+    def decorate(function: Any) -> Any:
+        for add in reversed(flags):
+            function = add(function)
+        return function
+
+    return decorate
+
+
+def flag(item: Field[Any]) -> Callable[[Any], Any]:
+    """The flag of one setting."""
+    rules: Mapping[str, Any] = item.metadata
+    kind = value_type(item)
+    shown = rules["shown"] or ("by preset" if item.default is MISSING else str(item.default))
+    attributes: dict[str, Any] = {
+        "group": rules["group"],
+        "default": None,
+        "help": rules["help"],
+        "show_default": shown,
+    }
+    name = f"--{item.name}"
+    if kind is bool:
+        return switch(name, **attributes)
+    choices = rules["choices"] or (PRESETS if item.name == "preset" else ())
+    if choices:
+        return option(name, type=click.Choice(choices), **attributes)
+    attributes["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
+    types = {
+        int: click.IntRange(rules["low"], rules["high"]),
+        float: click.FloatRange(rules["low"], rules["high"], min_open=rules["open_low"]),
+        str: click.STRING,
+    }
+    return option(name, type=types[kind], **attributes)
+
+
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the command line or the environment gave."""
+    return {key: value for key, value in flags.items() if value is not None}

@@ -1,0 +1,91 @@
+"""`train.py`: train the base model, the first teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vdiff.cli.console import Console, duration, quantity
+from vdiff.cli.options import Command, option, switch
+from vdiff.cli.settings import given, settings
+from vdiff.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from vdiff.models.checkpoint import CheckpointConfig
+
+DEFAULT_OUT = Path("checkpoints/original")
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "python train.py                                   # the only dataset under data/, the preset of its size",
+        "python train.py --data data/photos_64 --batch_size 64 --lr 1e-4",
+        "python train.py --preset cifar10 --dry_run        # what it would cost",
+        "python train.py --resume                          # go on after Ctrl-C",
+        "python train.py --config checkpoints/original/run.toml --seed 1 --out checkpoints/again",
+    ],
+)
+@option(
+    "--out",
+    group="Run",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_OUT,
+    metavar="FOLDER",
+    help="The checkpoint's folder.",
+)
+@option(
+    "--config",
+    "config_file",
+    group="Run",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Settings by their names, and the network in [unet].",
+)
+@switch("--resume", group="Run", help="Go on with the run in --out.")
+@switch("--overwrite", group="Run", help="Replace what is in --out.")
+@switch("--dry_run", group="Run", help="Print what would be trained and what it costs, then stop.")
+@settings(TrainConfig)
+def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, dry_run: bool, **flags: Any) -> None:
+    """Train a diffusion UNet on a dataset that prepare_data.py wrote.
+
+    Settings come from flags, then VDIFF_* environment variables, then --config, then the preset. The folder gets
+    model.safetensors (averaged weights), config.json, run.toml (all settings), samples/ and log/ (TensorBoard).
+    """
+    from vdiff.training.base import describe, resolve_training, train
+
+    console = Console()
+    config, images = resolve_training(given(flags), config_file, folder=out, resume=resume, assume=dry_run)
+    console.line(f"preset {config.preset}, {images.name}: {images.image_size}×{images.image_size}×{images.channels}")
+    description = describe(config, images)
+    if dry_run:
+        console.result(costs(config, description))
+        return
+    done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
+    console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
+    console.result(f"next       python sample.py --checkpoint {out} --num_timesteps 64")
+    console.result(f"           python distill.py --base {out}")
+
+
+def costs(config: TrainConfig, description: CheckpointConfig) -> str:
+    """The network, the settings and what training and sampling cost, as aligned lines."""
+    from dataclasses import asdict
+
+    from vdiff.models.flops import count_flops
+    from vdiff.models.unet import UNetConfig
+
+    parameters, flops = count_flops(UNetConfig.from_dict(description.unet), description.image_size)
+    steps = config.num_timesteps
+    rows = {
+        "parameters": f"{quantity(parameters)} ({parameters:,})",
+        "FLOPs": f"{quantity(flops)} an evaluation, {quantity(flops * steps)} a sample of {steps} steps",
+        "images seen": f"{quantity(config.num_iters * config.batch_size)}: "
+        f"{config.num_iters:,} updates of {config.batch_size}",
+        "schedule": ", ".join(f"{key} {value}" for key, value in description.schedule.items()),
+    }
+    rows |= {key: str(value) for key, value in asdict(config).items() if key not in ("unet", "schedule", "data")}
+    rows |= {f"unet.{key}": str(value) for key, value in description.unet.items()}
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

@@ -1,0 +1,1 @@
+"""Drawing images into a folder."""

@@ -1,0 +1,1 @@
+"""Training and distillation: one loop, its objectives, its records, and the ladder of stages."""

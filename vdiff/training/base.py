@@ -1,0 +1,170 @@
+"""Training a base model: the teacher of all that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdiff.diffusion.prediction import PREDICTION_TYPES
+from vdiff.diffusion.schedules import Schedule, build_schedule
+from vdiff.errors import Interrupted, OptionError, VdiffError
+from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.unet import UNetConfig
+from vdiff.reporting import Reporter
+from vdiff.training.config import COMMAND_LINE, TrainConfig, resolve
+from vdiff.training.dataset import Images, open_images
+from vdiff.training.engine import build_engine
+from vdiff.training.folder import check_resumable, check_same_run, recorded, start_anew
+from vdiff.training.loop import Run, fit
+from vdiff.training.objectives import DenoisingObjective
+from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings, write_run
+
+DERIVED = ("in_channels", "out_channels", "num_classes", "dropout")
+
+
+def resolve_training(
+    flags: Mapping[str, Any], config_file: Path | None, *, folder: Path, resume: bool, assume: bool = False
+) -> tuple[TrainConfig, Images]:
+    """The settings of a base run, and its images.
+
+    Args:
+        flags: what the command line and the environment said.
+        resume: begin from the settings recorded in `folder` instead of a preset.
+        assume: where there is no dataset, take the images that the preset is made for.
+
+    Raises:
+        VdiffError: settings or dataset cannot be used.
+    """
+    layers: dict[str, Mapping[str, Any]] = {}
+    if resume:
+        layers[str(folder / RUN_FILE)] = read_run(folder).train
+    settings = read_settings(config_file) if config_file else Settings({}, {})
+    chosen = {key: value for layer in [*layers.values(), settings.train, flags] for key, value in layer.items()}
+    preset = str(chosen.get("preset") or "")
+    try:
+        images = open_images(str(chosen.get("data") or ""), chosen.get("image_size"))
+    except OptionError:
+        raise
+    except VdiffError:
+        if not assume or chosen.get("data"):
+            raise
+        images = _assumed(preset)
+    if not resume:
+        preset = preset or preset_for(images.image_size)
+        layers[f"preset {preset}"] = read_preset(preset).train
+    if config_file:
+        layers[str(config_file)] = settings.train
+    config = resolve(TrainConfig, {**layers, COMMAND_LINE: flags})
+    if config.class_conditional and not images.class_names:
+        raise OptionError(f"--class_conditional: {images.name} has no classes", "give --class_conditional False")
+    conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
+    return replace(
+        config,
+        preset=preset,
+        data=images.name,
+        image_size=images.image_size,
+        class_conditional=conditional,
+    ), images
+
+
+def _assumed(preset: str) -> Images:
+    """The images that a preset is made for."""
+    assumed = read_preset(preset or "digits").assumed
+    names = [str(k) for k in range(assumed.get("num_classes", 0))]
+    return Images(assumed["image_size"], assumed["image_channels"], names)
+
+
+def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
+    """The checkpoint that a run will write.
+
+    Raises:
+        OptionError: the network's settings do not fit together, or not the images.
+    """
+    if derived := sorted(set(config.unet) & set(DERIVED)):
+        raise OptionError(f"[unet] {derived[0]} follows from data and other settings", "take it out of the file")
+    try:
+        unet = UNetConfig.from_dict(
+            {
+                **config.unet,
+                "in_channels": images.channels,
+                "out_channels": images.channels * PREDICTION_TYPES[config.prediction].channel_factor,
+                "num_classes": len(images.class_names) if config.class_conditional else 0,
+                "dropout": config.dropout,
+            }
+        )
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"[unet] {error}", "mend the configuration") from None
+    if images.image_size % unet.size_multiple:
+        raise OptionError(
+            f"images of {images.image_size} pixels do not fit a network of {len(unet.multipliers)} levels: "
+            f"it needs a multiple of {unet.size_multiple}",
+            "prepare another --size, or choose another --preset",
+        )
+    return CheckpointConfig(
+        unet=unet.to_dict(),
+        schedule=schedule_of(config).to_dict(),
+        prediction=config.prediction,
+        num_timesteps=config.num_timesteps,
+        image_size=images.image_size,
+        method="base",
+        weights="ema" if config.ema else "raw",
+        num_iters=0,
+        target_iters=config.num_iters,
+        num_images=0,
+        dataset=images.name,
+        dataset_fingerprint=images.fingerprint,
+        class_names=images.class_names if config.class_conditional else [],
+    )
+
+
+def schedule_of(config: TrainConfig) -> Schedule:
+    """The noise schedule; a table gets `num_timesteps` levels."""
+    schedule = build_schedule({"name": config.schedule})
+    if schedule.num_levels is None:
+        return schedule
+    return build_schedule({"name": config.schedule, "num_levels": config.num_timesteps})
+
+
+def train(
+    config: TrainConfig, images: Images, *, folder: Path, resume: bool, overwrite: bool, reporter: Reporter
+) -> CheckpointConfig:
+    """Train a base model into `folder`.
+
+    Raises:
+        Interrupted: a signal came; the run is saved and can be resumed.
+        VdiffError: the folder, the device or the training does not allow it.
+    """
+    description = describe(config, images)
+    engine = build_engine(config)
+    if resume:
+        found = recorded(folder)
+        if found and found.is_finished and found.num_iters >= config.num_iters:
+            reporter.line(f"{folder} is finished already: {found.num_iters} updates")
+            return found
+        check_resumable(folder, images)
+        check_same_run(folder, config, resolve(TrainConfig, {str(folder / RUN_FILE): read_run(folder).train}))
+        write_run(folder, config)
+    else:
+        start_anew(folder, config, overwrite=overwrite)
+    torch.manual_seed(config.seed)
+    denoiser = description.build()
+    reporter.line(f"training {folder} on {images.name}, {engine.description}")
+    run = Run(
+        denoiser=denoiser,
+        objective=DenoisingObjective(denoiser.schedule),
+        batches=images.batches(config, pin_memory=engine.device.type == "cuda"),
+        config=config,
+        description=description,
+        folder=folder,
+    )
+    try:
+        fit(run, engine, reporter)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with --resume", stop.exit_code) from None
+    finished = recorded(folder)
+    assert finished is not None
+    return finished

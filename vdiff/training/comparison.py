@@ -1,0 +1,112 @@
+"""The ladder in one picture and one table: the teacher and its students, drawn from the same noise."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from vdiff.data.images import captioned_grid, save_png
+from vdiff.diffusion.samplers import Ddim
+from vdiff.files import write_text
+from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.drawing import draw
+from vdiff.reporting import Reporter
+from vdiff.training.ladder import Stage
+
+PICTURE, TABLE = "ladder.png", "ladder.json"
+PICTURE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a ladder.
+
+    Attributes:
+        train_seconds: of its own training.
+        ms_per_image: milliseconds to draw one image in the batch of the comparison.
+        rmse_to_teacher: root mean square difference of pixels in [−1, 1] from the model before it, same noise.
+        rmse_to_first: the same, from the first model.
+    """
+
+    checkpoint: str
+    num_steps: int
+    num_iters: int
+    train_seconds: float
+    ms_per_image: float
+    rmse_to_teacher: float | None
+    rmse_to_first: float | None
+
+
+def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter) -> list[Row]:
+    """Draw images 0, 1, 2, … of `seed` with every model of a ladder; write picture and table beside the last student.
+
+    Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both.
+    """
+    first = stages[0]
+    _, config = load_checkpoint(first.base)
+    entries = [(first.base, config.num_timesteps)] if config.num_timesteps != first.teacher_steps else []
+    entries += [(first.base, first.teacher_steps), *((stage.folder, stage.num_steps) for stage in stages)]
+    count = 64 if config.image_size <= 32 else 16
+
+    rows: list[Row] = []
+    drawn: list[Tensor] = []
+    with reporter.progress("comparing", sum(steps for _, steps in entries), "evaluations") as bar:
+        done = 0
+        for folder, steps in entries:
+            denoiser, model = load_checkpoint(folder, device)
+            began = time.monotonic()
+            images = draw(
+                denoiser,
+                Ddim(),
+                indices=range(count),
+                image_size=model.image_size,
+                num_steps=steps,
+                seed=seed,
+                on_step=lambda step, done=done: bar.update(done + step),  # type: ignore[misc]
+            )
+            seconds = time.monotonic() - began
+            done += steps
+            rows.append(
+                Row(
+                    checkpoint=folder.as_posix(),
+                    num_steps=steps,
+                    num_iters=model.num_iters,
+                    train_seconds=model.train_seconds,
+                    ms_per_image=1000 * seconds / count,
+                    rmse_to_teacher=rmse(images, drawn[-1]) if drawn else None,
+                    rmse_to_first=rmse(images, drawn[0]) if drawn else None,
+                )
+            )
+            drawn.append(images)
+    folder = stages[-1].folder
+    save_png(picture(rows, drawn), folder / PICTURE)
+    write_text(folder / TABLE, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    return rows
+
+
+def picture(rows: Sequence[Row], drawn: Sequence[Tensor]) -> Image:
+    """Columns: the models; rows: noise."""
+    titles = []
+    for row in rows:
+        steps = f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}"
+        error = f"RMSE {row.rmse_to_first:.3f}" if row.rmse_to_first is not None else ""
+        titles.append(f"{Path(row.checkpoint).name}\n{steps}\n{error}")
+    count = min(PICTURE_ROWS, len(drawn[0]))
+    return captioned_grid(
+        [[images[k] for images in drawn] for k in range(count)],
+        titles,
+        [f"noise {k}" for k in range(count)],
+        f"The same noise, {rows[0].num_steps} to {rows[-1].num_steps} steps",
+    )
+
+
+def rmse(a: Tensor, b: Tensor) -> float:
+    """√ mean (a − b)²."""
+    return float((a - b).square().mean().sqrt())

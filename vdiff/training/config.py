@@ -1,0 +1,244 @@
+"""What a run is told, and how it is resolved: flags > environment > configuration file > preset > defaults.
+
+A setting is written once, as a field of the dataclasses below: its default, its range and the help text of its flag.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.prediction import PREDICTION_TYPES
+from vdiff.diffusion.schedules import SCHEDULES
+from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.errors import OptionError, suggestion
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+COMMAND_LINE = "the command line"
+DATA, MODEL, OPTIMISATION, RECORDS, MACHINE = "Data", "Model", "Optimisation", "Records", "Machine"
+
+
+def setting(
+    text: str,
+    *,
+    group: str,
+    default: Any = MISSING,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    choices: Collection[str] = (),
+    unit: str = "",
+    shown: str = "",
+    free: bool = False,
+) -> Any:
+    """A field that is also a flag and a key of configuration files; without a default, every preset gives it.
+
+    Args:
+        low, high: the range, ends included, unless `open_low`.
+        unit: what stands behind the flag in `--help`.
+        shown: the default as `--help` shows it, where the value itself would not tell.
+        free: whether a run may be resumed with another value, because its result does not depend on it.
+    """
+    metadata = {
+        "help": text, "group": group, "low": low, "high": high, "open_low": open_low, "choices": list(choices),
+        "unit": unit, "shown": shown, "free": free,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What training and distillation share."""
+
+    data: str = setting(
+        "The dataset, a folder that prepare_data.py wrote.",
+        group=DATA, default="", unit="FOLDER", shown="the only one under data/", free=True,
+    )  # fmt: skip
+    preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="by image size")
+    num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
+    batch_size: int = setting("Images in an update, over all processes.", group=OPTIMISATION, low=1, unit="IMAGES")
+    lr: float = setting("Learning rate of AdamW.", group=OPTIMISATION, low=0, open_low=True)
+    lr_schedule: str = setting(
+        "Linear and cosine fall to 0 at the last update.", group=OPTIMISATION, default="constant", choices=LR_SCHEDULES
+    )
+    warmup_iters: int = setting(
+        "Updates over which the learning rate rises from 0.", group=OPTIMISATION, default=0, low=0, unit="UPDATES"
+    )
+    weight_decay: float = setting("Weight decay of AdamW.", group=OPTIMISATION, default=0.0, low=0)
+    clip_norm: float = setting(
+        "Gradients longer than this are shortened to it.", group=OPTIMISATION, default=1.0, low=0, open_low=True
+    )
+    ema: float = setting(
+        "Decay of the moving average of the weights, which is what is saved; 0 turns it off.",
+        group=OPTIMISATION, default=0.9999, low=0, high=1,
+    )  # fmt: skip
+    weighting: str = setting(
+        "Weight of the squared error of x̂ at each noise level.",
+        group=OPTIMISATION, default="truncated_snr", choices=WEIGHTINGS,
+    )  # fmt: skip
+    dropout: float = setting("Rate in the residual blocks.", group=OPTIMISATION, default=0.0, low=0, high=0.99)
+    flip: bool = setting("Mirror half of the images.", group=OPTIMISATION, default=True)
+    log_interval: int = setting(
+        "Between lines of the log.", group=RECORDS, default=100, low=1, unit="UPDATES", free=True
+    )
+    sample_interval: int = setting(
+        "Between grids of samples from fixed noise.", group=RECORDS, default=5000, low=1, unit="UPDATES", free=True
+    )
+    ckpt_interval: int = setting("Between checkpoints.", group=RECORDS, default=5000, low=1, unit="UPDATES", free=True)
+    seed: int = setting("Of weights, data order and noise.", group=MACHINE, default=0, low=0, high=2**32 - 1)
+    device: str = setting(
+        "Auto takes a GPU where there is one.", group=MACHINE, default="auto", choices=DEVICES, free=True
+    )
+    precision: str = setting(
+        "Of the network; auto is bf16 on CUDA, fp32 elsewhere.", group=MACHINE, default="auto", choices=PRECISIONS
+    )
+    compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
+    num_workers: int = setting(
+        "Processes that decode data sets too large for memory.",
+        group=MACHINE,
+        default=2,
+        low=0,
+        unit="PROCESSES",
+        free=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """A base model: `train.py`."""
+
+    image_size: int | None = setting(
+        "Which size, where the dataset has several.",
+        group=DATA,
+        default=None,
+        low=1,
+        unit="PIXELS",
+        shown="the dataset's",
+    )
+    prediction: str = setting("What the network predicts.", group=MODEL, default="v", choices=PREDICTION_TYPES)
+    schedule: str = setting("Noise schedule.", group=MODEL, default="cosine", choices=SCHEDULES)
+    num_timesteps: int = setting(
+        "Sampling steps of the model; the levels of a schedule that is a table.",
+        group=MODEL, default=1024, low=1, high=2**16, unit="STEPS",
+    )  # fmt: skip
+    class_conditional: bool | None = setting(
+        "Tell the network the class.", group=MODEL, default=None, shown="if the data have classes"
+    )
+    unet: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prediction == "eps" and self.weighting == "truncated_snr":
+            raise OptionError(
+                "truncated_snr cannot weight an eps-prediction: at zero signal its x̂ = (z − σ ε̂)/α has no bound",
+                "give --weighting snr, or --prediction v",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(LoopConfig):
+    """A student: `distill.py`. The learning rate falls to 0 in each stage, and there is no long average of weights."""
+
+    base: str = setting(
+        "The teacher, a checkpoint.",
+        group=MODEL,
+        default="",
+        unit="FOLDER",
+        shown="checkpoints/original",
+        free=True,
+    )
+    to_steps: int | None = setting(
+        "Go on, stage by stage, until the student takes this many steps.",
+        group=MODEL, default=None, low=1, unit="STEPS", shown="one stage",
+    )  # fmt: skip
+    stages: int | None = setting(
+        "Go on for this many stages, instead of --to_steps.", group=MODEL, default=None, low=1, unit="STAGES", shown="1"
+    )
+    teacher_steps: int | None = setting(
+        "The steps that the teacher takes, and the first student halves.",
+        group=MODEL, default=None, low=2, unit="STEPS", shown="the teacher's own",
+    )  # fmt: skip
+    method: str = setting("How students learn.", group=MODEL, default="progressive", choices=METHODS)
+    lr_schedule: str = setting(
+        "Linear and cosine fall to 0 at the end of each stage.",
+        group=OPTIMISATION, default="linear", choices=LR_SCHEDULES,
+    )  # fmt: skip
+    ema: float = setting(
+        "Decay of the moving average of the weights, which is what is saved; 0 turns it off.",
+        group=OPTIMISATION, default=0.0, low=0, high=1,
+    )  # fmt: skip
+    last_factor: float = setting(
+        "The students of 2 and 1 steps get this many times the updates.",
+        group=OPTIMISATION, default=2.0, low=0, open_low=True,
+    )  # fmt: skip
+
+    def updates(self, num_steps: int) -> int:
+        """Optimiser updates of the stage whose student takes `num_steps`."""
+        return max(1, round(self.num_iters * self.last_factor)) if num_steps <= 2 else self.num_iters
+
+
+Config = TypeVar("Config", TrainConfig, DistillConfig)
+
+
+def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The settings of `layers`, later ones over earlier ones, as a `kind`.
+
+    Args:
+        layers: where the settings come from ("preset toy", "my.toml", `COMMAND_LINE`) → key → value.
+
+    Raises:
+        OptionError: an unknown key, a value of the wrong type or outside its range, a missing one; it names the layer.
+    """
+    known = {f.name: f for f in fields(kind)}
+    merged: dict[str, Any] = {}
+    for origin, values in layers.items():
+        for key, value in values.items():
+            if key not in known:
+                raise OptionError(f"{origin}: unknown setting {key!r}", suggestion(key, known))
+            checked = check_value(known[key], value, origin)
+            merged[key] = {**merged.get(key, {}), **checked} if isinstance(checked, dict) else checked
+    if merged.get("prediction") == "eps" and "weighting" not in merged:
+        merged["weighting"] = "snr"
+    missing = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in missing if name not in merged]:
+        raise OptionError(f"nothing says {', '.join(missing)}", f"give --{missing[0]}, or a --preset")
+    return kind(**merged)
+
+
+def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
+    """`value` as the setting's type.
+
+    Raises:
+        OptionError: another type, out of range, or none of the choices.
+    """
+    where = f"{origin}: {setting.name} =" if origin != COMMAND_LINE else f"--{setting.name}"
+    kind = value_type(setting)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise OptionError(f"{where} {value!r} is no {WORDS[kind]}", f"give a {WORDS[kind]}")
+    rules = setting.metadata
+    if rules.get("choices") and value not in rules["choices"]:
+        raise OptionError(f"{where} {value!r} is unknown", suggestion(str(value), rules["choices"]))
+    low, high = rules.get("low"), rules.get("high")
+    if low is not None and (not value >= low or (rules["open_low"] and value == low)):
+        raise OptionError(
+            f"{where} {value} is too small", f"it must be {'above' if rules['open_low'] else 'at least'} {low}"
+        )
+    if high is not None and not value <= high:
+        raise OptionError(f"{where} {value} is too large", f"it must be at most {high}")
+    return value
+
+
+WORDS = {int: "whole number", float: "number", str: "word", bool: "true or false", dict: "table"}
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
+
+
+def value_type(setting: Field[Any]) -> type:
+    """`int`, `float`, `str`, `bool` or `dict`: the type of a setting, whether or not it may be None."""
+    return TYPES[str(setting.type).removesuffix(" | None")]

@@ -1,0 +1,81 @@
+"""The folder of a run: whether it may be written, resumed, or is done already."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from vdiff.errors import OptionError, VdiffError
+from vdiff.files import make_folder, remove
+from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config
+from vdiff.training.config import DistillConfig, TrainConfig
+from vdiff.training.dataset import Images
+from vdiff.training.presets import RUN_FILE, write_run
+from vdiff.training.state import state_path
+
+
+def recorded(folder: Path) -> CheckpointConfig | None:
+    """The checkpoint in `folder`, None where nothing was saved yet."""
+    return read_config(folder) if (folder / CONFIG).exists() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` holds a run or a checkpoint."""
+    return (folder / RUN_FILE).is_file() or (folder / CONFIG).is_file()
+
+
+def start_anew(folder: Path, config: TrainConfig | DistillConfig, *, overwrite: bool) -> None:
+    """Make the folder of a new run and record its settings there.
+
+    Raises:
+        VdiffError: something is there already (and `overwrite` is off, or it is no run), or the disk refuses.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise VdiffError(f"{folder} is a file, not a folder", "choose another --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not is_run(folder):
+            raise VdiffError(f"{folder} is not empty and holds no run", "choose another --out")
+        if not overwrite:
+            found = recorded(folder)
+            done = f"{found.num_iters} of {found.target_iters} updates" if found else "no checkpoint yet"
+            resume = "" if found and found.is_finished else "--resume to go on, "
+            raise VdiffError(f"{folder} exists already ({done})", f"give {resume}--overwrite, or another --out")
+        remove(folder)
+    write_run(make_folder(folder), config)
+
+
+def check_resumable(folder: Path, images: Images) -> None:
+    """Refuse to go on with a checkpoint whose state is gone (that would silently begin anew), or with other images.
+
+    Raises:
+        VdiffError: there is a checkpoint without a state, or it saw another dataset.
+    """
+    found = recorded(folder)
+    if found is None:
+        return
+    if found.dataset_fingerprint != images.fingerprint:
+        raise VdiffError(
+            f"{folder} was begun with other images than {images.name} holds", f"give --data {found.dataset} as it was"
+        )
+    if not state_path(folder).is_file():
+        raise VdiffError(
+            f"{folder} cannot be resumed: {state_path(folder)} is missing", "give --overwrite to begin anew"
+        )
+
+
+def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainConfig | DistillConfig) -> None:
+    """Refuse to resume a run with settings that make it another one.
+
+    Raises:
+        OptionError: it names the setting and its two values.
+    """
+    new, old = asdict(now), asdict(saved)
+    for setting in fields(now):
+        may_change = setting.metadata.get("free", False)
+        if setting.name == "num_iters" and old["lr_schedule"] == "constant":
+            may_change = True
+        if not may_change and new[setting.name] != old[setting.name]:
+            raise OptionError(
+                f"{folder} was begun with {setting.name} {old[setting.name]}, not {new[setting.name]}",
+                f"leave --{setting.name} out to resume, give --overwrite to begin anew, or another --out",
+            )

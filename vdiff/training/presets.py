@@ -1,0 +1,88 @@
+"""Settings in TOML: the presets of the package, configuration files, and the record of each run.
+
+A file holds the settings of `train.py` as keys, the network in `[unet]`, the settings of `distill.py` in `[distill]`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from vdiff.errors import OptionError, VdiffError, suggestion
+from vdiff.files import write_text
+from vdiff.training.config import DistillConfig, TrainConfig
+
+PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
+RUN_FILE = "run.toml"
+LARGEST_SIZE = {16: "digits", 32: "cifar10", 64: "imagenet64", 128: "lsun128"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One file's settings of `train.py` and of `distill.py`, and the images a preset is made for."""
+
+    train: Mapping[str, Any]
+    distill: Mapping[str, Any]
+    assumed: Mapping[str, int] = field(default_factory=dict)
+
+
+def read_preset(name: str) -> Settings:
+    """A preset of the package.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise OptionError(f"unknown preset {name!r}", suggestion(name, PRESETS))
+    return _settings(resources.files("vdiff").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8"), name)
+
+
+def preset_for(image_size: int) -> str:
+    """The preset for images of this size: `LARGEST_SIZE`, and celebahq256 for larger ones."""
+    return next((name for size, name in LARGEST_SIZE.items() if image_size <= size), "celebahq256")
+
+
+def read_settings(path: Path) -> Settings:
+    """A configuration file.
+
+    Raises:
+        OptionError: it cannot be read, or is no TOML.
+    """
+    try:
+        return _settings(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"{path} cannot be read: {reason}", "give --config a TOML file") from None
+
+
+def _settings(text: str, origin: str) -> Settings:
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"{origin} is no TOML: {error}", "mend the file") from None
+    distill, assumed = table.pop("distill", {}), table.pop("assumed", {})
+    return Settings(train=table, distill=distill, assumed=assumed)
+
+
+def write_run(folder: Path, config: TrainConfig | DistillConfig) -> None:
+    """Record the resolved settings in `folder`; `--config folder/run.toml` runs them again."""
+    values = {key: value for key, value in asdict(config).items() if value is not None}
+    table = {"distill": values} if isinstance(config, DistillConfig) else values
+    write_text(folder / RUN_FILE, tomli_w.dumps(table))
+
+
+def read_run(folder: Path) -> Settings:
+    """The settings that `write_run` recorded.
+
+    Raises:
+        VdiffError: no run was recorded there.
+    """
+    if not (folder / RUN_FILE).is_file():
+        raise VdiffError(f"{folder} holds no run to resume: it has no {RUN_FILE}", "start it without --resume")
+    return read_settings(folder / RUN_FILE)
