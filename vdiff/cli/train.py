@@ -46,7 +46,11 @@ DEFAULT_OUT = Path("checkpoints/original")
 )
 @switch("--resume", group="Run", help="Go on with the run in --out.")
 @switch("--overwrite", group="Run", help="Replace what is in --out.")
-@switch("--dry_run", group="Run", help="Print what would be trained and what it costs, then stop.")
+@switch(
+    "--dry_run",
+    group="Run",
+    help="Print what would be trained and what it costs, then stop; with --preset it needs no dataset.",
+)
 @settings(TrainConfig)
 def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, dry_run: bool, **flags: Any) -> None:
     """Train a diffusion UNet on a dataset that prepare_data.py wrote.

@@ -11,7 +11,7 @@ import torch
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
-from vdiff.errors import Interrupted, OptionError, VdiffError
+from vdiff.errors import Interrupted, OptionError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
@@ -34,7 +34,7 @@ def resolve_training(
     Args:
         flags: what the command line and the environment said.
         resume: begin from the settings recorded in `folder` instead of a preset.
-        assume: where there is no dataset, take the images that the preset is made for.
+        assume: where a preset is named and no dataset, take the images that the preset is made for.
 
     Raises:
         VdiffError: settings or dataset cannot be used.
@@ -45,14 +45,8 @@ def resolve_training(
     settings = read_settings(config_file) if config_file else Settings({}, {})
     chosen = {key: value for layer in [*layers.values(), settings.train, flags] for key, value in layer.items()}
     preset = str(chosen.get("preset") or "")
-    try:
-        images = open_images(str(chosen.get("data") or ""), chosen.get("image_size"))
-    except OptionError:
-        raise
-    except VdiffError:
-        if not assume or chosen.get("data"):
-            raise
-        images = _assumed(preset)
+    data = str(chosen.get("data") or "")
+    images = _assumed(preset) if assume and preset and not data else open_images(data, chosen.get("image_size"))
     if not resume:
         preset = preset or preset_for(images.image_size)
         layers[f"preset {preset}"] = read_preset(preset).train
@@ -73,7 +67,7 @@ def resolve_training(
 
 def _assumed(preset: str) -> Images:
     """The images that a preset is made for."""
-    assumed = read_preset(preset or "digits").assumed
+    assumed = read_preset(preset).assumed
     names = [str(k) for k in range(assumed.get("num_classes", 0))]
     return Images(assumed["image_size"], assumed["image_channels"], names)
 

@@ -59,7 +59,7 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     average = WeightAverage(denoiser, config.ema)
     optimizer = build_optimizer(denoiser, config)
     start = load_state(run.folder, denoiser, average, optimizer)
-    update = _updater(run, engine, denoiser, average, optimizer)
+    update = build_update(run, engine, denoiser, average, optimizer)
     meter = _Meter(start, config)
 
     def save() -> None:
@@ -95,7 +95,7 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     return average.model.eval()
 
 
-def _updater(
+def build_update(
     run: Run, engine: Engine, denoiser: Denoiser, average: WeightAverage, optimizer: torch.optim.Optimizer
 ) -> Callable[[int, Batch], tuple[Tensor, Tensor]]:
     """One optimiser update as a function of its number and its batch; it answers loss and gradient norm."""
