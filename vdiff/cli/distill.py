@@ -50,7 +50,7 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
     skips the stages that are finished. At the end the teacher and all students are drawn from the same noise:
     ladder.png and ladder.json in the last student's folder.
     """
-    from vdiff.training.comparison import PICTURE, compare
+    from vdiff.training.comparison import PICTURE, compare, known_rows
     from vdiff.training.engine import build_engine
     from vdiff.training.ladder import climb, plan_stages, resolve_distillation, teachers_images
 
@@ -75,9 +75,10 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
         return
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}")
-    climb(stages, config, images, engine, overwrite=overwrite, reporter=console)
-    rows_drawn = compare(stages, seed=config.seed, device=engine.device, reporter=console)
-    console.table("Ladder", HEADINGS, [cells(row) for row in rows_drawn])
+    trained = climb(stages, config, images, engine, overwrite=overwrite, reporter=console)
+    table = None if trained else known_rows(stages)
+    table = table or compare(stages, seed=config.seed, device=engine.device, reporter=console)
+    console.table("Ladder", HEADINGS, [cells(row) for row in table])
     last = stages[-1].folder
     console.result(f"picture    {last / PICTURE}")
     console.result(f"next       python sample.py --checkpoint {last}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
@@ -21,7 +22,6 @@ CONTEXT = {
     "help_option_names": ["--help", "-h"],
     "max_content_width": 110,
     "show_default": True,
-    "auto_envvar_prefix": "VDIFF",
 }
 
 
@@ -86,8 +86,18 @@ class GroupedOption(click.Option):
 
 
 def option(*names: str, group: str, **attributes: Any) -> Callable[[Any], Any]:
-    """`click.option`, under the heading `group` of the help text."""
-    return click.option(*names, cls=GroupedOption, group=group, **attributes)
+    """`click.option`, under the heading `group` of the help text; `VDIFF_NAME` in the environment gives it too."""
+    envvar = f"VDIFF_{names[0].removeprefix('--').upper()}"
+    return click.option(*names, cls=GroupedOption, group=group, envvar=envvar, **attributes)
+
+
+class OneOf(click.Choice[str]):
+    """One word of a list; for another one the error names the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What is wrong with `value`."""
+        del ctx
+        return f"{value!r} is unknown; {suggestion(str(value), self.choices)}"
 
 
 class TrueOrFalse(click.ParamType):
@@ -166,10 +176,15 @@ def run_as_program(run: Callable[[], Any]) -> None:
 
     0 done, 1 failed, 2 usage, 3 finished with skipped inputs, 130 Ctrl-C, 143 SIGTERM.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where × and → cannot be written, ? will do
     try:
         with _terminable():
             result = run()
     except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         fail(one_line_usage_error(error), error.exit_code)
@@ -182,9 +197,20 @@ def run_as_program(run: Callable[[], Any]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            _discard_output()
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        fail(f"{where}{error.strerror or error}; mend that, then give the same command again", 1)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _discard_output() -> None:
+    """Nobody reads stdout, or its disk is full: what is left of it must not fail once more when Python ends."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

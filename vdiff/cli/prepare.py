@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, Names, option, switch
+from vdiff.cli.options import Command, Names, OneOf, option, switch
 from vdiff.errors import OptionError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ EXIT_SKIPPED = 3
     "--format",
     "image_format",
     group="Dataset",
-    type=click.Choice(FORMATS),
+    type=OneOf(FORMATS),
     show_default="png for digits, else jpeg",
     help="How images are stored; webp is lossless, jpeg keeps full colour resolution (4:4:4).",
 )
@@ -63,20 +63,18 @@ EXIT_SKIPPED = 3
 @option(
     "--channels",
     group="Dataset",
-    type=click.Choice(["1", "3"]),
+    type=OneOf(["1", "3"]),
     show_default="1 for digits, else 3",
     help="Grey or colour.",
 )
 @option(
     "--crop",
     group="Conversion",
-    type=click.Choice(CROPS),
+    type=OneOf(CROPS),
     default="center",
     help="Make a square of the middle, of the whole on the background colour, or by distorting.",
 )
-@option(
-    "--resample", group="Conversion", type=click.Choice(RESAMPLES), default="lanczos", help="How images are resized."
-)
+@option("--resample", group="Conversion", type=OneOf(RESAMPLES), default="lanczos", help="How images are resized.")
 @option(
     "--background",
     group="Conversion",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, Names, option, switch
+from vdiff.cli.options import Command, Names, OneOf, option, switch
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, suggestion
 
@@ -36,9 +36,7 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     show_default="the newest under checkpoints/",
     help="A folder that train.py or distill.py wrote.",
 )
-@option(
-    "--device", group="Model", type=click.Choice(DEVICES), default="auto", help="Auto takes a GPU where there is one."
-)
+@option("--device", group="Model", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
 @option("--num", group="Images", type=click.IntRange(1), default=64, metavar="IMAGES", help="How many.")
 @option(
     "--batch_size",
@@ -72,9 +70,7 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     help="Gets one PNG file an image, grid.png and samples.json.",
 )
 @switch("--overwrite", group="Images", help="Replace what is in --out.")
-@option(
-    "--sampler", group="Sampler", type=click.Choice(list(SAMPLERS)), show_default="ddim", help="The rule for one step."
-)
+@option("--sampler", group="Sampler", type=OneOf(list(SAMPLERS)), show_default="ddim", help="The rule for one step.")
 @switch("--clipped_sampling", group="Sampler", help="The same as --sampler clipped.")
 @option(
     "--num_timesteps",

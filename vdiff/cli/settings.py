@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vdiff.cli.options import option, switch
+from vdiff.cli.options import OneOf, option, switch
 from vdiff.training.config import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, LoopConfig, value_type
 from vdiff.training.presets import PRESETS
 
@@ -43,7 +43,7 @@ def flag(item: Field[Any]) -> Callable[[Any], Any]:
         return switch(name, **attributes)
     choices = rules["choices"] or (PRESETS if item.name == "preset" else ())
     if choices:
-        return option(name, type=click.Choice(choices), **attributes)
+        return option(name, type=OneOf(choices), **attributes)
     attributes["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     types = {
         int: click.IntRange(rules["low"], rules["high"]),

@@ -10,6 +10,7 @@ import click
 from vdiff.cli.console import Console, duration, quantity
 from vdiff.cli.options import Command, option, switch
 from vdiff.cli.settings import given, settings
+from vdiff.errors import OptionError
 from vdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
     Settings come from flags, then VDIFF_* environment variables, then --config, then the preset. The folder gets
     model.safetensors (averaged weights), config.json, run.toml (all settings), samples/ and log/ (TensorBoard).
     """
+    if resume and overwrite:
+        raise OptionError("--resume and --overwrite exclude each other", "give one of them")
+
     from vdiff.training.base import describe, resolve_training, train
+    from vdiff.training.records import preview_steps
 
     console = Console()
     config, images = resolve_training(given(flags), config_file, folder=out, resume=resume, assume=dry_run)
@@ -69,7 +74,8 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
         return
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
-    console.result(f"next       python sample.py --checkpoint {out} --num_timesteps 64")
+    steps = preview_steps(done.num_timesteps)
+    console.result(f"next       python sample.py --checkpoint {out} --num_timesteps {steps}")
     console.result(f"           python distill.py --base {out}")
 
 

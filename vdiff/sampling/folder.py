@@ -71,12 +71,16 @@ def draw_folder(
         Interrupted: a signal came; what was drawn is kept.
         VdiffError: the folder holds something else, the model cannot be read or draws no finite image.
     """
-    _open_folder(order, folder, overwrite=overwrite)
-    missing = [k for k in range(num) if not image_path(folder, k).exists()]
+    anew = _begins_anew(order, folder, overwrite=overwrite)
+    missing = [k for k in range(num) if anew or not image_path(folder, k).exists()]
     if not missing and (folder / GRID).exists():
         return f"{folder} holds all {num} images already"
     began = time.monotonic()
-    denoiser, config = load_checkpoint(Path(order.checkpoint), device)
+    denoiser, config = load_checkpoint(Path(order.checkpoint), device)  # before anything is replaced: it may be damaged
+    if anew:
+        remove(folder)
+        write_text(make_folder(folder) / RECORD, json.dumps(asdict(order), indent=2) + "\n")
+    remove(folder / GRID)  # one of fewer images must not pass for that of all, should this call be cut
     sampler = SAMPLERS[order.sampler](**order.options)
     done = num - len(missing)
     try:
@@ -100,16 +104,22 @@ def draw_folder(
         save_png(_grid(folder, num), folder / GRID)
     except (KeyboardInterrupt, Interrupted) as stop:
         code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        raise Interrupted(f"stopped: {folder} holds {done} of {num} images; the same command goes on", code) from None
+        held = sum(image_path(folder, k).exists() for k in range(num))
+        raise Interrupted(f"stopped: {folder} holds {held} of {num} images; the same command goes on", code) from None
     seconds = max(time.monotonic() - began, 1e-9)
+    evaluations = f"{order.num_steps} evaluation{'s' if order.num_steps > 1 else ''}"
     return (
         f"{len(missing)} images in {seconds:.1f} s ({len(missing) / seconds:.3g}/s), "
-        f"{order.sampler}, {order.num_steps} evaluations each, to {folder}"
+        f"{order.sampler}, {evaluations} each, to {folder}"
     )
 
 
-def _open_folder(order: Order, folder: Path, *, overwrite: bool) -> None:
-    """Make the folder, or see that what it holds was drawn the same way."""
+def _begins_anew(order: Order, folder: Path, *, overwrite: bool) -> bool:
+    """Whether the folder is to be made or replaced; one that is to be filled up was drawn the same way.
+
+    Raises:
+        VdiffError: it holds something else.
+    """
     record = folder / RECORD
     if folder.exists() and not folder.is_dir():
         raise VdiffError(f"{folder} is a file, not a folder", "choose another --out")
@@ -118,10 +128,8 @@ def _open_folder(order: Order, folder: Path, *, overwrite: bool) -> None:
             raise VdiffError(f"{folder} is not empty and holds no {RECORD}", "choose another --out")
         if not overwrite:
             _check_same(order, record)
-            return
-        remove(folder)
-    make_folder(folder)
-    write_text(record, json.dumps(asdict(order), indent=2) + "\n")
+            return False
+    return True
 
 
 def _check_same(order: Order, record: Path) -> None:
@@ -142,7 +150,12 @@ def _grid(folder: Path, num: int) -> Tensor:
     count = min(num, MAX_GRID)
     pictures = []
     for k in range(count):
-        with PIL.Image.open(image_path(folder, k)) as picture:
-            array = np.array(picture)
+        try:
+            with PIL.Image.open(image_path(folder, k)) as picture:
+                array = np.array(picture)
+        except (OSError, SyntaxError):  # Pillow's word for a broken PNG is SyntaxError
+            raise VdiffError(
+                f"{image_path(folder, k)} is damaged", "delete it, then give the same command again"
+            ) from None
         pictures.append(from_uint8(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))))
     return make_grid(torch.stack(pictures), columns=math.ceil(math.sqrt(count)))

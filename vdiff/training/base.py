@@ -11,7 +11,7 @@ import torch
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
-from vdiff.errors import Interrupted, OptionError
+from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
@@ -41,12 +41,12 @@ def resolve_training(
     """
     layers: dict[str, Mapping[str, Any]] = {}
     if resume:
-        layers[str(folder / RUN_FILE)] = read_run(folder).train
+        layers[str(folder / RUN_FILE)] = _settings_of(folder)
     settings = read_settings(config_file) if config_file else Settings({}, {})
     chosen = {key: value for layer in [*layers.values(), settings.train, flags] for key, value in layer.items()}
     preset = str(chosen.get("preset") or "")
-    data = str(chosen.get("data") or "")
-    images = _assumed(preset) if assume and preset and not data else open_images(data, chosen.get("image_size"))
+    data, size = str(chosen.get("data") or ""), chosen.get("image_size")
+    images = _assumed(preset, size) if assume and preset and not data else open_images(data, size)
     if not resume:
         preset = preset or preset_for(images.image_size)
         layers[f"preset {preset}"] = read_preset(preset).train
@@ -65,11 +65,23 @@ def resolve_training(
     ), images
 
 
-def _assumed(preset: str) -> Images:
-    """The images that a preset is made for."""
+def _settings_of(folder: Path) -> Mapping[str, Any]:
+    """The settings that a base run recorded in `folder`.
+
+    Raises:
+        VdiffError: there is no run, or it is one of distill.py.
+    """
+    settings = read_run(folder)
+    if not settings.train:
+        raise VdiffError(f"{folder} holds a student, not a base model", "the distill.py command that began it goes on")
+    return settings.train
+
+
+def _assumed(preset: str, image_size: int | None) -> Images:
+    """The images that a preset is made for, or others of its kind."""
     assumed = read_preset(preset).assumed
     names = [str(k) for k in range(assumed.get("num_classes", 0))]
-    return Images(assumed["image_size"], assumed["image_channels"], names)
+    return Images(image_size or assumed["image_size"], assumed["image_channels"], names)
 
 
 def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
@@ -78,8 +90,7 @@ def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
     Raises:
         OptionError: the network's settings do not fit together, or not the images.
     """
-    if derived := sorted(set(config.unet) & set(DERIVED)):
-        raise OptionError(f"[unet] {derived[0]} follows from data and other settings", "take it out of the file")
+    _check_unet(config.unet)
     try:
         unet = UNetConfig.from_dict(
             {
@@ -115,6 +126,23 @@ def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
     )
 
 
+def _check_unet(values: Mapping[str, Any]) -> None:
+    """Refuse keys of [unet] that are unknown or follow from other settings, and values of another type.
+
+    Raises:
+        OptionError: it names the key.
+    """
+    usual = UNetConfig().to_dict()
+    for key, value in values.items():
+        if key not in usual:
+            raise OptionError(f"[unet] unknown UNet option {key}", suggestion(key, usual))
+        if key in DERIVED:
+            raise OptionError(f"[unet] {key} follows from data and other settings", "take it out of the file")
+        items = value if isinstance(value, list) else []
+        if type(value) is not type(usual[key]) or any(type(item) is not int for item in items):
+            raise OptionError(f"[unet] {key} = {value!r} is of another type", f"give something like {usual[key]!r}")
+
+
 def schedule_of(config: TrainConfig) -> Schedule:
     """The noise schedule; a table gets `num_timesteps` levels."""
     schedule = build_schedule({"name": config.schedule})
@@ -135,12 +163,12 @@ def train(
     description = describe(config, images)
     engine = build_engine(config)
     if resume:
+        check_same_run(folder, config, resolve(TrainConfig, {str(folder / RUN_FILE): _settings_of(folder)}))
         found = recorded(folder)
         if found and found.is_finished and found.num_iters >= config.num_iters:
             reporter.line(f"{folder} is finished already: {found.num_iters} updates")
             return found
         check_resumable(folder, images)
-        check_same_run(folder, config, resolve(TrainConfig, {str(folder / RUN_FILE): read_run(folder).train}))
         write_run(folder, config)
     else:
         start_anew(folder, config, overwrite=overwrite)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vdiff.data.images import captioned_grid, save_png
 from vdiff.diffusion.samplers import Ddim
 from vdiff.files import write_text
-from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw
 from vdiff.reporting import Reporter
 from vdiff.training.ladder import Stage
@@ -49,12 +49,8 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
 
     Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both.
     """
-    first = stages[0]
-    _, config = load_checkpoint(first.base)
-    entries = [(first.base, config.num_timesteps)] if config.num_timesteps != first.teacher_steps else []
-    entries += [(first.base, first.teacher_steps), *((stage.folder, stage.num_steps) for stage in stages)]
-    count = 64 if config.image_size <= 32 else 16
-
+    entries = _entries(stages)
+    count = 32 if read_config(stages[0].base).image_size <= 32 else 16
     rows: list[Row] = []
     drawn: list[Tensor] = []
     with reporter.progress("comparing", sum(steps for _, steps in entries), "evaluations") as bar:
@@ -89,6 +85,25 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
     save_png(picture(rows, drawn), folder / PICTURE)
     write_text(folder / TABLE, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
+
+
+def known_rows(stages: Sequence[Stage]) -> list[Row] | None:
+    """The table that an earlier `compare` of the same ladder wrote; None where there is none."""
+    path = stages[-1].folder / TABLE
+    try:
+        rows = [Row(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return None
+    entries = [(folder.as_posix(), steps) for folder, steps in _entries(stages)]
+    return rows if [(row.checkpoint, row.num_steps) for row in rows] == entries else None
+
+
+def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:
+    """The models of a ladder, and the steps that each takes."""
+    first = stages[0]
+    own = read_config(first.base).num_timesteps
+    teacher = [own, first.teacher_steps] if own != first.teacher_steps else [own]
+    return [*((first.base, steps) for steps in teacher), *((stage.folder, stage.num_steps) for stage in stages)]
 
 
 def picture(rows: Sequence[Row], drawn: Sequence[Tensor]) -> Image:

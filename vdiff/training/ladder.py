@@ -110,6 +110,8 @@ def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | No
     steps = _student_steps(config, first)
     if out is not None and len(steps) > 1:
         raise OptionError(f"--out names one student, and this ladder has {len(steps)}", "leave --out out")
+    if out is not None and out.resolve() == base.resolve():
+        raise OptionError(f"--out {out} is the teacher itself", "choose another --out")
     match = re.fullmatch(r"base_(\d+)", base.name)
     number = int(match.group(1)) + 1 if match else 0
     stages: list[Stage] = []
@@ -134,13 +136,15 @@ def _student_steps(config: DistillConfig, first: int) -> list[int]:
 
 def climb(
     stages: list[Stage], config: DistillConfig, images: Images, engine: Engine, *, overwrite: bool, reporter: Reporter
-) -> None:
-    """Do every stage that is not done; one that was cut goes on where it was.
+) -> bool:
+    """Do every stage that is not done, one that was cut from where it was; answer whether there was one.
 
     Raises:
         Interrupted: a signal came; the same command goes on.
         VdiffError: a student's folder holds something else, or the training fails.
     """
+    trained = False
+    how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
     for stage in stages:
         mine = replace(
             config,
@@ -158,15 +162,30 @@ def climb(
             if found and found.is_finished:
                 reporter.line(f"{stage.folder} is finished already: {found.num_timesteps} steps")
                 continue
-            saved = resolve(DistillConfig, {str(stage.folder / RUN_FILE): read_run(stage.folder).distill})
-            check_same_run(stage.folder, mine, saved)
+            check_same_run(stage.folder, mine, _settings_of(stage.folder))
             check_resumable(stage.folder, images)
+            run = _stage_run(stage, mine, images, engine, lineage)
         else:
+            run = _stage_run(stage, mine, images, engine, lineage)  # first of all: the teacher may be damaged
             start_anew(stage.folder, mine, overwrite=overwrite)
         try:
-            fit(_stage_run(stage, mine, images, engine, lineage), engine, reporter)
+            fit(run, engine, reporter)
         except Interrupted as stop:
-            raise Interrupted(f"{stop}; the same command goes on", stop.exit_code) from None
+            raise Interrupted(f"{stop}; {how}", stop.exit_code) from None
+        trained = True
+    return trained
+
+
+def _settings_of(folder: Path) -> DistillConfig:
+    """The settings that a stage recorded in `folder`.
+
+    Raises:
+        VdiffError: what is there was not begun by distill.py.
+    """
+    settings = read_run(folder)
+    if not settings.distill:
+        raise VdiffError(f"{folder} was begun by train.py", "give --overwrite to replace it, or another --out")
+    return resolve(DistillConfig, {str(folder / RUN_FILE): settings.distill})
 
 
 def check_same_teacher(stage: Stage, found: CheckpointConfig | None, lineage: Mapping[str, str]) -> None:

@@ -75,7 +75,8 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
             for step in range(start.step, config.num_iters):
                 meter.add(*update(step, next(batches)))
                 done, is_last = step + 1, step + 1 == config.num_iters
-                save_due = done % config.ckpt_interval == 0 or is_last or stop.exit_code is not None
+                code = stop.exit_code  # read once: a signal that comes later waits for the next update
+                save_due = done % config.ckpt_interval == 0 or is_last or code is not None
                 if save_due or done % config.log_interval == 0:
                     records.scalars(meter.read(), done)
                 bar.update(done, meter.note)
@@ -83,10 +84,8 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
                     records.pictures(preview(average.model, run.description, seed=config.seed), done)
                 if save_due and not is_last:
                     save()
-                if stop.exit_code is not None and not is_last:
-                    raise Interrupted(
-                        f"stopped after update {done} of {config.num_iters}, {run.folder} is saved", stop.exit_code
-                    )
+                if code is not None and not is_last:
+                    raise Interrupted(f"stopped after update {done} of {config.num_iters}, {run.folder} is saved", code)
         save()
         if config.lr_schedule != "constant":
             remove_state(run.folder)  # the learning rate ended at 0: there is no going on from here

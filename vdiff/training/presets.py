@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import tomli_w
 
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import write_text
-from vdiff.training.config import DistillConfig, TrainConfig
+from vdiff.training.config import DistillConfig, TrainConfig, check_value
 
 PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
 RUN_FILE = "run.toml"
@@ -52,13 +52,28 @@ def read_settings(path: Path) -> Settings:
     """A configuration file.
 
     Raises:
-        OptionError: it cannot be read, or is no TOML.
+        OptionError: it cannot be read, is no TOML, or has an unknown key or a value that cannot be used.
     """
     try:
-        return _settings(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"{path} cannot be read: {reason}", "give --config a TOML file") from None
+    settings = _settings(text, str(path))
+    _check(TrainConfig, settings.train, str(path))
+    _check(DistillConfig, settings.distill, f"{path} [distill]")
+    return settings
+
+
+def _check(kind: type[TrainConfig | DistillConfig], values: Any, origin: str) -> None:
+    """Look at keys and values before any of them is used, also at those of the other command."""
+    if not isinstance(values, Mapping):
+        raise OptionError(f"{origin}: {values!r} is no table", "mend the file")
+    known = {f.name: f for f in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise OptionError(f"{origin}: unknown setting {key!r}", suggestion(key, known))
+        check_value(known[key], value, origin)
 
 
 def _settings(text: str, origin: str) -> Settings:
