@@ -264,8 +264,23 @@ def test_config_with_values_of_the_wrong_kind(tmp_path, key, value, kind):
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(CheckpointConfig)])
 def test_every_key_is_held_to_its_kind(tmp_path, key):
     saved(tmp_path)
-    edit(tmp_path, **{key: 1.5})
+    edit(tmp_path, **{key: [1.5]})
     assert_refused(tmp_path, f"config.json: '{key}' must be a", load=read_config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_timesteps", 0, "'num_timesteps' must be at least 1, not 0"),
+        ("image_size", -8, "'image_size' must be at least 1, not -8"),
+        ("schedule", {"name": "cosin"}, "describes no model: unknown schedule 'cosin'"),
+        ("schedule", {"name": "cosine", "logsnr_max": -1}, "describes no model: logsnr_max must be positive"),
+    ],
+)
+def test_values_without_a_meaning_are_blamed_on_the_file(tmp_path, key, value, words):
+    saved(tmp_path)
+    edit(tmp_path, **{key: value})
+    assert_refused(tmp_path, words, load=read_config)
 
 
 def test_weights_that_do_not_fit(tmp_path):

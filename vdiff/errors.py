@@ -27,8 +27,11 @@ class OptionError(VdiffError):
     exit_code = 2
 
 
-class Interrupted(Exception):  # noqa: N818 - like KeyboardInterrupt, it is no error
-    """Work was stopped by a signal after everything worth keeping was written (130 = SIGINT, 143 = SIGTERM)."""
+class Interrupted(BaseException):
+    """Work was stopped by a signal after everything worth keeping was written (130 = SIGINT, 143 = SIGTERM).
+
+    Like KeyboardInterrupt it is no error, and passes `except Exception`.
+    """
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -35,6 +35,14 @@ class Program(click.Command):
         except KeyboardInterrupt:
             raise Interrupted("interrupted", 130) from None
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; some of Click's errors do not know which command they belong to."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run as a program."""
         standalone = kwargs.pop("standalone_mode", True)

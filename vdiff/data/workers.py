@@ -49,10 +49,10 @@ def ordered_map(
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Chunk], Result], chunk: Chunk) -> Future[Result]:
-    """Submit with SIGINT held back: the pool starts its processes here, and they inherit that."""
+    """Submit with signals held back: the pool starts its processes here, which must not be cut in half."""
     if os.name == "nt":
         return pool.submit(function, chunk)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return pool.submit(function, chunk)
     finally:
@@ -61,6 +61,8 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Chunk], Result], chun
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from `_submit`
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -156,6 +156,13 @@ def read_config(folder: Path) -> CheckpointConfig:
         kinds = get_args(hints[key]) if isinstance(hints[key], UnionType) else (hints[key],)
         if not any(_is_of_kind(value, kind) for kind in kinds):
             raise VdiffError(f"{path}: {key!r} must be {' or '.join(JSON_KINDS[kind] for kind in kinds)}", advice)
+    try:
+        build_schedule(values["schedule"])
+    except (ValueError, TypeError) as error:
+        raise VdiffError(f"{path} describes no model: {error}", advice) from None
+    for key in ("num_timesteps", "image_size"):
+        if values[key] < 1:
+            raise VdiffError(f"{path}: {key!r} must be at least 1, not {values[key]}", advice)
     return CheckpointConfig(**values)
 
 
@@ -215,9 +222,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 of the weights file, to tell whether two results come from the same model."""
+    """SHA-256 of the weights file, to tell whether two results come from the same model.
+
+    Raises:
+        VdiffError: there is none, or it cannot be read.
+    """
     digest = hashlib.sha256()
-    with open(folder / WEIGHTS, "rb") as file:
+    with _reading(folder / WEIGHTS), open(folder / WEIGHTS, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

@@ -78,7 +78,8 @@ def draw_folder(
     began = time.monotonic()
     denoiser, config = load_checkpoint(Path(order.checkpoint), device)  # before anything is replaced: it may be damaged
     if anew:
-        remove(folder)
+        if folder.exists():
+            remove(folder)
         write_text(make_folder(folder) / RECORD, json.dumps(asdict(order), indent=2) + "\n")
     remove(folder / GRID)  # one of fewer images must not pass for that of all, should this call be cut
     sampler = SAMPLERS[order.sampler](**order.options)

@@ -62,7 +62,7 @@ class LoopConfig:
     )  # fmt: skip
     preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="by image size")
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
-    batch_size: int = setting("Images in an update, over all processes.", group=OPTIMISATION, low=1, unit="IMAGES")
+    batch_size: int = setting("Images in an update.", group=OPTIMISATION, low=1, unit="IMAGES")
     lr: float = setting("Learning rate of AdamW.", group=OPTIMISATION, low=0, open_low=True)
     lr_schedule: str = setting(
         "Linear and cosine fall to 0 at the last update.", group=OPTIMISATION, default="constant", choices=LR_SCHEDULES
@@ -144,6 +144,14 @@ class TrainConfig(LoopConfig):
 class DistillConfig(LoopConfig):
     """A student: `distill.py`. The learning rate falls to 0 in each stage, and there is no long average of weights."""
 
+    data: str = setting(
+        "The dataset, a folder that prepare_data.py wrote.",
+        group=DATA, default="", unit="FOLDER", shown="the teacher's, else the only one under data/", free=True,
+    )  # fmt: skip
+    preset: str = setting(
+        "Where the other settings come from.", group=DATA, default="", shown="the teacher's, else by image size"
+    )
+    num_iters: int = setting("Optimiser updates of a stage.", group=OPTIMISATION, low=1, unit="UPDATES")
     base: str = setting(
         "The teacher, a checkpoint.",
         group=MODEL,

@@ -30,18 +30,28 @@ def start_anew(folder: Path, config: TrainConfig | DistillConfig, *, overwrite: 
     Raises:
         VdiffError: something is there already (and `overwrite` is off, or it is no run), or the disk refuses.
     """
+    clear(folder, overwrite=overwrite)
+    write_run(make_folder(folder), config)
+
+
+def clear(folder: Path, *, overwrite: bool) -> None:
+    """Make room for a new run in `folder`.
+
+    Raises:
+        VdiffError: something is there already, and `overwrite` is off, or it is no run.
+    """
     if folder.exists() and not folder.is_dir():
         raise VdiffError(f"{folder} is a file, not a folder", "choose another --out")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not is_run(folder):
-            raise VdiffError(f"{folder} is not empty and holds no run", "choose another --out")
-        if not overwrite:
-            found = recorded(folder)
-            done = f"{found.num_iters} of {found.target_iters} updates" if found else "no checkpoint yet"
-            resume = "" if found and found.is_finished else "--resume to go on, "
-            raise VdiffError(f"{folder} exists already ({done})", f"give {resume}--overwrite, or another --out")
-        remove(folder)
-    write_run(make_folder(folder), config)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not is_run(folder):
+        raise VdiffError(f"{folder} is not empty and holds no run", "choose another --out")
+    if not overwrite:
+        found = recorded(folder)
+        done = f"{found.num_iters} of {found.target_iters} updates" if found else "no checkpoint yet"
+        resume = "" if found and found.is_finished else "--resume to go on, "
+        raise VdiffError(f"{folder} exists already ({done})", f"give {resume}--overwrite, or another --out")
+    remove(folder)
 
 
 def check_resumable(folder: Path, images: Images) -> None:

@@ -18,7 +18,7 @@ from vdiff.reporting import Reporter
 from vdiff.training.config import COMMAND_LINE, DistillConfig, resolve
 from vdiff.training.dataset import Images, open_images
 from vdiff.training.engine import Engine
-from vdiff.training.folder import check_resumable, check_same_run, is_run, recorded, start_anew
+from vdiff.training.folder import check_resumable, check_same_run, clear, is_run, recorded, start_anew
 from vdiff.training.loop import Run, fit
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings
@@ -143,6 +143,12 @@ def climb(
         Interrupted: a signal came; the same command goes on.
         VdiffError: a student's folder holds something else, or the training fails.
     """
+    if overwrite:
+        load_checkpoint(stages[0].base)  # before anything is removed: it may be damaged
+        for stage in stages:
+            clear(stage.folder, overwrite=True)
+    else:
+        check_room(stages)
     trained = False
     how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
     for stage in stages:
@@ -156,7 +162,7 @@ def climb(
             last_factor=1.0,
         )
         lineage = {"path": stage.base.as_posix(), "fingerprint": weights_fingerprint(stage.base)}
-        if not overwrite and is_run(stage.folder):
+        if is_run(stage.folder):
             found = recorded(stage.folder)
             check_same_teacher(stage, found, lineage)
             if found and found.is_finished:
@@ -167,13 +173,31 @@ def climb(
             run = _stage_run(stage, mine, images, engine, lineage)
         else:
             run = _stage_run(stage, mine, images, engine, lineage)  # first of all: the teacher may be damaged
-            start_anew(stage.folder, mine, overwrite=overwrite)
+            start_anew(stage.folder, mine, overwrite=False)
         try:
             fit(run, engine, reporter)
         except Interrupted as stop:
             raise Interrupted(f"{stop}; {how}", stop.exit_code) from None
         trained = True
     return trained
+
+
+def check_room(stages: list[Stage]) -> None:
+    """See before the first update that no student's folder is in the way of a later stage.
+
+    Raises:
+        VdiffError: a folder exists whose teacher is still to be trained.
+    """
+    to_train = ""
+    for stage in stages:
+        if to_train and stage.folder.is_dir() and any(stage.folder.iterdir()):
+            raise VdiffError(
+                f"{stage.folder} exists already, but its teacher {to_train} is still to be trained",
+                "move it away, or give --overwrite",
+            )
+        found = recorded(stage.folder)
+        if not (found and found.is_finished):
+            to_train = stage.folder.as_posix()
 
 
 def _settings_of(folder: Path) -> DistillConfig:

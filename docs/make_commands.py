@@ -1,0 +1,56 @@
+"""Write docs/commands.md, the help texts of all commands: `python docs/make_commands.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vdiff.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "commands.md"
+WIDTH = 100
+OTHER_NAMES = {"prepare": "prepare_data"}
+
+INTRO = """# Commands
+
+What `--help` prints; `python docs/make_commands.py` writes this page. Once installed, `vdiff prepare`, `vdiff train`,
+`vdiff distill` and `vdiff sample` are the same commands, and so are `python -m vdiff prepare` and the others.
+
+- A name may be spelled with dashes too: `--batch-size`.
+- `[True|False]`: the option takes True, False, or nothing after it, which means True.
+- Every option may come from the environment instead: `VDIFF_BATCH_SIZE=64`. Flags win over the environment, the
+  environment over `--config`, and that over the preset.
+- Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with files skipped, 130 and 143 interrupted by Ctrl-C and SIGTERM.
+"""
+
+
+def program(name: str) -> str:
+    """How the command is typed: by its script at the top of the repository, or as a part of `vdiff`."""
+    script = f"{OTHER_NAMES.get(name, name)}.py"
+    return f"python {script}" if (ROOT / script).exists() else f"vdiff {name}"
+
+
+def help_text(command: click.Command, typed: str) -> str:
+    """What `--help` prints in a terminal of `WIDTH` columns."""
+    context = command.make_context(
+        typed, [], resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH, color=False
+    )
+    return command.get_help(context)
+
+
+def page() -> str:
+    """The page: what all commands share, then a section for each."""
+    context = click.Context(main)
+    parts = [INTRO]
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        text = help_text(command, program(name)).rstrip()
+        parts.append(f"## {program(name)}\n\n{COMMANDS[name][1]}\n\n```text\n{text}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,20 @@
+"""What every test begins with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+# networks this small gain nothing by threads, and threads that share busy cores make them many times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_of_an_earlier_test() -> Iterator[None]:
+    """Accelerate keeps its precision for the whole process: forget it after each test that used it."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,305 @@
+"""`--help`: immediate, complete, the same as docs/commands.md; choices are the registries, and every option is used."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from tests.commands import PROGRAMS, ROOT, done, start
+from tests.toy import write_checkpoint, write_dataset
+from vdiff.cli import main, prepare, sample
+from vdiff.cli.options import OneOf
+from vdiff.data import conversion
+from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.prediction import PREDICTION_TYPES
+from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.diffusion.schedules import SCHEDULES
+from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.errors import OptionError
+from vdiff.models.device import pick_device
+from vdiff.training import config
+from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig
+from vdiff.training.engine import MIXED
+from vdiff.training.optimisation import LR_FACTORS
+from vdiff.training.presets import PRESETS
+
+SCRIPTS = {name: program for name, program in PROGRAMS.items() if name != "vdiff"}
+SETTINGS: dict[str, type[LoopConfig]] = {"train.py": TrainConfig, "distill.py": DistillConfig}
+HEAVY = ["torch", "torchvision", "numpy", "PIL", "rich", "accelerate", "safetensors", "lmdb", "sklearn", "tensorboard"]
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def options(name: str) -> list[click.Option]:
+    return [param for param in SCRIPTS[name].params if isinstance(param, click.Option)]
+
+
+# The text
+
+
+RUN_SCRIPT = "import runpy\nrun = lambda: runpy.run_path({path!r}, {{}}, '__main__')"
+TRY = f"try: run()\nexcept SystemExit as end: print(end.code, sorted({{*{HEAVY}}} & {{*sys.modules}}))"
+
+
+@pytest.mark.parametrize("line", [*SCRIPTS, "vdiff", *(f"vdiff {name}" for name in main.COMMANDS)])
+def test_the_help_is_immediate(line, tmp_path):
+    """A fresh interpreter prints it with none of the large libraries: that is what takes seconds."""
+    name, *words = line.split()
+    run = "from vdiff.cli.main import main as run" if name == "vdiff" else RUN_SCRIPT.format(path=str(ROOT / name))
+    code = f"import sys\nsys.argv = {[name, *words, '--help']}\n{run}\n{TRY}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert process.stderr == ""
+    assert process.stdout.startswith(f"Usage: {line} [OPTIONS]")
+    assert process.stdout.splitlines()[-1] == "0 []"
+
+
+def test_the_scripts_are_thin(tmp_path):
+    for name in SCRIPTS:
+        assert len((ROOT / name).read_text().splitlines()) <= 6
+    stdout, stderr = start("python -m vdiff sample --help", tmp_path).communicate(timeout=60)
+    assert stderr == ""
+    text = done("sample.py --help").stdout.replace("Usage: sample.py", "Usage: python -m vdiff sample")
+    assert "".join(stdout.split()) == "".join(text.split())  # only the lines may be of another length
+
+
+@every_script
+def test_everything_is_said_in_the_help(name):
+    text = done(f"{name} --help").stdout
+    for option in options(name):
+        assert f"  {option.opts[0]}" in text
+        if option.name != "help":
+            assert option.help is not None
+            assert option.help.endswith(".")
+    assert done(f"{name} -h").stdout == text
+    examples = text.partition("\nExamples:\n")[2].splitlines()
+    assert examples
+    assert all(example.startswith(f"  python {name}") for example in examples)
+
+
+@every_script
+def test_the_examples_in_the_help_are_understood(name):
+    """Every option in them exists and takes its value."""
+    program: Any = SCRIPTS[name]
+    for example in program.examples:
+        words = example.partition("#")[0].split()
+        assert words[:2] == ["python", name]
+        program.make_context(name, words[2:]).close()
+
+
+def test_the_documentation_is_what_the_commands_print(monkeypatch):
+    for key in [key for key in os.environ if key.startswith("VDIFF_")]:
+        monkeypatch.delenv(key)
+    written = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    page = runpy.run_path(str(ROOT / "docs/make_commands.py"))["page"]()
+    assert written == page, "run `python docs/make_commands.py`"
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [
+        "## python prepare_data.py", "## python train.py", "## python distill.py", "## python sample.py"
+    ]  # fmt: skip
+    for name in SCRIPTS:
+        section = page.partition(f"## python {name}\n")[2].partition("```text\n")[2].partition("\n```")[0]
+        text = done(f"{name} --help").stdout.replace("Usage: ", "Usage: python ")
+        assert "".join(section.split()) == "".join(text.split())  # only the lines are of another length
+
+
+# Choices
+
+
+def test_choices_are_the_registries():
+    """They are spelled out where the registry would bring large libraries into the help."""
+    assert conversion.FORMATS.keys() == set(prepare.FORMATS)
+    assert conversion.CROPS.keys() == set(prepare.CROPS)
+    assert conversion.RESAMPLES.keys() == set(prepare.RESAMPLES)
+    assert tuple(sample.DEVICES) == config.DEVICES
+    assert MIXED.keys() | {"auto"} == set(config.PRECISIONS)
+    assert LR_FACTORS.keys() == set(config.LR_SCHEDULES)
+    assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == set(PRESETS)
+    for device in config.DEVICES:
+        with suppress(OptionError):  # another machine has it
+            assert pick_device(device).type in config.DEVICES
+
+
+@every_script
+def test_every_choice_offered_is_a_registry(name):
+    registries = {
+        "prediction": PREDICTION_TYPES,
+        "schedule": SCHEDULES,
+        "weighting": WEIGHTINGS,
+        "method": METHODS,
+        "sampler": SAMPLERS,
+        "preset": PRESETS,
+        "lr_schedule": LR_FACTORS,
+        "device": config.DEVICES,
+        "precision": config.PRECISIONS,
+        "image_format": conversion.FORMATS,
+        "crop": conversion.CROPS,
+        "resample": conversion.RESAMPLES,
+        "channels": ("1", "3"),
+    }
+    for option in options(name):
+        if isinstance(option.type, click.Choice):
+            assert isinstance(option.type, OneOf)
+            assert list(option.type.choices) == list(registries[str(option.name)])
+
+
+# Options
+
+
+@every_script
+def test_every_option_has_its_variable_in_the_environment(name):
+    for option in options(name):
+        assert option.opts[0].startswith("--")
+        assert option.envvar == f"VDIFF_{option.opts[0][2:].upper()}"
+
+
+def read_names(function: Callable[..., Any]) -> Iterator[str]:
+    """The names that the body of a function reads."""
+    (tree,) = ast.parse(inspect.getsource(function)).body
+    assert isinstance(tree, ast.FunctionDef)
+    for statement in tree.body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                yield node.id
+
+
+@every_script
+def test_every_option_is_a_parameter_that_the_command_reads(name):
+    callback = SCRIPTS[name].callback
+    assert callback is not None
+    parameters = set(inspect.signature(callback).parameters)
+    of_settings = {item.name for item in fields(SETTINGS[name]) if item.metadata} if name in SETTINGS else set()
+    names = {str(param.name) for param in SCRIPTS[name].params}
+    assert names == (parameters - {"flags"}) | of_settings
+    assert parameters <= set(read_names(callback))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [(kind.__name__, item.name) for kind in SETTINGS.values() for item in fields(kind) if item.metadata],
+)
+def test_every_setting_is_read_somewhere(kind, setting):
+    """As `config.lr`, in training or at the command line; `image_size` chooses the images before there is a config."""
+    read = {"image_size"}
+    for path in [*(ROOT / "vdiff/training").glob("*.py"), *(ROOT / "vdiff/cli").glob("*.py")]:
+        holder = "self" if path.name == "config.py" else "config"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == holder:
+                read.add(node.attr)
+    assert setting in read, f"{kind}.{setting} is asked for and never used"
+
+
+# values that no default or preset gives
+LOOP_VALUES = {
+    "num_iters": "2",
+    "batch_size": "3",
+    "lr": "0.125",
+    "lr_schedule": "cosine",
+    "warmup_iters": "9",
+    "weight_decay": "0.25",
+    "clip_norm": "0.5",
+    "ema": "0.75",
+    "weighting": "min_snr",
+    "dropout": "0.625",
+    "flip": "True",
+    "log_interval": "11",
+    "sample_interval": "17",
+    "ckpt_interval": "13",
+    "seed": "14",
+    "device": "cpu",
+    "precision": "bf16",
+    "compile": "False",
+    "num_workers": "5",
+}
+TRAIN_VALUES = {
+    **LOOP_VALUES,
+    "image_size": "72",
+    "prediction": "x",
+    "schedule": "linear",
+    "num_timesteps": "64",
+    "class_conditional": "False",
+    "flip": "False",
+}
+DISTILL_VALUES = {**LOOP_VALUES, "to_steps": "2", "teacher_steps": "4", "method": "progressive", "last_factor": "1.5"}
+
+
+def as_typed(values: dict[str, str], how: str) -> tuple[str, dict[str, str]]:
+    """The values as flags, or as variables of the environment."""
+    if how == "flags":
+        return " ".join(f"--{key} {value}" for key, value in values.items()), {}
+    return "", {f"VDIFF_{key.upper()}": value for key, value in values.items()}
+
+
+@pytest.mark.parametrize("how", ["flags", "environment"])
+def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {item.name for item in fields(TrainConfig) if item.metadata} == {*TRAIN_VALUES, "data", "preset"}
+
+    def shown(words: str, env: dict[str, str]) -> dict[str, str]:
+        result = done(f"train.py --preset imagenet64 --dry_run {words}", env)
+        rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+        rows["schedule"] = rows["schedule"].split()[1].rstrip(",")
+        return {key: rows[key] for key in TRAIN_VALUES}
+
+    usual = shown("", {})
+    assert [key for key in TRAIN_VALUES if usual[key] == TRAIN_VALUES[key]] == []
+    assert shown(*as_typed(TRAIN_VALUES, how)) == TRAIN_VALUES
+
+
+@pytest.mark.parametrize("how", ["flags", "environment"])
+def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left = {"base", "data", "preset", "stages"}
+    assert {item.name for item in fields(DistillConfig) if item.metadata} == {*DISTILL_VALUES, *left}
+    write_dataset(Path("data/toy_4"))
+    write_checkpoint(Path("teacher"))
+    words, env = as_typed(DISTILL_VALUES, how)
+    done(f"distill.py --base teacher --out student {words}", env)
+    recorded = tomllib.loads(Path("student/run.toml").read_text())["distill"]
+    # what is recorded is this stage: its own updates, with the factor of the last stages in them
+    expected = {**DISTILL_VALUES, "num_iters": "3", "last_factor": "1.0"}
+    assert {key: str(recorded[key]) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("--sampler ddpm", {"sampler": "ddpm"}),
+        ("--clipped_sampling", {"sampler": "clipped"}),
+        ("--clipped_sampling --clipping_value 0.5", {"sampler": "clipped", "options": {"clip": 0.5}}),
+        ("--clipping_value 0.5", {"options": {"clip": 0.5}}),
+        ("--no_clip", {"options": {"clip": None}}),
+        ("--eta 0.5", {"options": {"eta": 0.5}}),
+        ("--seed 7", {"seed": 7}),
+        ("--num_timesteps 4", {"num_steps": 4}),
+        ("--time_scale 4", {"num_steps": 2}),
+        ("--classes dog", {"classes": [1]}),
+        ("--classes 1,cat", {"classes": [1, 0]}),
+        ("--device cpu", {}),
+        ("--batch_size 1", {}),
+    ],
+)
+def test_every_flag_of_sample_reaches_the_images(words, changed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "checkpoints/model", classes=2, class_names=["cat", "dog"])
+    records, images = [], []
+    for more in ("", words):
+        out = "usual" if not more else "other"
+        done(f"sample.py --num 3 --out {out} {more}")
+        records.append(json.loads(Path(out, "samples.json").read_text()))
+        images.append([path.read_bytes() for path in sorted(Path(out).glob("0*.png"))])
+    assert records[1] == {**records[0], **changed}
+    assert len(images[1]) == 3
+    assert (images[0] != images[1]) == bool(changed)

@@ -1,0 +1,312 @@
+"""A folder of samples: filled up after any interruption, and never a mixture of images drawn in different ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from tests.toy import SIZE, Watcher, contents, write_checkpoint
+from vdiff.diffusion.samplers import Clipped, Ddim
+from vdiff.errors import Interrupted, VdiffError
+from vdiff.models.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from vdiff.models.drawing import draw
+from vdiff.sampling.folder import GRID, RECORD, Order, draw_folder, image_path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "base_0"
+    write_checkpoint(folder, channels=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grey_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grey") / "base_0"
+    write_checkpoint(folder, channels=1)
+    return folder
+
+
+def order(model: Path, **changes) -> Order:
+    values = {
+        "checkpoint": model.as_posix(), "fingerprint": weights_fingerprint(model), "sampler": "ddim", "options": {},
+        "num_steps": 4, "seed": 3, "classes": [],
+    }  # fmt: skip
+    return Order(**values | changes)
+
+
+def run(
+    order: Order, folder: Path, *, num: int = 7, batch_size: int = 3, overwrite: bool = False, reporter=None
+) -> str:
+    return draw_folder(
+        order,
+        folder,
+        num=num,
+        batch_size=batch_size,
+        device=torch.device("cpu"),
+        overwrite=overwrite,
+        reporter=reporter or Watcher(),
+    )
+
+
+def pixels(path: Path) -> np.ndarray:
+    """(H, W, C) uint8."""
+    with PIL.Image.open(path) as picture:
+        array = np.array(picture)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def images(num: int) -> list[str]:
+    return [f"{k:05d}.png" for k in range(num)]
+
+
+def test_a_folder_holds_images_grid_and_record(model, tmp_path):
+    wanted = order(model)
+    said = run(wanted, tmp_path / "out")
+    assert said.startswith("7 images in ")
+    assert said.endswith(f"/s), ddim, 4 evaluations each, to {tmp_path / 'out'}")
+    assert names(tmp_path / "out") == [*images(7), GRID, RECORD]
+    assert json.loads((tmp_path / "out" / RECORD).read_text()) == dataclasses.asdict(wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampler"),
+    [({}, Ddim()), ({"sampler": "clipped", "options": {"clip": 1.1, "eta": 0.5}}, Clipped(clip=1.1, eta=0.5))],
+)
+@pytest.mark.parametrize("name", ["model", "grey_model"])
+def test_images_are_those_that_the_model_draws(request, tmp_path, name, changes, sampler):
+    """round(127.5 (x + 1)), as `draw` gives them."""
+    model = request.getfixturevalue(name)
+    run(order(model, **changes), tmp_path / "out", batch_size=2)
+    denoiser, _ = load_checkpoint(model)
+    expected = draw(denoiser, sampler, indices=range(7), image_size=SIZE, num_steps=4, seed=3)
+    for k in range(7):
+        exact = (expected[k].permute(1, 2, 0).numpy() + 1).clip(0, 2) * 127.5
+        found = pixels(image_path(tmp_path / "out", k))
+        assert found.shape == exact.shape
+        assert np.abs(found - exact).max() <= 0.501
+
+
+@pytest.mark.parametrize(
+    ("name", "num", "columns"),
+    [("model", 1, 1), ("model", 2, 2), ("model", 5, 3), ("grey_model", 9, 3), ("model", 10, 4), ("model", 70, 8)],
+)
+def test_grid_shows_the_first_images_from_their_files(request, tmp_path, name, num, columns):
+    model = request.getfixturevalue(name)
+    run(order(model, num_steps=1), tmp_path / "out", num=num, batch_size=64)
+    grid, shown = pixels(tmp_path / "out" / GRID), min(num, 64)
+    pitch, rows = SIZE + 2, -(-shown // columns)
+    if num > 1:  # torchvision gives a single image without a margin
+        assert grid.shape[:2] == (rows * pitch + 2, columns * pitch + 2)
+    for k in range(shown):
+        top, left = (2 + k // columns * pitch, 2 + k % columns * pitch) if num > 1 else (0, 0)
+        cell = grid[top : top + SIZE, left : left + SIZE]
+        assert np.array_equal(cell, pixels(image_path(tmp_path / "out", k)))
+
+
+def stop_at(completed: int, error: BaseException, *, calls: int = 1) -> Watcher:
+    """Raise when `completed` images are told for the `calls`-th time."""
+    heard = []
+
+    def act(_: str, done: int) -> None:
+        if done == completed:
+            heard.append(done)
+            if len(heard) == calls:
+                raise error
+
+    return Watcher(act)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (Interrupted("", 143), 143)], ids=["ctrl_c", "sigterm"]
+)
+@pytest.mark.parametrize(("completed", "calls", "kept"), [(0, 1, 0), (3, 1, 3), (3, 3, 3), (6, 1, 6), (7, 1, 7)])
+def test_what_was_cut_is_filled_up(model, tmp_path, error, code, completed, calls, kept):
+    """At the beginning, between batches, inside one, after the last: only what is missing is drawn, and alike."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(order(model), whole)
+    with pytest.raises(Interrupted, match=rf"stopped: {cut} holds {kept} of 7 images; the same command") as caught:
+        run(order(model), cut, reporter=stop_at(completed, error, calls=calls))
+    assert caught.value.exit_code == code
+    assert names(cut) == [*images(kept), RECORD]
+    before = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
+    watcher = Watcher()
+    said = run(order(model), cut, batch_size=2, reporter=watcher)
+    assert said.startswith(f"{7 - kept} images in ")
+    assert watcher.bars == [("cut", 7, kept)]
+    after = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert contents(cut) == contents(whole)
+
+
+def test_single_missing_images_are_drawn_again(model, tmp_path):
+    run(order(model), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for k in (0, 4):
+        image_path(tmp_path / "out", k).unlink()
+    assert run(order(model), tmp_path / "out").startswith("2 images in ")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_complete_folder_is_left_alone(model, tmp_path):
+    run(order(model), tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    for num in (7, 3):
+        assert run(order(model), tmp_path / "out", num=num) == f"{tmp_path / 'out'} holds all {num} images already"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_can_be_extended(model, tmp_path):
+    run(order(model), tmp_path / "whole", num=11)
+    run(order(model), tmp_path / "out", num=4)
+    watcher = Watcher()
+    assert run(order(model), tmp_path / "out", num=11, reporter=watcher).startswith("7 images in ")
+    assert watcher.bars == [("out", 11, 4)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_cut_extension_leaves_no_old_grid(model, tmp_path):
+    """All images are there when it stops: the grid of the first four must not pass for that of all."""
+    run(order(model), tmp_path / "whole")
+    run(order(model), tmp_path / "out", num=4)
+    with pytest.raises(Interrupted, match="holds 7 of 7 images"):
+        run(order(model), tmp_path / "out", reporter=stop_at(7, KeyboardInterrupt()))
+    run(order(model), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 4}, "seed 3, not 4"),
+        ({"num_steps": 8}, "num_steps 4, not 8"),
+        ({"sampler": "ddpm"}, "sampler ddim, not ddpm"),
+        ({"options": {"eta": 0.5}}, "options {}, not {'eta': 0.5}"),
+        ({"classes": [1]}, "classes [], not [1]"),
+        ({"fingerprint": "0" * 64}, "other weights"),
+    ],
+)
+def test_images_of_another_order_are_not_mixed(model, tmp_path, changes, words):
+    run(order(model), tmp_path / "out", num=2)
+    before = contents(tmp_path / "out")
+    with pytest.raises(VdiffError) as caught:
+        run(order(model, **changes), tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'} holds images drawn with {words}; give --overwrite, or another --out"
+    )
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_same_model_in_another_place_goes_on(model, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in (WEIGHTS, CONFIG):
+        (moved / name).write_bytes((model / name).read_bytes())
+    run(order(model), tmp_path / "out", num=2)
+    assert run(order(moved), tmp_path / "out", num=3).startswith("1 images in ")
+
+
+def test_overwriting_begins_anew(model, tmp_path):
+    run(order(model), tmp_path / "out")
+    run(order(model, seed=4), tmp_path / "whole", num=2)
+    run(order(model, seed=4), tmp_path / "out", num=2, overwrite=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_folders_are_left_alone(model, tmp_path, overwrite):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "00000.png").write_text("mine")
+    with pytest.raises(VdiffError, match=r"photos is not empty and holds no samples\.json; choose another --out"):
+        run(order(model), tmp_path / "photos", overwrite=overwrite)
+    with pytest.raises(VdiffError, match="is a file, not a folder"):
+        run(order(model), tmp_path / "photos" / "00000.png", overwrite=overwrite)
+    assert contents(tmp_path / "photos") == {"00000.png": b"mine"}
+
+
+def test_an_empty_folder_is_filled(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    run(order(model), tmp_path / "out", num=1)
+    assert names(tmp_path / "out") == [*images(1), GRID, RECORD]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"seed": 3}'])
+def test_a_damaged_record(model, tmp_path, text):
+    run(order(model), tmp_path / "out", num=1)
+    (tmp_path / "out" / RECORD).write_text(text)
+    with pytest.raises(VdiffError, match=r"samples\.json cannot be read; give --overwrite"):
+        run(order(model), tmp_path / "out", num=2)
+    run(order(model), tmp_path / "out", num=2, overwrite=True)
+    assert names(tmp_path / "out") == [*images(2), GRID, RECORD]
+
+
+def test_a_damaged_image_is_named(model, tmp_path):
+    run(order(model), tmp_path / "out", num=2)
+    image_path(tmp_path / "out", 1).write_bytes(image_path(tmp_path / "out", 1).read_bytes()[:40])
+    with pytest.raises(VdiffError, match=r"00001\.png is damaged; delete it"):
+        run(order(model), tmp_path / "out", num=3)
+
+
+def test_a_damaged_model_costs_no_images(model, tmp_path):
+    """With --overwrite the old images go only when the model could be read."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in (WEIGHTS, CONFIG):
+        (broken / name).write_bytes((model / name).read_bytes())
+    run(order(broken), tmp_path / "out", num=2)
+    before = contents(tmp_path / "out")
+    with open(broken / WEIGHTS, "rb+") as file:
+        file.truncate(100)
+    with pytest.raises(VdiffError, match="truncated or damaged"):
+        run(order(broken, seed=5), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_model_that_draws_nothing_finite_writes_no_image(tmp_path):
+    denoiser = write_checkpoint(tmp_path / "model")
+    weights = {name: tensor * float("nan") for name, tensor in denoiser.state_dict().items()}
+    save_checkpoint(tmp_path / "model", weights, read_config(tmp_path / "model"))
+    with pytest.raises(VdiffError, match=r"step 1 of 4 produced non-finite values in torch\.float32"):
+        run(order(tmp_path / "model"), tmp_path / "out")
+    assert names(tmp_path / "out") == [RECORD]
+
+
+def test_classes_are_drawn_in_turn(tmp_path):
+    write_checkpoint(tmp_path / "model", classes=3)
+    wanted = order(tmp_path / "model", classes=[2, 0])
+    run(wanted, tmp_path / "out", num=5)
+    denoiser, _ = load_checkpoint(tmp_path / "model")
+    for k, label in enumerate((2, 0, 2, 0, 2)):
+        image = draw(denoiser, Ddim(), indices=[k], image_size=SIZE, num_steps=4, seed=3, classes=[label])[0]
+        exact = (image.permute(1, 2, 0).numpy() + 1).clip(0, 2) * 127.5
+        assert np.abs(pixels(image_path(tmp_path / "out", k)) - exact).max() <= 0.501
+
+
+def test_progress_counts_images_and_steps(model, tmp_path):
+    watcher = Watcher()
+    run(order(model), tmp_path / "out", reporter=watcher)
+    assert [done for _, done in watcher.seen] == [0] * 4 + [3] * 5 + [6] * 5 + [7]
+
+
+def test_numbers_beyond_five_digits():
+    assert image_path(Path("out"), 7) == Path("out/00007.png")
+    assert image_path(Path("out"), 123_456) == Path("out/123456.png")
+    assert os.fspath(image_path(Path("out"), 99_999)).endswith("99999.png")

@@ -1,0 +1,329 @@
+"""The loop: the textbook's updates, the average that is saved, what is recorded, and every entry of every registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.toy import (
+    SIZE,
+    Watcher,
+    assert_equal_tensors,
+    assert_same_run,
+    contents,
+    fit_run,
+    run_of,
+    run_training,
+    scalars,
+    train_config,
+    write_dataset,
+)
+from vdiff.diffusion.prediction import PREDICTION_TYPES
+from vdiff.diffusion.samplers import Ddim
+from vdiff.diffusion.schedules import SCHEDULES
+from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.errors import OptionError, VdiffError
+from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.models.drawing import draw
+from vdiff.training.engine import build_engine
+from vdiff.training.loop import build_update, seed_update
+from vdiff.training.objectives import DenoisingObjective, Example
+from vdiff.training.optimisation import WeightAverage, build_optimizer
+from vdiff.training.state import state_path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("loop") / "toy_4")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six updates without a break."""
+    folder = tmp_path_factory.mktemp("whole") / "original"
+    run_training(train_config(data), folder)
+    return folder
+
+
+class Recorder:
+    """An objective in float64 that keeps what it is given."""
+
+    def __init__(self, objective: DenoisingObjective) -> None:
+        self.objective = objective
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, x, classes, noise, u) -> Example:
+        self.calls.append((x.double(), noise.double(), u))
+        return self.objective(x.double(), classes, noise.double(), u)
+
+
+# What an update is
+
+
+def test_the_loop_is_the_textbook_s(data, tmp_path, monkeypatch):
+    """In float64: the weights of AdamW written out, on v-MSE, with clipped gradients and a plain moving average."""
+    lr, decay, betas, clip, average_decay = 3e-3, 0.1, (0.9, 0.999), 0.5, 0.7
+    config = train_config(
+        data, weighting="snr_plus_one", dropout=0.0, lr=lr, weight_decay=decay, clip_norm=clip, ema=average_decay,
+        lr_schedule="linear", warmup_iters=3, log_interval=2,
+    )  # fmt: skip
+    run = run_of(config, tmp_path / "run")
+    recorder = Recorder(run.objective)
+    reference = run_of(config, tmp_path / "run").denoiser.double().train()
+    monkeypatch.setattr("vdiff.training.loop.preview", lambda *_, **__: torch.zeros(1, 1, SIZE, SIZE))
+    fit_run(dataclasses.replace(run, objective=recorder, denoiser=run.denoiser.double()))
+
+    names = [name for name, _ in reference.named_parameters()]
+    weights = list(reference.parameters())
+    mean, square = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    average = [w.detach().clone() for w in weights]
+    losses, norms, rates = [], [], []
+    for n, (x, noise, u) in enumerate(recorder.calls):
+        angle = (0.5 * math.pi - 2 * math.atan(math.exp(-10))) * (1 - u) + math.atan(math.exp(-10))
+        alpha, sigma = angle.cos()[:, None, None, None], angle.sin()[:, None, None, None]
+        v = alpha * noise - sigma * x
+        loss = (reference(alpha * x + sigma * noise, 1 - u).v - v).square().mean()
+        gradients = torch.autograd.grad(loss, weights)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        rate = lr * min(1, (n + 1) / 3) * (1 - n / 6)
+        with torch.no_grad():
+            for k, (w, g) in enumerate(zip(weights, gradients, strict=True)):
+                g = g * min(1, clip / norm)
+                mean[k] = betas[0] * mean[k] + (1 - betas[0]) * g
+                square[k] = betas[1] * square[k] + (1 - betas[1]) * g**2
+                w *= 1 - rate * decay
+                w -= (
+                    rate
+                    * (mean[k] / (1 - betas[0] ** (n + 1)))
+                    / ((square[k] / (1 - betas[1] ** (n + 1))).sqrt() + 1e-8)
+                )
+                d = min(average_decay, (1 + n) / (10 + n))
+                average[k] = d * average[k] + (1 - d) * w
+        losses.append(loss.item())
+        norms.append(norm.item())
+        rates.append(rate)
+
+    assert len(losses) == 6
+    assert max(norms) > clip
+    saved = read_tensors(tmp_path / "run" / WEIGHTS)
+    for name, expected in zip(names, average, strict=True):
+        torch.testing.assert_close(saved[name], expected, rtol=1e-6, atol=1e-9)
+    shown = scalars(tmp_path / "run")
+    pairs = [(0, 1), (2, 3), (4, 5)]
+    for name, values in (("loss", losses), ("grad_norm", norms)):
+        means = [(values[a] + values[b]) / 2 for a, b in pairs]
+        assert list(shown[name]) == [2, 4, 6]
+        assert list(shown[name].values()) == pytest.approx(means, rel=1e-6)
+    assert list(shown["lr"].values()) == pytest.approx([rates[b] for _, b in pairs], rel=1e-6)
+    assert min(shown["images_per_second"].values()) > 0
+    assert set(shown) == {"loss", "grad_norm", "lr", "images_per_second"}
+
+
+def test_randomness_of_an_update_is_a_function_of_seed_and_update():
+    def drawn(seed: int, step: int) -> float:
+        seed_update(seed, step)
+        return torch.rand(1).item()
+
+    places = list(itertools.product((0, 1, 2**32 - 1), (0, 1, 2, 10**6)))
+    first = [drawn(*place) for place in places]
+    assert len(set(first)) == len(places)
+    assert [drawn(*place) for place in reversed(places)] == first[::-1]
+
+
+def test_another_seed_is_another_run(data, whole, tmp_path):
+    run_training(train_config(data, seed=1), tmp_path / "other")
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != (whole / WEIGHTS).read_bytes()
+
+
+def test_what_is_saved_is_the_average_of_the_weights(data, tmp_path):
+    """ema ← d·ema + (1 − d)·raw, d = min(decay, (1 + n)/(10 + n)), from the raw weights after every update."""
+    run = run_of(train_config(data, num_iters=30, ema=0.6), tmp_path / "run")
+    average = {name: w.detach().double().clone() for name, w in run.denoiser.named_parameters()}
+
+    def follow(_: str, completed: int) -> None:
+        d = min(0.6, completed / (9 + completed))
+        for name, weight in run.denoiser.named_parameters():
+            average[name] = d * average[name] + (1 - d) * weight.detach().double()
+
+    answer = fit_run(run, Watcher(follow))
+    saved = read_tensors(tmp_path / "run" / WEIGHTS)
+    assert_equal_tensors(saved, answer.state_dict())
+    assert not answer.training
+    differs = 0
+    for name, raw in run.denoiser.named_parameters():
+        torch.testing.assert_close(saved[name].double(), average[name], rtol=1e-5, atol=1e-6)
+        differs += not torch.allclose(saved[name], raw, rtol=1e-3, atol=1e-4)
+    assert differs > len(saved) / 2
+
+
+def test_without_an_average_the_weights_themselves_are_saved(data, tmp_path):
+    run = run_of(train_config(data, ema=0.0), tmp_path / "run")
+    answer = fit_run(run)
+    assert_equal_tensors(read_tensors(tmp_path / "run" / WEIGHTS), run.denoiser.state_dict())
+    assert answer is run.denoiser
+    assert not any(name.startswith("ema.") for name in read_tensors(state_path(tmp_path / "run")))
+
+
+def test_a_checkpoint_loads_by_its_path_alone(data, whole, tmp_path, monkeypatch):
+    """Moved to another folder, without run.toml, state, data set or working directory."""
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in (WEIGHTS, CONFIG):
+        (moved / name).write_bytes((whole / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    denoiser, config = load_checkpoint(Path("elsewhere"))
+    assert_equal_tensors(denoiser.state_dict(), read_tensors(whole / WEIGHTS))
+    assert not denoiser.training
+    described = (config.method, config.weights, config.prediction, config.schedule["name"], config.num_timesteps)
+    assert described == ("base", "ema", "v", "cosine", 8)
+    assert (config.image_size, config.num_iters, config.num_images) == (SIZE, 6, 6 * 4)
+    assert config.dataset == str(data)
+    assert len(config.dataset_fingerprint) == 64
+    assert config.unet["dropout"] == 0.2
+
+
+@pytest.mark.parametrize("kind", ["nan", "infinite", "gradient"])
+def test_a_diverged_run_leaves_the_previous_checkpoint_as_it_was(data, tmp_path, kind):
+    folder = tmp_path / "original"
+    run = run_of(train_config(data, ckpt_interval=2, num_iters=8), folder)
+    calls, before = itertools.count(1), {}
+
+    def spoil(x, classes, noise, u) -> Example:
+        example, number = run.objective(x, classes, noise, u), next(calls)
+        if number == 5:
+            before.update(contents(folder))
+        if number < 6:
+            return example
+        if kind == "gradient":
+            run.denoiser.network.conv_out.weight.register_hook(lambda gradient: gradient * math.inf)
+        factor = {"nan": math.nan, "infinite": 1e30, "gradient": 1.0}[kind]
+        return dataclasses.replace(example, x=example.x * factor)
+
+    message = r"loss (\S+), gradient norm (\S+) at update 6: the training diverged; the last checkpoint is whole"
+    with pytest.raises(VdiffError, match=message) as caught:
+        fit_run(dataclasses.replace(run, objective=spoil))
+    loss, norm = map(float, re.match(message, str(caught.value)).groups())
+    assert (math.isnan(loss), math.isinf(loss)) == (kind == "nan", kind == "infinite")
+    assert not math.isfinite(norm)
+    after = contents(folder)
+    kept = [WEIGHTS, CONFIG, str(state_path(folder).relative_to(folder))]
+    assert [after[name] for name in kept] == [before[name] for name in kept]
+    assert read_config(folder).num_iters == 4
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder)[0].state_dict().values())
+
+
+# Records
+
+
+def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path):
+    folder = tmp_path / "original"
+    run_training(train_config(data, sample_interval=4, ckpt_interval=3), folder)
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == ["0000004.png", "0000006.png"]
+    denoiser, _ = load_checkpoint(folder)
+    images = draw(denoiser, Ddim(), indices=range(64), image_size=SIZE, num_steps=8, seed=0)
+    with PIL.Image.open(folder / "samples" / "0000006.png") as picture:
+        assert picture.mode == "L"
+        pixels = torch.from_numpy(np.array(picture)).float()
+    pitch = SIZE + 2
+    assert pixels.shape == (8 * pitch + 2, 8 * pitch + 2)
+    for k in range(64):
+        top, left = 2 + k // 8 * pitch, 2 + k % 8 * pitch
+        cell = pixels[top : top + SIZE, left : left + SIZE]
+        torch.testing.assert_close(cell / 127.5 - 1, images[k, 0], rtol=0, atol=0.5 / 127.5 + 1e-4)
+    events = EventAccumulator(str(folder / "log"))
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [4, 6]
+
+
+def test_pictures_change_nothing(data, whole, tmp_path):
+    run_training(train_config(data, sample_interval=1, log_interval=1, ckpt_interval=1), tmp_path / "original")
+    assert_same_run(tmp_path / "original", whole)
+
+
+# Registries
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+def test_every_prediction_and_schedule_makes_a_checkpoint(data, tmp_path, prediction, schedule):
+    config = train_config(
+        data, prediction=prediction, schedule=schedule, weighting="snr", num_iters=2, log_interval=1, num_timesteps=2
+    )
+    done = run_training(config, tmp_path / "original")
+    assert done.is_finished
+    losses = list(scalars(tmp_path / "original")["loss"].values())
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    denoiser, found = load_checkpoint(tmp_path / "original")
+    assert (found.prediction, found.schedule["name"]) == (prediction, schedule)
+    assert denoiser.schedule.num_levels in (None, 2)
+    assert denoiser.network.config.out_channels == (2 if prediction == "both" else 1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_every_combination_trains(data, tmp_path, prediction, schedule, weighting):
+    """Two updates with finite answers, that move every weight they can reach."""
+    values = {"prediction": prediction, "schedule": schedule, "weighting": weighting, "num_timesteps": 16}
+    if (prediction, weighting) == ("eps", "truncated_snr"):
+        with pytest.raises(OptionError, match="--weighting snr"):
+            train_config(data, **values)
+        return
+    config = train_config(data, **values, ema=0.0)
+    run = run_of(config, tmp_path)
+    before = {name: w.detach().clone() for name, w in run.denoiser.named_parameters()}
+    average = WeightAverage(run.denoiser.train(), 0.0)
+    update = build_update(run, build_engine(config), run.denoiser, average, build_optimizer(run.denoiser, config))
+    answers = [update(step, batch) for step, batch in zip(range(2), run.batches.start_at(0), strict=False)]
+    assert all(loss.isfinite() and norm.isfinite() and loss > 0 and norm > 0 for loss, norm in answers)
+    assert all(w.isfinite().all() for w in run.denoiser.parameters())
+    assert all(not torch.equal(w, before[name]) for name, w in run.denoiser.named_parameters() if "conv_out" in name)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_classes_and_colours(tmp_path, channels):
+    """The network is told the class where the data have classes: another class, another answer."""
+    data = write_dataset(tmp_path / "data", channels=channels, classes=("a", "b", "c"))
+    run_training(train_config(data, class_conditional=True, num_iters=3, dropout=0.0), tmp_path / "original")
+    denoiser, config = load_checkpoint(tmp_path / "original")
+    assert config.class_names == ["a", "b", "c"]
+    assert config.unet["num_classes"] == 3
+    z, t = torch.ones(3, channels, SIZE, SIZE), torch.full((3,), 0.5, dtype=torch.float64)
+    said = denoiser(z, t, torch.tensor([0, 1, 2])).x
+    assert not torch.allclose(said[0], said[1])
+    assert not torch.allclose(said[1], said[2])
+
+
+def test_network_and_objective_are_told_the_classes_of_their_images(tmp_path):
+    data = write_dataset(tmp_path / "data", classes=("a", "b", "c"))
+    run = run_of(train_config(data, class_conditional=True, num_iters=3), tmp_path / "original")
+    told, taught = [], []
+    run.denoiser.register_forward_pre_hook(lambda _, arguments: told.append(arguments[2]))
+
+    def teach(x, classes, noise, u) -> Example:
+        taught.append(classes)
+        return run.objective(x, classes, noise, u)
+
+    fit_run(dataclasses.replace(run, objective=teach))
+    expected = [batch.classes.tolist() for batch in itertools.islice(run.batches.start_at(0), 3)]
+    assert len({tuple(classes) for classes in expected}) > 1
+    assert [classes.tolist() for classes in told[:3]] == expected
+    assert [classes.tolist() for classes in taught] == expected
+
+
+def test_low_precision_is_of_the_network_only(data, tmp_path):
+    run_training(train_config(data, precision="bf16", ema=0.0), tmp_path / "original")
+    weights = read_tensors(tmp_path / "original" / WEIGHTS)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
