@@ -497,7 +497,7 @@ def test_every_kind_of_teacher_has_students(data, tmp_path, schedule, prediction
 # What it comes to
 
 
-def drawn(folder: Path, num_steps: int, count: int = 32) -> np.ndarray:
+def drawn(folder: Path, num_steps: int, count: int = 24) -> np.ndarray:
     """DDIM with x̂ clipped to ±1, written out in α and σ of the cosine schedule with λ ∈ [−20, 20]."""
     denoiser, _ = load_checkpoint(folder)
     streams = (np.random.Generator(np.random.Philox(key=np.array([3, k], np.uint64))) for k in range(count))

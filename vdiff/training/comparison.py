@@ -50,7 +50,7 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
     Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both.
     """
     entries = _entries(stages)
-    count = 32 if read_config(stages[0].base).image_size <= 32 else 16
+    count = 24 if read_config(stages[0].base).image_size <= 32 else 16
     rows: list[Row] = []
     drawn: list[Tensor] = []
     with reporter.progress("comparing", sum(steps for _, steps in entries), "evaluations") as bar:
