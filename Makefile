@@ -30,7 +30,7 @@ docs: quickstart
 
 benchmarks: quickstart
 	$(RUN) benchmarks/training.py
-	$(RUN) benchmarks/digits.py
+	$(RUN) benchmarks/digits.py --seeds 3
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

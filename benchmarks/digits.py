@@ -43,8 +43,9 @@ def real_digits(path: Path) -> NDArray[np.float32]:
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data/digits_8"), show_default=True)
 @click.option("--seeds", default=1, show_default=True, help="Sets of samples; their mean and spread are printed.")
 @click.option("--device", default="auto", show_default=True)
-def main(checkpoints: Path, data: Path, seeds: int, device: str) -> None:
-    """Print the table and write it to benchmarks/results/digits.md."""
+@click.option("--name", default="digits", show_default=True, help="Of the file in benchmarks/results.")
+def main(checkpoints: Path, data: Path, seeds: int, device: str, name: str) -> None:
+    """Print the table and write it to benchmarks/results/NAME.md."""
     real = real_digits(data)
     console = Console()
     students = sorted(checkpoints.glob("base_*"), key=lambda folder: int(folder.name.removeprefix("base_")))
@@ -72,7 +73,7 @@ def main(checkpoints: Path, data: Path, seeds: int, device: str) -> None:
     for folder, steps in steps_of.items():
         rows.append([str(steps), distance(teacher, steps), distance(folder, steps)])
     write_report(
-        "digits",
+        name,
         f"Fréchet distance of 64-pixel vectors, n = {len(real)}, {seeds} set(s) of samples",
         ["steps", "teacher, plain DDIM", "student, DDIM"],
         rows,

@@ -59,6 +59,9 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
     images = teachers_images(config, teacher)
     stages = plan_stages(config, teacher, out)
     console.line(f"preset {config.preset}, {images.name}, method {config.method}")
+    if not teacher.is_finished:
+        done = f"{teacher.num_iters} of {teacher.target_iters} updates"
+        console.line(f"{config.base} is unfinished: {done}")
     if dry_run:
         rows = [
             [
@@ -76,7 +79,7 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}")
     trained = climb(stages, config, images, engine, overwrite=overwrite, reporter=console)
-    table = None if trained else known_rows(stages)
+    table = None if trained else known_rows(stages, seed=config.seed)
     table = table or compare(stages, seed=config.seed, device=engine.device, reporter=console)
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     last = stages[-1].folder

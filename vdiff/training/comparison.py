@@ -29,6 +29,7 @@ class Row:
     """One model of a ladder.
 
     Attributes:
+        seed: of the noise that the comparison begins with.
         train_seconds: of its own training.
         ms_per_image: milliseconds to draw one image in the batch of the comparison.
         rmse_to_teacher: root mean square difference of pixels in [−1, 1] from the model before it, same noise.
@@ -37,6 +38,7 @@ class Row:
 
     checkpoint: str
     num_steps: int
+    seed: int
     num_iters: int
     train_seconds: float
     ms_per_image: float
@@ -73,6 +75,7 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
                 Row(
                     checkpoint=folder.as_posix(),
                     num_steps=steps,
+                    seed=seed,
                     num_iters=model.num_iters,
                     train_seconds=model.train_seconds,
                     ms_per_image=1000 * seconds / count,
@@ -87,15 +90,15 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
     return rows
 
 
-def known_rows(stages: Sequence[Stage]) -> list[Row] | None:
-    """The table that an earlier `compare` of the same ladder wrote; None where there is none."""
+def known_rows(stages: Sequence[Stage], *, seed: int) -> list[Row] | None:
+    """The table that an earlier `compare` of the same ladder wrote with `seed`; None where there is none."""
     path = stages[-1].folder / TABLE
     try:
         rows = [Row(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return None
-    entries = [(folder.as_posix(), steps) for folder, steps in _entries(stages)]
-    return rows if [(row.checkpoint, row.num_steps) for row in rows] == entries else None
+    entries = [(folder.as_posix(), steps, seed) for folder, steps in _entries(stages)]
+    return rows if [(row.checkpoint, row.num_steps, row.seed) for row in rows] == entries else None
 
 
 def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:

@@ -6,6 +6,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, suggestion
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 COMMAND_LINE = "the command line"
@@ -228,7 +229,7 @@ def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
     kind = value_type(setting)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise OptionError(f"{where} {value!r} is no {WORDS[kind]}", f"give a {WORDS[kind]}")
     rules = setting.metadata
     if rules.get("choices") and value not in rules["choices"]:

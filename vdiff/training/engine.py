@@ -12,7 +12,7 @@ from vdiff.models.denoiser import Denoiser
 from vdiff.models.device import pick_device
 from vdiff.training.config import LoopConfig
 
-MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+MIXED = {"fp32": "no", "bf16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,6 @@ def build_engine(config: LoopConfig) -> Engine:
     """
     on_cuda = pick_device(config.device).type == "cuda"
     precision = config.precision if config.precision != "auto" else ("bf16" if on_cuda else "fp32")
-    if precision == "fp16" and not on_cuda:
-        raise OptionError("--precision fp16 needs a CUDA device", "give --precision auto")
     accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=config.device == "cpu")
     if config.device not in ("auto", accelerator.device.type):
         raise OptionError(f"--device {config.device}: Accelerate chose {accelerator.device.type}", "give --device auto")

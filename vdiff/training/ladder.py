@@ -91,6 +91,8 @@ def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | No
         OptionError: the steps cannot be halved so often, the teacher does not take that many, or it predicts ε.
     """
     base = Path(config.base)
+    if base.name in ("", ".."):  # students go beside the teacher, so its folder must have a name
+        base = base.resolve()
     if teacher.prediction == "eps":
         raise OptionError(
             f"{base} is an eps-prediction: at zero signal, where students start, it says nothing about the image",

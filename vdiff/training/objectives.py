@@ -76,7 +76,8 @@ def stratified(size: int, *, first: int = 0, total: int | None = None) -> Tensor
 
     Each is uniform once images are shuffled, and together they cover all times evenly: a loss of lower variance.
     """
-    return (first + torch.arange(size) + torch.rand(size, dtype=torch.float64)) / (total or size)
+    u = (first + torch.arange(size) + torch.rand(size, dtype=torch.float64)) / (total or size)
+    return u.clamp(max=1 - 2**-53)  # the last one might be rounded up to 1
 
 
 def weighted_loss(
