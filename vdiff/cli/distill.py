@@ -9,7 +9,7 @@ import click
 
 from vdiff.cli.console import Console, duration
 from vdiff.cli.options import Command, option, switch
-from vdiff.cli.settings import given, settings
+from vdiff.cli.settings import config_option, given, settings
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:
@@ -32,14 +32,7 @@ if TYPE_CHECKING:
     show_default="base_0, base_1, … beside --base",
     help="The student's folder, where there is one student.",
 )
-@option(
-    "--config",
-    "config_file",
-    group="Run",
-    type=click.Path(path_type=Path),
-    metavar="FILE.toml",
-    help="Settings by their names, in [distill].",
-)
+@config_option
 @switch("--overwrite", group="Run", help="Replace students that exist.")
 @switch("--dry_run", group="Run", help="Print the stages, then stop.")
 @settings(DistillConfig)

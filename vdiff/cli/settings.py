@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,15 @@ import click
 from vdiff.cli.options import OneOf, option, switch
 from vdiff.training.config import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, LoopConfig, value_type
 from vdiff.training.presets import PRESETS
+
+config_option = option(
+    "--config",
+    "config_file",
+    group="Run",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Settings by their names: those of train.py first, its network in [unet], those of distill.py in [distill].",
+)
 
 
 def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:

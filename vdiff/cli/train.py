@@ -9,7 +9,7 @@ import click
 
 from vdiff.cli.console import Console, duration, quantity
 from vdiff.cli.options import Command, option, switch
-from vdiff.cli.settings import given, settings
+from vdiff.cli.settings import config_option, given, settings
 from vdiff.errors import OptionError
 from vdiff.training.config import TrainConfig
 
@@ -37,14 +37,7 @@ DEFAULT_OUT = Path("checkpoints/original")
     metavar="FOLDER",
     help="The checkpoint's folder.",
 )
-@option(
-    "--config",
-    "config_file",
-    group="Run",
-    type=click.Path(path_type=Path),
-    metavar="FILE.toml",
-    help="Settings by their names, and the network in [unet].",
-)
+@config_option
 @switch("--resume", group="Run", help="Go on with the run in --out.")
 @switch("--overwrite", group="Run", help="Replace what is in --out.")
 @switch(

@@ -229,7 +229,7 @@ def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
     kind = value_type(setting)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise OptionError(f"{where} {value!r} is no {WORDS[kind]}", f"give a {WORDS[kind]}")
     rules = setting.metadata
     if rules.get("choices") and value not in rules["choices"]:
