@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from vdiff.data.images import captioned_grid, from_uint8, make_grid, save_png, to_pil, to_uint8
+from vdiff.data.images import captioned_grid, cell_scale, from_uint8, make_grid, save_png, to_pil, to_uint8
 
 
 def test_every_level_survives_the_round_trip() -> None:
@@ -61,6 +61,16 @@ def test_a_grid_places_images_in_reading_order(channels: int) -> None:
         cell = grid[:, 1 + row * 3 : 3 + row * 3, 1 + column * 4 : 4 + column * 4]
         assert torch.equal(cell, images[index])
     assert (grid[:, 0] == 1).all()
+
+
+def test_a_grid_enlarges_small_images_without_smoothing() -> None:
+    images = torch.rand(3, 1, 2, 3) * 2 - 1
+    grid = make_grid(images, columns=2, padding=1, scale=4)
+    assert grid.shape == (1, 2 * 9 + 1, 2 * 13 + 1)
+    for k in range(3):
+        top, left = 1 + k // 2 * 9, 1 + k % 2 * 13
+        assert torch.equal(grid[:, top : top + 8, left : left + 12], torch.kron(images[k], torch.ones(1, 4, 4)))
+    assert [cell_scale(torch.zeros(1, size, size)) for size in (8, 32, 71, 72, 256)] == [9, 3, 2, 1, 1]
 
 
 def test_a_captioned_grid_shows_every_pixel_enlarged() -> None:

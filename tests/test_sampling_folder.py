@@ -113,13 +113,15 @@ def test_grid_shows_the_first_images_from_their_files(request, tmp_path, name, n
     model = request.getfixturevalue(name)
     run(order(model, num_steps=1), tmp_path / "out", num=num, batch_size=64)
     grid, shown = pixels(tmp_path / "out" / GRID), min(num, 64)
-    pitch, rows = SIZE + 2, -(-shown // columns)
+    scale = -(-72 // SIZE)
+    side = scale * SIZE
+    pitch, rows = side + 2, -(-shown // columns)
     if num > 1:  # torchvision gives a single image without a margin
         assert grid.shape[:2] == (rows * pitch + 2, columns * pitch + 2)
     for k in range(shown):
         top, left = (2 + k // columns * pitch, 2 + k % columns * pitch) if num > 1 else (0, 0)
-        cell = grid[top : top + SIZE, left : left + SIZE]
-        assert np.array_equal(cell, pixels(image_path(tmp_path / "out", k)))
+        cell = grid[top : top + side, left : left + side]
+        assert np.array_equal(cell, np.kron(pixels(image_path(tmp_path / "out", k)), np.ones((scale, scale, 1))))
 
 
 def stop_at(completed: int, error: BaseException, *, calls: int = 1) -> Watcher:

@@ -234,11 +234,12 @@ def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path)
     with PIL.Image.open(folder / "samples" / "0000006.png") as picture:
         assert picture.mode == "L"
         pixels = torch.from_numpy(np.array(picture)).float()
-    pitch = SIZE + 2
+    scale = 72 // SIZE
+    pitch = scale * SIZE + 2
     assert pixels.shape == (8 * pitch + 2, 8 * pitch + 2)
     for k in range(64):
         top, left = 2 + k // 8 * pitch, 2 + k % 8 * pitch
-        cell = pixels[top : top + SIZE, left : left + SIZE]
+        cell = pixels[top : top + scale * SIZE : scale, left : left + scale * SIZE : scale]
         torch.testing.assert_close(cell / 127.5 - 1, images[k, 0], rtol=0, atol=0.5 / 127.5 + 1e-4)
     events = EventAccumulator(str(folder / "log"))
     events.Reload()

@@ -191,7 +191,8 @@ def summary(report: Report) -> str:
     rows.append(
         ("took", f"{report.seconds:.1f} s, {report.images_per_second:.0f} images/s, {megabytes(report.num_bytes)}")
     )
-    rows.append(("next", f"python train.py --data {report.path}"))
+    choice = f" --image_size {report.sizes[0]}" if len(report.sizes) > 1 else ""
+    rows.append(("next", f"python train.py --data {report.path}{choice}"))
     return "\n".join(f"{head:<10} {text}" for head, text in rows)
 
 

@@ -56,10 +56,19 @@ def save_png(image: Tensor | PIL.Image.Image, path: Path) -> None:
     write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
-def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
-    """(N, C, H, W) in [−1, 1] as one (C, H′, W′) picture of `columns` images a row, on white."""
+def cell_scale(images: Tensor) -> int:
+    """How many times (…, H, W) images are to be enlarged for people to see them: to 72 pixels or a little more."""
+    return max(1, -(-CELL_PIXELS // min(images.shape[-2:])))
+
+
+def make_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) -> Tensor:
+    """(N, C, H, W) in [−1, 1] as one (C, H′, W′) picture of `columns` images a row, on white.
+
+    Each pixel becomes a square of `scale` × `scale`.
+    """
     from torchvision.utils import make_grid as torchvision_grid
 
+    images = images.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
     grid: Tensor = torchvision_grid(images.detach().float().cpu(), nrow=columns, padding=padding, pad_value=1.0)
     return grid if images.shape[1] == 3 else grid[:1]  # torchvision repeats a grey channel three times
 
@@ -87,7 +96,7 @@ def captioned_grid(
         raise ValueError(f"{len(row_titles)} row titles for {len(rows)} rows")
 
     height, width = rows[0][0].shape[-2:]
-    factor = scale or max(1, -(-CELL_PIXELS // min(height, width)))
+    factor = scale or cell_scale(rows[0][0])
     cell_w, cell_h = width * factor, height * factor
     text = PIL.ImageFont.load_default(size=max(12, min(18, cell_w // 6)))
     big = PIL.ImageFont.load_default(size=20)

@@ -18,7 +18,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vdiff.data.images import from_uint8, make_grid, save_png
+from vdiff.data.images import cell_scale, from_uint8, make_grid, save_png
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.files import make_folder, remove, write_text
@@ -159,4 +159,5 @@ def _grid(folder: Path, num: int) -> Tensor:
                 f"{image_path(folder, k)} is damaged", "delete it, then give the same command again"
             ) from None
         pictures.append(from_uint8(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))))
-    return make_grid(torch.stack(pictures), columns=math.ceil(math.sqrt(count)))
+    images = torch.stack(pictures)
+    return make_grid(images, columns=math.ceil(math.sqrt(count)), scale=cell_scale(images))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vdiff.data.images import make_grid, save_png, to_uint8
+from vdiff.data.images import cell_scale, make_grid, save_png, to_uint8
 from vdiff.diffusion.samplers import Ddim
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
@@ -33,7 +33,7 @@ class Records:
 
     def pictures(self, images: Tensor, step: int) -> None:
         """Keep (B, C, H, W) images in [−1, 1] as a square grid."""
-        grid = make_grid(images, columns=round(len(images) ** 0.5))
+        grid = make_grid(images, columns=round(len(images) ** 0.5), scale=cell_scale(images))
         save_png(grid, self.samples / f"{step:07d}.png")
         self.tracker.writer.add_image("samples", to_uint8(grid), step)
 
