@@ -386,7 +386,8 @@ def test_finished_stages_are_left_alone(data, whole):
     assert not climb(stages, config, images, build_engine(config), overwrite=False, reporter=watcher)
     assert times(whole) == before
     assert watcher.lines == [
-        f"{whole / name} is finished already: {n} steps" for name, n in (("base_0", 4), ("base_1", 2), ("base_2", 1))
+        f"{whole / name} is finished already: {n}"
+        for name, n in (("base_0", "4 steps"), ("base_1", "2 steps"), ("base_2", "1 step"))
     ]
     assert watcher.bars == []
 

@@ -18,7 +18,7 @@ from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw
 from vdiff.reporting import Reporter
-from vdiff.training.ladder import Stage
+from vdiff.training.ladder import Stage, steps_text
 
 PICTURE, TABLE = "ladder.png", "ladder.json"
 PICTURE_ROWS = 8
@@ -113,9 +113,8 @@ def picture(rows: Sequence[Row], drawn: Sequence[Tensor]) -> Image:
     """Columns: the models; rows: noise."""
     titles = []
     for row in rows:
-        steps = f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}"
         error = f"RMSE {row.rmse_to_first:.3f}" if row.rmse_to_first is not None else ""
-        titles.append(f"{Path(row.checkpoint).name}\n{steps}\n{error}")
+        titles.append(f"{Path(row.checkpoint).name}\n{steps_text(row.num_steps)}\n{error}")
     count = min(PICTURE_ROWS, len(drawn[0]))
     return captioned_grid(
         [[images[k] for images in drawn] for k in range(count)],

@@ -168,7 +168,7 @@ def climb(
             found = recorded(stage.folder)
             check_same_teacher(stage, found, lineage)
             if found and found.is_finished:
-                reporter.line(f"{stage.folder} is finished already: {found.num_timesteps} steps")
+                reporter.line(f"{stage.folder} is finished already: {steps_text(found.num_timesteps)}")
                 continue
             check_same_run(stage.folder, mine, _settings_of(stage.folder))
             check_resumable(stage.folder, images)
@@ -182,6 +182,11 @@ def climb(
             raise Interrupted(f"{stop}; {how}", stop.exit_code) from None
         trained = True
     return trained
+
+
+def steps_text(num_steps: int) -> str:
+    """`1 step`, `8 steps`."""
+    return f"{num_steps} step{'s' if num_steps > 1 else ''}"
 
 
 def check_room(stages: list[Stage]) -> None:
