@@ -336,7 +336,7 @@ def test_preparation_is_stopped_and_leaves_nothing(tmp_path, monkeypatch):
     PIL.Image.new("RGB", (64, 64), (200, 100, 50)).save(tmp_path / "0.png")
     photos = tmp_path / "photos"
     photos.mkdir()
-    for k in range(60):
+    for k in range(600):  # many seconds of work: the signals come early in it on any machine
         os.link(tmp_path / "0.png", photos / f"{k}.png")
     line = f"prepare_data.py {photos} --size 1024 --format png --num_workers 1 --out new/set"
 
@@ -349,8 +349,8 @@ def test_preparation_is_stopped_and_leaves_nothing(tmp_path, monkeypatch):
     assert ends == ["interrupted", "terminated"]
     for number, _ in STOPS:
         assert list((tmp_path / number.name / "new").iterdir()) == []
-    done(line)
-    assert len(ImageStore("new/set")) == 60
+    done(line.replace("--size 1024", "--size 4"))
+    assert len(ImageStore("new/set")) == 600
 
 
 def test_a_signal_while_an_image_is_converted_is_no_damaged_image(tmp_path, monkeypatch):
