@@ -1,45 +1,60 @@
 """The one conversion from any image file to the pixels of a dataset.
 
-In this order: first frame; EXIF orientation applied; every mode made 8-bit (below); transparency composited on the
-background; RGB or grey; crop; resize from the full-size picture; encode. Colour profiles are not applied.
+In this order: first frame; EXIF orientation applied; every mode made 8-bit; colour profile to sRGB; transparency
+composited on the background; RGB or grey; crop; resize; encode. All sizes come from one decoding.
 
-| mode | becomes |
+| file | becomes |
 |---|---|
 | 16-bit grey (also 32-bit integers within 0 … 65535) | round(v / 257), never clipped; outside 0 … 65535: rejected |
+| 16 bits a channel, otherwise | the high byte, as Pillow reads it |
 | floating point | values in [0, 1]: round(255 v); in [0, 255]: round(v); others: rejected, as no scale is known |
 | 1-bit | 0 and 255 |
 | palette | its colours, with their transparency |
-| CMYK, YCbCr, Lab, HSV, premultiplied alpha | RGB as Pillow converts them |
+| CMYK, Lab | RGB by the profile; without one, as Pillow converts them |
+| YCbCr, HSV, premultiplied alpha | RGB or RGB with alpha as Pillow converts them |
+| ICC profile | sRGB, relative colorimetric with black-point compensation, before transparency is composited |
+| sRGB profile | nothing: every colour stays within 2 levels |
+| broken profile, or one for other channels | nothing, counted as `broken icc` |
+| grey | 0.299 R + 0.587 G + 0.114 B of the sRGB colours, as Pillow's L rounds it |
+| JPEG | decoded at 1/2, 1/4 or 1/8 where that leaves twice the pixels of the largest target (`draft_scale`) |
+| HEIF | needs the package pillow-heif |
+
+| crop | takes |
+|---|---|
+| center | the largest centred square |
+| random_resized | a random part, a function of (seed, key) alone, as torchvision's RandomResizedCrop draws it |
+| pad | everything, on a square of the background |
+| stretch | everything, distorted to a square |
+| none | everything; a picture that is not of the size already is rejected |
+
+Boxes are whole pixels of the upright full-size picture, also where a JPEG is decoded smaller.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import PIL.Image
 from PIL.Image import Image, Resampling, Transpose
+from PIL.ImageFile import ImageFile
+
+from vdiff.data.colour import UnsupportedValuesError, to_8_bit_srgb
+from vdiff.data.image_files import UnreadableImageError, is_image, open_file
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 ORIENTATION_TAG = 0x0112
-ORIENTATIONS = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
-
-
-class UnreadableImageError(Exception):
-    """A file that gives no picture: `reason` is one of a few words to count by, `detail` what the decoder said."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason} ({detail})" if detail else reason)
+# how many decoded pixels each pixel of the largest target gets from a JPEG that is decoded at less than its full size
+DRAFT_MARGIN = 2
+# width : height of random_resized, and how often it tries to fit a part into the picture
+ASPECTS = (3 / 4, 4 / 3)
+CROP_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class ConversionConfig:
     """What the images of a dataset are made into.
 
     `background` is `(R, G, B)`; `quality` (1 … 100) is for jpeg alone. Choices: `CROPS`, `RESAMPLES`, `FORMATS`.
+    `crop_scale` in (0, 1] is the smallest part of the area that `random_resized` takes, and `seed` its randomness.
+    Images whose shorter side (for pad the longer) has less than `min_size` pixels are rejected.
     """
 
     sizes: tuple[int, ...] = (64,)
@@ -56,6 +73,9 @@ class ConversionConfig:
     background: tuple[int, int, int] = (255, 255, 255)
     image_format: str = "jpeg"
     quality: int = 100
+    crop_scale: float = 0.25
+    seed: int = 0
+    min_size: int = 0
 
     def __post_init__(self) -> None:
         choices: list[tuple[str, object, list[str] | list[int]]] = [
@@ -69,8 +89,18 @@ class ConversionConfig:
                 raise ValueError(f"{name} {value!r}; choose from {allowed}")
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
             raise ValueError(f"sizes {self.sizes}; need distinct sizes >= 1 in ascending order")
+        if self.crop == "none" and len(self.sizes) > 1:
+            raise ValueError(f"sizes {self.sizes}; crop 'none' keeps the one size that the images have")
+        if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
+            raise ValueError(f"background {self.background}; need three levels from 0 to 255")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality {self.quality}; need 1 to 100")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale {self.crop_scale}; need more than 0, at most 1")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}; need 0 or more")
+        if self.min_size < 0:
+            raise ValueError(f"min_size {self.min_size}; need 0 or more")
 
     @property
     def mode(self) -> str:
@@ -86,87 +116,128 @@ class Converted:
     kinds: tuple[str, ...]
 
 
-def convert(data: bytes, config: ConversionConfig) -> Converted:
-    """The bytes of an image file to encoded images of all `config.sizes`, from one decoding.
+def convert(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> Converted:
+    """An image file's bytes, or a picture, to encoded images of all `config.sizes`; `key` = its name in its source.
 
     Raises:
-        UnreadableImageError: `data` is no image, damaged, or beyond Pillow's decompression-bomb limit.
+        UnreadableImageError: `data` is no image, damaged, beyond Pillow's decompression-bomb limit, of a kind that
+            cannot be read, or of a size that `config` rules out.
     """
-    image, kinds = decode(data, config)
-    fit = CROPS[config.crop]
-    if fit.enlarges(image.size, config.sizes[-1]):
-        kinds.append("enlarged")
-    images = {}
-    for size in config.sizes:
-        images[size] = encode(fit.apply(image, size, config), config)
-    return Converted(images, tuple(kinds))
+    picture = decode(data, config, key=key)
+    kinds = picture.kinds
+    left, top, right, bottom = picture.box
+    if CROPS[config.crop].decisive(right - left, bottom - top) < config.sizes[-1]:
+        kinds = (*kinds, "enlarged")
+    return Converted({size: encode(render(picture, size, config), config) for size in config.sizes}, kinds)
 
 
-def decode(data: bytes, config: ConversionConfig) -> tuple[Image, list[str]]:
-    """The bytes of an image file to an upright 8-bit picture in `config.mode`, and the kinds of conversion it took."""
-    if not data:
-        raise UnreadableImageError("empty file")
+@dataclass(frozen=True)
+class Picture:
+    """An upright picture in `config.mode`, decoded at 1/`scale` of its size in the file.
+
+    `size` = (width, height) of the whole and `box` = the part to keep are in pixels of the full size. A column of the
+    decoded picture holds `scale` columns of the file, the last one perhaps fewer; a flip or a turn moves that one to
+    the front. So (x, y) lies at (x, y) / `scale` + `offset`.
+    """
+
+    image: Image
+    size: tuple[int, int]
+    box: Box
+    scale: int = 1
+    offset: tuple[float, float] = (0.0, 0.0)
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def decoded_box(self) -> tuple[float, float, float, float]:
+        """`box` in pixels of `image`."""
+        (dx, dy), s = self.offset, self.scale
+        left, top, right, bottom = self.box
+        return left / s + dx, top / s + dy, right / s + dx, bottom / s + dy
+
+
+def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> Picture:
+    """An image file's bytes, or a picture, to the upright 8-bit picture that all sizes are made from.
+
+    Raises:
+        UnreadableImageError: see `convert`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                return _to_mode(image, config)
+            if isinstance(data, Image):
+                return _upright(data, config, key)
+            with open_file(data) as image:
+                full = image.size
+                return _upright(image, config, key, full, _draft(image, config, key))
         except UnreadableImageError:
             raise
+        except UnsupportedValuesError as error:
+            raise UnreadableImageError("unsupported values", str(error)) from None
         except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
             raise UnreadableImageError("too many pixels", f"more than {PIL.Image.MAX_IMAGE_PIXELS:,}") from None
         except PIL.UnidentifiedImageError:
+            if isinstance(data, bytes) and is_image(data):
+                raise UnreadableImageError("damaged", "nothing readable after its first bytes") from None
             raise UnreadableImageError("not an image") from None
         except Exception as error:
             # decoders raise whatever a damaged file makes them stumble over: OSError, SyntaxError, struct.error, …
             raise UnreadableImageError("damaged", " ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _to_mode(image: Image, config: ConversionConfig) -> tuple[Image, list[str]]:
-    kinds = []
-    if getattr(image, "is_animated", False):  # only the formats that can be animated have the attribute
-        kinds.append("animation")
+def _upright(
+    image: Image, config: ConversionConfig, key: str, full: tuple[int, int] = (0, 0), scale: int = 1
+) -> Picture:
+    """Decode, turn, crop on paper, and make the colours those of `config`; `full` = the stored size if scale > 1."""
+    # only the formats that can be animated have the attribute
+    kinds = ["animation"] if getattr(image, "is_animated", False) else []
     image.load()
+    if scale == 1:
+        full = image.size  # only now: a TIFF turns itself when it is loaded
+    offset = (0.0, 0.0)
     turn = ORIENTATIONS.get(_orientation(image))
     if turn is not None:
         kinds.append("orientation")
         # a copy: an open file would decode anew, and transposing keeps `info`, which says what is transparent
-        image = image.transpose(turn)
-    if image.mode in _KINDS_OF_MODES:
-        kinds.append(_KINDS_OF_MODES[image.mode])
-    opacity: Image | None = None
-    if image.mode == "F" or image.mode.startswith("I"):
-        image, opacity = _to_8_bit(image)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        opacity, image = image.getchannel("A"), image.convert("RGB")
-    if opacity is not None:
-        if opacity.getextrema() != (255, 255):
-            kinds.append("alpha")
-        image = image.convert("RGB")
-        image = PIL.Image.composite(image, PIL.Image.new("RGB", image.size, config.background), opacity)
-    if image.mode == "1":
-        image = image.convert("L")
-    elif image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    if image.mode != config.mode:
-        kinds.append("grey" if image.mode == "L" else "colour")
-    return image.convert(config.mode), kinds
+        image = image.transpose(turn.method)
+        full = turn.size(full)
+        left, top = (decoded - side / scale for decoded, side in zip(image.size, full, strict=True))
+        offset = (left * turn.flips_x, top * turn.flips_y)
+    _check_size(*full, config)
+    box = CROPS[config.crop].box(*full, config, key)
+    image, colour_kinds = to_8_bit_srgb(image, config.mode, config.background)
+    return Picture(image, full, box, scale, offset, (*kinds, *colour_kinds))
 
 
-_KINDS_OF_MODES = {
-    "1": "1-bit",
-    "P": "palette",
-    "PA": "palette",
-    "CMYK": "cmyk",
-    "F": "float",
-    "I": "16-bit",
-    "I;16": "16-bit",
-    "I;16B": "16-bit",
-    "I;16L": "16-bit",
-    "I;16N": "16-bit",
-}
+def _check_size(width: int, height: int, config: ConversionConfig) -> None:
+    if CROPS[config.crop].decisive(width, height) < config.min_size or not width or not height:
+        raise UnreadableImageError("too small", f"{width}×{height}")
+    size = config.sizes[0]
+    if config.crop == "none" and (width, height) != (size, size):
+        raise UnreadableImageError(f"not {size}×{size}", f"{width}×{height}")
+
+
+def _draft(image: ImageFile, config: ConversionConfig, key: str) -> int:
+    """Have a JPEG decoded at 1/scale of its size, and return that scale; 1 for other formats."""
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    width, height = image.size
+    turn = ORIENTATIONS.get(_orientation(image))
+    box = CROPS[config.crop].box(*(turn.size(image.size) if turn else image.size), config, key)
+    scale = draft_scale(box, config)
+    if scale == 1 or scale > min(width, height):
+        return 1
+    return scale if image.draft(None, (width // scale, height // scale)) else 1
+
+
+def draft_scale(box: Box, config: ConversionConfig) -> int:
+    """The largest s of 8, 4, 2 for which the decisive side of `box` ≥ s · `DRAFT_MARGIN` · the largest target, or 1."""
+    if config.crop == "none" or config.resample == "box":
+        # box weighs a pixel with all or nothing: on a coarser grid its edges would fall elsewhere
+        return 1
+    left, top, right, bottom = box
+    decisive = CROPS[config.crop].decisive(right - left, bottom - top)
+    return next((scale for scale in (8, 4, 2) if decisive >= scale * DRAFT_MARGIN * config.sizes[-1]), 1)
 
 
 def _orientation(image: Image) -> int:
@@ -176,69 +247,121 @@ def _orientation(image: Image) -> int:
         return 1
 
 
-def _to_8_bit(image: Image) -> tuple[Image, Image | None]:
-    """Integer and floating-point grey to L, and the opacity where one grey value stands for transparency."""
-    import numpy as np
-
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F":
-        # written so that NaN fails every comparison
-        if low >= 0 and high <= 1:
-            scaled = np.floor(values * 255.0 + 0.5)
-        elif low >= 0 and high <= 255:
-            scaled = np.floor(values + 0.5)
-        else:
-            raise UnreadableImageError("unsupported values", f"floating-point pixels from {low:g} to {high:g}")
-    else:
-        if low < 0 or high > 65535:
-            raise UnreadableImageError("unsupported values", f"integer pixels from {low} to {high}")
-        scaled = (values.astype(np.int64) + 128) // 257  # exactly round(v / 257): 257 is odd, so there are no ties
-    grey = PIL.Image.fromarray(scaled.astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if not isinstance(transparent, int):
-        return grey, None
-    return grey, PIL.Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
-
-
 @dataclass(frozen=True)
-class Fit:
-    """How a picture of any shape becomes a square: `apply` makes it, `enlarges` says whether that invents pixels."""
+class Turn:
+    """How stored rows and columns become upright; `flips_x`: the first upright column is the last stored line."""
 
-    apply: Callable[[Image, int, ConversionConfig], Image]
-    enlarges: Callable[[tuple[int, int], int], bool]
+    method: Transpose
+    flips_x: bool
+    flips_y: bool
+    swaps: bool = False
+
+    def size(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """Upright (width, height)."""
+        return (stored[1], stored[0]) if self.swaps else stored
 
 
-def center_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """The largest centred square (left, top, right, bottom); half pixels are rounded to the left and up."""
+def render(picture: Picture, size: int, config: ConversionConfig) -> Image:
+    """The picture's box as a `size` × `size` square, in `config.mode`."""
+    left, top, right, bottom = picture.box
+    place = CROPS[config.crop].place(right - left, bottom - top, size)
+    resized = _resize(picture, (place[2] - place[0], place[3] - place[1]), RESAMPLES[config.resample])
+    if resized.size == (size, size):
+        return resized
+    ground = PIL.Image.new("RGB", (1, 1), config.background).convert(config.mode).resize((size, size))
+    ground.paste(resized, place[:2])
+    return ground
+
+
+def _resize(picture: Picture, size: tuple[int, int], resample: Resampling) -> Image:
+    """Crop and resize in one go: nothing is rounded on the way, and nothing is blurred at scale 1.
+
+    An outermost decoded column that holds a part f < 1 of `scale` columns must count f, yet resizing counts it whole.
+    With its weight w in a new pixel y and its colour p: y′ = (y − (1 − f) w p) / (1 − (1 − f) w). Rows likewise.
+    """
+    image, box = picture.image, picture.decoded_box
+    resized = image.resize(size, resample, box=box)
+    excess = [decoded - side / picture.scale for decoded, side in zip(image.size, picture.size, strict=True)]
+    if not any(excess):
+        return resized
+    pixels = np.atleast_3d(np.asarray(resized, np.float32))
+    for axis, share in enumerate(excess):
+        if not share:
+            continue
+        at = 0 if picture.offset[axis] else image.size[axis] - 1
+        impulse = PIL.Image.new("F", (image.size[axis], 1))
+        impulse.putpixel((at, 0), share)
+        weights = np.asarray(impulse.resize((size[axis], 1), resample, box=(box[axis], 0, box[axis + 2], 1)))
+        if axis == 0:
+            line = image.crop((at, 0, at + 1, image.height))
+            line = line.resize((1, size[1]), resample, box=(0, box[1], 1, box[3]))
+            weights = weights.reshape(1, -1, 1)
+        else:
+            line = image.crop((0, at, image.width, at + 1))
+            line = line.resize((size[0], 1), resample, box=(box[0], 0, box[2], 1))
+            weights = weights.reshape(-1, 1, 1)
+        pixels = (pixels - weights * np.asarray(line, np.float32).reshape(*line.size[::-1], -1)) / (1 - weights)
+    levels = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+    return PIL.Image.fromarray(levels if image.mode == "RGB" else levels[..., 0])
+
+
+def whole_box(width: int, height: int) -> Box:
+    """Everything."""
+    return 0, 0, width, height
+
+
+def center_box(width: int, height: int) -> Box:
+    """The largest centred square; half pixels are rounded to the left and up."""
     short = min(width, height)
     left, top = (width - short) // 2, (height - short) // 2
     return left, top, left + short, top + short
 
 
-def pad_box(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """Where the whole picture lies, its long side `size`, its middle in the middle: (left, top, right, bottom)."""
+def random_box(width: int, height: int, smallest: float, rng: random.Random) -> Box:
+    """A random part, as torchvision's RandomResizedCrop draws it.
+
+    Area ~ U(smallest, 1) of the whole; log(width / height) ~ U(log 3/4, log 4/3); drawn anew up to `CROP_TRIES` times
+    if it does not fit. Else the largest centred part with width / height in that range.
+    """
+    low, high = (math.log(aspect) for aspect in ASPECTS)
+    for _ in range(CROP_TRIES):
+        area = width * height * _uniform(rng, smallest, 1)
+        aspect = math.exp(_uniform(rng, low, high))
+        new_width, new_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < new_width <= width and 0 < new_height <= height:
+            # random() alone, which every version of Python draws alike
+            top = int(rng.random() * (height - new_height + 1))
+            left = int(rng.random() * (width - new_width + 1))
+            return left, top, left + new_width, top + new_height
+    new_width = min(width, round(height * ASPECTS[1]))
+    new_height = min(height, round(width / ASPECTS[0]))
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return left, top, left + new_width, top + new_height
+
+
+def _uniform(rng: random.Random, low: float, high: float) -> float:
+    return low + (high - low) * rng.random()
+
+
+def pad_box(width: int, height: int, size: int) -> Box:
+    """Where the whole picture lies in the square, its long side `size`, its middle in the middle."""
     long = max(width, height)
     new_width, new_height = (max(1, (2 * side * size + long) // (2 * long)) for side in (width, height))
     left, top = (size - new_width) // 2, (size - new_height) // 2
     return left, top, left + new_width, top + new_height
 
 
-def _center(image: Image, size: int, config: ConversionConfig) -> Image:
-    # whole source pixels, cropped and resized in one go: the long side is never rounded, so nothing is distorted, and
-    # nothing is blurred at scale 1
-    return image.resize((size, size), RESAMPLES[config.resample], box=center_box(*image.size))
+@dataclass(frozen=True)
+class Crop:
+    """How a picture of any shape becomes a square.
 
+    `box` = the part that is kept, for (width, height, config, key), in whole pixels of the full-size picture; `place` =
+    where it goes, for (width, height, size); `decisive` = the side, of two, that must be large enough.
+    """
 
-def _pad(image: Image, size: int, config: ConversionConfig) -> Image:
-    left, top, right, bottom = pad_box(*image.size, size)
-    ground = PIL.Image.new("RGB", (1, 1), config.background).convert(config.mode).resize((size, size))
-    ground.paste(image.resize((right - left, bottom - top), RESAMPLES[config.resample]), (left, top))
-    return ground
-
-
-def _stretch(image: Image, size: int, config: ConversionConfig) -> Image:
-    return image.resize((size, size), RESAMPLES[config.resample])
+    box: Callable[[int, int, ConversionConfig, str], Box]
+    decisive: Callable[[int, int], int] = min
+    place: Callable[[int, int, int], Box] = lambda _width, _height, size: whole_box(size, size)
 
 
 def encode(image: Image, config: ConversionConfig) -> bytes:
@@ -262,10 +385,30 @@ def _webp(image: Image, buffer: io.BytesIO, quality: int) -> None:
     image.save(buffer, format="WEBP", lossless=True)
 
 
+def _everything(width: int, height: int, _config: ConversionConfig, _key: str) -> Box:
+    return whole_box(width, height)
+
+
 CROPS = {
-    "center": Fit(_center, lambda wh, size: min(wh) < size),
-    "pad": Fit(_pad, lambda wh, size: max(wh) < size),
-    "stretch": Fit(_stretch, lambda wh, size: min(wh) < size),
+    "center": Crop(lambda width, height, _config, _key: center_box(width, height)),
+    "random_resized": Crop(
+        # seeded by text: the same numbers in every process, whatever was drawn before
+        lambda width, height, config, key: random_box(
+            width, height, config.crop_scale, random.Random(f"{config.seed}/{key}")
+        )
+    ),
+    "pad": Crop(_everything, max, pad_box),
+    "stretch": Crop(_everything),
+    "none": Crop(_everything),
 }
 RESAMPLES = {"lanczos": Resampling.LANCZOS, "bicubic": Resampling.BICUBIC, "box": Resampling.BOX}
 FORMATS: dict[str, Callable[[Image, io.BytesIO, int], None]] = {"jpeg": _jpeg, "png": _png, "webp": _webp}
+ORIENTATIONS = {
+    2: Turn(Transpose.FLIP_LEFT_RIGHT, flips_x=True, flips_y=False),
+    3: Turn(Transpose.ROTATE_180, flips_x=True, flips_y=True),
+    4: Turn(Transpose.FLIP_TOP_BOTTOM, flips_x=False, flips_y=True),
+    5: Turn(Transpose.TRANSPOSE, flips_x=False, flips_y=False, swaps=True),
+    6: Turn(Transpose.ROTATE_270, flips_x=True, flips_y=False, swaps=True),
+    7: Turn(Transpose.TRANSVERSE, flips_x=True, flips_y=True, swaps=True),
+    8: Turn(Transpose.ROTATE_90, flips_x=False, flips_y=True, swaps=True),
+}
