@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import lmdb
@@ -16,8 +16,10 @@ import pytest
 
 from vdiff.data import preparation, workers
 from vdiff.data.conversion import ConversionConfig
+from vdiff.data.image_files import extensions
+from vdiff.data.listing import Listing, ListingWriter
 from vdiff.data.preparation import Report, prepare
-from vdiff.data.sources import Digits, Folder, Zip, arrange, open_source
+from vdiff.data.sources import Digits, Folder, Zip, build_listing, open_source
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 
@@ -59,6 +61,13 @@ def seeds(path: Path) -> list[int]:
     return [known[store.encoded(8, index)] for index in range(len(store))]
 
 
+def arrange(names: Iterable[str]) -> Listing:
+    with ListingWriter(None, extensions()) as listing:
+        for name in names:
+            listing.add_file(name)
+        return listing.finish()
+
+
 @pytest.mark.parametrize(
     ("names", "order", "labels"),
     [
@@ -75,10 +84,12 @@ def seeds(path: Path) -> list[int]:
 )
 def test_order_and_classes(names: list[str], order: list[str], labels: list[int] | None) -> None:
     listing = arrange(names)
-    assert [item.name for item in listing.items] == order
-    assert [item.label for item in listing.items] == (labels or [None] * len(order))
+    assert [item.name for item in listing.items()] == order
+    assert [item.label for item in listing.items()] == (labels or [None] * len(order))
     assert bool(listing.class_names) == (labels is not None)
-    assert arrange(reversed(names)) == listing
+    again = arrange(reversed(names))
+    assert list(again.items()) == list(listing.items())
+    assert again.fingerprint == listing.fingerprint
 
 
 def test_ignored_files_are_counted_by_extension() -> None:
@@ -113,7 +124,8 @@ def test_bad_files_leave_no_holes_and_are_listed(tmp_path: Path) -> None:
     assert [json.loads(line)["path"] for line in lines] == ["02.png", "04.jpg", "05.png"]
     assert "truncated" in json.loads(lines[1])["detail"].lower()
     counts = ImageStore(tmp_path / "out").meta.counts
-    assert counts == {"images": 27, "skipped": 3, "ignored": {".txt": 1}, "converted": {}}
+    skipped = {"damaged": 1, "empty file": 1, "not an image": 1}
+    assert counts == {"images": 27, "skipped": skipped, "ignored": {".txt": 1}, "converted": {}}
     assert report.images_per_second > 0
 
 
@@ -154,15 +166,15 @@ def test_the_pool_reads_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch) -> 
             taken.append(number)
             yield str(number)
 
-    results = workers.ordered_map(int, chunks(), 2)
+    results = workers.ordered_map(int, chunks(), 2, lambda _: 10**9)
     assert [next(results) for _ in range(10)] == list(range(10))
-    assert len(taken) <= 10 + workers.CHUNKS_AHEAD * 2
+    assert len(taken) <= 10 + workers.CHUNKS_AHEAD[0] * 2 + 1
     assert list(results) == list(range(10, 100))
 
 
 def test_a_killed_worker_is_one_line() -> None:
     with pytest.raises(VdiffError, match=r"worker process was killed.*--num_workers"):
-        list(workers.ordered_map(os._exit, [1], 1))
+        list(workers.ordered_map(os._exit, [1], 1, len))
 
 
 def test_strict_stops_at_the_first_bad_file_and_leaves_nothing(tmp_path: Path) -> None:
@@ -231,7 +243,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         (tmp_path / "x" / "c").symlink_to(tmp_path / "x")
     except OSError:
         pytest.skip("no links on this system")
-    assert [item.name for item in Folder(tmp_path / "x").list().items] == ["a/0.png", "b/1.png"]
+    assert [item.name for item in build_listing(Folder(tmp_path / "x")).items()] == ["a/0.png", "b/1.png"]
 
 
 def test_digits_are_scikit_learns(tmp_path: Path) -> None:

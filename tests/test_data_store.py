@@ -93,16 +93,14 @@ def test_a_rosinality_dataset_is_read(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_the_content_in_order(tmp_path: Path) -> None:
     meta = write(tmp_path / "set")
-    digest = hashlib.sha256()
+    link = bytes(32)
     for index in range(3):
-        values = {
-            f"4-0000{index}": png(index, 4),
-            f"8-0000{index}": png(index, 8),
-            f"label-0000{index}": b"%d" % (index % 2),
-        }
-        for key, value in values.items():
-            digest.update(f"{len(key)} {len(value)} {key}".encode() + value)
-    assert meta.fingerprint == digest.hexdigest()
+        digest = hashlib.sha256()
+        for size in (4, 8):
+            digest.update(f"{size} {len(png(index, size))} ".encode() + png(index, size))
+        digest.update(str(index % 2).encode())
+        link = hashlib.sha256(link + digest.digest()).digest()
+    assert meta.fingerprint == link.hex()
     assert write(tmp_path / "again").fingerprint == meta.fingerprint
     assert write(tmp_path / "without", classes=False).fingerprint != meta.fingerprint
 
@@ -110,30 +108,54 @@ def test_the_fingerprint_is_of_the_content_in_order(tmp_path: Path) -> None:
 def test_the_map_grows_and_batches_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write(tmp_path / "one", 50)
     monkeypatch.setattr(writer_module, "FIRST_MAP_BYTES", 16384)
-    monkeypatch.setattr(writer_module, "BATCH_RECORDS", 7)
+    monkeypatch.setattr(writer_module, "BATCH_IMAGES", 7)
     assert write(tmp_path / "two", 50) == whole
     assert records(tmp_path / "one") == records(tmp_path / "two")
     assert (tmp_path / "one" / "data.mdb").stat().st_size < 2**20  # no huge sparse file
 
 
-def test_what_is_written_does_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_due_after_images_or_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "BATCH_BYTES", 300)
+    monkeypatch.setattr(writer_module, "BATCH_IMAGES", 5)
     with StoreWriter(tmp_path, DatasetMeta("toy", (4,), 3)) as writer:
-        for _ in range(50):
-            writer.add({4: bytes(100)}, None)
-            assert len(writer._records) < 4
+        for num_bytes, after in ((100, 3), (1, 5), (300, 1)):
+            due = []
+            for _ in range(after):
+                writer.add({4: bytes(num_bytes)}, None)
+                due.append(writer.is_due)
+            assert due == [False] * (after - 1) + [True]
+            writer.commit()
+            assert not writer.is_due
+            assert writer._records == []
+
+
+def test_a_writer_goes_on_where_the_last_commit_was(tmp_path: Path) -> None:
+    """Byte for byte, whatever was lost in between."""
+
+    def fill(path: Path, upto: int, commits: list[int]) -> StoreWriter:
+        path.mkdir(exist_ok=True)
+        writer = StoreWriter(path, DatasetMeta("toy", (4,), 3, class_names=("a",)))
+        for index in range(writer.length, upto):
+            writer.add({4: png(index, 4)}, 0)
+            if index + 1 in commits:
+                writer.commit()
+        return writer
+
+    whole = fill(tmp_path / "whole", 300, [100, 200]).finish({"images": 300})
+    for upto in (50, 130, 100, 230, 230):
+        fill(tmp_path / "cut", upto, [100, 200])
+    writer = StoreWriter(tmp_path / "cut", DatasetMeta("toy", (4,), 3, class_names=("a",)))
+    assert (writer.num_committed, writer.length) == (2, 200)
+    assert fill(tmp_path / "cut", 300, [100, 200]).finish({"images": 300}) == whole
+    assert (tmp_path / "cut/data.mdb").read_bytes() == (tmp_path / "whole/data.mdb").read_bytes()
+    assert b"state" not in records(tmp_path / "cut")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        def begin(self, *, write: bool) -> None:
-            assert write
-            raise lmdb.DiskError(os.strerror(errno.ENOSPC))
+    def full(*_: object, **__: object) -> None:
+        raise lmdb.DiskError(os.strerror(errno.ENOSPC))
 
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(lmdb, "open", lambda *_, **__: Full())
+    monkeypatch.setattr(lmdb, "open", full)
     with pytest.raises(VdiffError, match=r"cannot write .*: No space left.*; free space or choose another --out"):
         write(tmp_path / "set")
 
@@ -186,7 +208,7 @@ def test_an_unfinished_dataset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     with StoreWriter(tmp_path / "set", DatasetMeta("toy", (4,), 3, complete=True)) as writer:
         writer.add({4: png(0, 4)}, None)
-        writer._flush()
+        writer.commit()
     with pytest.raises(VdiffError, match=r"incomplete dataset.*--overwrite"):
         ImageStore(tmp_path / "set")
 
@@ -202,14 +224,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
 
 
 def test_meta_round_trip_and_its_errors() -> None:
-    meta = DatasetMeta("toy", (4, 8), 1, "jpeg", 90, "pad", "box", "#ffffff", ("a",), {"images": 2}, True, "f", "0.1.0")
+    meta = DatasetMeta(
+        "toy", (4, 8), 1, "jpeg", 90, "pad", "box", "#ffffff", ("a",), {"images": 2}, True, "f", "o", "1/2", "0.1.0"
+    )
     assert DatasetMeta.from_json(meta.to_json()) == meta
     text = meta.to_json()
     for wrong, message in [
         ("[]", "not a JSON object"),
         ("{", "not a JSON object"),
         (text.replace('"crop"', '"corp"'), "lacks 'crop', has the unknown key 'corp'"),
-        (replace(meta, format_version=2).to_json(), "format version 2"),
+        (replace(meta, format_version=3).to_json(), "format version 3"),
     ]:
         with pytest.raises(VdiffError, match=re.escape(message)):
             DatasetMeta.from_json(wrong)

@@ -12,7 +12,7 @@ from pathlib import Path
 from vdiff.errors import VdiffError
 
 
-def _refusal(path: Path, error: OSError) -> VdiffError:
+def refusal(path: Path, error: OSError) -> VdiffError:
     """The file system's refusal, and what to do about it."""
     return VdiffError(
         f"cannot write {path}: {error.strerror or error}", "free space, mend the permissions or choose another --out"
@@ -46,7 +46,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise _refusal(path, error) from None
+        raise refusal(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,14 +69,14 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            _take_place(temporary, path)
+            take_place(temporary, path)
         except OSError as error:
-            raise _refusal(path, error) from None
+            raise refusal(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _take_place(folder: Path, path: Path) -> None:
+def take_place(folder: Path, path: Path) -> None:
     """Make `folder` durable and rename it over `path`; if that fails, `path` is what it was."""
     for file in folder.rglob("*"):
         if file.is_file():
@@ -104,7 +104,7 @@ def make_temporary_folder(path: Path) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         folder.chmod(0o755)
     except OSError as error:
-        raise _refusal(path, error) from None
+        raise refusal(path, error) from None
     return folder
 
 
@@ -117,7 +117,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _refusal(path, error) from None
+        raise refusal(path, error) from None
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -18,11 +19,16 @@ from vdiff.errors import VdiffError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATA_FILE = "data.mdb"
+INDEX_FILE = "index.json"  # of tar shards
 LENGTH_KEY = b"length"
 META_KEY = b"meta"
 PREPARE_AGAIN = "run prepare_data.py again with --overwrite"
+PARTIAL_SUFFIX = ".partial"
+JOB_FILE = "job.json"
+FIRST_LINK = bytes(32)
+STRETCH = 256
 
 
 def image_key(size: int, index: int) -> bytes:
@@ -35,12 +41,30 @@ def label_key(index: int) -> bytes:
     return f"label-{index:05d}".encode()
 
 
+def digest_of(images: Mapping[int, bytes], label: int | None) -> bytes:
+    """SHA-256 of one image in all its sizes and of its class."""
+    digest = hashlib.sha256()
+    for size, encoded in images.items():
+        # the lengths keep the parts apart: no two images feed the hash the same bytes
+        digest.update(b"%d %d " % (size, len(encoded)))
+        digest.update(encoded)
+    digest.update(b"%d" % (-1 if label is None else label))
+    return digest.digest()
+
+
+def next_link(link: bytes, digest: bytes) -> bytes:
+    """The fingerprint of a dataset with one image more: SHA-256(`link` ‖ `digest`), beginning with `FIRST_LINK`."""
+    return hashlib.sha256(link + digest).digest()
+
+
 @dataclass(frozen=True)
 class DatasetMeta:
     """How a dataset was made; the JSON under the key `meta`.
 
-    `counts` = `{"images": n, "skipped": n, "ignored": {extension: n}, "converted": {kind: n}}`. `fingerprint` = SHA-256
-    (hex) over images and labels in index order: equal for equal content, empty when another program wrote the dataset.
+    `counts` = `{"images": n, "skipped": {reason: n}, "ignored": {extension: n}, "converted": {kind: n}}`.
+    `fingerprint` = a chain of SHA-256 (hex, `next_link`) over images and classes in index order: equal for equal
+    content, empty when another program wrote the dataset. `origin` = SHA-256 (hex) over the settings and the names of
+    the images. `shard` = `i/n` for a part, empty for a whole set.
     """
 
     name: str
@@ -55,6 +79,8 @@ class DatasetMeta:
     counts: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
     fingerprint: str = ""
+    origin: str = ""
+    shard: str = ""
     vdiff_version: str = ""
     format_version: int = FORMAT_VERSION
 
@@ -121,7 +147,7 @@ class ImageStore:
         elif length is not None:
             self.meta = self._foreign_meta(int(length))
         if length is None or not self.meta.complete:
-            raise VdiffError(f"{self.path} is an incomplete dataset: its preparation was cut short", PREPARE_AGAIN)
+            raise incomplete(self.path)
         self._length = int(length)
 
     def __len__(self) -> int:
@@ -166,6 +192,15 @@ class ImageStore:
 
         with PIL.Image.open(io.BytesIO(self.encoded(size, index))) as image:
             return image.convert("RGB" if self.meta.channels == 3 else "L")
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """The dataset in pieces that may be read by different processes."""
+        yield from ((start, min(start + STRETCH, len(self))) for start in range(0, len(self), STRETCH))
+
+    def stretch(self, start: int, stop: int) -> Iterator[tuple[str, dict[int, bytes], int | None]]:
+        """Name, encoded images by size, and class of the images `start` … `stop` − 1."""
+        for index in range(start, stop):
+            yield str(index), {size: self.encoded(size, index) for size in self.meta.sizes}, self.label(index)
 
     def check_size(self, size: int) -> None:
         """Do nothing if the dataset has images of `size`.
@@ -235,7 +270,32 @@ def _open_environment(path: Path, file_bytes: int) -> _Environment:
     return environment
 
 
+def partial_folder(path: Path) -> Path:
+    """Where a dataset is prepared until it is complete: a neighbour of the folder that it will be."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def incomplete(path: Path) -> VdiffError:
+    """The error for a dataset whose preparation was cut short; it names the command that completes it."""
+    partial = next((folder for folder in (partial_folder(path), path, *path.parents[:1]) if _job(folder)), None)
+    command = _job(partial)["command"] if partial else ""
+    return VdiffError(
+        f"{path} is an incomplete dataset: its preparation was cut short",
+        f"complete it: {command}" if command else PREPARE_AGAIN,
+    )
+
+
+def _job(folder: Path) -> dict[str, Any]:
+    try:
+        job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return job if isinstance(job, dict) and "command" in job else {}
+
+
 def _check_folder(path: Path) -> None:
+    if _job(path) or (not path.exists() and partial_folder(path).exists()):
+        raise incomplete(path)
     if not path.exists():
         raise VdiffError(f"{path}: no such dataset", "give the folder that prepare_data.py wrote (--data)")
     if not (path / DATA_FILE).is_file():
@@ -244,9 +304,14 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def is_dataset(path: Path) -> bool:
+def is_lmdb(path: Path) -> bool:
     """Whether `path` is a folder that holds an LMDB."""
     return (path / DATA_FILE).is_file()
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether `path` is a folder that holds an LMDB, or tar shards with an index."""
+    return is_lmdb(path) or (path / INDEX_FILE).is_file()
 
 
 def find_dataset(root: Path = Path("data")) -> Path:
@@ -255,9 +320,11 @@ def find_dataset(root: Path = Path("data")) -> Path:
     Raises:
         VdiffError: there is none, or there are several.
     """
-    # hidden folders are the unfinished ones
     folders = sorted(root.iterdir()) if root.is_dir() else []
     found = [folder for folder in folders if is_dataset(folder) and not folder.name.startswith(".")]
+    unfinished = [folder for folder in folders if folder.name.endswith(PARTIAL_SUFFIX)]
+    if not found and unfinished:
+        raise incomplete(unfinished[0])
     if not found:
         raise VdiffError(
             f"no dataset under {root}/", "make one: python prepare_data.py, or python prepare_data.py FOLDER_OF_IMAGES"

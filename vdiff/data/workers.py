@@ -17,27 +17,37 @@ from vdiff.errors import VdiffError
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
-CHUNKS_AHEAD = 3
+CHUNKS_AHEAD = (3, 64)
+BUFFER_BYTES = 128 * 2**20
 
 
 def ordered_map(
-    function: Callable[[Chunk], Result], chunks: Iterable[Chunk], num_workers: int
+    function: Callable[[Chunk], Result],
+    chunks: Iterable[Chunk],
+    num_workers: int,
+    num_bytes: Callable[[Result], int],
 ) -> Generator[Result, None, None]:
-    """`map(function, chunks)` in `num_workers` processes, at most three chunks a worker ahead of the consumer.
+    """`map(function, chunks)` in `num_workers` processes, which run ahead of the consumer.
 
-    Processes are spawned, so threads and locks of the caller are not copied. They ignore SIGINT, which is for the
-    caller to handle, and end with the caller, however that ends.
+    So one slow chunk holds nobody up: 64 chunks a worker may wait behind it, fewer where results of `num_bytes` would
+    fill more than 128 MiB. Processes are spawned, so threads and locks of the caller are not copied. They ignore
+    SIGINT, which is for the caller to handle, and end with the caller, however that ends.
 
     Raises:
         VdiffError: a worker died.
     """
     pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_begin)
     waiting: deque[Future[Result]] = deque()
+    fewest, most = (ahead * num_workers for ahead in CHUNKS_AHEAD)
+    limit, count, total = fewest, 0, 0
     try:
         for chunk in chunks:
             waiting.append(_submit(pool, function, chunk))
-            if len(waiting) > CHUNKS_AHEAD * num_workers:
-                yield waiting.popleft().result()
+            while len(waiting) > limit:
+                result = waiting.popleft().result()
+                count, total = count + 1, total + num_bytes(result)
+                limit = max(fewest, min(most, BUFFER_BYTES * count // max(total, 1)))
+                yield result
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:

@@ -1,8 +1,10 @@
-"""Writing a dataset: batched transactions into a map that grows as it fills."""
+"""Writing an LMDB dataset so that it may be cut short at any moment and gone on with."""
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +12,33 @@ from types import TracebackType
 
 import lmdb
 
-from vdiff.data.store import LENGTH_KEY, META_KEY, DatasetMeta, image_key, label_key
+from vdiff.data.store import (
+    DATA_FILE,
+    FIRST_LINK,
+    LENGTH_KEY,
+    META_KEY,
+    DatasetMeta,
+    digest_of,
+    image_key,
+    label_key,
+    next_link,
+)
 from vdiff.errors import VdiffError
 
 FIRST_MAP_BYTES = 16 * 2**20
 BATCH_BYTES = 16 * 2**20
-BATCH_RECORDS = 4096
+BATCH_IMAGES = 1024
+STATE_KEY = b"state"
+FULL_DISK_BYTES = 2**20
 
 
 class StoreWriter:
-    """Appends images to a new LMDB in the existing, empty folder `path`; `finish` makes it a dataset.
+    """Appends images to the LMDB in the existing folder `path`; `finish` makes it a dataset.
 
-    Batches end after a number of records or bytes, never after a time, so equal input makes equal files.
+    What `commit` has written is durable, and a writer that is opened later goes on after it. Every transaction is a
+    function of the file before it and of its images alone: LMDB is opened anew for each, as it would otherwise leave
+    traces of earlier ones in unused bytes. So the same images in the same batches make the same file, byte for byte,
+    however often the work was cut short. A batch is due after a number of images or bytes, never after a time.
 
     Raises:
         VdiffError: the disk is full or refuses.
@@ -30,18 +47,13 @@ class StoreWriter:
     def __init__(self, path: Path, meta: DatasetMeta) -> None:
         self.path = path
         self.meta = replace(meta, complete=False)
-        self.length = 0
-        self.content_bytes = 0
-        self._map_bytes = FIRST_MAP_BYTES
+        self.num_committed, self.length, self.link = 0, 0, FIRST_LINK
         self._records: list[tuple[bytes, bytes]] = []
         self._record_bytes = 0
-        self._hash = hashlib.sha256()
-        try:
-            # nobody else sees the folder yet, so no lock file; `finish` syncs once instead of every transaction
-            self._lmdb = lmdb.open(str(path), map_size=self._map_bytes, lock=False, sync=False)
-        except lmdb.Error as error:
-            raise self._refused(error) from None
-        self._put(META_KEY, self.meta.to_json().encode())
+        self._begun_at = 0
+        self._map_bytes = FIRST_MAP_BYTES
+        if (path / DATA_FILE).exists():
+            self._go_on()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -49,59 +61,78 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._lmdb.close()
+        self._records.clear()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough images wait for the next batch."""
+        return self.length - self._begun_at >= BATCH_IMAGES or self._record_bytes >= BATCH_BYTES
 
     def add(self, images: Mapping[int, bytes], label: int | None) -> int:
         """Append one image in all its sizes (`{size: encoded}`) and its class; returns its index."""
         index = self.length
-        for size, encoded in images.items():
-            self._put_content(image_key(size, index), encoded)
+        records = {image_key(size, index): encoded for size, encoded in images.items()}
         if label is not None:
-            self._put_content(label_key(index), str(label).encode())
+            records[label_key(index)] = str(label).encode()
+        self._records += records.items()
+        self._record_bytes += sum(map(len, records.values()))
+        self.link = next_link(self.link, digest_of(images, label))
         self.length += 1
         return index
 
+    def skip(self) -> None:
+        """Pass over an image that was rejected: indices are dense."""
+
+    def commit(self) -> None:
+        """Write the waiting images, and how far the writer is, in one transaction."""
+        if self.length == self._begun_at:
+            return
+        self.num_committed += 1
+        # of the same length in every batch, so that it moves nothing else in the file
+        state = f"{self.num_committed:012d} {self.length:012d} {self.link.hex()}".encode()
+        first = [(META_KEY, self.meta.to_json().encode())] if self.num_committed == 1 else []
+        self._write([*first, *self._records, (STATE_KEY, state)])
+        self._records.clear()
+        self._record_bytes, self._begun_at = 0, self.length
+
     def finish(self, counts: Mapping[str, object]) -> DatasetMeta:
-        """Write the length and the complete description, and make everything durable."""
-        self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=self._hash.hexdigest())
-        self._put(LENGTH_KEY, str(self.length).encode())
-        self._put(META_KEY, self.meta.to_json().encode())
-        self._flush()
-        try:
-            self._lmdb.sync(True)
-        except lmdb.Error as error:
-            raise self._refused(error) from None
+        """Write what waits, the length and the complete description."""
+        self.commit()
+        self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=self.link.hex())
+        self._write([(LENGTH_KEY, str(self.length).encode()), (META_KEY, self.meta.to_json().encode())], done=True)
         return self.meta
 
-    def _put_content(self, key: bytes, value: bytes) -> None:
-        # the lengths keep (key, value) pairs apart: no two contents feed the hash the same bytes
-        self._hash.update(b"%d %d " % (len(key), len(value)))
-        self._hash.update(key)
-        self._hash.update(value)
-        self.content_bytes += len(value)
-        self._put(key, value)
+    def _go_on(self) -> None:
+        try:
+            with lmdb.open(str(self.path), lock=False, readonly=True) as environment, environment.begin() as reading:
+                meta, state = reading.get(META_KEY), reading.get(STATE_KEY)
+                used = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        except lmdb.Error as error:
+            raise VdiffError(f"{self.path} cannot be read: {error}", "give --overwrite to begin anew") from None
+        while self._map_bytes <= used:
+            self._map_bytes *= 2  # as a writer that was never cut short would have done
+        if meta is not None:
+            self.meta = DatasetMeta.from_json(meta.decode())
+        if state is not None:
+            number, length, link = state.decode().split()
+            self.num_committed, self.length, self.link = int(number), int(length), bytes.fromhex(link)
+            self._begun_at = self.length
 
-    def _put(self, key: bytes, value: bytes) -> None:
-        self._records.append((key, value))
-        self._record_bytes += len(value)
-        if len(self._records) >= BATCH_RECORDS or self._record_bytes >= BATCH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Write the waiting records in one transaction; when the map is full, double it and write them again."""
+    def _write(self, records: list[tuple[bytes, bytes]], *, done: bool = False) -> None:
+        """Write records in one durable transaction; when the map is full, double it and write them again."""
         while True:
             try:
-                with self._lmdb.begin(write=True) as transaction:
-                    for key, value in self._records:
-                        transaction.put(key, value)
-                break
+                with lmdb.open(str(self.path), map_size=self._map_bytes, lock=False) as environment:
+                    with environment.begin(write=True) as transaction:
+                        for key, value in records:
+                            transaction.put(key, value)
+                        if done:
+                            transaction.delete(STATE_KEY)
+                    return
             except lmdb.MapFullError:
                 self._map_bytes *= 2
-                self._lmdb.set_mapsize(self._map_bytes)
             except lmdb.Error as error:
-                raise self._refused(error) from None
-        self._records.clear()
-        self._record_bytes = 0
-
-    def _refused(self, error: lmdb.Error) -> VdiffError:
-        return VdiffError(f"cannot write {self.path}: {error}", "free space or choose another --out")
+                # LMDB calls it an input/output error when the last bytes of a disk take a part of a page
+                full = shutil.disk_usage(self.path).free < sum(len(value) for _, value in records) + FULL_DISK_BYTES
+                reason = os.strerror(errno.ENOSPC) if full else error
+                raise VdiffError(f"cannot write {self.path}: {reason}", "free space or choose another --out") from None

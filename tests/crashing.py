@@ -1,0 +1,81 @@
+"""A preparation that dies: `python -m tests.crashing FOLDER OUT [POINT NUMBER]` leaves without a word at a point.
+
+POINT is `before:NAME` or `after:NAME`, at the NUMBER-th call of one of `POINTS`. Without POINT it runs to its end, each
+image taking SECONDS (environment) longer than it must, so that it can be killed from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vdiff.data import preparation, shards, writer
+from vdiff.data.conversion import ConversionConfig
+from vdiff.data.journal import Journal
+from vdiff.data.listing import Item, ListingWriter
+from vdiff.data.sources import Folder, Sample, Tar
+
+POINTS: dict[str, tuple[Any, str]] = {
+    "begin": (Journal, "begin"),
+    "listing": (ListingWriter, "finish"),
+    "record": (Journal, "record"),
+    "commit": (writer.StoreWriter, "_write"),
+    "commit_shard": (shards.ShardWriter, "commit"),
+    "finish_shards": (shards.ShardWriter, "finish"),
+    "place": (preparation, "take_place"),
+    "rename": (os, "replace"),
+    "sync": (os, "fsync"),
+    "remove": (Journal, "remove"),
+}
+BATCH_IMAGES = 8
+IMAGES_PER_SHARD = 10
+
+
+class SlowFolder(Folder):
+    """A folder on a slow disk."""
+
+    def read(self, item: Item) -> Sample:
+        time.sleep(float(os.environ.get("SECONDS", "0")))
+        return super().read(item)
+
+
+def die_at(point: str, number: int) -> None:
+    """Replace a function by one that ends the process at its `number`-th call."""
+    moment, _, name = point.partition(":")
+    owner, attribute = POINTS[name]
+    real: Callable[..., Any] = getattr(owner, attribute)
+    calls = 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and moment == "before":
+            os._exit(9)
+        result = real(*args, **kwargs)
+        if calls == number:
+            os._exit(9)
+        return result
+
+    setattr(owner, attribute, dying)
+
+
+def main(folder: str, out: str, point: str = "", number: str = "1") -> None:
+    """Prepare, with small batches."""
+    writer.BATCH_IMAGES = BATCH_IMAGES
+    preparation.IMAGES_PER_SHARD = IMAGES_PER_SHARD
+    if "NO_SPACE_CHECK" in os.environ:
+        preparation._Preparation._check_space = lambda *_: None  # type: ignore[method-assign,assignment]
+    if point:
+        die_at(point, int(number))
+    path = Path(folder)
+    source = SlowFolder(path) if path.is_dir() else Tar(path)
+    config = ConversionConfig(sizes=(4, 8), image_format="png")
+    preparation.prepare(source, Path(out), config, overwrite="overwrite" in os.environ, command="the same again")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

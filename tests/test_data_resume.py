@@ -1,0 +1,338 @@
+"""Killed at any moment, on a full disk, by a signal: the same command goes on and ends with the same bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.commands import ROOT, tree
+from vdiff.data import preparation, writer
+from vdiff.data.conversion import ConversionConfig
+from vdiff.data.journal import Journal, Rejected
+from vdiff.data.listing import Item
+from vdiff.data.preparation import prepare
+from vdiff.data.sources import Folder, Sample
+from vdiff.data.store import ImageStore, find_dataset, partial_folder
+from vdiff.errors import Interrupted, VdiffError
+
+CONFIG = ConversionConfig(sizes=(4, 8), image_format="png")
+COUNT, KILLS = 60, 30
+
+
+def photos(root: Path, count: int = COUNT) -> Path:
+    """Images in three classes, and some files that are none."""
+    for index in range(count):
+        path = root / "abc"[index * 3 // count] / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(path)
+        if index % 7 == 3:
+            path.with_suffix(".bad.png").write_text("text")
+    return root
+
+
+def start(folder: Path, out: Path, *point: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.crashing", str(folder), str(out), *point],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(folder: Path, out: Path, *point: str, **env: str) -> int:
+    process = start(folder, out, *point, **env)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (0, 9), stderr
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos(tmp_path_factory.mktemp("source") / "photos")
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs that are never cut short write: `lmdb` and `tars`."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert finish(source, folder / "lmdb") == 0
+    assert finish(source, folder / "tars.tar") == 0
+    assert os.listdir(folder) == ["lmdb", "tars"] or sorted(os.listdir(folder)) == ["lmdb", "tars"]
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "tars.tar"])
+def test_killed_at_random_moments(source: Path, whole: Path, tmp_path: Path, kind: str) -> None:
+    rng = random.Random(kind)
+    out = tmp_path / kind
+    folder = out.with_suffix("")
+    kills, finished = 0, 0
+    while kills < KILLS // 2 or not finished:
+        process = start(source, out, SECONDS="0.01")
+        try:
+            _, stderr = process.communicate(timeout=rng.uniform(0.2, 0.9) if kills < KILLS // 2 else 60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0, stderr
+            assert os.listdir(tmp_path) == [folder.name]
+        if folder.exists():  # it may have been killed after the end
+            finished += 1
+            assert tree(folder) == tree(whole / folder.name)
+            shutil.rmtree(folder)
+
+
+COMMON = ["before:begin", "after:begin", "after:listing", "before:listing", "before:place", "after:place"]
+LMDB = [*COMMON, "before:record", "after:record", "before:commit", "after:commit", "before:remove"]
+TARS = [*COMMON, "before:record", "before:commit_shard", "after:commit_shard", "before:finish_shards"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "point", "number"),
+    [("lmdb", point, number) for point in LMDB for number in ((1,) if point in COMMON else (1, 3, 9))]
+    + [("lmdb", f"before:{name}", number) for name in ("rename", "sync") for number in range(1, 8)]
+    + [("tars.tar", point, number) for point in TARS for number in ((1,) if point in COMMON else (1, 4))],
+)
+def test_killed_at_every_step(source: Path, whole: Path, tmp_path: Path, kind: str, point: str, number: int) -> None:
+    out = tmp_path / kind
+    assert finish(source, out, point, str(number)) == 9 or number > 1  # not every function is called so often
+    if os.listdir(tmp_path) != [out.with_suffix("").name]:
+        assert finish(source, out) == 0
+    assert os.listdir(tmp_path) == [out.with_suffix("").name]
+    assert tree(out.with_suffix("")) == tree(whole / out.with_suffix("").name)
+
+
+def test_a_compressed_tar_is_unpacked_once(source: Path, whole: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "photos.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(source, "photos")
+    assert finish(packed, tmp_path / "out", "after:commit", "3") == 9
+    assert (tmp_path / "out.partial" / "unpacked.tar").exists()
+    assert finish(packed, tmp_path / "out") == 0
+    assert ImageStore(tmp_path / "out").meta.fingerprint == ImageStore(whole / "lmdb").meta.fingerprint
+    assert sorted(os.listdir(tmp_path)) == ["out", "photos.tar.gz"]
+
+
+@contextmanager
+def cut_short(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Iterator[None]:
+    """Let the reading of the 31st image raise."""
+    read, seen = Folder.read, []
+
+    def counted(self: Folder, item: Item) -> Sample:
+        seen.append(item)
+        if len(seen) > 30:
+            raise error
+        return read(self, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", counted)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (Interrupted("terminated", 143), 143, "terminated")],
+)
+def test_a_signal_keeps_what_is_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, word: str
+) -> None:
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    with cut_short(monkeypatch, error), pytest.raises(Interrupted, match=f"{word}; 18 images are done") as caught:
+        prepare(Folder(source), tmp_path / "out", CONFIG)
+    assert caught.value.exit_code == code
+    read: list[str] = []
+    whole_read = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, item: read.append(item.name) or whole_read(self, item))
+    report = prepare(Folder(source), tmp_path / "out", CONFIG)
+    assert (report.images, report.kept, report.rejected) == (COUNT, 16, 9)
+    assert len(read) == COUNT + 9 - 18
+
+
+def test_an_incomplete_dataset_is_refused_with_the_command_that_completes_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    out = tmp_path / "data" / "out"
+    typed = "python prepare_data.py photos --size 8"
+    with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
+        prepare(Folder(source), out, CONFIG, command=typed)
+    for path in (out, partial_folder(out), partial_folder(out) / "dataset"):
+        with pytest.raises(VdiffError, match=f"incomplete dataset: .*; complete it: {typed}"):
+            ImageStore(path)
+    with pytest.raises(VdiffError, match=f"incomplete dataset: .*; complete it: {typed}"):
+        find_dataset(tmp_path / "data")
+
+
+def test_other_settings_do_not_go_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    out = tmp_path / "out"
+    with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
+        prepare(Folder(source), out, CONFIG, command="first command")
+    other = ConversionConfig(sizes=(4,), image_format="png")
+    before = tree(partial_folder(out))
+    with pytest.raises(VdiffError, match=r"unfinished preparation with another conversion: .*go on with it: first com"):
+        prepare(Folder(source), out, other)
+    after = tree(partial_folder(out))
+    assert {name: before[name] for name in before if name != "lock"} == {n: after[n] for n in after if n != "lock"}
+    assert prepare(Folder(source), out, other, overwrite=True).kept == 0
+    assert ImageStore(out).meta.sizes == (4,)
+
+
+def test_overwrite_goes_on_too_and_the_old_dataset_lives_until_the_end(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    out = tmp_path / "out"
+    prepare(Folder(source / "a"), out, CONFIG)
+    old = tree(out)
+    with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
+        prepare(Folder(source), out, CONFIG, overwrite=True)
+    assert tree(out) == old
+    assert prepare(Folder(source), out, CONFIG, overwrite=True).kept == 16
+    assert len(ImageStore(out)) == COUNT
+
+
+def test_images_that_come_or_go_in_between(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was listed first is what counts: new files wait for the next preparation, missing ones are skipped."""
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    mine = shutil.copytree(source, tmp_path / "photos")
+    with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
+        prepare(Folder(mine), tmp_path / "out", CONFIG)
+    shutil.copy(mine / "a" / "0000.png", mine / "a" / "0000-new.png")
+    (mine / "c" / "0059.png").unlink()
+    report = prepare(Folder(mine), tmp_path / "out", CONFIG)
+    assert (report.images, report.skipped) == (COUNT - 1, {"not an image": 9, "unreadable": 1})
+
+
+def test_strict_goes_on_once_the_file_is_mended(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    mine = shutil.copytree(source, tmp_path / "photos")
+    for bad in mine.rglob("*.bad.png"):
+        bad.unlink()
+    broken = mine / "b" / "0030.png"
+    good = broken.read_bytes()
+    broken.write_bytes(good[:50])
+    with pytest.raises(VdiffError, match=r"b/0030\.png: damaged .*mend it and give the same command again"):
+        prepare(Folder(mine), tmp_path / "out", CONFIG, strict=True)
+    broken.write_bytes(good)
+    report = prepare(Folder(mine), tmp_path / "out", CONFIG, strict=True)
+    assert (report.images, report.kept, report.rejected) == (COUNT, 24, 0)
+
+
+def test_one_at_a_time(source: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out")
+    with journal.lock(), pytest.raises(VdiffError, match=r"another process prepares .*wait for it"):
+        prepare(Folder(source), tmp_path / "out", CONFIG)
+    assert prepare(Folder(source), tmp_path / "out", CONFIG).images == COUNT
+
+
+def test_names_that_are_no_text_and_newlines_in_the_list_of_rejected_files(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out")
+    with journal.lock():
+        journal.begin({}, "", overwrite=False)
+        journal.restore(0)
+        for name in ("é\n", "\udcff", '"'):
+            journal.add_rejected(Rejected(name, "damaged"))
+        journal.record(1)
+    lines = (journal.dataset / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["path"] for line in lines] == ["é\n", "\udcff", '"']
+
+
+def test_too_little_space_is_said_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: usage._replace(free=30_000))
+    with pytest.raises(VdiffError, match=r"about 0\.\d MB are needed, 0\.0 MB are free where .*; free space") as caught:
+        prepare(Folder(source), tmp_path / "out", CONFIG)
+    assert "smaller --size" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: usage._replace(free=120_000))
+    assert prepare(Folder(source), tmp_path / "out", CONFIG).num_bytes < 120_000
+
+
+SCRIPT = """
+set -e
+mount -t tmpfs -o size=$5 tmpfs "$1"
+"$3" -m tests.crashing "$2" "$1/out" && exit 7
+ls "$1"
+mount -o remount,size=20m "$1"
+"$3" -m tests.crashing "$2" "$1/out"
+cp -r "$1/out" "$4"
+ls "$1"
+"""
+
+
+@pytest.mark.parametrize(("size", "reason"), [("60k", "database or disk is full"), ("100k", "No space left on device")])
+def test_a_full_disk(source: Path, whole: Path, tmp_path: Path, size: str, reason: str) -> None:
+    (tmp_path / "disk").mkdir()
+    unshare = shutil.which("unshare")
+    able = (
+        unshare
+        and not subprocess.run(
+            [unshare, "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "disk")],
+            capture_output=True,
+        ).returncode
+    )
+    if not able:
+        pytest.skip("mounting a small file system is not allowed here")
+    words = [str(tmp_path / "disk"), str(source), sys.executable, str(tmp_path / "copy"), size]
+    done = subprocess.run(
+        [str(unshare), "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT, "sh", *words],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_SPACE_CHECK": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["out.partial", "out"]
+    error = done.stderr.splitlines()[-1]
+    assert "VdiffError: cannot write" in error
+    assert f"{reason}; free space or choose another --out" in error
+    assert tree(tmp_path / "copy") == tree(whole / "lmdb")
+
+
+def test_one_slow_image_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first image of 400 takes a second, all the others are converted; then all come in order."""
+    monkeypatch.setattr(preparation, "SECONDS_ALONE", 0)
+    photo = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(photo, format="PNG")
+    (tmp_path / "photos").mkdir()
+    for index in range(400):
+        (tmp_path / "photos" / f"{index:03d}.png").write_bytes(photo.getvalue())
+    arrived: list[float] = []
+    add = writer.StoreWriter.add
+
+    def timed(self: writer.StoreWriter, *args: object) -> int:
+        arrived.append(time.monotonic())
+        return add(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer.StoreWriter, "add", timed)
+    prepare(OneSlow(tmp_path / "photos"), tmp_path / "out", CONFIG, num_workers=2)
+    assert len(arrived) == 400
+    assert arrived[-1] - arrived[8] < 0.5  # they had been waiting
+
+
+class OneSlow(Folder):
+    """A folder whose first image takes two seconds."""
+
+    def read(self, item: Item) -> Sample:
+        if item.name == "000.png":
+            time.sleep(2)
+        return super().read(item)

@@ -1,0 +1,251 @@
+"""Opening tar shards: a folder or URL with an index, or other programs' tars."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import tarfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from vdiff.data.shard_files import (
+    COPY_AGAIN,
+    check_place,
+    damaged,
+    is_image,
+    opened,
+    read_samples,
+    require_webdataset,
+    scan,
+    scheme_of,
+    shown,
+)
+from vdiff.data.shards import LABEL, Shard, fingerprint_of, parse_index, suffix_of
+from vdiff.data.store import INDEX_FILE, DatasetMeta, incomplete, partial_folder
+from vdiff.errors import VdiffError
+
+PREPARE = "make a dataset of the tar: python prepare_data.py TAR"
+MAX_CLASSES = 100_000
+BUFFER_BYTES = 2**18
+
+
+class ShardStore:
+    """Tar shards to read: a folder or a URL with an index, or local tars without one, as a path or a brace pattern.
+
+    Tars without an index are scanned once, by their headers: their images must be squares, and a `cls` beside each
+    image, if there is one, its class as a decimal number. `path` is what was given, as text without passwords. A store
+    holds no open file, so it may be pickled and carried across a fork.
+
+    Raises:
+        VdiffError: no such dataset, an incomplete one, a shard that is missing or of another length, another version;
+            shards at a URL without an index; webdataset is not installed.
+    """
+
+    meta: DatasetMeta
+    shards: tuple[Shard, ...]
+
+    def __init__(self, source: Path | str) -> None:
+        require_webdataset()
+        place = source.as_posix() if isinstance(source, Path) else source
+        if scheme_of(place):
+            check_place(place)
+        self.path = shown(place)
+        self._base = ""
+        if scheme_of(place):
+            self._open_url(place)
+        elif not Path(place).is_dir() and ("{" in place or place.endswith(".tar")):
+            folder = Path(place).with_suffix("")
+            # `--out data/photos.tar` made the folder data/photos
+            if not Path(place).exists() and (folder / INDEX_FILE).is_file():
+                self._open_folder(folder)
+            else:
+                self.meta, self.shards, self._suffixes = scan_foreign(place)
+        else:
+            self._open_folder(Path(place))
+        self._length = sum(shard.images for shard in self.shards)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def check_size(self, size: int) -> None:
+        """Do nothing if the dataset has images of `size`.
+
+        Raises:
+            VdiffError: it has not; the hint names the sizes it has.
+        """
+        if size not in self.meta.sizes:
+            sizes = ", ".join(map(str, self.meta.sizes))
+            raise VdiffError(
+                f"{self.path} has no images of size {size}",
+                f"it has {sizes}; choose one of them or prepare again with --size {size}",
+            )
+
+    def place(self, shard: Shard) -> str:
+        """The path or URL of a shard."""
+        if not scheme_of(self._base):
+            return str(Path(self._base, shard.file))
+        parts = urlsplit(self._base)  # a query, such as a token, is for every file there
+        return urlunsplit(parts._replace(path=f"{parts.path}/{quote(shard.file)}"))
+
+    def samples(
+        self, number: int, sizes: Sequence[int], skip: int = 0
+    ) -> Generator[tuple[str, dict[int, bytes], int | None], None, None]:
+        """(key, {size: encoded}, class) of the images of shard `number` in order, without the first `skip`.
+
+        Raises:
+            VdiffError: the shard cannot be read, is damaged, or lacks something.
+        """
+        shard = self.shards[number]
+        place = self.place(shard)
+        wanted = {LABEL, *(suffix for size in sizes for suffix in self._suffixes[size])}
+        count = skip
+        mode = "r|" if scheme_of(place) else "r:"
+        with (
+            opened(place, shard.bytes) as file,
+            tarfile.open(fileobj=file, mode=mode, bufsize=BUFFER_BYTES) as tar,  # type: ignore[call-overload]
+        ):
+            for key, contents in read_samples(tar, wanted.__contains__, skip=skip):
+                where = f"{shown(place)}: image {key}"
+                yield key, {size: self._image(contents, size, where) for size in sizes}, self._label(contents, where)
+                count += 1
+        if count != shard.images:
+            raise damaged(shown(place), f"{count} images, not {shard.images}")
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """The dataset in pieces that may be read by different processes: the images of each shard."""
+        start = 0
+        for shard in self.shards:
+            yield start, start + shard.images
+            start += shard.images
+
+    def stretch(self, start: int, stop: int) -> Iterator[tuple[str, dict[int, bytes], int | None]]:
+        """Name, encoded images by size, and class of the images `start` … `stop` − 1, counted through all shards."""
+        for number, (first, end) in enumerate(self.stretches()):
+            if first < stop and start < end:
+                with contextlib.closing(self.samples(number, self.meta.sizes, max(start - first, 0))) as samples:
+                    yield from islice(samples, min(stop, end) - max(start, first))
+
+    def fingerprint(self) -> str:
+        """What `meta.fingerprint` is if every shard is what was written; reads them all."""
+        digests = []
+        for shard in self.shards:
+            digest = hashlib.sha256()
+            with opened(self.place(shard), shard.bytes) as file:
+                while data := file.read(BUFFER_BYTES):
+                    digest.update(data)
+            digests.append(digest.hexdigest())
+        return fingerprint_of(digests)
+
+    def _image(self, contents: Mapping[str, bytes | None], size: int, where: str) -> bytes:
+        for suffix in self._suffixes[size]:
+            if (encoded := contents.get(suffix)) is not None:
+                return encoded
+        raise VdiffError(f"{where} has no size {size}", COPY_AGAIN)
+
+    def _label(self, contents: Mapping[str, bytes | None], where: str) -> int | None:
+        if not self.meta.class_names:
+            return None
+        text = contents.get(LABEL) or b""
+        if not (text.strip().isdigit() and int(text) < len(self.meta.class_names)):
+            raise VdiffError(f"{where} has no class, or an unknown one", COPY_AGAIN)
+        return int(text)
+
+    def _open_folder(self, folder: Path) -> None:
+        if folder.name == INDEX_FILE:
+            folder = folder.parent
+        self.path = folder.as_posix()
+        self._base = str(folder)
+        try:
+            text = (folder / INDEX_FILE).read_bytes()
+        except FileNotFoundError:
+            if not folder.exists() and not partial_folder(folder).exists():
+                raise VdiffError(f"{folder}: no such dataset", "give what prepare_data.py wrote (--data)") from None
+            raise incomplete(folder) from None
+        self._read_index(text, str(folder / INDEX_FILE))
+        for shard in self.shards:
+            path = folder / shard.file
+            if not path.is_file():
+                raise VdiffError(f"{path} is missing", COPY_AGAIN)
+            if path.stat().st_size != shard.bytes:
+                raise damaged(path, f"it has {path.stat().st_size} bytes, not {shard.bytes}")
+
+    def _open_url(self, url: str) -> None:
+        parts = urlsplit(url)
+        if "{" in parts.path or parts.path.endswith(".tar"):
+            raise VdiffError(
+                f"{self.path} has no index to say what is in it",
+                f"put the {INDEX_FILE} of the dataset beside the shards, and give the URL of their folder",
+            )
+        path = parts.path.removesuffix(INDEX_FILE).rstrip("/")
+        self._base = urlunsplit(parts._replace(path=path, fragment=""))
+        self.path = shown(self._base)
+        index = self.place(Shard(INDEX_FILE, 0, 0))
+        with opened(index) as file:
+            text = b"".join(iter(lambda: file.read(BUFFER_BYTES), b""))
+        self._read_index(text, shown(index))
+
+    def _read_index(self, text: bytes, place: str) -> None:
+        self.meta, self.shards = parse_index(text, place)
+        self._suffixes = {size: (suffix_of(self.meta, size),) for size in self.meta.sizes}
+
+
+def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int, tuple[str, ...]]]:
+    """What is in tars that another program wrote: a description, the shards that hold images, the suffixes by size."""
+    import PIL.Image
+    from braceexpand import braceexpand
+
+    try:
+        places = list(braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise VdiffError(f"{pattern} is no pattern: {error}", "write it as x-{000000..000009}.tar") from None
+    shards: list[Shard] = []
+    images: dict[str, tuple[int, int]] = {}  # the width and height of the first image of each suffix
+    modes: set[str] = set()
+    num_images, num_labels, max_label = 0, 0, -1
+    for place in places:
+        path, before = Path(place), num_images
+        for key, contents in scan(path, lambda suffix: suffix == LABEL or (is_image(suffix) and suffix not in images)):
+            num_images += 1
+            for suffix, content in contents.items():
+                if content is None:
+                    continue
+                if suffix == LABEL:
+                    if not (content.strip().isdigit() and int(content) < MAX_CLASSES):
+                        raise VdiffError(f"{place}: the class of {key} is no number below {MAX_CLASSES}", PREPARE)
+                    num_labels, max_label = num_labels + 1, max(max_label, int(content))
+                    continue
+                try:
+                    with PIL.Image.open(io.BytesIO(content)) as image:
+                        images[suffix] = image.size
+                        modes.add(image.mode)
+                except OSError:
+                    raise VdiffError(f"{place}: {key}.{suffix} is no image", PREPARE) from None
+        if num_images > before:
+            shards.append(Shard(place, num_images - before, path.stat().st_size))
+    suffixes: dict[int, tuple[str, ...]] = {}
+    for suffix in sorted(images, key=lambda suffix: (suffix.count("."), suffix)):
+        width, height = images[suffix]
+        if width == height:
+            suffixes[width] = (*suffixes.get(width, ()), suffix)
+    if not suffixes:
+        found = next((f"its first is {width}×{height}" for width, height in images.values()), "it has no images")
+        raise VdiffError(f"{pattern} holds no square images: {found}", PREPARE)
+    if num_labels not in (0, num_images):
+        raise VdiffError(f"{pattern}: {num_images - num_labels} of {num_images} images have no class", PREPARE)
+    meta = DatasetMeta(
+        name=Path(places[0]).stem,
+        sizes=tuple(sorted(suffixes)),
+        channels=1 if modes <= {"1", "L"} else 3,
+        class_names=tuple(map(str, range(max_label + 1))),
+        counts={"images": num_images},
+        complete=True,
+    )
+    return meta, tuple(shards), suffixes

@@ -1,0 +1,252 @@
+"""Writing tar shards as WebDataset reads them, and the index beside them that makes them a dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vdiff.data.shard_files import require_webdataset, scan
+from vdiff.data.store import INDEX_FILE, PREPARE_AGAIN, DatasetMeta
+from vdiff.errors import VdiffError
+from vdiff.files import fsync_folder, make_folder, refusal, write_text
+
+IMAGES_PER_SHARD = 10_000
+LABEL = "cls"
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name beside the index (without an index its path), and what is in it."""
+
+    file: str
+    images: int
+    bytes: int
+    sha256: str = ""
+
+
+def suffix_of(meta: DatasetMeta, size: int) -> str:
+    """`jpg`, or `64.jpg` in a set of several sizes: what follows an image's number in its name."""
+    extension = EXTENSIONS[meta.image_format]
+    return extension if len(meta.sizes) == 1 else f"{size}.{extension}"
+
+
+def fingerprint_of(digests: Iterable[str]) -> str:
+    """SHA-256 (hex) over the SHA-256 of all shards in order, each in hex and a line of its own."""
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+
+
+def write_index(folder: Path, meta: DatasetMeta, shards: Sequence[Shard]) -> None:
+    """Write `folder/index.json`, whole or not at all."""
+    index = {"meta": json.loads(meta.to_json()), "shards": [asdict(shard) for shard in shards]}
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+
+
+def parse_index(text: bytes, place: str) -> tuple[DatasetMeta, tuple[Shard, ...]]:
+    """What an index says; `place` names it in errors.
+
+    Raises:
+        VdiffError: no index, one of another version, one of an unfinished dataset, or shards that lie elsewhere.
+    """
+    try:
+        values = json.loads(text)
+        description = json.dumps(values["meta"])
+        shards = tuple(Shard(**entry) for entry in values["shards"])
+        for shard in shards:
+            if not (shard.images >= 1 and shard.bytes >= 1 and shard.sha256.isalnum()):
+                raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise VdiffError(f"{place} is no index of tar shards", PREPARE_AGAIN) from None
+    # a dataset from elsewhere must not make this machine read other files, or run anything
+    if foreign := [shard.file for shard in shards if not re.fullmatch(r"[^/\\:\0\r\n]+\.tar", shard.file)]:
+        raise VdiffError(f"{place} names the shard {foreign[0]!r}, which is not a file beside it", PREPARE_AGAIN)
+    try:
+        meta = DatasetMeta.from_json(description)
+    except VdiffError as error:
+        raise VdiffError(f"{place}: {error.cause}", error.hint) from None
+    if not meta.complete:
+        raise VdiffError(f"{place} is of an incomplete dataset", PREPARE_AGAIN)
+    return meta, shards
+
+
+def describe(path: Path) -> Shard:
+    """Count and hash a shard on disk."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            num_bytes = file.tell()
+    except OSError as error:
+        raise VdiffError(f"cannot read {path}: {error.strerror or error}", PREPARE_AGAIN) from None
+    return Shard(path.name, sum(1 for _ in scan(path, lambda _: False)), num_bytes, digest)
+
+
+class ShardWriter:
+    """Writes `folder/name-000000.tar`, … and at last `folder/index.json`, which makes the folder a dataset.
+
+    Shard k holds the images of the positions k · images_per_shard …, less those that were rejected. It is written
+    under a hidden name and renamed when it is whole, so that a folder whose writing was cut short holds whole shards
+    only, and a writer that is opened later goes on after them. Equal images make equal bytes.
+
+    Args:
+        start: the position of the first image of all; a multiple of `images_per_shard`.
+
+    Raises:
+        VdiffError: the disk is full or refuses; webdataset is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, meta: DatasetMeta, *, name: str, images_per_shard: int = IMAGES_PER_SHARD, start: int = 0
+    ) -> None:
+        if images_per_shard < 1 or start % images_per_shard:
+            raise ValueError(f"start {start}, images_per_shard {images_per_shard}; need a multiple of at least 1")
+        self._tar_writer = require_webdataset().TarWriter
+        self.folder, self.name, self.images_per_shard = make_folder(folder), name, images_per_shard
+        self.meta = replace(meta, complete=False)
+        # of shards that an earlier writer wrote, only the names are known
+        self._shards: list[Shard | Path] = list(self._tidy_up())
+        self.num_committed = len(self._shards)
+        if self._shards:
+            last = Path(str(self._shards[-1])).stem.rpartition("-")[2]
+            start = (int(last) + 1) * images_per_shard
+        if (folder / INDEX_FILE).exists():
+            self.meta, _ = parse_index((folder / INDEX_FILE).read_bytes(), str(folder))
+        self.position = self._begun_at = start
+        self._waiting = 0
+        self._tar: Any = None
+        self._file: _HashedFile | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the open shard is full."""
+        return self.position - self._begun_at >= self.images_per_shard
+
+    def add(self, images: Mapping[int, bytes], label: int | None) -> int:
+        """Append one image in all its sizes (`{size: encoded}`) and its class; returns its position."""
+        if set(images) != set(self.meta.sizes):
+            raise ValueError(f"images of sizes {sorted(images)}; need {sorted(self.meta.sizes)}")
+        if (label is not None) != bool(self.meta.class_names):
+            raise ValueError(f"label {label} in a set with the classes {self.meta.class_names}")
+        if self.is_due:
+            raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
+        sample: dict[str, Any] = {suffix_of(self.meta, size): encoded for size, encoded in images.items()}
+        if label is not None:
+            sample[LABEL] = str(label).encode()
+        try:
+            if self._tar is None:
+                self._open()
+            self._tar.write({"__key__": f"{self.position:09d}", **sample})
+        except OSError as error:
+            raise refusal(self._path, error) from None
+        self._waiting += 1
+        self.position += 1
+        return self.position - 1
+
+    def skip(self) -> None:
+        """Pass over an image that was rejected: the images after it keep their positions, whoever writes them."""
+        if self.is_due:
+            raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
+        self.position += 1
+
+    def commit(self) -> None:
+        """Make the open shard durable and give it its name; without waiting images there is nothing to write."""
+        if self._file is not None:
+            try:
+                self._tar.close()
+                self._file.make_durable()
+                os.replace(self._temporary, self._path)
+                fsync_folder(self.folder)
+            except OSError as error:
+                raise refusal(self._path, error) from None
+            file = self._file
+            self._shards.append(Shard(self._path.name, self._waiting, file.num_bytes, file.hash.hexdigest()))
+            self.num_committed += 1
+            self._tar = self._file = None
+            self._waiting = 0
+        self._begun_at = self.position
+
+    def finish(self, counts: Mapping[str, object], fingerprint: str | None = None) -> DatasetMeta:
+        """Commit what waits and write the index; shards of an earlier writer are read once, for their SHA-256.
+
+        The fingerprint, if none is given, is that of `fingerprint_of` the shards.
+        """
+        self.commit()
+        shards = [shard if isinstance(shard, Shard) else describe(shard) for shard in self._shards]
+        fingerprint = fingerprint_of(shard.sha256 for shard in shards) if fingerprint is None else fingerprint
+        meta = replace(self.meta, counts=counts, complete=True, fingerprint=fingerprint)
+        write_index(self.folder, meta, shards)
+        self.meta = meta
+        return meta
+
+    def close(self) -> None:
+        """Drop the open shard."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):  # a full disk refuses the last bytes of a file that goes anyway
+            self._tar.close()
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+        self._tar = self._file = None
+        self.position, self._waiting = self._begun_at, 0
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.name}-{self._begun_at // self.images_per_shard:06d}.tar"
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".{self._path.name}.tmp"
+
+    def _open(self) -> None:
+        if self.meta.complete or self._path.exists():
+            raise ValueError(f"{self._path} is written already")
+        self._file = _HashedFile(self._temporary)
+        # the clock and the user's name would make equal images differ in bytes
+        self._tar = self._tar_writer(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+    def _tidy_up(self) -> list[Path]:
+        """Remove what a writer that was killed left unfinished; returns the whole shards in order."""
+        name = re.compile(rf"{re.escape(self.name)}-\d{{6,}}\.tar")
+        paths = list(self.folder.iterdir())
+        for path in paths:
+            if path.name[:1] == "." and path.suffix == ".tmp" and name.fullmatch(path.name[1:-4]):
+                path.unlink()
+        return sorted((path for path in paths if name.fullmatch(path.name)), key=lambda path: (len(path.name), path))
+
+
+class _HashedFile:
+    """A new file that knows the length and the SHA-256 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115
+        self.hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+    def make_durable(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
