@@ -47,9 +47,16 @@ def page() -> str:
     for name in main.list_commands(context):
         command = main.get_command(context, name)
         assert command is not None
-        text = help_text(command, program(name)).rstrip()
-        parts.append(f"## {program(name)}\n\n{COMMANDS[name][1]}\n\n```text\n{text}\n```\n")
+        parts.append(section("##", program(name), command, COMMANDS[name][1]))
+        if isinstance(command, click.Group):
+            parts += [section("###", f"{program(name)} {sub}", each) for sub, each in command.commands.items()]
     return "\n".join(parts)
+
+
+def section(level: str, typed: str, command: click.Command, summary: str = "") -> str:
+    """A heading, what the command is for, and its help text."""
+    head = f"{level} {typed}\n\n" + (f"{summary}\n\n" if summary else "")
+    return f"{head}```text\n{help_text(command, typed).rstrip()}\n```\n"
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import tomllib
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -453,3 +456,36 @@ def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
 def test_without_a_preset_the_image_size_decides_and_the_first_line_says_so():
     assert done("train.py --dry_run").stderr == "preset digits, data/toy_4: 4×4×1\n"
     assert run("train.py --dry_run --preset toy --image_size 64").stderr == "preset toy, assumed: 64×64×1\n"
+
+
+# Tar shards
+
+
+def test_training_from_tar_shards_here_and_by_url(place):
+    """Prepared, trained, resumed and distilled; the same bits from a folder and from a server."""
+    for index in range(40):
+        path = place / "photos" / "ab"[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (4, 4), (index * 6, 255 - index * 6, 80)).save(path)
+    done("prepare_data.py photos --size 4 --format png --num_workers 0 --out shards/photos.tar")
+    words = "--config tiny.toml --image_size 4 --num_workers 0"
+    done(f"train.py --data shards/photos {words} --out whole")
+    done(f"train.py --data shards/photos {words} --num_iters 2 --out cut")
+    done(f"train.py --resume {words} --num_iters 4 --out cut")
+    assert_equal_bits(place / "whole" / WEIGHTS, place / "cut" / WEIGHTS)
+    index = json.loads(Path("shards/photos/index.json").read_text())
+    assert index["meta"]["class_names"] == ["a", "b"]
+    assert read_config(place / "whole").dataset_fingerprint == index["meta"]["fingerprint"] != ""
+    done("distill.py --base whole --data shards/photos --config tiny.toml --num_workers 0 --out student")
+    handler = partial(Quiet, directory=str(place / "shards"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done(f"train.py --data http://127.0.0.1:{server.server_port}/photos {words} --out by_url")
+        server.shutdown()
+    assert_equal_bits(place / "whole" / WEIGHTS, place / "by_url" / WEIGHTS)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A server that says nothing."""
+
+    def log_message(self, *_: object) -> None: ...

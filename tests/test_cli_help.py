@@ -107,7 +107,8 @@ def test_the_documentation_is_what_the_commands_print(monkeypatch):
     page = runpy.run_path(str(ROOT / "docs/make_commands.py"))["page"]()
     assert written == page, "run `python docs/make_commands.py`"
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
-        "## python prepare_data.py", "## python train.py", "## python distill.py", "## python sample.py"
+        "## python prepare_data.py", "## python train.py", "## python distill.py", "## python sample.py",
+        "## vdiff data",
     ]  # fmt: skip
     for name in SCRIPTS:
         section = page.partition(f"## python {name}\n")[2].partition("```text\n")[2].partition("\n```")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -25,6 +26,9 @@ CONTEXT = {
 }
 
 
+WORDS = "vdiff.words"
+
+
 class Program(click.Command):
     """A command or group whose failures are one line and an exit code."""
 
@@ -37,6 +41,7 @@ class Program(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse; some of Click's errors do not know which command they belong to."""
+        ctx.meta[WORDS] = list(args)
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -158,6 +163,13 @@ class Names(click.ParamType):
         """What stands behind the option in `--help`."""
         del param, ctx
         return self.name
+
+
+def typed_command() -> str:
+    """The running command as it was typed: `python train.py --seed 1`."""
+    context = click.get_current_context()
+    program = context.command_path
+    return shlex.join([*(["python"] if program.endswith(".py") else []), *program.split(), *context.meta[WORDS]])
 
 
 def one_line_usage_error(error: click.ClickException) -> str:

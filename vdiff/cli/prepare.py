@@ -1,28 +1,43 @@
-"""`prepare_data.py`: turn a folder or a zip of images into an LMDB dataset."""
+"""`prepare_data.py`: turn images from anywhere into a dataset."""
 
 from __future__ import annotations
 
 import json as jsonlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, Names, OneOf, option, switch
+from vdiff.cli.options import Command, Names, OneOf, option, switch, typed_command
 from vdiff.errors import OptionError
 
 if TYPE_CHECKING:
-    from vdiff.data.preparation import Report
+    from vdiff.data.preparation import Part, Report
     from vdiff.data.sources import Source
 
 # spelled out because the help must not import the data room; a test compares them with its registries
 FORMATS = ["jpeg", "png", "webp"]
-CROPS = ["center", "pad", "stretch"]
+CROPS = ["center", "random_resized", "pad", "stretch", "none"]
 RESAMPLES = ["lanczos", "bicubic", "box"]
 MAX_SIZE = 4096
 EXIT_SKIPPED = 3
+
+
+class PartType(click.ParamType):
+    """A part of the whole: `1/4` … `4/4`."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read two numbers."""
+        if isinstance(value, tuple):
+            return value
+        number, slash, count = str(value).partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            self.fail(f"it takes I/N with I from 1 to N, such as 1/4, not {value!r}", param, ctx)
+        return int(number), int(count)
 
 
 @click.command(
@@ -31,14 +46,17 @@ EXIT_SKIPPED = 3
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",
         "python prepare_data.py photos.zip --crop pad --background black",
+        "python prepare_data.py cifar10      # one of torchvision's sets, downloaded or found under --root",
+        "python prepare_data.py hf:huggan/flowers-102-categories --size 64",
+        "python prepare_data.py photos --out data/photos.tar     # tar shards instead of an LMDB",
     ],
 )
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False)
 @option(
     "--size",
     group="Dataset",
     type=Names(click.IntRange(1, MAX_SIZE), "PIXELS[,PIXELS…]"),
-    show_default="8 for digits, else 64",
+    show_default="64; small sets as they are: digits 8, mnist 28, cifar10 32 …",
     help="Width and height of the images; one dataset can hold several sizes.",
 )
 @option(
@@ -47,14 +65,14 @@ EXIT_SKIPPED = 3
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     show_default="data/NAME_SIZE",
-    help="Where the dataset goes.",
+    help="Where the dataset goes; FOLDER.tar makes it a folder of WebDataset tar shards.",
 )
 @option(
     "--format",
     "image_format",
     group="Dataset",
     type=OneOf(FORMATS),
-    show_default="png for digits, else jpeg",
+    show_default="jpeg; png for small sets",
     help="How images are stored; webp is lossless, jpeg keeps full colour resolution (4:4:4).",
 )
 @option(
@@ -64,17 +82,66 @@ EXIT_SKIPPED = 3
     "--channels",
     group="Dataset",
     type=OneOf(["1", "3"]),
-    show_default="1 for digits, else 3",
+    show_default="3; 1 for grey sets",
     help="Grey or colour.",
+)
+@option(
+    "--root",
+    group="Source",
+    type=click.Path(path_type=Path),
+    default=Path("downloads"),
+    metavar="FOLDER",
+    help="Where torchvision's sets lie, or are downloaded to.",
+)
+@option("--split", group="Source", default="", show_default="train", help="Which part of a named set.")
+@option(
+    "--image_column",
+    group="Source",
+    default="",
+    metavar="NAME",
+    show_default="the one with images",
+    help="The images of an hf: set.",
+)
+@option(
+    "--label_column",
+    group="Source",
+    default="",
+    metavar="NAME",
+    show_default="the one with classes",
+    help="The classes of an hf: set; none for none.",
 )
 @option(
     "--crop",
     group="Conversion",
     type=OneOf(CROPS),
     default="center",
-    help="Make a square of the middle, of the whole on the background colour, or by distorting.",
+    help="Make a square of the middle, of a random part (the same in every run), of the whole on the background "
+    "colour, or by distorting; none takes only images that have the size already.",
+)
+@option(
+    "--crop_scale",
+    group="Conversion",
+    type=click.FloatRange(0, 1, min_open=True),
+    show_default="0.25",
+    help="The smallest part of the area that random_resized takes.",
+)
+@option(
+    "--seed",
+    group="Conversion",
+    type=click.IntRange(min=0),
+    show_default="0",
+    help="Other random parts with another number; for random_resized.",
 )
 @option("--resample", group="Conversion", type=OneOf(RESAMPLES), default="lanczos", help="How images are resized.")
+@option(
+    "--min_size",
+    group="Conversion",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="PIXELS",
+    show_default="0: smaller images are enlarged, and counted",
+    help="Skip images whose shorter side (with pad: longer) is below.",
+)
 @option(
     "--background",
     group="Conversion",
@@ -89,68 +156,99 @@ EXIT_SKIPPED = 3
     show_default="CPU cores",
     help="Processes; 0 converts in the main one. The dataset is the same for any number.",
 )
+@option(
+    "--shard",
+    "part",
+    group="Work",
+    type=PartType(),
+    show_default="everything",
+    help="Prepare only part I of N of the images; vdiff data merge joins the parts of several machines.",
+)
 @switch("--overwrite", group="Work", help="Replace an existing dataset, once the new one is complete.")
 @switch("--strict", group="Work", help="Stop at the first file that cannot be read instead of skipping it.")
 @switch("--json", group="Work", help="Print the summary as one JSON object.")
 def command(
-    path: Path | None,
+    path: str | None,
     size: tuple[int, ...] | None,
     out: Path | None,
     image_format: str | None,
     quality: int | None,
     channels: str | None,
+    root: Path,
+    split: str,
+    image_column: str,
+    label_column: str,
     crop: str,
+    crop_scale: float | None,
+    seed: int | None,
     resample: str,
+    min_size: int,
     background: str,
     num_workers: int | None,
+    part: tuple[int, int] | None,
     overwrite: bool,
     strict: bool,
     json: bool,
 ) -> int:
-    """Turn the images in PATH, a folder or a zip, into an LMDB dataset; without PATH, scikit-learn's digits.
+    """Turn the images of PATH into an LMDB dataset; without PATH, scikit-learn's digits.
 
-    Subfolders become classes if every image lies in one. EXIF orientation is applied, transparency is laid on the
-    background, animations give their first frame. Files that cannot be read are skipped, listed in rejected.jsonl
-    in the dataset, and make the exit code 3.
+    PATH is a folder, a zip, a tar, a prepared dataset, the name of one of torchvision's sets (cifar10, mnist, svhn,
+    celeba, flowers102, imagenet, lsun …) or hf:NAME for one of the Hugging Face hub.
+
+    Subfolders become classes if every image lies in one. EXIF orientation and colour profiles are applied, transparency
+    is laid on the background, animations give their first frame. Files that cannot be read are skipped, listed in
+    rejected.jsonl in the dataset, and make the exit code 3. However a run ends, the same command goes on where it was.
     """
     from vdiff.data.conversion import ConversionConfig
-    from vdiff.data.preparation import prepare
-    from vdiff.data.sources import Digits, open_source
+    from vdiff.data.preparation import Part, prepare
+    from vdiff.data.sources import SourceOptions, open_source
 
-    source = open_source(path)
-    digits = isinstance(source, Digits)
-    sizes = tuple(sorted(set(size or ((8,) if digits else (64,)))))
-    image_format = image_format or ("png" if digits else "jpeg")
+    source = open_source(path, SourceOptions(root, split, image_column, label_column))
+    usual = source.defaults
+    image_format = image_format or usual.image_format
     if quality is not None and image_format != "jpeg":
         raise OptionError(
             f"--quality {quality} has no meaning for {image_format} images", "leave it out or give --format jpeg"
         )
+    for name, value in (("crop_scale", crop_scale), ("seed", seed)):
+        if value is not None and crop != "random_resized":
+            raise OptionError(f"--{name} {value} has no meaning for --crop {crop}", "it is for --crop random_resized")
+    sizes = tuple(sorted(set(size or (usual.size,))))
+    if crop == "none" and len(sizes) > 1:
+        raise OptionError("--crop none resizes nothing, so there can be only one --size", "give the images' own size")
     config = ConversionConfig(
         sizes=sizes,
-        channels=int(channels) if channels else (1 if digits else 3),
+        channels=int(channels) if channels else usual.channels,
         crop=crop,
+        crop_scale=0.25 if crop_scale is None else crop_scale,
+        seed=seed or 0,
         resample=resample,
+        min_size=min_size,
         background=parse_colour(background),
         image_format=image_format,
         quality=quality or 100,
     )
+    share = Part(*part) if part else None
     console = Console()
     report = prepare(
         source,
-        out or default_output(source, sizes),
+        out or default_output(source, sizes, share),
         config,
         num_workers=cpu_cores() if num_workers is None else num_workers,
         overwrite=overwrite,
         strict=strict,
+        part=share,
+        command=typed_command(),
         reporter=console,
     )
-    console.result(as_json(report) if json else summary(report))
+    console.result(as_json(report) if json else summary(report, share))
     return EXIT_SKIPPED if report.rejected else 0
 
 
-def default_output(source: Source, sizes: tuple[int, ...]) -> Path:
-    """`data/NAME_SIZE`, or `data/NAME_64_128` for several sizes."""
-    return Path("data") / "_".join([source.name, *map(str, sizes)])
+def default_output(source: Source, sizes: tuple[int, ...], part: Part | None = None) -> Path:
+    """`data/NAME_SIZE`, `data/NAME_64_128` for several sizes, `data/NAME_SIZE.1of4` for a part."""
+    suffix = f".{part.number}of{part.count}" if part else ""
+    return Path("data") / ("_".join([source.name, *map(str, sizes)]) + suffix)
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
@@ -177,11 +275,13 @@ def as_json(report: Report) -> str:
     return jsonlib.dumps(report.to_dict(), ensure_ascii=False)
 
 
-def summary(report: Report) -> str:
+def summary(report: Report, part: Part | None = None) -> str:
     """The report as aligned lines, ending with the command to run next."""
     sizes = ", ".join(map(str, report.sizes))
     classes = f", {len(report.class_names)} classes" if report.class_names else ""
     rows = [("written", f"{report.images} images{classes}, size {sizes}, to {report.path}")]
+    if report.kept:
+        rows.append(("kept", f"{report.kept} of them from an earlier run"))
     if report.skipped:
         rows.append(("skipped", f"{counted(report.skipped)} (listed in {report.path / 'rejected.jsonl'})"))
     if report.ignored:
@@ -192,13 +292,14 @@ def summary(report: Report) -> str:
         ("took", f"{report.seconds:.1f} s, {report.images_per_second:.0f} images/s, {megabytes(report.num_bytes)}")
     )
     choice = f" --image_size {report.sizes[0]}" if len(report.sizes) > 1 else ""
-    rows.append(("next", f"python train.py --data {report.path}{choice}"))
+    parts = str(report.path).replace(f".{part.number}of", ".*of") if part else ""
+    rows.append(("next", f"vdiff data merge {parts}" if part else f"python train.py --data {report.path}{choice}"))
     return "\n".join(f"{head:<10} {text}" for head, text in rows)
 
 
 def counted(counts: dict[str, int]) -> str:
-    """`{"damaged": 2, "empty file": 1}` → `2 damaged, 1 empty file`."""
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
+    """`{"damaged": 2, "empty file": 1}` → `2 damaged, 1 empty file`, the most frequent first."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
 def megabytes(num_bytes: int) -> str:

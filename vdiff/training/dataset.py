@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from vdiff.data.batches import ImageBatches
-from vdiff.data.store import ImageStore, find_dataset
+from vdiff.data.datasets import AnyStore, Batches, open_batches, open_dataset
+from vdiff.data.store import find_dataset
 from vdiff.errors import OptionError, VdiffError
 from vdiff.training.config import LoopConfig
 
@@ -18,22 +17,24 @@ class Images:
     image_size: int
     channels: int
     class_names: list[str] = field(default_factory=list)
-    store: ImageStore | None = None
+    store: AnyStore | None = None
 
     @property
     def name(self) -> str:
         """The dataset's path, as the checkpoint records it."""
-        return self.store.path.as_posix() if self.store else "assumed"
+        if self.store is None:
+            return "assumed"
+        return self.store.path if isinstance(self.store.path, str) else self.store.path.as_posix()
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the dataset's content."""
         return self.store.meta.fingerprint if self.store else ""
 
-    def batches(self, config: LoopConfig, *, pin_memory: bool) -> ImageBatches:
+    def batches(self, config: LoopConfig, *, pin_memory: bool) -> Batches:
         """Batches in the order that the seed gives."""
         assert self.store is not None, "images that are only assumed cannot be read"
-        return ImageBatches(
+        return open_batches(
             self.store,
             image_size=self.image_size,
             batch_size=config.batch_size,
@@ -51,7 +52,7 @@ def open_images(path: str, image_size: int | None) -> Images:
         VdiffError: no such dataset, or several to choose from.
         OptionError: it has several sizes and none was chosen, or not the one that was.
     """
-    store = ImageStore(Path(path) if path else find_dataset())
+    store = open_dataset(path or find_dataset())
     sizes = store.meta.sizes
     if image_size is None and len(sizes) > 1:
         raise OptionError(f"{store.path} has the sizes {', '.join(map(str, sizes))}", "choose one with --image_size")

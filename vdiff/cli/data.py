@@ -1,0 +1,156 @@
+"""`vdiff data`: look at datasets, check them, join parts of them."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vdiff.cli.console import Console, quantity
+from vdiff.cli.options import CONTEXT, Command, Program, option, switch
+from vdiff.cli.prepare import counted, cpu_cores, megabytes
+from vdiff.errors import VdiffError
+
+
+class Group(Program, click.Group):
+    """Commands about datasets."""
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+def command() -> None:
+    """Look at datasets, check them, join parts of them.
+
+    DATASET is a folder that prepare_data.py wrote, a rosinality-style LMDB, or tar shards: a folder, a URL, or a
+    pattern such as 'x-{000000..000009}.tar'.
+    """
+
+
+@command.command(cls=Command, examples=["vdiff data info data/photos_64", "vdiff data info data/photos_64 --json"])
+@click.argument("dataset", required=False)
+@switch("--json", group="Output", help="Print one JSON object.")
+def info(dataset: str | None, json: bool) -> None:
+    """Print what DATASET holds and how it was made; without DATASET, of the only one under data/."""
+    from vdiff.data.inspection import facts
+
+    values = facts(_open(dataset))
+    Console().result(jsonlib.dumps(values, ensure_ascii=False) if json else _aligned(values))
+
+
+@command.command(cls=Command, examples=["vdiff data verify data/photos_64"])
+@click.argument("dataset", required=False)
+@option("--num_workers", group="Work", type=click.IntRange(min=0), show_default="CPU cores", help="Processes.")
+@switch("--json", group="Output", help="Print one JSON object.")
+def verify(dataset: str | None, num_workers: int | None, json: bool) -> int:
+    """Decode every image of DATASET and compare its checksum; exit code 1 if anything is wrong."""
+    from dataclasses import asdict
+
+    from vdiff.data.inspection import verify as check
+
+    console = Console()
+    workers = cpu_cores() if num_workers is None else num_workers
+    verdict = check(_open(dataset), num_workers=workers, reporter=console)
+    if json:
+        console.result(jsonlib.dumps({**asdict(verdict), "is_good": verdict.is_good}, ensure_ascii=False))
+        return 0 if verdict.is_good else 1
+    checksum = {
+        "equal": "checksum equal",
+        "unequal": "checksum unequal",
+        "none": "no checksum: another program wrote it",
+    }[verdict.fingerprint]
+    for problem in verdict.problems:
+        console.line(problem)
+    if not verdict.is_good:
+        count = verdict.num_problems
+        what = f"{count} problem{'' if count == 1 else 's'} in {verdict.checked} images, {checksum}"
+        raise VdiffError(f"{verdict.path}: {what}", "copy it again, or prepare it again with --overwrite")
+    console.result(f"{verdict.path}: {verdict.checked} images decoded in every size, {checksum}")
+    return 0
+
+
+@command.command(
+    cls=Command, examples=["vdiff data show data/photos_64", "vdiff data show --out sheet.png --columns 16"]
+)
+@click.argument("dataset", required=False)
+@option(
+    "--out",
+    group="Output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    show_default="DATASET.png",
+    help="The picture; an existing one is replaced.",
+)
+@option("--image_size", group="Output", type=click.IntRange(min=1), show_default="the largest", help="Which size.")
+@option("--columns", group="Output", type=click.IntRange(1, 100), default=10, help="Images in a row.")
+@option("--rows", group="Output", type=click.IntRange(1, 99), default=20, help="Rows at most.")
+def show(dataset: str | None, out: Path | None, image_size: int | None, columns: int, rows: int) -> None:
+    """Draw a contact sheet of DATASET, a row for each class."""
+    from vdiff.data.images import save_png
+    from vdiff.data.inspection import sheet
+
+    opened = _open(dataset)
+    if out is None:
+        out = Path(f"{Path(str(opened.path)).name}.png") if "://" in str(opened.path) else Path(f"{opened.path}.png")
+    if out.suffix.lower() != ".png":
+        raise VdiffError(f"{out} is no name for a PNG file", "give --out FILE.png")
+    save_png(sheet(opened, size=image_size, columns=columns, max_rows=rows), out)
+    Console().result(str(out))
+
+
+@command.command(
+    cls=Command,
+    examples=["vdiff data merge data/photos_64.*of4", "vdiff data merge part_1 part_2 --out data/photos_64"],
+)
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@option(
+    "--out",
+    group="Output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    show_default="the parts' name without .IofN",
+    help="Where the whole dataset goes.",
+)
+@switch("--overwrite", group="Output", help="Replace an existing dataset, once the new one is complete.")
+def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
+    """Join all PARTS that --shard prepared into the dataset that one run would have written."""
+    from vdiff.data.merging import merge as join
+    from vdiff.data.store import is_dataset
+
+    if out is None:
+        name, dot, suffix = parts[0].name.rpartition(".")
+        if not (dot and "of" in suffix):
+            raise VdiffError(f"{parts[0]} is not called NAME.IofN", "say where the dataset goes with --out")
+        out = parts[0].with_name(name)
+    if overwrite and out.exists() and not is_dataset(out):
+        raise VdiffError(f"{out} exists and is not a dataset", "choose another --out; only datasets are ever replaced")
+    console = Console()
+    meta = join(parts, out, overwrite=overwrite, reporter=console)
+    console.result(f"{out}: {meta.counts['images']} images of {len(parts)} parts")
+    console.result(f"next       python train.py --data {out}")
+
+
+def _open(dataset: str | None) -> Any:
+    from vdiff.data.datasets import open_dataset
+    from vdiff.data.store import find_dataset
+
+    return open_dataset(dataset or str(find_dataset()))
+
+
+def _aligned(values: dict[str, Any]) -> str:
+    """Facts as aligned lines for people."""
+    counts = values.pop("counts")
+    classes = values.pop("classes", None) or dict.fromkeys(values["class_names"])
+    values.pop("class_names")
+    rows = {key: value for key, value in values.items() if value not in ("", None)}
+    rows["images"] = f"{values['images']:,}"
+    rows["sizes"] = ", ".join(map(str, values["sizes"]))
+    rows["bytes"] = f"{megabytes(values['bytes'])} ({quantity(values['bytes'] / max(values['images'], 1))}B an image)"
+    for key in ("skipped", "ignored", "converted"):
+        if counts.get(key):
+            rows[key] = counted(counts[key])
+    if classes:
+        names = ", ".join(name if count is None else f"{name} {count}" for name, count in classes.items())
+        rows["classes"] = f"{len(classes)}: {names}"
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
