@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine, write_report
 from vdiff.data.batches import Batch
+from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import METHODS
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import parameter_count
@@ -97,7 +98,7 @@ def theirs(accelerator: Accelerator, config: LoopConfig, *, distil: bool) -> tup
         return (delta.cos() * z - end) / delta.sin(), int(times[0])
 
     def update(step: int, images: Tensor) -> object:
-        images = images.to(accelerator.device)
+        images = from_uint8(images.to(accelerator.device))
         noise = torch.randn_like(images)
         if teacher is None:
             t = torch.randint(0, 1000, (len(images),), device=images.device)
@@ -142,7 +143,7 @@ def main(batch_size: int, updates: int, device: str, precision: str, compiles: b
         num_iters=10**6, batch_size=batch_size, lr=1e-4, device=device, precision=precision, compile=compiles
     )
     engine = build_engine(config)
-    images = torch.rand(batch_size, 3, SIZE, SIZE) * 2 - 1
+    images = torch.randint(0, 256, (batch_size, 3, SIZE, SIZE), dtype=torch.uint8)
     rows = []
     for name, distil in (("training", False), ("distillation", True)):
         sides = [ours(engine, config, distil=distil), theirs(engine.accelerator, config, distil=distil)]

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
+import io
 import signal
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vdiff.data.images import from_uint8
+from vdiff.data.pixel_cache import PixelCache, cache_limit
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 
 # the first word of each random stream, so that order and flips never share numbers
 _ORDER, _FLIPS = 0, 1
+_PREFETCH = 2  # batches that each worker is asked for in advance
+# slot of the ring, indices, flips
+_Request = tuple[int, np.ndarray, np.ndarray]
+_PREPARE_AGAIN = "prepare the images again with prepare_data.py"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images`: (B, C, H, W) float32 in [−1, 1] on the CPU; `classes`: (B,) int64, or None in a set without classes."""
+    """`images`: (B, C, H, W) uint8 on the CPU, mirrored where the plan says so; `classes`: (B,) int64, or None.
+
+    Whoever trains moves the bytes first and applies `from_uint8` there: a quarter of the traffic.
+    """
 
     images: Tensor
     classes: Tensor | None
@@ -71,12 +86,57 @@ def _generator(seed: int, stream: int, counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, counter])))
 
 
+def decode(encoded: bytes, channels: int, size: int, where: str) -> np.ndarray:
+    """The pixels of an image file: (C, size, size) uint8, C = `channels` 1 or 3, read-only; `where` names it in errors.
+
+    Raises:
+        VdiffError: no image, a damaged one, or one of another size.
+    """
+    mode = "RGB" if channels == 3 else "L"
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
+            # an image that has the mode already would only be copied
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    except Exception as error:  # decoders raise whatever their format makes them stumble over
+        raise VdiffError(f"{where} cannot be decoded: {error}", _PREPARE_AGAIN) from None
+    if (width, height) != (size, size):
+        raise VdiffError(f"{where} is {width}×{height}, not {size}×{size}", _PREPARE_AGAIN)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def answers_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """What a loader answers; closing the generator ends its workers.
+
+    They are not left to the garbage collector: an error's traceback may keep them alive to the very end.
+    """
+    answers = iter(loader)
+    try:
+        yield from answers
+    finally:
+        if loader.num_workers:
+            answers._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """`batches`, but left open they are closed before the interpreter waits, forever, for workers deaf to SIGTERM."""
+
+    def close() -> None:
+        if (found := reference()) is not None:
+            found.close()
+
+    reference = weakref.ref(batches, lambda _: atexit.unregister(close))
+    atexit.register(close)
+    return batches
+
+
 class ImageBatches:
     """Endless batches from a dataset; process `rank` of `world_size` gets its equal part of each global batch.
 
-    A set of up to `cache_bytes` is decoded once into one uint8 tensor; a larger one is decoded on the way, by
-    `num_workers` processes (0 = in this one). Both give the same batches, bit for bit, and neither touches the global
-    random generators. `pin_memory` puts images and classes into page-locked memory, for copies to a GPU.
+    Images are decoded when they are first needed, by `num_workers` processes (0 = in this one), and kept in up to
+    `cache_bytes` of memory (default: a quarter of what is available, shared by the `world_size` processes; 0 = none).
+    Once every image is there the workers end. Neither changes a batch by a bit, nor touches the global random
+    generators. `pin_memory` puts images and classes into page-locked memory, for copies to a GPU.
 
     Raises:
         VdiffError: the dataset lacks `image_size`, or the batch cannot be shared equally.
@@ -93,7 +153,7 @@ class ImageBatches:
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        cache_bytes: int = 256 * 2**20,
+        cache_bytes: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         store.check_size(image_size)
@@ -105,94 +165,125 @@ class ImageBatches:
                 f"give --batch_size a multiple of {world_size}",
             )
         self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip)
-        self.decoder = _Decoder(store, image_size)
         self.num_workers, self.pin_memory = num_workers, pin_memory
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
-        self._cached = len(store) * store.meta.channels * image_size**2 <= cache_bytes
-        self._all: tuple[Tensor, Tensor | None] | None = None
+        self._store, self._shape = store, (share, store.meta.channels, image_size, image_size)
+        limit = cache_limit() // world_size if cache_bytes is None else cache_bytes
+        self._cache = PixelCache(store, self._shape[1:], limit)
 
-    def start_at(self, step: int) -> Iterator[Batch]:
-        """The batches of optimiser steps `step`, `step` + 1, … without end."""
-        for pixels, classes, flips in self._cache(step) if self._cached else self._stream(step):
-            images = from_uint8(torch.where(flips[:, None, None, None], pixels.flip(-1), pixels))
-            if self.pin_memory:
-                images, classes = images.pin_memory(), None if classes is None else classes.pin_memory()
-            yield Batch(images, classes)
+    def start_at(self, step: int) -> Generator[Batch, None, None]:
+        """The batches of optimiser steps `step`, `step` + 1, … without end; closing the generator ends the workers.
 
-    def _cache(self, step: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        if self._all is None:
-            # one image at a time into the finished tensor: no second copy of the set in memory
-            pixels, classes = self.decoder.empty(self.plan.length)
-            for index in range(self.plan.length):
-                self.decoder.decode_into(pixels, classes, index, index)
-            self._all = (pixels, classes)
-        pixels, classes = self._all
-        while True:
-            indices = torch.from_numpy(self.plan.indices(step)[self._share])
-            flips = torch.from_numpy(self.plan.flips(step)[self._share])
-            yield pixels[indices], None if classes is None else classes[indices], flips
-            step += 1
+        Raises:
+            VdiffError: (from the generator) an image is missing, damaged or of another size.
+        """
+        return closed_at_exit(self._batches(step))
 
-    def _stream(self, step: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    def _batches(self, step: int) -> Generator[Batch, None, None]:
+        if not self._cache.complete:
+            step = yield from self._decoded(step)
+        nothing = torch.empty(0)
+        for later in count(step):
+            yield self._assembled(self._wanted(later), nothing)
+
+    def _decoded(self, step: int) -> Generator[Batch, None, int]:
+        """Batches of images that are decoded unless they are in the cache; ends, with the next step, when all are."""
+        num_workers = 0 if self._cache.is_small else self.num_workers
+        # a loader asks for so many batches in advance, and for one more before it hands out the first of them
+        ahead = _PREFETCH * num_workers
+        ring = torch.empty((ahead + 1, *self._shape), dtype=torch.uint8)
+        decoder = _Decoder(self._store, ring.share_memory_() if num_workers else ring)
+        under_way: deque[_Wanted] = deque()
+
+        def requests(first: int) -> Iterator[_Request]:
+            for later in count(first):
+                wanted = self._wanted(later)
+                under_way.append(wanted)
+                yield later % len(ring), wanted.indices[wanted.missing], wanted.flips[wanted.missing]
+
         loader = DataLoader(
-            self.decoder,
+            decoder,
             batch_size=None,
-            sampler=_Requests(self.plan, self._share, step),
-            num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            sampler=requests(step),
+            num_workers=num_workers,
+            prefetch_factor=_PREFETCH if num_workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # a loader draws a seed, by default from the global generator
         )
-        yield from loader
+        with closing(answers_of(loader)) as answers:
+            for classes in answers:
+                if isinstance(classes, VdiffError):
+                    raise classes
+                wanted, pixels = under_way.popleft(), ring[step % len(ring)]
+                indices, flips = wanted.indices[wanted.missing], wanted.flips[wanted.missing]
+                self._cache.keep(indices, flips, pixels, classes)
+                yield self._assembled(wanted, pixels)
+                step += 1
+                if self._cache.complete:
+                    break
+        return step
+
+    def _wanted(self, step: int) -> _Wanted:
+        indices = self.plan.indices(step)[self._share]
+        return _Wanted(indices, self.plan.flips(step)[self._share], self._cache.rows[indices] < 0)
+
+    def _assembled(self, wanted: _Wanted, decoded: Tensor) -> Batch:
+        """The batch of what the cache held when it was asked and, in order, of what was decoded because it did not."""
+        cache, others = self._cache, iter(decoded)
+        rows, flips, missing = cache.rows[wanted.indices].tolist(), wanted.flips.tolist(), wanted.missing.tolist()
+        images = [
+            next(others) if new else cache.image(row, mirrored)
+            for row, mirrored, new in zip(rows, flips, missing, strict=True)
+        ]
+        pixels = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        torch.stack(images, out=pixels)
+        if cache.classes is None:
+            return Batch(pixels, None)
+        classes = torch.from_numpy(cache.classes[wanted.indices])
+        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes)
 
 
-class _Requests:
-    """The endless list of what the workers are to decode: (indices, flips) of each step."""
+@dataclass(frozen=True)
+class _Wanted:
+    """Images of a batch, whether each is mirrored, and whether it was `missing` in the cache; (B,) each."""
 
-    def __init__(self, plan: BatchPlan, share: slice, step: int) -> None:
-        self.plan, self.share, self.step = plan, share, step
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        step = self.step
-        while True:
-            yield self.plan.indices(step)[self.share], self.plan.flips(step)[self.share]
-            step += 1
+    indices: np.ndarray
+    flips: np.ndarray
+    missing: np.ndarray
 
 
-class _Decoder(Dataset[tuple[Tensor, Tensor | None, Tensor]]):
-    """A request (indices, flips) to uint8 pixels (B, C, H, W), classes (B,) and the flips as a tensor."""
+class _Decoder(Dataset[np.ndarray | VdiffError]):
+    """Decodes the images of a request into the first places of a slot of the `ring`; answers their classes (0: none).
 
-    def __init__(self, store: ImageStore, image_size: int) -> None:
-        self.store, self.image_size = store, image_size
+    The memory of the ring, shared with workers, is used over and over: fresh memory for each batch would cost a good
+    part of the time that decoding takes.
+    """
 
-    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor | None, Tensor]:
-        indices, flips = request
-        pixels, classes = self.empty(len(indices))
-        for place, index in enumerate(indices.tolist()):
-            self.decode_into(pixels, classes, place, index)
-        return pixels, classes, torch.from_numpy(flips)
+    def __init__(self, store: ImageStore, ring: Tensor) -> None:
+        self.store, self.ring = store, ring
 
-    def empty(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """Room for `length` images and, in a set with classes, their classes."""
-        pixels = torch.empty((length, self.store.meta.channels, self.image_size, self.image_size), dtype=torch.uint8)
-        return pixels, torch.empty(length, dtype=torch.int64) if self.store.meta.class_names else None
-
-    def decode_into(self, pixels: Tensor, classes: Tensor | None, place: int, index: int) -> None:
-        """Put image `index` of the store at `place`."""
-        size = self.image_size
-        image = self.store.image(size, index)
-        if image.size != (size, size):
-            raise VdiffError(
-                f"{self.store.path}: image {index} is {image.width}×{image.height}, not {size}×{size}",
-                "prepare the images again with prepare_data.py",
-            )
-        array = np.array(image)
-        pixels[place] = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
-        if classes is not None:
-            classes[place] = self.store.label(index) or 0
+    def __getitem__(self, request: _Request) -> np.ndarray | VdiffError:
+        store, (channels, size, _) = self.store, self.ring.shape[2:]
+        slot, indices, flips = request
+        pixels, classes = self.ring[slot].numpy(), np.zeros(len(indices), np.int64)
+        try:
+            for place, (index, mirrored) in enumerate(zip(indices.tolist(), flips.tolist(), strict=True)):
+                image = decode(store.encoded(size, index), channels, size, f"{store.path}: image {index}")
+                pixels[place] = image[:, :, ::-1] if mirrored else image
+                classes[place] = store.label(index) or 0
+        except VdiffError as error:
+            return error  # raised in a worker, it would reach the user with a worker's traceback in its message
+        return classes
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _as_it_is(answer: Any) -> Any:
+    """Arrays stay arrays: as tensors they would travel through shared memory of their own."""
+    return answer
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
     """A signal to the whole process group lets the trainer finish its step; its end is the end of the workers too."""
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)

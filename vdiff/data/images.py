@@ -39,7 +39,7 @@ def from_uint8(u: Tensor) -> Tensor:
     """u / 127.5 − 1: uint8 0 … 255 to float32 in [−1, 1]; `to_uint8` gives back exactly `u`."""
     if u.dtype != torch.uint8:
         raise ValueError(f"images of dtype {u.dtype}; need torch.uint8")
-    return u.float() / 127.5 - 1
+    return u.float().div_(127.5).sub_(1)  # in place: one new tensor, not three
 
 
 def to_pil(image: Tensor) -> PIL.Image.Image:

@@ -29,8 +29,8 @@ from vdiff.files import take_place
 from vdiff.reporting import Reporter, Silent
 
 CHUNK_ITEMS = 8
-# the time a pool takes to start: a job that ends within it is quicker without
-SECONDS_ALONE = 1.0
+# about the time that a pool takes to start: a job that ends within it is quicker without
+SECONDS_ALONE = 0.5
 TAR_SUFFIX = ".tar"
 SAMPLED_ITEMS = 16
 PAGE_BYTES = 4096

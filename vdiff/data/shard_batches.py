@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import count, islice
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vdiff.data.batches import Batch, BatchPlan, decode
+from vdiff.data.batches import Batch, BatchPlan, answers_of, closed_at_exit, decode, leave_signals_to_the_parent
 from vdiff.data.shard_store import ShardStore
 from vdiff.errors import VdiffError
 
@@ -121,19 +120,23 @@ class ShardBatches:
         Raises:
             VdiffError: a shard or an image cannot be read.
         """
+        return closed_at_exit(self._batches(step))
+
+    def _batches(self, step: int) -> Generator[Batch, None, None]:
         loader = DataLoader(
             _Lanes(self),
             batch_size=None,
             sampler=count(step),
             num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # a loader draws a seed, by default from the global generator
         )
-        for answer in loader:
-            if isinstance(answer, VdiffError):
-                raise answer
-            yield Batch(*answer)
+        with closing(answers_of(loader)) as answers:
+            for answer in answers:
+                if isinstance(answer, VdiffError):
+                    raise answer
+                yield Batch(*answer)
 
     def samples(self, lane: int, position: int) -> Generator[Sample, None, None]:
         """The images of a lane of this process in the order of training, from `position` on, without end."""
@@ -180,10 +183,3 @@ class _Lanes(Dataset[tuple[Tensor, Tensor | None] | VdiffError]):
             return error  # raised in a worker, it would reach the user with a worker's traceback in its message
         self._lanes[lane] = (step + NUM_LANES, samples)
         return torch.from_numpy(pixels), torch.from_numpy(classes) if meta.class_names else None
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the whole process group lets the trainer finish its step; its end is the end of the workers too."""
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

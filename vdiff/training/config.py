@@ -101,7 +101,7 @@ class LoopConfig:
     )
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
     num_workers: int = setting(
-        "Processes that decode data sets too large for memory.",
+        "Processes that decode images until all are in memory, or always where they do not fit.",
         group=MACHINE,
         default=2,
         low=0,

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdiff.data.batches import Batch, ImageBatches
+from vdiff.data.batches import Batch
+from vdiff.data.datasets import Batches
+from vdiff.data.images import from_uint8
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
@@ -38,7 +40,7 @@ class Run:
 
     denoiser: Denoiser
     objective: Objective
-    batches: ImageBatches
+    batches: Batches
     config: LoopConfig
     description: CheckpointConfig
     folder: Path
@@ -70,8 +72,10 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
         stop_requests() as stop,
         closing(Records(run.folder, step=start.step)) as records,
     ):
-        with reporter.progress(run.folder.name, config.num_iters, "updates", start=start.step) as bar:
-            batches = run.batches.start_at(start.step)
+        with (
+            reporter.progress(run.folder.name, config.num_iters, "updates", start=start.step) as bar,
+            closing(run.batches.start_at(start.step)) as batches,
+        ):
             for step in range(start.step, config.num_iters):
                 meter.add(*update(step, next(batches)))
                 done, is_last = step + 1, step + 1 == config.num_iters
@@ -105,7 +109,7 @@ def build_update(
 
     def update(step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         seed_update(config.seed, step)
-        images = batch.images.to(engine.device, non_blocking=True)
+        images = from_uint8(batch.images.to(engine.device, non_blocking=True))
         classes = batch.classes if conditional else None
         classes = classes if classes is None else classes.to(engine.device, non_blocking=True)
         example = run.objective(images, classes, torch.randn_like(images), stratified(len(images)))
