@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -335,7 +336,7 @@ def test_sampling_is_stopped_and_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_preparation_is_stopped_and_leaves_nothing(tmp_path, monkeypatch):
+def test_preparation_is_stopped_and_gone_on_with(tmp_path, monkeypatch):
     PIL.Image.new("RGB", (64, 64), (200, 100, 50)).save(tmp_path / "0.png")
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -349,10 +350,14 @@ def test_preparation_is_stopped_and_leaves_nothing(tmp_path, monkeypatch):
         return began
 
     ends = stopped(line, tmp_path, monkeypatch, worker_is_at_work)
-    assert ends == ["interrupted", "terminated"]
+    assert [re.sub(r"\d+", "N", end) for end in ends] == [
+        f"{word}; N images are done, the same command goes on" for word in ("interrupted", "terminated")
+    ]
     for number, _ in STOPS:
-        assert list((tmp_path / number.name / "new").iterdir()) == []
-    done(line.replace("--size 1024", "--size 4"))
+        assert [path.name for path in (tmp_path / number.name / "new").iterdir()] == ["set.partial"]
+    small = line.replace("--size 1024", "--size 4")
+    assert "unfinished preparation with another conversion" in error(small, 1)
+    done(f"{small} --overwrite")
     assert len(ImageStore("new/set")) == 600
 
 
@@ -371,8 +376,8 @@ def test_a_signal_while_an_image_is_converted_is_no_damaged_image(tmp_path, monk
 
     monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", terminated)
     result = run("prepare_data.py photos --size 4 --num_workers 0")
-    assert (result.exit_code, result.stderr) == (143, "terminated\n")
-    assert list(Path("data").iterdir()) == []
+    assert (result.exit_code, result.stderr) == (143, "terminated; 0 images are done, the same command goes on\n")
+    assert [path.name for path in Path("data").iterdir()] == ["photos_4.partial"]
 
 
 # Where settings come from

@@ -103,11 +103,11 @@ HELP = "; see {} --help"
 CASES = [
     # paths
     ("prepare_data.py photo", FAILED, "photo: no such file or folder; did you mean photos?"),
-    ("prepare_data.py empty", FAILED, "no images in empty; give a folder or a zip with image files"),
-    ("prepare_data.py photos", FAILED, "no images in photos; it holds 1 .txt; give a folder or a zip"),
-    ("prepare_data.py file", FAILED, "file is neither a folder nor a zip; "),
+    ("prepare_data.py empty", FAILED, "no images in empty; give a folder or an archive with image files"),
+    ("prepare_data.py photos", FAILED, "no images in photos; it holds 1 .txt; give a folder or an archive"),
+    ("prepare_data.py file", FAILED, "file is no folder, zip, tar or dataset; give a folder of images"),
     ("prepare_data.py --out file", FAILED, "file exists and is not a dataset; choose another --out"),
-    ("prepare_data.py --out file/set --num_workers 0", FAILED, "cannot write file/set: File exists; "),
+    ("prepare_data.py --out file/set --num_workers 0", FAILED, "cannot write file/set.partial: Not a directory; "),
     ("prepare_data.py --out data/toy_4", FAILED, "data/toy_4 exists already; give --overwrite to replace it, or "),
     ("prepare_data.py --out photos --overwrite", FAILED, "photos exists and is not a dataset; choose another --out"),
     (f"{TRAIN} --data nowhere", FAILED, "nowhere: no such dataset; give the folder that prepare_data.py wrote"),
