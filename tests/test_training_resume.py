@@ -199,7 +199,10 @@ def test_a_run_is_not_resumed_as_another_one(data, tmp_path, changes, words):
     assert contents(folder) == before
 
 
-FREE = {"data", "log_interval", "sample_interval", "ckpt_interval", "device", "compile", "num_workers"}
+FREE = {
+    "data", "max_bad_steps", "log_interval", "sample_interval", "ckpt_interval", "keep_last", "keep_every", "tracker",
+    "device", "compile", "checkpointing", "num_workers",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])

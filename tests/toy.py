@@ -162,7 +162,7 @@ def run_of(config: TrainConfig, folder: Path, **changes: Any) -> Run:
     run = Run(
         denoiser=denoiser,
         objective=DenoisingObjective(denoiser.schedule),
-        batches=images.batches(config, pin_memory=False),
+        batches=images.batches(config, build_engine(config)),
         config=config,
         description=describe(config, images),
         folder=folder,

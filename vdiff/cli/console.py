@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vdiff.reporting import Progress
+from vdiff.cli.options import speaks
+from vdiff.reporting import Progress, Silent
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -91,20 +92,24 @@ class BarProgress:
 
 
 class Console:
-    """The reporter of the command line."""
+    """The reporter of the command line; of several processes under a launcher, only the first one speaks."""
 
     def line(self, text: str) -> None:
         """Say one line on stderr."""
-        print(text, file=sys.stderr, flush=True)
+        if speaks():
+            print(text, file=sys.stderr, flush=True)
 
     def result(self, text: str) -> None:
         """Print a result on stdout."""
-        print(text, flush=True)
+        if speaks():
+            print(text, flush=True)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> Iterator[Progress]:
         """Show a bar on a terminal, plain lines elsewhere."""
-        if sys.stderr.isatty():
+        if not speaks():
+            yield Silent()
+        elif sys.stderr.isatty():
             bar = BarProgress(description, total, unit, start)
             with bar.rich:
                 yield bar
@@ -115,7 +120,7 @@ class Console:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a table of results on stdout: boxed on a terminal, aligned plain text elsewhere."""
-        if sys.stdout.isatty():
+        if speaks() and sys.stdout.isatty():
             from rich.console import Console as RichConsole
             from rich.table import Table
 

@@ -44,7 +44,7 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
     ladder.png and ladder.json in the last student's folder.
     """
     from vdiff.training.comparison import PICTURE, compare, known_rows
-    from vdiff.training.engine import build_engine
+    from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.ladder import climb, plan_stages, resolve_distillation, teachers_images
 
     console = Console()
@@ -70,8 +70,10 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
         console.table("Stages", ["student", "teacher", "steps", "updates", "images"], rows)
         return
     engine = build_engine(config)
-    console.line(f"distilling on {engine.description}")
+    console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
     trained = climb(stages, config, images, engine, overwrite=overwrite, reporter=console)
+    if not engine.is_main:
+        return
     table = None if trained else known_rows(stages, seed=config.seed)
     table = table or compare(stages, seed=config.seed, device=engine.device, reporter=console)
     console.table("Ladder", HEADINGS, [cells(row) for row in table])

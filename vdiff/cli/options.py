@@ -185,9 +185,15 @@ def one_line_usage_error(error: click.ClickException) -> str:
     return f"{message}; see {path} --help"
 
 
+def speaks() -> bool:
+    """Whether this is the only process, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fail(message: str, code: int) -> None:
     """Print one error line to stderr and leave."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if speaks():
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -211,7 +217,8 @@ def run_as_program(run: Callable[[], Any]) -> None:
     except VdiffError as error:
         fail(str(error), error.exit_code)
     except Interrupted as error:
-        print(error, file=sys.stderr, flush=True)
+        if speaks():
+            print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)

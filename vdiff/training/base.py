@@ -17,7 +17,7 @@ from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
 from vdiff.training.config import COMMAND_LINE, TrainConfig, resolve
 from vdiff.training.dataset import Images, open_images
-from vdiff.training.engine import build_engine
+from vdiff.training.engine import build_engine, effective_batch
 from vdiff.training.folder import check_resumable, check_same_run, recorded, start_anew
 from vdiff.training.loop import Run, fit
 from vdiff.training.objectives import DenoisingObjective
@@ -169,16 +169,19 @@ def train(
             reporter.line(f"{folder} is finished already: {found.num_iters} updates")
             return found
         check_resumable(folder, images)
+    engine.wait()  # until every process has seen the folder as it was
+    if engine.is_main and resume:
         write_run(folder, config)
-    else:
+    elif engine.is_main:
         start_anew(folder, config, overwrite=overwrite)
+    engine.wait()
     torch.manual_seed(config.seed)
     denoiser = description.build()
-    reporter.line(f"training {folder} on {images.name}, {engine.description}")
+    reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
     run = Run(
         denoiser=denoiser,
         objective=DenoisingObjective(denoiser.schedule),
-        batches=images.batches(config, pin_memory=engine.device.type == "cuda"),
+        batches=images.batches(config, engine),
         config=config,
         description=description,
         folder=folder,

@@ -18,7 +18,8 @@ from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, suggestion
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 COMMAND_LINE = "the command line"
@@ -63,7 +64,13 @@ class LoopConfig:
     )  # fmt: skip
     preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="by image size")
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
-    batch_size: int = setting("Images in an update.", group=OPTIMISATION, low=1, unit="IMAGES")
+    batch_size: int = setting(
+        "Images in an update, over all processes and parts.", group=OPTIMISATION, low=1, unit="IMAGES"
+    )
+    grad_accum: int = setting(
+        "Parts in which a process computes its share of a batch, one after another: the more, the less memory.",
+        group=OPTIMISATION, default=1, low=1, unit="PARTS",
+    )  # fmt: skip
     lr: float = setting("Learning rate of AdamW.", group=OPTIMISATION, low=0, open_low=True)
     lr_schedule: str = setting(
         "Linear and cosine fall to 0 at the last update.", group=OPTIMISATION, default="constant", choices=LR_SCHEDULES
@@ -75,6 +82,10 @@ class LoopConfig:
     clip_norm: float = setting(
         "Gradients longer than this are shortened to it.", group=OPTIMISATION, default=1.0, low=0, open_low=True
     )
+    max_bad_steps: int = setting(
+        "Updates in a row whose gradient is not finite before a run stops; such updates change nothing.",
+        group=OPTIMISATION, default=20, low=0, unit="UPDATES", free=True,
+    )  # fmt: skip
     ema: float = setting(
         "Decay of the moving average of the weights, which is what is saved; 0 turns it off.",
         group=OPTIMISATION, default=0.9999, low=0, high=1,
@@ -92,14 +103,32 @@ class LoopConfig:
         "Between grids of samples from fixed noise.", group=RECORDS, default=5000, low=1, unit="UPDATES", free=True
     )
     ckpt_interval: int = setting("Between checkpoints.", group=RECORDS, default=5000, low=1, unit="UPDATES", free=True)
+    keep_last: int = setting(
+        "Checkpoints in history/ besides the newest, which is the run's folder itself.",
+        group=RECORDS, default=0, low=0, unit="CHECKPOINTS", free=True,
+    )  # fmt: skip
+    keep_every: int = setting(
+        "Keep the checkpoints of every so many updates in history/ for good; 0: none.",
+        group=RECORDS, default=0, low=0, unit="UPDATES", free=True,
+    )  # fmt: skip
+    tracker: str = setting(
+        "Where scalars and samples are logged.", group=RECORDS, default="tensorboard", choices=TRACKERS, free=True
+    )
     seed: int = setting("Of weights, data order and noise.", group=MACHINE, default=0, low=0, high=2**32 - 1)
     device: str = setting(
         "Auto takes a GPU where there is one.", group=MACHINE, default="auto", choices=DEVICES, free=True
     )
     precision: str = setting(
-        "Of the network; auto is bf16 on CUDA, fp32 elsewhere.", group=MACHINE, default="auto", choices=PRECISIONS
+        "Of the network; auto is bf16 on CUDA, fp32 elsewhere; fp16 scales the loss.",
+        group=MACHINE,
+        default="auto",
+        choices=PRECISIONS,
     )
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
+    checkpointing: bool = setting(
+        "Compute activations again for the gradient instead of keeping them: less memory, more time.",
+        group=MACHINE, default=False, free=True,
+    )  # fmt: skip
     num_workers: int = setting(
         "Processes that decode images until all are in memory, or always where they do not fit.",
         group=MACHINE,

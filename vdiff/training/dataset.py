@@ -8,6 +8,7 @@ from vdiff.data.datasets import AnyStore, Batches, open_batches, open_dataset
 from vdiff.data.store import find_dataset
 from vdiff.errors import OptionError, VdiffError
 from vdiff.training.config import LoopConfig
+from vdiff.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Images:
         """SHA-256 of the dataset's content."""
         return self.store.meta.fingerprint if self.store else ""
 
-    def batches(self, config: LoopConfig, *, pin_memory: bool) -> Batches:
-        """Batches in the order that the seed gives."""
+    def batches(self, config: LoopConfig, engine: Engine) -> Batches:
+        """This process's share of the batches, in the order that the seed gives."""
         assert self.store is not None, "images that are only assumed cannot be read"
         return open_batches(
             self.store,
@@ -41,7 +42,9 @@ class Images:
             seed=config.seed,
             flip=config.flip,
             num_workers=config.num_workers,
-            pin_memory=pin_memory,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            pin_memory=engine.device.type == "cuda",
         )
 
 

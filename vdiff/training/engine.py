@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
-from vdiff.errors import OptionError
+from vdiff.errors import OptionError, VdiffError
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.device import pick_device
 from vdiff.training.config import LoopConfig
 
-MIXED = {"fp32": "no", "bf16": "bf16"}
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# while one process draws and saves, the others wait for it
+PATIENCE = timedelta(hours=2)
+# on a GPU, asking the other processes whether they were told to stop waits for the device
+UPDATES_BETWEEN_QUESTIONS = {"cpu": 1, "cuda": 10}
+REMEDIES = "give --grad_accum 2 (or more), --checkpointing True, --precision bf16 or a smaller --batch_size"
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,21 @@ class Engine:
         device: torch.device = self.accelerator.device
         return device
 
+    @property
+    def rank(self) -> int:
+        """The number of this process, 0 … `world_size` − 1."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that logs, draws and saves."""
+        return self.rank == 0
+
     def place(self, denoiser: Denoiser) -> Denoiser:
         """Move a denoiser to the device, in the memory format that its convolutions are fastest in."""
         denoiser = denoiser.to(self.device)
@@ -36,27 +62,102 @@ class Engine:
     def compiled(self, denoiser: Denoiser) -> Denoiser:
         """Compile its network in place, where that is asked for."""
         if self.compile:
-            denoiser.network.compile()
+            denoiser.network.compile(dynamic=False)
         return denoiser
+
+    def share(self, size: int) -> slice:
+        """This process's part of a batch of `size`."""
+        part = size // self.world_size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in each of them."""
+        if self.world_size == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values, reduction="sum")
+        return total
+
+    def agreed(self, code: int | None, step: int) -> int | None:
+        """The exit code that any process was asked to stop with; all learn of it after the same update."""
+        if self.world_size == 1:
+            return code
+        if (step + 1) % UPDATES_BETWEEN_QUESTIONS.get(self.device.type, 1):
+            return None
+        codes: Tensor = self.accelerator.gather(torch.tensor([code or 0], device=self.device))
+        return int(codes.max()) or None
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
 
     @property
     def description(self) -> str:
-        """`cpu, fp32` or `cuda, bf16, compiled`."""
+        """`cpu, fp32` or `2 processes, cuda, bf16, TF32, compiled`."""
         precision = {value: key for key, value in MIXED.items()}[self.accelerator.mixed_precision]
-        return ", ".join([self.device.type, precision, *(["compiled"] if self.compile else [])])
+        many = [f"{self.world_size} processes"] if self.world_size > 1 else []
+        tf32 = ["TF32"] if self.device.type == "cuda" else []
+        return ", ".join([*many, self.device.type, precision, *tf32, *(["compiled"] if self.compile else [])])
 
 
 def build_engine(config: LoopConfig) -> Engine:
-    """The engine that `device`, `precision` and `compile` ask for.
+    """The engine that `device`, `precision` and `compile` ask for, in one process or under a launcher.
 
     Raises:
-        OptionError: this machine has no such device, or the device no such precision.
+        OptionError: this machine has no such device, the device no such precision, or the batch cannot be shared.
     """
     on_cuda = pick_device(config.device).type == "cuda"
     precision = config.precision if config.precision != "auto" else ("bf16" if on_cuda else "fp32")
-    accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=config.device == "cpu")
+    if precision == "fp16" and not on_cuda:
+        raise OptionError("--precision fp16 needs a CUDA device", "give --precision bf16 or fp32")
+    accelerator = Accelerator(
+        mixed_precision=MIXED[precision],
+        cpu=config.device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     if config.device not in ("auto", accelerator.device.type):
         raise OptionError(f"--device {config.device}: Accelerate chose {accelerator.device.type}", "give --device auto")
+    parts = accelerator.num_processes * config.grad_accum
+    if config.batch_size % parts:
+        raise OptionError(
+            f"a batch of {config.batch_size} cannot be shared equally by {accelerator.num_processes} processes "
+            f"in {config.grad_accum} parts",
+            f"give --batch_size a multiple of {parts}",
+        )
+    if on_cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # shapes never change
     if accelerator.num_processes > 1:
-        raise OptionError(f"{accelerator.num_processes} processes: vdiff trains in one", "start it without a launcher")
+        atexit.register(_leave)
     return Engine(accelerator, compile=on_cuda if config.compile is None else config.compile)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def effective_batch(config: LoopConfig, engine: Engine) -> str:
+    """`batch 64`, or `batch 64 = 2 processes × 4 parts × 8 images`."""
+    processes, parts = engine.world_size, config.grad_accum
+    if processes * parts == 1:
+        return f"batch {config.batch_size}"
+    factors = [f"{processes} processes"] * (processes > 1) + [f"{parts} parts"] * (parts > 1)
+    return f"batch {config.batch_size} = {' × '.join(factors)} × {config.batch_size // (processes * parts)} images"
+
+
+@contextmanager
+def memory_errors_named() -> Iterator[None]:
+    """Say in one line that memory ran out, and which settings need less.
+
+    Raises:
+        VdiffError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        total = torch.cuda.get_device_properties(error.device if hasattr(error, "device") else None).total_memory
+        raise VdiffError(f"out of GPU memory (it has {total / 2**30:.0f} GiB)", REMEDIES) from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise VdiffError("out of memory", REMEDIES) from None

@@ -53,7 +53,8 @@ def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> 
     config = resolve(DistillConfig, {**layers, COMMAND_LINE: flags})
     if config.to_steps is not None and config.stages is not None:
         raise OptionError("--to_steps and --stages say the same in two ways", "give one of them")
-    data = config.data or (teacher.dataset if Path(teacher.dataset).exists() else "")
+    is_there = "://" in teacher.dataset or Path(teacher.dataset).exists()
+    data = config.data or (teacher.dataset if is_there else "")
     return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
 
 
@@ -147,8 +148,10 @@ def climb(
     """
     if overwrite:
         load_checkpoint(stages[0].base)  # before anything is removed: it may be damaged
-        for stage in stages:
+        engine.wait()
+        for stage in stages if engine.is_main else ():
             clear(stage.folder, overwrite=True)
+        engine.wait()
     else:
         check_room(stages)
     trained = False
@@ -175,7 +178,10 @@ def climb(
             run = _stage_run(stage, mine, images, engine, lineage)
         else:
             run = _stage_run(stage, mine, images, engine, lineage)  # first of all: the teacher may be damaged
-            start_anew(stage.folder, mine, overwrite=False)
+            engine.wait()  # until every process has seen that there is nothing yet
+            if engine.is_main:
+                start_anew(stage.folder, mine, overwrite=False)
+            engine.wait()
         try:
             fit(run, engine, reporter)
         except Interrupted as stop:
@@ -264,7 +270,7 @@ def _stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engi
     return Run(
         denoiser=student,
         objective=DistillationObjective(teacher, METHODS[config.method], stage.num_steps),
-        batches=images.batches(config, pin_memory=engine.device.type == "cuda"),
+        batches=images.batches(config, engine),
         config=config,
         description=description,
         folder=stage.folder,

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vdiff.data.batches import Batch
 from vdiff.data.datasets import Batches
 from vdiff.data.images import from_uint8
 from vdiff.diffusion.weighting import WEIGHTINGS
-from vdiff.errors import Interrupted, VdiffError
+from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.reporting import Reporter
+from vdiff.training import history
 from vdiff.training.config import LoopConfig
-from vdiff.training.engine import Engine
-from vdiff.training.objectives import Objective, stratified, weighted_loss
+from vdiff.training.engine import Engine, memory_errors_named
+from vdiff.training.meter import Meter, Outcome
+from vdiff.training.objectives import Objective, stratified, weighted_losses
 from vdiff.training.optimisation import WeightAverage, build_optimizer, learning_rate
-from vdiff.training.records import Records, preview
+from vdiff.training.records import open_records, preview
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import Position, load_state, remove_state, save_state
 
@@ -50,48 +50,62 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     """Do the updates that are left, and return the denoiser with the averaged weights, which are the ones saved.
 
     Update n takes its learning rate, images, noise and dropout from (seed, n) alone, so a run that is cut and resumed
-    ends with the same bits as one that was not.
+    ends with the same bits as one that was not. All processes of the engine call this; the main one logs, draws and
+    saves, and all leave together.
 
     Raises:
-        Interrupted: a signal came; the state is saved.
-        VdiffError: the loss is not finite (and nothing was overwritten), or the disk refuses.
+        Interrupted: a signal came to one of the processes; the state is saved.
+        VdiffError: too many updates in a row were bad (and nothing was overwritten), memory ran out, or the disk
+            refuses.
     """
+    with memory_errors_named():
+        return _fit(run, engine, reporter)
+
+
+def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     config = run.config
     denoiser = engine.place(run.denoiser).train()
+    denoiser.network.checkpointing = config.checkpointing
     average = WeightAverage(denoiser, config.ema)
     optimizer = build_optimizer(denoiser, config)
-    start = load_state(run.folder, denoiser, average, optimizer)
+    start = load_state(run.folder, denoiser, average, optimizer, engine.accelerator.scaler)
     update = build_update(run, engine, denoiser, average, optimizer)
-    meter = _Meter(start, config)
+    meter = Meter(start, config, engine)
 
     def save() -> None:
-        save_state(run.folder, meter.position, denoiser, average, optimizer)
-        save_checkpoint(run.folder, average.model.state_dict(), _describe(run, meter.position))
+        if engine.is_main:
+            save_state(run.folder, meter.position, denoiser, average, optimizer, engine.accelerator.scaler)
+            save_checkpoint(run.folder, average.model.state_dict(), _describe(run, meter.position))
+            history.keep(run.folder, meter.position.step, last=config.keep_last, every=config.keep_every)
+        engine.wait()  # or a process that leaves first takes the others with it, before all is written
 
     with (
-        stop_requests() as stop,
-        closing(Records(run.folder, step=start.step)) as records,
+        stop_requests(alone=engine.world_size == 1) as stop,
+        closing(open_records(config.tracker if engine.is_main else "none", run.folder, step=start.step)) as records,
     ):
         with (
             reporter.progress(run.folder.name, config.num_iters, "updates", start=start.step) as bar,
             closing(run.batches.start_at(start.step)) as batches,
         ):
             for step in range(start.step, config.num_iters):
-                meter.add(*update(step, next(batches)))
+                began = time.monotonic()
+                batch = next(batches)
+                waited = time.monotonic() - began
+                meter.add(update(step, batch), waited)
                 done, is_last = step + 1, step + 1 == config.num_iters
-                code = stop.exit_code  # read once: a signal that comes later waits for the next update
+                code = engine.agreed(stop.exit_code, step)  # asked once: what comes later waits for the next update
                 save_due = done % config.ckpt_interval == 0 or is_last or code is not None
                 if save_due or done % config.log_interval == 0:
-                    records.scalars(meter.read(), done)
+                    records.scalars({**meter.read(), "ema_decay": average.decay_at(step)}, done)
                 bar.update(done, meter.note)
-                if done % config.sample_interval == 0 or is_last:
+                if engine.is_main and (done % config.sample_interval == 0 or is_last):
                     records.pictures(preview(average.model, run.description, seed=config.seed), done)
                 if save_due and not is_last:
                     save()
                 if code is not None and not is_last:
                     raise Interrupted(f"stopped after update {done} of {config.num_iters}, {run.folder} is saved", code)
         save()
-        if config.lr_schedule != "constant":
+        if config.lr_schedule != "constant" and engine.is_main:
             remove_state(run.folder)  # the learning rate ended at 0: there is no going on from here
         if stop.exit_code is not None:
             raise Interrupted(f"stopped; {run.folder} is finished and saved", stop.exit_code)
@@ -100,75 +114,58 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
 
 def build_update(
     run: Run, engine: Engine, denoiser: Denoiser, average: WeightAverage, optimizer: torch.optim.Optimizer
-) -> Callable[[int, Batch], tuple[Tensor, Tensor]]:
-    """One optimiser update as a function of its number and its batch; it answers loss and gradient norm."""
+) -> Callable[[int, Batch], Outcome]:
+    """One optimiser update as a function of its number and its batch, which is this process's share.
+
+    Noise and times are drawn for the whole batch in every process, which takes its share of them: so the batch is the
+    same however many processes and parts it is computed in. An update whose gradient is infinite or no number changes
+    nothing: the optimiser is told so on the device, and nobody waits for it.
+    """
     config, accelerator = run.config, engine.accelerator
     weighting = WEIGHTINGS[config.weighting]
     conditional = denoiser.network.config.num_classes > 0
     model, prepared = accelerator.prepare(engine.compiled(denoiser), optimizer)
+    share = engine.share(config.batch_size)
+    size = (share.stop - share.start) // config.grad_accum
+    parts = [slice(start, start + size) for start in range(0, share.stop - share.start, size)]
 
-    def update(step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    def update(step: int, batch: Batch) -> Outcome:
         seed_update(config.seed, step)
         images = from_uint8(batch.images.to(engine.device, non_blocking=True))
         classes = batch.classes if conditional else None
         classes = classes if classes is None else classes.to(engine.device, non_blocking=True)
-        example = run.objective(images, classes, torch.randn_like(images), stratified(len(images)))
-        loss = weighted_loss(model(example.z, example.t, classes), example, denoiser.schedule, weighting)
+        noise = torch.randn((config.batch_size, *images.shape[1:]), device=engine.device)[share]
+        u = stratified(config.batch_size, engine.device)[share]
+        if engine.rank:
+            seed_update(config.seed, step, engine.rank)  # dropout differs from process to process
+        losses, levels = [], []
+        for part in parts:
+            example = run.objective(images[part], None if classes is None else classes[part], noise[part], u[part])
+            logsnr = denoiser.schedule.logsnr(example.t)
+            with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
+                prediction = model(example.z, example.t, None if classes is None else classes[part])
+                each = weighted_losses(prediction, example, logsnr, weighting)
+                accelerator.backward(each.mean() / len(parts))
+            losses.append(each.detach())
+            levels.append(logsnr)
         for group in prepared.param_groups:
             group["lr"] = learning_rate(config, step)
-        accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+        is_bad = ~torch.isfinite(norm)
+        if accelerator.scaler is None:  # which looks after this itself
+            optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
         prepared.step()
         prepared.zero_grad(set_to_none=True)
         average.update(step)
-        return loss.detach(), norm
+        return Outcome(torch.cat(losses), torch.cat(levels).to(engine.device), norm, is_bad)
 
     return update
 
 
-def seed_update(seed: int, step: int) -> None:
-    """Make everything that update `step` draws (noise, times, dropout) a function of (seed, step)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-
-
-class _Meter:
-    """Where a run is, and the means of what its updates answered since they were last read.
-
-    Reading is the only moment that waits for the device.
-    """
-
-    def __init__(self, start: Position, config: LoopConfig) -> None:
-        self.start, self.position, self.config = start, start, config
-        self.began = self.read_at = time.monotonic()
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.note = ""
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Take in one update."""
-        self.losses.append(loss)
-        self.norms.append(norm)
-        seconds = self.start.seconds + time.monotonic() - self.began
-        self.position = Position(self.position.step + 1, seconds)
-
-    def read(self) -> dict[str, float]:
-        """The scalars of the updates since the last reading.
-
-        Raises:
-            VdiffError: the loss is infinite or not a number.
-        """
-        loss, norm = float(torch.stack(self.losses).mean()), float(torch.stack(self.norms).mean())
-        if not math.isfinite(loss + norm):
-            raise VdiffError(
-                f"loss {loss}, gradient norm {norm} at update {self.position.step}: the training diverged",
-                "the last checkpoint is whole; train again with a lower --lr or a longer --warmup_iters",
-            )
-        now = time.monotonic()
-        rate = len(self.losses) * self.config.batch_size / max(now - self.read_at, 1e-9)
-        lr = learning_rate(self.config, self.position.step - 1)
-        self.losses, self.norms, self.read_at = [], [], now
-        self.note = f"loss {loss:.4g}, {rate:.3g} images/s"
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "images_per_second": rate}
+def seed_update(seed: int, step: int, rank: int = 0) -> None:
+    """Make everything that update `step` draws (noise, times, dropout) a function of (seed, step[, rank])."""
+    words = [seed, step, rank] if rank else [seed, step]
+    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
 
 def _describe(run: Run, position: Position) -> CheckpointConfig:

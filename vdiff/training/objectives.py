@@ -71,18 +71,19 @@ class DistillationObjective:
         return Example(z, t, target.x)
 
 
-def stratified(size: int, *, first: int = 0, total: int | None = None) -> Tensor:
-    """One uniform number in each of `total` equal parts of [0, 1), the parts from `first` on: (size,) float64.
+def stratified(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """One uniform number in each of `size` equal parts of [0, 1): (size,) float64 (float32 where a GPU has no more).
 
     Each is uniform once images are shuffled, and together they cover all times evenly: a loss of lower variance.
     """
-    u = (first + torch.arange(size) + torch.rand(size, dtype=torch.float64)) / (total or size)
-    return u.clamp(max=1 - 2**-53)  # the last one might be rounded up to 1
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    u = (torch.arange(size, device=device) + torch.rand(size, dtype=dtype, device=device)) / size
+    return u.clamp(max=1 - torch.finfo(dtype).eps / 2)  # the last one might be rounded up to 1
 
 
-def weighted_loss(
-    prediction: Prediction, example: Example, schedule: Schedule, weighting: Callable[[Tensor], Tensor]
+def weighted_losses(
+    prediction: Prediction, example: Example, logsnr: Tensor, weighting: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """E w(λ_t) ‖x − x̂‖², the mean over pixels and images."""
+    """w(λ_t) ‖x − x̂‖², the mean over pixels: (B,); `logsnr` (B,) = λ_t."""
     error = (example.x - prediction.x).square().flatten(1).mean(1)
-    return (coefficient(weighting(schedule.logsnr(example.t)), error) * error).mean()
+    return coefficient(weighting(logsnr), error) * error

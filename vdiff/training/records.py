@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from vdiff.data.images import cell_scale, make_grid, save_png, to_uint8
 from vdiff.diffusion.samplers import Ddim
+from vdiff.errors import OptionError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
@@ -16,15 +18,45 @@ from vdiff.models.denoiser import Denoiser
 MAX_PREVIEW_STEPS = 64
 
 
-class Records:
-    """TensorBoard scalars in `log/`, pictures in `samples/`; what lies there beyond `step` is dropped on resuming."""
+class Records(Protocol):
+    """Where a run's scalars and pictures go."""
 
-    def __init__(self, folder: Path, *, step: int) -> None:
-        from accelerate.tracking import TensorBoardTracker
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers."""
 
+    def pictures(self, images: Tensor, step: int) -> None:
+        """Keep (B, C, H, W) images in [−1, 1] as a square grid."""
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+
+class Pictures:
+    """Pictures in `samples/` alone; the scalars are not kept."""
+
+    def __init__(self, folder: Path) -> None:
         self.samples = make_folder(folder / "samples")
-        make_folder(folder / "log")
-        self.tracker = TensorBoardTracker("log", logging_dir=folder, purge_step=step + 1)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def pictures(self, images: Tensor, step: int) -> None:
+        """Write the grid as a PNG file."""
+        save_png(_square(images), self.samples / f"{step:07d}.png")
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Tracked(Pictures):
+    """Pictures in `samples/`, and everything to a tracker of Accelerate's: TensorBoard (in `log/`), wandb or mlflow.
+
+    TensorBoard drops what lies there beyond `step` when a run is resumed; the others go on with the run of that name.
+    """
+
+    def __init__(self, folder: Path, tracker: Any) -> None:
+        super().__init__(folder)
+        self.tracker = tracker
         self.tracker.start()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -32,14 +64,45 @@ class Records:
         self.tracker.log(dict(values), step=step)
 
     def pictures(self, images: Tensor, step: int) -> None:
-        """Keep (B, C, H, W) images in [−1, 1] as a square grid."""
-        grid = make_grid(images, columns=round(len(images) ** 0.5), scale=cell_scale(images))
-        save_png(grid, self.samples / f"{step:07d}.png")
-        self.tracker.writer.add_image("samples", to_uint8(grid), step)
+        """Write the grid as a PNG file, and log it where the tracker takes pictures."""
+        super().pictures(images, step)
+        if hasattr(self.tracker, "log_images"):
+            pixels = to_uint8(_square(images)).permute(1, 2, 0)[None]
+            self.tracker.log_images({"samples": pixels.expand(-1, -1, -1, 3).numpy()}, step=step, **self._format())
 
     def close(self) -> None:
         """Write out what is pending."""
         self.tracker.finish()
+
+    def _format(self) -> dict[str, str]:
+        return {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
+
+
+def open_records(tracker: str, folder: Path, *, step: int) -> Records:
+    """The records of a run that begins at `step` (0, unless it is resumed); `tracker` is one of TRACKERS.
+
+    Raises:
+        OptionError: the tracker's package is not installed.
+    """
+    from accelerate import tracking
+
+    if tracker == "none":
+        return Pictures(folder)
+    if tracker == "tensorboard":
+        make_folder(folder / "log")
+        return Tracked(folder, tracking.TensorBoardTracker("log", logging_dir=folder, purge_step=step + 1))
+    name = folder.resolve().name
+    available = {"wandb": tracking.is_wandb_available, "mlflow": tracking.is_mlflow_available}
+    if not available[tracker]():
+        raise OptionError(f"--tracker {tracker}: the package is not installed", f"pip install {tracker}")
+    if tracker == "wandb":
+        return Tracked(folder, tracking.WandBTracker("vdiff", name=name, id=name, resume="allow"))
+    return Tracked(folder, tracking.MLflowTracker("vdiff", run_name=name))
+
+
+def _square(images: Tensor) -> Tensor:
+    """(B, C, H, W) images as one square grid, enlarged for people to see."""
+    return make_grid(images, columns=round(len(images) ** 0.5), scale=cell_scale(images))
 
 
 def preview(denoiser: Denoiser, description: CheckpointConfig, *, seed: int) -> Tensor:

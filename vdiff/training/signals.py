@@ -14,23 +14,30 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopRequest:
-    """Whether a signal asked to stop, and the exit code that it means."""
+    """Whether a signal asked to stop, and the exit code that it means.
 
-    exit_code: int | None = None
+    `alone`: no launcher is there that answers a Ctrl-C, which every process gets, with a SIGTERM to each of them.
+    """
+
+    def __init__(self, *, alone: bool) -> None:
+        self.alone = alone
+        self.exit_code: int | None = None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the first signal; unwind at the second."""
+        """Remember the first signal; unwind at the second (under a launcher, of the same kind)."""
         del frame
         code = EXIT_CODES[signal.Signals(signum)]
         if self.exit_code is not None:
+            if not self.alone and code != self.exit_code:
+                return
             raise Interrupted("stopped at once; the last checkpoint is on disk", code)
         self.exit_code = code
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(*, alone: bool = True) -> Iterator[StopRequest]:
     """Collect SIGINT and SIGTERM inside the block (in the main thread; elsewhere none arrive)."""
-    request = StopRequest()
+    request = StopRequest(alone=alone)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

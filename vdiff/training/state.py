@@ -5,6 +5,7 @@ All randomness of update n is a function of seed and n (`loop.py`, `data/batches
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +36,14 @@ def state_path(folder: Path) -> Path:
 
 
 def save_state(
-    folder: Path, position: Position, denoiser: Denoiser, average: WeightAverage, optimizer: torch.optim.Optimizer
+    folder: Path,
+    position: Position,
+    denoiser: Denoiser,
+    average: WeightAverage,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Write the state of a run, whole or not at all."""
+    """Write the state of a run, whole or not at all; `scaler` is that of fp16."""
     tensors = {f"raw.{name}": tensor for name, tensor in denoiser.state_dict().items()}
     if average.decay:
         tensors |= {f"ema.{name}": tensor for name, tensor in average.model.state_dict().items()}
@@ -45,12 +51,22 @@ def save_state(
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     make_folder(folder / STATE_FOLDER)
-    metadata = {"step": str(position.step), "seconds": repr(position.seconds)}
+    # bad updates count as updates of the run, but not of the optimiser
+    steps = [float(optimizer.state[parameter]["step"]) for parameter in denoiser.parameters()]
+    metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
+    if scaler is not None:
+        metadata["scaler"] = json.dumps(scaler.state_dict())
     write_tensors(state_path(folder), tensors, metadata)
 
 
-def load_state(folder: Path, denoiser: Denoiser, average: WeightAverage, optimizer: torch.optim.Optimizer) -> Position:
-    """Bring the three back to where `save_state` left them; without a state file they stay as they are, at update 0.
+def load_state(
+    folder: Path,
+    denoiser: Denoiser,
+    average: WeightAverage,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Position:
+    """Bring them back to where `save_state` left them; without a state file they stay as they are, at update 0.
 
     Raises:
         VdiffError: the file is damaged, or of another model.
@@ -64,7 +80,9 @@ def load_state(folder: Path, denoiser: Denoiser, average: WeightAverage, optimiz
         denoiser.load_state_dict(_part(tensors, "raw."))
         if average.decay:
             average.model.load_state_dict(_part(tensors, "ema."))
-        step = torch.tensor(float(position.step))
+        step = torch.tensor(float(metadata["optimizer_step"]))
+        if scaler is not None:
+            scaler.load_state_dict(json.loads(metadata["scaler"]))
         names = [name for name, _ in denoiser.named_parameters()]
         moments = [{moment: tensors[f"{moment}.{name}"] for moment in MOMENTS} for name in names]
     except (KeyError, ValueError, RuntimeError) as error:

@@ -1,0 +1,234 @@
+"""`vdiff ema`: other averages of a training's weights, when it is over."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vdiff.cli.console import Console
+from vdiff.cli.options import Command, Names, option, switch
+from vdiff.errors import OptionError, VdiffError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vdiff.models.checkpoint import CheckpointConfig
+    from vdiff.training.averages import Snapshot
+
+NOTE = "average.json"
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "vdiff ema checkpoints/original                          # what there is",
+        "vdiff ema checkpoints/original --sigma_rel 0.1          # writes checkpoints/original_ema0.100",
+        "vdiff ema checkpoints/original --sigma_rel 0.05,0.1,0.15",
+        "vdiff ema checkpoints/original --sigma_rel 0.1 --at 40000 --out checkpoints/early",
+    ],
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@option(
+    "--sigma_rel",
+    group="Average",
+    type=Names(click.FLOAT, "LENGTH[,LENGTH…]"),
+    help="Make power-function averages of these lengths, each the standard deviation of its profile as a part of the "
+    "training; for a run with --ema_profiles.",
+)
+@option(
+    "--decay",
+    group="Average",
+    type=Names(click.FLOAT, "DECAY[,DECAY…]"),
+    help="Take out exponential averages that --ema_more kept.",
+)
+@option(
+    "--at",
+    group="Average",
+    type=click.IntRange(min=1),
+    metavar="UPDATE",
+    show_default="the last snapshot",
+    help="When: the update of a snapshot.",
+)
+@option(
+    "--out",
+    group="Output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    show_default="RUN_emaLENGTH or RUN_decayDECAY, beside RUN",
+    help="The new checkpoint's folder.",
+)
+@switch("--overwrite", group="Output", help="Replace what an earlier `vdiff ema` wrote there.")
+@switch("--json", group="Output", help="Print one JSON object.")
+def command(
+    run: Path,
+    sigma_rel: tuple[float, ...] | None,
+    decay: tuple[float, ...] | None,
+    at: int | None,
+    out: Path | None,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    """Make checkpoints with other averages of the weights from the snapshots in RUN; alone, say what RUN has.
+
+    Any length can be made after the training: the snapshots of two power functions are combined into the nearest to it
+    (Karras et al. 2024). Each goes to a folder that sample.py and distill.py take like any other checkpoint, with
+    average.json to say how it was made.
+    """
+    from vdiff.models.checkpoint import read_config
+    from vdiff.training.averages import find_snapshots, gamma_of, read_exponential, reconstruct, snapshot_at
+
+    console = Console()
+    config, snapshots = read_config(run), find_snapshots(run)
+    end = snapshot_at(run, snapshots, at)
+    kept = [snapshot for snapshot in snapshots if snapshot.step <= end.step]
+    if not sigma_rel and not decay:
+        if out or overwrite:
+            name = "--out" if out else "--overwrite"
+            raise OptionError(f"{name}: nothing says which average to write", "give --sigma_rel or --decay")
+        values = _facts(run, kept)
+        console.result(jsonlib.dumps(values, ensure_ascii=False) if json else _aligned(values))
+        return
+
+    lengths, decays = list(dict.fromkeys(sigma_rel or ())), list(dict.fromkeys(decay or ()))
+    for length in lengths:
+        gamma_of(length)
+    suffixes = [*(f"_ema{_digits(length)}" for length in lengths), *(f"_decay{value}" for value in decays)]
+    folders = _folders(run, suffixes, at, out)
+    for folder in folders:
+        _check_free(folder, run, overwrite=overwrite)
+    origin = {"run": run.as_posix(), "update": end.step}
+    made: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
+    for found in reconstruct(run, lengths, at) if lengths else []:
+        note = {"gamma": gamma_of(found.sigma_rel), "snapshots": found.snapshots, "misfit": found.misfit}
+        made.append(({**origin, "profile": "power function", "sigma_rel": found.sigma_rel, **note}, found.weights))
+    for value in decays:
+        made.append(({**origin, "profile": "exponential", "decay": value}, read_exponential(run, value, at)))
+    for folder, (note, weights) in zip(folders, made, strict=True):
+        _write(folder, note, weights, config, end, overwrite=overwrite)
+        if not json:
+            console.result(f"{folder}: {_told(note)}")
+    if json:
+        written = [{"path": folder.as_posix(), **note} for folder, (note, _) in zip(folders, made, strict=True)]
+        console.result(jsonlib.dumps({"written": written}, ensure_ascii=False))
+    else:
+        console.result(f"next       python sample.py --checkpoint {folders[0]}")
+
+
+def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:
+    """What the run has: averages, snapshots, and the lengths that can be made."""
+    from vdiff.training.averages import reachable
+
+    last = snapshots[-1]
+    return {
+        "run": run.as_posix(),
+        "updates": [snapshot.step for snapshot in snapshots],
+        "images": last.images,
+        "tracked": last.sigma_rels,
+        "sigma_rel": list(reachable(snapshots, last.step)) if last.sigma_rels else None,
+        "decays": last.decays,
+        "bytes": sum(snapshot.path.stat().st_size for snapshot in snapshots),
+    }
+
+
+def _aligned(facts: dict[str, Any]) -> str:
+    """Facts as aligned lines for people."""
+    from vdiff.cli.prepare import megabytes
+
+    updates, tracked = facts["updates"], facts["tracked"]
+    span = (
+        f"after update {updates[0]}" if len(updates) == 1 else f"{len(updates)}, updates {updates[0]} to {updates[-1]}"
+    )
+    rows = {"run": facts["run"], "snapshots": f"{span}, {megabytes(facts['bytes'])}"}
+    if tracked:
+        low, high = facts["sigma_rel"]
+        rows["power functions"] = (
+            f"kept with σ_rel {', '.join(map(str, tracked))}; --sigma_rel {low} to {high} can be made"
+        )
+    if facts["decays"]:
+        rows["exponential"] = f"--decay {', '.join(map(str, facts['decays']))}"
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def _told(note: dict[str, Any]) -> str:
+    """One average in words."""
+    when = f"at update {note['update']}"
+    if "decay" in note:
+        return f"decay {note['decay']} {when}"
+    count = note["snapshots"]
+    return (
+        f"σ_rel {note['sigma_rel']} (γ {note['gamma']:.2f}) {when}, from {count} snapshot{'' if count == 1 else 's'}, "
+        f"profile {note['misfit']:.2%} off"
+    )
+
+
+def _digits(length: float) -> str:
+    """`0.1` → `0.100`; more than three digits where they are needed to tell lengths apart."""
+    return f"{length:.3f}" if float(f"{length:.3f}") == length else str(length)
+
+
+def _folders(run: Path, suffixes: list[str], at: int | None, out: Path | None) -> list[Path]:
+    """Where each average goes.
+
+    Raises:
+        OptionError: one name for several.
+    """
+    if out is not None:
+        if len(suffixes) > 1:
+            raise OptionError(f"--out names one checkpoint, and these are {len(suffixes)}", "leave --out out")
+        return [out]
+    base = run.resolve() if run.name in ("", "..") else run  # they go beside the run, so it must have a name
+    when = "" if at is None else f"_at{at}"
+    return [base.with_name(f"{base.name}{suffix}{when}") for suffix in suffixes]
+
+
+def _check_free(folder: Path, run: Path, *, overwrite: bool) -> None:
+    """See before anything is read that the folder may be written; only what this command wrote is ever replaced.
+
+    Raises:
+        VdiffError: something is in the way.
+    """
+    if folder.resolve() == run.resolve():
+        raise OptionError(f"--out {folder} is the run itself", "choose another --out")
+    if not folder.exists():
+        return
+    if not (folder / NOTE).is_file():
+        raise VdiffError(f"{folder} exists and was not written by `vdiff ema`", "choose another --out")
+    if not overwrite:
+        raise VdiffError(f"{folder} exists already", "give --overwrite to replace it, or another --out")
+
+
+def _write(
+    folder: Path,
+    note: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    config: CheckpointConfig,
+    end: Snapshot,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write one checkpoint, whole or not at all.
+
+    Raises:
+        VdiffError: the weights are of another model than the run's, or the file system refuses.
+    """
+    from dataclasses import replace
+
+    from vdiff.files import new_folder, write_text
+    from vdiff.models.checkpoint import save_checkpoint
+
+    try:
+        config.build().load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError):
+        raise VdiffError(
+            f"the snapshots in {note['run']} are of another model than its config.json", "restore them together"
+        ) from None
+    seconds = round(config.train_seconds * end.step / max(config.num_iters, 1), 1)
+    described = replace(config, weights="ema", num_iters=end.step, num_images=end.images, train_seconds=seconds)
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        save_checkpoint(temporary, weights, described)
+        write_text(temporary / NOTE, jsonlib.dumps(note, indent=2, ensure_ascii=False) + "\n")

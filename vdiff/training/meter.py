@@ -1,0 +1,126 @@
+"""What a run tells of its updates: means since the last reading, kept on the device until they are read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vdiff.errors import VdiffError
+from vdiff.training.config import LoopConfig
+from vdiff.training.engine import Engine
+from vdiff.training.optimisation import learning_rate
+from vdiff.training.state import Position
+
+LOGSNR_EDGES = (-20, -15, -10, -5, 0, 5, 10, 15, 20)
+NUM_BINS = len(LOGSNR_EDGES) - 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one update answers, on the device: nothing here was waited for.
+
+    `losses` (b,) are the weighted errors of this process's images, `logsnr` (b,) their noise levels, `norm` () is the
+    length of the gradient over all processes; `is_bad` () bool: it is infinite or no number, and nothing was changed.
+    """
+
+    losses: Tensor
+    logsnr: Tensor
+    norm: Tensor
+    is_bad: Tensor
+
+
+class Meter:
+    """Where a run is, and the sums of what its updates answered since they were last read.
+
+    Reading is the only moment that waits for the device; every process must read after the same updates.
+    """
+
+    def __init__(self, start: Position, config: LoopConfig, engine: Engine) -> None:
+        self.position, self.config, self.engine = start, config, engine
+        self.began = self.read_at = time.monotonic()
+        self.before = start.seconds
+        self.note = ""
+        self.waited = 0.0
+        self._updates = 0
+        # loss by noise level, images by noise level, loss and images together
+        self._sums = torch.zeros(2 * NUM_BINS, dtype=torch.float64, device="cpu")
+        self._sums = self._sums.to(engine.device, torch.float32 if engine.device.type == "mps" else torch.float64)
+        self._norms = torch.zeros((), device=engine.device)
+        self._bad = torch.zeros((), device=engine.device)
+        self._row = torch.zeros((), device=engine.device)
+        self._longest_row = torch.zeros((), device=engine.device)
+
+    def add(self, outcome: Outcome, waited: float) -> None:
+        """Take in one update, and the seconds it waited for its images."""
+        good = ~outcome.is_bad
+        low, high = LOGSNR_EDGES[0], LOGSNR_EDGES[-1]
+        width = (high - low) / NUM_BINS
+        bins = ((outcome.logsnr.to(self._sums) - low) / width).floor().clamp(0, NUM_BINS - 1).long()
+        # a loss that is no number would stay one when multiplied by 0
+        losses = torch.where(good, outcome.losses.to(self._sums), 0)
+        self._sums.index_add_(0, bins, losses)
+        self._sums.index_add_(0, bins + NUM_BINS, good.to(self._sums).expand_as(losses))
+        self._norms += torch.where(good, outcome.norm, 0)
+        self._bad += outcome.is_bad
+        self._row = (self._row + 1) * outcome.is_bad
+        self._longest_row = torch.maximum(self._longest_row, self._row)
+        self._updates += 1
+        self.waited += waited
+        self.position = Position(self.position.step + 1, self.before + time.monotonic() - self.began)
+
+    def read(self) -> dict[str, float]:
+        """The scalars of the updates since the last reading.
+
+        Raises:
+            VdiffError: too many updates in a row were bad.
+        """
+        sums = self.engine.sum(self._sums).tolist()
+        norms, bad, longest = torch.stack([self._norms, self._bad, self._longest_row]).tolist()
+        if longest > self.config.max_bad_steps:
+            raise VdiffError(
+                f"no finite gradient in {longest:.0f} updates in a row, up to update {self.position.step}: "
+                "the training diverged",
+                "the last checkpoint is whole; train again with a lower --lr or a longer --warmup_iters",
+            )
+        now = time.monotonic()
+        elapsed = max(now - self.read_at, 1e-9)
+        by_level, images = sums[:NUM_BINS], sums[NUM_BINS:]
+        good = max(self._updates - bad, 1)
+        loss = sum(by_level) / max(sum(images), 1)
+        rate = self._updates * self.config.batch_size / elapsed
+        scalars = {
+            "loss": loss,
+            "grad_norm": norms / good,
+            "lr": learning_rate(self.config, self.position.step - 1),
+            "images_per_second": rate,
+            "update_ms": 1000 * elapsed / self._updates,
+            "data_wait": self.waited / elapsed,
+            "bad_updates": bad,
+        }
+        edges = zip(LOGSNR_EDGES, LOGSNR_EDGES[1:], by_level, images, strict=False)
+        scalars |= {f"loss_by_logsnr/{low}_{high}": total / count for low, high, total, count in edges if count}
+        memory = memory_bytes(self.engine.device)
+        scalars |= {"memory_gib": memory / 2**30} if memory else {}
+        self.note = f"loss {loss:.4g}, {rate:.3g} images/s, {100 * scalars['data_wait']:.0f} % waiting for data"
+        self.note += f", {memory / 2**30:.2g} GiB" if memory else ""
+        self.note += f", {bad:.0f} bad" if bad else ""
+        for sum_ in (self._sums, self._norms, self._bad, self._longest_row):
+            sum_.zero_()
+        self._longest_row = self._row.clone()
+        self._updates, self.waited, self.read_at = 0, 0.0, now
+        return scalars
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that was taken so far: of the GPU, else of this process; 0 where nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
