@@ -32,11 +32,12 @@ from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import METHODS
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import parameter_count
+from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, build_engine
 from vdiff.training.loop import Run, build_update
 from vdiff.training.objectives import DenoisingObjective, DistillationObjective
-from vdiff.training.optimisation import WeightAverage, build_optimizer
+from vdiff.training.optimisation import build_optimizer
 
 SIZE, STUDENT_STEPS = 32, 4
 UNET = {
@@ -53,7 +54,7 @@ def ours(engine: Engine, config: LoopConfig, *, distil: bool) -> tuple[Update, i
         weights="ema", num_iters=0, target_iters=1, num_images=0, dataset="", dataset_fingerprint="",
     )  # fmt: skip
     denoiser = engine.place(description.build()).train()
-    average, optimizer = WeightAverage(denoiser, config.ema), build_optimizer(denoiser, config)
+    average, optimizer = Averages(denoiser, Exponential(config.ema)), build_optimizer(denoiser, config)
     objective: DenoisingObjective | DistillationObjective = DenoisingObjective(denoiser.schedule)
     if distil:
         teacher = engine.compiled(engine.place(description.build())).requires_grad_(False).eval()

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_the_documentation_is_what_the_commands_print(monkeypatch):
     assert written == page, "run `python docs/make_commands.py`"
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
         "## python prepare_data.py", "## python train.py", "## python distill.py", "## python sample.py",
-        "## vdiff data",
+        "## vdiff ema", "## vdiff data",
     ]  # fmt: skip
     for name in SCRIPTS:
         section = page.partition(f"## python {name}\n")[2].partition("```text\n")[2].partition("\n```")[0]
@@ -214,6 +215,10 @@ LOOP_VALUES = {
     "weight_decay": "0.25",
     "clip_norm": "0.5",
     "ema": "0.75",
+    "ema_images": "8.0",
+    "ema_more": "0.5,0.25",
+    "ema_profiles": "True",
+    "ema_interval": "19",
     "weighting": "min_snr",
     "dropout": "0.625",
     "flip": "True",
@@ -239,8 +244,16 @@ TRAIN_VALUES = {
     "num_timesteps": "64",
     "class_conditional": "False",
     "flip": "False",
+    "fsdp": "True",
 }
-DISTILL_VALUES = {**LOOP_VALUES, "to_steps": "2", "teacher_steps": "4", "method": "progressive", "last_factor": "1.5"}
+DISTILL_VALUES = {
+    **LOOP_VALUES,
+    "to_steps": "2",
+    "teacher_steps": "4",
+    "method": "progressive",
+    "last_factor": "1.5",
+    "class_dropout": "0.25",
+}
 
 
 def as_typed(values: dict[str, str], how: str) -> tuple[str, dict[str, str]]:
@@ -253,7 +266,9 @@ def as_typed(values: dict[str, str], how: str) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize("how", ["flags", "environment"])
 def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert {item.name for item in fields(TrainConfig) if item.metadata} == {*TRAIN_VALUES, "data", "preset"}
+    assert {item.name for item in fields(TrainConfig) if item.metadata} == {
+        *TRAIN_VALUES, "data", "preset", "class_dropout",
+    }  # fmt: skip
 
     def shown(words: str, env: dict[str, str]) -> dict[str, str]:
         result = done(f"train.py --preset imagenet64 --dry_run {words}", env)
@@ -264,12 +279,15 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     usual = shown("", {})
     assert [key for key in TRAIN_VALUES if usual[key] == TRAIN_VALUES[key]] == []
     assert shown(*as_typed(TRAIN_VALUES, how)) == TRAIN_VALUES
+    told = done("train.py --preset imagenet64 --dry_run --class_dropout 0.25").stdout  # which needs classes
+    assert re.search(r"^class_dropout +0\.25$", told, re.MULTILINE)
+    assert re.search(r"^unet\.null_class +True$", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize("how", ["flags", "environment"])
 def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    left = {"base", "data", "preset", "stages"}
+    left = {"base", "data", "preset", "stages", "fsdp"}
     assert {item.name for item in fields(DistillConfig) if item.metadata} == {*DISTILL_VALUES, *left}
     write_dataset(Path("data/toy_4"))
     write_checkpoint(Path("teacher"))

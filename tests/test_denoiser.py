@@ -11,7 +11,7 @@ from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim, sample
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule, grid_times
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet import UNet, UNetConfig
 
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
 every_kind = pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -52,6 +52,32 @@ def test_labels_are_real_numbers_between_levels():
     Denoiser(stub, CosineSchedule(), "v")(torch.zeros(2, 2, 1, 1), torch.tensor([1 / 3, 1e-3], dtype=torch.float64))
     assert stub.calls[0][1].tolist() == pytest.approx([1024 / 3 - 1, 0.024], abs=1e-4)
     assert stub.calls[0][2] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_labels_are_not_rounded_with_images_of_half_precision(dtype):
+    """bfloat16 knows 1020 and 1024 and nothing between."""
+    stub = Stub()
+    t = torch.tensor([1022.5 / 1024, 1.0], dtype=torch.float64)
+    Denoiser(stub, CosineSchedule(), "v")(torch.zeros(2, 2, 1, 1, dtype=dtype), t)
+    z, label, _ = stub.calls[0]
+    assert (z.dtype, label.dtype, label.tolist()) == (dtype, torch.float32, [1021.5, 1023.0])
+
+
+def test_mixed_precision_ends_at_the_network():
+    """Under autocast the answer has the precision of z, and is close to that of full precision."""
+    network = UNet(UNetConfig(channels=32, multipliers=(1, 2), num_blocks=1, attention_strides=(2,)))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    denoiser = Denoiser(network, CosineSchedule(), "v")
+    z, t = randn(3, 3, 8, 8, dtype=torch.float32), torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    expected = denoiser(z, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = denoiser(z, t)
+    for name in ("x", "eps", "v"):
+        assert getattr(found, name).dtype == torch.float32
+        assert (getattr(found, name) - getattr(expected, name)).norm() < 0.03 * expected.v.norm()
+    assert not torch.equal(found.v, expected.v)
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(), LinearSchedule()], ids=["cosine", "linear"])

@@ -144,6 +144,9 @@ LIMITS = {
     "batch_size": (1, None, 0, None),
     "grad_accum": (1, None, 0, None),
     "max_bad_steps": (0, None, -1, None),
+    "ema_images": (0, None, -1, None),
+    "ema_interval": (1, None, 0, None),
+    "class_dropout": (0, 0.99, -1e-9, 0.991),
     "keep_last": (0, None, -1, None),
     "keep_every": (0, None, -1, None),
     "lr": (5e-324, None, 0, None),
@@ -211,7 +214,7 @@ def test_choices(kind, field):
 
 def test_every_word_has_choices_or_is_a_path():
     words = {field.name for _, field in FIELDS if str(field.type) == "str"}
-    assert words - set(CHOICES) == {"data", "preset", "base"}
+    assert words - set(CHOICES) == {"data", "preset", "base", "ema_more"}
     assert "did you mean 'truncated_snr'?" in refusal(TrainConfig, "my.toml", weighting="truncated")
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -36,9 +38,9 @@ from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_confi
 from vdiff.models.drawing import draw
 from vdiff.training.config import TrainConfig
 from vdiff.training.engine import build_engine
-from vdiff.training.loop import Run, build_update, seed_update
+from vdiff.training.loop import Run, averages_of, build_update, seed_update
 from vdiff.training.objectives import DenoisingObjective, Example
-from vdiff.training.optimisation import WeightAverage, build_optimizer
+from vdiff.training.optimisation import build_optimizer
 from vdiff.training.state import state_path
 
 
@@ -305,6 +307,37 @@ def test_parts_must_share_the_batch(data, tmp_path):
         run_training(train_config(data, grad_accum=3), tmp_path / "three")
 
 
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 139.81 GiB of which 2 are free"),
+            r"^out of GPU memory \(it has 139\.81 GiB\); give --grad_accum 2 .*--checkpointing True.*--batch_size",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            r"^out of memory; give --grad_accum",
+        ),
+    ],
+)
+def test_where_memory_ends_is_said_with_what_helps(data, tmp_path, failure, message):
+    run = run_of(train_config(data), tmp_path / "original")
+    with pytest.raises(VdiffError, match=message):
+        fit_run(dataclasses.replace(run, objective=raising(failure)))
+    with pytest.raises(RuntimeError, match="something else"):
+        fit_run(dataclasses.replace(run, objective=raising(RuntimeError("something else"))))
+
+
+def raising(error: Exception) -> Callable[..., Example]:
+    def objective(*_: object) -> Example:
+        raise error
+
+    return objective
+
+
 # History
 
 
@@ -327,6 +360,55 @@ def test_what_is_kept_of_older_checkpoints(data, tmp_path, last, every, kept):
 
 
 # Records
+
+
+class Tracker:
+    """A tracker of Accelerate's that keeps what it is given."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        self.said.append(("start", None))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.said.append(("log", (step, set(values))))
+
+    def log_images(self, values: dict[str, np.ndarray], step: int) -> None:
+        self.said.append(("images", (step, values["samples"].shape[-1], values["samples"].dtype)))
+
+    def finish(self) -> None:
+        self.said.append(("finish", None))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_other_trackers_are_told_the_same(data, tmp_path, monkeypatch, name):
+    from accelerate import tracking
+
+    tracker = Tracker()
+    made = []
+    monkeypatch.setattr(tracking, f"is_{name}_available", lambda: True)
+    kind = {"wandb": "WandBTracker", "mlflow": "MLflowTracker"}[name]
+    monkeypatch.setattr(tracking, kind, lambda *words, **options: made.append((words, options)) or tracker)
+    run_training(train_config(data, tracker=name, log_interval=3), tmp_path / "original")
+    assert [what for what, _ in tracker.said] == ["start", "log", "log", "images", "finish"]
+    assert tracker.said[2][1][0] == 6
+    assert {"loss", "grad_norm", "lr", "ema_decay"} <= tracker.said[2][1][1]
+    assert tracker.said[3][1] == (6, 3, np.dtype("uint8"))
+    assert "original" in (*made[0][0], *made[0][1].values())
+    assert not (tmp_path / "original" / "log").exists()
+
+
+def test_trackers_that_are_not_there(data, tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "is_wandb_available", lambda: False)
+    with pytest.raises(OptionError, match=r"--tracker wandb: the package is not installed; pip install wandb"):
+        run_training(train_config(data, tracker="wandb"), tmp_path / "original")
+    run_training(train_config(data, tracker="none"), tmp_path / "silent")
+    assert sorted(path.name for path in (tmp_path / "silent").iterdir() if path.is_dir()) == ["samples", "state"]
 
 
 def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path):
@@ -389,8 +471,9 @@ def test_every_combination_trains(data, tmp_path, prediction, schedule, weightin
     config = train_config(data, **values, ema=0.0)
     run = run_of(config, tmp_path)
     before = {name: w.detach().clone() for name, w in run.denoiser.named_parameters()}
-    average = WeightAverage(run.denoiser.train(), 0.0)
-    update = build_update(run, build_engine(config), run.denoiser, average, build_optimizer(run.denoiser, config))
+    engine = build_engine(config)
+    averages = averages_of(config, run.denoiser.train(), engine)
+    update = build_update(run, engine, run.denoiser, averages, build_optimizer(run.denoiser, config))
     answers = [update(step, batch) for step, batch in zip(range(2), run.batches.start_at(0), strict=False)]
     for answer in answers:
         assert answer.losses.shape == answer.logsnr.shape == (config.batch_size,)

@@ -13,8 +13,9 @@ from tests.toy import train_config
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig
+from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LR_SCHEDULES
-from vdiff.training.optimisation import LR_FACTORS, WeightAverage, build_optimizer, learning_rate
+from vdiff.training.optimisation import LR_FACTORS, build_optimizer, learning_rate
 
 N = 1000
 
@@ -79,10 +80,10 @@ def test_the_optimiser_is_the_paper_s():
 # The average
 
 
-def follow(decay: float, updates: int) -> tuple[WeightAverage, list[dict[str, torch.Tensor]]]:
+def follow(decay: float, updates: int) -> tuple[Averages, list[dict[str, torch.Tensor]]]:
     """An average over `updates` random sets of weights, and these weights, the initial ones first."""
     denoiser = network()
-    average = WeightAverage(denoiser, decay)
+    average = Averages(denoiser, Exponential(decay))
     history = [{name: w.detach().double().clone() for name, w in denoiser.named_parameters()}]
     for step in range(updates):
         for k, parameter in enumerate(denoiser.parameters()):
@@ -108,12 +109,12 @@ def test_average_forgets_the_initial_weights_soon():
     """After n updates of warm-up the initial weights keep ∏ (1 + k)/(10 + k), 1e-9 and less after a hundred."""
     kept = math.prod((1 + k) / (10 + k) for k in range(100))
     assert kept < 1e-9
-    average, _ = follow(0.9999, 0)
-    assert math.prod(average.decay_at(k) for k in range(100)) == pytest.approx(kept)
-    assert average.decay_at(0) == 0.1
-    assert average.decay_at(10**6) == 0.9999
-    assert average.decay_at(89_989) == pytest.approx(0.9999, abs=2e-9)
-    assert average.decay_at(80_000) < 0.9999
+    profile = Exponential(0.9999)
+    assert math.prod(profile.decay_at(k) for k in range(100)) == pytest.approx(kept)
+    assert profile.decay_at(0) == 0.1
+    assert profile.decay_at(10**6) == 0.9999
+    assert profile.decay_at(89_989) == pytest.approx(0.9999, abs=2e-9)
+    assert profile.decay_at(80_000) < 0.9999
 
 
 def test_average_is_a_denoiser_of_its_own():
@@ -128,7 +129,7 @@ def test_average_is_a_denoiser_of_its_own():
 
 def test_no_decay_is_no_average():
     denoiser = network()
-    average = WeightAverage(denoiser, 0.0)
+    average = Averages(denoiser, None)
     before = {name: w.detach().clone() for name, w in denoiser.named_parameters()}
     average.update(0)
     assert average.model is denoiser

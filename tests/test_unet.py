@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -10,8 +11,10 @@ from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.oracles import randn
+from vdiff.models.flops import count_flops
 from vdiff.models.unet import (
     Attention,
     Resample,
@@ -286,6 +289,9 @@ def test_heads_and_sizes():
         ({"dropout": -0.1}, "dropout"),
         ({"resample": "pool"}, "block or conv, got 'pool'"),
         ({"attention_strides": (4,), "multipliers": (1, 2)}, r"among \[1, 2\], got \[4\]"),
+        ({"attention_strides": (1,), "multipliers": (1, 2), "fold": 2}, r"among \[2, 4\], got \[1\]"),
+        ({"fold": 0}, "fold must be at least 1, got 0"),
+        ({"num_classes": -1}, "num_classes must be at least 0"),
         ({"num_heads": 3, "channels": 32}, "32 channels do not split into 3 heads"),
         ({"head_channels": 20, "channels": 64, "multipliers": (1,)}, "64 channels do not split into heads of 20"),
         ({"head_channels": 24, "channels": 64, "multipliers": (1,)}, "64 channels do not split into heads of 24"),
@@ -301,3 +307,276 @@ def test_impossible_shapes_are_refused(change, message):
 def test_unknown_options_are_named():
     with pytest.raises(ValueError, match=r"unknown UNet option chanels; choose from in_channels"):
         UNetConfig.from_dict({"chanels": 3})
+
+
+# The default network stays what it was
+
+
+def test_default_networks_keep_their_names_and_shapes():
+    """Weights of earlier versions load: the digest was taken before folding and "no class" came in."""
+    state = UNet(UNetConfig()).state_dict()
+    lines = [f"{name} {list(tensor.shape)}" for name, tensor in state.items()]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert digest == "e604c15e1ec19b36535c80a505e77d75b8ad4308a9fa211c09b0d9399a5cf8f7"
+
+
+def test_default_networks_keep_their_answers():
+    """Values of the version before folding and "no class" came in."""
+    network = UNet(UNetConfig(**BASE)).double()
+    randomise(network)
+    found = network(randn(1, 3, 4, 4), torch.tensor([511.0], dtype=torch.float64)).flatten()[::7]
+    expected = [
+        0.783631128201,
+        0.526449356294,
+        0.878801597057,
+        0.583593591286,
+        0.743671190893,
+        -0.224645071269,
+        -0.312714460579,
+    ]
+    assert found.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+# Folding
+
+
+def fold_by_hand(z: Tensor, fold: int) -> Tensor:
+    """out[b, (c·f + i)·f + j, y, x] = z[b, c, y·f + i, x·f + j]: the order of the rosinality-style networks."""
+    b, c, height, width = z.shape
+    parts = z.reshape(b, c, height // fold, fold, width // fold, fold)
+    return parts.permute(0, 1, 3, 5, 2, 4).reshape(b, c * fold**2, height // fold, width // fold)
+
+
+def unfold_by_hand(h: Tensor, fold: int) -> Tensor:
+    b, c, height, width = h.shape
+    parts = h.reshape(b, c // fold**2, fold, fold, height, width)
+    return parts.permute(0, 1, 4, 2, 5, 3).reshape(b, c // fold**2, height * fold, width * fold)
+
+
+@pytest.mark.parametrize("fold", [1, 2, 3])
+@pytest.mark.parametrize("out_factor", [1, 2])
+def test_folding_is_a_network_of_squares(fold, out_factor):
+    """The same weights on squares that were folded by hand, also where the output has the channels of `both`."""
+    config = UNetConfig(**BASE | {"attention_strides": (2 * fold,), "out_channels": 3 * out_factor, "fold": fold})
+    plain = UNetConfig(**BASE | {"in_channels": 3 * fold**2, "out_channels": 3 * out_factor * fold**2})
+    ours, squares = UNet(config), UNet(plain)
+    randomise(ours)
+    squares.load_state_dict(ours.state_dict())
+    z, label = randn(2, 3, 4 * fold, 6 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    found = ours(z, label)
+    assert found.shape == (2, 3 * out_factor, 4 * fold, 6 * fold)
+    assert torch.equal(found, unfold_by_hand(squares(fold_by_hand(z, fold), label), fold))
+
+
+@pytest.mark.parametrize("fold", [2, 4])
+def test_folded_pixels_come_back_to_their_places(fold):
+    """Each pixel of the input is one channel of its square, and unfolding is the inverse."""
+    z = torch.arange(2 * 3 * 4 * fold * 2 * fold).reshape(2, 3, 4 * fold, 2 * fold).float()
+    config = UNetConfig(channels=3 * fold**2, multipliers=(1,), attention_strides=(), fold=fold)
+    network = UNet(config)
+    seen: list[Tensor] = []
+    network.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network.conv_out.register_forward_hook(lambda *_: seen[0])
+    assert torch.equal(network(z, torch.zeros(2)), z)
+    for b, c, y, x in ((0, 0, 0, 0), (1, 2, 3, 2 * fold - 1), (0, 1, fold, 1)):
+        channel = (c * fold + y % fold) * fold + x % fold
+        assert seen[0][b, channel, y // fold, x // fold] == z[b, c, y, x]
+
+
+def test_folding_moves_sizes_and_strides():
+    config = UNetConfig(multipliers=(1, 2, 2), fold=2, attention_strides=(2, 8))
+    assert config.size_multiple == 8
+    assert [config.stride(level) for level in range(3)] == [2, 4, 8]
+    attends = [isinstance(stage.attention, Attention) for stage in UNet(config).down if isinstance(stage, Stage)]
+    assert attends == [True, True, False, False, True, True]
+
+
+def test_folding_costs_what_the_network_of_squares_costs():
+    folded = UNetConfig(fold=2, attention_strides=(4,), num_classes=5, null_class=True)
+    squares = UNetConfig(in_channels=12, out_channels=12, attention_strides=(2,), num_classes=6)
+    assert count_flops(folded, 32) == count_flops(squares, 16)
+    assert count_flops(folded, 32)[1] < 0.3 * count_flops(UNetConfig(), 32)[1]
+
+
+# Memory
+
+
+def gradients(network: UNet, z: Tensor, label: Tensor, seed: int = 0) -> tuple[list[Tensor], int]:
+    """Output and all gradients, and the bytes that were kept for the backward pass beside the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    network.zero_grad()
+    z = z.clone().requires_grad_()
+    torch.manual_seed(seed)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = network(z, label)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    out.square().sum().backward()
+    return [out, z.grad, *(parameter.grad for parameter in network.parameters())], size
+
+
+@pytest.mark.parametrize("resample", ["block", "conv"])
+@pytest.mark.parametrize("fold", [1, 2])
+def test_checkpointing_changes_memory_and_no_bit(resample, fold):
+    """Also with dropout, whose draws are repeated; the random numbers behind the forward pass stay the same too."""
+    options = {"num_blocks": 2, "attention_strides": (2 * fold,), "resample": resample, "fold": fold}
+    network = UNet(UNetConfig(**BASE | options, dropout=0.3))
+    randomise(network)
+    z, label = randn(2, 3, 16 * fold, 16 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    expected, usual = gradients(network, z, label)
+    after = torch.rand(1)
+    network.checkpointing = True
+    found, less = gradients(network, z, label)
+    assert torch.equal(torch.rand(1), after)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(gradients(network, z, label, seed=1)[0][0], found[0])
+    assert 3 * less <= usual
+
+
+def test_checkpointing_repeats_each_stage_once_and_only_for_gradients():
+    network = UNet(UNetConfig(**BASE))
+    network.checkpointing = True
+    calls = []
+    for stage in [*network.down, *network.middle, *network.up]:
+        stage.register_forward_pre_hook(lambda *_: calls.append(1))
+    z, label = randn(1, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0])
+    count = len(network.down) + len(network.middle) + len(network.up)
+    with torch.no_grad():
+        network(z, label)
+    assert len(calls) == count
+    network(z, label).sum().backward()
+    assert len(calls) == count + 2 * count
+
+
+def test_checkpointing_is_no_part_of_the_description():
+    network = UNet(UNetConfig(**BASE))
+    assert network.checkpointing is False
+    names = list(network.state_dict())
+    network.checkpointing = True
+    assert list(network.state_dict()) == names
+    assert "checkpointing" not in network.config.to_dict()
+
+
+def test_without_gradients_the_answer_is_the_same_bits():
+    """And what the caller gave is left alone."""
+    network = UNet(UNetConfig(**BASE))
+    randomise(network)
+    z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    before = z.clone()
+    expected = network(z, label)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(network(z, label), expected)
+    assert torch.equal(z, before)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of whole tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.clone.default, torch.ops.aten.stack.default)
+        return func(*args, **kwargs or {})
+
+
+def test_attention_in_channels_last_copies_nothing():
+    """Tokens, heads and pixels are views there, forward and backward."""
+    attention = Attention(64, 4)
+    randomise(attention)
+    x = randn(2, 64, 4, 6, dtype=torch.float32).to(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.ones_like(x)
+    with Copies() as copies:
+        out = attention(x)
+        out.backward(gradient)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert copies.count == 0
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+@pytest.mark.parametrize("resample", ["block", "conv"])
+def test_channels_last_stays_channels_last(fold, resample):
+    """Every image-shaped tensor inside, and the numbers are the same."""
+    network = UNet(UNetConfig(**BASE | {"attention_strides": (fold, 2 * fold), "fold": fold, "resample": resample}))
+    randomise(network)
+    z, label = randn(2, 3, 8 * fold, 4 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    expected = network(z, label)
+    network = network.to(memory_format=torch.channels_last)
+    strayed = []
+
+    def look(module: nn.Module, _: object, out: Tensor) -> None:
+        if out.ndim == 4 and not out.is_contiguous(memory_format=torch.channels_last):
+            strayed.append(type(module).__name__)
+
+    for module in network.modules():
+        module.register_forward_hook(look)
+    found = network(z.to(memory_format=torch.channels_last), label)
+    assert strayed == []
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Mixed precision
+
+
+def test_mixed_precision_is_close_and_tells_the_time_in_full():
+    """bfloat16 has 8 bits: an error of 2⁻⁸ an operation; time and class reach the blocks in float32 all the same."""
+    network = UNet(UNetConfig(**BASE, num_classes=3, null_class=True))
+    randomise(network)
+    z, label = randn(4, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 500.0, 1022.25, -0.5])
+    classes = torch.tensor([0, 3, 1, 2])
+    expected = network(z, label, classes)
+    told: list[Tensor] = []
+    network.down[0].block.register_forward_pre_hook(lambda _, inputs: told.append(inputs[1]))
+    network(z, label, classes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = network(z, label, classes)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert told[1].dtype == torch.float32
+    assert torch.equal(told[0], told[1])
+    found.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_norms_in_mixed_precision_sum_in_float32():
+    """bfloat16 sums of 4096 numbers around 4 would end near 1024."""
+    norm = group_norm(64)
+    x = (4 + randn(2, 64, 32, 64, dtype=torch.float32)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = norm(x)
+    torch.testing.assert_close(found.float(), norm(x.float()), rtol=2**-7, atol=2**-7)
+
+
+def test_networks_of_half_precision_are_told_the_time_in_full():
+    """Whole networks in bfloat16: the sinusoids are taken of the float32 label, which bfloat16 would round to 1024."""
+    network = UNet(UNetConfig(**BASE)).bfloat16()
+    seen: list[Tensor] = []
+    network.embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    label = torch.tensor([1021.0])
+    assert network(randn(1, 3, 4, 4).bfloat16(), label).dtype == torch.bfloat16
+    assert torch.equal(seen[0], timestep_embedding(label, 32).bfloat16())
+
+
+# Compiling
+
+
+@pytest.mark.parametrize("told", ["nothing", "classes", "no class"])
+def test_a_network_is_one_graph(told):
+    """Nothing in the forward pass makes the compiler break the graph; "eager" runs the captured graph as it is."""
+    network = UNet(UNetConfig(**BASE, num_classes=0 if told == "nothing" else 3, null_class=told == "no class"))
+    randomise(network)
+    z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    classes = torch.tensor([0, 2]) if told == "classes" else None
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(z, label, classes), network(z, label, classes))
+    if told == "no class":
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(compiled(z, label, classes), network(z, label, classes))
+    torch._dynamo.reset()

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("vdiff.cli.train", "Train the base model, the first teacher."),
     "distill": ("vdiff.cli.distill", "Halve the sampling steps of a model, stage by stage."),
     "sample": ("vdiff.cli.sample", "Draw images from a checkpoint."),
+    "ema": ("vdiff.cli.ema", "Make other averages of a training's weights, when it is over."),
     "data": ("vdiff.cli.data", "Look at datasets, check them, join parts of them."),
 }
 

@@ -88,7 +88,8 @@ def costs(config: TrainConfig, description: CheckpointConfig) -> str:
         f"{config.num_iters:,} updates of {config.batch_size}",
         "schedule": ", ".join(f"{key} {value}" for key, value in description.schedule.items()),
     }
-    rows |= {key: str(value) for key, value in asdict(config).items() if key not in ("unet", "schedule", "data")}
+    told = {key: value for key, value in asdict(config).items() if key not in ("unet", "schedule", "data")}
+    rows |= {key: "none" if value == "" else str(value) for key, value in told.items()}
     rows |= {f"unet.{key}": str(value) for key, value in description.unet.items()}
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 MAX_GROUPS = 32
 NORM_EPS = 1e-5
@@ -34,6 +36,9 @@ class UNetConfig:
         resample: "block" changes the size inside a residual block, "conv" by a strided or upsampled convolution.
         time_affine: the time scales and shifts the normalised features; off: it is added to them.
         num_classes: of a class-conditional network; 0: unconditional.
+        null_class: one class more, number `num_classes`, stands for "no class", as classifier-free guidance needs it.
+        fold: squares of fold × fold pixels become the channels of one (space to depth) before the first convolution,
+            and are unfolded behind the last: the levels begin at 1/fold of the image size.
     """
 
     in_channels: int = 3
@@ -49,24 +54,28 @@ class UNetConfig:
     resample: Literal["block", "conv"] = "block"
     time_affine: bool = True
     num_classes: int = 0
+    null_class: bool = False
+    fold: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention_strides", tuple(self.attention_strides))
-        counts = ("in_channels", "out_channels", "channels", "embedding_channels", "num_blocks", "num_heads")
+        counts = ("in_channels", "out_channels", "channels", "embedding_channels", "num_blocks", "num_heads", "fold")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_classes", "head_channels"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.null_class and not self.num_classes:
+            raise ValueError("null_class says that classes may be left out, but num_classes is 0")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be whole numbers from 1 up, got {self.multipliers}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.resample not in ("block", "conv"):
             raise ValueError(f"resample must be block or conv, got {self.resample!r}")
-        allowed = [2**level for level in range(len(self.multipliers))]
+        allowed = [self.stride(level) for level in range(len(self.multipliers))]
         if set(self.attention_strides) - set(allowed):
             raise ValueError(f"attention_strides must be among {allowed}, got {list(self.attention_strides)}")
         for multiplier in self.multipliers:
@@ -79,10 +88,14 @@ class UNetConfig:
         """Attention heads at a width of `channels`."""
         return max(channels // self.head_channels, 1) if self.head_channels else self.num_heads
 
+    def stride(self, level: int) -> int:
+        """Image pixels a pixel of a level, along each side."""
+        return self.fold * 2**level
+
     @property
     def size_multiple(self) -> int:
         """Height and width must be multiples of this."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.stride(len(self.multipliers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's configuration."""
@@ -191,7 +204,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.num_heads, c // self.num_heads)).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
         h = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).unflatten(2, (height, width)).reshape(b, c, height, width)
 
@@ -225,24 +238,31 @@ class Resample(nn.Module):
 
 
 class UNet(nn.Module):
-    """z (B, in_channels, H, W), label (B,) [, classes (B,)] → (B, out_channels, H, W).
+    """z (B, in_channels, H, W), label (B,) [, classes (B,) int64] → (B, out_channels, H, W).
 
-    H and W must be multiples of `config.size_multiple`.
+    H and W must be multiples of `config.size_multiple`. With `config.null_class` class number `num_classes` is "no
+    class", and so are all where none are given.
+
+    Attributes:
+        checkpointing: keep only what goes into each stage and compute the rest again for the gradient: less memory, a
+            forward pass more, the same numbers (Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost*).
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         c, emb = config.channels, config.embedding_channels
         self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.embed_class = nn.Embedding(config.num_classes, emb) if config.num_classes else None
+        rows = config.num_classes + config.null_class
+        self.embed_class = nn.Embedding(rows, emb) if rows else None
 
-        self.conv_in = conv3x3(config.in_channels, c)
+        self.conv_in = conv3x3(config.in_channels * config.fold**2, c)
         self.down = nn.ModuleList()
         widths = [c]
         last = len(config.multipliers) - 1
         for level, multiplier in enumerate(config.multipliers):
-            width, attend = config.channels * multiplier, 2**level in config.attention_strides
+            width, attend = config.channels * multiplier, config.stride(level) in config.attention_strides
             for _ in range(config.num_blocks):
                 self.down.append(Stage(c, width, config, attend=attend))
                 c = width
@@ -255,7 +275,7 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
-            width, attend = config.channels * multiplier, 2**level in config.attention_strides
+            width, attend = config.channels * multiplier, config.stride(level) in config.attention_strides
             for _ in range(config.num_blocks + 1):
                 self.up.append(Stage(c + widths.pop(), width, config, attend=attend))
                 c = width
@@ -263,31 +283,65 @@ class UNet(nn.Module):
                 self.up.append(Resample(c, config, "up"))
 
         self.norm_out = group_norm(c)
-        self.conv_out = zero_init(conv3x3(c, config.out_channels))
+        self.conv_out = zero_init(conv3x3(c, config.out_channels * config.fold**2))
 
     def forward(self, z: Tensor, label: Tensor, classes: Tensor | None = None) -> Tensor:
-        embedding = self.embed(timestep_embedding(label, self.config.channels).to(z.dtype))
-        if self.embed_class is not None:
-            if classes is None:
-                raise ValueError(f"a class-conditional network needs classes, 0 to {self.config.num_classes - 1}")
-            embedding = embedding + self.embed_class(classes)
-        embedding = F.silu(embedding)
-
-        h = self.conv_in(z)
+        embedding = self._embedding(label, classes)
+        h = self.conv_in(_folded(z, self.config.fold))
         skips = [h]
         for module in self.down:
-            h = module(h, embedding)
+            h = self._run(module, embedding, h)
             skips.append(h)
         for module in self.middle:
-            h = module(h, embedding)
+            h = self._run(module, embedding, h)
         for module in self.up:
-            h = module(h, embedding) if isinstance(module, Resample) else module(_join(h, skips), embedding)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            joined = (h,) if isinstance(module, Resample) else (h, skips.pop())
+            h = self._run(module, embedding, *joined)
+        return _unfolded(self.conv_out(F.silu(self.norm_out(h))), self.config.fold)
+
+    def _embedding(self, label: Tensor, classes: Tensor | None) -> Tensor:
+        """What the residual blocks are told of time and class: (B, embedding_channels)."""
+        config = self.config
+        with _without_autocast(label.device):  # some thousand multiplications an image: rounding them gains no time
+            embedding = self.embed(timestep_embedding(label, config.channels).to(self.conv_in.weight.dtype))
+        if self.embed_class is not None:
+            if classes is None:
+                if not config.null_class:
+                    raise ValueError(f"a class-conditional network needs classes, 0 to {config.num_classes - 1}")
+                classes = torch.full_like(label, config.num_classes, dtype=torch.int64)
+            embedding = embedding + self.embed_class(classes)
+        return F.silu(embedding)
+
+    def _run(self, module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
+        """`module` on the features, one or two along the channels; see `checkpointing`."""
+        if self.checkpointing and torch.is_grad_enabled():
+            # draws of dropout are repeated, and features are joined inside, so that the joined ones are not kept
+            h: Tensor = checkpoint(_stage, module, embedding, *features, use_reentrant=False, preserve_rng_state=True)
+            return h
+        return _stage(module, embedding, *features)
 
 
-def _join(h: Tensor, skips: list[Tensor]) -> Tensor:
-    """The features with those of the same level on the way down, along the channels."""
-    return torch.cat([h, skips.pop()], dim=1)
+def _stage(module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
+    """A stage on its input; on the way up that is joined, along the channels, with the same level's on the way down."""
+    h: Tensor = module(features[0] if len(features) == 1 else torch.cat(features, dim=1), embedding)
+    return h
+
+
+def _folded(z: Tensor, fold: int) -> Tensor:
+    """Space to depth: (B, C, H, W) → (B, C·fold², H/fold, W/fold), a square's pixels row by row."""
+    return F.pixel_unshuffle(z, fold) if fold > 1 else z
+
+
+def _unfolded(h: Tensor, fold: int) -> Tensor:
+    """The inverse of `_folded`."""
+    return F.pixel_shuffle(h, fold) if fold > 1 else h
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Mixed precision off; where it is off anyway, nothing at all, so that exported graphs stay free of it."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
 from vdiff.models.denoiser import Denoiser
+from vdiff.training.sharding import like, local, whole
 
 MODEL = "ema"
 SNAPSHOT_FOLDER, SNAPSHOT_SUFFIX = "averages", ".safetensors"
@@ -170,24 +171,40 @@ class Averages:
     Args:
         profile: of `model`.
         further: of the others, which are only kept as tensors: one more copy of the weights each.
+        prepare: what shares weights out over processes; it is done to the denoiser and to the averaged one alike.
 
     Raises:
         ValueError: two of `further` have the same name.
     """
 
-    def __init__(self, denoiser: Denoiser, profile: Profile | None, further: Sequence[Profile] = ()) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        profile: Profile | None,
+        further: Sequence[Profile] = (),
+        prepare: Callable[[Denoiser], None] | None = None,
+    ) -> None:
         if len({other.name for other in further}) < len(further):
             raise ValueError("two averages have the same name")
         self.profile, self.further = profile, tuple(further)
         self.model = denoiser if profile is None else copy.deepcopy(denoiser).eval().requires_grad_(False)
+        if prepare is not None:  # after the copy: what is shared out cannot be copied
+            prepare(denoiser)
+            if self.model is not denoiser:
+                prepare(self.model)
         self._names = [name for name, _ in denoiser.named_parameters()]
-        self._raw: list[Tensor] = list(denoiser.parameters())
+        self._raw: list[Tensor] = [local(tensor) for tensor in denoiser.parameters()]
         self._buffers: list[Tensor] = list(denoiser.buffers())
         self._model_buffers: list[Tensor] = list(self.model.buffers())
-        self._others = [[tensor.detach().clone() for tensor in self._raw] for _ in self.further]
-        self._tracked: list[tuple[Profile, list[Tensor]]] = list(zip(self.further, self._others, strict=True))
+        self._others = [[tensor.detach().clone() for tensor in denoiser.parameters()] for _ in self.further]
+        averages = zip(self.further, self._others, strict=True)
+        self._tracked = [(other, [local(tensor) for tensor in tensors]) for other, tensors in averages]
         if profile is not None:
-            self._tracked.insert(0, (profile, list(self.model.parameters())))
+            self._tracked.insert(0, (profile, [local(tensor) for tensor in self.model.parameters()]))
+
+    def decay_at(self, step: int) -> float:
+        """β of the model's average at update `step` (from 0); 0 where there is none."""
+        return 0.0 if self.profile is None else self.profile.decay_at(step)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -214,13 +231,15 @@ class Averages:
             KeyError, ValueError, RuntimeError: one is missing, or of another model.
         """
         if self.profile is not None:
-            self.model.load_state_dict(values[MODEL])
+            weights = dict(self.model.named_parameters())
+            found = values[MODEL].items()
+            self.model.load_state_dict({name: like(tensor, weights.get(name, tensor)) for name, tensor in found})
         for profile, average in zip(self.further, self._others, strict=True):
             for name, tensor in zip(self._names, average, strict=True):
-                found = values[profile.name][name]
-                if found.shape != tensor.shape:  # copy_ would repeat a smaller one
-                    raise ValueError(f"{name} is {tuple(found.shape)} where {tuple(tensor.shape)} is due")
-                tensor.copy_(found)
+                kept = values[profile.name][name]
+                if kept.shape != tensor.shape:  # copy_ would repeat a smaller one
+                    raise ValueError(f"{name} is {tuple(kept.shape)} where {tuple(tensor.shape)} is due")
+                tensor.copy_(like(kept, tensor))
 
 
 def profiles_of(
@@ -277,28 +296,30 @@ def is_snapshot_due(done: int, num_iters: int, interval: int | None) -> bool:
     return done % (interval or math.ceil(num_iters / NUM_SNAPSHOTS)) == 0 or done == num_iters
 
 
-def save_snapshot(folder: Path, averages: Averages, *, step: int, images: int) -> None:
+def save_snapshot(folder: Path, averages: Averages, *, step: int, images: int, write: bool = True) -> None:
     """Write the further averages after update `step` to `folder`/averages, whole or not at all; without any, nothing.
 
     Power functions are kept in half precision as in EDM2, for there are many snapshots. It rounds as TF32 does, by 2e-4
     of a weight, and enters a reconstruction √Σ xᵢ² times: once for σ_rel from 0.05 on, five times for 0.03. Exponential
-    averages are used as they are, so they are kept as they are.
+    averages are used as they are, so they are kept as they are. Every process calls this, since weights may be shared
+    out over them; those with `write` write.
     """
     if not averages.further:
         return
-    make_folder(folder / SNAPSHOT_FOLDER)
     values = averages.named()
     tensors: dict[str, Tensor] = {}
     for profile in averages.further:
         stored = torch.float16 if isinstance(profile, PowerFunction) else torch.float32
         for name, tensor in values[profile.name].items():
-            tensors[f"{profile.name}.{name}"] = tensor.to("cpu", stored)
+            tensors[f"{profile.name}.{name}"] = whole(tensor).to("cpu", stored)
     weights = {name for name, _ in averages.model.named_parameters()}
     for name, tensor in averages.model.state_dict().items():
         if name not in weights:
-            tensors[f"buffer.{name}"] = tensor
+            tensors[f"buffer.{name}"] = whole(tensor)
     names = " ".join(profile.name for profile in averages.further)
-    write_tensors(_path(folder, step), tensors, {"step": str(step), "images": str(images), "averages": names})
+    if write:
+        make_folder(folder / SNAPSHOT_FOLDER)
+        write_tensors(_path(folder, step), tensors, {"step": str(step), "images": str(images), "averages": names})
 
 
 def find_snapshots(folder: Path) -> list[Snapshot]:
@@ -360,9 +381,8 @@ def coefficients(
     """The combinations of tracked profiles nearest to those of `sigma_rels` at `time`, and how far they are off.
 
     Each minimises ‖Σ xᵢ pᵢ − p‖²: A x = b with A the inner products of the tracked profiles and b those with p. Under
-    the condition Σ xᵢ = 1, so that weights which do not change come out as they are, the minimum is x + μ A⁻¹ 1.
-    Scaled to a diagonal of ones, A is good enough for a thousand snapshots (condition number 1e10): the misfit still
-    falls.
+    the condition Σ xᵢ = 1, so that weights which do not change come out as they are, the minimum is x + μ A⁻¹ 1. In
+    float64 the equations bear a thousand snapshots, though the condition number of A is 1e11: the misfit still falls.
 
     Args:
         times: at which the P tracked profiles end, in updates.
@@ -376,8 +396,7 @@ def coefficients(
     wanted = np.asarray([gamma_of(sigma_rel) for sigma_rel in sigma_rels])
     a = inner_product(t[:, None], g[:, None], t, g)
     b = inner_product(t[:, None], g[:, None], time, wanted)
-    scale = np.diagonal(a)[:, None] ** -0.5
-    solved = scale * np.linalg.solve(a * scale * scale.T, scale * np.column_stack([b, np.ones(len(t))]))
+    solved = np.linalg.solve(a, np.column_stack([b, np.ones(len(t))]))
     free, ones = solved[:, :-1], solved[:, -1:]
     x = free + ones * (1 - free.sum(0)) / ones.sum()
     norm = inner_product(time, wanted, time, wanted)

@@ -23,7 +23,7 @@ from vdiff.training.loop import Run, fit
 from vdiff.training.objectives import DenoisingObjective
 from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings, write_run
 
-DERIVED = ("in_channels", "out_channels", "num_classes", "dropout")
+DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
 
 
 def resolve_training(
@@ -56,6 +56,8 @@ def resolve_training(
     if config.class_conditional and not images.class_names:
         raise OptionError(f"--class_conditional: {images.name} has no classes", "give --class_conditional False")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
+    if config.class_dropout and not conditional:
+        raise OptionError(f"--class_dropout {config.class_dropout}: the network is told no classes", "leave it out")
     return replace(
         config,
         preset=preset,
@@ -98,6 +100,7 @@ def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
                 "in_channels": images.channels,
                 "out_channels": images.channels * PREDICTION_TYPES[config.prediction].channel_factor,
                 "num_classes": len(images.class_names) if config.class_conditional else 0,
+                "null_class": config.class_dropout > 0,
                 "dropout": config.dropout,
             }
         )
@@ -116,7 +119,7 @@ def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
         num_timesteps=config.num_timesteps,
         image_size=images.image_size,
         method="base",
-        weights="ema" if config.ema else "raw",
+        weights=config.weights,
         num_iters=0,
         target_iters=config.num_iters,
         num_images=0,
@@ -185,6 +188,7 @@ def train(
         config=config,
         description=description,
         folder=folder,
+        class_dropout=config.class_dropout,
     )
     try:
         fit(run, engine, reporter)

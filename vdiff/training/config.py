@@ -90,11 +90,31 @@ class LoopConfig:
         "Decay of the moving average of the weights, which is what is saved; 0 turns it off.",
         group=OPTIMISATION, default=0.9999, low=0, high=1,
     )  # fmt: skip
+    ema_images: float = setting(
+        "Half-life of that average in images seen, instead of --ema; 0: --ema says.",
+        group=OPTIMISATION, default=0.0, low=0, unit="IMAGES",
+    )  # fmt: skip
+    ema_more: str = setting(
+        "Decays of further averages, 0.999,0.9995: vdiff ema makes checkpoints of them.",
+        group=OPTIMISATION, default="", unit="DECAYS", shown="none",
+    )  # fmt: skip
+    ema_profiles: bool = setting(
+        "Keep power-function averages, so that vdiff ema can make one of any length afterwards.",
+        group=OPTIMISATION, default=False,
+    )  # fmt: skip
+    ema_interval: int | None = setting(
+        "Between snapshots of these averages.",
+        group=RECORDS, default=None, low=1, unit="UPDATES", shown="40 snapshots in all", free=True,
+    )  # fmt: skip
     weighting: str = setting(
         "Weight of the squared error of x̂ at each noise level.",
         group=OPTIMISATION, default="truncated_snr", choices=WEIGHTINGS,
     )  # fmt: skip
     dropout: float = setting("Rate in the residual blocks.", group=OPTIMISATION, default=0.0, low=0, high=0.99)
+    class_dropout: float = setting(
+        "Part of the images whose class is kept from the network, for classifier-free guidance.",
+        group=OPTIMISATION, default=0.0, low=0, high=0.99,
+    )  # fmt: skip
     flip: bool = setting("Mirror half of the images.", group=OPTIMISATION, default=True)
     log_interval: int = setting(
         "Between lines of the log.", group=RECORDS, default=100, low=1, unit="UPDATES", free=True
@@ -125,6 +145,10 @@ class LoopConfig:
         choices=PRECISIONS,
     )
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
+    fsdp: bool = setting(
+        "Share weights, moments and averages out over the processes, for networks that do not fit one device.",
+        group=MACHINE, default=False, free=True,
+    )  # fmt: skip
     checkpointing: bool = setting(
         "Compute activations again for the gradient instead of keeping them: less memory, more time.",
         group=MACHINE, default=False, free=True,
@@ -137,6 +161,29 @@ class LoopConfig:
         unit="PROCESSES",
         free=True,
     )
+
+    def __post_init__(self) -> None:
+        self.further_decays()
+
+    @property
+    def weights(self) -> str:
+        """Which weights are the model: "ema" or "raw"."""
+        return "ema" if self.ema or self.ema_images else "raw"
+
+    def further_decays(self) -> list[float]:
+        """`ema_more` as numbers.
+
+        Raises:
+            OptionError: one of them is no decay.
+        """
+        words = [word.strip() for word in self.ema_more.split(",")] if self.ema_more else []
+        try:
+            decays = [float(word) for word in words]
+        except ValueError:
+            decays = [math.nan]
+        if not all(0 < decay < 1 for decay in decays) or len(set(decays)) < len(decays):
+            raise OptionError(f"--ema_more {self.ema_more}: no list of decays", "give numbers below 1: 0.999,0.9995")
+        return decays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +210,7 @@ class TrainConfig(LoopConfig):
     unet: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prediction == "eps" and self.weighting == "truncated_snr":
             raise OptionError(
                 "truncated_snr cannot weight an eps-prediction: at zero signal its x̂ = (z − σ ε̂)/α has no bound",
@@ -209,6 +257,10 @@ class DistillConfig(LoopConfig):
     ema: float = setting(
         "Decay of the moving average of the weights, which is what is saved; 0 turns it off.",
         group=OPTIMISATION, default=0.0, low=0, high=1,
+    )  # fmt: skip
+    class_dropout: float = setting(
+        "Part of the images whose class is kept from the network, where the teacher was trained so.",
+        group=OPTIMISATION, default=0.1, low=0, high=0.99,
     )  # fmt: skip
     last_factor: float = setting(
         "The students of 2 and 1 steps get this many times the updates.",

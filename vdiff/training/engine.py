@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.device import pick_device
 from vdiff.training.config import LoopConfig
+from vdiff.training.sharding import is_sharded, shard, whole
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # while one process draws and saves, the others wait for it
@@ -65,6 +69,34 @@ class Engine:
             denoiser.network.compile(dynamic=False)
         return denoiser
 
+    def shared_out(self, config: LoopConfig) -> Callable[[Denoiser], None] | None:
+        """What shares a denoiser's weights out over the processes, where that is asked for."""
+        return partial(shard, device=self.device, world_size=self.world_size) if config.fsdp else None
+
+    def wrapped(self, denoiser: Denoiser) -> nn.Module:
+        """What is called in training: with its precision, and gradients that are the mean over all processes."""
+        if is_sharded(denoiser):  # which sees to the gradients
+            return denoiser
+        model: nn.Module = self.accelerator.prepare(denoiser)
+        return model
+
+    @contextmanager
+    def synchronised(self, model: nn.Module, now: bool) -> Iterator[None]:
+        """Inside, a backward pass ends with the mean over all processes only if it is `now` due."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(now)
+            yield
+        else:
+            with nullcontext() if now else self.accelerator.no_sync(model):
+                yield
+
+    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Shorten the gradient to `max_norm`; answers how long it was, over all processes."""
+        if is_sharded(model):
+            return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        return norm
+
     def share(self, size: int) -> slice:
         """This process's part of a batch of `size`."""
         part = size // self.world_size
@@ -103,7 +135,7 @@ def build_engine(config: LoopConfig) -> Engine:
     """The engine that `device`, `precision` and `compile` ask for, in one process or under a launcher.
 
     Raises:
-        OptionError: this machine has no such device, the device no such precision, or the batch cannot be shared.
+        OptionError: no such device here, no such precision on the device, or batch or weights cannot be shared.
     """
     on_cuda = pick_device(config.device).type == "cuda"
     precision = config.precision if config.precision != "auto" else ("bf16" if on_cuda else "fp32")
@@ -123,6 +155,10 @@ def build_engine(config: LoopConfig) -> Engine:
             f"in {config.grad_accum} parts",
             f"give --batch_size a multiple of {parts}",
         )
+    if config.fsdp and accelerator.num_processes == 1:
+        raise OptionError("--fsdp: there is one process to share the weights", "start several, with torchrun")
+    if config.fsdp and precision == "fp16":
+        raise OptionError("--fsdp does not go with --precision fp16", "give --precision bf16")
     if on_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes never change
@@ -155,8 +191,9 @@ def memory_errors_named() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        total = torch.cuda.get_device_properties(error.device if hasattr(error, "device") else None).total_memory
-        raise VdiffError(f"out of GPU memory (it has {total / 2**30:.0f} GiB)", REMEDIES) from None
+        # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which …"
+        capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
+        raise VdiffError(f"out of GPU memory{f' (it has {capacity[1]})' if capacity else ''}", REMEDIES) from None
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise

@@ -253,7 +253,7 @@ def _stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engi
         unet={**before.unet, "dropout": config.dropout},
         num_timesteps=stage.num_steps,
         method=config.method,
-        weights="ema" if config.ema else "raw",
+        weights=config.weights,
         num_iters=0,
         target_iters=config.num_iters,
         num_images=0,
@@ -274,4 +274,5 @@ def _stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engi
         config=config,
         description=description,
         folder=stage.folder,
+        class_dropout=config.class_dropout,
     )

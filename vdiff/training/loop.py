@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,15 +17,17 @@ from vdiff.data.images import from_uint8
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
-from vdiff.models.denoiser import Denoiser
+from vdiff.models.denoiser import Denoiser, drop_classes
 from vdiff.reporting import Reporter
 from vdiff.training import history
+from vdiff.training.averages import Averages, drop_later_snapshots, is_snapshot_due, profiles_of, save_snapshot
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, memory_errors_named
 from vdiff.training.meter import Meter, Outcome
 from vdiff.training.objectives import Objective, stratified, weighted_losses
-from vdiff.training.optimisation import WeightAverage, build_optimizer, learning_rate
+from vdiff.training.optimisation import build_optimizer, learning_rate
 from vdiff.training.records import open_records, preview
+from vdiff.training.sharding import whole
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import Position, load_state, remove_state, save_state
 
@@ -36,6 +38,7 @@ class Run:
 
     Attributes:
         description: what the checkpoint says of itself; the loop fills in how far it is.
+        class_dropout: the part of the images whose class the network is not told, where it knows "no class".
     """
 
     denoiser: Denoiser
@@ -44,6 +47,7 @@ class Run:
     config: LoopConfig
     description: CheckpointConfig
     folder: Path
+    class_dropout: float = 0.0
 
 
 def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
@@ -66,16 +70,20 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     config = run.config
     denoiser = engine.place(run.denoiser).train()
     denoiser.network.checkpointing = config.checkpointing
-    average = WeightAverage(denoiser, config.ema)
+    averages = averages_of(config, denoiser, engine)
     optimizer = build_optimizer(denoiser, config)
-    start = load_state(run.folder, denoiser, average, optimizer, engine.accelerator.scaler)
-    update = build_update(run, engine, denoiser, average, optimizer)
+    scaler = engine.accelerator.scaler
+    start = load_state(run.folder, denoiser, averages, optimizer, scaler)
+    if engine.is_main:
+        drop_later_snapshots(run.folder, start.step)
+    update = build_update(run, engine, denoiser, averages, optimizer)
     meter = Meter(start, config, engine)
 
     def save() -> None:
+        save_state(run.folder, meter.position, denoiser, averages, optimizer, scaler, write=engine.is_main)
+        weights = {name: whole(tensor) for name, tensor in averages.model.state_dict().items()}
         if engine.is_main:
-            save_state(run.folder, meter.position, denoiser, average, optimizer, engine.accelerator.scaler)
-            save_checkpoint(run.folder, average.model.state_dict(), _describe(run, meter.position))
+            save_checkpoint(run.folder, weights, _describe(run, meter.position))
             history.keep(run.folder, meter.position.step, last=config.keep_last, every=config.keep_every)
         engine.wait()  # or a process that leaves first takes the others with it, before all is written
 
@@ -96,10 +104,14 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
                 code = engine.agreed(stop.exit_code, step)  # asked once: what comes later waits for the next update
                 save_due = done % config.ckpt_interval == 0 or is_last or code is not None
                 if save_due or done % config.log_interval == 0:
-                    records.scalars({**meter.read(), "ema_decay": average.decay_at(step)}, done)
+                    records.scalars({**meter.read(), "ema_decay": averages.decay_at(step)}, done)
                 bar.update(done, meter.note)
-                if engine.is_main and (done % config.sample_interval == 0 or is_last):
-                    records.pictures(preview(average.model, run.description, seed=config.seed), done)
+                # weights that are shared out must be put together by all
+                if (engine.is_main or config.fsdp) and (done % config.sample_interval == 0 or is_last):
+                    records.pictures(preview(averages.model, run.description, seed=config.seed), done)
+                if is_snapshot_due(done, config.num_iters, config.ema_interval):
+                    images = done * config.batch_size
+                    save_snapshot(run.folder, averages, step=done, images=images, write=engine.is_main)
                 if save_due and not is_last:
                     save()
                 if code is not None and not is_last:
@@ -109,11 +121,23 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
             remove_state(run.folder)  # the learning rate ended at 0: there is no going on from here
         if stop.exit_code is not None:
             raise Interrupted(f"stopped; {run.folder} is finished and saved", stop.exit_code)
-    return average.model.eval()
+    return averages.model.eval()
+
+
+def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine) -> Averages:
+    """The averages that a run keeps; the weights are shared out first, where that is asked for."""
+    profile, further = profiles_of(
+        ema=config.ema,
+        ema_images=config.ema_images,
+        ema_more=config.further_decays(),
+        ema_profiles=config.ema_profiles,
+        batch_size=config.batch_size,
+    )
+    return Averages(denoiser, profile, further, prepare=engine.shared_out(config))
 
 
 def build_update(
-    run: Run, engine: Engine, denoiser: Denoiser, average: WeightAverage, optimizer: torch.optim.Optimizer
+    run: Run, engine: Engine, denoiser: Denoiser, averages: Averages, optimizer: torch.optim.Optimizer
 ) -> Callable[[int, Batch], Outcome]:
     """One optimiser update as a function of its number and its batch, which is this process's share.
 
@@ -124,7 +148,8 @@ def build_update(
     config, accelerator = run.config, engine.accelerator
     weighting = WEIGHTINGS[config.weighting]
     conditional = denoiser.network.config.num_classes > 0
-    model, prepared = accelerator.prepare(engine.compiled(denoiser), optimizer)
+    model = engine.wrapped(engine.compiled(denoiser))
+    prepared = accelerator.prepare(optimizer)
     share = engine.share(config.batch_size)
     size = (share.stop - share.start) // config.grad_accum
     parts = [slice(start, start + size) for start in range(0, share.stop - share.start, size)]
@@ -136,27 +161,31 @@ def build_update(
         classes = classes if classes is None else classes.to(engine.device, non_blocking=True)
         noise = torch.randn((config.batch_size, *images.shape[1:]), device=engine.device)[share]
         u = stratified(config.batch_size, engine.device)[share]
+        if classes is not None and denoiser.network.config.null_class:
+            left_out = torch.rand(config.batch_size, device=engine.device)[share]
+            classes = drop_classes(classes, left_out, run.class_dropout, denoiser.network.config.num_classes)
         if engine.rank:
             seed_update(config.seed, step, engine.rank)  # dropout differs from process to process
         losses, levels = [], []
         for part in parts:
             example = run.objective(images[part], None if classes is None else classes[part], noise[part], u[part])
             logsnr = denoiser.schedule.logsnr(example.t)
-            with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
-                prediction = model(example.z, example.t, None if classes is None else classes[part])
+            with engine.synchronised(model, part is parts[-1]):
+                with accelerator.autocast():
+                    prediction = model(example.z, example.t, None if classes is None else classes[part])
                 each = weighted_losses(prediction, example, logsnr, weighting)
                 accelerator.backward(each.mean() / len(parts))
             losses.append(each.detach())
             levels.append(logsnr)
         for group in prepared.param_groups:
             group["lr"] = learning_rate(config, step)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+        norm = engine.clip(model, config.clip_norm)
         is_bad = ~torch.isfinite(norm)
         if accelerator.scaler is None:  # which looks after this itself
             optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
         prepared.step()
         prepared.zero_grad(set_to_none=True)
-        average.update(step)
+        averages.update(step)
         return Outcome(torch.cat(losses), torch.cat(levels).to(engine.device), norm, is_bad)
 
     return update

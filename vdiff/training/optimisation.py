@@ -1,15 +1,13 @@
-"""The optimiser, its learning rate at each update, and the moving average of the weights."""
+"""The optimiser, and its learning rate at each update."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vdiff.models.denoiser import Denoiser
 from vdiff.training.config import LoopConfig
 
 BETAS = (0.9, 0.999)
@@ -34,27 +32,3 @@ def build_optimizer(network: nn.Module, config: LoopConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(
         network.parameters(), lr=config.lr, betas=BETAS, weight_decay=config.weight_decay, fused=fused
     )
-
-
-class WeightAverage:
-    """Exponential moving average of a denoiser's weights: ema ← d·ema + (1 − d)·raw, d = min(decay, (1 + n)/(10 + n)).
-
-    The warm-up of d lets the first averages forget the initial weights. `model` is the averaged denoiser, ready to
-    use; with `decay` 0 it is the denoiser itself.
-    """
-
-    def __init__(self, denoiser: Denoiser, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(denoiser).eval().requires_grad_(False) if decay else denoiser
-        self._raw: list[Tensor] = list(denoiser.parameters())
-        self._average: list[Tensor] = list(self.model.parameters())
-
-    def decay_at(self, step: int) -> float:
-        """d after update `step` (from 0)."""
-        return min(self.decay, (1 + step) / (10 + step))
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after update `step`."""
-        if self.decay:
-            torch._foreach_lerp_(self._average, self._raw, 1 - self.decay_at(step))

@@ -1,4 +1,4 @@
-"""What resuming needs: weights, their average, the optimiser's moments and the update, in one file without pickle.
+"""What resuming needs: weights, their averages, the optimiser's moments and the update, in one file without pickle.
 
 All randomness of update n is a function of seed and n (`loop.py`, `data/batches.py`), so no generator is stored.
 """
@@ -16,7 +16,8 @@ from vdiff.errors import VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
 from vdiff.models.denoiser import Denoiser
-from vdiff.training.optimisation import WeightAverage
+from vdiff.training.averages import Averages
+from vdiff.training.sharding import like, whole
 
 STATE_FOLDER, STATE_FILE = "state", "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,30 +40,36 @@ def save_state(
     folder: Path,
     position: Position,
     denoiser: Denoiser,
-    average: WeightAverage,
+    averages: Averages,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
+    *,
+    write: bool = True,
 ) -> None:
-    """Write the state of a run, whole or not at all; `scaler` is that of fp16."""
-    tensors = {f"raw.{name}": tensor for name, tensor in denoiser.state_dict().items()}
-    if average.decay:
-        tensors |= {f"ema.{name}": tensor for name, tensor in average.model.state_dict().items()}
+    """Write the state of a run, whole or not at all; `scaler` is that of fp16.
+
+    Every process calls this, since weights may be shared out over them; those with `write` write.
+    """
+    tensors = {f"raw.{name}": whole(tensor) for name, tensor in denoiser.state_dict().items()}
+    for average, values in averages.named().items():
+        tensors |= {f"{average}.{name}": whole(tensor) for name, tensor in values.items()}
     for name, parameter in denoiser.named_parameters():
         for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    make_folder(folder / STATE_FOLDER)
+            tensors[f"{moment}.{name}"] = whole(optimizer.state[parameter][moment])
     # bad updates count as updates of the run, but not of the optimiser
     steps = [float(optimizer.state[parameter]["step"]) for parameter in denoiser.parameters()]
     metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
     if scaler is not None:
         metadata["scaler"] = json.dumps(scaler.state_dict())
-    write_tensors(state_path(folder), tensors, metadata)
+    if write:
+        make_folder(folder / STATE_FOLDER)
+        write_tensors(state_path(folder), tensors, metadata)
 
 
 def load_state(
     folder: Path,
     denoiser: Denoiser,
-    average: WeightAverage,
+    averages: Averages,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Position:
@@ -77,14 +84,17 @@ def load_state(
     metadata, tensors = read_metadata(path), read_tensors(path)
     try:
         position = Position(int(metadata["step"]), float(metadata["seconds"]))
-        denoiser.load_state_dict(_part(tensors, "raw."))
-        if average.decay:
-            average.model.load_state_dict(_part(tensors, "ema."))
+        parameters = dict(denoiser.named_parameters())
+        raw = _part(tensors, "raw.")
+        denoiser.load_state_dict({name: like(tensor, parameters.get(name, tensor)) for name, tensor in raw.items()})
+        averages.load({name: _part(tensors, f"{name}.") for name in averages.named()})
         step = torch.tensor(float(metadata["optimizer_step"]))
         if scaler is not None:
             scaler.load_state_dict(json.loads(metadata["scaler"]))
-        names = [name for name, _ in denoiser.named_parameters()]
-        moments = [{moment: tensors[f"{moment}.{name}"] for moment in MOMENTS} for name in names]
+        moments = [
+            {moment: like(tensors[f"{moment}.{name}"], parameter) for moment in MOMENTS}
+            for name, parameter in parameters.items()
+        ]
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise VdiffError(f"{path} does not belong to this run ({reason})", "start anew with --overwrite") from None
