@@ -1,19 +1,30 @@
-"""Milliseconds an update: vdiff beside diffusers' `UNet2DModel` of the same shape, as its training script runs it.
+"""Milliseconds an update: vdiff beside other packages at the same shape of UNet, precision and batch.
 
     python benchmarks/training.py          # the 7M UNet: 64 channels, multipliers 1,2,2, 32×32, batch 16
+    python benchmarks/training.py --preset cifar10 --channels 192 --batch_size 512     # on a GPU: about 35M parameters
+    python benchmarks/training.py --profile                                            # where an update spends its time
 
-Both sides do the same in an update: noise, forward, backward, clip at 1, AdamW, moving average of the weights. A
-distillation update adds two passes of the teacher. The sides take turns in one process, and medians are compared.
+- diffusers: `UNet2DModel` of the same shape, as `train_unconditional.py` runs it with `--use_ema`.
+- denoising-diffusion-pytorch: `Unet` and `GaussianDiffusion` (v), as its `Trainer` runs them; its blocks are others.
+- azula: `UNet`, with the recipe of its tutorial; it has no attention, and blocks without norm on the way.
+
+All sides do the same in an update: noise, forward, backward, clip at 1, Adam, moving average of the weights. A
+distillation update adds two passes of the teacher. The sides take turns in one process, and medians are compared. As
+only diffusers' network can be set alike, there is a column for the arithmetic of one evaluation, and one for the time
+of an update over that of a plain matrix product of as many multiplications (three evaluations an update, five with a
+teacher), with the part of the product's speed that is used: MFU, against what the device really gives.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -21,8 +32,9 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -31,13 +43,14 @@ from vdiff.data.batches import Batch
 from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import METHODS
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.unet import parameter_count
+from vdiff.models.unet import parameter_count, timestep_embedding
 from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, build_engine
 from vdiff.training.loop import Run, build_update
 from vdiff.training.objectives import DenoisingObjective, DistillationObjective
 from vdiff.training.optimisation import build_optimizer
+from vdiff.training.presets import read_preset
 
 SIZE, STUDENT_STEPS = 32, 4
 UNET = {
@@ -47,10 +60,10 @@ UNET = {
 Update = Callable[[int, Tensor], object]
 
 
-def ours(engine: Engine, config: LoopConfig, *, distil: bool) -> tuple[Update, int]:
-    """An update of vdiff's loop, and the parameters it trains."""
+def ours(engine: Engine, config: LoopConfig, unet: dict[str, Any], *, distil: bool) -> tuple[Update, nn.Module]:
+    """An update of vdiff's loop, and the network it trains."""
     description = CheckpointConfig(
-        unet=UNET, schedule={"name": "cosine"}, prediction="v", num_timesteps=1024, image_size=SIZE, method="base",
+        unet=unet, schedule={"name": "cosine"}, prediction="v", num_timesteps=1024, image_size=SIZE, method="base",
         weights="ema", num_iters=0, target_iters=1, num_images=0, dataset="", dataset_fingerprint="",
     )  # fmt: skip
     denoiser = engine.place(description.build()).train()
@@ -61,10 +74,10 @@ def ours(engine: Engine, config: LoopConfig, *, distil: bool) -> tuple[Update, i
         objective = DistillationObjective(teacher, METHODS["progressive"], STUDENT_STEPS)
     run = Run(denoiser, objective, None, config, description, Path(tempfile.gettempdir()))  # type: ignore[arg-type]
     update = build_update(run, engine, denoiser, average, optimizer)
-    return lambda step, images: update(step, Batch(images, None)), parameter_count(denoiser)
+    return lambda step, images: update(step, Batch(images, None)), denoiser.network
 
 
-def theirs(accelerator: Accelerator, config: LoopConfig, *, distil: bool) -> tuple[Update, int]:
+def theirs(accelerator: Accelerator, config: LoopConfig, *, distil: bool) -> tuple[Update, nn.Module]:
     """The update of diffusers' `train_unconditional.py` with `--use_ema`; distilling, its v-target from DDIM steps."""
     model = UNet2DModel(
         sample_size=SIZE,
@@ -120,7 +133,92 @@ def theirs(accelerator: Accelerator, config: LoopConfig, *, distil: bool) -> tup
         ema.step(network.parameters())
         return loss.detach().item()  # the script logs it at every step
 
-    return update, sum(p.numel() for p in model.parameters())
+    return update, model
+
+
+def lucidrains(accelerator: Accelerator, config: LoopConfig) -> tuple[Update, nn.Module]:
+    """The update of denoising-diffusion-pytorch's `Trainer`."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    model = Unet(64, dim_mults=(1, 2, 2), full_attn=(False, False, True), flash_attn=accelerator.device.type == "cuda")
+    diffusion = GaussianDiffusion(model, image_size=SIZE, objective="pred_v")
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10).to(accelerator.device)
+    network, prepared = accelerator.prepare(diffusion, optimizer)
+
+    def update(step: int, images: Tensor) -> object:
+        del step
+        with accelerator.autocast():
+            loss = network(images.to(accelerator.device).float() / 255)  # its data set answers floats in [0, 1]
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(diffusion.parameters(), 1.0)
+        prepared.step()
+        prepared.zero_grad()
+        ema.update()
+        return loss.item()  # the trainer sums it at every step
+
+    return update, model
+
+
+def azula(accelerator: Accelerator, config: LoopConfig) -> tuple[Update, nn.Module]:
+    """A training step as azula's tutorial writes it: a modulated UNet, v from x and ε, AdamW, an average."""
+    from azula.nn.unet import UNet
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 256))
+            self.unet = UNet(3, 3, mod_features=256, hid_channels=(64, 128, 128), hid_blocks=(2, 2, 2))
+
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            answer: Tensor = self.unet(z, self.time(timestep_embedding(1000 * t, 64)))
+            return answer
+
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    network, prepared = accelerator.prepare(model, optimizer)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999)
+    )
+
+    def update(step: int, images: Tensor) -> object:
+        del step
+        x = from_uint8(images.to(accelerator.device))
+        t = torch.rand(len(x), device=x.device)
+        alpha, sigma = (f(t * torch.pi / 2)[:, None, None, None] for f in (torch.cos, torch.sin))
+        eps = torch.randn_like(x)
+        loss = F.mse_loss(network(alpha * x + sigma * eps, t).float(), alpha * eps - sigma * x)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        prepared.step()
+        prepared.zero_grad()
+        average.update_parameters(model)
+        return loss.detach()
+
+    return update, model
+
+
+def gigaflops(model: nn.Module, device: torch.device) -> float:
+    """Of one evaluation on one image, a multiply-add counting as two."""
+    z, t = torch.zeros(1, 3, SIZE, SIZE, device=device), torch.ones(1, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(z, t)
+    return float(counter.get_total_flops()) / 1e9
+
+
+def product_gigaflops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """What the device gives in a plain matrix product of 2048² (on a GPU 8192²), the best of ten."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best / 1e9
 
 
 def milliseconds(update: Update, step: int, images: Tensor) -> float:
@@ -132,37 +230,115 @@ def milliseconds(update: Update, step: int, images: Tensor) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
+def profile(sides: list[tuple[str, Update, nn.Module]], images: Tensor, where: str) -> None:
+    """The operations that take most of an update of vdiff's, as a table beside the others."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    _, update, _ = sides[0]
+    for step in range(3):
+        update(step, images)
+    with profile(activities=activities) as found:
+        for step in range(3):
+            update(step, images)
+    events = found.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    largest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:20]
+    rows = [
+        [
+            e.key,
+            str(e.count // 3),
+            f"{e.self_cpu_time_total / 3000:.1f}",
+            f"{100 * e.self_cpu_time_total / total:.1f} %",
+        ]
+        for e in largest
+    ]
+    write_report(
+        "training_profile", "Where an update spends its time", ["operation", "calls", "ms", "share"], rows, where
+    )
+
+
 @click.command()
 @click.option("--batch_size", default=16, show_default=True)
 @click.option("--updates", default=30, show_default=True, help="Timed updates of each side, after 5 that are not.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--compile/--no-compile", "compiles", default=None, help="Compile vdiff's side; default: on CUDA.")
-def main(batch_size: int, updates: int, device: str, precision: str, compiles: bool | None) -> None:
+@click.option("--profile", "profiles", is_flag=True, help="Say where vdiff's update spends its time instead.")
+@click.option("--preset", default="", help="The network of a preset, for vdiff alone: no other package has it.")
+@click.option("--channels", type=int, help="With --preset: another width.")
+def main(
+    batch_size: int,
+    updates: int,
+    device: str,
+    precision: str,
+    compiles: bool | None,
+    profiles: bool,
+    preset: str,
+    channels: int | None,
+) -> None:
     """Print the table and write it to benchmarks/results/training.md."""
     config = LoopConfig(
         num_iters=10**6, batch_size=batch_size, lr=1e-4, device=device, precision=precision, compile=compiles
     )
     engine = build_engine(config)
+    unet = UNET if not preset else UNET | read_preset(preset).train["unet"] | {"resample": "block", "time_affine": True}
+    unet |= {"channels": channels} if channels else {}
     images = torch.randint(0, 256, (batch_size, 3, SIZE, SIZE), dtype=torch.uint8)
+    images = images.pin_memory() if engine.device.type == "cuda" else images
+    dtype = torch.float32 if "fp32" in engine.description else torch.bfloat16
+    speed = product_gigaflops_per_second(engine.device, dtype)
+    where = f"{machine()}; a plain matrix product: {speed:,.0f} GFLOP/s"
     rows = []
     for name, distil in (("training", False), ("distillation", True)):
-        sides = [ours(engine, config, distil=distil), theirs(engine.accelerator, config, distil=distil)]
-        times: list[list[float]] = [[], []]
+        sides = [("vdiff", *ours(engine, config, unet, distil=distil))]
+        if not preset:
+            sides.append(("diffusers", *theirs(engine.accelerator, config, distil=distil)))
+        if not preset and not distil:
+            sides.append(("denoising-diffusion-pytorch", *lucidrains(engine.accelerator, config)))
+            sides.append(("azula", *azula(engine.accelerator, config)))
+        if profiles:
+            profile(sides, images, where)
+            return
+        times: dict[str, list[float]] = {who: [] for who, _, _ in sides}
+        peaks = dict.fromkeys(times, 0)
         for step in range(updates + 5):
-            for (update, _), found in zip(sides, times, strict=True):
-                found.append(milliseconds(update, step, images))
-        medians = [statistics.median(found[5:]) for found in times]
-        for who, (_, parameters), median in zip(("vdiff", "diffusers"), sides, medians, strict=True):
-            ratio = f"{median / medians[1]:.2f}"
-            rows.append([name, who, f"{parameters / 1e6:.2f} M", f"{median:.0f}", ratio])
-    write_report(
-        "training",
-        f"Milliseconds an update: {SIZE}×{SIZE}, batch {batch_size}, {engine.description}",
-        ["update", "by", "parameters", "ms (median)", "× diffusers"],
-        rows,
-        machine(),
-    )
+            for who, update, _ in sides:
+                if engine.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                times[who].append(milliseconds(update, step, images))
+                if engine.device.type == "cuda":
+                    peaks[who] = max(peaks[who], torch.cuda.max_memory_allocated())
+        medians = {who: statistics.median(found[5:]) for who, found in times.items()}
+        for who, _, model in sides:
+            flops = gigaflops(model, engine.device)
+            ideal = (5 if distil else 3) * flops * batch_size / speed * 1000
+            rows.append(
+                [
+                    name,
+                    who,
+                    f"{parameter_count(model) / 1e6:.2f} M",
+                    f"{flops:.2f}",
+                    f"{medians[who]:.0f}",
+                    f"{medians[who] / medians.get('diffusers', medians['vdiff']):.2f}",
+                    f"{1000 * batch_size / medians[who]:.1f}",
+                    f"{medians[who] / ideal:.2f} ({100 * ideal / medians[who]:.0f} %)",
+                    f"{peaks[who] / 2**30:.1f} GiB" if peaks[who] else "–",
+                ]
+            )
+    columns = [
+        "update",
+        "by",
+        "parameters",
+        "GFLOP",
+        "ms",
+        "× diffusers",
+        "images/s",
+        "× plain product (MFU)",
+        "memory",
+    ]
+    title = f"An update: {SIZE}×{SIZE}, batch {batch_size}, {engine.description}" + (f", {preset}" if preset else "")
+    write_report(f"training_{preset}_{unet['channels']}" if preset else "training", title, columns, rows, where)
 
 
 if __name__ == "__main__":
