@@ -245,6 +245,16 @@ def test_one_at_a_time(source: Path, tmp_path: Path) -> None:
     assert prepare(Folder(source), tmp_path / "out", CONFIG).images == COUNT
 
 
+def test_a_folder_of_that_name_that_is_something_else_is_left_alone(source: Path, tmp_path: Path) -> None:
+    letters = tmp_path / "out.partial"
+    letters.mkdir()
+    (letters / "dear.txt").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(VdiffError, match=r"out\.partial is in the way: it holds no preparation; move it"):
+            prepare(Folder(source), tmp_path / "out", CONFIG, overwrite=overwrite)
+    assert os.listdir(letters) == ["dear.txt"]
+
+
 def test_names_that_are_no_text_and_newlines_in_the_list_of_rejected_files(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "out")
     with journal.lock():

@@ -79,8 +79,17 @@ class Journal:
         """Make sure that only one process works on it.
 
         Raises:
-            VdiffError: another one does.
+            VdiffError: another one does, or the folder holds something else.
         """
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        # what there may be before there is a job
+        others = [
+            name for name in names if name not in ("lock", DATASET_FOLDER) and not name.startswith(f".{JOB_FILE}")
+        ]
+        if others and self._job() is None:
+            raise VdiffError(
+                f"{self.folder} is in the way: it holds no preparation", "move it, or choose another --out"
+            )
         make_folder(self.folder)
         lock = FileLock(self.folder / "lock")
         try:
