@@ -238,6 +238,18 @@ def test_strict_goes_on_once_the_file_is_mended(source: Path, tmp_path: Path, mo
     assert (report.images, report.kept, report.rejected) == (COUNT, 24, 0)
 
 
+def test_what_a_finished_run_left_behind_is_not_another_run(source: Path, tmp_path: Path) -> None:
+    """Killed when the dataset was in its place already: the same command is done, another one meets a dataset."""
+    assert finish(source, tmp_path / "out", "before:remove") == 9
+    assert partial_folder(tmp_path / "out").exists()
+    before = tree(tmp_path / "out")
+    with pytest.raises(VdiffError, match="out exists already; give --overwrite"):
+        prepare(Folder(source), tmp_path / "out", ConversionConfig(sizes=(4,)))
+    assert finish(source, tmp_path / "out") == 0
+    assert os.listdir(tmp_path) == ["out"]
+    assert tree(tmp_path / "out") == before
+
+
 def test_one_at_a_time(source: Path, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "out")
     with journal.lock(), pytest.raises(VdiffError, match=r"another process prepares .*wait for it"):
@@ -319,7 +331,7 @@ def test_a_full_disk(source: Path, whole: Path, tmp_path: Path, size: str, reaso
 
 
 def test_one_slow_image_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first image of 400 takes a second, all the others are converted; then all come in order."""
+    """While the first image of 400 takes its time, all the others are converted; then all come in order."""
     monkeypatch.setattr(preparation, "SECONDS_ALONE", 0)
     photo = io.BytesIO()
     PIL.Image.new("RGB", (8, 8)).save(photo, format="PNG")
@@ -340,9 +352,8 @@ def test_one_slow_image_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 class OneSlow(Folder):
-    """A folder whose first image takes two seconds."""
+    """A folder whose first image takes four seconds, and the others, together, a little more than two."""
 
     def read(self, item: Item) -> Sample:
-        if item.name == "000.png":
-            time.sleep(2)
+        time.sleep(4 if item.name == "000.png" else 0.006)
         return super().read(item)

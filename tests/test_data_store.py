@@ -129,8 +129,12 @@ def test_a_batch_is_due_after_images_or_bytes(tmp_path: Path, monkeypatch: pytes
             assert writer._records == []
 
 
-def test_a_writer_goes_on_where_the_last_commit_was(tmp_path: Path) -> None:
-    """Byte for byte, whatever was lost in between."""
+@pytest.mark.parametrize("map_bytes", [16 * 2**20, 16384])
+def test_a_writer_goes_on_where_the_last_commit_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, map_bytes: int
+) -> None:
+    """Byte for byte, whatever was lost in between, and however often the map had to grow."""
+    monkeypatch.setattr(writer_module, "FIRST_MAP_BYTES", map_bytes)
 
     def fill(path: Path, upto: int, commits: list[int]) -> StoreWriter:
         path.mkdir(exist_ok=True)

@@ -38,16 +38,31 @@ def ordered_map(
     """
     pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_begin)
     waiting: deque[Future[Result]] = deque()
-    fewest, most = (ahead * num_workers for ahead in CHUNKS_AHEAD)
-    limit, count, total = fewest, 0, 0
+    count, total_bytes = 0, 0
+    something_is_done = threading.Condition()
+
+    def note(future: Future[Result]) -> None:
+        nonlocal count, total_bytes
+        with something_is_done:
+            if not future.cancelled() and future.exception() is None:
+                count, total_bytes = count + 1, total_bytes + num_bytes(future.result())
+            something_is_done.notify()
+
+    def ahead() -> int:
+        """How many chunks may be under way: few until it is known how large results are."""
+        fewest, most = (each * num_workers for each in CHUNKS_AHEAD)
+        return max(fewest, min(most, BUFFER_BYTES * count // max(total_bytes, 1)))
+
     try:
         for chunk in chunks:
-            waiting.append(_submit(pool, function, chunk))
-            while len(waiting) > limit:
-                result = waiting.popleft().result()
-                count, total = count + 1, total + num_bytes(result)
-                limit = max(fewest, min(most, BUFFER_BYTES * count // max(total, 1)))
-                yield result
+            future = _submit(pool, function, chunk)
+            future.add_done_callback(note)
+            waiting.append(future)
+            while len(waiting) > ahead():
+                with something_is_done:
+                    something_is_done.wait_for(lambda: waiting[0].done() or len(waiting) <= ahead())
+                if waiting[0].done():
+                    yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
