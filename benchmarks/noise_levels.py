@@ -2,10 +2,10 @@
 
     python benchmarks/noise_levels.py --data data/digits_8 --data data/emoji_32
 
-Every prediction with every weighting, small networks, few updates. The last column names the bins whose loss in the last
-quarter of the training is above twice that of the first quarter, or no number: where training diverges, or, in outer
-bins of few images and tiny losses, by chance. – is a bin without images. ε with truncated SNR is refused by vdiff, as
-the paper found that it diverges.
+Every prediction with every weighting, small networks, few updates. The last column names the bins whose loss in the
+last quarter of the training is above twice that of the first quarter, or no number: where training diverges, or, in
+outer bins of few images and tiny losses, by chance. – is a bin without images. ε with truncated SNR is refused by
+vdiff, as the paper found that it diverges.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def main(data: tuple[str, ...], num_iters: int) -> None:
     finally:
         shutil.rmtree(scratch)
     bins = [f"{low} … {high}" for low, high in pairwise(LOGSNR_EDGES)]
-    title = "Weighted loss by noise level λ in the last quarter of a training, and the bins where it rose to twice that of the first"
-    write_report("noise_levels", title, ["data", "predicts", "weighting", *bins, "rose to twice"], rows, machine())
+    title = "Weighted loss by noise level λ in the last quarter of a training, and where it is twice that of the first"
+    write_report("noise_levels", title, ["data", "predicts", "weighting", *bins, "twice the first"], rows, machine())
 
 
 if __name__ == "__main__":

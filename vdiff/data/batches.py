@@ -130,6 +130,23 @@ def closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, No
     return batches
 
 
+def share_of(batch_size: int, rank: int, world_size: int) -> slice:
+    """The images of a global batch that process `rank` of `world_size` takes.
+
+    Raises:
+        VdiffError: the batch cannot be shared equally.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size} processes; need 0 <= rank < world_size")
+    if batch_size % world_size:
+        raise VdiffError(
+            f"a batch of {batch_size} cannot be shared equally by {world_size} processes",
+            f"give --batch_size a multiple of {world_size}",
+        )
+    size = batch_size // world_size
+    return slice(rank * size, (rank + 1) * size)
+
+
 class ImageBatches:
     """Endless batches from a dataset; process `rank` of `world_size` gets its equal part of each global batch.
 
@@ -157,17 +174,10 @@ class ImageBatches:
         pin_memory: bool = False,
     ) -> None:
         store.check_size(image_size)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size} processes; need 0 <= rank < world_size")
-        if batch_size % world_size:
-            raise VdiffError(
-                f"a batch of {batch_size} cannot be shared equally by {world_size} processes",
-                f"give --batch_size a multiple of {world_size}",
-            )
+        self._share = share_of(batch_size, rank, world_size)
         self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip)
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        share = batch_size // world_size
-        self._share = slice(rank * share, (rank + 1) * share)
+        share = self._share.stop - self._share.start
         self._store, self._shape = store, (share, store.meta.channels, image_size, image_size)
         limit = cache_limit() // world_size if cache_bytes is None else cache_bytes
         self._cache = PixelCache(store, self._shape[1:], limit)

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vdiff.data.batches import Batch, BatchPlan, answers_of, closed_at_exit, decode, leave_signals_to_the_parent
+from vdiff.data.batches import (
+    Batch,
+    BatchPlan,
+    answers_of,
+    closed_at_exit,
+    decode,
+    leave_signals_to_the_parent,
+    share_of,
+)
 from vdiff.data.shard_store import ShardStore
 from vdiff.errors import VdiffError
 
@@ -99,18 +107,12 @@ class ShardBatches:
         window: int = WINDOW_IMAGES,
     ) -> None:
         store.check_size(image_size)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size} processes; need 0 <= rank < world_size")
-        if batch_size % world_size:
-            raise VdiffError(
-                f"a batch of {batch_size} cannot be shared equally by {world_size} processes",
-                f"give --batch_size a multiple of {world_size}",
-            )
+        share = share_of(batch_size, rank, world_size)
         self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip)
         counts = [shard.images for shard in store.shards]
         self.order = LaneOrder(counts, num_lanes=world_size * NUM_LANES, window=window, seed=seed)
         self.store, self.image_size, self.pin_memory = store, image_size, pin_memory
-        self.rank, self.share = rank, batch_size // world_size
+        self.rank, self.share = rank, share.stop - share.start
         # a power of two divides the number of lanes, so that each lane stays with one worker
         self.num_workers = 1 << (min(num_workers, NUM_LANES).bit_length() - 1) if num_workers else 0
 

@@ -81,12 +81,7 @@ class ShardStore:
         Raises:
             VdiffError: it has not; the hint names the sizes it has.
         """
-        if size not in self.meta.sizes:
-            sizes = ", ".join(map(str, self.meta.sizes))
-            raise VdiffError(
-                f"{self.path} has no images of size {size}",
-                f"it has {sizes}; choose one of them or prepare again with --size {size}",
-            )
+        self.meta.check_size(size, self.path)
 
     def place(self, shard: Shard) -> str:
         """The path or URL of a shard."""

@@ -84,6 +84,19 @@ class DatasetMeta:
     vdiff_version: str = ""
     format_version: int = FORMAT_VERSION
 
+    def check_size(self, size: int, path: Path | str) -> None:
+        """Do nothing if the dataset at `path` has images of `size`.
+
+        Raises:
+            VdiffError: it has not; the hint names the sizes it has.
+        """
+        if size not in self.sizes:
+            sizes = ", ".join(map(str, self.sizes))
+            raise VdiffError(
+                f"{path} has no images of size {size}",
+                f"it has {sizes}; choose one of them or prepare again with --size {size}",
+            )
+
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -208,12 +221,7 @@ class ImageStore:
         Raises:
             VdiffError: it has not; the hint names the sizes it has.
         """
-        if size not in self.meta.sizes:
-            sizes = ", ".join(map(str, self.meta.sizes))
-            raise VdiffError(
-                f"{self.path} has no images of size {size}",
-                f"it has {sizes}; choose one of them or prepare again with --size {size}",
-            )
+        self.meta.check_size(size, self.path)
 
     def _foreign_meta(self, length: int) -> DatasetMeta:
         """What can be said of a dataset that another program wrote: `length` and images, but no `meta`."""
