@@ -278,6 +278,44 @@ def test_guided_images_are_drawn_like_others():
     assert (images - plain).abs().max() > 1e-3
 
 
+def test_images_may_have_weights_of_their_own():
+    z, weights = randn(*Z_SHAPE), torch.tensor([0.0, 1.5, 4.0], dtype=torch.float64)
+    found = guided(weight=9.0)(z, TIMES, CLASSES, weights)
+    for i, weight in enumerate(weights.tolist()):
+        expected = guided(weight=weight)(z, TIMES, CLASSES)
+        for name in ("x", "eps", "v"):
+            torch.testing.assert_close(getattr(found, name)[i], getattr(expected, name)[i], rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_that_takes_the_weight_begins_without_heed_and_can_learn_it():
+    """So a student that copies its teacher's weights begins as its teacher, for every w."""
+    network = small_network(num_classes=3, null_class=True, guidance_input=True)
+    torch.nn.init.zeros_(network.embed_guidance[-1].weight)
+    torch.nn.init.zeros_(network.embed_guidance[-1].bias)
+    z, labels = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 700.0])
+    classes = torch.tensor([0, 2])
+    plain = network(z, labels, classes)
+    assert torch.equal(network(z, labels, classes, torch.tensor([0.0, 4.0])), plain)
+    torch.nn.init.ones_(network.embed_guidance[-1].weight)
+    told = network(z, labels, classes, torch.tensor([0.0, 4.0]))
+    assert torch.equal(network(z, labels, classes, torch.tensor([0.0, 0.0]))[0], told[0])
+    assert (network(z, labels, classes)[1] - told[1]).abs().max() > 1e-4
+    assert (network(z, labels, classes, torch.tensor([0.0, 3.9]))[1] - told[1]).abs().max() > 1e-5
+
+
+def test_images_are_drawn_with_the_weight_as_an_input_or_by_two_answers():
+    options = {"indices": range(3), "image_size": 4, "num_steps": 2, "guidance": 2.5}
+    plain = Denoiser(small_network(num_classes=3, null_class=True), CosineSchedule(), "v")
+    expected = draw(GuidedDenoiser(plain, 2.5), Ddim(), **{**options, "guidance": 0.0})
+    assert torch.equal(draw(plain, Ddim(), **options), expected)
+    taught = Denoiser(small_network(num_classes=3, null_class=True, guidance_input=True), CosineSchedule(), "v")
+    torch.nn.init.ones_(taught.network.embed_guidance[-1].weight)
+    asked = []
+    taught.register_forward_pre_hook(lambda _, args: asked.append(args[3]))
+    draw(taught, Ddim(), **options)
+    assert [weights.tolist() for weights in asked] == [[2.5] * 3] * 2
+
+
 def test_a_guided_teacher_is_one_whose_answers_are_guided():
     """The target of distillation of the guided answers, made by hand for data of closed form."""
     schedule, weight = CosineSchedule(), 1.5

@@ -37,6 +37,7 @@ JSON_KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     list[str]: "a list of texts",
+    list[float]: "a list of numbers",
     dict[str, Any]: "an object",
     NoneType: "null",
 }
@@ -57,6 +58,8 @@ class CheckpointConfig:
         num_images: images seen by this model's own training.
         train_seconds: spent on those updates.
         class_names: of a class-conditional model.
+        guidance_range: the least and the largest weight w of guidance that the network was taught to take as an input;
+            empty where it was taught none.
         dataset, dataset_fingerprint: what it was trained on.
     """
 
@@ -74,6 +77,7 @@ class CheckpointConfig:
     dataset_fingerprint: str
     train_seconds: float = 0.0
     class_names: list[str] = field(default_factory=list)
+    guidance_range: list[float] = field(default_factory=list)
     teacher: dict[str, Any] | None = None
     vdiff_version: str = vdiff.__version__
     format_version: int = FORMAT_VERSION
@@ -260,8 +264,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _is_of_kind(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is what an annotation says."""
-    items = value if kind == list[str] and type(value) is list else []
-    return type(value) is (get_origin(kind) or kind) and all(type(item) is str for item in items)
+    if type(value) is not (get_origin(kind) or kind):
+        return False
+    of_items = get_args(kind)[0] if get_origin(kind) is list else None
+    return of_items is None or all(type(item) is of_items for item in value)
 
 
 def _plain_name(name: str) -> str:

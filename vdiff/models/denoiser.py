@@ -11,7 +11,10 @@ from vdiff.models.unet import UNet
 
 
 class Denoiser(nn.Module):
-    """(z, t [, classes]) → Prediction(x̂, ε̂, v̂): z (B, C, H, W), t ∈ (0, 1] (B,) float64, classes (B,) int64.
+    """(z, t [, classes][, guidance]) → Prediction(x̂, ε̂, v̂).
+
+    z (B, C, H, W), t ∈ (0, 1] (B,) float64, classes (B,) int64, guidance (B,) the weights w of a network that has
+    learned what they mean (`guidance_input`).
 
     The network is told label(t), in float32 at least, which half precision would round; its output is brought to the
     precision of z before it is read, so that mixed precision ends at the network.
@@ -34,9 +37,13 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.prediction_type = prediction_type
 
-    def forward(self, z: Tensor, t: Tensor, classes: Tensor | None = None) -> Prediction:
-        label = self.schedule.label(t).to(torch.promote_types(z.dtype, torch.float32)).to(z.device)
-        output = self.network(z, label, classes).to(z.dtype)
+    def forward(
+        self, z: Tensor, t: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Prediction:
+        precision = torch.promote_types(z.dtype, torch.float32)
+        label = self.schedule.label(t).to(precision).to(z.device)
+        told = () if guidance is None else (guidance.to(precision).to(z.device),)
+        output = self.network(z, label, classes, *told).to(z.dtype)
         return PREDICTION_TYPES[self.prediction_type].read(z, output, grid_angles(self.schedule, t))
 
 
@@ -49,7 +56,7 @@ class GuidedDenoiser(Denoiser):
     without a division. Source: Ho & Salimans 2022, *Classifier-Free Diffusion Guidance*, eq. 6.
 
     Args:
-        weight: w.
+        weight: w, where a call gives none of its own for each image.
         interval: the times, ends included, that are guided; elsewhere w is 0, and where that is known on the host the
             network is evaluated once (Kynkäänniemi et al. 2024, *Applying Guidance in a Limited Interval*).
 
@@ -57,7 +64,7 @@ class GuidedDenoiser(Denoiser):
         ValueError: the network has no answer without a class, or the interval is none of (0, 1].
     """
 
-    def __init__(self, denoiser: Denoiser, weight: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
+    def __init__(self, denoiser: Denoiser, weight: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__(denoiser.network, denoiser.schedule, denoiser.prediction_type)
         if not self.network.config.null_class:
             raise ValueError("guidance needs a network that was trained with some classes left out (null_class)")
@@ -66,16 +73,19 @@ class GuidedDenoiser(Denoiser):
         self.weight = weight
         self.interval = interval
 
-    def forward(self, z: Tensor, t: Tensor, classes: Tensor | None = None) -> Prediction:
+    def forward(
+        self, z: Tensor, t: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Prediction:
         first, last = self.interval
         guided = (first <= t) & (t <= last)
         nowhere = t.device.type == "cpu" and not guided.any()  # times on a device are not looked at: that would wait
-        if classes is None or self.weight == 0 or nowhere:
+        if classes is None or (guidance is None and self.weight == 0) or nowhere:
             return super().forward(z, t, classes)
         none = torch.full_like(classes, self.network.config.num_classes)
         pair = super().forward(torch.cat([z, z]), torch.cat([t, t]), torch.cat([classes, none]))
         v, v_none = pair.v.chunk(2)
-        w = coefficient(self.weight * guided.double(), z)
+        weight = self.weight if guidance is None else guidance.to(guided.device)
+        w = coefficient(weight * guided, z)
         return from_v(z, (1 + w) * v - w * v_none, grid_angles(self.schedule, t))
 
 

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 MAX_GROUPS = 32
 NORM_EPS = 1e-5
+GUIDANCE_SCALE = 250.0
+"""Weights of guidance are told as this many units of the embedding of times, so that 0 to 4 is told apart as well as
+0 to 1000."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class UNetConfig:
         time_affine: the time scales and shifts the normalised features; off: it is added to them.
         num_classes: of a class-conditional network; 0: unconditional.
         null_class: one class more, number `num_classes`, stands for "no class", as classifier-free guidance needs it.
+        guidance_input: the network is told a weight w of guidance, whose effect it has learned (Meng et al. 2023).
         fold: squares of fold × fold pixels become the channels of one (space to depth) before the first convolution,
             and are unfolded behind the last: the levels begin at 1/fold of the image size.
     """
@@ -55,6 +59,7 @@ class UNetConfig:
     time_affine: bool = True
     num_classes: int = 0
     null_class: bool = False
+    guidance_input: bool = False
     fold: int = 1
 
     def __post_init__(self) -> None:
@@ -238,10 +243,11 @@ class Resample(nn.Module):
 
 
 class UNet(nn.Module):
-    """z (B, in_channels, H, W), label (B,) [, classes (B,) int64] → (B, out_channels, H, W).
+    """z (B, in_channels, H, W), label (B,) [, classes (B,) int64][, guidance (B,)] → (B, out_channels, H, W).
 
     H and W must be multiples of `config.size_multiple`. With `config.null_class` class number `num_classes` is "no
-    class", and so are all where none are given.
+    class", and so are all where none are given. With `config.guidance_input` guidance is w, and 0 where none is given;
+    a network that has not learned what it means pays no heed to it.
 
     Attributes:
         checkpointing: keep only what goes into each stage and compute the rest again for the gradient: less memory, a
@@ -256,6 +262,8 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
         rows = config.num_classes + config.null_class
         self.embed_class = nn.Embedding(rows, emb) if rows else None
+        layers = (nn.Linear(c, emb), nn.SiLU(), zero_init(nn.Linear(emb, emb))) if config.guidance_input else ()
+        self.embed_guidance = nn.Sequential(*layers) if layers else None
 
         self.conv_in = conv3x3(config.in_channels * config.fold**2, c)
         self.down = nn.ModuleList()
@@ -285,8 +293,10 @@ class UNet(nn.Module):
         self.norm_out = group_norm(c)
         self.conv_out = zero_init(conv3x3(c, config.out_channels * config.fold**2))
 
-    def forward(self, z: Tensor, label: Tensor, classes: Tensor | None = None) -> Tensor:
-        embedding = self._embedding(label, classes)
+    def forward(
+        self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        embedding = self._embedding(label, classes, guidance)
         h = self.conv_in(_folded(z, self.config.fold))
         skips = [h]
         for module in self.down:
@@ -299,11 +309,15 @@ class UNet(nn.Module):
             h = self._run(module, embedding, *joined)
         return _unfolded(self.conv_out(F.silu(self.norm_out(h))), self.config.fold)
 
-    def _embedding(self, label: Tensor, classes: Tensor | None) -> Tensor:
-        """What the residual blocks are told of time and class: (B, embedding_channels)."""
-        config = self.config
+    def _embedding(self, label: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
+        """What the residual blocks are told of time, class and guidance: (B, embedding_channels)."""
+        config, dtype = self.config, self.conv_in.weight.dtype
         with _without_autocast(label.device):  # some thousand multiplications an image: rounding them gains no time
-            embedding = self.embed(timestep_embedding(label, config.channels).to(self.conv_in.weight.dtype))
+            embedding = self.embed(timestep_embedding(label, config.channels).to(dtype))
+            if self.embed_guidance is not None:
+                w = torch.zeros_like(label) if guidance is None else guidance
+                told = timestep_embedding(GUIDANCE_SCALE * w, config.channels).to(dtype)
+                embedding = embedding + self.embed_guidance(told)
         if self.embed_class is not None:
             if classes is None:
                 if not config.null_class:
