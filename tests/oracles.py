@@ -14,14 +14,25 @@ import torch
 from torch import Tensor
 
 from vdiff.diffusion.prediction import Prediction
-from vdiff.diffusion.schedules import SCHEDULES, CosineSchedule, DdpmCosineSchedule, LinearSchedule, Schedule
+from vdiff.diffusion.schedules import (
+    SCHEDULES,
+    CosineSchedule,
+    DdpmCosineSchedule,
+    LinearSchedule,
+    ScaledLinearSchedule,
+    Schedule,
+)
 
 ALL_SCHEDULES: dict[str, Schedule] = {name: schedule() for name, schedule in SCHEDULES.items()} | {
     "cosine_uncut": CosineSchedule(logsnr_max=math.inf)
 }
 """Every registered schedule as it comes, and φ = πt/2."""
 
-TABLES: dict[str, Schedule] = {"ddpm_cosine": DdpmCosineSchedule(), "linear": LinearSchedule()}
+TABLES: dict[str, Schedule] = {
+    "ddpm_cosine": DdpmCosineSchedule(),
+    "linear": LinearSchedule(),
+    "scaled_linear": ScaledLinearSchedule(),
+}
 
 Z_SHAPE = (3, 2, 3, 5)
 

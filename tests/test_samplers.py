@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from tests.foreign import PREDICTION_NAMES, foreign, wild
 from tests.oracles import (
     ALL_SCHEDULES,
     TABLES,
@@ -154,31 +155,6 @@ def test_samplers_draw_the_mixture_s_parts_in_their_shares(name):
     assert shares == pytest.approx([3 / 6, 1 / 6, 2 / 6], abs=0.03)
 
 
-PREDICTION_NAMES = {"v": "v_prediction", "eps": "epsilon", "x": "sample"}
-
-
-def foreign(kind, schedule, num_steps: int, **options):
-    """A scheduler of diffusers on our table, whose ᾱ are not rounded to float32."""
-    betas = schedule.betas()
-    scheduler = kind(
-        num_train_timesteps=len(betas),
-        trained_betas=betas,
-        timestep_spacing="trailing",
-        clip_sample_range=1.0,
-        **options,
-    )
-    exact = (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
-    torch.testing.assert_close(scheduler.alphas_cumprod.double(), exact, rtol=2e-4, atol=1e-8)
-    scheduler.alphas_cumprod = exact
-    scheduler.set_timesteps(num_steps)
-    return scheduler
-
-
-def wild(schedule):
-    """A mixture whose x̂ leaves [−1, 1], so that clipping matters."""
-    return mixture(schedule, means=(-1.6, 0.1, 1.3))
-
-
 @every_table
 @pytest.mark.parametrize("num_steps", [1, 8, 125])
 @pytest.mark.parametrize("clip", [None, 1.0])
@@ -191,6 +167,7 @@ def test_ddim_is_diffusers_ddim(schedule, num_steps, clip, output, eta):
         schedule,
         num_steps,
         clip_sample=clip is not None,
+        clip_sample_range=1.0,
         prediction_type=PREDICTION_NAMES[output],
         set_alpha_to_one=True,
     )
@@ -218,6 +195,7 @@ def test_ddpm_is_diffusers_ddpm(schedule, num_steps, clip, output):
         schedule,
         num_steps,
         clip_sample=clip is not None,
+        clip_sample_range=1.0,
         prediction_type=PREDICTION_NAMES[output],
         variance_type="fixed_small",
     )

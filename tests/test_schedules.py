@@ -16,6 +16,7 @@ from vdiff.diffusion.schedules import (
     CosineSchedule,
     DdpmCosineSchedule,
     LinearSchedule,
+    ScaledLinearSchedule,
     alpha_sigma,
     build_schedule,
     coefficient,
@@ -24,6 +25,7 @@ from vdiff.diffusion.schedules import (
     grid_times,
 )
 
+SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012}
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
 every_table = pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES)
 
@@ -89,8 +91,9 @@ def test_cosine_refuses_a_senseless_cut(cut):
     [
         (LinearSchedule(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
         (DdpmCosineSchedule(num_levels=1000), {"beta_schedule": "squaredcos_cap_v2"}),
+        (ScaledLinearSchedule(1000, 8.5e-4, 0.012), SCALED_LINEAR),
     ],
-    ids=["linear", "ddpm_cosine"],
+    ids=["linear", "ddpm_cosine", "scaled_linear"],
 )
 def test_tables_are_those_of_diffusers(schedule, theirs):
     scheduler = DDPMScheduler(num_train_timesteps=1000, **theirs)

@@ -1,45 +1,47 @@
 """Samplers: one `step` each from angle φ_t down to φ_s, and the one loop that drives them all.
 
-A step is given the network's `Prediction` and knows nothing of networks; on a grid's last step φ_s = 0, where every
-sampler's formula gives x̂.
+A step is given the network's `Prediction`; on a grid's last step φ_s = 0, where every sampler's formula gives x̂ (iPNDM:
+what its sum of ε̂ makes of it). One-step rules are here, those of higher order in `multistep`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
+from vdiff.diffusion.grids import check_times
+from vdiff.diffusion.multistep import Dpmpp2m, Dpmpp3m, Heun, Ipndm, UniPc
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import Schedule, alpha_sigma, coefficient, grid_angles, grid_times
+from vdiff.diffusion.stepping import Denoise, Limits, Run, RunSampler, Sampler, ddim_step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Denoise = Callable[["Tensor", "Tensor"], Prediction]
-"""(z, t) → Prediction: z (B, C, H, W), t (B,) float64."""
+__all__ = [
+    "SAMPLERS",
+    "Clipped",
+    "Ddim",
+    "Ddpm",
+    "Denoise",
+    "Dpmpp2m",
+    "Dpmpp3m",
+    "Heun",
+    "Ipndm",
+    "NonFiniteSampleError",
+    "Sampler",
+    "UniPc",
+    "ddim_step",
+    "sample",
+    "stochastic_ddim_step",
+]
 
 
 class NonFiniteSampleError(ValueError):
     """Sampling produced an infinite value or not a number."""
-
-
-class Sampler(Protocol):
-    """A rule for one step."""
-
-    def step(
-        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
-    ) -> Tensor:
-        """z_s from z_t: z (B, C, H, W); angles (B,) float64; `noise()` draws N(0, I) like z where the rule needs it."""
-
-
-def ddim_step(z: Tensor, v: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
-    """z_s = cos δ · z_t − sin δ · v̂, δ = φ_t − φ_s.
-
-    The deterministic DDIM step (Song et al. 2021) as a rotation: Salimans & Ho 2022, appendix D. Nothing is divided.
-    """
-    delta = angle_t - angle_s
-    return coefficient(delta.cos(), z) * z - coefficient(delta.sin(), z) * v
 
 
 def stochastic_ddim_step(
@@ -63,40 +65,33 @@ def _added_variance(angle_t: Tensor, angle_s: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ddim:
-    """DDIM; deterministic at `eta` 0.
+class Ddim(Limits, Sampler):
+    """DDIM; deterministic at `eta` 0."""
 
-    x̂ is clipped to ±`clip` and ε̂ derived again, as in the paper's code; None: no clip.
-    """
-
-    clip: float | None = 1.0
     eta: float = 0.0
 
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
     ) -> Tensor:
         """`ddim_step`, or `stochastic_ddim_step` where η > 0."""
-        if self.clip is not None:
-            prediction = prediction.clip(z, angle_t, self.clip)
+        prediction = self.limited(prediction, z, angle_t)
         if self.eta == 0:
             return ddim_step(z, prediction.v, angle_t, angle_s)
         return stochastic_ddim_step(prediction=prediction, angle_t=angle_t, angle_s=angle_s, eta=self.eta, noise=noise)
 
 
 @dataclass(frozen=True)
-class Ddpm:
+class Ddpm(Limits, Sampler):
     """Ancestral sampling from the posterior q(z_s | z_t, x̂) of Ho et al. 2020, eqs. 6 and 7, variance β̃.
 
     z_s = (α_t/α_s)(σ_s²/σ_t²) z_t + α_s (σ²_{t|s}/σ_t²) x̂ + σ_s (σ_{t|s}/σ_t) n, σ²_{t|s} = σ_t² − (α_t/α_s)² σ_s².
     """
 
-    clip: float | None = 1.0
-
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
     ) -> Tensor:
         """One draw from the posterior."""
-        x = prediction.x if self.clip is None else prediction.x.clamp(-self.clip, self.clip)
+        x = self.limit(prediction.x)
         ratio = (angle_s.sin() / angle_t.sin()) ** 2
         added = _added_variance(angle_t, angle_s)
         of_z = coefficient(angle_t.cos() / angle_s.cos() * ratio, z)
@@ -105,7 +100,7 @@ class Ddpm:
 
 
 @dataclass(frozen=True)
-class Clipped:
+class Clipped(Sampler):
     """The clipped sampler of the v-diffusion repositories: x̂ and the ε̂ derived from it are both clamped to ±c.
 
     x̂ ← clamp(x̂, ±c); ε̂ ← clamp((z − α x̂)/σ, ±c); then DDIM with η. c = 1.2.
@@ -134,27 +129,47 @@ def sample(
     num_steps: int,
     noise: Callable[[], Tensor],
     on_step: Callable[[int], None] | None = None,
+    times: Tensor | None = None,
+    on_state: Callable[[int, Tensor, Prediction], None] | None = None,
 ) -> Tensor:
-    """Draw images: walk the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W), with N network evaluations.
+    """Draw images: walk the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W).
+
+    The network is asked `sampler.evaluations(num_steps)` times for each image; all of a run's memory ends with it.
 
     Args:
         denoise: the network's prediction at (z, t).
         noise: draws what a stochastic sampler adds; a deterministic one never calls it.
         on_step: told after each step how many are done.
+        times: another grid, rising, (N + 1,) float64, see `grids`. From t_N < 1, `z` is that noisy; where t_0 > 0 the
+            answer is, too.
+        on_state: told at each step, before it is taken: how many are done, z, and the network's prediction there, as
+            yet without the sampler's limits.
 
     Raises:
         NonFiniteSampleError: a step produced an infinite value or not a number.
-        ValueError: the schedule has no such grid.
+        ValueError: the schedule has no such grid, or `times` are none of `num_steps` steps.
     """
     import torch
 
-    schedule.check_num_steps(num_steps)
-    times = grid_times(num_steps)
+    if times is None:
+        schedule.check_num_steps(num_steps)
+        times = grid_times(num_steps)
+    else:
+        check_times(times, num_steps)
     angles = grid_angles(schedule, times)
+    ends_clean = not times[0] > 0
+    run = Run(num_steps=num_steps, denoise=denoise)
+    step = partial(sampler.step, run=run) if isinstance(sampler, RunSampler) else sampler.step
     finite = []
     for i in range(num_steps, 0, -1):
-        t, angle_t, angle_s = (values.expand(len(z)) for values in (times[i], angles[i], angles[i - 1]))
-        z = sampler.step(z=z, prediction=denoise(z, t), angle_t=angle_t, angle_s=angle_s, noise=noise)
+        t, s, angle_t, angle_s = (
+            values.expand(len(z)) for values in (times[i], times[i - 1], angles[i], angles[i - 1])
+        )
+        prediction = denoise(z, t)
+        if on_state is not None:
+            on_state(num_steps - i, z, prediction)
+        run.t_s, run.steps_left = s, i if ends_clean else math.inf
+        z = step(z=z, prediction=prediction, angle_t=angle_t, angle_s=angle_s, noise=noise)
         finite.append(
             z.isfinite().all()
         )  # looked at after the loop: looking here would wait for the device at each step
@@ -162,9 +177,18 @@ def sample(
             on_step(num_steps + 1 - i)
     is_finite = torch.stack(finite).tolist()
     if not all(is_finite):
-        step = is_finite.index(False) + 1
-        raise NonFiniteSampleError(f"step {step} of {num_steps} produced non-finite values in {z.dtype}")
+        broken = is_finite.index(False) + 1
+        raise NonFiniteSampleError(f"step {broken} of {num_steps} produced non-finite values in {z.dtype}")
     return z
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {"ddim": Ddim, "ddpm": Ddpm, "clipped": Clipped}
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "ddim": Ddim,
+    "ddpm": Ddpm,
+    "clipped": Clipped,
+    "dpmpp_2m": Dpmpp2m,
+    "dpmpp_3m": Dpmpp3m,
+    "unipc": UniPc,
+    "ipndm": Ipndm,
+    "heun": Heun,
+}

@@ -1,0 +1,160 @@
+"""Grids: the times t_0 < … < t_N at which a sampler of N steps asks the network (t_1 … t_N) and ends (t_0 = 0).
+
+The network of a distilled checkpoint knows no times but i/N of its own N: for it only `uniform` is right, with its N or
+a number that divides it. The other grids are for networks trained at all times, or at all levels of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from vdiff.diffusion.schedules import Schedule, grid_times
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RHO = 7.0
+"""The exponent of Karras et al. 2022."""
+
+MOST_NOISE = 5.1
+"""log(σ/α) where `logsnr` and `karras` begin to count if the schedule goes beyond: there the code of Lu et al. cuts
+cosine schedules. Further up steps would be spent on what is noise alone."""
+
+
+def uniform(schedule: Schedule, num_steps: int) -> Tensor:
+    """t_i = i/N.
+
+    Raises:
+        ValueError: a table whose length is no multiple of N.
+    """
+    schedule.check_num_steps(num_steps)
+    return grid_times(num_steps)
+
+
+def trailing(schedule: Schedule, num_steps: int) -> Tensor:
+    """t_i = round(L·i/N)/L, L = the schedule's `label_scale`: whole labels, and any N up to L.
+
+    Equals `uniform` where N divides L. Halves are rounded to even; diffusers' trailing spacing, whose
+    timesteps are the labels L·t_i − 1.
+
+    Raises:
+        ValueError: fewer than one step, or more than L.
+    """
+    import torch
+
+    size = schedule.label_scale
+    check_number(schedule, num_steps, size)
+    levels = [round(Fraction(size * i, num_steps)) for i in range(num_steps + 1)]
+    return torch.tensor(levels, dtype=torch.float64) / size
+
+
+def logsnr(schedule: Schedule, num_steps: int) -> Tensor:
+    """λ evenly spaced from t = 1 (or `MOST_NOISE`) to the first label t = 1/L, then one step to 0.
+
+    On a table the nearest levels are taken, each once. Source: Lu et al. 2022, *DPM-Solver*.
+
+    Raises:
+        ValueError: fewer than one step, more than a table has levels.
+    """
+    return spaced(schedule, num_steps, lambda angle: -angle.tan().log(), lambda value: (-value).exp().atan())
+
+
+def karras(schedule: Schedule, num_steps: int) -> Tensor:
+    """(σ/α)^(1/ρ), ρ = 7, evenly spaced from t = 1 (or `MOST_NOISE`) to the first label t = 1/L, then one step to 0.
+
+    On a table the nearest levels are taken, each once. Source: Karras et al. 2022, eq. 5.
+
+    Raises:
+        ValueError: fewer than one step, more than a table has levels.
+    """
+    return spaced(schedule, num_steps, lambda angle: angle.tan() ** (1 / RHO), lambda value: (value**RHO).atan())
+
+
+def spaced(
+    schedule: Schedule, num_steps: int, scale: Callable[[Tensor], Tensor], angle: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """0, and N times from t = 1/L to 1 at even distances on `scale`(φ), whose inverse is `angle`.
+
+    Beyond `MOST_NOISE` the distances are counted from there, and t_N is 1 all the same.
+
+    Raises:
+        ValueError: fewer than one step, more than a table has levels.
+    """
+    import torch
+
+    check_number(schedule, num_steps, schedule.num_levels)
+    size = schedule.label_scale
+    first, last = schedule.angle(torch.tensor([1 / size, 1], dtype=torch.float64))
+    last = last.clamp(max=math.atan(math.exp(MOST_NOISE)))
+    to_first = torch.arange(num_steps - 1, -1, -1, dtype=torch.float64) / max(num_steps - 1, 1)
+    values = scale(last).lerp(scale(first), to_first)
+    if schedule.num_levels is None:
+        times = schedule.time(angle(values))
+    else:
+        table = scale(schedule.angle(grid_times(size)[1:]))
+        times = _once_each((table[:, None] - values).abs().argmin(0) + 1, size) / size
+    times[-1] = 1
+    return torch.cat([times.new_zeros(1), times])
+
+
+def _once_each(levels: Tensor, size: int) -> Tensor:
+    """Rising levels 1 … `size`, moved down where two are the same and up where too few would be left below: float64."""
+    import torch
+
+    moved: list[int] = []
+    above = size + 1
+    for place, level in reversed(list(enumerate(levels.tolist(), start=1))):
+        above = max(min(level, above - 1), place)
+        moved.append(above)
+    return torch.tensor(moved[::-1], dtype=torch.float64)
+
+
+def check_number(schedule: Schedule, num_steps: int, levels: int | None) -> None:
+    """Refuse fewer than one step, or more than `levels`.
+
+    Raises:
+        ValueError: as said.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if levels is not None and num_steps > levels:
+        raise ValueError(f"the {schedule.name} schedule has {levels} levels, too few for {num_steps} steps")
+
+
+def check_times(times: Tensor, num_steps: int) -> None:
+    """Refuse what is no grid of `num_steps` steps.
+
+    Raises:
+        ValueError: not N + 1 float64 times that rise within [0, 1].
+    """
+    import torch
+
+    if times.shape != (num_steps + 1,) or times.dtype != torch.float64:
+        shape, dtype = tuple(times.shape), times.dtype
+        raise ValueError(f"a grid of {num_steps} steps is {num_steps + 1} float64 times, got {shape} {dtype}")
+    if not (times[0] >= 0 and times[-1] <= 1 and (times.diff() > 0).all()):
+        raise ValueError(f"the times of a grid rise within [0, 1], got {times.tolist()}")
+
+
+def grid_of(name: str, schedule: Schedule, num_steps: int) -> Tensor:
+    """The times t_0 = 0 < … < t_N = 1 of the grid `name` of `num_steps` steps: (N + 1,) float64, on the CPU.
+
+    For a checkpoint that was distilled, ask for "uniform" only, with its own number of steps or one that divides it.
+
+    Raises:
+        ValueError: an unknown name, or no such grid on this schedule.
+    """
+    if name not in GRIDS:
+        raise ValueError(f"unknown grid {name!r}, choose from {', '.join(GRIDS)}")
+    return GRIDS[name](schedule, num_steps)
+
+
+GRIDS: dict[str, Callable[[Schedule, int], Tensor]] = {
+    "uniform": uniform,
+    "trailing": trailing,
+    "logsnr": logsnr,
+    "karras": karras,
+}

@@ -1,0 +1,166 @@
+"""What samplers are made of: the rule for one step, the DDIM rotation, limits of predicted images, a run's memory.
+
+A sampler is frozen. What it must know of earlier steps lies in the `Run` that the loop makes anew for every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vdiff.diffusion.prediction import Prediction, from_x
+from vdiff.diffusion.schedules import coefficient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Denoise = Callable[["Tensor", "Tensor"], Prediction]
+"""(z, t) → Prediction: z (B, C, H, W), t (B,) float64."""
+
+
+class Sampler(ABC):
+    """A rule for one step from φ_t down to φ_s; on a grid's last step φ_s = 0."""
+
+    @abstractmethod
+    def step(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        """z_s from z_t: z (B, C, H, W); angles (B,) float64; `noise()` draws N(0, I) like z where the rule needs it."""
+
+    def evaluations(self, num_steps: int) -> int:
+        """How often the network is asked for one image in `num_steps` steps."""
+        return num_steps
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a sampler keeps of one step for later ones: its angle (B,), something predicted there, and perhaps z."""
+
+    angle: Tensor
+    value: Tensor
+    z: Tensor | None = None
+
+
+@dataclass
+class Run:
+    """One walk down a grid, as seen by a sampler that looks back or asks the network twice a step.
+
+    Attributes:
+        num_steps: N.
+        denoise: the network.
+        t_s: where the present step ends, (B,) float64.
+        steps_left: steps until the clean image, the present one counted; ∞ on a grid that ends above it.
+        notes: what the sampler noted at earlier steps, newest first.
+    """
+
+    num_steps: float = math.inf
+    denoise: Denoise | None = None
+    t_s: Tensor | None = None
+    steps_left: float = math.inf
+    notes: list[Note] = field(default_factory=list)
+
+    def at_end(self, z: Tensor) -> Prediction:
+        """What the network says of another z at the end of the present step.
+
+        Raises:
+            ValueError: a step outside of a run, which knows no network.
+        """
+        if self.denoise is None or self.t_s is None:
+            raise ValueError("this rule asks the network twice a step, and a step outside of a run knows no network")
+        return self.denoise(z, self.t_s)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a predicted image may go.
+
+    Attributes:
+        clip: x̂ is clipped to ±`clip`, as in the code of Salimans & Ho 2022; None: it goes as far as it goes.
+        threshold: a quantile p in (0, 1] for dynamic thresholding instead: s is the larger of `clip` and the p-quantile
+            of |x̂| in each image, and x̂ is clipped to ±s and multiplied by `clip`/s. Source: Saharia et al. 2022
+            (Imagen), section 2.3, with `clip` 1 and p = 0.995.
+
+    Raises:
+        ValueError: a limit that is not positive, a quantile outside (0, 1], a quantile without a limit.
+    """
+
+    clip: float | None = 1.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+        if self.threshold is None:
+            return
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold is a quantile in (0, 1], got {self.threshold}")
+        if self.clip is None:
+            raise ValueError("threshold needs a clip to scale down to, got None")
+
+    def limit(self, x: Tensor) -> Tensor:
+        """x̂ within its limits."""
+        if self.clip is None:
+            return x
+        if self.threshold is None:
+            return x.clamp(-self.clip, self.clip)
+        largest = quantile(x.abs(), self.threshold).clamp(min=self.clip).to(x.dtype)
+        largest = largest.reshape(-1, *[1] * (x.ndim - 1))
+        return x.maximum(-largest).minimum(largest) * (self.clip / largest)
+
+    def limited(self, prediction: Prediction, z: Tensor, angle: Tensor) -> Prediction:
+        """The prediction with x̂ within its limits, and ε̂ and v̂ derived again."""
+        return prediction if self.clip is None else from_x(z, self.limit(prediction.x), angle)
+
+
+def quantile(values: Tensor, p: float) -> Tensor:
+    """The p-quantile of each image (B, …), interpolated linearly: (B,), at least float32.
+
+    As `torch.quantile`, which in many releases, and on MPS, refuses tensors of more than 16 million elements.
+    """
+    import torch
+
+    flat = values.flatten(1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    place = p * (flat.shape[1] - 1)
+    below = math.floor(place)
+    top = flat.topk(flat.shape[1] - below).values  # descending: ends with the values at `below` + 1 and `below`
+    return top[:, -1].lerp(top[:, -min(2, top.shape[1])], place - below)
+
+
+def ddim_step(z: Tensor, v: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
+    """z_s = cos δ · z_t − sin δ · v̂, δ = φ_t − φ_s.
+
+    The deterministic DDIM step (Song et al. 2021) as a rotation: Salimans & Ho 2022, appendix D. Nothing is divided.
+    """
+    delta = angle_t - angle_s
+    return coefficient(delta.cos(), z) * z - coefficient(delta.sin(), z) * v
+
+
+@dataclass(frozen=True)
+class RunSampler(Limits, Sampler):
+    """A deterministic sampler whose step is also told the run."""
+
+    def step(
+        self,
+        *,
+        z: Tensor,
+        prediction: Prediction,
+        angle_t: Tensor,
+        angle_s: Tensor,
+        noise: Callable[[], Tensor],  # noqa: ARG002 - every sampler is given it
+        run: Run | None = None,
+    ) -> Tensor:
+        """`advance`; without a run the first step of a long one.
+
+        Raises:
+            ValueError: the rule asks the network twice a step, and there is no run.
+        """
+        limited = self.limited(prediction, z, angle_t)
+        return self.advance(z=z, prediction=limited, angle_t=angle_t, angle_s=angle_s, run=run or Run())
+
+    @abstractmethod
+    def advance(self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, run: Run) -> Tensor:
+        """z_s from z_t and the limited prediction; what later steps need of this one goes into `run.notes`."""
