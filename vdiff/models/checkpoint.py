@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -23,15 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vdiff
+from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.files import make_folder, write_text, write_whole
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.reading import read_json, read_shapes, reading
 from vdiff.models.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+IMPORTED = "imported:"
+LARGEST = {"num_timesteps": 2**20, "image_size": 2**16}
 JSON_KINDS: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
@@ -60,7 +63,7 @@ class CheckpointConfig:
         class_names: of a class-conditional model.
         guidance_range: the least and the largest weight w of guidance that the network was taught to take as an input;
             empty where it was taught none.
-        dataset, dataset_fingerprint: what it was trained on.
+        dataset, dataset_fingerprint: what it was trained on; "imported:…" says where an imported model came from.
     """
 
     unet: dict[str, Any]
@@ -83,14 +86,31 @@ class CheckpointConfig:
     format_version: int = FORMAT_VERSION
 
     @property
+    def is_imported(self) -> bool:
+        """Whether another tool trained it."""
+        return self.dataset.startswith(IMPORTED)
+
+    @property
     def is_finished(self) -> bool:
         """Whether the training reached its last update."""
         return self.num_iters >= self.target_iters
 
     @property
+    def levels(self) -> int | None:
+        """The steps of the finest grid of times that the network knows; None: it knows every t ∈ (0, 1].
+
+        A base model knows its schedule's, a student its own, and one that keeps the teacher's steps what its teacher
+        knew.
+        """
+        method, teacher = self.method, self.teacher
+        while method in METHODS and METHODS[method].keeps_steps and teacher:
+            method, teacher = teacher.get("method", ""), teacher.get("teacher")
+        return build_schedule(self.schedule).num_levels if method == "base" else self.num_timesteps
+
+    @property
     def takes_any_num_steps(self) -> bool:
-        """Whether the network knows every t ∈ (0, 1], and so every number of steps is right for it."""
-        return self.method == "base" and build_schedule(self.schedule).num_levels is None
+        """Whether every number of steps is right for the network."""
+        return self.levels is None
 
     def build(self) -> Denoiser:
         """The denoiser, with fresh weights.
@@ -107,7 +127,7 @@ class CheckpointConfig:
             ValueError: `num_steps` is less than 1, or does not divide `num_timesteps` where it must.
         """
         build_schedule(self.schedule).check_num_steps(num_steps)
-        if not self.takes_any_num_steps and self.num_timesteps % num_steps:
+        if self.levels is not None and self.num_timesteps % num_steps:
             raise ValueError(
                 f"this model was made for {self.num_timesteps} steps, and {num_steps} does not divide them"
             )
@@ -139,12 +159,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     if not path.is_file():
         raise VdiffError(f"{folder} holds no {CONFIG}", "give a folder that train.py or distill.py wrote")
     advice = "restore the file, or train again"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
-    except (ValueError, OSError) as error:
-        raise VdiffError(f"{path} cannot be read: {error}", advice) from None
+    values = read_json(path, advice)
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise VdiffError(f"{path} has format {version}, newer than {FORMAT_VERSION}", "update vdiff")
@@ -162,11 +177,18 @@ def read_config(folder: Path) -> CheckpointConfig:
             raise VdiffError(f"{path}: {key!r} must be {' or '.join(JSON_KINDS[kind] for kind in kinds)}", advice)
     try:
         build_schedule(values["schedule"])
-    except (ValueError, TypeError) as error:
+        UNetConfig.from_dict(values["unet"])
+    except (ValueError, TypeError, OverflowError) as error:
         raise VdiffError(f"{path} describes no model: {error}", advice) from None
-    for key in ("num_timesteps", "image_size"):
-        if values[key] < 1:
-            raise VdiffError(f"{path}: {key!r} must be at least 1, not {values[key]}", advice)
+    for key, largest in LARGEST.items():
+        if not 1 <= values[key] <= largest:
+            bound = "at least 1" if values[key] < 1 else f"at most {largest}"
+            raise VdiffError(f"{path}: {key!r} must be {bound}, not {values[key]}", advice)
+    teacher = values.get("teacher")
+    while teacher is not None:
+        if not isinstance(teacher, dict):
+            raise VdiffError(f"{path}: 'teacher' must be an object or null, all the way back", advice)
+        teacher = teacher.get("teacher")
     return CheckpointConfig(**values)
 
 
@@ -176,14 +198,21 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[D
     Raises:
         VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
     """
-    config = read_config(folder)
+    config, advice = read_config(folder), "restore the file, or train again"
+    found = {_plain_name(name): shape for name, shape in read_shapes(folder / WEIGHTS).items()}
+    unet, mismatch = UNetConfig.from_dict(config.unet), f"{folder / WEIGHTS} does not fit {CONFIG}"
+    if len(unet.multipliers) * unet.num_blocks > len(found):
+        raise VdiffError(f"{mismatch}: {len(found)} tensors are too few", "restore the two files together")
     try:
-        denoiser = config.build()
-    except (ValueError, TypeError) as error:
-        raise VdiffError(f"{folder / CONFIG} describes no model: {error}", "restore the file, or train again") from None
+        with torch.device("meta"):  # shapes alone: nothing is allocated before the two files are known to fit
+            shapes = {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise VdiffError(f"{folder / CONFIG} describes no model: {reason}", advice) from None
+    if difference := _difference(shapes, found):
+        raise VdiffError(f"{mismatch}: {difference}", "restore the two files together")
     weights = {_plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
-    if difference := _difference(denoiser.state_dict(), weights):
-        raise VdiffError(f"{folder / WEIGHTS} does not fit {CONFIG}: {difference}", "restore the two files together")
+    denoiser = config.build()
     denoiser.load_state_dict(weights)
     return denoiser.to(device).eval(), config
 
@@ -211,7 +240,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         VdiffError: the file is missing, truncated or of another format.
     """
-    with _reading(path):
+    with reading(path):
         return load_file(path)
 
 
@@ -221,7 +250,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         VdiffError: the file is missing, truncated or of another format.
     """
-    with _reading(path), safe_open(path, framework="pt") as file:
+    with reading(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
@@ -232,7 +261,7 @@ def weights_fingerprint(folder: Path) -> str:
         VdiffError: there is none, or it cannot be read.
     """
     digest = hashlib.sha256()
-    with _reading(folder / WEIGHTS), open(folder / WEIGHTS, "rb") as file:
+    with reading(folder / WEIGHTS), open(folder / WEIGHTS, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
@@ -250,18 +279,6 @@ def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
     return found[-1].parent
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Say in one line what keeps the safetensors file from being read."""
-    advice = "restore the file, or train again"
-    try:
-        yield
-    except FileNotFoundError:
-        raise VdiffError(f"{path} is missing", advice) from None
-    except (SafetensorError, OSError) as error:
-        raise VdiffError(f"{path} cannot be read ({error}): truncated or damaged", advice) from None
-
-
 def _is_of_kind(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is what an annotation says."""
     if type(value) is not (get_origin(kind) or kind):
@@ -277,16 +294,16 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """What keeps `found` from fitting, in a few words; empty when it fits."""
+def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps the shapes `found` from fitting, in a few words; empty when they fit."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         parts = [f"{len(missing)} missing ({missing[0]}, …)"] if missing else []
         parts += [f"{len(extra)} unexpected ({extra[0]}, …)"] if extra else []
         return ", ".join(parts)
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            return f"{name} is {tuple(found[name].shape)} where {tuple(tensor.shape)} is due"
+    for name, shape in expected.items():
+        if shape != found[name]:
+            return f"{name} is {found[name]} where {shape} is due"
     return ""
 
 

@@ -7,11 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import NonFiniteSampleError, Sampler, sample
 from vdiff.errors import VdiffError
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
+
+EVERYWHERE = (0.0, 1.0)
+OnStep = Callable[[int], None]
+OnState = Callable[[int, Tensor, Prediction], None]
 
 
 def image_classes(indices: Sequence[int], choices: Sequence[int]) -> Tensor:
@@ -29,41 +34,99 @@ def draw(
     seed: int = 0,
     classes: Sequence[int] | None = None,
     guidance: float = 0.0,
-    on_step: Callable[[int], None] | None = None,
+    guidance_interval: tuple[float, float] = EVERYWHERE,
+    grid: str = "uniform",
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Images number `indices` of `seed`: (B, C, H, W) float32 on the CPU, in [−1, 1] where the sampler clips.
 
     Args:
         classes: for a class-conditional network, the classes that the images take in turn; None: all of them.
-        guidance: the weight w of classifier-free guidance. A network that takes it as an input is told it; another one
-            is evaluated with and without the class.
+        guidance, guidance_interval, grid, on_step: see `draw_from`.
 
     Raises:
         VdiffError: the network produced a value that is not finite.
+        ValueError: no such grid on the schedule, or no such guidance.
     """
     config = denoiser.network.config
     device = next(denoiser.parameters()).device
-    noise = ImageNoise(seed=seed, indices=indices, shape=(config.in_channels, image_size, image_size), device=device)
-    labels = image_classes(indices, classes or range(config.num_classes)).to(device) if config.num_classes else None
+    return draw_from(
+        denoiser,
+        sampler,
+        noise=ImageNoise(seed=seed, indices=indices, shape=(config.in_channels, image_size, image_size), device=device),
+        classes=image_classes(indices, classes or range(config.num_classes)) if config.num_classes else None,
+        num_steps=num_steps,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        grid=grid,
+        on_step=on_step,
+    )
 
-    told = torch.full((len(indices),), guidance, device=device) if config.guidance_input else None
-    guided = GuidedDenoiser(denoiser, guidance) if guidance and told is None else denoiser
+
+def draw_from(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    *,
+    noise: Callable[[], Tensor],
+    num_steps: int,
+    start: Tensor | None = None,
+    classes: Tensor | None = None,
+    guidance: float = 0.0,
+    guidance_interval: tuple[float, float] = EVERYWHERE,
+    grid: str = "uniform",
+    on_step: OnStep | None = None,
+    on_state: OnState | None = None,
+) -> Tensor:
+    """Images from what `noise()` answers, (B, C, H, W): float32 on the CPU, in [−1, 1] where the sampler clips.
+
+    Args:
+        noise: its first answer is z at t = 1, the others are what a stochastic sampler adds.
+        start: z at t = 1 instead of that first answer, which is passed over.
+        classes: (B,) int64, for a class-conditional network.
+        guidance: the weight w of classifier-free guidance. A network that takes it as an input is told it; another one
+            is evaluated with and without the class.
+        guidance_interval: the times, ends included, that are guided by two evaluations; elsewhere one is enough.
+        grid: the name of the grid of `num_steps` steps, see `vdiff.diffusion.grids`.
+        on_step, on_state: see `vdiff.diffusion.samplers.sample`.
+
+    Raises:
+        VdiffError: the network produced a value that is not finite.
+        ValueError: no such grid on the schedule, or no such guidance.
+    """
+    parameter = next(denoiser.parameters())
+    z = noise()
+    z = z if start is None else start.to(z)
+    labels = None if classes is None else classes.to(parameter.device)
+    told = torch.full((len(z),), guidance, device=z.device) if denoiser.network.config.guidance_input else None
+    is_plain = told is not None or not guidance
+    guided = denoiser if is_plain else GuidedDenoiser(denoiser, guidance, guidance_interval)
 
     def denoise(z: Tensor, t: Tensor) -> Prediction:
         prediction: Prediction = guided(z, t, labels, told)
         return prediction
 
+    times = grid_of(grid, denoiser.schedule, num_steps)
     was_training = denoiser.training
     denoiser.eval()
     try:
         with torch.inference_mode():
             images = sample(
-                denoise, denoiser.schedule, sampler, z=noise(), num_steps=num_steps, noise=noise, on_step=on_step
+                denoise,
+                denoiser.schedule,
+                sampler,
+                z=z,
+                num_steps=num_steps,
+                noise=noise,
+                times=times,
+                on_step=on_step,
+                on_state=on_state,
             )
     except NonFiniteSampleError as error:
-        raise VdiffError(
-            f"the model draws no image: {error}", "use an earlier checkpoint, or train with a lower --lr"
-        ) from None
+        remedy = "use an earlier checkpoint, or train with a lower --lr"
+        if parameter.dtype.itemsize < 4:
+            error, remedy = NonFiniteSampleError(f"{error}, the network in {parameter.dtype}"), "give --precision fp32"
+        raise VdiffError(f"the model draws no image: {error}", remedy) from None
     finally:
         denoiser.train(was_training)
-    return images.cpu()
+    # outside of inference mode, so that who asked may compute gradients with it
+    return images.to("cpu", copy=True)

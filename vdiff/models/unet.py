@@ -18,6 +18,17 @@ from torch.utils.checkpoint import checkpoint
 
 MAX_GROUPS = 32
 NORM_EPS = 1e-5
+LIMITS = {
+    "in_channels": 2**12,
+    "out_channels": 2**13,
+    "channels": 2**16,
+    "embedding_channels": 2**18,
+    "num_blocks": 64,
+    "fold": 2**8,
+    "num_classes": 10**7,
+}
+MAX_LEVELS, MAX_MULTIPLIER = 16, 2**10
+"""Far above any network that exists: a damaged or hostile description is refused before anything is made of it."""
 GUIDANCE_SCALE = 250.0
 """Weights of guidance are told as this many units of the embedding of times, so that 0 to 4 is told apart as well as
 0 to 1000."""
@@ -43,6 +54,11 @@ class UNetConfig:
         guidance_input: the network is told a weight w of guidance, whose effect it has learned (Meng et al. 2023).
         fold: squares of fold × fold pixels become the channels of one (space to depth) before the first convolution,
             and are unfolded behind the last: the levels begin at 1/fold of the image size.
+        num_groups: of every normalisation; 0: as many as divide the channels, 32 at the most.
+        norm_eps: ε that the normalisations add to the variance.
+        freq_shift: the slowest frequency of the time embedding is max_period^(−(half − 1)/(half − freq_shift)).
+        downsample_pad: where the strided convolutions of `resample` "conv" see zeros beyond the image: on all "sides",
+            or at the "end" alone, below and to the right.
     """
 
     in_channels: int = 3
@@ -61,6 +77,10 @@ class UNetConfig:
     null_class: bool = False
     guidance_input: bool = False
     fold: int = 1
+    num_groups: int = 0
+    norm_eps: float = NORM_EPS
+    freq_shift: int = 0
+    downsample_pad: Literal["sides", "end"] = "sides"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -69,9 +89,14 @@ class UNetConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_classes", "head_channels"):
+        for name in ("num_classes", "head_channels", "num_groups", "freq_shift"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, limit in LIMITS.items():
+            if getattr(self, name) > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
+        if len(self.multipliers) > MAX_LEVELS or max(self.multipliers, default=1) > MAX_MULTIPLIER:
+            raise ValueError(f"multipliers must be {MAX_LEVELS} numbers up to {MAX_MULTIPLIER} at the most")
         if self.null_class and not self.num_classes:
             raise ValueError("null_class says that classes may be left out, but num_classes is 0")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -80,6 +105,14 @@ class UNetConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.resample not in ("block", "conv"):
             raise ValueError(f"resample must be block or conv, got {self.resample!r}")
+        if self.downsample_pad not in ("sides", "end"):
+            raise ValueError(f"downsample_pad must be sides or end, got {self.downsample_pad!r}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+        if self.freq_shift and self.freq_shift >= self.channels // 2:
+            raise ValueError(f"freq_shift must be below channels/2 = {self.channels // 2}, got {self.freq_shift}")
+        if self.num_groups and self.channels % self.num_groups:
+            raise ValueError(f"{self.channels} channels do not split into {self.num_groups} groups")
         allowed = [self.stride(level) for level in range(len(self.multipliers))]
         if set(self.attention_strides) - set(allowed):
             raise ValueError(f"attention_strides must be among {allowed}, got {list(self.attention_strides)}")
@@ -119,9 +152,10 @@ class UNetConfig:
         return cls(**values)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with as many groups as divide the channels, 32 at the most."""
-    return nn.GroupNorm(math.gcd(channels, MAX_GROUPS), channels, eps=NORM_EPS)
+def group_norm(channels: int, config: UNetConfig | None = None) -> nn.GroupNorm:
+    """GroupNorm as `config` says; without one, as many groups as divide the channels, 32 at the most."""
+    num_groups, eps = (config.num_groups, config.norm_eps) if config else (0, NORM_EPS)
+    return nn.GroupNorm(num_groups or math.gcd(channels, MAX_GROUPS), channels, eps=eps)
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -137,14 +171,14 @@ def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
     return module
 
 
-def timestep_embedding(label: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
-    """(cos ω_i l, sin ω_i l), ω_i = max_period^(−i/half), half = channels/2: (B,) → (B, channels).
+def timestep_embedding(label: Tensor, channels: int, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
+    """(cos ω_i l, sin ω_i l), ω_i = max_period^(−i/(half − freq_shift)), half = channels/2: (B,) → (B, channels).
 
     Source: Vaswani et al. 2017; the order and the frequencies are diffusers' for `UNet2DModel`.
     """
     half = channels // 2
     index = torch.arange(half, dtype=torch.float32, device=label.device)
-    angles = label.float()[:, None] * torch.exp(-math.log(max_period) * index / half)
+    angles = label.float()[:, None] * torch.exp(-math.log(max_period) * index / (half - freq_shift))
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, channels % 2))
 
@@ -170,10 +204,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.time_affine = config.time_affine
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, config)
         self.conv1 = conv3x3(in_channels, out_channels)
         self.time = nn.Linear(config.embedding_channels, out_channels * (2 if config.time_affine else 1))
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_init(conv3x3(out_channels, out_channels))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -199,10 +233,10 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all pixels, plus the input."""
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(self, channels: int, num_heads: int, config: UNetConfig | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, config)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 
@@ -220,7 +254,8 @@ class Stage(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, *, attend: bool) -> None:
         super().__init__()
         self.block = ResBlock(in_channels, out_channels, config)
-        self.attention = Attention(out_channels, config.heads(out_channels)) if attend else nn.Identity()
+        heads = config.heads(out_channels)
+        self.attention = Attention(out_channels, heads, config) if attend else nn.Identity()
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         return self.attention(self.block(h, embedding))
@@ -232,6 +267,7 @@ class Resample(nn.Module):
     def __init__(self, channels: int, config: UNetConfig, direction: Literal["down", "up"]) -> None:
         super().__init__()
         self.direction = direction
+        self.pads_end = direction == "down" and config.downsample_pad == "end"
         self.block = ResBlock(channels, channels, config, direction) if config.resample == "block" else None
         self.conv = conv3x3(channels, channels, 2 if direction == "down" else 1) if self.block is None else None
 
@@ -239,6 +275,8 @@ class Resample(nn.Module):
         if self.block is not None:
             return self.block(h, embedding)
         assert self.conv is not None
+        if self.pads_end:  # a row and a column more; those that the convolution adds before the first fall away
+            return F.conv2d(F.pad(h, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
         return self.conv(h) if self.direction == "down" else upsample_conv(h, self.conv)
 
 
@@ -290,7 +328,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Resample(c, config, "up"))
 
-        self.norm_out = group_norm(c)
+        self.norm_out = group_norm(c, config)
         self.conv_out = zero_init(conv3x3(c, config.out_channels * config.fold**2))
 
     def forward(
@@ -313,7 +351,8 @@ class UNet(nn.Module):
         """What the residual blocks are told of time, class and guidance: (B, embedding_channels)."""
         config, dtype = self.config, self.conv_in.weight.dtype
         with _without_autocast(label.device):  # some thousand multiplications an image: rounding them gains no time
-            embedding = self.embed(timestep_embedding(label, config.channels).to(dtype))
+            told = timestep_embedding(label, config.channels, freq_shift=config.freq_shift).to(dtype)
+            embedding = self.embed(told)
             if self.embed_guidance is not None:
                 w = torch.zeros_like(label) if guidance is None else guidance
                 told = timestep_embedding(GUIDANCE_SCALE * w, config.channels).to(dtype)

@@ -1,0 +1,265 @@
+"""`vdiff export`: carry models to where other tools run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vdiff.cli.console import Console
+from vdiff.cli.diffusers import export_command
+from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, switch
+from vdiff.errors import OptionError, VdiffError
+
+if TYPE_CHECKING:
+    from vdiff.interop.graphs import GraphOptions
+    from vdiff.models.checkpoint import CheckpointConfig
+
+OUTPUTS = ["v", "x", "eps"]
+LICENSE_HELP = "An identifier for the model card, such as mit or cc-by-4.0."
+
+
+class Group(Program, click.Group):
+    """Commands that export."""
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+def command() -> None:
+    """Carry a model to where other tools run it.
+
+    CHECKPOINT is a folder that train.py, distill.py or `vdiff import` wrote. Graphs are run before they are written,
+    and must give vdiff's own images. Every export gets a model card: README.md with a picture.
+    """
+
+
+def _shared(suffix: str) -> Callable[[Any], Any]:
+    """Arguments and options of the exports of graphs, in the order of the help."""
+    decorators = [
+        click.argument("checkpoint", type=click.Path(path_type=Path)),
+        click.argument("file", metavar=f"FILE{suffix}", type=click.Path(path_type=Path)),
+        switch(
+            "--sampler_graph",
+            group="Graph",
+            help="The whole sampler, noise to images, instead of one evaluation of the network.",
+        ),
+        option(
+            "--num_timesteps",
+            group="Graph",
+            type=click.IntRange(1),
+            metavar="STEPS",
+            show_default="the model's own",
+            help="Steps of the sampler; of an evaluation, those that its metadata tells the coefficients of.",
+        ),
+        option(
+            "--output",
+            group="Graph",
+            type=OneOf(OUTPUTS),
+            show_default="v; eps where the network predicts that",
+            help="What an evaluation answers, whatever the network predicts.",
+        ),
+        option(
+            "--clipping_value",
+            group="Sampler",
+            type=click.FloatRange(0, min_open=True),
+            metavar="LIMIT",
+            show_default="1",
+            help="Predicted images are clipped to ±LIMIT in every step.",
+        ),
+        switch("--no_clip", group="Sampler", help="Do not clip predicted images."),
+        switch(
+            "--guided",
+            group="Sampler",
+            help="Take a weight of guidance for each image, and evaluate the network with and without the class.",
+        ),
+        option("--license", "license_name", group="Output", metavar="NAME", show_default="unknown", help=LICENSE_HELP),
+        switch("--card", group="Output", default=True, help="Write a model card, README.md, beside FILE."),
+        switch("--overwrite", group="Output", help="Replace FILE, and write a card of the same weights anew."),
+    ]
+    return lambda function: reduce(lambda inner, decorate: decorate(inner), reversed(decorators), function)
+
+
+@command.command(
+    "onnx",
+    cls=Command,
+    examples=[
+        "vdiff export onnx checkpoints/base_6 exports/base_6/model.onnx",
+        "vdiff export onnx checkpoints/base_6 exports/base_6/sampler.onnx --sampler_graph",
+    ],
+)
+@_shared(".onnx")
+def onnx_command(checkpoint: Path, file: Path, **flags: Any) -> None:
+    """Write CHECKPOINT as ONNX: one evaluation of the network, or the whole few-step sampler in one graph.
+
+    ONNX Runtime must give vdiff's own answers from the same noise to 1e-4, or nothing is written. Needs
+    `pip install 'vdiff[onnx]'`.
+    """
+    from vdiff.interop.onnx import export_onnx, require_packages
+    from vdiff.interop.usage import onnx_usage
+
+    require_packages()
+    _export(checkpoint, file, ".onnx", write=export_onnx, usage=onnx_usage, program="ONNX Runtime", **flags)
+
+
+@command.command(
+    "torch",
+    cls=Command,
+    examples=[
+        "vdiff export torch checkpoints/base_6 exports/base_6/model.pt2",
+        "vdiff export torch checkpoints/base_6 exports/base_6/sampler.pt2 --sampler_graph",
+    ],
+)
+@_shared(".pt2")
+def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
+    """Write CHECKPOINT as a torch.export program, which runs where torch is, without vdiff.
+
+    It is one evaluation of the network, or the whole few-step sampler. The file, read again, must give vdiff's own
+    answers from the same noise to 1e-4, or nothing is written.
+    """
+    from vdiff.interop.torch_export import export_torch
+    from vdiff.interop.usage import torch_usage
+
+    _export(checkpoint, file, ".pt2", write=export_torch, usage=torch_usage, program="torch.export", **flags)
+
+
+@command.command(
+    "weights", cls=Command, examples=["vdiff export weights checkpoints/base_6 exports/base_6 --license mit"]
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@option("--license", "license_name", group="Output", metavar="NAME", default="unknown", help=LICENSE_HELP)
+@switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
+def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite: bool) -> None:
+    """Copy CHECKPOINT into FOLDER as others may see it: weights, configuration without paths, model card.
+
+    FOLDER is a checkpoint itself: sample.py and distill.py take it. It is what `vdiff push` uploads.
+    """
+    from vdiff.interop.weights import export_weights
+
+    export_weights(checkpoint, folder, license_name=license_name, overwrite=overwrite)
+    console = Console()
+    console.result(str(folder))
+    console.result(f"next       vdiff push {folder} OWNER/NAME")
+
+
+command.add_command(export_command, "diffusers")
+
+
+def _export(
+    checkpoint: Path,
+    file: Path,
+    suffix: str,
+    *,
+    write: Callable[..., float],
+    usage: Callable[[str, CheckpointConfig, GraphOptions], str],
+    program: str,
+    license_name: str | None,
+    card: bool,
+    overwrite: bool,
+    **flags: Any,
+) -> None:
+    """Export one file and write its card, which is made first: its picture shows whether the model draws."""
+    if file.suffix.lower() != suffix:
+        raise OptionError(f"{file} is no name for an export of this kind", f"give FILE{suffix}")
+    if file.is_dir():
+        raise VdiffError(f"{file} is a folder", f"give the name of a file in it: {file / ('model' + suffix)}")
+    if file.exists() and not overwrite:
+        raise VdiffError(f"{file} exists already", "give --overwrite to replace it, or another file")
+    if license_name is not None and not card:
+        raise OptionError("--license stands in the card that --card False leaves out", "leave one of them out")
+
+    from vdiff.files import make_folder
+    from vdiff.interop.agreement import check_exportable
+    from vdiff.interop.card import card_beside
+    from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
+
+    console = Console()
+    denoiser, config = load_checkpoint(checkpoint)
+    check_exportable(denoiser)
+    options = graph_options(config, **flags)
+    beside = (
+        card_beside(
+            file.parent,
+            checkpoint,
+            usage={file.name: usage(file.name, config, options)},
+            license_name=license_name,
+            anew=overwrite,
+            tags=[suffix.strip(".")],
+        )
+        if card
+        else None
+    )
+    is_new = not file.parent.exists()
+    make_folder(file.parent)
+    what = f"{options.num_steps} steps of the sampler" if options.sampler else "one evaluation"
+    console.line(f"exporting {what}; on a large network this takes minutes")
+    try:
+        difference = write(denoiser, config, options, file, fingerprint=weights_fingerprint(checkpoint))
+        if beside is not None:
+            beside.write(file.parent)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # not empty: the export was written before
+                file.parent.rmdir()
+        raise
+    console.result(f"{file}: {options.results} by {program} differ from vdiff's by at most {difference:.1e}")
+
+
+def graph_options(
+    config: CheckpointConfig,
+    *,
+    sampler_graph: bool,
+    num_timesteps: int | None,
+    output: str | None,
+    clipping_value: float | None,
+    no_clip: bool,
+    guided: bool,
+) -> GraphOptions:
+    """What the flags ask for.
+
+    Raises:
+        OptionError: flags that exclude each other, or that this model has no use for.
+    """
+    from vdiff.interop.graphs import MAX_STEPS, GraphOptions
+
+    steps = num_timesteps or config.num_timesteps
+    is_eps = config.prediction == "eps"
+    if no_clip and clipping_value is not None:
+        raise OptionError("--no_clip and --clipping_value exclude each other", "give one of them")
+    if not sampler_graph:
+        given = {"--clipping_value": clipping_value is not None, "--no_clip": no_clip, "--guided": guided}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise OptionError(f"{name} is for samplers, and this is one evaluation", "give --sampler_graph, too")
+    if sampler_graph and output is not None:
+        raise OptionError(f"--output {output} is for evaluations, and a sampler answers images", "leave it out")
+    if is_eps and no_clip:
+        raise OptionError(
+            "--no_clip: an eps-prediction at zero signal says nothing about the image, so x must be clipped",
+            "leave --no_clip out",
+        )
+    if guided and config.unet.get("guidance_input"):
+        raise OptionError("--guided: this network takes a weight of guidance as it is", "leave it out")
+    if guided and not config.unet.get("null_class"):
+        raise OptionError(
+            "--guided: this network was trained without classes left out, so it has no answer without one",
+            "leave it out",
+        )
+    try:
+        config.check_num_steps(steps)
+    except ValueError as error:
+        raise OptionError(f"--num_timesteps {steps}: {error}", "give a number that does") from None
+    if sampler_graph and steps > MAX_STEPS:
+        raise OptionError(
+            f"a graph of {steps} steps has {steps} copies of the network, and {MAX_STEPS} are the most",
+            f"give --num_timesteps {MAX_STEPS} or less, a distilled model, or leave --sampler_graph out",
+        )
+    return GraphOptions(
+        sampler=sampler_graph,
+        output=output or ("eps" if is_eps else "v"),
+        num_steps=steps,
+        clip=None if no_clip else clipping_value or 1.0,
+        guided=guided,
+    )

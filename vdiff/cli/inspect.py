@@ -1,0 +1,193 @@
+"""`vdiff inspect`: what a checkpoint is, and where it came from."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vdiff.cli.console import Console, duration, plural
+from vdiff.cli.options import Command, switch
+from vdiff.cli.prepare import megabytes
+from vdiff.errors import VdiffError
+
+RUN_FILE, STATE = "run.toml", "state/state.safetensors"
+SHOWN_CLASSES = 8
+HEADINGS = ["model", "method", "steps", "updates", "images", "training", "dataset", "weights"]
+
+
+@click.command(
+    cls=Command,
+    examples=["vdiff inspect checkpoints/base_5", "vdiff inspect checkpoints/base_5 --json"],
+)
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@switch("--json", group="Output", help="Print one JSON object.")
+def command(checkpoint: Path | None, json: bool) -> None:
+    """Print what CHECKPOINT is and where it came from, teacher by teacher; without it, of the newest one.
+
+    Only descriptions are read, and the weights for their checksum: it works on unfinished runs and imported models too.
+    """
+    from vdiff.models.checkpoint import newest_checkpoint
+
+    console = Console()
+    values = facts(checkpoint or newest_checkpoint())
+    if json:
+        console.result(jsonlib.dumps(values, ensure_ascii=False))
+        return
+    rows = described(values)
+    width = max(map(len, rows))
+    console.result("\n".join(f"{key:<{width}}  {value}" for key, value in rows.items()))
+    if values["lineage"]:
+        console.table("Lineage", HEADINGS, [_ancestor(entry) for entry in [values, *values["lineage"]]])
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What the checkpoint in `folder` says of itself, what its files say, and `lineage`: teacher by teacher, back.
+
+    Raises:
+        VdiffError: there is no checkpoint, or one of its two files cannot be read.
+    """
+    from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, weights_fingerprint
+    from vdiff.models.reading import read_shapes
+
+    if (folder / RUN_FILE).is_file() and not (folder / CONFIG).exists():
+        raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")
+    config = read_config(folder)
+    shapes = read_shapes(folder / WEIGHTS)
+    own = {name: getattr(config, name) for name in OWN}
+    return {
+        "path": folder.as_posix(),
+        "fingerprint": weights_fingerprint(folder),
+        **own,
+        "is_imported": config.is_imported,
+        "is_finished": config.is_finished,
+        "takes_any_num_steps": config.takes_any_num_steps,
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "weights_bytes": (folder / WEIGHTS).stat().st_size,
+        "bytes": _bytes_below(folder),
+        "can_be_resumed": (folder / STATE).is_file(),
+        "lineage": list(ancestors(config.teacher)),
+    }
+
+
+def ancestors(teacher: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The teacher's own description without its network, then its teacher's, back to the original."""
+    while teacher is not None:
+        yield {key: teacher.get(key) for key in ("path", "fingerprint", *OWN) if key != "unet"}
+        teacher = teacher.get("teacher")
+
+
+def _bytes_below(folder: Path) -> int:
+    """The size of all files below `folder`, but for those that a running training has just taken away."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+OWN = (
+    "method",
+    "prediction",
+    "num_timesteps",
+    "image_size",
+    "schedule",
+    "unet",
+    "class_names",
+    "guidance_range",
+    "weights",
+    "num_iters",
+    "target_iters",
+    "num_images",
+    "train_seconds",
+    "dataset",
+    "dataset_fingerprint",
+    "vdiff_version",
+)
+"""What is told as the checkpoint's config has it."""
+
+
+def described(values: Mapping[str, Any]) -> dict[str, str]:
+    """The facts as rows for people."""
+    unet, names = _network(values["unet"]), values["class_names"]
+    others = "any other number" if values["takes_any_num_steps"] else "a number that divides them"
+    rows = {"checkpoint": values["path"], "model": _kind(values), **unet}
+    if names:
+        more = ", …" if len(names) > SHOWN_CLASSES else ""
+        rows["classes"] = f"{len(names)}: {', '.join(names[:SHOWN_CLASSES])}{more}"
+    parameters = ", ".join(f"{key} {value}" for key, value in values["schedule"].items() if key != "name")
+    rows |= {
+        "images": f"{values['image_size']} × {values['image_size']} pixels, channels: {values['unet']['in_channels']}",
+        "prediction": values["prediction"],
+        "schedule": f"{values['schedule']['name']} ({parameters})",
+        "steps": f"{values['num_timesteps']}, or {others}",
+    }
+    if values["guidance_range"]:
+        low, high = values["guidance_range"][0], values["guidance_range"][-1]
+        rows["guidance"] = f"weights from {low:g} to {high:g} as an input"
+    state = ", with what resuming needs" if values["can_be_resumed"] else ""
+    rows |= {
+        "weights": f"{values['weights']}, {values['parameters']:,} parameters, {megabytes(values['weights_bytes'])}",
+        "fingerprint": values["fingerprint"],
+        "on disk": f"{megabytes(values['bytes'])}{state}",
+        "training": _training(values),
+    }
+    if not values["is_imported"]:
+        rows["dataset"] = f"{values['dataset']} (fingerprint {values['dataset_fingerprint']})"
+    return rows | {"written by": f"vdiff {values['vdiff_version']}"}
+
+
+def _kind(values: Mapping[str, Any]) -> str:
+    """Base model or student, and of whom."""
+    if not values["lineage"]:
+        kind = "base model" if values["method"] == "base" else f"student, method {values['method']}"
+        return f"{kind}, {values['dataset'].replace(':', ': ', 1)}" if values["is_imported"] else kind
+    teacher = values["lineage"][0]
+    return f"student of {teacher['path']} ({teacher['num_timesteps']} steps), method {values['method']}"
+
+
+def _network(unet: Mapping[str, Any]) -> dict[str, str]:
+    """The network in a line or two."""
+    from vdiff.models.unet import UNetConfig
+
+    config, usual = UNetConfig.from_dict(unet), UNetConfig()
+    widths = ", ".join(str(config.channels * multiplier) for multiplier in config.multipliers)
+    heads = f"{config.head_channels} channels a head" if config.head_channels else plural(config.num_heads, "head")
+    strides = ", ".join(map(str, config.attention_strides))
+    where = f"at strides {strides} and in the middle" if strides else "in the middle alone"
+    told = ("channels", "multipliers", "num_blocks", "attention_strides", "num_heads", "head_channels", "num_classes")
+    mine, normal = config.to_dict(), usual.to_dict()
+    others = [f"{k} {v}" for k, v in mine.items() if k not in (*told, "in_channels", "out_channels") and v != normal[k]]
+    rows = {
+        "network": f"UNet, widths {widths}, {plural(config.num_blocks, 'block')} a level, attention {where} ({heads})"
+    }
+    return rows | ({"options": ", ".join(others)} if others else {})
+
+
+def _training(values: Mapping[str, Any]) -> str:
+    """Updates, images and time."""
+    if not values["num_iters"] and not values["target_iters"]:
+        return "not by vdiff" if values["is_imported"] else "none"
+    updates = plural(values["num_iters"], "update")
+    if not values["is_finished"]:
+        updates = f"unfinished: {values['num_iters']:,} of {plural(values['target_iters'], 'update')}"
+    return f"{updates}, {plural(values['num_images'], 'image')}, {duration(values['train_seconds'])} spent"
+
+
+def _ancestor(entry: Mapping[str, Any]) -> list[str]:
+    """A model's line in the table of its lineage; what an old or foreign description lacks stays empty."""
+
+    def count(key: str) -> str:
+        value = entry.get(key)
+        return f"{value:,}" if isinstance(value, int) and value else ""
+
+    seconds = entry.get("train_seconds")
+    spent = duration(seconds) if isinstance(seconds, int | float) and 0 < seconds < math.inf else ""
+    texts = [str(entry.get("path") or "?"), str(entry.get("method") or "?")]
+    numbers = [str(entry.get("num_timesteps") or "?"), count("num_iters"), count("num_images"), spent]
+    return [*texts, *numbers, str(entry.get("dataset") or ""), str(entry.get("fingerprint") or "")[:12]]

@@ -1,0 +1,94 @@
+"""`vdiff push`: upload a model to a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vdiff.cli.console import Console
+from vdiff.cli.export import LICENSE_HELP
+from vdiff.cli.options import Command, option, switch
+from vdiff.cli.prepare import megabytes
+from vdiff.errors import OptionError
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "vdiff push checkpoints/base_6 me/digits-2-steps --license mit --dry_run   # what would be uploaded",
+        "vdiff push exports/base_6 me/digits-2-steps --private",
+    ],
+)
+@click.argument("folder", metavar="CHECKPOINT_OR_EXPORT", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="OWNER/NAME")
+@switch("--private", group="Repository", help="Make a repository that only its owner sees.")
+@switch("--overwrite", group="Repository", help="Commit to a repository that exists; equal names are replaced.")
+@option("--license", "license_name", group="Repository", metavar="NAME", show_default="unknown", help=LICENSE_HELP)
+@option(
+    "--endpoint",
+    group="Hub",
+    metavar="URL",
+    show_default="HF_ENDPOINT, or the Hugging Face hub",
+    help="Another hub with the same interface.",
+)
+@option(
+    "--token_file",
+    group="Hub",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    show_default="HF_TOKEN, or what `hf auth login` keeps",
+    help="A file with the token in it; there is no flag for the token itself, which a shell would remember.",
+)
+@switch("--dry_run", group="Hub", help="Print what would be uploaded, then stop.")
+def command(
+    folder: Path,
+    repository: str,
+    private: bool,
+    overwrite: bool,
+    license_name: str | None,
+    endpoint: str | None,
+    token_file: Path | None,
+    dry_run: bool,
+) -> None:
+    """Upload a checkpoint, or what `vdiff export` wrote, to a hub of models.
+
+    Only what a model consists of is uploaded: weights or graphs, configuration without paths of this machine, and the
+    model card. Training state, logs, previews and settings stay. Needs `pip install 'vdiff[hub]'`.
+    """
+    import tempfile
+
+    from vdiff.interop.hub import NAME, collect, push
+
+    if not NAME.fullmatch(repository):
+        raise OptionError(f"{repository!r} is no name of a repository", "give OWNER/NAME")
+    token = _token(token_file)
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        upload = collect(folder, Path(scratch), license_name=license_name)
+        if dry_run:
+            rows = [[name, megabytes(upload.size(name))] for name in upload.files]
+            console.table(f"To {repository}", ["file", "size"], rows)
+            if upload.left:
+                console.line(f"not uploaded: {', '.join(upload.left)}")
+            return
+        console.line(f"uploading {len(upload.files)} files, {megabytes(sum(map(upload.size, upload.files)))}")
+        address = push(upload, repository, private=private, endpoint=endpoint, token=token, overwrite=overwrite)
+    console.result(address)
+
+
+def _token(path: Path | None) -> str | None:
+    """The token in a file.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if path is None:
+        return None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--token_file {path} cannot be read: {error}", "give a file with one token") from None
+    if not token or len(token.split()) != 1:
+        raise OptionError(f"--token_file {path} holds no token", "give a file with one token and nothing else")
+    return token

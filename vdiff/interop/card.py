@@ -1,0 +1,307 @@
+"""The model card: README.md with a picture, what the model is, where it came from, how far it is from its teachers, its
+licence, and how to use the files beside it.
+
+A card knows the weights it belongs to. One of the same weights only gets a section for another file; whatever people
+have written into it stays.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from vdiff.data.images import cell_scale, make_grid, save_png, to_pil
+from vdiff.diffusion.samplers import Ddim
+from vdiff.errors import OptionError, VdiffError
+from vdiff.files import write_text
+from vdiff.interop.sharing import last_name
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, weights_fingerprint
+from vdiff.models.denoiser import Denoiser
+from vdiff.models.drawing import draw
+from vdiff.models.unet import parameter_count
+
+CARD, PICTURE = "README.md", "samples.png"
+UNKNOWN = "unknown"
+LADDER = "ladder.json"
+USE = "\n## Use\n"
+MARK = "<!-- vdiff: the card of weights {} -->"
+MARKED = re.compile("<!-- vdiff: the card of weights ([0-9a-f]{64}) -->")
+PICTURE_IMAGES, PICTURE_STEPS, FEWEST_STEPS = 16, 64, 4
+PIXELS_AT_ONCE = 16 * 64**2
+MAX_NAMES = 20
+NOT_TOLD = {"checkpoint", "seed", "num_steps", "num_iters", "train_seconds", "ms_per_image"}
+"""Columns of a ladder that are no distances."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card that is yet to be written; no `picture`: the one that lies there stays, or there is none."""
+
+    text: str
+    picture: Image | None
+
+    def write(self, folder: Path) -> None:
+        """Write picture and README.md into `folder`, each whole or not at all."""
+        if self.picture is not None:
+            save_png(self.picture, folder / PICTURE)
+        write_text(folder / CARD, self.text)
+
+
+def write_card(
+    folder: Path,
+    checkpoint: Path,
+    *,
+    usage: Mapping[str, str],
+    license_name: str = UNKNOWN,
+    library: str = "vdiff",
+    tags: Sequence[str] = (),
+) -> None:
+    """Write the card of `checkpoint` into `folder`, a new one.
+
+    Args:
+        usage: for each file (or the folder) that was exported, its heading and how to use it, as Markdown.
+        library: what loads the files: the hub's `library_name`.
+
+    Raises:
+        VdiffError: the checkpoint cannot be used.
+    """
+    new_card(checkpoint, usage=usage, license_name=license_name, library=library, tags=tags).write(folder)
+
+
+def card_beside(
+    folder: Path,
+    checkpoint: Path,
+    *,
+    usage: Mapping[str, str],
+    license_name: str | None,
+    anew: bool,
+    tags: Sequence[str],
+) -> Card:
+    """The card for `folder`, in which a file is to be exported: a new one, or what lies there with a section more.
+
+    Args:
+        license_name: None: unknown, or what the card that lies there says.
+        anew: replace a card of the same weights; the sections of files that still lie there are kept.
+
+    Raises:
+        VdiffError: what lies there is no card of these weights.
+    """
+    path = folder / CARD
+    if not path.exists():
+        return new_card(checkpoint, usage=usage, license_name=license_name or UNKNOWN, tags=tags)
+    text = _text(path)
+    if MARK.format(weights_fingerprint(checkpoint)) not in text:
+        raise VdiffError(
+            f"{path} is not the model card of {checkpoint}, and an export writes one",
+            "give a file in a folder of its own, or --card False",
+        )
+    sections = {name: body for name, body in _sections(text) if (folder / name).exists()} | dict(usage)
+    if anew or license_name is not None or not (folder / PICTURE).exists():
+        return new_card(checkpoint, usage=sections, license_name=license_name or _license_of(text), tags=tags)
+    return Card(text.partition(USE)[0] + USE + _written(sections), None)
+
+
+def new_card(
+    checkpoint: Path,
+    *,
+    usage: Mapping[str, str],
+    license_name: str = UNKNOWN,
+    library: str = "vdiff",
+    tags: Sequence[str] = (),
+) -> Card:
+    """The card of `checkpoint`; its picture is drawn from noise of seed 0.
+
+    Raises:
+        OptionError: a licence that is no identifier.
+        VdiffError: the checkpoint cannot be used.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9.+_-]{0,63}", license_name):
+        raise OptionError(f"--license {license_name!r} is no identifier", "give one such as mit or cc-by-4.0")
+    denoiser, config = load_checkpoint(checkpoint)
+    fingerprint = weights_fingerprint(checkpoint)
+    name = checkpoint.resolve().name
+    picture, steps = _picture(denoiser, config)
+    shown = f"![{PICTURE_IMAGES} images]({PICTURE})\n\n*DDIM, {_steps(steps)}, noise of seed 0.*\n\n" if picture else ""
+    front = ["---", f"license: {license_name.lower()}", f"library_name: {library}"]
+    front += ["pipeline_tag: unconditional-image-generation", "tags:"]
+    front += [f"- {tag}" for tag in ("diffusion", "v-diffusion", *_method_tags(config), *tags)]
+    text = "\n".join([*front, "---", MARK.format(fingerprint), "", f"# {_cell(name)}", "", _summary(config), ""])
+    text += f"\n{shown}{_facts(denoiser, config, fingerprint)}\n## Lineage\n\n{_lineage(name, config, fingerprint)}"
+    text += _distances(checkpoint, config)
+    text += f"\n## Licence\n\n{_licence_in_words(license_name)}\n"
+    return Card(text + USE + _written(usage), picture)
+
+
+def is_card(path: Path) -> bool:
+    """Whether a model card of ours lies at `path`."""
+    return MARKED.search(_text(path)) is not None
+
+
+def _text(path: Path) -> str:
+    """What lies at `path`; nothing where there is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _method_tags(config: CheckpointConfig) -> list[str]:
+    if config.method == "base":
+        return []
+    return ["distillation", f"{re.sub('[^a-z0-9]', '-', config.method.lower())}-distillation"]
+
+
+def _summary(config: CheckpointConfig) -> str:
+    """One sentence."""
+    of = f" of {len(config.class_names)} classes" if config.class_names else ""
+    how = "a base model" if config.method == "base" else f"distilled ({_cell(config.method)})"
+    size = config.image_size
+    return f"A diffusion model that draws images{of}, {size} × {size} pixels, in {_steps(config.num_timesteps)}: {how}."
+
+
+def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> str:
+    """The table of what the model is."""
+    unet = denoiser.network.config
+    schedule = ", ".join(f"{key} {value}" for key, value in config.schedule.items() if key != "name")
+    names = [_cell(name) for name in config.class_names]
+    listed = ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
+    updates = f"{config.num_iters:,}" + ("" if config.is_finished else f" of {config.target_iters:,}") + " updates"
+    rows = {
+        "steps": f"{config.num_timesteps}" + (", or any other number" if config.takes_any_num_steps else ""),
+        "method": _cell(config.method),
+        "parameters": f"{parameter_count(denoiser):,}",
+        "predicts": config.prediction,
+        "noise schedule": _cell(f"{config.schedule['name']}" + (f" ({schedule})" if schedule else "")),
+        "images": f"{config.image_size} × {config.image_size}, {unet.in_channels} channel"
+        + "s" * (unet.in_channels > 1),
+        "classes": f"{len(names)}: {listed}" if names else "",
+        "guidance": "takes a weight from {} to {}".format(*config.guidance_range) if config.guidance_range else "",
+        "weights": f"{_cell(config.weights)}, {updates}, {config.num_images:,} images",
+        "dataset": _cell(last_name(config.dataset)),
+        "dataset's fingerprint": _code(config.dataset_fingerprint),
+        "weights' SHA-256": _code(fingerprint),
+        "vdiff": _cell(config.vdiff_version),
+    }
+    return _table(["", ""], [[key, value] for key, value in rows.items() if value])
+
+
+def _lineage(name: str, config: CheckpointConfig, fingerprint: str) -> str:
+    """The model and its teachers, back to the original."""
+    rows = []
+    told: Any = {**asdict(config), "path": name, "fingerprint": fingerprint}
+    while isinstance(told, Mapping):
+        values = [
+            _number(told.get("num_timesteps")),
+            _cell(str(told.get("method", ""))),
+            _number(told.get("num_iters")),
+        ]
+        short = str(told.get("fingerprint", ""))[:12]
+        weights = f"`{short}`" if re.fullmatch("[0-9a-f]{12}", short) else ""
+        rows.append([_cell(last_name(str(told.get("path", "")))), *values, weights])
+        told = told.get("teacher")
+    return _table(["model", "steps", "method", "updates", "weights"], rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""
+
+
+def _code(text: str) -> str:
+    """A checksum, or what may be anything else of letters and digits."""
+    return f"`{plain}`" if (plain := re.sub(r"[^0-9A-Za-z:._-]", "", text)) else ""
+
+
+def _distances(checkpoint: Path, config: CheckpointConfig) -> str:
+    """The table of the ladder that lies beside the checkpoint: every number in it that is a distance."""
+    try:
+        rows = json.loads((checkpoint / LADDER).read_text(encoding="utf-8"))
+        if rows[-1]["num_steps"] != config.num_timesteps:
+            return ""
+        models = [(last_name(str(row["checkpoint"])), str(int(row["num_steps"])), row) for row in rows]
+    except (OSError, ValueError, TypeError, LookupError):
+        return ""
+    keys = [key for key in rows[-1] if key not in NOT_TOLD and isinstance(rows[-1][key], float)]
+    if not keys:
+        return ""
+
+    def told(value: Any) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else ""
+
+    table = [[_cell(name), steps, *(told(row.get(key)) for key in keys)] for name, steps, row in models]
+    headings = [_cell(key.replace("_", " ").replace("rmse", "RMSE")) for key in keys]
+    words = "From the same noise; RMSE is of pixels in [−1, 1].\n\n"
+    return "\n## Distances\n\n" + words + _table(["model", "steps", *headings], table)
+
+
+def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None, int]:
+    """A grid of images, and the steps they were drawn in: the model's own, or what is nearest below 64.
+
+    None where so few steps draw nothing worth seeing, or where images are neither grey nor RGB.
+    """
+    own = config.num_timesteps
+    steps = own
+    if own > PICTURE_STEPS:
+        any_will_do = config.takes_any_num_steps
+        steps = PICTURE_STEPS if any_will_do else max(k for k in range(1, PICTURE_STEPS + 1) if own % k == 0)
+    if denoiser.network.config.in_channels not in (1, 3) or (steps < own and steps < FEWEST_STEPS):
+        return None, steps
+    at_once = max(1, PIXELS_AT_ONCE // config.image_size**2)
+    images = torch.cat(
+        [
+            draw(
+                denoiser,
+                Ddim(),
+                indices=range(first, min(first + at_once, PICTURE_IMAGES)),
+                image_size=config.image_size,
+                num_steps=steps,
+            )
+            for first in range(0, PICTURE_IMAGES, at_once)
+        ]
+    )
+    return to_pil(make_grid(images, columns=round(PICTURE_IMAGES**0.5), scale=cell_scale(images))), steps
+
+
+def _licence_in_words(license_name: str) -> str:
+    if license_name.lower() == UNKNOWN:
+        return "Unknown: nobody has said yet what may be done with these weights. Ask whoever trained them."
+    return license_name
+
+
+def _license_of(text: str) -> str:
+    """The licence in a card's first lines."""
+    match = re.search(r"^license: *([A-Za-z][A-Za-z0-9.+_-]*) *$", text.split("\n---", 1)[0], re.MULTILINE)
+    return match.group(1) if match else UNKNOWN
+
+
+def _sections(text: str) -> Iterator[tuple[str, str]]:
+    """Name and text of the files under the heading Use."""
+    for part in ("\n" + text.partition(USE)[2]).split("\n### ")[1:]:
+        name, _, body = part.partition("\n")
+        yield name.strip("` "), body.strip("\n")
+
+
+def _written(sections: Mapping[str, str]) -> str:
+    return "".join(f"\n### `{name}`\n\n{body.strip()}\n" for name, body in sections.items())
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    """Text of a configuration, which may be anybody's, as it may stand in a table."""
+    plain = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", plain).replace("<", "&lt;")

@@ -1,0 +1,1 @@
+"""Checkpoints as diffusers' pipeline folders, both ways; diffusers itself is not needed."""

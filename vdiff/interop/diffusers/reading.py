@@ -1,0 +1,206 @@
+"""A pipeline folder of diffusers, or a model of the hub, as a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from vdiff.diffusion.schedules import build_schedule
+from vdiff.errors import OptionError, VdiffError
+from vdiff.interop.diffusers.layout import CONFIG, FILES, INDEX, NOTE, SCHEDULER, WEIGHTS
+from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_schedule, read_table, remarks
+from vdiff.interop.diffusers.unet import (
+    current_name,
+    read_unet_config,
+    read_unet_weights,
+    unet_shapes,
+    write_unet_config,
+)
+from vdiff.interop.imported import check_free, write_model
+from vdiff.interop.json_file import JsonFile
+from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config, read_tensors
+from vdiff.models.reading import read_shapes
+from vdiff.models.unet import UNetConfig
+
+PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
+NOT_THEIRS = "give a folder that diffusers' save_pretrained wrote, or OWNER/NAME of the hub"
+DAMAGED = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The checkpoint's description, and in what the pipeline draws other images than we do, a sentence each."""
+
+    config: CheckpointConfig
+    remarks: list[str]
+
+
+def import_pipeline(
+    source: str, folder: Path, *, num_timesteps: int | None = None, overwrite: bool = False
+) -> Imported:
+    """Write a pipeline of a `UNet2DModel` and a scheduler as a checkpoint, whole or not at all.
+
+    A folder that we exported keeps its own description (steps, classes, lineage); others become a base model.
+
+    Args:
+        source: a folder, or OWNER/NAME of the hub.
+        num_timesteps: steps that it samples with by default; None: as many as it was trained with.
+
+    Raises:
+        VdiffError: `source` is no such pipeline, or one that we have no words for; the folder exists or cannot be
+            written.
+        OptionError: a number of steps that the model has no levels for.
+    """
+    check_free(folder, overwrite=overwrite)
+    root, name = _find(source)
+    scheduler, unet = _open(root)
+    notes, config = remarks(scheduler), None
+    if (root / NOTE).exists():
+        try:
+            config = _own_description(root, scheduler, unet, name)
+        except (VdiffError, ValueError) as error:
+            notes.append(f"{root / NOTE} is left aside: {error}")
+    config = config or _base_model(scheduler, unet, name)
+    if num_timesteps is not None:
+        try:
+            config.check_num_steps(num_timesteps)
+        except ValueError as error:
+            raise OptionError(f"--num_timesteps {num_timesteps}: {error}", "give a number that does") from None
+        config = replace(config, num_timesteps=num_timesteps)
+    shape = UNetConfig.from_dict(config.unet)
+    tensors = _read_tensors(Path(unet.where).with_name(WEIGHTS), unet_shapes(shape))
+    weights = read_unet_weights(shape, tensors, sines_first=not unet.flag("flip_sin_to_cos", True))
+    write_model(folder, weights, config, overwrite=overwrite)
+    return Imported(config, notes)
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model of the hub, `OWNER/NAME`, downloaded if it is not there yet: its JSON and safetensors.
+
+    Raises:
+        VdiffError: the hub cannot be reached or does not give it, or huggingface_hub is missing.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise VdiffError(
+            f"{name}: no such folder, and huggingface_hub is not installed", "pip install 'vdiff[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # what it raises depends on its version and on the library that it speaks HTTP with
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise VdiffError(
+            f"{name}: no such folder, and the hub does not give it ({reason})",
+            "check the name and the network (HF_TOKEN opens what is private), or give a folder",
+        ) from None
+
+
+def _find(source: str) -> tuple[Path, str]:
+    """The folder of `source`, and the name that the checkpoint will keep of it."""
+    root = Path(source)
+    if root.is_dir():
+        return root, root.resolve().name
+    if root.exists():
+        raise VdiffError(f"{source} is a file", NOT_THEIRS)
+    owner, _, name = source.partition("/")
+    if not owner or not name or "/" in name or owner.startswith((".", "~")):
+        raise VdiffError(f"{source}: no such folder", NOT_THEIRS)
+    return fetch(source), source
+
+
+def _open(root: Path) -> tuple[JsonFile, JsonFile]:
+    """The configurations of scheduler and network.
+
+    Raises:
+        VdiffError: no pipeline that we can read, or a file of it is missing.
+    """
+    if not (root / INDEX).exists():
+        raise VdiffError(f"{root} holds no {INDEX}", NOT_THEIRS)
+    index = JsonFile.read(root / INDEX, DAMAGED)
+    index.word("_class_name", "", PIPELINES)
+    if index.get("unet") != ["diffusers", "UNet2DModel"]:
+        raise index.refusal("unet", "only UNet2DModel of diffusers can be read")
+    parts = []
+    for part, file in (("scheduler", SCHEDULER), ("unet", CONFIG)):
+        place = root / part if (root / part).is_dir() else root
+        parts.append(JsonFile.read(place / file, DAMAGED))
+    return parts[0], parts[1]
+
+
+def _base_model(scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointConfig:
+    """The description of a model that another program trained.
+
+    Raises:
+        VdiffError: we have no words for it.
+    """
+    schedule, prediction = read_schedule(scheduler), read_prediction(scheduler)
+    shape, image_size = read_unet_config(unet)
+    return CheckpointConfig(
+        unet=shape.to_dict(),
+        schedule=schedule.to_dict(),
+        prediction=prediction,
+        num_timesteps=schedule.label_scale,
+        image_size=image_size,
+        method="base",
+        weights="raw",
+        num_iters=0,
+        target_iters=0,
+        num_images=0,
+        dataset=f"{IMPORTED}diffusers/{name}",
+        dataset_fingerprint="",
+        class_names=[str(k) for k in range(shape.num_classes)],
+    )
+
+
+def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointConfig:
+    """What a checkpoint that we exported said of itself.
+
+    Raises:
+        VdiffError, ValueError: it cannot be read, or says another thing than diffusers' files.
+    """
+    own = read_config((root / NOTE).parent)
+    shape = UNetConfig.from_dict(own.unet)
+    said = write_unet_config(shape, own.image_size)
+    if any(unet.values.get(key) != value for key, value in said.items()):
+        raise ValueError(f"it describes another network than {unet.where}")
+    read_unet_config(unet)
+    betas = read_table(scheduler) or []
+    if own.prediction != read_prediction(scheduler) or not agree(build_schedule(own.schedule), betas):
+        raise ValueError(f"it describes another schedule or prediction than {scheduler.where}")
+    own.check_num_steps(own.num_timesteps)
+    if len(own.class_names) != shape.num_classes:
+        raise ValueError(f"it names {len(own.class_names)} of {shape.num_classes} classes")
+    imported = f"{IMPORTED}diffusers/{name}, trained by vdiff on {own.dataset}"
+    return replace(own, dataset=own.dataset if own.is_imported else imported)
+
+
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, once their names and shapes are known to be `shapes`.
+
+    Raises:
+        VdiffError: the file is missing, damaged, or of another network.
+    """
+    if not path.is_file():
+        raise VdiffError(
+            f"{path} is missing",
+            "weights in pickles (.bin) are never read: let diffusers save the pipeline anew, as safetensors",
+        )
+    found = {current_name(name): shape for name, shape in read_shapes(path).items()}
+    if difference := _difference(shapes, found):
+        raise VdiffError(f"{path} does not fit {CONFIG}: {difference}", DAMAGED)
+    return {current_name(name): tensor for name, tensor in read_tensors(path).items()}
+
+
+def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps `found` from fitting, in a few words; empty when it fits."""
+    for count, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            return f"{len(names)} tensors {count} ({min(names)[:80]}, …)"
+    for name, shape in expected.items():
+        if found[name] != shape:
+            return f"{name} is {found[name]} where {shape} is due"
+    return ""

@@ -1,0 +1,203 @@
+"""A checkpoint as a `DDIMPipeline` folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.errors import OptionError, VdiffError, suggestion
+from vdiff.files import make_folder, new_folder, write_text
+from vdiff.interop.card import write_card
+from vdiff.interop.diffusers.layout import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
+from vdiff.interop.diffusers.scheduler import write_scheduler_config
+from vdiff.interop.diffusers.unet import write_unet_config, write_unet_weights
+from vdiff.interop.sharing import public
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, write_tensors
+from vdiff.models.unet import GUIDANCE_SCALE, UNet, timestep_embedding
+
+DIFFUSERS_VERSION = "0.32.0"
+"""The oldest version that the written folders are meant for."""
+NO_CLASS = "none"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how diffusers draws with it.
+
+    Attributes:
+        config: the checkpoint's description, as far as it holds for what was written.
+        call: the arguments with which the pipeline draws our images; empty where it would have to be told a class,
+            which it cannot.
+    """
+
+    config: CheckpointConfig
+    call: dict[str, Any]
+
+
+def export_pipeline(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    clip: bool = False,
+    class_name: str | None = None,
+    guidance: float | None = None,
+    license_name: str | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a checkpoint as a pipeline folder, whole or not at all.
+
+    Args:
+        clip: clip x̂ to ±1 in every step. The pipeline then draws what our `ddim` does if it is called with
+            `use_clipped_model_output=True`. Without a clip it draws what `ddim` without a clip does, called plainly.
+        class_name: of a class-conditional network the one class that is drawn ("none": no class); None: the network
+            is told a class at each call.
+        guidance: of a network that takes a weight of guidance, the one weight that it is told.
+        license_name: what the model card says of the licence; None: no card is written.
+
+    Raises:
+        VdiffError: diffusers has no word for something in the checkpoint; the checkpoint cannot be read; the folder
+            exists or cannot be written.
+        OptionError: a class or a weight that the network does not know.
+    """
+    _check_free(folder, overwrite=overwrite)
+    denoiser, config = load_checkpoint(checkpoint)
+    levels = denoiser.schedule.label_scale
+    if not config.takes_any_num_steps and levels % config.num_timesteps:
+        raise VdiffError(
+            f"diffusers cannot take {config.num_timesteps} equal steps among {levels} timesteps",
+            "distil to a number of steps that divides them",
+        )
+    scheduler = write_scheduler_config(denoiser.schedule, config.prediction, clip=clip)
+    network, config = _fixed(denoiser.network, config, class_name, guidance)
+    unet = write_unet_config(network.config, config.image_size)
+    steps = {"num_inference_steps": config.num_timesteps}
+    call = {} if unet["num_class_embeds"] else steps | ({"use_clipped_model_output": True} if clip else {})
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        for file in (f"unet/{CONFIG}", f"scheduler/{SCHEDULER}", NOTE):
+            make_folder((temporary / file).parent)
+        _write_json(temporary / INDEX, "DDIMPipeline", _parts("DDIMScheduler", "UNet2DModel"))
+        _write_json(temporary / "scheduler" / SCHEDULER, "DDIMScheduler", scheduler)
+        _write_json(temporary / "unet" / CONFIG, "UNet2DModel", unet)
+        weights = write_unet_weights(network.config, network.state_dict())
+        write_tensors(temporary / "unet" / WEIGHTS, weights, {"format": "pt"})
+        write_text(temporary / NOTE, json.dumps(public(asdict(config)), indent=2, ensure_ascii=False) + "\n")
+        if license_name is not None:
+            usage = {INDEX: diffusers_usage(folder.resolve().name, config, call, clip=clip)}
+            write_card(temporary, checkpoint, usage=usage, license_name=license_name, library="diffusers")
+    return Exported(config, call)
+
+
+def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, clip: bool) -> str:
+    """How to draw with a pipeline folder called `name`, for its model card."""
+    lines = [
+        "import torch",
+        "from diffusers import DDIMPipeline",
+        "",
+        f'pipeline = DDIMPipeline.from_pretrained("{name}")',
+    ]
+    if call:
+        arguments = ", ".join(f"{key}={value}" for key, value in call.items())
+        lines += [
+            f"images = pipeline(batch_size=16, generator=torch.manual_seed(0), {arguments}).images",
+            'images[0].save("image.png")',
+        ]
+    else:
+        size, channels = config.image_size, config.unet["in_channels"]
+        clipped = ", use_clipped_model_output=True" if clip else ""
+        lines += [
+            "unet, scheduler = pipeline.unet, pipeline.scheduler",
+            f"classes = torch.arange(16) % {config.unet['num_classes'] + config.unet['null_class']}",
+            f"z = torch.randn(16, {channels}, {size}, {size}, generator=torch.manual_seed(0))",
+            f"scheduler.set_timesteps({config.num_timesteps})",
+            "for t in scheduler.timesteps:",
+            "    with torch.no_grad():",
+            "        output = unet(z, t, class_labels=classes).sample",
+            f"    z = scheduler.step(output, t, z{clipped}).prev_sample",
+            "# z is now images in [-1, 1]",
+        ]
+    words = "With diffusers; vdiff is not needed. Any number of steps that divides the model's will do."
+    return f"{words}\n\n```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    """See, before a large file is read, that `folder` may be written; only exports of ours are ever replaced.
+
+    Raises:
+        VdiffError: something is in the way.
+    """
+    if not folder.exists():
+        return
+    if not (folder / NOTE).is_file():
+        raise VdiffError(f"{folder} exists and was not written by `vdiff export`", "choose another folder")
+    if not overwrite:
+        raise VdiffError(f"{folder} exists already", "give --overwrite to replace it, or choose another folder")
+
+
+def _parts(scheduler: str, unet: str) -> dict[str, list[str]]:
+    return {"scheduler": ["diffusers", scheduler], "unet": ["diffusers", unet]}
+
+
+def _write_json(path: Path, class_name: str, values: Mapping[str, Any]) -> None:
+    written = {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION, **values}
+    write_text(path, json.dumps(written, indent=2) + "\n")
+
+
+def _fixed(
+    network: UNet, config: CheckpointConfig, class_name: str | None, guidance: float | None
+) -> tuple[UNet, CheckpointConfig]:
+    """The network for one class and one weight of guidance, and its description; as they are where none is given.
+
+    The network adds what it is told of them to the embedding of the time, so a class and a weight that stay the same
+    go into the last bias of that embedding.
+
+    Raises:
+        OptionError: the network does not know them.
+    """
+    shape, added = network.config, list[Tensor]()
+    if class_name is not None:
+        row = _class_row(shape.num_classes, config.class_names, class_name, null_class=shape.null_class)
+        assert network.embed_class is not None
+        added.append(network.embed_class.weight[row])
+        shape = replace(shape, num_classes=0, null_class=False)
+        config = replace(config, class_names=[])
+    if guidance is not None:
+        if network.embed_guidance is None:
+            raise OptionError("--guidance: this network takes no weight of guidance", "leave it out")
+        low, high = config.guidance_range or [guidance, guidance]
+        if not low <= guidance <= high:
+            raise OptionError(f"--guidance {guidance}: the network was taught {low} to {high}", "give one of these")
+        told = timestep_embedding(torch.tensor([GUIDANCE_SCALE * guidance]), shape.channels)
+        added.append(network.embed_guidance(told)[0])
+        shape = replace(shape, guidance_input=False)
+        config = replace(config, guidance_range=[])
+    if not added:
+        return network, config
+    fixed = UNet(shape)
+    names = fixed.state_dict().keys()
+    weights = {name: tensor for name, tensor in network.state_dict().items() if name in names}
+    weights["embed.2.bias"] = weights["embed.2.bias"] + torch.stack(added).sum(0).detach()
+    fixed.load_state_dict(weights)
+    return fixed, replace(config, unet=shape.to_dict())
+
+
+def _class_row(count: int, names: list[str], name: str, *, null_class: bool) -> int:
+    """The row of a class in the table of classes: by name, by number, or the last one for "no class".
+
+    Raises:
+        OptionError: there is no such class.
+    """
+    if not count:
+        raise OptionError("--class: this network knows no classes", "leave it out")
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < count:
+        return int(name)
+    if name == NO_CLASS and null_class:
+        return count
+    raise OptionError(f"--class: no class {name!r}", suggestion(name, [*names, *[NO_CLASS] * null_class]))

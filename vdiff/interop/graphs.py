@@ -1,0 +1,202 @@
+"""What an exported file computes: one evaluation of the network, or the whole sampler; and what it says of itself.
+
+Times and coefficients of a sampler are constants of its graph, taken in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vdiff
+from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction, from_v, from_x
+from vdiff.diffusion.samplers import ddim_step
+from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, grid_times
+from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.denoiser import Denoiser
+
+MAX_STEPS, MAX_GRID = 64, 1024
+"""Steps of a sampler's graph, each a copy of the network, and of a grid in the metadata of an evaluation."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What the graph computes.
+
+    Attributes:
+        sampler: noise → images; off: (z, label) → `output`.
+        output: "v", "x" or "eps".
+        num_steps: of the sampler, or of the grid that an evaluation's metadata tells.
+        clip: predicted images are clipped to ±clip in each step of the sampler; None: no clip.
+        guided: the sampler evaluates the network with and without the class, and takes the weight of guidance.
+    """
+
+    sampler: bool
+    output: str
+    num_steps: int
+    clip: float | None = 1.0
+    guided: bool = False
+
+    @property
+    def results(self) -> str:
+        """The output's name."""
+        return "images" if self.sampler else self.output
+
+
+class Evaluation(nn.Module):
+    """(z, label [, classes][, guidance]) → v̂, x̂ or ε̂, as `output` says.
+
+    z (B, C, H, W), label (B,) = L·t − 1, classes (B,) int64, guidance (B,).
+    """
+
+    def __init__(self, denoiser: Denoiser, output: str) -> None:
+        super().__init__()
+        self.network = denoiser.network
+        self.schedule = denoiser.schedule
+        self.prediction_type = denoiser.prediction_type
+        self.output = output
+
+    def forward(
+        self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        output: Tensor = self.network(z, label, classes, guidance)
+        if self.prediction_type == self.output:
+            return output
+        t = (label.double() + 1) / self.schedule.label_scale
+        prediction = _read(self.prediction_type, z, output, grid_angles(self.schedule, t))
+        return {"v": prediction.v, "x": prediction.x, "eps": prediction.eps}[self.output]
+
+
+class Step(nn.Module):
+    """(z, label, φ_t, φ_s [, classes][, guidance]) → z_s, a DDIM step: label and angles (1,) for the whole batch.
+
+    With `guided`, v̂ = (1 + w) v̂_c − w v̂_∅ of one batch of twice the size, as in `GuidedDenoiser`.
+    """
+
+    def __init__(self, denoiser: Denoiser, options: GraphOptions) -> None:
+        super().__init__()
+        self.network = denoiser.network
+        self.prediction_type = denoiser.prediction_type
+        self.clip = options.clip
+        self.guided = options.guided
+
+    def forward(
+        self,
+        z: Tensor,
+        label: Tensor,
+        angle_t: Tensor,
+        angle_s: Tensor,
+        classes: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        if self.guided:
+            prediction = self._guided(z, label, angle_t, classes, guidance)
+        else:
+            output = self.network(z, label, classes, guidance)
+            prediction = _read(self.prediction_type, z, output, angle_t)
+        if self.clip is not None:
+            prediction = prediction.clip(z, angle_t, self.clip)
+        return ddim_step(z, prediction.v, angle_t, angle_s)
+
+    def _guided(
+        self, z: Tensor, label: Tensor, angle: Tensor, classes: Tensor | None, guidance: Tensor | None
+    ) -> Prediction:
+        """Classifier-free guidance with a weight for each image."""
+        assert classes is not None
+        assert guidance is not None
+        none = torch.full_like(classes, self.network.config.num_classes)
+        twice = torch.cat([z, z])
+        output = self.network(twice, label, torch.cat([classes, none]))
+        both = _read(self.prediction_type, twice, output, angle).v
+        v, v_none = both[: z.shape[0]], both[z.shape[0] :]  # `chunk` would fix the batch size
+        w = coefficient(guidance, z)
+        return from_v(z, (1 + w) * v - w * v_none, angle)
+
+
+class FewSteps(nn.Module):
+    """(noise [, classes][, guidance]) → images in [−1, 1]: `num_steps` steps of DDIM, one after the other."""
+
+    def __init__(self, denoiser: Denoiser, options: GraphOptions) -> None:
+        super().__init__()
+        self.step = Step(denoiser, options)
+        told = grid(denoiser, options.num_steps)
+        for name in told[0]:
+            self.register_buffer(name, torch.stack([values[name] for values in told]))
+
+    def forward(self, noise: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        z = noise
+        label, angle_t, angle_s = (self.get_buffer(name) for name in ("label", "angle_t", "angle_s"))
+        for i in range(len(label)):
+            z = self.step(z, label[i], angle_t[i], angle_s[i], classes, guidance)
+        return z.clamp(-1, 1)
+
+
+def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
+    """What each of the steps t = 1, (N−1)/N, … is told: label (1,) float32, angle_t and angle_s (1,) float64."""
+    times = grid_times(num_steps)
+    angles = grid_angles(denoiser.schedule, times)
+    labels = denoiser.schedule.label(times).float()
+    return [
+        {"label": labels[i : i + 1], "angle_t": angles[i : i + 1], "angle_s": angles[i - 1 : i]}
+        for i in range(num_steps, 0, -1)
+    ]
+
+
+def _read(prediction_type: str, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
+    """What the network's output says, without a look at any value: a graph that is being traced has none.
+
+    `from_eps` looks at α to refuse zero signal; `vdiff.interop.agreement.check_exportable` does so before.
+    """
+    if prediction_type != "eps":
+        return PREDICTION_TYPES[prediction_type].read(z, output, angle)
+    alpha, sigma = alpha_sigma(angle, z)
+    return from_x(z, (z - sigma * output) / alpha, angle)
+
+
+def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, fingerprint: str) -> dict[str, str]:
+    """What a file says of itself, as texts; values that are no texts are JSON.
+
+    `grid` has what a sampling loop in any language needs for each step, from t = 1 down: the label, and α and σ at both
+    ends of the step. It is left out above `MAX_GRID` steps.
+    """
+    unet = denoiser.network.config
+    schedule = denoiser.schedule
+    values: dict[str, Any] = {
+        "format": "vdiff sampler" if options.sampler else "vdiff evaluation",
+        "vdiff_version": vdiff.__version__,
+        "fingerprint": fingerprint,
+        "num_steps": options.num_steps,
+        "schedule": schedule.to_dict(),
+        "label": f"{schedule.label_scale} * t - 1",
+        "prediction": config.prediction,
+        "method": config.method,
+        "image_size": config.image_size,
+        "channels": unet.in_channels,
+        "class_names": config.class_names,
+        "num_classes": unet.num_classes,
+        "no_class": unet.num_classes if unet.null_class else None,
+        "guidance_range": config.guidance_range,
+    }
+    if options.sampler:
+        values |= {"sampler": "ddim", "clip": options.clip, "guided": options.guided}
+    elif options.num_steps <= MAX_GRID:
+        values["grid"] = [_step_of(told) for told in grid(denoiser, options.num_steps)]
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in values.items()
+    }
+
+
+def _step_of(told: Mapping[str, Tensor]) -> dict[str, float]:
+    t, s = (told[name] for name in ("angle_t", "angle_s"))
+    return {
+        "label": float(told["label"]),
+        "alpha_t": float(t.cos()),
+        "sigma_t": float(t.sin()),
+        "alpha_s": float(s.cos()),
+        "sigma_s": float(s.sin()),
+    }

@@ -1,0 +1,157 @@
+"""Upload to a hub of models, through `huggingface_hub`: the files that a model consists of, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vdiff.errors import OptionError, VdiffError
+from vdiff.interop.card import CARD, PICTURE, is_card
+from vdiff.interop.sharing import public
+from vdiff.interop.weights import describe
+from vdiff.models.checkpoint import CONFIG, WEIGHTS
+from vdiff.models.reading import read_json
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+PATTERNS = (CARD, PICTURE, CONFIG, WEIGHTS, "*.onnx", "*.pt2", "model_index.json")
+PATTERNS_BELOW = ("unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json", f"vdiff/{CONFIG}")
+"""What an export consists of, at its top and in the folders of a pipeline; whatever else lies there is not uploaded."""
+DESCRIPTIONS = (CONFIG, f"vdiff/{CONFIG}")
+"""Files that tell paths of this machine where the export of another tool, or an older one, put them there."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is to be uploaded.
+
+    Attributes:
+        files: name in the repository → file, or the content itself.
+        left: names of what lies in the folder and stays here.
+    """
+
+    files: Mapping[str, Path | bytes]
+    left: list[str]
+
+    def size(self, name: str) -> int:
+        """Bytes of one file."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def collect(folder: Path, scratch: Path, *, license_name: str | None) -> Upload:
+    """The files of a checkpoint or of an export; what a checkpoint lacks, a card and a picture, is made in `scratch`.
+
+    Never among them: state, logs, previews, settings (`run.toml`) and hidden files. Paths in descriptions are cut down
+    to their last part.
+
+    Raises:
+        VdiffError: the folder is neither, or cannot be used.
+        OptionError: a licence for an export, whose card has one.
+    """
+    if is_card(folder / CARD):
+        if license_name is not None:
+            raise OptionError("--license: an export has its licence in its README.md", "change it there")
+        files = _exported(folder)
+    else:
+        describe(folder, scratch, license_name=license_name or "unknown")
+        files = {path.name: path for path in (scratch / CARD, scratch / PICTURE, scratch / CONFIG) if path.exists()}
+        files[WEIGHTS] = folder / WEIGHTS
+    kept = {path.relative_to(folder).parts[0] for path in files.values() if path.is_relative_to(folder)} | set(files)
+    left = sorted(path.name for path in folder.iterdir() if path.name not in kept)
+    return Upload({name: _content(name, path) for name, path in sorted(files.items())}, left)
+
+
+def _exported(folder: Path) -> dict[str, Path]:
+    """The files of an export by their names in the repository; links are not followed."""
+    found = [path for pattern in (*PATTERNS, *PATTERNS_BELOW) for path in folder.glob(pattern)]
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and not path.is_symlink()}
+    if not any(name.endswith((".safetensors", ".onnx", ".pt2")) for name in files):
+        raise VdiffError(f"{folder} holds a model card and no model", "give the folder of a checkpoint or an export")
+    return files
+
+
+def _content(name: str, path: Path) -> Path | bytes:
+    """A file as it is uploaded: as it is, or a description without paths."""
+    if name not in DESCRIPTIONS:
+        return path
+    return (json.dumps(public(read_json(path, "export again")), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def push(
+    upload: Upload, repository: str, *, private: bool, endpoint: str | None, token: str | None, overwrite: bool
+) -> str:
+    """Make the repository and commit all files to it at once; answer its address.
+
+    Args:
+        token: None: `HF_TOKEN` from the environment, or what `hf auth login` keeps.
+        overwrite: commit to a repository that exists, too.
+
+    Raises:
+        VdiffError: no token, no network, no permission, the repository exists, or the package is missing.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import CommitOperationAdd, HfApi
+    except ImportError:
+        raise VdiffError("push: huggingface_hub is not installed", "pip install 'vdiff[hub]'") from None
+    address = endpoint or huggingface_hub.constants.ENDPOINT
+    if not (token := token or huggingface_hub.get_token()):
+        raise VdiffError(f"no token for {address}", "set HF_TOKEN, give --token_file, or run `hf auth login`")
+    api = HfApi(endpoint=endpoint, token=token, library_name="vdiff")
+    with _told(address, repository, hint="nothing was uploaded"):
+        created = api.create_repo(repository, private=private, exist_ok=overwrite)
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in upload.files.items()
+    ]
+    with _told(address, repository, hint="give the same command with --overwrite to go on"):
+        api.create_commit(repository, operations, commit_message="Upload a model from vdiff")
+    return str(created)
+
+
+@contextmanager
+def _told(address: str, repository: str, *, hint: str) -> Iterator[None]:
+    """What goes wrong on the way, in one line."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _refused(address, repository, error, hint) from None
+    except Exception as error:  # the library passes on whatever its HTTP client raises
+        if isinstance(error, OSError | ValueError | RuntimeError) or _is_of_network(error):
+            cause = error.__cause__ or error
+            if isinstance(cause, HfHubHTTPError):
+                raise _refused(address, repository, cause, hint) from None
+            raise VdiffError(
+                f"cannot upload to {address}: {_line(cause)}", f"look at the network and --endpoint; {hint}"
+            ) from None
+        raise
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Whether the HTTP client raised it, whichever client the library uses."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
+
+
+def _refused(address: str, repository: str, error: Any, hint: str) -> VdiffError:
+    """What the hub's answer means."""
+    code = error.response.status_code
+    said = _line(error.server_message or f"HTTP {code}")
+    if code == 401:
+        return VdiffError(f"{address} does not know the token ({said})", "set HF_TOKEN to one that may write")
+    if code == 403:
+        return VdiffError(
+            f"the token may not write to {repository} ({said})", "use a token of its owner that may write"
+        )
+    if code == 409:
+        return VdiffError(f"{repository} exists already", "give --overwrite to commit to it, or another name")
+    return VdiffError(f"{address} refuses {repository}: {said}", hint)
+
+
+def _line(message: object) -> str:
+    return " ".join(str(message).split()) or type(message).__name__

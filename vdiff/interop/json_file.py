@@ -1,0 +1,82 @@
+"""The values of other people's JSON files, each checked for its kind and range."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vdiff.errors import VdiffError
+from vdiff.models.reading import read_json
+
+
+@dataclass(frozen=True)
+class JsonFile:
+    """The values of one JSON object, and where they come from.
+
+    Attributes:
+        where: names the file in errors.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path, advice: str) -> JsonFile:
+        """The object in the file `path`.
+
+        Args:
+            advice: what to do where it cannot be read.
+
+        Raises:
+            VdiffError: the file is missing, too large, or holds no JSON object.
+        """
+        if not path.is_file():
+            raise VdiffError(f"{path} is missing", advice)
+        return cls(str(path), read_json(path, advice))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is; `default` where the key is missing or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def whole(self, key: str, default: int, *, low: int, high: int) -> int:
+        """A whole number from `low` to `high`."""
+        value = self.get(key, default)
+        if type(value) is not int or not low <= value <= high:
+            raise self.refusal(key, f"a whole number from {low} to {high} is due")
+        return value
+
+    def number(self, key: str, default: float, *, low: float, high: float) -> float:
+        """A number between `low` and `high`, both excluded."""
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not low < value < high:
+            raise self.refusal(key, f"a number between {low} and {high} is due")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if type(value) is not bool:
+            raise self.refusal(key, "true or false is due")
+        return value
+
+    def word(self, key: str, default: str, choices: Sequence[str]) -> str:
+        """One of `choices`."""
+        value = self.get(key, default)
+        if value not in choices:
+            raise self.refusal(key, f"only {', '.join(choices)} can be read")
+        return str(value)
+
+    def items(self, key: str, kind: type, *, high: int) -> list[Any]:
+        """A list of one to `high` values of a kind."""
+        value = self.get(key)
+        if type(value) is not list or not 1 <= len(value) <= high or any(type(item) is not kind for item in value):
+            raise self.refusal(key, f"a list of 1 to {high} values of kind {kind.__name__} is due")
+        return value
+
+    def refusal(self, key: str, why: str) -> VdiffError:
+        """The error that names the file, the key and its value, cut short."""
+        return VdiffError(f"{self.where}: {key} is {reprlib.repr(self.get(key))}", why)

@@ -1,0 +1,239 @@
+"""Checkpoint → ONNX: one evaluation of the network, or the whole sampler in one graph, checked in ONNX Runtime.
+
+The sampler's graph is made of one step, exported once and repeated with its constants filled in: tracing all the steps
+would take as many times as long, and give the same nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.errors import VdiffError
+from vdiff.files import write_whole
+from vdiff.interop.agreement import check, inputs
+from vdiff.interop.graphs import Evaluation, GraphOptions, Step, grid, metadata
+from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 18
+"""The operators that torch's exporter writes itself; newer ones it would convert to, and fewer programs read them."""
+MAX_BYTES = 2**31 - 2**24
+"""A protocol buffer, which an ONNX file is, ends at 2 GiB."""
+BATCH = "batch"
+
+
+def require_packages() -> None:
+    """See that everything the export needs is installed.
+
+    Raises:
+        VdiffError: it is not.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise VdiffError(f"export to ONNX: {error.name} is not installed", "pip install 'vdiff[onnx]'") from None
+
+
+def export_onnx(
+    denoiser: Denoiser, config: CheckpointConfig, options: GraphOptions, path: Path, *, fingerprint: str
+) -> float:
+    """Write the graph to `path`, whole or not at all, and answer how far ONNX Runtime's answers are from vdiff's.
+
+    Inputs and outputs are those of `Evaluation` and `FewSteps`, by name, for any batch size; `metadata` is in the file.
+
+    Raises:
+        VdiffError: packages are missing, the network is too large for the format, the answers differ, or the file
+            system refuses.
+    """
+    require_packages()
+    import onnx
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())
+    if size > MAX_BYTES:
+        raise VdiffError(
+            f"{size / 2**30:.1f} GiB of weights are more than the 2 GiB of an ONNX file", "use `vdiff export torch`"
+        )
+    if options.sampler:
+        told = grid(denoiser, options.num_steps)
+        values = {**inputs(denoiser, options, config, range(2)), **told[0]}
+        step = _traced(Step(denoiser, options), {"z": values.pop("noise"), **values}, ["z_s"], fixed=list(told[0]))
+        model = _repeated(step, [{name: value.numpy() for name, value in one.items()} for one in told])
+    else:
+        model = _traced(
+            Evaluation(denoiser, options.output), inputs(denoiser, options, config, range(2)), [options.output]
+        )
+    _clean(model)
+    onnx.helper.set_model_props(model, metadata(denoiser, options, config, fingerprint))
+
+    difference = 0.0
+
+    def write(temporary: Path) -> None:
+        nonlocal difference
+        onnx.save_model(model, temporary)
+        onnx.checker.check_model(temporary, full_check=True)
+        session = _session(str(temporary))
+
+        def answer(named: dict[str, Tensor]) -> Tensor:
+            found = session.run([options.results], {name: value.numpy() for name, value in named.items()})[0]
+            return torch.from_numpy(found)
+
+        difference = check(answer, denoiser, options, config)
+
+    write_whole(path, write)
+    return difference
+
+
+def _traced(
+    module: nn.Module, example: Mapping[str, Tensor], output_names: list[str], fixed: Sequence[str] = ()
+) -> Any:
+    """The ONNX model of `module`, called by keyword; every input but those of `fixed` has a dynamic batch size."""
+    module.eval().requires_grad_(False)
+    batch = torch.export.Dim(BATCH, min=1)
+    shapes = {name: None if name in fixed else {0: batch} for name in example}
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes)
+        exported = torch.onnx.export(
+            program,
+            input_names=list(example),
+            output_names=output_names,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert exported is not None
+    return exported.model_proto
+
+
+def _repeated(step: onnx.ModelProto, told: Sequence[Mapping[str, Any]]) -> onnx.ModelProto:
+    """A model that applies `step` once for each of `told`, z_s of one being z of the next: noise → images in [−1, 1].
+
+    What depends on weights alone is computed once; what depends on `told` as well is computed here, for every step, and
+    becomes a constant: the time embedding, α and σ. Only the rest is repeated.
+
+    Args:
+        step: inputs z and the names in `told`, which are the same for the whole batch, and others; output z_s.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    graph = step.graph
+    constant = {tensor.name for tensor in graph.initializer}
+    by_step = set(told[0])
+    once, scalar, rest = [], [], []
+    for node in graph.node:  # in the order of computation
+        needs = set(filter(None, node.input))
+        if needs <= constant:
+            once.append(node)
+            constant |= set(node.output)
+        elif needs <= constant | by_step:
+            scalar.append(node)
+            by_step |= set(node.output)
+        else:
+            rest.append(node)
+    frontier = sorted({name for node in rest for name in node.input} & by_step)
+
+    telling = helper.make_model(
+        helper.make_graph(
+            [*once, *scalar],
+            "told",
+            [value for value in graph.input if value.name in told[0]],
+            [onnx.ValueInfoProto(name=name) for name in frontier if name not in told[0]],
+            graph.initializer,
+        ),
+        opset_imports=step.opset_import,
+        ir_version=step.ir_version,
+    )
+    asked = [value.name for value in telling.graph.output]
+    session = _session(telling.SerializeToString()) if asked else None
+
+    nodes, constants = list(once), list(graph.initializer)
+    z = "noise"
+    for k, values in enumerate(told, 1):
+        names = {"z": z}
+        found = dict(values)
+        if session is not None:
+            found |= dict(zip(asked, session.run(asked, dict(values)), strict=True))
+        for name in frontier:
+            names[name] = f"{name}_of_step_{k}"
+            constants.append(numpy_helper.from_array(found[name], names[name]))
+        for node in rest:
+            names |= {name: f"{name}_of_step_{k}" for name in node.output if name}
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = f"{node.name}_of_step_{k}"
+            copy.input[:] = [names.get(name, name) for name in node.input]
+            copy.output[:] = [names.get(name, name) for name in node.output]
+            nodes.append(copy)
+        z = names["z_s"]
+    limits = [
+        numpy_helper.from_array(torch.tensor(limit).numpy(), name)
+        for name, limit in (("lowest", -1.0), ("highest", 1.0))
+    ]
+    nodes.append(helper.make_node("Clip", [z, "lowest", "highest"], ["images"]))
+    used = {name for node in nodes for name in node.input}
+
+    def renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+        copy = onnx.ValueInfoProto()
+        copy.CopyFrom(value)
+        copy.name = name
+        return copy
+
+    by_name = {value.name: value for value in graph.input}
+    given = [renamed(value, "noise" if name == "z" else name) for name, value in by_name.items() if name not in told[0]]
+    whole = helper.make_graph(
+        nodes,
+        "sampler",
+        given,
+        [renamed(graph.output[0], "images")],
+        [tensor for tensor in [*constants, *limits] if tensor.name in used],
+    )
+    return helper.make_model(whole, opset_imports=step.opset_import, ir_version=step.ir_version)
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Take out what the exporter notes of the source code and its place on this machine; name the batch size."""
+    import vdiff
+
+    model.producer_name, model.producer_version, model.doc_string = "vdiff", vdiff.__version__, ""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    for value in [*model.graph.input, *model.graph.output]:
+        del value.metadata_props[:]
+        value.type.tensor_type.shape.dim[0].dim_param = BATCH
+
+
+def _session(model: str | bytes) -> Any:
+    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's remarks on its own workings stay unsaid."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

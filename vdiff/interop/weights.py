@@ -1,0 +1,43 @@
+"""A checkpoint to be given away: weights, public description and model card, and nothing else that lies beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from vdiff.errors import VdiffError
+from vdiff.files import new_folder, write_text
+from vdiff.interop.card import CARD, is_card, write_card
+from vdiff.interop.sharing import public
+from vdiff.interop.usage import weights_usage
+from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config
+
+
+def describe(checkpoint: Path, folder: Path, *, license_name: str) -> None:
+    """Write all but the weights into `folder`: config.json without paths, README.md and its picture.
+
+    Raises:
+        VdiffError: the checkpoint cannot be used.
+    """
+    name = checkpoint.resolve().name
+    write_card(folder, checkpoint, usage={WEIGHTS: weights_usage(name)}, license_name=license_name)
+    values = public(asdict(read_config(checkpoint)))
+    write_text(folder / CONFIG, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwrite: bool) -> None:
+    """Write `folder`, which is a checkpoint itself, with the weights of `checkpoint` bit for bit; whole or not at all.
+
+    Raises:
+        VdiffError: the checkpoint cannot be used, or the folder exists; only folders of this function are replaced.
+    """
+    if folder.exists():
+        if folder.resolve() == checkpoint.resolve():
+            raise VdiffError(f"{folder} is the checkpoint itself", "give another folder")
+        if not (is_card(folder / CARD) and (folder / WEIGHTS).is_file()):
+            raise VdiffError(f"{folder} exists and was not written by this command", "give another folder")
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        describe(checkpoint, temporary, license_name=license_name)
+        shutil.copyfile(checkpoint / WEIGHTS, temporary / WEIGHTS)

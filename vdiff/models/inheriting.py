@@ -1,0 +1,271 @@
+"""The weights of a network of another shape: a smaller student begins with what fits of its teacher's.
+
+Weights are matched by what they mean, not by where they are: a level by its pixels' size, a block by its place in the
+level, a channel by its number among those that come from one source. Every width keeps its leading channels, so that
+all the branches that are added to one stream of features agree about which channels it still has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.models.unet import Attention, Resample, ResBlock, Stage, UNet, UNetConfig, parameter_count
+
+Parts = tuple[int, ...]
+"""The lengths of the pieces that one axis of a tensor is made of, each of a meaning of its own."""
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """How much of a network came from another.
+
+    Attributes:
+        whole, part, fresh: tensors that are the other's as they are, that hold a piece of one (or are filled by it in
+            part), and that nothing in the other fits.
+        copied, parameters: numbers that came from the other, of so many in all.
+    """
+
+    whole: int
+    part: int
+    fresh: int
+    copied: int
+    parameters: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.copied / self.parameters:.0%} of {self.parameters:,} parameters from the teacher "
+            f"({self.whole} tensors whole, {self.part} in part, {self.fresh} fresh)"
+        )
+
+
+def inherit(student: UNet, teacher: UNet) -> Inherited:
+    """Put what fits of the teacher's weights into the student, whose other weights stay as they are.
+
+    - Fewer channels: the leading ones, of h and of the skip that the way up joins, of scale and of shift, of q, k and
+      v and of each head. Where there are fewer heads, each stands for a group of the teacher's.
+    - Fewer blocks a level: the first, the last and evenly between; on the way up the blocks that take their skips.
+    - The embeddings of time and guidance: the nearest frequencies.
+    - A block that changes its width where the teacher's does not begins with the identity.
+
+    Equal shapes give equal networks. Dropout, attention that is new, guidance as an input and classes left out change
+    no answer.
+
+    Raises:
+        ValueError: images of other channels, or other classes.
+    """
+    for name in ("in_channels", "num_classes"):
+        mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if mine != theirs:
+            raise ValueError(f"the student's {name} is {mine}, the teacher's {theirs}: they must be the same")
+    found = _weights(teacher, student.config)
+    counts = {"whole": 0, "part": 0, "fresh": 0}
+    copied = 0
+    for name, weight in _weights(student, student.config).items():
+        if not isinstance(weight.tensor, nn.Parameter):
+            continue
+        source = found.get(name)
+        if source is None:
+            counts["fresh"] += 1
+            continue
+        numbers = _copy(weight, source)
+        is_whole = isinstance(source.tensor, nn.Parameter) and numbers == source.tensor.numel() == weight.tensor.numel()
+        counts["whole" if is_whole else "part"] += 1
+        copied += numbers
+    return Inherited(**counts, copied=copied, parameters=parameter_count(student))
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor, and the pieces of each of its axes (those of a convolution's kernel are left out)."""
+
+    tensor: Tensor
+    axes: tuple[Parts, ...]
+
+
+@torch.no_grad()
+def _copy(weight: _Weight, source: _Weight) -> int:
+    """Put the leading numbers of each piece of `source` into the same piece of `weight`; answers how many."""
+    pairs = [_alike(mine, theirs) for mine, theirs in zip(weight.axes, source.axes, strict=True)]
+    copied = 0
+    for pieces in itertools.product(*pairs):
+        to, of = weight.tensor, source.tensor
+        for axis, (start, length, start_of, length_of) in enumerate(pieces):
+            kept = min(length, length_of)
+            to, of = to.narrow(axis, start, kept), of.narrow(axis, start_of, kept)
+        to.copy_(of)
+        copied += to.numel()
+    return copied
+
+
+def _alike(mine: Parts, theirs: Parts) -> list[tuple[int, int, int, int]]:
+    """The pieces that stand for each other: start and length of mine, start and length of theirs.
+
+    Where they are not as many, neighbours are put together until they are.
+    """
+    count = math.gcd(len(mine), len(theirs))
+    mine, theirs = _joined(mine, count), _joined(theirs, count)
+    starts, starts_of = (itertools.accumulate(parts, initial=0) for parts in (mine, theirs))
+    return list(zip(starts, mine, starts_of, theirs, strict=False))
+
+
+def _joined(parts: Parts, count: int) -> Parts:
+    size = len(parts) // count
+    return tuple(sum(parts[i : i + size]) for i in range(0, len(parts), size))
+
+
+# What the weights of a network mean
+
+
+def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
+    """Name by meaning → weight. Blocks have their numbers in a network of shape `like`, and those without are left out.
+
+    Where a block passes its input on, the identity is said as the 1×1 convolution that it is.
+    """
+    config = network.config
+    emb, c = (config.embedding_channels,), config.channels
+    found: dict[str, _Weight] = {}
+
+    for name, mlp in (("time", network.embed), ("guidance", network.embed_guidance)):
+        if mlp is not None:
+            first = cast(nn.Linear, mlp[0])
+            found[f"{name}.0.weight"] = _Weight(_at_frequencies(first.weight, config, like), (emb, _pieces(like)))
+            found[f"{name}.0.bias"] = _Weight(first.bias, (emb,))
+            found |= _linear(f"{name}.2", mlp[2], emb, emb)
+    if network.embed_class is not None:
+        classes = (network.embed_class.num_embeddings,)  # "no class" is the last
+        found["classes"] = _Weight(network.embed_class.weight, (classes, emb))
+
+    at = f"fold {config.fold}"
+    found |= _linear(f"in, {at}", network.conv_in, (c,), (config.in_channels * config.fold**2,))
+    for place, module, inputs in _places(network, like):
+        if isinstance(module, Stage):
+            found |= _block(place, module.block, config, inputs)
+            if isinstance(module.attention, Attention):
+                found |= _attention(f"{place}, attention", module.attention)
+        elif module.block is not None:
+            found |= _block(place, module.block, config, inputs)
+        else:
+            assert module.conv is not None
+            found |= _linear(f"{place}, conv", module.conv, inputs, inputs)
+    last = (network.norm_out.num_channels,)
+    found |= _norm(f"out, {at}, norm", network.norm_out, last)
+    if config.out_channels == like.out_channels:
+        found |= _linear(f"out, {at}", network.conv_out, (config.out_channels * config.fold**2,), last)
+    return found
+
+
+def _places(network: UNet, like: UNetConfig) -> Iterator[tuple[str, Stage | Resample, Parts]]:
+    """Name by meaning, module, and the channels of what goes into it (two where it is h and a skip)."""
+    config = network.config
+    blocks = config.num_blocks
+    number = _numbers(blocks, like.num_blocks)
+    down, middle, up = (
+        iter(cast(Iterable[Stage | Resample], modules)) for modules in (network.down, network.middle, network.up)
+    )
+    levels = [(config.stride(i), config.channels * m) for i, m in enumerate(config.multipliers)]
+    width = config.channels
+    skips = [width]
+    for stride, channels in levels:
+        for k in range(blocks):
+            stage = next(down)
+            if k in number:
+                yield f"down, stride {stride}, block {number[k]}", stage, (width,)
+            width = channels
+            skips.append(width)
+        if stride != levels[-1][0]:
+            yield f"down, from stride {stride}", next(down), (width,)
+            skips.append(width)
+    for k, stage in enumerate(middle):
+        yield f"middle, block {k}", stage, (width,)
+    for stride, channels in reversed(levels):
+        for k in range(blocks + 1):
+            stage, skip = next(up), skips.pop()
+            taken = blocks - 1 - k  # the block on the way down whose output this one is given
+            if k == blocks:
+                yield f"up, stride {stride}, entry", stage, (width, skip)
+            elif taken in number:
+                yield f"up, stride {stride}, skip {number[taken]}", stage, (width, skip)
+            width = channels
+        if stride != levels[0][0]:
+            yield f"up, from stride {stride}", next(up), (width,)
+
+
+def _numbers(blocks: int, wanted: int) -> dict[int, int]:
+    """Block of a level → its number in a level of `wanted` blocks: the first, the last, and evenly between."""
+    count = min(blocks, wanted)
+    return dict(zip(_spread(count, blocks), _spread(count, wanted), strict=True))
+
+
+def _spread(count: int, size: int) -> list[int]:
+    """`count` of 0 … size − 1, evenly: (3, 5) → [0, 2, 4]."""
+    return [0] if count == 1 else [round(i * (size - 1) / (count - 1)) for i in range(count)]
+
+
+def _block(name: str, block: ResBlock, config: UNetConfig, inputs: Parts) -> dict[str, _Weight]:
+    """The weights of a residual block."""
+    out = (block.conv1.out_channels,)
+    emb = (config.embedding_channels,)
+    found = _norm(f"{name}, norm1", block.norm1, inputs)
+    found |= _linear(f"{name}, conv1", block.conv1, out, inputs)
+    if config.time_affine:
+        found |= _linear(f"{name}, scale and shift", block.time, out * 2, emb)
+    else:
+        found |= _linear(f"{name}, added time", block.time, out, emb)
+    found |= _norm(f"{name}, norm2", block.norm2, out)
+    found |= _linear(f"{name}, conv2", block.conv2, out, out)
+    if isinstance(block.skip, nn.Conv2d):
+        found |= _linear(f"{name}, skip", block.skip, out, inputs)
+    else:
+        weight = block.conv1.weight
+        found[f"{name}, skip.weight"] = _Weight(torch.eye(*out).to(weight)[:, :, None, None], (out, inputs))
+        found[f"{name}, skip.bias"] = _Weight(torch.zeros(*out).to(weight), (out,))
+    return found
+
+
+def _attention(name: str, attention: Attention) -> dict[str, _Weight]:
+    """The weights of an attention block: q, k and v fall into heads."""
+    c, heads = attention.norm.num_channels, attention.num_heads
+    by_head = (c // heads,) * heads
+    found = _norm(f"{name}, norm", attention.norm, (c,))
+    found |= _linear(f"{name}, qkv", attention.qkv, by_head * 3, (c,))
+    return found | _linear(f"{name}, out", attention.out, (c,), by_head)
+
+
+def _linear(name: str, module: nn.Module, out: Parts, inputs: Parts) -> dict[str, _Weight]:
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    assert module.bias is not None
+    return {f"{name}.weight": _Weight(module.weight, (out, inputs)), f"{name}.bias": _Weight(module.bias, (out,))}
+
+
+def _norm(name: str, norm: nn.GroupNorm, channels: Parts) -> dict[str, _Weight]:
+    return {f"{name}.weight": _Weight(norm.weight, (channels,)), f"{name}.bias": _Weight(norm.bias, (channels,))}
+
+
+def _pieces(config: UNetConfig) -> Parts:
+    """The pieces of an embedding of time: cosines, sines, and a zero where the number is odd."""
+    return config.channels // 2, config.channels // 2, config.channels % 2
+
+
+def _at_frequencies(weight: Tensor, config: UNetConfig, like: UNetConfig) -> Tensor:
+    """The weights that read `like`'s embedding of time nearly as `weight` (…, channels) reads that of `config`.
+
+    Frequency i is P^(−i/(half − freq_shift)); as a number of the other's frequencies that is mostly between two whole
+    ones, and its weights are shared out between these.
+    """
+    if (config.channels, config.freq_shift) == (like.channels, like.freq_shift):
+        return weight
+    half, other = config.channels // 2, like.channels // 2
+    if not half or not other:
+        return weight.new_zeros(len(weight), like.channels)
+    place = torch.arange(half) * (other - like.freq_shift) / (half - config.freq_shift)
+    share = (1 - (place.clamp(max=other - 1)[:, None] - torch.arange(other)).abs()).clamp(min=0).to(weight)
+    with torch.no_grad():
+        cosines, sines = (part @ share for part in weight[:, : 2 * half].chunk(2, dim=1))
+    return torch.cat([cosines, sines, weight.new_zeros(len(weight), like.channels % 2)], dim=1)
