@@ -12,7 +12,7 @@ import torch
 
 from tests.oracles import randn
 from vdiff.diffusion.noise import ImageNoise
-from vdiff.diffusion.samplers import SAMPLERS, Clipped, Ddim, Ddpm, Sampler
+from vdiff.diffusion.samplers import SAMPLERS, Clipped, Ddim, Ddpm, Dpmpp2m, Dpmpp3m, Heun, Ipndm, Sampler, UniPc
 from vdiff.diffusion.schedules import CosineSchedule, DdpmCosineSchedule
 from vdiff.errors import VdiffError
 from vdiff.models.denoiser import Denoiser
@@ -111,6 +111,11 @@ EVERY_SAMPLER: dict[str, Sampler] = {
     "ddpm": Ddpm(),
     "clipped": Clipped(),
     "clipped_eta": Clipped(eta=0.7),
+    "dpmpp_2m": Dpmpp2m(),
+    "dpmpp_3m_thresholded": Dpmpp3m(threshold=0.9),
+    "unipc": UniPc(),
+    "ipndm": Ipndm(),
+    "heun": Heun(),
 }
 every_sampler = pytest.mark.parametrize("sampler", EVERY_SAMPLER.values(), ids=EVERY_SAMPLER)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 
+from tests.drawing import order, run
 from tests.toy import SIZE, Watcher, contents, write_checkpoint
 from vdiff.diffusion.samplers import Clipped, Ddim
 from vdiff.errors import Interrupted, VdiffError
@@ -21,10 +21,11 @@ from vdiff.models.checkpoint import (
     load_checkpoint,
     read_config,
     save_checkpoint,
-    weights_fingerprint,
 )
 from vdiff.models.drawing import draw
-from vdiff.sampling.folder import GRID, RECORD, Order, draw_folder, image_path
+from vdiff.sampling.folder import image_path
+from vdiff.sampling.order import RECORD
+from vdiff.sampling.outputs import GRID
 
 
 @pytest.fixture(scope="module")
@@ -39,28 +40,6 @@ def grey_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grey") / "base_0"
     write_checkpoint(folder, channels=1)
     return folder
-
-
-def order(model: Path, **changes) -> Order:
-    values = {
-        "checkpoint": model.as_posix(), "fingerprint": weights_fingerprint(model), "sampler": "ddim", "options": {},
-        "num_steps": 4, "seed": 3, "classes": [],
-    }  # fmt: skip
-    return Order(**values | changes)
-
-
-def run(
-    order: Order, folder: Path, *, num: int = 7, batch_size: int = 3, overwrite: bool = False, reporter=None
-) -> str:
-    return draw_folder(
-        order,
-        folder,
-        num=num,
-        batch_size=batch_size,
-        device=torch.device("cpu"),
-        overwrite=overwrite,
-        reporter=reporter or Watcher(),
-    )
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -80,11 +59,12 @@ def images(num: int) -> list[str]:
 
 def test_a_folder_holds_images_grid_and_record(model, tmp_path):
     wanted = order(model)
-    said = run(wanted, tmp_path / "out")
-    assert said.startswith("7 images in ")
-    assert said.endswith(f"/s), ddim, 4 evaluations each, to {tmp_path / 'out'}")
+    report = run(wanted, tmp_path / "out")
+    assert (report.num, report.drawn, report.evaluations, report.out) == (7, 7, 4, tmp_path / "out")
+    assert report.images_per_second == pytest.approx(7 / report.seconds)
     assert names(tmp_path / "out") == [*images(7), GRID, RECORD]
-    assert json.loads((tmp_path / "out" / RECORD).read_text()) == dataclasses.asdict(wanted)
+    written = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert written == {**dataclasses.asdict(wanted), "format": "png"}
 
 
 @pytest.mark.parametrize(
@@ -151,8 +131,8 @@ def test_what_was_cut_is_filled_up(model, tmp_path, error, code, completed, call
     assert names(cut) == [*images(kept), RECORD]
     before = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
     watcher = Watcher()
-    said = run(order(model), cut, batch_size=2, reporter=watcher)
-    assert said.startswith(f"{7 - kept} images in ")
+    report = run(order(model), cut, batch_size=2, reporter=watcher)
+    assert report.drawn == 7 - kept
     assert watcher.bars == [("cut", 7, kept)]
     after = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
     assert {name: after[name] for name in before} == before
@@ -164,7 +144,7 @@ def test_single_missing_images_are_drawn_again(model, tmp_path):
     before = contents(tmp_path / "out")
     for k in (0, 4):
         image_path(tmp_path / "out", k).unlink()
-    assert run(order(model), tmp_path / "out").startswith("2 images in ")
+    assert run(order(model), tmp_path / "out").drawn == 2
     assert contents(tmp_path / "out") == before
 
 
@@ -172,7 +152,8 @@ def test_a_complete_folder_is_left_alone(model, tmp_path):
     run(order(model), tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     for num in (7, 3):
-        assert run(order(model), tmp_path / "out", num=num) == f"{tmp_path / 'out'} holds all {num} images already"
+        report = run(order(model), tmp_path / "out", num=num)
+        assert (report.drawn, report.evaluations, report.images_per_second) == (0, None, None)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -180,7 +161,7 @@ def test_a_folder_can_be_extended(model, tmp_path):
     run(order(model), tmp_path / "whole", num=11)
     run(order(model), tmp_path / "out", num=4)
     watcher = Watcher()
-    assert run(order(model), tmp_path / "out", num=11, reporter=watcher).startswith("7 images in ")
+    assert run(order(model), tmp_path / "out", num=11, reporter=watcher).drawn == 7
     assert watcher.bars == [("out", 11, 4)]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -223,7 +204,7 @@ def test_the_same_model_in_another_place_goes_on(model, tmp_path):
     for name in (WEIGHTS, CONFIG):
         (moved / name).write_bytes((model / name).read_bytes())
     run(order(model), tmp_path / "out", num=2)
-    assert run(order(moved), tmp_path / "out", num=3).startswith("1 images in ")
+    assert run(order(moved), tmp_path / "out", num=3).drawn == 1
 
 
 def test_overwriting_begins_anew(model, tmp_path):

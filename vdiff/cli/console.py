@@ -28,6 +28,11 @@ def quantity(number: float) -> str:
     return f"{number / 1000**power:.3g} {' kMGTP'[power]}".rstrip()
 
 
+def plural(number: int, thing: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 class PlainProgress:
     """A line at most every ten seconds, and one at the end: for logs and pipes."""
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json as jsonlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from vdiff.cli.console import Console
+from vdiff.cli.drawing import (
+    SUFFIXES,
+    asked_by,
+    default_name,
+    image_format,
+    path_of,
+    report_line,
+    report_values,
+    sampler_options,
+    sampling_steps,
+)
 from vdiff.cli.options import Command, Names, OneOf, option, switch
+from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
-from vdiff.errors import OptionError, suggestion
-
-if TYPE_CHECKING:
-    from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.errors import OptionError
 
 DEVICES = ["auto", "cpu", "cuda", "mps"]
+PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 
 
 @click.command(
@@ -25,7 +34,10 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
         "python sample.py                                              # 64 images from the newest checkpoint",
         "python sample.py --clipped_sampling True                      # the clipped sampler",
         "python sample.py --checkpoint checkpoints/original --time_scale 8   # an eighth of its steps",
-        "python sample.py --checkpoint checkpoints/base_5 --num 50000 --batch_size 500 --seed 1",
+        "python sample.py --checkpoint checkpoints/original --sampler dpmpp_2m --num_timesteps 16 --grid logsnr",
+        "python sample.py --checkpoint checkpoints/base_5 --num 50000 --batch_size 500 --out samples/fifty.npz",
+        "python sample.py --classes 3,7 --guidance 1.5 --trajectory --json",
+        "python sample.py --interpolate 3 12 --num 16",
     ],
 )
 @option(
@@ -37,6 +49,18 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     help="A folder that train.py or distill.py wrote.",
 )
 @option("--device", group="Model", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
+@option(
+    "--precision",
+    group="Model",
+    type=OneOf(PRECISIONS),
+    default="auto",
+    help="What the network computes in. Auto is fp32, on CUDA with products in TF32.",
+)
+@switch(
+    "--compile",
+    group="Model",
+    help="Compile the network first, a minute's work; on CUDA, record it as a graph too.",
+)
 @option("--num", group="Images", type=click.IntRange(1), default=64, metavar="IMAGES", help="How many.")
 @option(
     "--batch_size",
@@ -44,7 +68,7 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     type=click.IntRange(1),
     default=64,
     metavar="IMAGES",
-    help="Drawn at once; images do not depend on it.",
+    help="Drawn at once by each process; images do not depend on it.",
 )
 @option(
     "--seed",
@@ -62,14 +86,48 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     help="Names or numbers of the classes that the images take in turn.",
 )
 @option(
-    "--out",
+    "--guidance",
     group="Images",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    show_default="samples/CHECKPOINT-SAMPLER-STEPSsteps-seedSEED",
-    help="Gets one PNG file an image, grid.png and samples.json.",
+    type=float,
+    metavar="W",
+    show_default="0",
+    help="Weight of classifier-free guidance: 0 none, -1 no class, more than 0 more of the class. A network that was "
+    "not distilled with it is evaluated twice a step. Scales of other tools are W + 1.",
 )
-@switch("--overwrite", group="Images", help="Replace what is in --out.")
+@option(
+    "--guidance_interval",
+    group="Images",
+    type=Names(click.FLOAT, "FIRST,LAST"),
+    show_default="0,1",
+    help="Guide at these times alone, where 1 is noise and 0 the image.",
+)
+@option(
+    "--interpolate",
+    group="Images",
+    type=click.IntRange(0),
+    nargs=2,
+    metavar="A B",
+    help="Draw --num images on the way from image A to image B of the seed instead.",
+)
+@option(
+    "--out",
+    group="Output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    show_default="samples/CHECKPOINT-SAMPLER-STEPSsteps-seedSEED",
+    help="A folder, or a file or folder that ends in .zip, .npz or .lmdb.",
+)
+@option(
+    "--format",
+    "image_store",
+    group="Output",
+    type=OneOf(list(SUFFIXES)),
+    show_default="what --out ends in, else png",
+    help="A folder of PNG files, PNG files in a zip, arrays as evaluation suites read them, or a dataset for train.py.",
+)
+@switch("--trajectory", group="Output", help="Show how the first images come about: trajectory.png and .webp.")
+@switch("--overwrite", group="Output", help="Replace what is in --out.")
+@switch("--json", group="Output", help="Print the result as one JSON object.")
 @option("--sampler", group="Sampler", type=OneOf(list(SAMPLERS)), show_default="ddim", help="The rule for one step.")
 @switch("--clipped_sampling", group="Sampler", help="The same as --sampler clipped.")
 @option(
@@ -78,7 +136,7 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     type=click.IntRange(1),
     metavar="STEPS",
     show_default="the model's own",
-    help="Sampling steps, each one network evaluation.",
+    help="Sampling steps, each one network evaluation (heun: two).",
 )
 @option(
     "--time_scale",
@@ -88,6 +146,13 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     help="Take every K-th of the model's steps, instead of --num_timesteps.",
 )
 @option(
+    "--grid",
+    group="Sampler",
+    type=OneOf(list(GRIDS)),
+    default="uniform",
+    help="How the steps are spaced; a distilled model has learned the uniform ones alone.",
+)
+@option(
     "--clipping_value",
     group="Sampler",
     type=click.FloatRange(0, min_open=True),
@@ -95,7 +160,14 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
     show_default="1.2 for clipped, else 1",
     help="Predicted images are clipped to ±LIMIT; by clipped, predicted noise too.",
 )
-@switch("--no_clip", group="Sampler", help="Do not clip predicted images (ddim, ddpm).")
+@switch("--no_clip", group="Sampler", help="Do not clip predicted images (all but clipped).")
+@option(
+    "--dynamic_threshold",
+    group="Sampler",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="QUANTILE",
+    help="Instead of clipping, scale images down whose QUANTILE of values is beyond the limit (not clipped): 0.995.",
+)
 @option(
     "--eta",
     group="Sampler",
@@ -107,42 +179,68 @@ DEVICES = ["auto", "cpu", "cuda", "mps"]
 def command(
     checkpoint: Path | None,
     device: str,
+    precision: str,
+    compile: bool,  # noqa: A002 - the flag's name
     num: int,
     batch_size: int,
     seed: int,
     classes: tuple[str, ...] | None,
+    guidance: float | None,
+    guidance_interval: tuple[float, ...] | None,
+    interpolate: tuple[int, int] | None,
     out: Path | None,
+    image_store: str | None,
+    trajectory: bool,
     overwrite: bool,
+    json: bool,
     sampler: str | None,
     clipped_sampling: bool,
     num_timesteps: int | None,
     time_scale: int | None,
+    grid: str,
     clipping_value: float | None,
     no_clip: bool,
+    dynamic_threshold: float | None,
     eta: float | None,
 ) -> None:
     """Draw images from a checkpoint, which is all that is needed.
 
-    The same command goes on where it was stopped, and does nothing where all images exist.
+    The same command goes on where it was stopped, and does nothing where all images exist. Under torchrun or accelerate
+    each process draws a share of them.
     """
     if clipped_sampling and sampler not in (None, "clipped"):
         raise OptionError(f"--clipped_sampling and --sampler {sampler} exclude each other", "give one of them")
     name = "clipped" if clipped_sampling else sampler or "ddim"
-    options = sampler_options(name, clipping_value=clipping_value, no_clip=no_clip, eta=eta)
+    options = sampler_options(
+        name, clipping_value=clipping_value, no_clip=no_clip, threshold=dynamic_threshold, eta=eta
+    )
+    path = path_of(interpolate, num)
+    form = image_format(out, image_store)
 
     from vdiff.models.checkpoint import newest_checkpoint, read_config, weights_fingerprint
-    from vdiff.models.device import pick_device
-    from vdiff.sampling.folder import GRID, Order, draw_folder
+    from vdiff.models.speed import pick_precision
+    from vdiff.sampling import checks
+    from vdiff.sampling.formats import open_output
+    from vdiff.sampling.job import Work, draw_images
+    from vdiff.sampling.order import Order
+    from vdiff.sampling.outputs import ImageKind
+    from vdiff.sampling.processes import join
 
     console = Console()
     folder = checkpoint or newest_checkpoint()
     config = read_config(folder)
-    if config.prediction == "eps" and no_clip:
-        raise OptionError(
-            "--no_clip: an eps-prediction at zero signal says nothing about the image, so x must be clipped",
-            "leave --no_clip out",
-        )
+    with asked_by("--no_clip", "leave --no_clip out"):
+        checks.check_limits(config, options)
     steps = sampling_steps(config, num_timesteps, time_scale)
+    with asked_by(f"--num_timesteps {steps}" if grid == "uniform" else f"--grid {grid}"):
+        checks.check_grid(config, grid, steps)
+    with asked_by("--guidance"):
+        checks.check_guidance(config, guidance or 0.0)
+    with asked_by("--guidance_interval"):
+        checks.check_interval(config, guidance or 0.0, guidance_interval)
+    with asked_by("--classes"):
+        numbers = checks.class_numbers(config, classes)
+    processes = join(device)
     order = Order(
         checkpoint=folder.as_posix(),
         fingerprint=weights_fingerprint(folder),
@@ -150,80 +248,31 @@ def command(
         options=options,
         num_steps=steps,
         seed=seed,
-        classes=class_numbers(config, classes),
+        classes=numbers,
+        grid=grid,
+        guidance=guidance or 0.0,
+        guidance_interval=list(guidance_interval or ()),
+        precision=pick_precision(precision, processes.device),
+        path=path,
     )
-    target = out or Path("samples") / f"{folder.resolve().name}-{name}-{steps}steps-seed{seed}"
+    target = out or Path("samples") / default_name(folder, order, form)
+    kind = ImageKind(config.image_size, int(config.unet.get("in_channels", 3)), config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
     console.line(f"{folder}{progress}")
-    report = draw_folder(
+    report = draw_images(
         order,
-        target,
-        num=num,
-        batch_size=batch_size,
-        device=pick_device(device),
-        overwrite=overwrite,
+        open_output(form, target, kind, processes.number),
+        Work(num, batch_size, precision, compile, overwrite, trajectory),
+        processes=processes,
         reporter=console,
     )
-    console.result(report)
-    console.result(f"picture    {target / GRID}")
-
-
-def sampling_steps(config: CheckpointConfig, num_timesteps: int | None, time_scale: int | None) -> int:
-    """The number of steps that the flags ask for.
-
-    Raises:
-        OptionError: both flags, or a number of steps that the model was not made for.
-    """
-    if num_timesteps is not None and time_scale is not None:
-        raise OptionError("--num_timesteps and --time_scale say the same in two ways", "give one of them")
-    if time_scale is not None and config.num_timesteps % time_scale:
-        raise OptionError(
-            f"--time_scale {time_scale} does not divide the model's {config.num_timesteps} steps",
-            "give one that does",
+    if json:
+        values = report_values(
+            order, config, report, form=form, device=processes.device.type, processes=processes.count
         )
-    steps = num_timesteps or config.num_timesteps // (time_scale or 1)
-    try:
-        config.check_num_steps(steps)
-    except ValueError as error:
-        raise OptionError(f"--num_timesteps {steps}: {error}", "give a number that does") from None
-    return steps
-
-
-def class_numbers(config: CheckpointConfig, words: tuple[str, ...] | None) -> list[int]:
-    """Classes by name or number; all of them where none is named.
-
-    Raises:
-        OptionError: an unknown class, or a model without classes.
-    """
-    names = config.class_names
-    if words is None:
-        return list(range(len(names)))
-    if not names:
-        raise OptionError("--classes: this model knows no classes", "leave it out")
-    numbers = []
-    for word in words:
-        if word not in names and not (word.isdecimal() and int(word) < len(names)):
-            raise OptionError(f"--classes: no class {word!r}", suggestion(word, names))
-        numbers.append(names.index(word) if word in names else int(word))
-    return numbers
-
-
-def sampler_options(name: str, *, clipping_value: float | None, no_clip: bool, eta: float | None) -> dict[str, Any]:
-    """The parameters of the sampler `name` that the flags ask for.
-
-    Raises:
-        OptionError: a flag that this sampler has no use for.
-    """
-    known = {field.name for field in fields(SAMPLERS[name])}  # type: ignore[arg-type]
-    if no_clip and clipping_value is not None:
-        raise OptionError("--no_clip and --clipping_value exclude each other", "give one of them")
-    if no_clip and name == "clipped":
-        raise OptionError("--no_clip: the clipped sampler is nothing without its clip", "give --sampler ddim")
-    if eta is not None and "eta" not in known:
-        raise OptionError(f"--eta has no meaning for the sampler {name}", "leave it out, or give --sampler ddim")
-    options: dict[str, Any] = {}
-    if no_clip or clipping_value is not None:
-        options["clip"] = clipping_value
-    if eta is not None:
-        options["eta"] = eta
-    return options
+        console.result(jsonlib.dumps(values, ensure_ascii=False))
+        return
+    console.result(report_line(order, report))
+    console.result(f"picture    {report.picture}")
+    for picture in report.trajectory:
+        console.result(f"trajectory {picture}")

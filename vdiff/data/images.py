@@ -73,6 +73,34 @@ def make_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) ->
     return grid if images.shape[1] == 3 else grid[:1]  # torchvision repeats a grey channel three times
 
 
+def labelled_grid(images: Tensor, labels: Sequence[str], columns: int, scale: int | None = None) -> PIL.Image.Image:
+    """(N, C, H, W) images in [−1, 1] on white, `columns` a row, each with a label below it, shortened to its width.
+
+    Images are enlarged `scale` times without smoothing; by default just enough for cells of 72 pixels.
+
+    Raises:
+        ValueError: not one label for each image.
+    """
+    if len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    factor = scale or cell_scale(images)
+    height, width = (factor * side for side in images.shape[-2:])
+    text = PIL.ImageFont.load_default(size=max(10, min(16, width // 7)))
+    line = int(text.getbbox("Ag")[3]) + SPACING
+    rows = -(-len(images) // columns)
+    size = (2 * MARGIN + columns * (width + GAP) - GAP, 2 * MARGIN + rows * (height + line + GAP) - GAP)
+    picture = PIL.Image.new("RGB", size, "white")
+    draw = PIL.ImageDraw.Draw(picture)
+    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = MARGIN + k % columns * (width + GAP), MARGIN + k // columns * (height + line + GAP)
+        picture.paste(to_pil(image).resize((width, height), PIL.Image.Resampling.NEAREST), (x, y))
+        words = label
+        while len(words) > 2 and draw.textlength(words, font=text) > width:
+            words = words.rstrip("…")[:-1].rstrip() + "…"
+        draw.text((x + width / 2, y + height + 1), words, fill=SOFT_INK, font=text, anchor="ma")
+    return picture
+
+
 def captioned_grid(
     rows: Sequence[Sequence[Tensor]],
     column_titles: Sequence[str],

@@ -1,1 +1,1 @@
-"""Drawing images into a folder."""
+"""Drawing images into files: any number, cut short or not, by one process or several."""

@@ -1,0 +1,154 @@
+"""What the flags of `sample.py` ask for, and what it says at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.errors import OptionError, VdiffError
+
+if TYPE_CHECKING:
+    from vdiff.models.checkpoint import CheckpointConfig
+    from vdiff.sampling.job import Report
+    from vdiff.sampling.order import Order
+
+SUFFIXES = {"png": "", "zip": ".zip", "npz": ".npz", "lmdb": ".lmdb"}
+
+
+@contextmanager
+def asked_by(flag: str, hint: str = "") -> Iterator[None]:
+    """Name the flag that asked for what is refused inside the block.
+
+    Raises:
+        OptionError: instead of a VdiffError.
+    """
+    try:
+        yield
+    except VdiffError as error:
+        raise OptionError(f"{flag}: {error.cause}", hint or error.hint) from None
+
+
+def sampling_steps(config: CheckpointConfig, num_timesteps: int | None, time_scale: int | None) -> int:
+    """The number of steps that the flags ask for.
+
+    Raises:
+        OptionError: both flags, or a divisor that is none.
+    """
+    if num_timesteps is not None and time_scale is not None:
+        raise OptionError("--num_timesteps and --time_scale say the same in two ways", "give one of them")
+    if time_scale is not None and config.num_timesteps % time_scale:
+        raise OptionError(
+            f"--time_scale {time_scale} does not divide the model's {config.num_timesteps} steps",
+            "give one that does",
+        )
+    return num_timesteps or config.num_timesteps // (time_scale or 1)
+
+
+def sampler_options(
+    name: str, *, clipping_value: float | None, no_clip: bool, threshold: float | None, eta: float | None
+) -> dict[str, Any]:
+    """The parameters of the sampler `name` that the flags ask for.
+
+    Raises:
+        OptionError: a flag that this sampler has no use for.
+    """
+    known = {field.name for field in fields(SAMPLERS[name])}  # type: ignore[arg-type]
+    if no_clip and clipping_value is not None:
+        raise OptionError("--no_clip and --clipping_value exclude each other", "give one of them")
+    if no_clip and threshold is not None:
+        raise OptionError("--no_clip and --dynamic_threshold exclude each other", "give one of them")
+    if no_clip and name == "clipped":
+        raise OptionError("--no_clip: the clipped sampler is nothing without its clip", "give --sampler ddim")
+    if threshold is not None and "threshold" not in known:
+        raise OptionError(f"--dynamic_threshold has no meaning for the sampler {name}", "leave it out")
+    if eta is not None and "eta" not in known:
+        raise OptionError(f"--eta has no meaning for the sampler {name}", "leave it out, or give --sampler ddim")
+    options: dict[str, Any] = {}
+    if no_clip or clipping_value is not None:
+        options["clip"] = clipping_value
+    if threshold is not None:
+        options["threshold"] = threshold
+    if eta is not None:
+        options["eta"] = eta
+    return options
+
+
+def path_of(interpolate: tuple[int, int] | None, num: int) -> list[int]:
+    """`Order.path`: empty, or both ends and the number of images.
+
+    Raises:
+        OptionError: no way between the ends.
+    """
+    if interpolate is None:
+        return []
+    first, last = interpolate
+    if first == last:
+        raise OptionError(f"--interpolate {first} {last}: the ends are the same image", "give two different numbers")
+    if num < 2:
+        raise OptionError("--interpolate: --num 1 leaves no room for both ends", "give --num 2 or more")
+    return [first, last, num]
+
+
+def image_format(out: Path | None, asked: str | None) -> str:
+    """The format that is asked for, or that the name of the output says; `png` where neither does.
+
+    Raises:
+        OptionError: the two contradict each other.
+    """
+    of_suffix = {suffix: form for form, suffix in SUFFIXES.items() if suffix}
+    said = of_suffix.get(out.suffix.lower()) if out else None
+    if asked and said and asked != said:
+        raise OptionError(f"--out {out} and --format {asked} contradict each other", "give one of them")
+    return asked or said or "png"
+
+
+def default_name(folder: Path, order: Order, form: str) -> str:
+    """The name of an output: what most of its looks depend on."""
+    parts = [folder.resolve().name, order.sampler]
+    parts += [order.grid] if order.grid != "uniform" else []
+    parts += [f"{order.num_steps}steps"]
+    parts += [f"guidance{order.guidance:g}"] if order.guidance else []
+    parts += [f"seed{order.seed}"]
+    parts += [f"{order.path[0]}to{order.path[1]}"] if order.path else []
+    return "-".join(parts) + SUFFIXES[form]
+
+
+def report_line(order: Order, report: Report) -> str:
+    """What was done, in one line."""
+    if not report.drawn:
+        return f"{report.out} holds all {report.num} images already"
+    evaluations = report.evaluations or order.num_steps
+    each = f"{evaluations:.4g} evaluation{'s' if evaluations > 1 else ''} each"
+    return (
+        f"{report.drawn} images in {report.seconds:.1f} s ({report.images_per_second:.3g}/s), "
+        f"{order.sampler}, {each}, to {report.out}"
+    )
+
+
+def report_values(
+    order: Order, config: CheckpointConfig, report: Report, *, form: str, device: str, processes: int
+) -> dict[str, Any]:
+    """The result as one JSON object: how and how fast the images were drawn, from what, and where they are."""
+    return {
+        **report.to_dict(),
+        "format": form,
+        "checkpoint": order.checkpoint,
+        "fingerprint": order.fingerprint,
+        "weights": config.weights,
+        "sampler": order.sampler,
+        "options": order.options,
+        "grid": order.grid,
+        "steps": order.num_steps,
+        "guidance": order.guidance,
+        "guidance_interval": order.guidance_interval,
+        "classes": [config.class_names[k] for k in order.classes],
+        "interpolate": order.path[:2],
+        "seed": order.seed,
+        "precision": order.precision,
+        "device": device,
+        "processes": processes,
+    }

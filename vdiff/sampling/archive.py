@@ -1,0 +1,132 @@
+"""One whole thing, a zip, an npz or an LMDB: images wait in `OUT.partial` until all are there.
+
+The same command fills it up; then it is packed, and put in the place of OUT in one move.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdiff.data.images import from_uint8
+from vdiff.errors import VdiffError
+from vdiff.files import fsync_folder, make_folder, refusal, remove, take_place, write_text
+from vdiff.sampling.codecs import from_png, pixels, png
+from vdiff.sampling.order import RECORD, Order
+from vdiff.sampling.outputs import ImageKind, Output, State, check_form, is_ours, sweep
+from vdiff.sampling.packing import PACKERS, Contents, read_packed_record, write_packed
+from vdiff.sampling.spool import Spool, Spooled
+
+
+class Archive(Output):
+    """One file, or one LMDB folder, packed from the images that wait in `OUT.partial`."""
+
+    def __init__(self, path: Path, kind: ImageKind, form: str, process: int = 0) -> None:
+        super().__init__(path, kind)
+        self.form, self.packer = form, PACKERS[form]
+        self.spool = Spool(self.place, process)
+        self.spooled: Spooled | None = None
+
+    @property
+    def place(self) -> Path:
+        """`OUT.partial`."""
+        return self.path.with_name(f"{self.path.name}.partial")
+
+    def check(self, order: Order, num: int, *, overwrite: bool) -> State:
+        """Finished: the whole is in its place, with as many images."""
+        if self.path.exists():
+            record = read_packed_record(self.path)
+            if record is None:
+                raise VdiffError(f"{self.path} exists and sample.py did not draw it", "choose another --out")
+            if not overwrite:
+                check_form(record, self.form, self.path)
+                order.check_same(record, self.path)
+                if record.get("num") == num:
+                    return "finished"
+                raise VdiffError(
+                    f"{self.path} holds {record.get('num')} images, not {num}", "give --overwrite, or another --out"
+                )
+        return "going on" if is_ours(self.place, order, self.form, overwrite=overwrite) else "anew"
+
+    def begin(self, order: Order, state: State) -> None:
+        """Make the partial folder; what is at OUT stays until it is replaced."""
+        if state != "going on" and self.place.exists():
+            remove(self.place)
+        if state == "anew":
+            write_text(make_folder(self.place) / RECORD, order.to_json(format=self.form))
+        sweep(self.place)
+
+    def held(self, num: int) -> np.ndarray:
+        """What lies in the partial folder: all of it is read, and where each image is, is kept in mind."""
+        self.spooled = Spooled(self.place, num)
+        return self.spooled.held
+
+    def encode(self, index: int, image: Tensor) -> bytes:
+        """PNG, or plain pixels, as the packer wants them."""
+        del index
+        return png(image) if self.packer.takes_png else pixels(image).tobytes()
+
+    def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
+        """Append them to this process's file."""
+        self.spool.append(images)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """From the partial folder."""
+        spooled = self.spooled or Spooled(self.place, max(indices) + 1)
+        return torch.stack([self._image(data) for data in spooled.read(indices)])
+
+    def _image(self, data: bytes) -> Tensor:
+        if self.packer.takes_png:
+            return from_png(data)
+        shape = (self.kind.size, self.kind.size, self.kind.channels)
+        return from_uint8(torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(shape).permute(2, 0, 1))
+
+    def finish(self, order: Order, num: int) -> None:
+        """Pack, then move the pictures and the whole to their places, and take the partial folder away."""
+        packed = self.place / f"packed.{self.form}"
+        spooled = self.spooled or Spooled(self.place, num)
+        contents = Contents(
+            name=self.path.stem,
+            num=num,
+            size=self.kind.size,
+            channels=self.kind.channels,
+            class_names=self.kind.class_names,
+            labels=order.labels,
+            images=lambda: spooled.read(range(num)),
+            record=order.to_json(format=self.form, num=num),
+        )
+        try:
+            remove(packed)
+            write_packed(self.form, contents, packed)
+            for picture in sorted(self.place.glob("*.png")) + sorted(self.place.glob("*.webp")):
+                shutil.move(picture, self.picture(picture.name))
+            _take_place(packed, self.path)
+            remove(self.place)
+        except OSError as error:
+            raise refusal(self.path, error) from None
+
+    def picture(self, name: str) -> Path:
+        """Beside it: `OUT.grid.png`."""
+        return self.path.with_name(f"{self.path.name}.{name}")
+
+    def picture_in_work(self, name: str) -> Path:
+        """In the partial folder; beside OUT where all else is done."""
+        return self.place / name if self.place.exists() else self.picture(name)
+
+
+def _take_place(packed: Path, path: Path) -> None:
+    """Make a file or a folder durable, and move it over `path`."""
+    if packed.is_file():
+        with open(packed, "rb+") as file:
+            os.fsync(file.fileno())
+    if packed.is_file() and not path.is_dir():
+        os.replace(packed, path)
+        fsync_folder(path.parent)
+    else:
+        take_place(packed, path)

@@ -1,0 +1,135 @@
+"""What can be asked of a checkpoint: each check answers what was asked in the form that drawing takes, or refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from vdiff.diffusion.grids import grid_of
+from vdiff.diffusion.samplers import SAMPLERS, Sampler
+from vdiff.diffusion.schedules import build_schedule
+from vdiff.errors import VdiffError, suggestion
+from vdiff.models.checkpoint import CheckpointConfig
+
+UNIFORM = "uniform"
+MIN_SIGNAL = 1e-3
+"""With a smaller α at t = 1, x̂ = (z − σ ε̂)/α is the network's error magnified."""
+
+
+def class_numbers(config: CheckpointConfig, words: Sequence[str | int] | None) -> list[int]:
+    """Classes by name or number; all of them where none is named, none for an unconditional model.
+
+    Raises:
+        VdiffError: an unknown class, or a model without classes.
+    """
+    names = config.class_names
+    if words is None:
+        return list(range(len(names)))
+    if not names:
+        raise VdiffError("this model knows no classes", "leave it out")
+    if not words:
+        raise VdiffError("no class is named", suggestion("", names))
+    numbers = []
+    for word in map(str, words):
+        if word not in names and not (word.isdecimal() and int(word) < len(names)):
+            raise VdiffError(f"no class {word!r}", suggestion(word, names))
+        numbers.append(names.index(word) if word in names else int(word))
+    return numbers
+
+
+def check_grid(config: CheckpointConfig, grid: str, num_steps: int) -> None:
+    """Refuse times that the network has never seen.
+
+    Raises:
+        VdiffError: another grid than its own for a distilled model, or a number of steps that the grid cannot have.
+    """
+    schedule = build_schedule(config.schedule)
+    is_distilled = config.levels is not None and config.levels != schedule.num_levels
+    if grid != UNIFORM and is_distilled:
+        raise VdiffError(
+            f"this model was distilled for {config.num_timesteps} uniform steps and knows no other times",
+            "leave it out, or take the model that it was distilled from",
+        )
+    try:
+        if grid == UNIFORM:
+            config.check_num_steps(num_steps)
+        grid_of(grid, schedule, num_steps)
+    except ValueError as error:
+        raise VdiffError(str(error), "give a number that does" if "divide" in str(error) else "give another") from None
+
+
+def check_guidance(config: CheckpointConfig, weight: float) -> None:
+    """Refuse a weight w that this network cannot be guided with.
+
+    Raises:
+        VdiffError: a network that learned no answer without a class, or another range of weights.
+    """
+    if not math.isfinite(weight):
+        raise VdiffError(f"{weight} is no weight", "give a number such as 1.5")
+    if config.unet.get("guidance_input"):
+        low, high = config.guidance_range or (0.0, 0.0)
+        if not low <= weight <= high:
+            raise VdiffError(f"this model knows weights from {low:g} to {high:g}, not {weight:g}", "give one of those")
+    elif weight and not config.unet.get("null_class"):
+        raise VdiffError(
+            "this model has no answer without a class", "leave it out, or train with --class_dropout 0.1 for guidance"
+        )
+
+
+def check_interval(config: CheckpointConfig, weight: float, interval: Sequence[float] | None) -> None:
+    """Refuse an interval (first, last) of times t that are guided with the weight w; None: all times.
+
+    Raises:
+        VdiffError: no two times that rise, no guidance, or a network that was told of none.
+    """
+    if interval is None:
+        return
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        shown = ",".join(f"{t:g}" for t in interval)
+        raise VdiffError(f"{shown} are no two times that rise within 0 to 1", "give two, such as 0.2,0.8")
+    if not weight:
+        raise VdiffError("it means nothing without guidance", "give --guidance too")
+    if config.unet.get("guidance_input"):
+        raise VdiffError("this model was distilled with guidance at all times", "leave it out")
+
+
+def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
+    """The sampler `name` with those options.
+
+    Raises:
+        VdiffError: no such sampler, or an option that it has no use for or cannot take.
+    """
+    if name not in SAMPLERS:
+        raise VdiffError(f"no sampler {name!r}", suggestion(name, SAMPLERS))
+    known = sampler_fields(name)
+    for key in options:
+        if key not in known:
+            raise VdiffError(f"{key} has no meaning for the sampler {name}", f"it takes {', '.join(sorted(known))}")
+    try:
+        return SAMPLERS[name](**options)
+    except ValueError as error:
+        raise VdiffError(str(error), "give another value") from None
+
+
+def sampler_fields(name: str) -> set[str]:
+    """The options of the sampler `name`."""
+    return {field.name for field in fields(SAMPLERS[name])}  # type: ignore[arg-type]
+
+
+def check_limits(config: CheckpointConfig, options: Mapping[str, Any]) -> None:
+    """Refuse an x̂ without limits from an ε-prediction on a schedule that ends in noise alone.
+
+    Raises:
+        VdiffError: as said.
+    """
+    if config.prediction != "eps" or options.get("clip", 1.0) is not None:
+        return
+    end = build_schedule(config.schedule).angle(torch.ones(1))
+    if float(end.cos()) < MIN_SIGNAL:
+        raise VdiffError(
+            "an eps-prediction at zero signal says nothing about the image, so x must be clipped", "clip it"
+        )

@@ -1,0 +1,258 @@
+"""Drawing the images 0 … n − 1 of an order into an output: what is missing, batch by batch, in all processes.
+
+Batch j holds the images j·B … j·B + B − 1, whatever is there already and whichever process draws it, so an image comes
+out of the same arithmetic after any interruption.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vdiff.data.images import save_png
+from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.errors import Interrupted, VdiffError
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
+from vdiff.models.denoiser import Denoiser
+from vdiff.models.drawing import EVERYWHERE, draw_from
+from vdiff.models.speed import FastNetwork, memory_errors_named, ready_to_draw
+from vdiff.reporting import Progress, Reporter
+from vdiff.sampling.order import Order
+from vdiff.sampling.outputs import GRID, Output
+from vdiff.sampling.pictures import ANIMATION, STRIP, Trajectory, grid_picture, num_shown
+from vdiff.sampling.processes import Processes
+
+PATH = (STRIP, ANIMATION)
+MAX_ENCODERS = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """How images are drawn, apart from what they look like.
+
+    Attributes:
+        num: images in all.
+        batch_size: drawn at once by each process.
+        precision: as it was asked for; the order holds what it means.
+        compiled: whether to compile the network.
+        overwrite: whether to replace what an earlier call left.
+        trajectory: whether to keep the path of the first images too.
+    """
+
+    num: int
+    batch_size: int
+    precision: str = "auto"
+    compiled: bool = False
+    overwrite: bool = False
+    trajectory: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call did.
+
+    Attributes:
+        num, drawn: images that are there, and those that this call drew, in all processes.
+        evaluations: network evaluations an image, as counted; None where none was drawn.
+        seconds: from loading the model to the last picture.
+        picture, trajectory: where the grid is, and the strip and the animation.
+    """
+
+    out: Path
+    num: int
+    drawn: int
+    evaluations: float | None
+    seconds: float
+    picture: Path
+    trajectory: tuple[Path, ...] = ()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of this call; None where it drew none."""
+        return self.drawn / self.seconds if self.drawn else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as for JSON."""
+        paths = {"out": str(self.out), "picture": str(self.picture), "trajectory": [str(p) for p in self.trajectory]}
+        return {**asdict(self), **paths, "images_per_second": self.images_per_second}
+
+
+def draw_images(order: Order, output: Output, work: Work, *, processes: Processes, reporter: Reporter) -> Report:
+    """Draw images 0 … num − 1 that are not in `output` yet, then its pictures, and finish it.
+
+    Raises:
+        Interrupted: a signal came; what was drawn is kept.
+        VdiffError: the output holds something else, the model cannot be read or draws no finite image.
+    """
+    began = time.monotonic()
+    with processes.together():
+        state = output.check(order, work.num, overwrite=work.overwrite)
+        has_path = state != "anew" and all(output.picture_in_work(name).exists() for name in PATH)
+        wants_path = work.trajectory and not has_path
+    if state == "finished" and not wants_path:
+        if processes.is_first:
+            output.begin(order, state)
+        return _report(output, work, drawn=0, evaluations=None, seconds=0.0)
+    with processes.together():  # before anything is replaced: it may be damaged
+        denoiser, config = load_checkpoint(Path(order.checkpoint), processes.device)
+        denoiser = ready_to_draw(denoiser, precision=work.precision, compiled=work.compiled)
+    with processes.together():
+        if processes.is_first:
+            output.begin(order, state)
+    with processes.together():
+        held = np.ones(work.num, bool) if state == "finished" else output.held(work.num)
+    job = _Job(order, output, work, processes, denoiser, config)
+    missing = int((~held).sum())
+    with _said_when_stopped(output, work.num):
+        with processes.together():
+            job.draw(held, wants_path=wants_path and processes.is_first, reporter=reporter)
+        if processes.is_first and state != "finished":
+            job.finish()
+    seconds = max(time.monotonic() - began, 1e-9)
+    return _report(output, work, drawn=missing, evaluations=job.evaluations, seconds=seconds)
+
+
+@dataclass
+class _Job:
+    """The part of one process."""
+
+    order: Order
+    output: Output
+    work: Work
+    processes: Processes
+    denoiser: Denoiser
+    config: CheckpointConfig
+    asked: int = 0
+
+    @property
+    def evaluations(self) -> float | None:
+        """Network evaluations an image."""
+        network = self.denoiser.network
+        assert isinstance(network, FastNetwork)
+        return network.evaluations / self.asked if self.asked else None
+
+    def draw(self, held: np.ndarray, *, wants_path: bool, reporter: Reporter) -> None:
+        """This process's share of the batches with images that are not `held`, each encoded while the next is drawn."""
+        size, num = self.work.batch_size, self.work.num
+        batches = [range(first, min(first + size, num)) for first in range(0, num, size)]
+        mine = list(self.processes.share([batch for batch in batches if not held[batch.start : batch.stop].all()]))
+        if wants_path and batches[0] not in mine:
+            mine.insert(0, batches[0])
+        before = num if self.processes.count == 1 else sum(len(batch) for batch in mine)
+        done = before - sum(int((~held[batch.start : batch.stop]).sum()) for batch in mine)
+        with (
+            reporter.progress(self.output.path.name, before, "images", start=done) as bar,
+            _Keeper(self.output) as keeper,
+        ):
+            for batch in mine:
+                trajectory = Trajectory(self.order.num_steps) if wants_path and batch == batches[0] else None
+                images = self._draw_batch(batch, bar, done, trajectory)
+                if trajectory is not None:
+                    trajectory.save(images, *(self.output.picture_in_work(name) for name in PATH))
+                new = [(k, image) for k, image in zip(batch, images, strict=True) if not held[k]]
+                keeper.keep(new)
+                done += len(new)
+                bar.update(done)
+
+    def _draw_batch(self, batch: range, bar: Progress, done: int, trajectory: Trajectory | None) -> Tensor:
+        network = self.denoiser.network
+        assert isinstance(network, FastNetwork)
+        # it is compiled for one shape: the last batch is filled up, unless there is but one
+        full = self.work.batch_size if network.is_compiled and self.work.num > self.work.batch_size else len(batch)
+        indices = [*batch, *[batch[-1]] * (full - len(batch))]
+        shape = (network.config.in_channels, self.config.image_size, self.config.image_size)
+        interval = self.order.guidance_interval
+        with memory_errors_named():
+            images = draw_from(
+                self.denoiser,
+                SAMPLERS[self.order.sampler](**self.order.options),
+                noise=self.order.noise(indices, shape, self.processes.device),
+                classes=self.order.labels(indices),
+                num_steps=self.order.num_steps,
+                guidance=self.order.guidance,
+                guidance_interval=(interval[0], interval[1]) if interval else EVERYWHERE,
+                grid=self.order.grid,
+                on_step=lambda step: bar.update(done, f"step {step}/{self.order.num_steps}"),
+                on_state=trajectory,
+            )
+        self.asked += full
+        return images[: len(batch)]
+
+    def finish(self) -> None:
+        """The grid, then the whole in its place; every image is looked for once more."""
+        held = self.output.held(self.work.num)
+        if not held.all():
+            raise VdiffError(
+                f"{int((~held).sum())} of {self.work.num} images are missing in {self.output.place}",
+                "give the same command again",
+            )
+        of_classes = len(self.order.classes) if not self.order.path else 0
+        shown = range(num_shown(self.work.num, of_classes))
+        labels = self.order.labels(shown)
+        names = [] if labels is None else [self.config.class_names[label] for label in labels]
+        picture = grid_picture(self.output.images(shown), names, of_classes)
+        save_png(picture, self.output.picture_in_work(GRID))
+        self.output.finish(self.order, self.work.num)
+
+
+class _Keeper:
+    """Encodes images in threads; on leaving, all that were handed over are kept, whatever happened."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_ENCODERS))
+        self.waiting: list[tuple[int, Future[bytes]]] = []
+
+    def __enter__(self) -> _Keeper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._commit(len(self.waiting))
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+
+    def keep(self, images: Sequence[tuple[int, Tensor]]) -> None:
+        """Take images over, and commit those of the call before: no more than two batches are ever held."""
+        before = len(self.waiting)
+        self.waiting += [(k, self.pool.submit(self.output.encode, k, image)) for k, image in images]
+        self._commit(before)
+
+    def _commit(self, count: int) -> None:
+        if count:
+            self.output.commit([(k, future.result()) for k, future in self.waiting[:count]])
+            del self.waiting[:count]
+
+
+@contextmanager
+def _said_when_stopped(output: Output, num: int) -> Iterator[None]:
+    """Say how far the work has come when a signal ends it."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as stop:
+        code = stop.exit_code if isinstance(stop, Interrupted) else 130
+        held = int(output.held(num).sum())
+        raise Interrupted(
+            f"stopped: {output.place} holds {held} of {num} images; the same command goes on", code
+        ) from None
+
+
+def _report(output: Output, work: Work, *, drawn: int, evaluations: float | None, seconds: float) -> Report:
+    return Report(
+        out=output.path,
+        num=work.num,
+        drawn=drawn,
+        evaluations=evaluations,
+        seconds=seconds,
+        picture=output.picture(GRID),
+        trajectory=tuple(output.picture(name) for name in PATH) if work.trajectory else (),
+    )

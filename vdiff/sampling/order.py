@@ -1,0 +1,103 @@
+"""What decides the looks of image k, and the record of it that lies beside the images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.diffusion.noise import ImageNoise
+from vdiff.errors import VdiffError
+from vdiff.models.drawing import image_classes
+from vdiff.sampling.paths import PathNoise, nearer_end
+
+RECORD = "samples.json"
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that decides what image k looks like.
+
+    Attributes:
+        checkpoint, fingerprint: the model's folder, and the SHA-256 of its weights.
+        sampler, options: the sampler's name and the parameters that differ from its defaults.
+        num_steps, grid: sampling steps, and the name of the grid of times.
+        classes: numbers that the images take in turn; empty for an unconditional model.
+        guidance, guidance_interval: the weight w, and the first and last time that is guided (empty: all).
+        precision: that the network computes in.
+        path: [A, B, n]: not the images 0, 1, … but n images on the way from image A to image B.
+    """
+
+    checkpoint: str
+    fingerprint: str
+    sampler: str
+    options: dict[str, Any]
+    num_steps: int
+    seed: int
+    classes: list[int]
+    grid: str = "uniform"
+    guidance: float = 0.0
+    guidance_interval: list[float] = field(default_factory=list)
+    precision: str = "fp32"
+    path: list[int] = field(default_factory=list)
+
+    def noise(self, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Callable[[], Tensor]:
+        """The noise of images number `indices`."""
+        if not self.path:
+            return ImageNoise(seed=self.seed, indices=indices, shape=shape, device=device)
+        first, last, number = self.path
+        positions = [k / (number - 1) for k in indices]
+        return PathNoise(seed=self.seed, ends=(first, last), positions=positions, shape=shape, device=device)
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """Their classes, (B,) int64; on a path that of the nearer end."""
+        if not self.classes:
+            return None
+        if self.path:
+            first, last, number = self.path
+            indices = [nearer_end(k / (number - 1), first, last) for k in indices]
+        return image_classes(indices, self.classes)
+
+    def check_same(self, before: dict[str, Any], place: Path) -> None:
+        """Refuse to go on with images in `place` that were drawn in another way, as their record says.
+
+        Raises:
+            VdiffError: another way, or a record that is none.
+        """
+        known = {item.name: _default(item) for item in fields(self)}
+        try:
+            differing = [
+                (key, {**known, **before}[key], value)
+                for key, value in asdict(self).items()
+                if key != "checkpoint" and {**known, **before}[key] != value
+            ]
+        except TypeError:
+            differing = [("", MISSING, MISSING)]
+        if any(was is MISSING for _, was, _ in differing):
+            raise VdiffError(f"{place / RECORD} cannot be read", "give --overwrite, or another --out")
+        if differing:
+            key, was, now = differing[0]
+            shown = "other weights" if key == "fingerprint" else f"{key} {was}, not {now}"
+            raise VdiffError(f"{place} holds images drawn with {shown}", "give --overwrite, or another --out")
+
+    def to_json(self, **more: Any) -> str:
+        """The record."""
+        return json.dumps({**asdict(self), **more}, indent=2) + "\n"
+
+
+def _default(item: Any) -> Any:
+    """What a record without this key means, as it was written before there was such a choice; MISSING: it is none."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def read_record(path: Path) -> Any:
+    """What is in the record; None where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,125 @@
+"""What an output is: where images go, whatever kind it is, and when an earlier call's may be gone on with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from vdiff.errors import VdiffError
+from vdiff.files import remove
+from vdiff.sampling.order import RECORD, Order, read_record
+
+GRID = "grid.png"
+LEFTOVERS = ".*.tmp"
+"""What `write_whole` leaves behind where it is killed."""
+State = Literal["anew", "going on", "finished"]
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """What all images of an output share.
+
+    Attributes:
+        size, channels: pixels of a side; 1 or 3.
+        class_names: of the model's classes; empty: it has none.
+    """
+
+    size: int
+    channels: int
+    class_names: Sequence[str] = ()
+
+
+class Output(ABC):
+    """Where images go. Every process may add images of its own; the first one checks, begins and finishes."""
+
+    def __init__(self, path: Path, kind: ImageKind) -> None:
+        self.path, self.kind = path, kind
+
+    @property
+    @abstractmethod
+    def place(self) -> Path:
+        """The folder where images are until all are there."""
+
+    @abstractmethod
+    def check(self, order: Order, num: int, *, overwrite: bool) -> State:
+        """How far an earlier call came; nothing is changed.
+
+        Raises:
+            VdiffError: the place is taken by something else, or by images drawn in another way.
+        """
+
+    @abstractmethod
+    def begin(self, order: Order, state: State) -> None:
+        """Make the place, emptied where it begins anew; where all is finished, take leftovers away."""
+
+    @abstractmethod
+    def held(self, num: int) -> np.ndarray:
+        """Which of the images 0 … `num` − 1 are there: (num,) bool."""
+
+    @abstractmethod
+    def encode(self, index: int, image: Tensor) -> bytes:
+        """Image (C, H, W) in [−1, 1] as it is kept; called in threads, several at once."""
+
+    @abstractmethod
+    def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
+        """Keep what `encode` answered."""
+
+    @abstractmethod
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Images that are there: (N, C, H, W) in [−1, 1].
+
+        Raises:
+            VdiffError: one is damaged.
+        """
+
+    @abstractmethod
+    def finish(self, order: Order, num: int) -> None:
+        """Put the whole in its place, where that is still to be done."""
+
+    @abstractmethod
+    def picture(self, name: str) -> Path:
+        """Where the picture called `name` is once all is done."""
+
+    @abstractmethod
+    def picture_in_work(self, name: str) -> Path:
+        """Where it is written before."""
+
+
+def sweep(place: Path) -> None:
+    """Take away what a killed process left half-written."""
+    for path in place.glob(LEFTOVERS):
+        remove(path)
+
+
+def check_form(record: object, form: str, place: Path) -> None:
+    """Refuse to go on with images that are kept in another way, as their record says.
+
+    Raises:
+        VdiffError: as said.
+    """
+    found = record.get("format", "png") if isinstance(record, dict) else form
+    if found != form:
+        raise VdiffError(f"{place} holds images as {found}, not {form}", "give --overwrite, or another --out")
+
+
+def is_ours(place: Path, order: Order, form: str, *, overwrite: bool) -> bool:
+    """Whether the folder is to be gone on with; False: to be made, or replaced.
+
+    Raises:
+        VdiffError: it holds something else.
+    """
+    if not place.is_dir() or set(place.iterdir()) == set(place.glob(LEFTOVERS)):
+        return False
+    if not (place / RECORD).is_file():
+        raise VdiffError(f"{place} is not empty and holds no {RECORD}", "choose another --out")
+    if not overwrite:
+        record = read_record(place / RECORD)
+        check_form(record, form, place)
+        order.check_same(record, place)
+    return not overwrite

@@ -1,0 +1,138 @@
+"""Packing images that are all there into one whole: a zip, an npz or an LMDB. Equal images make equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from torch import Tensor
+
+from vdiff.data.store import DatasetMeta
+from vdiff.data.writer import StoreWriter
+from vdiff.files import make_folder, write_text
+from vdiff.sampling.order import RECORD, read_record
+
+LABELS = "dataset.json"
+BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is packed.
+
+    Attributes:
+        labels: the classes of images, None where there are none.
+        images: the images in order, as the packer takes them.
+        record: JSON of how they were drawn.
+    """
+
+    name: str
+    num: int
+    size: int
+    channels: int
+    class_names: Sequence[str]
+    labels: Callable[[Sequence[int]], Tensor | None]
+    images: Callable[[], Iterator[bytes]]
+    record: str
+
+    def all_labels(self) -> np.ndarray | None:
+        """(num,) int64."""
+        found = self.labels(range(self.num))
+        return None if found is None else found.numpy()
+
+
+@dataclass(frozen=True)
+class Packer:
+    """How to pack, and whether it takes PNG files or plain pixels (H, W, C)."""
+
+    pack: Callable[[Contents, Path], None]
+    takes_png: bool = True
+
+
+def write_packed(form: str, contents: Contents, path: Path) -> None:
+    """Pack the contents as `form` at `path`, where nothing is yet."""
+    PACKERS[form].pack(contents, path)
+
+
+def pack_zip(contents: Contents, path: Path) -> None:
+    """`00000.png`, …, the record, and `dataset.json`: the classes as StyleGAN's and EDM's readers expect them."""
+    names = [f"{k:05d}.png" for k in range(contents.num)]
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in zip(names, contents.images(), strict=True):
+            file.writestr(_entry(name), data)
+        if (labels := contents.all_labels()) is not None:
+            pairs = [[name, label] for name, label in zip(names, labels.tolist(), strict=True)]
+            file.writestr(_entry(LABELS), json.dumps({"labels": pairs}))
+        file.writestr(_entry(RECORD), contents.record)
+
+
+def pack_npz(contents: Contents, path: Path) -> None:
+    """`arr_0` (N, H, W, C) uint8 and, of a class-conditional model, `arr_1` (N,) int64, as evaluation suites read."""
+    shape = (contents.num, contents.size, contents.size, contents.channels)
+    with zipfile.ZipFile(path, "w") as file:
+        with file.open(_entry("arr_0.npy"), "w", force_zip64=True) as stream:
+            header = {"descr": npy.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+            npy.write_array_header_1_0(stream, header)
+            for data in contents.images():
+                stream.write(data)
+        if (labels := contents.all_labels()) is not None:
+            with file.open(_entry("arr_1.npy"), "w", force_zip64=True) as stream:
+                npy.write_array(stream, labels, version=(1, 0), allow_pickle=False)
+        file.writestr(_entry(RECORD), contents.record)
+
+
+def pack_lmdb(contents: Contents, path: Path) -> None:
+    """A dataset as `prepare_data.py` makes them, which `train.py --data` reads."""
+    meta = DatasetMeta(
+        name=contents.name,
+        sizes=(contents.size,),
+        channels=contents.channels,
+        image_format="png",
+        class_names=tuple(contents.class_names),
+        origin=hashlib.sha256(contents.record.encode()).hexdigest(),
+    )
+    with StoreWriter(make_folder(path), meta) as writer:
+        images = contents.images()
+        for first in range(0, contents.num, BLOCK):
+            block = range(first, min(first + BLOCK, contents.num))
+            labels = contents.labels(block)
+            for place in range(len(block)):
+                writer.add({contents.size: next(images)}, None if labels is None else int(labels[place]))
+                if writer.is_due:
+                    writer.commit()
+        writer.finish({"images": contents.num, "skipped": {}, "ignored": {}, "converted": {}})
+    write_text(path / RECORD, contents.record)
+
+
+def read_packed_record(path: Path) -> dict[str, Any] | None:
+    """The record in a zip, an npz or an LMDB folder; None where it is none of ours."""
+    if path.is_dir():
+        record = read_record(path / RECORD)
+    else:
+        try:
+            with zipfile.ZipFile(path) as file:
+                record = json.loads(file.read(RECORD))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+    return record if isinstance(record, dict) else None
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """An entry without the time of day, readable by all."""
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = 0o644 << 16
+    return entry
+
+
+PACKERS: dict[str, Packer] = {
+    "zip": Packer(pack_zip),
+    "npz": Packer(pack_npz, takes_png=False),
+    "lmdb": Packer(pack_lmdb),
+}
