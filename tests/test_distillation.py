@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, gaussian, mixture, no_noise, randn, random_teacher
-from vdiff.diffusion.distillation import METHODS, halving_plan, invert_ddim, progressive_target
+from vdiff.diffusion.distillation import halving_plan, invert_ddim, progressive_target
 from vdiff.diffusion.samplers import Ddim, ddim_step, sample
 from vdiff.diffusion.schedules import CosineSchedule, grid_angles, grid_times
 
@@ -181,8 +181,3 @@ def test_halving_plan(num_steps, to_steps, plan):
 def test_halving_plan_refuses_what_halving_never_reaches(num_steps, to_steps, message):
     with pytest.raises(ValueError, match=message):
         halving_plan(num_steps, to_steps)
-
-
-def test_registry_holds_the_paper_s_method():
-    assert METHODS["progressive"].target is progressive_target
-    assert METHODS["progressive"].plan is halving_plan

@@ -29,6 +29,7 @@ from vdiff.training.presets import (
     read_settings,
     write_run,
 )
+from vdiff.training.stages import Stage
 
 ENOUGH = {"num_iters": 5, "batch_size": 4, "lr": 1e-3}
 KINDS = (TrainConfig, DistillConfig)
@@ -166,6 +167,16 @@ LIMITS = {
     "stages": (1, None, 0, None),
     "teacher_steps": (2, None, 1, None),
     "last_factor": (5e-324, None, 0, None),
+    "ema_remainder": (0, 0.99, -1e-9, 0.991),
+    "self_ema": (0, 0.9999, -1e-9, 0.99991),
+    "first_steps": (1, None, 0, None),
+    "addim": (0, 2, -1e-9, 2.01),
+    "path_steps": (2, None, 1, None),
+    "check_images": (0, None, -1, None),
+    "distance_images": (2, None, 1, None),
+    "distance_every": (0, None, -1, None),
+    "max_regression": (1, None, 0.99, None),
+    "retries": (0, None, -1, None),
 }
 
 
@@ -198,8 +209,12 @@ CHOICES = {
     "precision": {"auto", "fp32", "bf16", "fp16"},
     "tracker": {"tensorboard", "wandb", "mlflow", "none"},
     "prediction": {"v", "x", "eps", "both"},
-    "schedule": {"cosine", "ddpm_cosine", "linear"},
-    "method": {"progressive"},
+    "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear"},
+    "method": {"progressive", "tract", "consistency", "guided", "trajectory", "match"},
+    "then": {"progressive", "tract"},
+    "loss": {"l2", "l1", "huber"},
+    "times": {"uniform", "importance"},
+    "path_sampler": {"ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun"},
 }
 
 
@@ -214,7 +229,9 @@ def test_choices(kind, field):
 
 def test_every_word_has_choices_or_is_a_path():
     words = {field.name for _, field in FIELDS if str(field.type) == "str"}
-    assert words - set(CHOICES) == {"data", "preset", "base", "ema_more"}
+    assert words - set(CHOICES) == {
+        "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config",
+    }  # fmt: skip
     assert "did you mean 'truncated_snr'?" in refusal(TrainConfig, "my.toml", weighting="truncated")
 
 
@@ -247,6 +264,12 @@ def test_truncated_snr_cannot_weight_an_eps_prediction():
 
 
 # Presets
+
+
+def halving(num_steps: int) -> Stage:
+    """The stage whose student takes this many steps."""
+    return Stage(Path("a"), 2 * num_steps, Path("b"), num_steps)
+
 
 # design.md, "Numbers kept from the paper"
 PAPER = {
@@ -314,14 +337,20 @@ def test_presets_have_the_numbers_of_the_papers(name, tmp_path, monkeypatch):
     assert (train.weight_decay, distill.weight_decay) == (paper["weight_decay"], 0)
     assert train.num_timesteps == paper["num_timesteps"]
     assert (train.warmup_iters, train.ema, train.lr_schedule) == (1000, 0.9999, "constant")
-    assert [distill.updates(steps) for steps in (512, 8, 4, 2, 1)] == [50_000, 50_000, 50_000, 100_000, 100_000]
+    assert [halving(steps).updates(distill) for steps in (512, 8, 4, 2, 1)] == [
+        50_000,
+        50_000,
+        50_000,
+        100_000,
+        100_000,
+    ]
     assert images.image_size == {"cifar10": 32, "imagenet64": 64, "lsun128": 128, "celebahq256": 256}[name]
     assert images.channels == 3
 
 
 def test_the_last_stages_get_at_least_one_update():
     config = distill_config(Path(), Path(), num_iters=3, last_factor=0.1)
-    assert [config.updates(steps) for steps in (8, 4, 2, 1)] == [3, 3, 1, 1]
+    assert [halving(steps).updates(config) for steps in (8, 4, 2, 1)] == [3, 3, 1, 1]
 
 
 @pytest.mark.parametrize(

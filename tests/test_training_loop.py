@@ -39,7 +39,7 @@ from vdiff.models.drawing import draw
 from vdiff.training.config import TrainConfig
 from vdiff.training.engine import build_engine
 from vdiff.training.loop import Run, averages_of, build_update, seed_update
-from vdiff.training.objectives import DenoisingObjective, Example
+from vdiff.training.objectives import DenoisingObjective, Draws, Example, Pupil
 from vdiff.training.optimisation import build_optimizer
 from vdiff.training.state import state_path
 
@@ -64,9 +64,10 @@ class Recorder:
         self.objective = objective
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, x, classes, noise, u) -> Example:
-        self.calls.append((x.double(), noise.double(), u))
-        return self.objective(x.double(), classes, noise.double(), u)
+    def __call__(self, draws: Draws, pupil: Pupil) -> Example:
+        exact = dataclasses.replace(draws, images=draws.images.double(), noise=draws.noise.double())
+        self.calls.append((exact.images, exact.noise, exact.u))
+        return self.objective(exact, pupil)
 
 
 # What an update is
@@ -211,8 +212,8 @@ def test_a_diverged_run_leaves_the_previous_checkpoint_as_it_was(data, tmp_path,
     run = run_of(train_config(data, ckpt_interval=2, num_iters=8, max_bad_steps=0), folder)
     calls, before = itertools.count(1), {}
 
-    def spoil(x, classes, noise, u) -> Example:
-        example, number = run.objective(x, classes, noise, u), next(calls)
+    def spoil(draws: Draws, pupil: Pupil) -> Example:
+        example, number = run.objective(draws, pupil), next(calls)
         if number == 5:
             before.update(contents(folder))
         if number < 6:
@@ -236,8 +237,8 @@ def spoiled(run: Run, updates: set[int]) -> Run:
     """The run whose images are no numbers in some updates (from 1)."""
     calls = itertools.count(load_position(run.folder) + 1)
 
-    def spoil(x, classes, noise, u) -> Example:
-        example = run.objective(x, classes, noise, u)
+    def spoil(draws: Draws, pupil: Pupil) -> Example:
+        example = run.objective(draws, pupil)
         return dataclasses.replace(example, x=example.x * (math.nan if next(calls) in updates else 1.0))
 
     return dataclasses.replace(run, objective=spoil)
@@ -505,9 +506,9 @@ def test_network_and_objective_are_told_the_classes_of_their_images(tmp_path):
     told, taught = [], []
     run.denoiser.register_forward_pre_hook(lambda _, arguments: told.append(arguments[2]))
 
-    def teach(x, classes, noise, u) -> Example:
-        taught.append(classes)
-        return run.objective(x, classes, noise, u)
+    def teach(draws: Draws, pupil: Pupil) -> Example:
+        taught.append(draws.classes)
+        return run.objective(draws, pupil)
 
     fit_run(dataclasses.replace(run, objective=teach))
     expected = [batch.classes.tolist() for batch in itertools.islice(run.batches.start_at(0), 3)]

@@ -99,7 +99,7 @@ def test_two_processes_resume_to_the_same_bits(whole):
 def test_a_ladder_in_two_processes(whole):
     words = "--config tiny.toml --teacher_steps 16 --to_steps 4"
     stderr = done(f"distill.py --base two {words}", whole)
-    assert stderr.count("base_1: ") == 1
+    assert stderr.count("base_1: RMSE to its teacher") == 1
     shutil.move(whole / "base_0", whole / "saved_0")
     shutil.move(whole / "base_1", whole / "saved_1")
     done(f"distill.py --base two {words}", whole, processes=1)
@@ -125,7 +125,7 @@ def test_weights_shared_out_over_the_processes(whole):
     stderr = done(
         "distill.py --base two --teacher_steps 16 --to_steps 8 --out shared_student --config tiny.toml --fsdp", whole
     )
-    assert stderr.count("shared_student: ") == 1
+    assert stderr.count("shared_student: RMSE to its teacher") == 1
     done("distill.py --base two --teacher_steps 16 --to_steps 8 --out plain_student --config tiny.toml", whole)
     assert close(whole / "shared_student", whole / "plain_student")
 

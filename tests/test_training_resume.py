@@ -28,7 +28,7 @@ from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_metadata, read_tensors
 from vdiff.training.config import TrainConfig
 from vdiff.training.folder import check_same_run
-from vdiff.training.objectives import Example
+from vdiff.training.objectives import Draws, Example, Pupil
 from vdiff.training.presets import RUN_FILE
 from vdiff.training.state import state_path
 
@@ -298,10 +298,10 @@ def disturb(objective, at: int, act):
     """An objective that does something in update `at` (from 0)."""
     calls = itertools.count()
 
-    def answer(x, classes, noise, u) -> Example:
+    def answer(draws: Draws, pupil: Pupil) -> Example:
         if next(calls) == at:
             act()
-        return objective(x, classes, noise, u)
+        return objective(draws, pupil)
 
     return answer
 

@@ -34,9 +34,10 @@ from vdiff.training.base import describe, train
 from vdiff.training.config import DistillConfig, TrainConfig
 from vdiff.training.dataset import Images, open_images
 from vdiff.training.engine import build_engine
-from vdiff.training.ladder import Stage, climb, plan_stages
+from vdiff.training.ladder import climb
 from vdiff.training.loop import Run, fit
 from vdiff.training.objectives import DenoisingObjective
+from vdiff.training.stages import Stage, plan_stages
 from vdiff.training.state import state_path
 
 SIZE, COUNT = 4, 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,16 @@ import click
 from vdiff.cli.console import Console, duration
 from vdiff.cli.options import Command, option, switch
 from vdiff.cli.settings import config_option, given, settings
+from vdiff.diffusion.distillation import METHODS
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vdiff.training.comparison import Row
+    from vdiff.training.dataset import Images
+    from vdiff.training.engine import Engine
+    from vdiff.training.stages import Stage
 
 
 @click.command(
@@ -22,6 +30,8 @@ if TYPE_CHECKING:
         "python distill.py --base checkpoints/base_5       # one stage: base_6, with half the steps",
         "python distill.py --to_steps 4                    # checkpoints/original down to 4 steps",
         "python distill.py --teacher_steps 64 --to_steps 1 # begin at 64 steps of a continuous-time teacher",
+        "python distill.py --method tract --phases 1024,32,1          # two stages",
+        "python distill.py --method guided --to_steps 4 --plan        # what it would do, and for how long",
     ],
 )
 @option(
@@ -34,18 +44,20 @@ if TYPE_CHECKING:
 )
 @config_option
 @switch("--overwrite", group="Run", help="Replace students that exist.")
-@switch("--dry_run", group="Run", help="Print the stages, then stop.")
+@switch("--plan", "--dry_run", group="Run", help="Print the stages and the time they take, then stop.")
 @settings(DistillConfig)
-def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run: bool, **flags: Any) -> None:
-    """Distil a model into students with half the sampling steps each (Salimans & Ho 2022).
+def command(out: Path | None, config_file: Path | None, overwrite: bool, plan: bool, **flags: Any) -> None:
+    """Distil a model into students that need fewer steps (Salimans & Ho 2022, and later methods).
 
-    One stage by default, or a ladder with --to_steps or --stages. The same command goes on where it was stopped, and
-    skips the stages that are finished. At the end the teacher and all students are drawn from the same noise:
-    ladder.png and ladder.json in the last student's folder.
+    One stage of half the steps by default, or a ladder with --to_steps, --stages or --phases. The same command goes on
+    where it was stopped, and skips the stages that are finished. Each student is compared with its teacher; one that
+    fails is trained again. At the end the teacher and all students are drawn from the same noise: ladder.png and
+    ladder.json in the last student's folder.
     """
     from vdiff.training.comparison import PICTURE, compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
-    from vdiff.training.ladder import climb, plan_stages, resolve_distillation, teachers_images
+    from vdiff.training.ladder import climb
+    from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
 
     console = Console()
     config, teacher = resolve_distillation(given(flags), config_file)
@@ -55,23 +67,15 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
     if not teacher.is_finished:
         done = f"{teacher.num_iters} of {teacher.target_iters} updates"
         console.line(f"{config.base} is unfinished: {done}")
-    if dry_run:
-        rows = [
-            [
-                s.folder.as_posix(),
-                s.base.as_posix(),
-                f"{s.teacher_steps} → {s.num_steps}",
-                f"{n:,}",
-                f"{n * config.batch_size:,}",
-            ]
-            for s in stages
-            for n in [config.updates(s.num_steps)]
-        ]
-        console.table("Stages", ["student", "teacher", "steps", "updates", "images"], rows)
-        return
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
-    trained = climb(stages, config, images, engine, overwrite=overwrite, reporter=console)
+    if plan:
+        rows = planned(stages, config, images, engine, console)
+        if engine.is_main:
+            console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
+        return
+    distance = distance_to(images, config, engine)
+    trained = climb(stages, config, images, engine, overwrite=overwrite, reporter=console, distance=distance)
     if not engine.is_main:
         return
     table = None if trained else known_rows(stages, seed=config.seed)
@@ -82,11 +86,54 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, dry_run
     console.result(f"next       python sample.py --checkpoint {last}")
 
 
-HEADINGS = ["model", "steps", "updates", "training", "ms/image", "RMSE to teacher", "RMSE to first"]
+def planned(
+    stages: list[Stage], config: DistillConfig, images: Images, engine: Engine, console: Console
+) -> list[list[str]]:
+    """The rows of --plan; an update of each method is timed."""
+    from vdiff.training.ladder import seconds_per_update
+
+    seconds = {}
+    for stage in stages:
+        if stage.method not in seconds:
+            console.line(f"timing updates of {stage.method}")
+            seconds[stage.method] = seconds_per_update(stage, config, images, engine)
+    rows = []
+    total = 0.0
+    for stage in stages:
+        updates = stage.updates(config)
+        total += updates * seconds[stage.method]
+        steps = f"{stage.teacher_steps} → {stage.num_steps}"
+        names = [stage.folder.as_posix(), stage.base.as_posix(), stage.method, steps]
+        seen = f"{updates * config.batch_size:,}" if METHODS[stage.method].needs_images else "none"
+        rows.append([*names, f"{updates:,}", seen, duration(updates * seconds[stage.method])])
+    if len(stages) > 1:
+        updates = sum(stage.updates(config) for stage in stages)
+        rows.append(["all", "", "", "", f"{updates:,}", "", duration(total)])
+    return rows
+
+
+def distance_to(images: Images, config: DistillConfig, engine: Engine) -> Callable[[Tensor], float] | None:
+    """The distance of samples to the data, in the process that examines students; None where there are no data."""
+    import torch
+
+    from vdiff.data.images import from_uint8
+    from vdiff.evaluation.pixels import PixelDistance
+
+    if images.store is None or not config.distance_every or not engine.is_main or len(images.store) < 2:
+        return None
+    reference: list[Tensor] = []
+    with closing(images.batches(config, engine).start_at(0)) as batches:
+        while sum(map(len, reference)) < min(config.distance_images, len(images.store)):
+            reference.append(next(batches).images)
+    return PixelDistance(from_uint8(torch.cat(reference)[: config.distance_images]))
+
+
+HEADINGS = ["model", "steps", "updates", "training", "ms/image", "RMSE to teacher", "RMSE to first", "distance to data"]
 
 
 def cells(row: Row) -> list[str]:
     """One line of the table."""
     errors = ["" if error is None else f"{error:.4f}" for error in (row.rmse_to_teacher, row.rmse_to_first)]
+    errors.append("" if row.distance is None else f"{row.distance:.4g}")
     times = [duration(row.train_seconds), f"{row.ms_per_image:.2f}"]
     return [row.checkpoint, str(row.num_steps), str(row.num_iters), *times, *errors]

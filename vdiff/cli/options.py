@@ -132,10 +132,10 @@ class TrueOrFalse(click.ParamType):
         return answer
 
 
-def switch(name: str, *, group: str, default: bool | None = False, **attributes: Any) -> Callable[[Any], Any]:
+def switch(*names: str, group: str, default: bool | None = False, **attributes: Any) -> Callable[[Any], Any]:
     """An option that takes True, False, or nothing after it (which means True)."""
     return option(
-        name,
+        *names,
         group=group,
         type=TrueOrFalse(),
         is_flag=False,

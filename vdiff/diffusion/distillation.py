@@ -1,17 +1,104 @@
-"""Distillation: what a student should answer so that one of its steps lands where its teacher's steps land."""
+"""Distillation: what a student should answer, so that few of its steps lead where many steps of its teacher lead.
+
+A method turns images and noise into an `Example`: noisy images z, their times t, and the image x* that the student
+should see in them. Most methods pick z_t = α x + σ ε of real images, find the place z_s where the student's one step
+from t should end, and invert the step (`invert_ddim`); they differ in how z_s is found. Nothing is ever clipped:
+clipping belongs to sampling.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vdiff.diffusion.prediction import Prediction, from_v
-from vdiff.diffusion.samplers import Denoise, ddim_step
-from vdiff.diffusion.schedules import Schedule, coefficient, grid_angles
+from vdiff.diffusion.samplers import SAMPLERS, Denoise, ddim_step, sample
+from vdiff.diffusion.schedules import Schedule, alpha_sigma, coefficient, diffuse, grid_angles, grid_times
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is learned from: noisy images `z` (B, C, H, W) at times `t` (B,), and the images `x` to see in them.
+
+    `rows` (B,) int64 tells to which of the given images (their class, their weight of guidance) each belongs; None: in
+    their order.
+    """
+
+    z: Tensor
+    t: Tensor
+    x: Tensor
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a method may ask.
+
+    Attributes:
+        teacher: frozen. Called with fewer rows than there are images, it is asked about the first of them.
+        num_steps: N, the steps of the student.
+        teacher_steps: n, the steps that the teacher takes.
+        levels: the steps of the only grid that the teacher knows; None: it knows every t.
+        student: the student as it is now, without gradient.
+        average: a moving average of the student; for methods that ask for one (`self_ema`).
+        progress: the part of the stage's updates that is done, 0 to 1.
+        predicts_noise: whether the teacher is an ε-prediction.
+    """
+
+    teacher: Denoise
+    schedule: Schedule
+    num_steps: int
+    teacher_steps: int
+    levels: int | None = None
+    student: Denoise | None = None
+    average: Denoise | None = None
+    progress: float = 0.0
+    predicts_noise: bool = False
+
+    def fine_steps(self, wanted: float) -> int:
+        """The number of teacher steps nearest to `wanted` (as a ratio) that the student's N divide and the teacher
+        knows: N·m, where N·m divides `levels`."""
+        if self.levels is None:
+            return self.num_steps * max(1, round(wanted / self.num_steps))
+        most = self.levels // self.num_steps
+        known = [self.num_steps * m for m in range(1, most + 1) if most % m == 0]
+        return min(known, key=lambda steps: abs(math.log(steps / wanted)))
+
+
+class Method(Protocol):
+    """A way to distil.
+
+    Attributes:
+        defaults: settings of distill.py that differ from its own defaults, as in the method's paper.
+        keeps_steps: the student takes as many steps as its teacher.
+        needs_images: whether real images are used.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]]
+    keeps_steps: ClassVar[bool]
+    needs_images: ClassVar[bool]
+
+    @property
+    def self_ema(self) -> float | None:
+        """Decay of the average of the student that the method asks; None: it asks none."""
+
+    def plan(self, num_steps: int, to_steps: int) -> list[int]:
+        """The students' numbers of steps on the way from `num_steps` to `to_steps`.
+
+        Raises:
+            ValueError: there is no way.
+        """
+
+    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+        """An example for images x (B, C, H, W), noise N(0, I) like them, and u (B,) uniform in [0, 1)."""
+
+
+# Targets
 
 
 def invert_ddim(z: Tensor, z_end: Tensor, angle_t: Tensor, angle_s: Tensor) -> Prediction:
@@ -30,8 +117,6 @@ def invert_ddim(z: Tensor, z_end: Tensor, angle_t: Tensor, angle_s: Tensor) -> P
 def progressive_target(teacher: Denoise, schedule: Schedule, *, z: Tensor, t: Tensor, num_steps: int) -> Prediction:
     """The paper's target: two DDIM half steps of the teacher, t → t − 1/2N → t − 1/N, as one step of the student.
 
-    Nothing is clipped: clipping belongs to sampling.
-
     Args:
         teacher: the frozen teacher, a sampler of 2N steps.
         z: noisy images (B, C, H, W) at t (B,), where t is on the student's grid of N = `num_steps`.
@@ -44,6 +129,62 @@ def progressive_target(teacher: Denoise, schedule: Schedule, *, z: Tensor, t: Te
     z_middle = ddim_step(z, teacher(z, t).v, angle_t, angle_m)
     z_end = ddim_step(z_middle, teacher(z_middle, middle).v, angle_m, angle_s)
     return invert_ddim(z, z_end, angle_t, angle_s)
+
+
+def segment_target(
+    first: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    jump: Denoise,
+    schedule: Schedule,
+    *,
+    z: Tensor,
+    level: Tensor,
+    num_steps: int,
+    fine_steps: int,
+) -> Prediction:
+    """A fine step of the teacher, then a jump of the student itself to the end of its segment, as one step.
+
+    [0, 1] is cut into N segments, the student's steps, and each into m = n/N fine ones. From level k of the fine grid
+    the teacher goes to k − 1, and `jump` from there to the segment's end e = m ⌊(k − 1)/m⌋; where k − 1 = e the target
+    is the teacher's alone.
+
+    Args:
+        first: (z, t, φ_t, φ_s) → z_s, the teacher's step.
+        jump: what the student says at k − 1.
+        level: k (B,), whole numbers 1 … n.
+        num_steps, fine_steps: N and n.
+    """
+    part = fine_steps // num_steps
+    end = (level - 1).div(part, rounding_mode="floor") * part
+    t, middle, s = level / fine_steps, (level - 1) / fine_steps, end / fine_steps
+    angle_t, angle_m, angle_s = (grid_angles(schedule, time) for time in (t, middle, s))
+    z_middle = first(z, t, angle_t, angle_m)
+    jumps = middle > s  # a network is told no t = 0; what it says where there is nothing to jump is a rotation by 0
+    asked_at = middle.where(jumps, t)
+    z_end = ddim_step(z_middle, jump(z_middle, asked_at).v, angle_m, angle_s)
+    return invert_ddim(z, z_end, angle_t, angle_s)
+
+
+def addim_step(z: Tensor, prediction: Prediction, x: Tensor, angle_t: Tensor, angle_s: Tensor, eta: float) -> Tensor:
+    """z_s = α_s x̂ + √(σ_s² + (d/‖ε̂‖²) V) ε̂, V = (α_s − α_t σ_s/σ_t)² · η‖x − x̂‖²/d: adjusted DDIM.
+
+    A DDIM step takes x̂, the mean of what x may be, for x itself, so its z_s varies too little by V (η = 1). The step
+    stays deterministic: ε̂ is lengthened instead. α_s − α_t σ_s/σ_t = sin δ/σ_t. η = 0 is DDIM.
+    Source: Heek et al. 2024, *Multistep Consistency Models*, section 3.2.
+    """
+    pixels = tuple(range(1, z.ndim))
+    missing = eta * (x - prediction.x).square().mean(pixels, keepdim=True)
+    gain = coefficient(((angle_t - angle_s).sin() / angle_t.sin()) ** 2, z)
+    length = prediction.eps.square().mean(pixels, keepdim=True)
+    alpha, sigma = alpha_sigma(angle_s, z)
+    return alpha * prediction.x + (sigma**2 + gain * missing / length).sqrt() * prediction.eps
+
+
+def grid_times_of(u: Tensor, num_steps: int) -> Tensor:
+    """t = (⌊u·N⌋ + 1)/N: a level of a grid of N steps, each as likely."""
+    return ((u * num_steps).floor() + 1) / num_steps
+
+
+# Plans
 
 
 def halving_plan(num_steps: int, to_steps: int) -> list[int]:
@@ -64,12 +205,275 @@ def halving_plan(num_steps: int, to_steps: int) -> list[int]:
     return plan
 
 
+def check_phase(num_steps: int, to_steps: int) -> None:
+    """Refuse a stage whose steps do not lie on its teacher's.
+
+    Raises:
+        ValueError: `to_steps` is not a smaller number that divides `num_steps`.
+    """
+    if not 1 <= to_steps < num_steps or num_steps % to_steps:
+        raise ValueError(f"{num_steps} steps cannot become {to_steps}: a smaller number that divides them can follow")
+
+
+def single_plan(num_steps: int, to_steps: int) -> list[int]:
+    """All in one stage."""
+    check_phase(num_steps, to_steps)
+    return [to_steps]
+
+
+def two_phase_plan(num_steps: int, to_steps: int) -> list[int]:
+    """Two stages, each shortening by about the same factor, or one where that would be 8 or less: 1024, 1 → [32, 1].
+
+    Source: Berthelot et al. 2023, *TRACT*: 1024 → 32 → 1.
+    """
+    check_phase(num_steps, to_steps)
+    ratio = num_steps // to_steps
+    factors = [d for d in range(2, ratio) if ratio % d == 0]
+    if ratio <= 8 or not factors:
+        return [to_steps]
+    # of two that are as near to the root, the larger: the first phase is the easier one
+    middle = min(factors, key=lambda d: (max(d, ratio // d), -d))
+    return [to_steps * middle, to_steps]
+
+
+# Methods
+
+
 @dataclass(frozen=True)
-class Method:
-    """A way to distil: the student's target at (z, t), and the numbers of steps that its stages go through."""
+class Progressive:
+    """Two DDIM steps of the teacher become one of the student, in stages that halve the steps.
 
-    target: Callable[..., Prediction]
-    plan: Callable[[int, int], list[int]]
+    t = i/N with i uniform in 1 … N, x* by `progressive_target`. Source: Salimans & Ho 2022, algorithm 2.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    keeps_steps: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = True
+    self_ema: ClassVar[None] = None
+
+    def plan(self, num_steps: int, to_steps: int) -> list[int]:
+        """`halving_plan`."""
+        return halving_plan(num_steps, to_steps)
+
+    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+        """Noisy images on the student's grid."""
+        t = grid_times_of(u, lesson.num_steps)
+        z = diffuse(x, noise, lesson.schedule.angle(t))
+        target = progressive_target(lesson.teacher, lesson.schedule, z=z, t=t, num_steps=lesson.num_steps)
+        return Example(z, t, target.x)
 
 
-METHODS: dict[str, Method] = {"progressive": Method(progressive_target, halving_plan)}
+@dataclass(frozen=True)
+class Tract:
+    """Transitive closure: a step of the teacher, then the student's own average jumps to the end of the segment.
+
+    t = k/n on the teacher's grid with k uniform in 1 … n, x* by `segment_target`: few stages, each shortening by a
+    large factor, because what the student learns near the end of a segment is handed on to its beginning.
+    Source: Berthelot et al. 2023, *TRACT: Denoising Diffusion Models with Transitive Closure Time-Distillation*.
+
+    Args:
+        self_ema: decay of the self-teacher, the bias-corrected average of the student's weights.
+    """
+
+    self_ema: float = 0.5
+    defaults: ClassVar[Mapping[str, Any]] = {"lr_schedule": "constant", "ema_remainder": 1e-3, "last_factor": 1.0}
+    keeps_steps: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = True
+
+    def plan(self, num_steps: int, to_steps: int) -> list[int]:
+        """`two_phase_plan`."""
+        return two_phase_plan(num_steps, to_steps)
+
+    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+        """Noisy images on the teacher's grid."""
+        assert lesson.average is not None
+
+        def first(z: Tensor, t: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
+            return ddim_step(z, lesson.teacher(z, t).v, angle_t, angle_s)
+
+        fine = lesson.teacher_steps
+        level = (u * fine).floor() + 1
+        z = diffuse(x, noise, lesson.schedule.angle(level / fine))
+        target = segment_target(
+            first, lesson.average, lesson.schedule, z=z, level=level, num_steps=lesson.num_steps, fine_steps=fine
+        )
+        return Example(z, level / fine, target.x)
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Multistep consistency distillation: as `Tract`, with the student itself for its average, and a grid that grows.
+
+    The teacher's steps n grow from `first_steps` to the teacher's own, evenly in log n, over the stage's updates; each
+    is an `addim_step`. With one segment this is consistency distillation (Song et al. 2023).
+    Source: Heek et al. 2024, *Multistep Consistency Models*, algorithms 1 and 3.
+
+    Args:
+        first_steps: n at the first update.
+        addim: η of the teacher's steps; 0: DDIM.
+    """
+
+    first_steps: int = 64
+    addim: float = 0.0
+    defaults: ClassVar[Mapping[str, Any]] = {"lr_schedule": "constant", "ema_remainder": 1e-3, "last_factor": 1.0}
+    keeps_steps: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = True
+    self_ema: ClassVar[None] = None
+
+    def plan(self, num_steps: int, to_steps: int) -> list[int]:
+        """`single_plan`."""
+        return single_plan(num_steps, to_steps)
+
+    def steps_at(self, lesson: Lesson) -> int:
+        """n at the lesson's progress: first^(1 − p) · last^p, rounded to what the grids allow."""
+        last = lesson.teacher_steps
+        begin = min(self.first_steps, last)
+        return lesson.fine_steps(begin ** (1 - lesson.progress) * last**lesson.progress)
+
+    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+        """Noisy images on the grid of now."""
+        assert lesson.student is not None
+
+        def first(z: Tensor, t: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
+            prediction = lesson.teacher(z, t)
+            if self.addim:
+                return addim_step(z, prediction, x, angle_t, angle_s, self.addim)
+            return ddim_step(z, prediction.v, angle_t, angle_s)
+
+        fine = self.steps_at(lesson)
+        level = (u * fine).floor() + 1
+        z = diffuse(x, noise, lesson.schedule.angle(level / fine))
+        target = segment_target(
+            first, lesson.student, lesson.schedule, z=z, level=level, num_steps=lesson.num_steps, fine_steps=fine
+        )
+        return Example(z, level / fine, target.x)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The student answers what its teacher answers, at the same number of steps.
+
+    So another network learns what a teacher knows: one of v-prediction from one of ε, a smaller one, one that takes
+    guidance as an input. Of an ε-prediction x* = α² x̂ + σ² x: at low signal x̂ = (z − σ ε̂)/α is the error of ε̂ many
+    times enlarged, and the image itself, whose mean given z is the perfect x̂, takes its place; the error of ε̂ enters
+    α σ times, never more than half.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    keeps_steps: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = True
+    self_ema: ClassVar[None] = None
+
+    def plan(self, num_steps: int, to_steps: int) -> list[int]:
+        """One stage of as many steps."""
+        if to_steps != num_steps:
+            raise ValueError(f"this method keeps the {num_steps} steps of the teacher, and does not lead to {to_steps}")
+        return [num_steps]
+
+    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+        """Noisy images at every time that the teacher knows."""
+        t = 1 - u if lesson.levels is None else grid_times_of(u, lesson.levels)
+        angle = lesson.schedule.angle(t)
+        z = diffuse(x, noise, angle)
+        if not lesson.predicts_noise:
+            return Example(z, t, lesson.teacher(z, t).x)
+        # α² x̂ = α (z − σ ε̂): nothing is divided, and α may be 0
+        alpha, sigma = alpha_sigma(angle, z)
+        return Example(z, t, alpha * (z - sigma * lesson.teacher(z, t).eps) + sigma**2 * x)
+
+
+@dataclass(frozen=True)
+class Guided(Match):
+    """A student takes the weight w of classifier-free guidance as an input and answers in one evaluation what its
+    teacher answers in two: x̂_w = (1 + w) x̂_c − w x̂_∅, w uniform in the range it is taught.
+
+    Then a second method shortens it, w kept as an input. The teacher that a lesson brings is the guided one.
+    Source: Meng et al. 2023, *On Distillation of Guided Diffusion Models*, algorithm 1.
+    """
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The student follows its own path from noise, and each step is drawn to where its teacher was at that time.
+
+    From the same noise the teacher walks n steps, z̃_i at the student's times, and the student its N from its own
+    states z_i (no gradient through the path); x* of step i inverts z_i → z̃_{i−1}. No image is needed, and few updates.
+    Source: Zhou et al. 2024, *Simple and Fast Distillation of Diffusion Models* (SFD).
+
+    Args:
+        path_steps: n, or 2N where that is more.
+        path_sampler: how the teacher walks.
+    """
+
+    path_steps: int = 16
+    path_sampler: str = "ddim"
+    defaults: ClassVar[Mapping[str, Any]] = {"loss": "l1", "last_factor": 1.0}
+    keeps_steps: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
+    self_ema: ClassVar[None] = None
+
+    def plan(self, num_steps: int, to_steps: int) -> list[int]:
+        """`single_plan`."""
+        return single_plan(num_steps, to_steps)
+
+    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+        """As many states as there are images, of whole paths; the paths start from the first rows of the noise."""
+        import torch
+
+        del x
+        assert lesson.student is not None
+        steps, size = lesson.num_steps, len(noise)
+        z = noise[: -(-size // steps)]
+        times = grid_times(steps)
+        angles = grid_angles(lesson.schedule, times)
+        ends = self.walk(lesson, z)
+        states, targets = [], []
+        for i in range(steps, 0, -1):
+            t, angle_t, angle_s = (values.expand(len(z)) for values in (times[i], angles[i], angles[i - 1]))
+            states.append(z)
+            targets.append(invert_ddim(z, ends[i - 1], angle_t, angle_s).x)
+            if i > 1:
+                z = ddim_step(z, lesson.student(z, t).v, angle_t, angle_s)
+        # one noise after the other; where N does not divide the batch, the steps left out are drawn by the digits of u,
+        # of which those of stratified numbers that come first tell nothing
+        first = ((u[0] * 2**20) % 1 * steps).floor().long()
+        order = (torch.arange(steps, device=u.device) + first) % steps
+        rows = torch.arange(len(noise[: -(-size // steps)]), device=u.device).repeat_interleave(steps)[:size]
+        which = order.repeat(-(-size // steps))[:size]
+        t = times.flip(0).to(u)[which]
+        return Example(torch.stack(states)[which, rows], t, torch.stack(targets)[which, rows], rows)
+
+    def walk(self, lesson: Lesson, z: Tensor) -> list[Tensor]:
+        """The teacher's states z̃_0 … z̃_N at the student's times, from z at t = 1."""
+        fine = lesson.fine_steps(max(self.path_steps, 2 * lesson.num_steps))
+        states: list[Tensor] = []
+        end = sample(
+            lesson.teacher,
+            lesson.schedule,
+            SAMPLERS[self.path_sampler](clip=None),
+            z=z,
+            num_steps=fine,
+            noise=_no_noise,
+            on_state=lambda _, state, __: states.append(state),
+        )
+        return [*states, end][:: -(fine // lesson.num_steps)]
+
+
+def _no_noise() -> Tensor:
+    raise ValueError("the teacher's path is to be deterministic, and its sampler draws noise")
+
+
+METHODS: dict[str, type[Method]] = {
+    "progressive": Progressive,
+    "tract": Tract,
+    "consistency": Consistency,
+    "guided": Guided,
+    "trajectory": Trajectory,
+    "match": Match,
+}
+
+
+def build_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method `name`, with those of the settings that are its parameters."""
+    kind: Any = METHODS[name]
+    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})

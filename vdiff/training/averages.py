@@ -27,7 +27,7 @@ from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.sharding import like, local, whole
 
-MODEL = "ema"
+MODEL, TEACHER = "ema", "self_teacher"
 SNAPSHOT_FOLDER, SNAPSHOT_SUFFIX = "averages", ".safetensors"
 NUM_SNAPSHOTS = 40
 TRACKED = (0.05, 0.10)
@@ -100,6 +100,27 @@ class HalfLife:
 
 
 @dataclass(frozen=True)
+class BiasCorrected:
+    """β(n) = (d − dⁿ⁺¹)/(1 − dⁿ⁺¹): the average of the weights alone that were trained, each weighing d times the next.
+
+    That is Σ_k d^(n−k) θ_k / Σ_k d^(n−k), what an average that began at zero gives once its bias is taken off
+    (Kingma & Ba 2015, section 3); the initial weights have no part in it.
+    """
+
+    decay: float
+
+    @property
+    def name(self) -> str:
+        """`corrected_0.5`."""
+        return f"corrected_{self.decay}"
+
+    def decay_at(self, step: int) -> float:
+        """β of update `step` (from 0)."""
+        power = self.decay ** (step + 1)
+        return (self.decay - power) / (1 - power)
+
+
+@dataclass(frozen=True)
 class PowerFunction:
     """β(t) = (1 − 1/t)^(γ + 1), t = n + 1, which makes the average θ̂_γ(t) = (γ + 1)/t^(γ + 1) ∫₀ᵗ τ^γ θ(τ) dτ.
 
@@ -167,11 +188,13 @@ class Averages:
 
     Attributes:
         model: the averaged denoiser, ready to use; the denoiser itself where `profile` is None.
+        teacher: an averaged denoiser that the denoiser learns from; the denoiser itself where `of_teacher` is None.
 
     Args:
         profile: of `model`.
         further: of the others, which are only kept as tensors: one more copy of the weights each.
-        prepare: what shares weights out over processes; it is done to the denoiser and to the averaged one alike.
+        prepare: what shares weights out over processes; it is done to the denoiser and to the averaged ones alike.
+        of_teacher: of `teacher`.
 
     Raises:
         ValueError: two of `further` have the same name.
@@ -183,24 +206,31 @@ class Averages:
         profile: Profile | None,
         further: Sequence[Profile] = (),
         prepare: Callable[[Denoiser], None] | None = None,
+        of_teacher: Profile | None = None,
     ) -> None:
         if len({other.name for other in further}) < len(further):
             raise ValueError("two averages have the same name")
         self.profile, self.further = profile, tuple(further)
-        self.model = denoiser if profile is None else copy.deepcopy(denoiser).eval().requires_grad_(False)
-        if prepare is not None:  # after the copy: what is shared out cannot be copied
-            prepare(denoiser)
-            if self.model is not denoiser:
-                prepare(self.model)
+        self.model, self.teacher = (
+            denoiser if each is None else copy.deepcopy(denoiser).eval().requires_grad_(False)
+            for each in (profile, of_teacher)
+        )
+        self._modules = [
+            (name, module) for name, module in ((MODEL, self.model), (TEACHER, self.teacher)) if module is not denoiser
+        ]
+        if prepare is not None:  # after the copies: what is shared out cannot be copied
+            for module in (denoiser, *(module for _, module in self._modules)):
+                prepare(module)
         self._names = [name for name, _ in denoiser.named_parameters()]
         self._raw: list[Tensor] = [local(tensor) for tensor in denoiser.parameters()]
         self._buffers: list[Tensor] = list(denoiser.buffers())
-        self._model_buffers: list[Tensor] = list(self.model.buffers())
+        self._copied: list[list[Tensor]] = [list(module.buffers()) for _, module in self._modules]
         self._others = [[tensor.detach().clone() for tensor in denoiser.parameters()] for _ in self.further]
         averages = zip(self.further, self._others, strict=True)
         self._tracked = [(other, [local(tensor) for tensor in tensors]) for other, tensors in averages]
-        if profile is not None:
-            self._tracked.insert(0, (profile, [local(tensor) for tensor in self.model.parameters()]))
+        for each, module in ((of_teacher, self.teacher), (profile, self.model)):
+            if each is not None:
+                self._tracked.insert(0, (each, [local(tensor) for tensor in module.parameters()]))
 
     def decay_at(self, step: int) -> float:
         """β of the model's average at update `step` (from 0); 0 where there is none."""
@@ -211,14 +241,12 @@ class Averages:
         """Take in the weights after update `step` (from 0): one call for each average, and no wait for the device."""
         for profile, average in self._tracked:
             torch._foreach_lerp_(average, self._raw, 1 - profile.decay_at(step))
-        if self._buffers and self.profile is not None:
-            torch._foreach_copy_(self._model_buffers, self._buffers)
+        for buffers in self._copied if self._buffers else ():
+            torch._foreach_copy_(buffers, self._buffers)
 
     def named(self) -> dict[str, Mapping[str, Tensor]]:
         """Name of an average → name of a weight → tensor: what resuming needs. They are views, not copies."""
-        values: dict[str, Mapping[str, Tensor]] = {}
-        if self.profile is not None:
-            values[MODEL] = self.model.state_dict()
+        values: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in self._modules}
         for profile, average in zip(self.further, self._others, strict=True):
             values[profile.name] = dict(zip(self._names, average, strict=True))
         return values
@@ -230,10 +258,10 @@ class Averages:
         Raises:
             KeyError, ValueError, RuntimeError: one is missing, or of another model.
         """
-        if self.profile is not None:
-            weights = dict(self.model.named_parameters())
-            found = values[MODEL].items()
-            self.model.load_state_dict({name: like(tensor, weights.get(name, tensor)) for name, tensor in found})
+        for module_name, module in self._modules:
+            weights = dict(module.named_parameters())
+            found = values[module_name].items()
+            module.load_state_dict({name: like(tensor, weights.get(name, tensor)) for name, tensor in found})
         for profile, average in zip(self.further, self._others, strict=True):
             for name, tensor in zip(self._names, average, strict=True):
                 kept = values[profile.name][name]

@@ -92,7 +92,7 @@ def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
     Raises:
         OptionError: the network's settings do not fit together, or not the images.
     """
-    _check_unet(config.unet)
+    check_unet(config.unet)
     try:
         unet = UNetConfig.from_dict(
             {
@@ -129,7 +129,7 @@ def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
     )
 
 
-def _check_unet(values: Mapping[str, Any]) -> None:
+def check_unet(values: Mapping[str, Any]) -> None:
     """Refuse keys of [unet] that are unknown or follow from other settings, and values of another type.
 
     Raises:

@@ -18,7 +18,9 @@ from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw
 from vdiff.reporting import Reporter
-from vdiff.training.ladder import Stage, steps_text
+from vdiff.training.ladder import steps_text
+from vdiff.training.stages import Stage
+from vdiff.training.verdict import read_verdict, rmse
 
 PICTURE, TABLE = "ladder.png", "ladder.json"
 PICTURE_ROWS = 8
@@ -34,6 +36,7 @@ class Row:
         ms_per_image: milliseconds to draw one image in the batch of the comparison.
         rmse_to_teacher: root mean square difference of pixels in [−1, 1] from the model before it, same noise.
         rmse_to_first: the same, from the first model.
+        distance: from the data, where a verdict tells it.
     """
 
     checkpoint: str
@@ -44,6 +47,7 @@ class Row:
     ms_per_image: float
     rmse_to_teacher: float | None
     rmse_to_first: float | None
+    distance: float | None = None
 
 
 def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter) -> list[Row]:
@@ -81,6 +85,7 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
                     ms_per_image=1000 * seconds / count,
                     rmse_to_teacher=rmse(images, drawn[-1]) if drawn else None,
                     rmse_to_first=rmse(images, drawn[0]) if drawn else None,
+                    distance=_distance(stages, folder, steps),
                 )
             )
             drawn.append(images)
@@ -124,6 +129,10 @@ def picture(rows: Sequence[Row], drawn: Sequence[Tensor]) -> Image:
     )
 
 
-def rmse(a: Tensor, b: Tensor) -> float:
-    """√ mean (a − b)²."""
-    return float((a - b).square().mean().sqrt())
+def _distance(stages: Sequence[Stage], folder: Path, steps: int) -> float | None:
+    """What a verdict says of a model: a student's own, or that on the student of a teacher."""
+    if folder != stages[0].base:
+        own = read_verdict(folder)
+        return own.distance if own else None
+    first = read_verdict(stages[0].folder) if steps == stages[0].teacher_steps else None
+    return first.teacher_distance if first else None

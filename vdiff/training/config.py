@@ -21,6 +21,10 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+LOSSES = ("l2", "l1", "huber")
+TIMES = ("uniform", "importance")
+SHORTENING = ("progressive", "tract")
+PATH_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun")
 
 COMMAND_LINE = "the command line"
 DATA, MODEL, OPTIMISATION, RECORDS, MACHINE = "Data", "Model", "Optimisation", "Records", "Machine"
@@ -94,6 +98,11 @@ class LoopConfig:
         "Half-life of that average in images seen, instead of --ema; 0: --ema says.",
         group=OPTIMISATION, default=0.0, low=0, unit="IMAGES",
     )  # fmt: skip
+    ema_remainder: float = setting(
+        "Part of the first weights that is left in that average after the last update, instead of --ema: decay is "
+        "this^(1/updates); 0: --ema says.",
+        group=OPTIMISATION, default=0.0, low=0, high=0.99,
+    )  # fmt: skip
     ema_more: str = setting(
         "Decays of further averages, 0.999,0.9995: vdiff ema makes checkpoints of them.",
         group=OPTIMISATION, default="", unit="DECAYS", shown="none",
@@ -109,6 +118,14 @@ class LoopConfig:
     weighting: str = setting(
         "Weight of the squared error of x̂ at each noise level.",
         group=OPTIMISATION, default="truncated_snr", choices=WEIGHTINGS,
+    )  # fmt: skip
+    loss: str = setting(
+        "Of the weighted errors of pixels: squares, absolute values, or pseudo-Huber.",
+        group=OPTIMISATION, default="l2", choices=LOSSES,
+    )  # fmt: skip
+    times: str = setting(
+        "Noise levels of an update: all alike, or those more often where losses are large (which then count less).",
+        group=OPTIMISATION, default="uniform", choices=TIMES,
     )  # fmt: skip
     dropout: float = setting("Rate in the residual blocks.", group=OPTIMISATION, default=0.0, low=0, high=0.99)
     class_dropout: float = setting(
@@ -168,7 +185,7 @@ class LoopConfig:
     @property
     def weights(self) -> str:
         """Which weights are the model: "ema" or "raw"."""
-        return "ema" if self.ema or self.ema_images else "raw"
+        return "ema" if self.ema or self.ema_images or self.ema_remainder else "raw"
 
     def further_decays(self) -> list[float]:
         """`ema_more` as numbers.
@@ -229,7 +246,10 @@ class DistillConfig(LoopConfig):
     preset: str = setting(
         "Where the other settings come from.", group=DATA, default="", shown="the teacher's, else by image size"
     )
-    num_iters: int = setting("Optimiser updates of a stage.", group=OPTIMISATION, low=1, unit="UPDATES")
+    num_iters: int = setting(
+        "Optimiser updates of a stage, for each time that it halves the steps.",
+        group=OPTIMISATION, low=1, unit="UPDATES",
+    )  # fmt: skip
     base: str = setting(
         "The teacher, a checkpoint.",
         group=MODEL,
@@ -249,7 +269,38 @@ class DistillConfig(LoopConfig):
         "The steps that the teacher takes, and the first student halves.",
         group=MODEL, default=None, low=2, unit="STEPS", shown="the teacher's own",
     )  # fmt: skip
+    phases: str = setting(
+        "The steps of the teacher and of all students, 1024,32,1, instead of --to_steps.",
+        group=MODEL, default="", unit="STEPS", shown="as the method does",
+    )  # fmt: skip
     method: str = setting("How students learn.", group=MODEL, default="progressive", choices=METHODS)
+    then: str = setting(
+        "What --method guided goes on with, once the student takes guidance as an input.",
+        group=MODEL, default="progressive", choices=SHORTENING,
+    )  # fmt: skip
+    guidance_range: str = setting(
+        "Weights of guidance that --method guided teaches.", group=MODEL, default="0,4", unit="LOW,HIGH"
+    )
+    student_config: str = setting(
+        "A TOML file with a table [unet] of what the first student's network has other than its teacher's.",
+        group=MODEL, default="", unit="FILE.toml", shown="the teacher's network",
+    )  # fmt: skip
+    self_ema: float = setting(
+        "Decay of the average that a student of tract learns from.", group=MODEL, default=0.5, low=0, high=0.9999
+    )
+    first_steps: int = setting(
+        "Steps of the teacher at the first update of consistency.", group=MODEL, default=64, low=1, unit="STEPS"
+    )
+    addim: float = setting(
+        "Variance that the teacher of consistency makes good at each step; 0: DDIM.",
+        group=MODEL, default=0.0, low=0, high=2,
+    )  # fmt: skip
+    path_steps: int = setting(
+        "Steps of the teacher's path for trajectory.", group=MODEL, default=16, low=2, unit="STEPS"
+    )
+    path_sampler: str = setting(
+        "How the teacher of trajectory walks.", group=MODEL, default="ddim", choices=PATH_SAMPLERS
+    )
     lr_schedule: str = setting(
         "Linear and cosine fall to 0 at the end of each stage.",
         group=OPTIMISATION, default="linear", choices=LR_SCHEDULES,
@@ -267,9 +318,63 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, default=2.0, low=0, open_low=True,
     )  # fmt: skip
 
-    def updates(self, num_steps: int) -> int:
-        """Optimiser updates of the stage whose student takes `num_steps`."""
-        return max(1, round(self.num_iters * self.last_factor)) if num_steps <= 2 else self.num_iters
+    check_images: int = setting(
+        "Images by which each student is compared to its teacher, from noise that it never saw; 0: it is not.",
+        group=RECORDS, default=64, low=0, unit="IMAGES", free=True,
+    )  # fmt: skip
+    distance_images: int = setting(
+        "Images by which a student is compared to the data.",
+        group=RECORDS, default=500, low=2, unit="IMAGES", free=True,
+    )  # fmt: skip
+    distance_every: int = setting(
+        "Stages between measurements of the distance to the data; 0: none.",
+        group=RECORDS, default=1, low=0, unit="STAGES", free=True,
+    )  # fmt: skip
+    max_regression: float = setting(
+        "A student whose distance to the data is more than this many times its teacher's has failed.",
+        group=RECORDS, default=10.0, low=1, free=True,
+    )  # fmt: skip
+    retries: int = setting(
+        "Times that a failed stage is done again, each with half the learning rate.",
+        group=OPTIMISATION, default=1, low=0, unit="TIMES", free=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.guidance_weights()
+        self.phase_steps()
+        if self.times == "importance" and not METHODS[self.method]().needs_images:
+            raise OptionError(
+                f"--times importance: {self.method} learns from whole paths, in which every step has its part",
+                "leave it out",
+            )
+
+    def guidance_weights(self) -> tuple[float, float]:
+        """`guidance_range` as two numbers.
+
+        Raises:
+            OptionError: it is no range.
+        """
+        try:
+            low, high = (float(word) for word in self.guidance_range.split(","))
+        except ValueError:
+            low, high = math.nan, math.nan
+        if not (-1 <= low < high < math.inf):
+            raise OptionError(
+                f"--guidance_range {self.guidance_range}: no range of weights", "give two numbers that rise: 0,4"
+            )
+        return low, high
+
+    def phase_steps(self) -> list[int]:
+        """`phases` as numbers; empty where there are none.
+
+        Raises:
+            OptionError: one of them is no number of steps.
+        """
+        words = self.phases.split(",") if self.phases else []
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words) or len(words) == 1:
+            raise OptionError(f"--phases {self.phases}: no list of steps", "give them from the teacher's down: 64,8,1")
+        return [int(word) for word in words]
 
 
 Config = TypeVar("Config", TrainConfig, DistillConfig)

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+
+from vdiff.data.batches import Batch
 from vdiff.data.datasets import AnyStore, Batches, open_batches, open_dataset
 from vdiff.data.store import find_dataset
 from vdiff.errors import OptionError, VdiffError
+from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a run; without a `store` they are only assumed, to see what a preset would cost."""
+    """The images of a run.
+
+    Without a `store` they are only assumed, to see what a preset would cost, or there are none, since the method needs
+    none (`none_needed`).
+    """
 
     image_size: int
     channels: int
     class_names: list[str] = field(default_factory=list)
     store: AnyStore | None = None
+    none_needed: bool = False
 
     @property
     def name(self) -> str:
         """The dataset's path, as the checkpoint records it."""
         if self.store is None:
-            return "assumed"
+            return "no images" if self.none_needed else "assumed"
         return self.store.path if isinstance(self.store.path, str) else self.store.path.as_posix()
 
     @property
@@ -34,6 +45,10 @@ class Images:
 
     def batches(self, config: LoopConfig, engine: Engine) -> Batches:
         """This process's share of the batches, in the order that the seed gives."""
+        if self.none_needed:
+            shape = (self.channels, self.image_size, self.image_size)
+            share = engine.share(config.batch_size)
+            return ClassesOnly(shape, len(self.class_names), config.seed, config.batch_size, share)
         assert self.store is not None, "images that are only assumed cannot be read"
         return open_batches(
             self.store,
@@ -46,6 +61,31 @@ class Images:
             world_size=engine.world_size,
             pin_memory=engine.device.type == "cuda",
         )
+
+
+@dataclass(frozen=True)
+class ClassesOnly:
+    """Batches for a method that needs no images: black ones, of classes drawn from (seed, step)."""
+
+    shape: tuple[int, ...]
+    num_classes: int
+    seed: int
+    batch_size: int
+    share: slice
+
+    def start_at(self, step: int) -> Generator[Batch, None, None]:
+        """The batches of optimiser steps `step`, `step` + 1, … without end."""
+        images = torch.zeros((self.share.stop - self.share.start, *self.shape), dtype=torch.uint8)
+        while True:
+            generator = np.random.default_rng([self.seed, step])
+            classes = generator.integers(0, max(self.num_classes, 1), self.batch_size)[self.share]
+            yield Batch(images, torch.from_numpy(classes) if self.num_classes else None)
+            step += 1
+
+
+def no_images(teacher: CheckpointConfig) -> Images:
+    """No images at all, of the teacher's kind."""
+    return Images(teacher.image_size, int(teacher.unet["in_channels"]), list(teacher.class_names), none_needed=True)
 
 
 def open_images(path: str, image_size: int | None) -> Images:

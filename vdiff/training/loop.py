@@ -20,11 +20,19 @@ from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
 from vdiff.models.denoiser import Denoiser, drop_classes
 from vdiff.reporting import Reporter
 from vdiff.training import history
-from vdiff.training.averages import Averages, drop_later_snapshots, is_snapshot_due, profiles_of, save_snapshot
+from vdiff.training.averages import (
+    Averages,
+    BiasCorrected,
+    drop_later_snapshots,
+    is_snapshot_due,
+    profiles_of,
+    save_snapshot,
+)
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, memory_errors_named
+from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.meter import Meter, Outcome
-from vdiff.training.objectives import Objective, stratified, weighted_losses
+from vdiff.training.objectives import LOSSES, Draws, Objective, Pupil, stratified, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
 from vdiff.training.records import open_records, preview
 from vdiff.training.sharding import whole
@@ -39,6 +47,8 @@ class Run:
     Attributes:
         description: what the checkpoint says of itself; the loop fills in how far it is.
         class_dropout: the part of the images whose class the network is not told, where it knows "no class".
+        self_ema: decay of the average that the network learns from; None: it learns from none.
+        step_bins: where the model has few steps, how many: the loss is told for each.
     """
 
     denoiser: Denoiser
@@ -48,6 +58,8 @@ class Run:
     description: CheckpointConfig
     folder: Path
     class_dropout: float = 0.0
+    self_ema: float | None = None
+    step_bins: int | None = None
 
 
 def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
@@ -70,17 +82,20 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     config = run.config
     denoiser = engine.place(run.denoiser).train()
     denoiser.network.checkpointing = config.checkpointing
-    averages = averages_of(config, denoiser, engine)
+    averages = averages_of(config, denoiser, engine, run.self_ema)
+    importance = ImportanceSampling(num_bins(run.step_bins), engine.device) if config.times == "importance" else None
+    statistics = {"moments": importance.moments} if importance else {}
     optimizer = build_optimizer(denoiser, config)
     scaler = engine.accelerator.scaler
-    start = load_state(run.folder, denoiser, averages, optimizer, scaler)
+    start = load_state(run.folder, denoiser, averages, optimizer, scaler, statistics=statistics)
     if engine.is_main:
         drop_later_snapshots(run.folder, start.step)
-    update = build_update(run, engine, denoiser, averages, optimizer)
-    meter = Meter(start, config, engine)
+    update = build_update(run, engine, denoiser, averages, optimizer, importance)
+    meter = Meter(start, config, engine, run.step_bins)
 
     def save() -> None:
-        save_state(run.folder, meter.position, denoiser, averages, optimizer, scaler, write=engine.is_main)
+        position, write = meter.position, engine.is_main
+        save_state(run.folder, position, denoiser, averages, optimizer, scaler, statistics=statistics, write=write)
         weights = {name: whole(tensor) for name, tensor in averages.model.state_dict().items()}
         if engine.is_main:
             save_checkpoint(run.folder, weights, _describe(run, meter.position))
@@ -124,20 +139,27 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     return averages.model.eval()
 
 
-def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine) -> Averages:
+def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:
     """The averages that a run keeps; the weights are shared out first, where that is asked for."""
+    remainder = config.ema_remainder ** (1 / config.num_iters) if config.ema_remainder else 0.0
     profile, further = profiles_of(
-        ema=config.ema,
+        ema=remainder or config.ema,
         ema_images=config.ema_images,
         ema_more=config.further_decays(),
         ema_profiles=config.ema_profiles,
         batch_size=config.batch_size,
     )
-    return Averages(denoiser, profile, further, prepare=engine.shared_out(config))
+    of_teacher = None if self_ema is None else BiasCorrected(self_ema)
+    return Averages(denoiser, profile, further, prepare=engine.shared_out(config), of_teacher=of_teacher)
 
 
 def build_update(
-    run: Run, engine: Engine, denoiser: Denoiser, averages: Averages, optimizer: torch.optim.Optimizer
+    run: Run,
+    engine: Engine,
+    denoiser: Denoiser,
+    averages: Averages,
+    optimizer: torch.optim.Optimizer,
+    importance: ImportanceSampling | None = None,
 ) -> Callable[[int, Batch], Outcome]:
     """One optimiser update as a function of its number and its batch, which is this process's share.
 
@@ -146,8 +168,9 @@ def build_update(
     nothing: the optimiser is told so on the device, and nobody waits for it.
     """
     config, accelerator = run.config, engine.accelerator
-    weighting = WEIGHTINGS[config.weighting]
-    conditional = denoiser.network.config.num_classes > 0
+    weighting, loss = WEIGHTINGS[config.weighting], LOSSES[config.loss]
+    known = denoiser.network.config
+    low, high = run.description.guidance_range or (0.0, 0.0)
     model = engine.wrapped(engine.compiled(denoiser))
     prepared = accelerator.prepare(optimizer)
     share = engine.share(config.batch_size)
@@ -157,26 +180,37 @@ def build_update(
     def update(step: int, batch: Batch) -> Outcome:
         seed_update(config.seed, step)
         images = from_uint8(batch.images.to(engine.device, non_blocking=True))
-        classes = batch.classes if conditional else None
+        classes = batch.classes if known.num_classes else None
         classes = classes if classes is None else classes.to(engine.device, non_blocking=True)
         noise = torch.randn((config.batch_size, *images.shape[1:]), device=engine.device)[share]
         u = stratified(config.batch_size, engine.device)[share]
-        if classes is not None and denoiser.network.config.null_class:
+        guidance = None
+        if classes is not None and known.null_class:
             left_out = torch.rand(config.batch_size, device=engine.device)[share]
-            classes = drop_classes(classes, left_out, run.class_dropout, denoiser.network.config.num_classes)
+            classes = drop_classes(classes, left_out, run.class_dropout, known.num_classes)
+        if known.guidance_input:
+            guidance = low + (high - low) * torch.rand(config.batch_size, device=engine.device)[share]
         if engine.rank:
             seed_update(config.seed, step, engine.rank)  # dropout differs from process to process
-        losses, levels = [], []
+        u, counts = (u, None) if importance is None else importance.draw(u)
+        draws = Draws(images, noise, u, classes, guidance)
+        pupil = Pupil(denoiser, averages.teacher, step / config.num_iters)
+        losses, times = [], []
         for part in parts:
-            example = run.objective(images[part], None if classes is None else classes[part], noise[part], u[part])
-            logsnr = denoiser.schedule.logsnr(example.t)
+            mine = draws[part]
+            with accelerator.autocast():
+                example = run.objective(mine, pupil)
+            told = mine if example.rows is None else mine[example.rows]
             with engine.synchronised(model, part is parts[-1]):
                 with accelerator.autocast():
-                    prediction = model(example.z, example.t, None if classes is None else classes[part])
-                each = weighted_losses(prediction, example, logsnr, weighting)
-                accelerator.backward(each.mean() / len(parts))
+                    prediction = model(example.z, example.t, told.classes, told.guidance)
+                each = weighted_losses(prediction, example, denoiser.schedule.logsnr(example.t), weighting, loss)
+                meant = each if counts is None else each * counts[part].to(each)
+                accelerator.backward(meant.mean() / len(parts))
             losses.append(each.detach())
-            levels.append(logsnr)
+            times.append(example.t)
+        if importance is not None:
+            importance.learn(u, torch.cat(losses), engine)
         for group in prepared.param_groups:
             group["lr"] = learning_rate(config, step)
         norm = engine.clip(model, config.clip_norm)
@@ -186,7 +220,8 @@ def build_update(
         prepared.step()
         prepared.zero_grad(set_to_none=True)
         averages.update(step)
-        return Outcome(torch.cat(losses), torch.cat(levels).to(engine.device), norm, is_bad)
+        t = torch.cat(times).to(engine.device)
+        return Outcome(torch.cat(losses), t, denoiser.schedule.logsnr(t), norm, is_bad, counts)
 
     return update
 

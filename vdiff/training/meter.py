@@ -17,37 +17,45 @@ from vdiff.training.state import Position
 
 LOGSNR_EDGES = (-20, -15, -10, -5, 0, 5, 10, 15, 20)
 NUM_BINS = len(LOGSNR_EDGES) - 1
+MAX_STEPS = 32
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one update answers, on the device: nothing here was waited for.
 
-    `losses` (b,) are the weighted errors of this process's images, `logsnr` (b,) their noise levels, `norm` () is the
-    length of the gradient over all processes; `is_bad` () bool: it is infinite or no number, and nothing was changed.
+    `losses` (b,) are the weighted errors of this process's images, `t` (b,) their times, `logsnr` (b,) their noise
+    levels, `norm` () is the length of the gradient over all processes; `is_bad` () bool: it is infinite or no number,
+    and nothing was changed. `counts` (b,) is how many times an image counts, where that is not once.
     """
 
     losses: Tensor
+    t: Tensor
     logsnr: Tensor
     norm: Tensor
     is_bad: Tensor
+    counts: Tensor | None = None
 
 
 class Meter:
     """Where a run is, and the sums of what its updates answered since they were last read.
 
     Reading is the only moment that waits for the device; every process must read after the same updates.
+
+    Args:
+        step_bins: the steps of a model of few steps, each of which gets its own loss; None: none does.
     """
 
-    def __init__(self, start: Position, config: LoopConfig, engine: Engine) -> None:
+    def __init__(self, start: Position, config: LoopConfig, engine: Engine, step_bins: int | None = None) -> None:
         self.position, self.config, self.engine = start, config, engine
         self.began = self.read_at = time.monotonic()
         self.before = start.seconds
         self.note = ""
         self.waited = 0.0
         self._updates = 0
-        # loss by noise level, images by noise level, loss and images together
-        self._sums = torch.zeros(2 * NUM_BINS, dtype=torch.float64, device="cpu")
+        self.steps = step_bins if step_bins is not None and step_bins <= MAX_STEPS else 0
+        # losses, then images: of each noise level, then of each step
+        self._sums = torch.zeros(2 * (NUM_BINS + self.steps), dtype=torch.float64, device="cpu")
         self._sums = self._sums.to(engine.device, torch.float32 if engine.device.type == "mps" else torch.float64)
         self._norms = torch.zeros((), device=engine.device)
         self._bad = torch.zeros((), device=engine.device)
@@ -61,9 +69,16 @@ class Meter:
         width = (high - low) / NUM_BINS
         bins = ((outcome.logsnr.to(self._sums) - low) / width).floor().clamp(0, NUM_BINS - 1).long()
         # a loss that is no number would stay one when multiplied by 0
-        losses = torch.where(good, outcome.losses.to(self._sums), 0)
-        self._sums.index_add_(0, bins, losses)
-        self._sums.index_add_(0, bins + NUM_BINS, good.to(self._sums).expand_as(losses))
+        counts = good.to(self._sums).expand_as(outcome.losses)
+        counts = counts if outcome.counts is None else counts * outcome.counts.to(self._sums)
+        losses = torch.where(good, outcome.losses.to(self._sums), 0) * counts
+        groups = [bins]
+        if self.steps:  # t = i/N is told exactly, and t in between belongs to the step that begins above it
+            step = (outcome.t.to(self._sums) * self.steps - 1e-5).ceil().clamp(1, self.steps).long() - 1
+            groups.append(NUM_BINS + step)
+        for group in groups:
+            self._sums.index_add_(0, group, losses)
+            self._sums.index_add_(0, group + NUM_BINS + self.steps, counts)
         self._norms += torch.where(good, outcome.norm, 0)
         self._bad += outcome.is_bad
         self._row = (self._row + 1) * outcome.is_bad
@@ -88,7 +103,8 @@ class Meter:
             )
         now = time.monotonic()
         elapsed = max(now - self.read_at, 1e-9)
-        by_level, images = sums[:NUM_BINS], sums[NUM_BINS:]
+        totals, counts = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+        by_level, images = totals[:NUM_BINS], counts[:NUM_BINS]
         good = max(self._updates - bad, 1)
         loss = sum(by_level) / max(sum(images), 1)
         rate = self._updates * self.config.batch_size / elapsed
@@ -103,6 +119,8 @@ class Meter:
         }
         edges = zip(LOGSNR_EDGES, LOGSNR_EDGES[1:], by_level, images, strict=False)
         scalars |= {f"loss_by_logsnr/{low}_{high}": total / count for low, high, total, count in edges if count}
+        by_step = zip(totals[NUM_BINS:], counts[NUM_BINS:], strict=True)
+        scalars |= {f"loss_by_step/{i}": total / count for i, (total, count) in enumerate(by_step, 1) if count}
         memory = memory_bytes(self.engine.device)
         scalars |= {"memory_gib": memory / 2**30} if memory else {}
         self.note = f"loss {loss:.4g}, {rate:.3g} images/s, {100 * scalars['data_wait']:.0f} % waiting for data"

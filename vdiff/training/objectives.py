@@ -1,33 +1,53 @@
 """What the network is to learn from a batch: noisy images, their times, and the image it should see in each.
 
-An objective is given all its randomness: `noise` N(0, I) like the images, and `u` (B,) uniform in [0, 1).
+An objective is given all its randomness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vdiff.diffusion.distillation import Method
+from vdiff.diffusion.distillation import Example, Lesson, Method, grid_times_of
 from vdiff.diffusion.prediction import Prediction
+from vdiff.diffusion.samplers import Denoise
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
-class Example:
-    """Noisy images `z` (B, C, H, W) at `t` (B,), and the images `x` to answer."""
+class Draws:
+    """What an update is given: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), and, for a
+    network that takes them, classes (B,) int64 and weights of guidance (B,)."""
 
-    z: Tensor
-    t: Tensor
-    x: Tensor
+    images: Tensor
+    noise: Tensor
+    u: Tensor
+    classes: Tensor | None = None
+    guidance: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> Draws:
+        """Some of the rows."""
+        classes = None if self.classes is None else self.classes[rows]
+        guidance = None if self.guidance is None else self.guidance[rows]
+        return Draws(self.images[rows], self.noise[rows], self.u[rows], classes, guidance)
 
 
-Objective = Callable[[Tensor, "Tensor | None", Tensor, Tensor], Example]
-"""(images, classes, noise, u) → Example."""
+@dataclass(frozen=True)
+class Pupil:
+    """Who learns: the network as it is now, its moving average (itself where there is none), and the part of its
+    updates that is done."""
+
+    now: Denoiser
+    average: Denoiser
+    progress: float
+
+
+Objective = Callable[[Draws, Pupil], Example]
 
 
 @dataclass(frozen=True)
@@ -39,36 +59,63 @@ class DenoisingObjective:
 
     schedule: Schedule
 
-    def __call__(self, x: Tensor, classes: Tensor | None, noise: Tensor, u: Tensor) -> Example:
-        del classes
+    def __call__(self, draws: Draws, pupil: Pupil) -> Example:
+        del pupil
         levels = self.schedule.num_levels
-        t = 1 - u if levels is None else ((u * levels).floor() + 1) / levels
-        return Example(diffuse(x, noise, self.schedule.angle(t)), t, x)
+        t = 1 - draws.u if levels is None else grid_times_of(draws.u, levels)
+        return Example(diffuse(draws.images, draws.noise, self.schedule.angle(t)), t, draws.images)
 
 
 @dataclass(frozen=True)
 class DistillationObjective:
-    """A student of N = `num_steps` steps: t = (⌊u·N⌋ + 1)/N, and the target is what `method` makes of its teacher.
+    """What `method` makes of a teacher.
 
-    Source: Salimans & Ho 2022, algorithm 2.
+    Attributes:
+        num_steps, teacher_steps, levels: see `Lesson`.
     """
 
     teacher: Denoiser
     method: Method
     num_steps: int
+    teacher_steps: int
+    levels: int | None = None
 
-    def __call__(self, x: Tensor, classes: Tensor | None, noise: Tensor, u: Tensor) -> Example:
-        schedule = self.teacher.schedule
-        t = ((u * self.num_steps).floor() + 1) / self.num_steps
-        z = diffuse(x, noise, schedule.angle(t))
+    def __call__(self, draws: Draws, pupil: Pupil) -> Example:
+        training = pupil.now.training
+        lesson = Lesson(
+            teacher=told(self.teacher, draws, torch.inference_mode),
+            schedule=self.teacher.schedule,
+            num_steps=self.num_steps,
+            teacher_steps=self.teacher_steps,
+            levels=self.levels,
+            student=told(pupil.now, draws),
+            average=told(pupil.average, draws),
+            progress=pupil.progress,
+            predicts_noise=self.teacher.prediction_type == "eps",
+        )
+        with torch.no_grad():
+            pupil.now.eval()
+            try:
+                return self.method(lesson, draws.images, draws.noise, draws.u)
+            finally:
+                pupil.now.train(training)
 
-        def teach(z: Tensor, t: Tensor) -> Prediction:
-            prediction: Prediction = self.teacher(z, t, classes)
-            return prediction
 
-        with torch.inference_mode():
-            target = self.method.target(teach, schedule, z=z, t=t, num_steps=self.num_steps)
-        return Example(z, t, target.x)
+def told(
+    denoiser: Denoiser, draws: Draws, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
+) -> Denoise:
+    """The denoiser, told classes and guidance of the first rows of the batch, as many as it is given.
+
+    Weights that are still to be trained must not be seen under `inference_mode`, which FSDP would not forget.
+    """
+
+    def denoise(z: Tensor, t: Tensor) -> Prediction:
+        first = draws[: len(z)]
+        with mode():
+            prediction: Prediction = denoiser(z, t, first.classes, first.guidance)
+        return prediction
+
+    return denoise
 
 
 def stratified(size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -81,9 +128,28 @@ def stratified(size: int, device: torch.device | str = "cpu") -> Tensor:
     return u.clamp(max=1 - torch.finfo(dtype).eps / 2)  # the last one might be rounded up to 1
 
 
+HUBER = 0.00054
+"""The errors of pixels below which the pseudo-Huber loss is quadratic (Song & Dhariwal 2023)."""
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda error: error.square().flatten(1).mean(1),
+    "l1": lambda error: error.abs().flatten(1).mean(1),
+    "huber": lambda error: (error.square().flatten(1).mean(1) + HUBER**2).sqrt() - HUBER,
+}
+"""The loss of an image from the weighted errors of its pixels, (B, C, H, W) → (B,): e², |e|, or √(e² + c²) − c of
+their root mean square."""
+
+
 def weighted_losses(
-    prediction: Prediction, example: Example, logsnr: Tensor, weighting: Callable[[Tensor], Tensor]
+    prediction: Prediction,
+    example: Example,
+    logsnr: Tensor,
+    weighting: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor] = LOSSES["l2"],
 ) -> Tensor:
-    """w(λ_t) ‖x − x̂‖², the mean over pixels: (B,); `logsnr` (B,) = λ_t."""
-    error = (example.x - prediction.x).square().flatten(1).mean(1)
-    return coefficient(weighting(logsnr), error) * error
+    """The loss of √w(λ_t) (x − x̂): (B,); for l2 that is w(λ_t) ‖x − x̂‖², the mean over pixels.
+
+    `logsnr` (B,) = λ_t.
+    """
+    error = example.x - prediction.x
+    return loss(coefficient(weighting(logsnr).sqrt(), error) * error)

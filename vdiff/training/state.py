@@ -6,6 +6,7 @@ All randomness of update n is a function of seed and n (`loop.py`, `data/batches
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from vdiff.training.sharding import like, whole
 
 STATE_FOLDER, STATE_FILE = "state", "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATISTICS = "statistics"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     *,
+    statistics: Mapping[str, Tensor] | None = None,
     write: bool = True,
 ) -> None:
-    """Write the state of a run, whole or not at all; `scaler` is that of fp16.
+    """Write the state of a run, whole or not at all; `scaler` is that of fp16, `statistics` what else was learned.
 
     Every process calls this, since weights may be shared out over them; those with `write` write.
     """
@@ -56,6 +59,7 @@ def save_state(
     for name, parameter in denoiser.named_parameters():
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = whole(optimizer.state[parameter][moment])
+    tensors |= {f"{STATISTICS}.{name}": tensor for name, tensor in (statistics or {}).items()}
     # bad updates count as updates of the run, but not of the optimiser
     steps = [float(optimizer.state[parameter]["step"]) for parameter in denoiser.parameters()]
     metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
@@ -72,6 +76,8 @@ def load_state(
     averages: Averages,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Position:
     """Bring them back to where `save_state` left them; without a state file they stay as they are, at update 0.
 
@@ -88,6 +94,8 @@ def load_state(
         raw = _part(tensors, "raw.")
         denoiser.load_state_dict({name: like(tensor, parameters.get(name, tensor)) for name, tensor in raw.items()})
         averages.load({name: _part(tensors, f"{name}.") for name in averages.named()})
+        for name, tensor in (statistics or {}).items():
+            tensor.copy_(tensors[f"{STATISTICS}.{name}"])
         step = torch.tensor(float(metadata["optimizer_step"]))
         if scaler is not None:
             scaler.load_state_dict(json.loads(metadata["scaler"]))

@@ -1,0 +1,55 @@
+"""Two processes distil as one does: by an average of their own making, with noise levels by importance."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import ROOT, done
+from tests.toy import scalars, write_checkpoint, write_dataset
+from vdiff.models.checkpoint import load_checkpoint, read_config
+from vdiff.training.verdict import read_verdict
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo")
+WORDS = (
+    "--preset toy --method tract --phases 8,2,1 --times importance --num_iters 3 --batch_size 8 --lr 1e-3 "
+    "--device cpu --num_workers 0 --check_images 6 --log_interval 1"
+)
+
+
+def test_a_ladder_of_tract_in_two_processes(tmp_path, monkeypatch):
+    """The batch, the statistics of all its losses, the self-teacher and the verdict are those of one process."""
+    monkeypatch.chdir(tmp_path)
+    data = write_dataset(Path("toy_4"))
+    for name in ("one", "two"):
+        write_checkpoint(Path(name, "original"), seed=7, dataset=str(data))
+    together = subprocess.run(
+        [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2",
+         str(ROOT / "distill.py"), "--base", "two/original", *WORDS.split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    assert together.returncode == 0, together.stderr
+    assert "distilling on 2 processes, cpu, fp32, batch 8 = 2 processes × 4 images" in together.stderr
+    assert together.stderr.count("base_1: RMSE to its teacher") == 1
+    done(f"distill.py --base one/original {WORDS}")
+    z = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for student in ("base_0", "base_1"):
+        one, two = Path("one", student), Path("two", student)
+        t = torch.full((8,), 1.0 if student == "base_1" else 0.5, dtype=torch.float64)
+        first, second = (load_checkpoint(folder)[0](z, t).v for folder in (one, two))
+        assert (first - second).norm() < 1e-3 * first.norm()
+        losses = [scalars(folder)["loss"] for folder in (one, two)]
+        assert losses[0].keys() == losses[1].keys()
+        assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-2)
+        assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-5)
+        verdicts = [read_verdict(folder) for folder in (one, two)]
+        assert verdicts[1].rmse == pytest.approx(verdicts[0].rmse, rel=1e-2)
+        assert (read_config(two).method, verdicts[1].reason) == ("tract", "")

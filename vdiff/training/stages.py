@@ -1,0 +1,225 @@
+"""What a ladder will do: its settings, its data, and its stages from the teacher's steps down."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vdiff.diffusion.distillation import METHODS, check_phase
+from vdiff.errors import OptionError
+from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.training.base import check_unet
+from vdiff.training.config import COMMAND_LINE, DistillConfig, resolve
+from vdiff.training.dataset import Images, no_images, open_images
+from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings
+
+DEFAULT_BASE = "checkpoints/original"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One student: the teacher's folder and the steps that it takes, the student's folder, steps and method."""
+
+    base: Path
+    teacher_steps: int
+    folder: Path
+    num_steps: int
+    method: str = "progressive"
+
+    def updates(self, config: DistillConfig) -> int:
+        """Optimiser updates: `num_iters` for each halving, more of them for students of 1 and 2 steps."""
+        halvings = max(1.0, math.log2(self.teacher_steps / self.num_steps))
+        factor = config.last_factor if self.num_steps <= 2 and not METHODS[self.method].keeps_steps else 1.0
+        return max(1, round(config.num_iters * halvings * factor))
+
+    def settings(self, config: DistillConfig) -> DistillConfig:
+        """The settings that do this stage alone."""
+        return replace(
+            config,
+            base=self.base.as_posix(),
+            method=self.method,
+            teacher_steps=self.teacher_steps,
+            phases="" if METHODS[self.method].keeps_steps else f"{self.teacher_steps},{self.num_steps}",
+            to_steps=None,
+            stages=None,
+        )
+
+
+def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> tuple[DistillConfig, CheckpointConfig]:
+    """The settings of a ladder, and its first teacher.
+
+    Raises:
+        VdiffError: settings or teacher cannot be used.
+    """
+    settings = read_settings(config_file) if config_file else Settings({}, {})
+    chosen = {**settings.distill, **flags}
+    base = Path(chosen.get("base") or DEFAULT_BASE)
+    teacher = read_config(base)
+    preset = str(chosen.get("preset") or _preset_of(base) or preset_for(teacher.image_size))
+    layers: dict[str, Mapping[str, Any]] = {f"preset {preset}": read_preset(preset).distill}
+    method = str(chosen.get("method") or DistillConfig.method)
+    if method in METHODS:
+        shortening = str(chosen.get("then") or DistillConfig.then) if method == "guided" else method
+        layers[f"method {method}"] = METHODS[shortening].defaults if shortening in METHODS else {}
+    if config_file:
+        layers[str(config_file)] = settings.distill
+    config = resolve(DistillConfig, {**layers, COMMAND_LINE: flags})
+    ways = {"--phases": config.phases, "--to_steps": config.to_steps, "--stages": config.stages}
+    if len(given := [name for name, value in ways.items() if value]) > 1:
+        raise OptionError(f"{given[0]} and {given[1]} say the same in two ways", "give one of them")
+    is_there = "://" in teacher.dataset or Path(teacher.dataset).exists()
+    data = config.data or (teacher.dataset if is_there else "")
+    return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
+
+
+def _preset_of(base: Path) -> str:
+    """The preset that the teacher was trained with, where that is recorded."""
+    if not (base / RUN_FILE).is_file():
+        return ""
+    settings = read_run(base)
+    return str(settings.train.get("preset") or settings.distill.get("preset") or "")
+
+
+def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> Images:
+    """The dataset of a ladder, which must be of the teacher's kind; a method that needs none does without.
+
+    Raises:
+        VdiffError: no dataset, or one of another size, number of channels or classes.
+    """
+    if not METHODS[config.method].needs_images and not config.data and teacher.prediction != "eps":
+        return no_images(teacher)
+    images = open_images(config.data, teacher.image_size)
+    if images.channels != teacher.unet["in_channels"]:
+        raise OptionError(
+            f"{images.name} has {images.channels} channels, the teacher {teacher.unet['in_channels']}",
+            "give --data the dataset that it was trained on",
+        )
+    if teacher.class_names and images.class_names != teacher.class_names:
+        raise OptionError(
+            f"{images.name} has other classes than the teacher", "give --data the dataset that it was trained on"
+        )
+    return images
+
+
+def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | None = None) -> list[Stage]:
+    """The stages from the teacher's steps down: `base_k` beside the teacher, k counting on from its own name.
+
+    An ε-prediction gets a student of v first, at the same steps (at zero signal, where students of few steps start, ε
+    says nothing about the image); so does a teacher that is to be guided.
+
+    Raises:
+        OptionError: the steps do not lead where they should, or the teacher cannot be taught from.
+    """
+    base = Path(config.base)
+    if base.name in ("", ".."):  # students go beside the teacher, so its folder must have a name
+        base = base.resolve()
+    steps = list(_steps(config, teacher))
+    if out is not None and len(steps) > 1:
+        raise OptionError(f"--out names one student, and this ladder has {len(steps)}", "leave --out out")
+    if out is not None and out.resolve() == base.resolve():
+        raise OptionError(f"--out {out} is the teacher itself", "choose another --out")
+    match = re.fullmatch(r"base_(\d+)", base.name)
+    number = int(match.group(1)) + 1 if match else 0
+    stages: list[Stage] = []
+    for k, (method, before, after) in enumerate(steps):
+        folder = out or base.parent / f"base_{number + k}"
+        stages.append(Stage(stages[-1].folder if stages else base, before, folder, after, method))
+    return stages
+
+
+def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, int, int]]:
+    """Method, teacher's and student's steps of each stage."""
+    phases = config.phase_steps()
+    first = config.teacher_steps or (phases[0] if phases else teacher.num_timesteps)
+    _check_first(config, teacher, first, phases)
+    steps: list[tuple[str, int, int]] = []
+    if teacher.prediction == "eps" or config.method == "match":
+        steps.append(("match", first, first))
+    if config.method == "guided" and not teacher.guidance_range:
+        if not teacher.unet.get("null_class"):
+            raise OptionError(
+                f"--method guided: {config.base} was trained with every class told, and has no answer without one",
+                "train a class-conditional model with --class_dropout 0.1",
+            )
+        steps.append(("guided", first, first))
+    is_shortened = phases or config.to_steps is not None or config.stages is not None
+    if config.method != "match" and (is_shortened or not steps):
+        method = config.then if config.method == "guided" else config.method
+        students = _student_steps(config, method, first)
+        steps += [(method, before, after) for before, after in zip([first, *students], students, strict=False)]
+    elif config.method == "match" and is_shortened:
+        raise OptionError("--method match keeps the teacher's steps", "leave --to_steps, --stages and --phases out")
+    return steps
+
+
+def _check_first(config: DistillConfig, teacher: CheckpointConfig, first: int, phases: list[int]) -> None:
+    """Refuse a number of steps that the teacher does not take.
+
+    Raises:
+        OptionError: it names the setting.
+    """
+    flag = f"--phases {config.phases}" if phases else f"--teacher_steps {first}"
+    if phases and phases[0] != first:
+        raise OptionError(f"{flag} begins with {phases[0]} steps, --teacher_steps says {first}", "leave the latter out")
+    if not teacher.takes_any_num_steps and teacher.method != "base" and first != teacher.num_timesteps:
+        raise OptionError(f"{flag}: {config.base} was distilled for {teacher.num_timesteps} steps", "leave it out")
+    try:
+        teacher.check_num_steps(first)
+    except ValueError as error:
+        raise OptionError(f"{flag}: {error}", "give a number that divides") from None
+
+
+def _student_steps(config: DistillConfig, method: str, first: int) -> list[int]:
+    """The students' numbers of steps."""
+    if first < 2:
+        raise OptionError(f"{config.base} takes 1 step already: there is nothing to halve", "distil another --base")
+    if phases := config.phase_steps()[1:]:
+        return _checked_phases(config, method, first, phases)
+    if config.to_steps is not None and config.to_steps >= first:
+        raise OptionError(f"--to_steps {config.to_steps}: the teacher takes {first} already", f"give less than {first}")
+    stages = config.stages or 1
+    if config.to_steps is None and first >> stages == 0:
+        raise OptionError(f"--stages {stages}: {first} steps cannot be halved so often", "give fewer")
+    plan = METHODS[method]().plan if config.to_steps is not None else METHODS["progressive"]().plan
+    try:
+        return plan(first, config.to_steps or first >> stages)
+    except ValueError as error:
+        raise OptionError(str(error), "choose another --to_steps, --stages or --teacher_steps") from None
+
+
+def _checked_phases(config: DistillConfig, method: str, first: int, phases: list[int]) -> list[int]:
+    """The students of --phases, if each can follow the one before."""
+    for before, after in zip([first, *phases], phases, strict=False):
+        try:
+            check_phase(before, after)
+        except ValueError as error:
+            raise OptionError(f"--phases {config.phases}: {error}", "give other steps") from None
+        if method == "progressive" and before != 2 * after:
+            raise OptionError(f"--phases {config.phases}: progressive halves the steps", "give --method tract")
+    return phases
+
+
+def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[str, Any]:
+    """What `student_config` says of the student's network, over what the teacher's is.
+
+    Raises:
+        OptionError: the file cannot be read, or says what no network can be.
+    """
+    if not config.student_config:
+        return teacher.unet
+    path = Path(config.student_config)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"--student_config {path} cannot be read: {reason}", "give a TOML file") from None
+    table = values.get("unet")
+    if not isinstance(table, dict) or not table:
+        raise OptionError(f"--student_config {path} has no table [unet]", "write one: [unet], channels = 32")
+    check_unet(table)
+    return {**teacher.unet, **table}
