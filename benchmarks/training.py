@@ -71,7 +71,7 @@ def ours(engine: Engine, config: LoopConfig, unet: dict[str, Any], *, distil: bo
     objective: DenoisingObjective | DistillationObjective = DenoisingObjective(denoiser.schedule)
     if distil:
         teacher = engine.compiled(engine.place(description.build())).requires_grad_(False).eval()
-        objective = DistillationObjective(teacher, METHODS["progressive"], STUDENT_STEPS)
+        objective = DistillationObjective(teacher, METHODS["progressive"](), STUDENT_STEPS, 2 * STUDENT_STEPS)
     run = Run(denoiser, objective, None, config, description, Path(tempfile.gettempdir()))  # type: ignore[arg-type]
     update = build_update(run, engine, denoiser, average, optimizer)
     return lambda step, images: update(step, Batch(images, None)), denoiser.network
