@@ -163,7 +163,7 @@ def test_a_ladder_ends_with_a_table_and_a_picture():
     assert [read_config(Path(row[0])).num_timesteps for row in rows] == [16, 8, 4, 2]
     table = json.loads(Path("checkpoints/base_8/ladder.json").read_text())
     assert [(row["checkpoint"], row["num_steps"]) for row in table] == [(row[0], int(row[1])) for row in rows]
-    assert [f"{row['rmse_to_first']:.4f}" for row in table[1:]] == [row[-1] for row in rows[1:]]
+    assert [f"{row['rmse_to_first']:.4f}" for row in table[1:]] == [row[6] for row in rows[1:]]
     with PIL.Image.open("checkpoints/base_8/ladder.png") as picture:
         picture.load()
 
@@ -177,14 +177,15 @@ def test_a_ladder_ends_with_a_table_and_a_picture():
 def test_a_dry_run_of_a_ladder_writes_nothing(place):
     before = tree(place)
     same = []
-    for words in ("--to_steps 4", "--stages 2"):
+    for words in ("--to_steps 4", "--stages 2", "--phases 16,8,4"):
         same.append(done(f"distill.py --base checkpoints/base_5 --config tiny.toml --dry_run {words}").stdout)
-        assert same[-1].splitlines()[1:] == [
-            "student                        teacher   steps  updates  images",
-            "checkpoints/base_6  checkpoints/base_5  16 → 8        3      12",
-            "checkpoints/base_7  checkpoints/base_6   8 → 4        3      12",
+        rows = [line.split() for line in same[-1].splitlines()[1:]]
+        assert [row[:8] for row in rows] == [
+            ["student", "teacher", "method", "steps", "updates", "images", "time"],
+            ["checkpoints/base_6", "checkpoints/base_5", "progressive", "16", "→", "8", "3", "12"],
+            ["checkpoints/base_7", "checkpoints/base_6", "progressive", "8", "→", "4", "3", "12"],
+            ["all", "6", *rows[3][2:]],
         ]
-    assert same[0] == same[1]
     assert tree(place) == before
 
 
@@ -417,7 +418,7 @@ def test_flags_over_environment_over_file_over_preset_over_defaults(tmp_path, mo
 def test_the_same_precedence_for_students():
     def updates(line: str, env: dict[str, str] | None = None) -> str:
         result = done(f"distill.py --base checkpoints/base_5 --dry_run {line}", env)
-        return result.stdout.splitlines()[2].split()[-2]
+        return result.stdout.splitlines()[2].split()[6]
 
     by_preset = {name: str(read_preset(name).distill["num_iters"]) for name in ("digits", "toy")}
     assert updates("") == by_preset["digits"]  # by image size

@@ -194,7 +194,7 @@ CASES = [
     (f"{DISTILL}/base_5 --out checkpoints/../checkpoints/base_5 --overwrite", USAGE,
      "--out checkpoints/../checkpoints/base_5 is the teacher itself; choose another --out"),
     # the eps-prediction
-    (f"{DISTILL}/eps", USAGE, "checkpoints/eps is an eps-prediction: …; distil a model trained with --prediction v, x"),
+    (f"{DISTILL}/eps --method guided", USAGE, "--method guided: checkpoints/eps was trained with every class told, …;"),
     (f"{SAMPLE}/eps --no_clip", USAGE, "--no_clip: an eps-prediction at zero signal …; leave --no_clip out"),
     (f"{TRAIN} --prediction eps --weighting truncated_snr", USAGE, "truncated_snr cannot weight an eps-prediction: …;"),
     # options, choices, commands

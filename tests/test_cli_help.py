@@ -21,20 +21,26 @@ import click
 import pytest
 
 from tests.commands import PROGRAMS, ROOT, done, start
+from tests.drawing import write_guided
 from tests.toy import write_checkpoint, write_dataset
 from vdiff.cli import main, prepare, sample
 from vdiff.cli.options import OneOf
 from vdiff.data import conversion
 from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import SCHEDULES
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError
+from vdiff.models.checkpoint import read_config
 from vdiff.models.device import pick_device
+from vdiff.models.speed import DTYPES
+from vdiff.sampling.formats import FORMATS
 from vdiff.training import config
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig
 from vdiff.training.engine import MIXED
+from vdiff.training.objectives import LOSSES
 from vdiff.training.optimisation import LR_FACTORS
 from vdiff.training.presets import PRESETS
 
@@ -109,7 +115,7 @@ def test_the_documentation_is_what_the_commands_print(monkeypatch):
     assert written == page, "run `python docs/make_commands.py`"
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
         "## python prepare_data.py", "## python train.py", "## python distill.py", "## python sample.py",
-        "## vdiff ema", "## vdiff data",
+        *(f"## vdiff {name}" for name in main.COMMANDS if name not in ("prepare", "train", "distill", "sample")),
     ]  # fmt: skip
     for name in SCRIPTS:
         section = page.partition(f"## python {name}\n")[2].partition("```text\n")[2].partition("\n```")[0]
@@ -126,8 +132,13 @@ def test_choices_are_the_registries():
     assert conversion.CROPS.keys() == set(prepare.CROPS)
     assert conversion.RESAMPLES.keys() == set(prepare.RESAMPLES)
     assert tuple(sample.DEVICES) == config.DEVICES
+    assert tuple(sample.PRECISIONS) == config.PRECISIONS == ("auto", *DTYPES)
+    assert tuple(sample.SUFFIXES) == FORMATS
     assert MIXED.keys() | {"auto"} == set(config.PRECISIONS)
     assert LR_FACTORS.keys() == set(config.LR_SCHEDULES)
+    assert LOSSES.keys() == set(config.LOSSES)
+    assert set(config.SHORTENING) < METHODS.keys()
+    assert set(config.PATH_SAMPLERS) == SAMPLERS.keys() - {"ddpm", "clipped"}
     assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == set(PRESETS)
     for device in config.DEVICES:
         with suppress(OptionError):  # another machine has it
@@ -147,10 +158,16 @@ def test_every_choice_offered_is_a_registry(name):
         "device": config.DEVICES,
         "precision": config.PRECISIONS,
         "tracker": config.TRACKERS,
+        "then": ("progressive", "tract"),
+        "loss": LOSSES,
+        "times": config.TIMES,
+        "path_sampler": config.PATH_SAMPLERS,
         "image_format": conversion.FORMATS,
         "crop": conversion.CROPS,
         "resample": conversion.RESAMPLES,
         "channels": ("1", "3"),
+        "grid": GRIDS,
+        "image_store": FORMATS,
     }
     for option in options(name):
         if isinstance(option.type, click.Choice):
@@ -195,7 +212,7 @@ def test_every_option_is_a_parameter_that_the_command_reads(name):
 )
 def test_every_setting_is_read_somewhere(kind, setting):
     """As `config.lr`, in training or at the command line; `image_size` chooses the images before there is a config."""
-    read = {"image_size"}
+    read = {"image_size", *(item.name for method in METHODS.values() for item in fields(method))}
     for path in [*(ROOT / "vdiff/training").glob("*.py"), *(ROOT / "vdiff/cli").glob("*.py")]:
         holder = "self" if path.name == "config.py" else "config"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -235,6 +252,9 @@ LOOP_VALUES = {
     "precision": "bf16",
     "compile": "False",
     "num_workers": "5",
+    "ema_remainder": "0.25",
+    "loss": "huber",
+    "times": "importance",
 }
 TRAIN_VALUES = {
     **LOOP_VALUES,
@@ -248,11 +268,23 @@ TRAIN_VALUES = {
 }
 DISTILL_VALUES = {
     **LOOP_VALUES,
-    "to_steps": "2",
+    "phases": "4,2",
     "teacher_steps": "4",
     "method": "progressive",
     "last_factor": "1.5",
     "class_dropout": "0.25",
+    "then": "tract",
+    "guidance_range": "0,2",
+    "self_ema": "0.25",
+    "first_steps": "8",
+    "addim": "0.5",
+    "path_steps": "8",
+    "path_sampler": "heun",
+    "check_images": "0",
+    "distance_images": "4",
+    "distance_every": "2",
+    "max_regression": "20.0",
+    "retries": "0",
 }
 
 
@@ -287,16 +319,15 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["flags", "environment"])
 def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    left = {"base", "data", "preset", "stages", "fsdp"}
+    left = {"base", "data", "preset", "stages", "to_steps", "student_config", "fsdp"}
     assert {item.name for item in fields(DistillConfig) if item.metadata} == {*DISTILL_VALUES, *left}
     write_dataset(Path("data/toy_4"))
     write_checkpoint(Path("teacher"))
     words, env = as_typed(DISTILL_VALUES, how)
     done(f"distill.py --base teacher --out student {words}", env)
     recorded = tomllib.loads(Path("student/run.toml").read_text())["distill"]
-    # what is recorded is this stage: its own updates, with the factor of the last stages in them
-    expected = {**DISTILL_VALUES, "num_iters": "3", "last_factor": "1.0"}
-    assert {key: str(recorded[key]) for key in expected} == expected
+    assert {key: str(recorded[key]) for key in DISTILL_VALUES} == DISTILL_VALUES
+    assert read_config(Path("student")).num_iters == 3  # twice 1.5
 
 
 @pytest.mark.parametrize(
@@ -313,13 +344,22 @@ def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
         ("--time_scale 4", {"num_steps": 2}),
         ("--classes dog", {"classes": [1]}),
         ("--classes 1,cat", {"classes": [1, 0]}),
+        ("--sampler dpmpp_2m --grid logsnr", {"sampler": "dpmpp_2m", "grid": "logsnr"}),
+        ("--dynamic_threshold 0.5", {"options": {"threshold": 0.5}}),
+        ("--guidance 1.5", {"guidance": 1.5}),
+        ("--guidance 1.5 --guidance_interval 0.2,0.7", {"guidance": 1.5, "guidance_interval": [0.2, 0.7]}),
+        ("--interpolate 4 1", {"path": [4, 1, 3]}),
+        ("--precision bf16", {"precision": "bf16"}),
+        ("--precision fp32", {}),
         ("--device cpu", {}),
         ("--batch_size 1", {}),
+        ("--trajectory", {}),
+        ("--format png", {}),
     ],
 )
 def test_every_flag_of_sample_reaches_the_images(words, changed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_checkpoint(tmp_path / "checkpoints/model", classes=2, class_names=["cat", "dog"])
+    write_guided(tmp_path / "checkpoints/model", class_names=["cat", "dog", "owl"])
     records, images = [], []
     for more in ("", words):
         out = "usual" if not more else "other"

@@ -16,6 +16,10 @@ COMMANDS = {
     "distill": ("vdiff.cli.distill", "Halve the sampling steps of a model, stage by stage."),
     "sample": ("vdiff.cli.sample", "Draw images from a checkpoint."),
     "ema": ("vdiff.cli.ema", "Make other averages of a training's weights, when it is over."),
+    "inspect": ("vdiff.cli.inspect", "Say what a checkpoint is, and where it came from."),
+    "import": ("vdiff.cli.import_", "Bring in models that other tools wrote."),
+    "export": ("vdiff.cli.export", "Write checkpoints for other programs."),
+    "push": ("vdiff.cli.push", "Upload a model to a hub."),
     "data": ("vdiff.cli.data", "Look at datasets, check them, join parts of them."),
 }
 
