@@ -726,7 +726,7 @@ def test_every_row_is_of_its_own_class(name):
 def test_what_an_objective_tells_its_method():
     lessons = []
 
-    def method(lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def method(lesson: Lesson, _: Tensor, noise: Tensor, u: Tensor) -> Example:
         lessons.append((lesson, torch.is_grad_enabled(), student.training))
         z, t = randn(2, 2, 4, 4, seed=9), torch.full((2,), 0.5, dtype=torch.float64)
         return Example(noise, u, torch.cat([getattr(lesson, who)(z, t).x for who in ("teacher", "student", "average")]))
