@@ -94,9 +94,9 @@ class Learner:
     """The first stage of a method, begun again and again with other settings."""
 
     def __init__(self, base: Path, method: str) -> None:
-        shortened = {} if METHODS[method].keeps_steps else {"phases": "8,4"}
+        shortened = {} if METHODS[method].keeps_steps else {"phases": "4,2"}
         described = read_config(base)
-        config = distill_config(Path(described.dataset), base, method=method, batch_size=6, path_steps=8, **shortened)
+        config = distill_config(Path(described.dataset), base, method=method, batch_size=6, path_steps=4, **shortened)
         stage, images = plan_stages(config, described)[0], open_images(config.data, SIZE)
         self.run = stage_run(stage, stage.settings(config), images, build_engine(config), {})
         self.start = {name: tensor.clone() for name, tensor in self.run.denoiser.state_dict().items()}

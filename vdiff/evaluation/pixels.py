@@ -38,4 +38,3 @@ class PixelDistance:
     def __call__(self, images: Tensor) -> float:
         """How far `images` (n, C, H, W) are."""
         return frechet_distance(pixel_vectors(images), self.reference)
-
