@@ -28,7 +28,8 @@ from vdiff.sampling.formats import FORMATS
 NUM, BATCH_SIZE = 11, 4
 POINTS: dict[str, tuple[Any, str]] = {
     "append": (spool.Spool, "append"),
-    "file": (folder, "write_whole"),
+    "file": (folder.PngFolder, "encode"),
+    "batch": (folder.PngFolder, "commit"),
     "grid": (job, "save_png"),
     "path": (job.Trajectory, "save"),
     "packer": (archive, "write_packed"),
@@ -38,7 +39,15 @@ POINTS: dict[str, tuple[Any, str]] = {
 }
 # a point, and at which of its calls
 CASES = {
-    "png": ["after:file 2", "after:path 1", "before:grid 1", "before:replace 1", "before:replace 3", "after:replace 5"],
+    "png": [
+        "after:file 2",
+        "after:batch 2",
+        "after:path 1",
+        "before:grid 1",
+        "before:replace 1",
+        "before:replace 3",
+        "after:replace 5",
+    ],
     "zip": [
         *("before:append 1", "after:append 2", "before:path 1", "after:path 1", "before:grid 1", "after:grid 1"),
         *("after:packer 1", "after:move 1", "after:move 3", "before:replace 1", "before:replace 5", "after:replace 5"),

@@ -71,6 +71,10 @@ def test_squares_are_remembered_by_a_moving_average():
     assert found.moments.tolist() == pytest.approx([0.95 * 10 + 0.05 * 1, 25, 0.25], rel=1e-6)
     found.learn(torch.tensor([0.0, 0.34, 0.35]), torch.tensor([0.0, 3.0, 1.0]), ALONE)
     assert found.moments.tolist() == pytest.approx([0.95 * 9.55, 0.95 * 25 + 0.05 * 5, 0.25], rel=1e-6)
+    nothing = ImportanceSampling(1, torch.device("cpu"))
+    for loss in (0.0, 2.0):
+        nothing.learn(torch.tensor([0.5]), torch.tensor([loss]), ALONE)
+    assert nothing.moments.item() == pytest.approx(0.05 * 4)  # 0 was a loss as good as any
 
 
 @pytest.mark.parametrize("unseen", range(4))

@@ -418,6 +418,7 @@ def test_dynamic_thresholding_written_out():
     assert torch.equal(found[1], x[1])  # below 1: as it is
     halved = Limits(clip=0.5, threshold=2 / 3).limit(x)
     torch.testing.assert_close(halved[0], found[0] / 2)
+    assert torch.equal(halved[1], x[1].clamp(-0.5, 0.5))
 
 
 @pytest.mark.parametrize(

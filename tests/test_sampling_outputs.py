@@ -118,7 +118,7 @@ def test_lmdb_is_a_dataset_that_training_reads(models, tmp_path):
     verdict = verify(store)
     assert (verdict.checked, verdict.is_good, verdict.fingerprint) == (9, True, "equal")
     data = str(tmp_path / "out.lmdb")
-    config = train_config(tmp_path, data=data, num_iters=1, class_conditional=True)
+    config = train_config(tmp_path / "out.lmdb", num_iters=1, class_conditional=True)
     done = train(
         config, open_images(data, SIZE), folder=tmp_path / "new", resume=False, overwrite=False, reporter=Watcher()
     )

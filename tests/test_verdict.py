@@ -13,10 +13,15 @@ from torch import Tensor
 
 from tests.by_hand import distance, drawn, drawn_by
 from tests.oracles import randn
-from tests.toy import UNET, Watcher, write_checkpoint
+from tests.toy import COUNT, SIZE, UNET, Watcher, distill_config, write_checkpoint, write_dataset
+from vdiff.cli.distill import distance_to
+from vdiff.data.batches import Batch
+from vdiff.data.images import from_uint8
 from vdiff.evaluation.pixels import PixelDistance, pixel_vectors
-from vdiff.models.checkpoint import load_checkpoint, save_checkpoint
+from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.unet import UNetConfig
+from vdiff.training.dataset import Images, no_images, open_images
+from vdiff.training.engine import build_engine
 from vdiff.training.verdict import (
     HELD_OUT,
     VERDICT,
@@ -111,6 +116,34 @@ def test_the_distance_of_single_pixels_is_that_of_two_gaussians():
     expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
     assert PixelDistance(b)(a) == pytest.approx(expected.item(), rel=1e-9)
     assert PixelDistance(a)(a) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_data_are_as_many_images_as_there_are(tmp_path):
+    """Each once, up to --distance_images; no distance where nothing is measured or compared."""
+    data = write_dataset(tmp_path / "toy_4")
+    images = open_images(str(data), SIZE)
+    every = from_uint8(torch.cat([batch.images for batch in batches_of(images, COUNT)]))
+
+    def far(images: Images = images, **settings) -> PixelDistance | None:
+        config = distill_config(data, tmp_path, **{"batch_size": 4, "flip": False, **settings})
+        return distance_to(images, config, build_engine(config))
+
+    def rows(vectors: np.ndarray) -> list[bytes]:
+        return sorted(row.tobytes() for row in vectors)
+
+    assert rows(far().reference) == rows(pixel_vectors(every))
+    assert len(far(distance_images=7).reference) == 7
+    assert set(rows(far(distance_images=7).reference)) < set(rows(pixel_vectors(every)))
+    assert far(distance_every=0) is None
+    assert far(check_images=0) is None
+    assert far(no_images(read_config(pair(tmp_path)[0]))) is None
+    assert far(open_images(str(write_dataset(tmp_path / "one_4", count=1)), SIZE)) is None
+
+
+def batches_of(images: Images, count: int) -> list[Batch]:
+    """The first epoch, in one batch."""
+    config = distill_config(Path(images.name), Path(), batch_size=count, flip=False)
+    return [next(images.batches(config, build_engine(config)).start_at(0))]
 
 
 # The examination

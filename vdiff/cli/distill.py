@@ -119,13 +119,15 @@ def distance_to(images: Images, config: DistillConfig, engine: Engine) -> Callab
     from vdiff.data.images import from_uint8
     from vdiff.evaluation.pixels import PixelDistance
 
-    if images.store is None or not config.distance_every or not engine.is_main or len(images.store) < 2:
+    is_due = config.distance_every and config.check_images and engine.is_main
+    if images.store is None or not is_due or len(images.store) < 2:
         return None
+    wanted = min(config.distance_images, len(images.store))
     reference: list[Tensor] = []
     with closing(images.batches(config, engine).start_at(0)) as batches:
-        while sum(map(len, reference)) < min(config.distance_images, len(images.store)):
+        while sum(map(len, reference)) < wanted:
             reference.append(next(batches).images)
-    return PixelDistance(from_uint8(torch.cat(reference)[: config.distance_images]))
+    return PixelDistance(from_uint8(torch.cat(reference)[:wanted]))
 
 
 HEADINGS = ["model", "steps", "updates", "training", "ms/image", "RMSE to teacher", "RMSE to first", "distance to data"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from vdiff.errors import VdiffError
-from vdiff.files import make_folder, remove, write_text, write_whole
+from vdiff.files import fsync_folder, make_folder, refusal, remove, write_text
 from vdiff.sampling.codecs import from_png, png
 from vdiff.sampling.order import RECORD, Order
 from vdiff.sampling.outputs import GRID, Output, State, is_ours, sweep
+
+FSYNCS_AT_ONCE = 16
+"""File systems make several files durable in the time of one: 500 in 0.3 s instead of 4 (ext4)."""
 
 
 class PngFolder(Output):
@@ -50,13 +54,23 @@ class PngFolder(Output):
         return np.fromiter((image_path(self.path, k).name in names for k in range(num)), bool, num)
 
     def encode(self, index: int, image: Tensor) -> bytes:
-        """Write the file, whole or not at all: that is all there is to do."""
-        data = png(image)
-        write_whole(image_path(self.path, index), lambda temporary: temporary.write_bytes(data))
+        """Write the file under another name: that is all there is to do before it is kept."""
+        try:
+            _temporary(self.path, index).write_bytes(png(image))
+        except OSError as error:
+            raise refusal(image_path(self.path, index), error) from None
         return b""
 
     def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
-        """Nothing is left to do."""
+        """Make the files durable, then give them their names."""
+        try:
+            with ThreadPoolExecutor(FSYNCS_AT_ONCE) as pool:
+                list(pool.map(lambda image: _fsync(_temporary(self.path, image[0])), images))
+            for index, _ in images:
+                os.replace(_temporary(self.path, index), image_path(self.path, index))
+            fsync_folder(self.path)
+        except OSError as error:
+            raise refusal(self.path, error) from None
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """From their files."""
@@ -83,3 +97,13 @@ class PngFolder(Output):
 def image_path(folder: Path, index: int) -> Path:
     """`00007.png`: image `index`."""
     return folder / f"{index:05d}.png"
+
+
+def _temporary(folder: Path, index: int) -> Path:
+    """Where image `index` lies before it is kept."""
+    return folder / f".{index:05d}.png.tmp"
+
+
+def _fsync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -205,32 +205,35 @@ class _Job:
 
 
 class _Keeper:
-    """Encodes images in threads; on leaving, all that were handed over are kept, whatever happened."""
+    """Keeps images while others are drawn; on leaving, all that were handed over are kept, whatever happened."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
-        self.pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_ENCODERS))
-        self.waiting: list[tuple[int, Future[bytes]]] = []
+        self.encoders = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_ENCODERS))
+        self.committer = ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
 
     def __enter__(self) -> _Keeper:
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._commit(len(self.waiting))
+            self._wait()
         finally:
-            self.pool.shutdown(cancel_futures=True)
+            self.committer.shutdown()
+            self.encoders.shutdown()
 
     def keep(self, images: Sequence[tuple[int, Tensor]]) -> None:
-        """Take images over, and commit those of the call before: no more than two batches are ever held."""
-        before = len(self.waiting)
-        self.waiting += [(k, self.pool.submit(self.output.encode, k, image)) for k, image in images]
-        self._commit(before)
+        """Take images over as soon as those of the call before are kept: no more than two batches are ever held."""
+        self._wait()
+        encoded = [(k, self.encoders.submit(self.output.encode, k, image)) for k, image in images]
+        self.last = self.committer.submit(
+            lambda: self.output.commit([(k, future.result()) for k, future in encoded]) if encoded else None
+        )
 
-    def _commit(self, count: int) -> None:
-        if count:
-            self.output.commit([(k, future.result()) for k, future in self.waiting[:count]])
-            del self.waiting[:count]
+    def _wait(self) -> None:
+        if self.last is not None:
+            self.last.result()
 
 
 @contextmanager

@@ -56,4 +56,4 @@ class PathNoise:
 
 def nearer_end(position: float, first: int, last: int) -> int:
     """The end that a position from 0 to 1 is nearer to; the first one from halfway."""
-    return first if position < 0.5 else last
+    return first if position <= 0.5 else last

@@ -39,8 +39,7 @@ class ImportanceSampling:
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(u', 1/f(u')) from uniform u (B,): u' = F⁻¹(u), F the integral of f, linear in each bin."""
         density = self.density().to(u.dtype)
-        ends = density.cumsum(0) / len(density)
-        ends = ends / ends[-1]
+        ends = density.cumsum(0) / density.sum()
         bins = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
         start = torch.where(bins > 0, ends[bins - 1], 0)
         within = (u - start) / (ends[bins] - start)
