@@ -1,0 +1,120 @@
+"""Grids and plans of the methods, what each needs, and the defaults of their papers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from tests.written_out import (
+    middles,
+)
+from vdiff.diffusion.distillation import (
+    METHODS,
+    Consistency,
+    Guided,
+    Match,
+    Progressive,
+    Tract,
+    Trajectory,
+    build_method,
+    check_phase,
+    grid_times_of,
+    single_plan,
+    two_phase_plan,
+)
+from vdiff.training.config import SHORTENING, DistillConfig
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 8, 1000])
+def test_levels_of_a_grid_are_as_likely_as_one_another(num_steps):
+    t = grid_times_of(middles(7 * num_steps), num_steps)
+    assert (t * num_steps).round().tolist() == [1 + k // 7 for k in range(7 * num_steps)]
+    assert t.max() == 1
+
+
+def test_a_stage_shortens_to_a_number_that_divides():
+    for before, after in itertools.product(range(1, 13), range(-1, 14)):
+        if after >= 1 and after < before and before % after == 0:
+            check_phase(before, after)
+            assert single_plan(before, after) == [after]
+        else:
+            for check in (check_phase, single_plan, two_phase_plan):
+                with pytest.raises(ValueError, match=f"{before} steps cannot become {after}: a smaller number that"):
+                    check(before, after)
+
+
+def test_two_phases_shorten_alike():
+    """By factors as near as can be, the larger first; one phase where there is little to shorten."""
+    assert two_phase_plan(1024, 1) == [32, 1]
+    assert two_phase_plan(1024, 4) == [64, 4]
+    assert two_phase_plan(8, 1) == [1]
+    assert two_phase_plan(16, 2) == [2]
+    assert two_phase_plan(9, 1) == [3, 1]
+    for ratio in range(2, 400):
+        pairs = [(a, ratio // a) for a in range(2, ratio) if ratio % a == 0]
+        plan = two_phase_plan(3 * ratio, 3)
+        if ratio <= 8 or not pairs:
+            assert plan == [3]
+            continue
+        middle = plan[0] // 3
+        assert plan == [3 * middle, 3]
+        nearest = min(max(pair) for pair in pairs)
+        assert middle == nearest  # the student of the first phase keeps the larger factor
+
+
+def test_methods_plan_as_their_papers_do():
+    plans = {name: method().plan for name, method in METHODS.items()}
+    assert plans["progressive"](16, 2) == [8, 4, 2]
+    assert plans["tract"](1024, 1) == [32, 1]
+    for name in ("consistency", "trajectory"):
+        assert plans[name](1024, 1) == [1]
+        assert plans[name](12, 4) == [4]
+    for name in ("match", "guided"):
+        assert plans[name](12, 12) == [12]
+        with pytest.raises(ValueError, match="keeps the 12 steps of the teacher, and does not lead to 6"):
+            plans[name](12, 6)
+
+
+def test_the_registry_knows_what_each_method_needs():
+    facts = {
+        name: (type(kind()), kind.keeps_steps, kind.needs_images, kind().self_ema) for name, kind in METHODS.items()
+    }
+    assert facts == {
+        "progressive": (Progressive, False, True, None),
+        "tract": (Tract, False, True, 0.5),
+        "consistency": (Consistency, False, True, None),
+        "guided": (Guided, True, True, None),
+        "trajectory": (Trajectory, False, False, None),
+        "match": (Match, True, True, None),
+    }
+
+
+def test_the_defaults_of_the_papers():
+    """TRACT and consistency: a constant learning rate, an average for inference of 0.001^(1/updates), no longer last
+    stages; trajectories: absolute errors. All are settings of distill.py."""
+    inference = {"lr_schedule": "constant", "ema_remainder": 1e-3, "last_factor": 1.0}
+    expected = {"tract": inference, "consistency": inference, "trajectory": {"loss": "l1", "last_factor": 1.0}}
+    known = {field.name: field for field in dataclasses.fields(DistillConfig)}
+    for name, method in METHODS.items():
+        assert method.defaults == expected.get(name, {})
+        for key, value in method.defaults.items():
+            assert type(value) is type(known[key].default)
+    assert (Tract(), Consistency(), Trajectory()) == (Tract(0.5), Consistency(64, 0.0), Trajectory(16, "ddim"))
+    for field in ("self_ema", "first_steps", "addim", "path_steps", "path_sampler"):
+        owner = next(kind for kind in METHODS.values() if field in {item.name for item in dataclasses.fields(kind)})
+        assert known[field].default == getattr(owner(), field)
+    assert set(SHORTENING) < set(METHODS)
+
+
+def test_methods_are_built_from_settings():
+    settings = {
+        "self_ema": 0.9, "first_steps": 7, "addim": 0.2, "path_steps": 5, "path_sampler": "heun", "lr": 1.0,
+    }  # fmt: skip
+    assert build_method("tract", settings) == Tract(0.9)
+    assert build_method("consistency", settings) == Consistency(7, 0.2)
+    assert build_method("trajectory", settings) == Trajectory(5, "heun")
+    for name, kind in (("progressive", Progressive), ("match", Match), ("guided", Guided)):
+        assert build_method(name, settings) == kind()
+    assert build_method("tract", {}) == Tract()
