@@ -1,0 +1,217 @@
+"""What an evaluation found: plain figures with their bounds, what they rest on, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import vdiff
+from vdiff.errors import VdiffError
+from vdiff.files import write_text
+
+FORMAT = 1
+FILE, PAIRS = "evaluation.json", "evaluation-nearest.png"
+"""What a ladder's evaluation and its picture are called, in the folder that holds the ladder."""
+MAX_BYTES = 64 * 2**20
+AGAIN = "evaluate again: vdiff evaluate"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real images that samples were compared with.
+
+    Attributes:
+        name: the dataset's path.
+        fingerprint: SHA-256 of its content; empty where another program wrote it.
+        num_images: that its statistics rest on.
+        image_size, channels: of the images.
+        split: which part of the dataset it is: `all`, or `i/n` of a set prepared in parts.
+        resize, format: how the images were made smaller and stored; empty where the dataset does not say.
+    """
+
+    name: str
+    fingerprint: str
+    num_images: int
+    image_size: int
+    channels: int
+    split: str = "all"
+    resize: str = ""
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure and the bounds of its 95 % interval, None where there is none."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint, drawn with one sampler in one number of steps.
+
+    Attributes:
+        checkpoint, checkpoint_fingerprint: its folder, and the SHA-256 of its weights.
+        weights: "ema" or "raw".
+        evaluations: network calls an image, as counted.
+        n: images drawn.
+        seconds: spent on this row, measuring included.
+        ms_per_image: of drawing alone.
+        metrics: by name: `fd` and `kd`, the Fréchet and the kernel distance on the chosen features (`fid` and `kid` on
+            Inception's), `precision`, `recall`, `isc` (Inception score), `rmse` and `psnr` (to the teacher, same
+            noise), `nearest` (median distance of a sample to the nearest image of the data) beside `nearest_data`
+            (the same of the data's images to their nearest other one).
+    """
+
+    checkpoint: str
+    checkpoint_fingerprint: str
+    weights: str
+    sampler: str
+    grid: str
+    num_steps: int
+    evaluations: float
+    n: int
+    seed: int
+    seconds: float
+    ms_per_image: float
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows that one command measured against one reference.
+
+    Attributes:
+        features: what images were compared by: `pixels`, `inception`, or a feature network's file.
+        device, date, command: where, when (ISO 8601) and how it was made.
+        pairs: name of the picture of samples beside their nearest images, in the folder of this file; None: no picture.
+        teacher: the checkpoint that `rmse` and `psnr` compare with; empty where none is.
+        teacher_steps: the steps that it was drawn in.
+        notes: what a reader must know of the figures, a sentence each.
+    """
+
+    features: str
+    device: str
+    date: str
+    command: str
+    reference: Reference
+    rows: tuple[Row, ...]
+    pairs: str | None = None
+    teacher: str = ""
+    teacher_steps: int | None = None
+    notes: tuple[str, ...] = ()
+    vdiff_version: str = vdiff.__version__
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """One JSON object; a figure that is not finite becomes null, which JSON can say."""
+        return json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """The inverse of `to_json`.
+
+        Raises:
+            VdiffError: not JSON, another format, or keys that are missing, unknown or of the wrong kind.
+        """
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise TypeError("it is no JSON object")
+            if values.get("format") != FORMAT:
+                raise TypeError(f"its format is {values.get('format')!r}, this vdiff reads {FORMAT}")
+            values["reference"] = _build(Reference, values.get("reference"))
+            values["rows"] = tuple(_row(row) for row in _list(values.get("rows"), "rows"))
+            values["notes"] = tuple(str(note) for note in _list(values.get("notes", []), "notes"))
+            built: Evaluation = _build(cls, values)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise VdiffError(f"no evaluation: {error or 'nested too deep'}", AGAIN) from None
+        return built
+
+    def write(self, path: Path) -> None:
+        """Write it to `path`, whole or not at all.
+
+        Raises:
+            VdiffError: the file system refuses.
+        """
+        write_text(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """What `write` wrote.
+
+        Raises:
+            VdiffError: no such file, or none that can be read.
+        """
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"{path.stat().st_size / 2**20:,.0f} MiB are too many")
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except VdiffError as error:
+            raise VdiffError(f"{path}: {error.cause}", error.hint) from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise VdiffError(f"{path} cannot be read: {reason}", AGAIN) from None
+
+
+def _row(values: Any) -> Row:
+    if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
+        raise TypeError("a row without metrics")
+    metrics = {str(name): _build(Metric, _infinite(metric)) for name, metric in values["metrics"].items()}
+    built: Row = _build(Row, {**values, "metrics": metrics})
+    return built
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
+}
+
+
+def _build(cls: Any, values: Any) -> Any:
+    """An instance of a dataclass from a JSON object, its keys and the kinds of its plain values checked."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{cls.__name__.lower()} is no object")
+    known = {item.name: item for item in fields(cls)}
+    needed = {name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
+    if wrong := sorted(needed - set(values)):
+        raise TypeError(f"{cls.__name__.lower()} lacks {wrong[0]!r}")
+    if wrong := sorted(set(values) - set(known)):
+        raise TypeError(f"{cls.__name__.lower()} has the unknown key {wrong[0]!r}")
+    for name, value in values.items():
+        kinds = KINDS.get(str(known[name].type))
+        if kinds and (type(value) not in kinds):
+            raise TypeError(f"{name!r} cannot be {value!r}")
+    return cls(**values)
+
+
+def _list(values: Any, name: str) -> list[Any]:
+    if not isinstance(values, list):
+        raise TypeError(f"{name!r} is no list")
+    return values
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _infinite(metric: Any) -> Any:
+    """A metric's value that JSON could not say was infinite: PSNR of equal images."""
+    if isinstance(metric, dict) and metric.get("value", 0) is None:
+        return {**metric, "value": math.inf}
+    return metric
