@@ -39,7 +39,6 @@ from vdiff.models.checkpoint import (
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig
 from vdiff.training.averages import (
-    MAX_MISFIT,
     MAX_SIGMA_REL,
     TRACKED,
     Averages,
@@ -47,18 +46,21 @@ from vdiff.training.averages import (
     HalfLife,
     PowerFunction,
     Profile,
+    gamma_of,
+    profiles_of,
+    sigma_rel_of,
+)
+from vdiff.training.posthoc import (
+    MAX_MISFIT,
     coefficients,
     drop_later_snapshots,
     find_snapshots,
-    gamma_of,
     inner_product,
     is_snapshot_due,
-    profiles_of,
     reachable,
     read_exponential,
     reconstruct,
     save_snapshot,
-    sigma_rel_of,
 )
 
 LENGTHS = [0.001, 0.01, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.28, 0.2886]

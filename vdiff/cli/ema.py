@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vdiff.models.checkpoint import CheckpointConfig
-    from vdiff.training.averages import Snapshot
+    from vdiff.training.posthoc import Snapshot
 
 NOTE = "average.json"
 
@@ -79,7 +79,8 @@ def command(
     average.json to say how it was made.
     """
     from vdiff.models.checkpoint import read_config
-    from vdiff.training.averages import find_snapshots, gamma_of, read_exponential, reconstruct, snapshot_at
+    from vdiff.training.averages import gamma_of
+    from vdiff.training.posthoc import find_snapshots, read_exponential, reconstruct, snapshot_at
 
     console = Console()
     config, snapshots = read_config(run), find_snapshots(run)
@@ -120,7 +121,7 @@ def command(
 
 def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:
     """What the run has: averages, snapshots, and the lengths that can be made."""
-    from vdiff.training.averages import reachable
+    from vdiff.training.posthoc import reachable
 
     last = snapshots[-1]
     return {

@@ -20,20 +20,14 @@ from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
 from vdiff.models.denoiser import Denoiser, drop_classes
 from vdiff.reporting import Reporter
 from vdiff.training import history
-from vdiff.training.averages import (
-    Averages,
-    BiasCorrected,
-    drop_later_snapshots,
-    is_snapshot_due,
-    profiles_of,
-    save_snapshot,
-)
+from vdiff.training.averages import Averages, BiasCorrected, profiles_of
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, memory_errors_named
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.meter import Meter, Outcome
 from vdiff.training.objectives import LOSSES, Draws, Objective, Pupil, stratified, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
+from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
 from vdiff.training.records import open_records, preview
 from vdiff.training.sharding import whole
 from vdiff.training.signals import stop_requests
