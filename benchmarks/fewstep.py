@@ -1,7 +1,8 @@
 """How near students of 8, 4, 2 and 1 steps come to the data, method by method, at an equal budget.
 
     python benchmarks/fewstep.py                                 # digits of 8×8 pixels: hours on two CPU cores
-    python benchmarks/fewstep.py --data data/emoji_32 --preset toy --name fewstep_emoji --work fewstep_emoji
+    python benchmarks/fewstep.py --data data/emoji_32 --config benchmarks/emoji_32.toml --batch_size 32 \
+        --name fewstep_emoji --work fewstep_emoji
 
 One teacher, `--teacher_steps` steps of which are distilled. Progressive distillation halves its way down, with
 `--budget` updates in all, and what it has spent when it passes 8, 4 and 2 steps is what every other method may spend to
@@ -89,7 +90,15 @@ def pairs_of(steps: list[int]) -> list[tuple[int, int]]:
     return list(zip(steps[:half], steps[-half:], strict=True))
 
 
-def run(journey: Journey, teacher: Path, work: Path, seed: int, options: dict[str, Any], console: Console) -> None:
+def run(
+    journey: Journey,
+    teacher: Path,
+    work: Path,
+    seed: int,
+    options: dict[str, Any],
+    settings: Path | None,
+    console: Console,
+) -> None:
     """Do what is left of a journey; its students lie in `work`/NAME."""
     base = work / journey.name / "original"
     if not base.exists():
@@ -108,7 +117,7 @@ def run(journey: Journey, teacher: Path, work: Path, seed: int, options: dict[st
             "ckpt_interval": 10**6,
             **options,
         }
-        config, described = resolve_distillation(flags, None)
+        config, described = resolve_distillation(flags, settings)
         images = open_images(config.data, described.image_size)
         climb(plan_stages(config, described), config, images, build_engine(config), overwrite=False, reporter=console)
 
@@ -168,6 +177,7 @@ def table(found: list[Found], methods: list[str], columns: list[int]) -> list[li
 @click.command()
 @click.option("--data", default="data/digits_8", show_default=True, help="The dataset.")
 @click.option("--preset", default="digits", show_default=True, help="Network and learning rates.")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file over the preset.")
 @click.option("--teacher", type=click.Path(path_type=Path), default=None, help="A base model [default: trained here].")
 @click.option("--teacher_iters", default=4000, show_default=True, help="Updates of the teacher, where it is trained.")
 @click.option("--teacher_steps", default=32, show_default=True, help="Steps that are distilled.")
@@ -183,6 +193,7 @@ def table(found: list[Found], methods: list[str], columns: list[int]) -> list[li
 def main(
     data: str,
     preset: str,
+    file: Path | None,
     teacher: Path | None,
     teacher_iters: int,
     teacher_steps: int,
@@ -203,7 +214,8 @@ def main(
         teacher = work / "original"
         flags = {"data": data, "preset": preset, "num_iters": teacher_iters, "batch_size": batch_size}
         resume = (teacher / "run.toml").exists()
-        config, images = resolve_training({} if resume else flags, None, folder=teacher, resume=resume)
+        given, settings_file = ({}, None) if resume else (flags, file)
+        config, images = resolve_training(given, settings_file, folder=teacher, resume=resume)
         train(config, images, folder=teacher, resume=resume, overwrite=False, reporter=console)
     image_size = read_config(teacher).image_size
     reference, count = reference_of(data, image_size)
@@ -231,7 +243,7 @@ def main(
             options: dict[str, Any] = {"data": data, "preset": preset, "batch_size": batch_size}
             options |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in mine)}
             place = work / f"seed_{seed}"
-            run(journey, teacher, place, seed, options, console)
+            run(journey, teacher, place, seed, options, file, console)
             for k, num_steps in enumerate(journey.phases[1:]):
                 if num_steps in columns:
                     note(journey.method, place / journey.name / f"base_{k}", num_steps, "ddim", seed)

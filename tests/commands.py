@@ -98,7 +98,7 @@ def start(line: str, folder: Path, env: Mapping[str, str] | None = None, **optio
 
 def typed(line: str, folder: Path, env: Mapping[str, str] | None = None) -> str:
     """Run a program that must succeed and say nothing but progress; its stdout."""
-    stdout, stderr = (process := start(line, folder, env)).communicate(timeout=120)
+    stdout, stderr = (process := start(line, folder, env)).communicate(timeout=900)
     assert process.returncode == 0, stderr
     for word in ("Warning", "Traceback", "error"):
         assert word not in stderr

@@ -34,7 +34,7 @@ def test_a_ladder_of_tract_in_two_processes(tmp_path, monkeypatch):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
     )  # fmt: skip
     assert together.returncode == 0, together.stderr
     assert "distilling on 2 processes, cpu, fp32, batch 8 = 2 processes × 4 images" in together.stderr

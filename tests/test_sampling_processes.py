@@ -24,7 +24,7 @@ def test_two_processes_draw_as_one(tmp_path, monkeypatch):
     process = subprocess.run(
         [str(torchrun), "--standalone", "--nproc_per_node", "2", "-m", "tests.together"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
-        capture_output=True, timeout=300,
+        capture_output=True, timeout=900,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     first, *lines = process.stdout.splitlines()

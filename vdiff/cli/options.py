@@ -25,8 +25,9 @@ CONTEXT = {
     "show_default": True,
 }
 
-
 WORDS = "vdiff.words"
+MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
+"""What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
 
 
 class Program(click.Command):
@@ -204,6 +205,9 @@ def run_as_program(run: Callable[[], Any]) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where × and → cannot be written, ? will do
+    for mpi, name in MPI.items():  # where accelerate launches by mpirun
+        if value := os.environ.get(f"OMPI_COMM_WORLD_{mpi}"):
+            os.environ.setdefault(name, value)
     try:
         with _terminable():
             result = run()
