@@ -22,6 +22,7 @@ from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.errors import VdiffError
 from vdiff.models import checkpoint
 from vdiff.models.checkpoint import (
+    AVERAGE,
     CONFIG,
     WEIGHTS,
     CheckpointConfig,
@@ -305,6 +306,15 @@ def test_newest_checkpoint_is_the_one_written_last(tmp_path):
     os.utime(tmp_path / "original" / CONFIG, ns=(0, 2 * 10**18))
     assert newest_checkpoint(tmp_path) == tmp_path / "original"
     (tmp_path / "no_checkpoint").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "original"
+
+
+def test_an_average_is_the_newest_only_where_there_is_nothing_else(tmp_path):
+    saved(tmp_path / "original_ema0.100")
+    (tmp_path / "original_ema0.100" / AVERAGE).write_text("{}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "original_ema0.100"
+    saved(tmp_path / "original")
+    os.utime(tmp_path / "original" / CONFIG, ns=(0, 0))
     assert newest_checkpoint(tmp_path) == tmp_path / "original"
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.commands import done, error
 from tests.reference_network import Shape, save
 from tests.toy import distill_config, run_ladder, run_training, signal_at, train_config, write_checkpoint, write_dataset
-from vdiff.cli.inspect import ancestors, facts
+from vdiff.cli.inspect import ancestors, described, facts
 from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_config
 from vdiff.models.unet import parameter_count
@@ -131,6 +131,17 @@ def test_an_imported_model(time_scale, tmp_path, monkeypatch):
     assert found["training"] == "not by vdiff"
     assert "dataset" not in found
     assert facts(Path("checkpoints/theirs"))["is_imported"]
+
+
+def test_an_imported_model_with_teachers(tmp_path):
+    """As a pipeline that vdiff wrote brings them along: the first row names its teacher, another where it came from."""
+    teacher = {"path": "base_0", "num_timesteps": 8, "method": "base", "teacher": None}
+    origin = "diffusers/base_1, trained by vdiff on digits_8"
+    write_checkpoint(tmp_path / "again", dataset=f"imported:{origin}", method="progressive", teacher=teacher)
+    found = described(facts(tmp_path / "again"))
+    assert found["model"] == "student of base_0 (8 steps), method progressive"
+    assert found["imported"] == origin
+    assert "dataset" not in found
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])

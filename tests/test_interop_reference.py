@@ -6,6 +6,7 @@ The oracle is `tests/reference_network.py`, which shares no code with what is te
 from __future__ import annotations
 
 import re
+import shutil
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +200,11 @@ def test_an_import_replaces_only_imports(tmp_path, monkeypatch):
     assert contents(Path("checkpoints/digits")) != before
     write_checkpoint(Path("checkpoints/own"))
     Path("notes").mkdir()
-    for folder in ("checkpoints/own", "notes"):
+    Path("theirs").mkdir()
+    Path("theirs/config.json").write_text('{"model_type": "bert"}')
+    shutil.copytree("checkpoints/digits", "half")
+    Path("half/model.safetensors").unlink()
+    for folder in ("checkpoints/own", "notes", "theirs", "half"):
         held = contents(Path(folder))
         told = error(f"vdiff import reference digits.pt {flags} --overwrite --out {folder}", 1)
         assert told == f"{folder} exists and is no imported model; choose another --out"

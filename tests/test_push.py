@@ -210,6 +210,7 @@ def test_a_dry_run_sends_nothing(hub, checkpoint, monkeypatch):
     result = done(f"vdiff push {checkpoint} me/digits --dry_run --endpoint {hub.url}")
     listed = [line.split()[0] for line in result.stdout.splitlines()[2:]]
     assert listed == ["README.md", "config.json", "model.safetensors", "samples.png"]
+    assert all(re.search(r" [1-9]\d*\.\d kB$", line) for line in result.stdout.splitlines()[2:])
     (left,) = (line for line in result.stderr.splitlines() if line.startswith("not uploaded: "))
     assert left == "not uploaded: .hidden, history, ladder.json, log, notes.txt, run.toml, samples, state"
     assert hub.asked == []

@@ -87,7 +87,7 @@ def test_images_are_those_that_the_model_draws(request, tmp_path, name, changes,
 
 @pytest.mark.parametrize(
     ("name", "num", "columns"),
-    [("model", 1, 1), ("model", 2, 2), ("model", 5, 3), ("grey_model", 9, 3), ("model", 10, 4), ("model", 70, 8)],
+    [("model", 1, 1), ("model", 2, 2), ("model", 5, 3), ("grey_model", 9, 3), ("model", 10, 5), ("model", 70, 8)],
 )
 def test_grid_shows_the_first_images_from_their_files(request, tmp_path, name, num, columns):
     model = request.getfixturevalue(name)

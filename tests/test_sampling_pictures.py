@@ -16,13 +16,14 @@ from tests.oracles import randn
 from tests.toy import SIZE, contents, write_checkpoint
 from vdiff.data.images import labelled_grid, to_uint8
 from vdiff.diffusion.noise import ImageNoise
+from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.sampling.folder import image_path
 from vdiff.sampling.outputs import GRID
 from vdiff.sampling.paths import PathNoise, nearer_end, slerp
-from vdiff.sampling.pictures import ANIMATION, STRIP, Trajectory, grid_picture, num_shown, spread
+from vdiff.sampling.pictures import ANIMATION, STRIP, Trajectory, full_columns, grid_picture, num_shown, spread
 
 SHAPE = (3, 4, 4)
 
@@ -113,7 +114,7 @@ def test_the_trajectory_ends_in_the_image(model, tmp_path, sampler):
         last = np.array(animation.convert("RGB"))
     scale, side = 18, 72
     for k, image in enumerate(images):
-        top, left = 2 + k // 2 * (side + 2), 2 + k % 2 * (side + 2)
+        top, left = 2, 2 + k * (side + 2)
         assert np.array_equal(last[top : top + side : scale, left : left + side : scale], image)
     strip = pixels(tmp_path / "out" / STRIP)
     found = [strip[-16 - (3 - k) * 76 + 4 :][:72:18, -16 - 72 :][:, :72:18] for k in range(3)]
@@ -187,6 +188,47 @@ def test_one_class_is_the_title():
     assert isinstance(titled, PIL.Image.Image)
     assert isinstance(plain, torch.Tensor)
     assert titled.height > 2 * 76 + 16 + 20
+
+
+def test_a_way_is_shown_from_end_to_end(model, tmp_path):
+    """In rows under a title; of more images than are shown, both ends are among those that are."""
+    for num, rows, columns in ((5, 1, 5), (21, 2, 11), (70, 4, 16)):
+        out = tmp_path / str(num)
+        run(order(model, num_steps=1, path=[6, 3, num]), out, num=num, batch_size=64)
+        grid, last = pixels(out / GRID), (min(num, 64) - 1) % columns
+        bottom, left = grid.shape[0] - 16 - 72, (grid.shape[1] - columns * 76 + 4) // 2
+        head = bottom - (rows - 1) * 76
+        assert (grid[16 : head - 4] < 128).any()  # From image 6 (cat) to image 3 (dog)
+        for top, column, image in ((head, 0, 0), (bottom, last, num - 1)):
+            x = left + column * 76
+            cell = grid[top : top + 72 : 18, x : x + 72 : 18]
+            assert np.array_equal(cell, pixels(image_path(out, image)))
+
+
+def test_a_trajectory_names_the_classes_of_its_rows(tmp_path):
+    """To the left of them, and cut short; all else is as it is without names."""
+    images = randn(3, 1, 4, 4, dtype=torch.float32).clamp(-1, 1)
+    strips = []
+    for names in ([], ["a", "b", "a"], ["kind", "an owl", "x" * 200]):
+        trajectory = Trajectory(6)
+        for step in range(6):
+            trajectory(step, images, Prediction(images, images, images))
+        trajectory.save(images, tmp_path / STRIP, tmp_path / ANIMATION, names)
+        strips.append(pixels(tmp_path / STRIP))
+    plain, short, long = (strip[:, :, 0] if strip.ndim == 3 else strip for strip in strips)
+    assert plain.shape[0] == short.shape[0] == long.shape[0]
+    rows, table = 3 * 76 + 16, 6 * 76 + 16
+    assert np.array_equal(plain[-rows:, -table:], short[-rows:, -table:])
+    left = short.shape[1] - table
+    for row in range(3):
+        bottom = short.shape[0] - 16 - (2 - row) * 76
+        assert (short[bottom - 72 : bottom, :left] < 150).any()
+    assert long.shape[1] < 24 * 20 + table
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (5, 3), (8, 4), (9, 3), (10, 5), (13, 4)])
+def test_rows_are_full_where_one_column_more_makes_them_so(count, columns):
+    assert full_columns(count) == columns
 
 
 @pytest.mark.parametrize(

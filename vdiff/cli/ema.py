@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
     from vdiff.training.posthoc import Snapshot
 
-NOTE = "average.json"
-
 
 @click.command(
     cls=Command,
@@ -193,11 +191,13 @@ def _check_free(folder: Path, run: Path, *, overwrite: bool) -> None:
     Raises:
         VdiffError: something is in the way.
     """
+    from vdiff.models.checkpoint import AVERAGE
+
     if folder.resolve() == run.resolve():
         raise OptionError(f"--out {folder} is the run itself", "choose another --out")
     if not folder.exists():
         return
-    if not (folder / NOTE).is_file():
+    if not (folder / AVERAGE).is_file():
         raise VdiffError(f"{folder} exists and was not written by `vdiff ema`", "choose another --out")
     if not overwrite:
         raise VdiffError(f"{folder} exists already", "give --overwrite to replace it, or another --out")
@@ -220,7 +220,7 @@ def _write(
     from dataclasses import replace
 
     from vdiff.files import new_folder, write_text
-    from vdiff.models.checkpoint import save_checkpoint
+    from vdiff.models.checkpoint import AVERAGE, save_checkpoint
 
     try:
         config.build().load_state_dict(weights)
@@ -232,4 +232,4 @@ def _write(
     described = replace(config, weights="ema", num_iters=end.step, num_images=end.images, train_seconds=seconds)
     with new_folder(folder, overwrite=overwrite) as temporary:
         save_checkpoint(temporary, weights, described)
-        write_text(temporary / NOTE, jsonlib.dumps(note, indent=2, ensure_ascii=False) + "\n")
+        write_text(temporary / AVERAGE, jsonlib.dumps(note, indent=2, ensure_ascii=False) + "\n")

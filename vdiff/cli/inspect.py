@@ -137,6 +137,8 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
         "on disk": f"{megabytes(values['bytes'])}{state}",
         "training": _training(values),
     }
+    if values["is_imported"] and values["lineage"]:  # else the first row says it
+        rows["imported"] = values["dataset"].removeprefix("imported:")
     if not values["is_imported"]:
         rows["dataset"] = f"{values['dataset']} (fingerprint {values['dataset_fingerprint']})"
     return rows | {"written by": f"vdiff {values['vdiff_version']}"}

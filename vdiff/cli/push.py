@@ -67,7 +67,7 @@ def command(
     with tempfile.TemporaryDirectory() as scratch:
         upload = collect(folder, Path(scratch), license_name=license_name)
         if dry_run:
-            rows = [[name, megabytes(upload.size(name))] for name in upload.files]
+            rows = [[name, _shown(upload.size(name))] for name in upload.files]
             console.table(f"To {repository}", ["file", "size"], rows)
             if upload.left:
                 console.line(f"not uploaded: {', '.join(upload.left)}")
@@ -75,6 +75,11 @@ def command(
         console.line(f"uploading {len(upload.files)} files, {megabytes(sum(map(upload.size, upload.files)))}")
         address = push(upload, repository, private=private, endpoint=endpoint, token=token, overwrite=overwrite)
     console.result(address)
+
+
+def _shown(num_bytes: int) -> str:
+    """`1234` → `1.2 kB`; megabytes from where they say more."""
+    return f"{num_bytes / 1e3:.1f} kB" if num_bytes < 1e5 else megabytes(num_bytes)
 
 
 def _token(path: Path | None) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdiff.errors import VdiffError
 from vdiff.files import new_folder
-from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, save_checkpoint
+from vdiff.models.checkpoint import WEIGHTS, CheckpointConfig, read_config, save_checkpoint
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
@@ -22,8 +22,16 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise VdiffError(f"{folder} exists already", "give --overwrite to replace it, or another --out")
-    if not (folder / CONFIG).is_file() or not read_config(folder).is_imported:
+    if not _is_imported(folder):
         raise VdiffError(f"{folder} exists and is no imported model", "choose another --out")
+
+
+def _is_imported(folder: Path) -> bool:
+    """Whether a checkpoint of an imported model lies in `folder`; programs of all kinds write a config.json."""
+    try:
+        return read_config(folder).is_imported and (folder / WEIGHTS).is_file()
+    except VdiffError:
+        return False
 
 
 def write_model(folder: Path, weights: Mapping[str, Tensor], description: CheckpointConfig, *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
     model.safetensors   the weights to sample with
     config.json         `CheckpointConfig`
+    average.json        how `vdiff ema` made them, where it did
 
 Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.toml`); nothing here depends on it.
 """
@@ -31,7 +32,7 @@ from vdiff.models.reading import read_json, read_shapes, reading
 from vdiff.models.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, AVERAGE = "model.safetensors", "config.json", "average.json"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 IMPORTED = "imported:"
 LARGEST = {"num_timesteps": 2**20, "image_size": 2**16}
@@ -268,12 +269,16 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
-    """The checkpoint under `root` that was written last.
+    """The checkpoint under `root` that was written last; another average of a run only where there is nothing else.
 
     Raises:
         VdiffError: there is none.
     """
-    found = sorted(root.glob(f"*/{CONFIG}"), key=lambda path: (path.stat().st_mtime_ns, str(path)))
+
+    def age(path: Path) -> tuple[bool, int, str]:
+        return not (path.parent / AVERAGE).exists(), path.stat().st_mtime_ns, str(path)
+
+    found = sorted(root.glob(f"*/{CONFIG}"), key=age)
     if not found:
         raise VdiffError(f"no checkpoint under {root}/", "run `python train.py` first, or give --checkpoint")
     return found[-1].parent

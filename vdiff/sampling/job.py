@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from torch import Tensor
 
 from vdiff.data.images import save_png
@@ -28,7 +29,16 @@ from vdiff.models.speed import FastNetwork, memory_errors_named, ready_to_draw
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.order import Order
 from vdiff.sampling.outputs import GRID, Output
-from vdiff.sampling.pictures import ANIMATION, STRIP, Trajectory, grid_picture, num_shown
+from vdiff.sampling.pictures import (
+    ANIMATION,
+    MAX_GRID,
+    STRIP,
+    Trajectory,
+    grid_picture,
+    num_shown,
+    path_picture,
+    spread,
+)
 from vdiff.sampling.processes import Processes
 
 PATH = (STRIP, ANIMATION)
@@ -157,7 +167,8 @@ class _Job:
                 trajectory = Trajectory(self.order.num_steps) if wants_path and batch == batches[0] else None
                 images = self._draw_batch(batch, bar, done, trajectory)
                 if trajectory is not None:
-                    trajectory.save(images, *(self.output.picture_in_work(name) for name in PATH))
+                    strip, animation = (self.output.picture_in_work(name) for name in PATH)
+                    trajectory.save(images, strip, animation, self._class_names(batch))
                 new = [(k, image) for k, image in zip(batch, images, strict=True) if not held[k]]
                 keeper.keep(new)
                 done += len(new)
@@ -195,13 +206,24 @@ class _Job:
                 f"{int((~held).sum())} of {self.work.num} images are missing in {self.output.place}",
                 "give the same command again",
             )
-        of_classes = len(self.order.classes) if not self.order.path else 0
-        shown = range(num_shown(self.work.num, of_classes))
-        labels = self.order.labels(shown)
-        names = [] if labels is None else [self.config.class_names[label] for label in labels]
-        picture = grid_picture(self.output.images(shown), names, of_classes)
-        save_png(picture, self.output.picture_in_work(GRID))
+        save_png(self._grid(), self.output.picture_in_work(GRID))
         self.output.finish(self.order, self.work.num)
+
+    def _grid(self) -> Tensor | PIL.Image.Image:
+        """The first images; of a path images from its whole length."""
+        num, path, of_classes = self.work.num, self.order.path, len(self.order.classes)
+        if path:
+            ends = [f"image {end}" for end in path[:2]]
+            if names := self._class_names([0, num - 1]):
+                ends = [f"{end} ({name})" for end, name in zip(ends, names, strict=True)]
+            return path_picture(self.output.images(spread(num, MAX_GRID)), f"From {ends[0]} to {ends[1]}")
+        shown = range(num_shown(num, of_classes))
+        return grid_picture(self.output.images(shown), self._class_names(shown), of_classes)
+
+    def _class_names(self, indices: Sequence[int]) -> list[str]:
+        """Of images number `indices`; none of an unconditional model."""
+        labels = self.order.labels(indices)
+        return [] if labels is None else [self.config.class_names[label] for label in labels]
 
 
 class _Keeper:

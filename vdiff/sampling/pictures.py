@@ -23,7 +23,7 @@ from vdiff.data.images import (
 from vdiff.diffusion.prediction import Prediction
 from vdiff.files import write_whole
 
-MAX_GRID, MAX_COLUMNS = 64, 16
+MAX_GRID, MAX_COLUMNS, MAX_NAME = 64, 16, 24
 STRIP, ANIMATION = "trajectory.png", "trajectory.webp"
 MAX_ROWS, MAX_STRIP, MAX_FRAMES = 8, 12, 64
 SECONDS, LAST_SECONDS, MIN_MILLISECONDS = 3.0, 1.5, 40
@@ -43,7 +43,7 @@ def grid_picture(images: Tensor, names: Sequence[str] = (), num_classes: int = 0
         names: of the class of each image.
         num_classes: images take so many classes in turn, which then become columns; 0: in no such order.
     """
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = full_columns(len(images))
     if not names:
         return make_grid(images, columns=columns, scale=cell_scale(images))
     if num_classes == 1:
@@ -52,6 +52,13 @@ def grid_picture(images: Tensor, names: Sequence[str] = (), num_classes: int = 0
         columns = min(num_classes, len(images))
         return captioned_grid(_rows(images, columns), names[:columns])
     return labelled_grid(images, names, columns)
+
+
+def path_picture(images: Tensor, title: str) -> PIL.Image.Image:
+    """(N, C, H, W) images on the way from one to another under a title, read like a text: rows of 16 at the most."""
+    rows = -(-len(images) // MAX_COLUMNS)
+    columns = -(-len(images) // rows)
+    return captioned_grid(_rows(images, columns), [""] * columns, title=title)
 
 
 def _rows(images: Tensor, columns: int) -> list[list[Tensor]]:
@@ -81,15 +88,20 @@ class Trajectory:
             x = prediction.x[:MAX_ROWS].float()
             self.frames.append(to_uint8(x.nan_to_num().clamp(-1, 1)).cpu())
 
-    def save(self, images: Tensor, strip: Path, animation: Path) -> None:
-        """Write both pictures; `images` (N, C, H, W) in [−1, 1] are what the last step made of x̂."""
+    def save(self, images: Tensor, strip: Path, animation: Path, names: Sequence[str] = ()) -> None:
+        """Write both pictures; `images` (N, C, H, W) in [−1, 1] are what the last step made of x̂.
+
+        Args:
+            names: of the class of each image, which stand before the rows of the strip.
+        """
         count = min(len(images), MAX_ROWS)
         frames = [from_uint8(frame[:count]) for frame in [*self.frames[:-1], to_uint8(images[:count])]]
         shown = spread(len(frames), MAX_STRIP)
         rows = [[frames[i][k] for i in shown] for k in range(count)]
         titles = [str(self.steps[i] + 1) for i in shown]
-        save_png(captioned_grid(rows, titles, title="The predicted image after each step"), strip)
-        columns, scale = math.ceil(math.sqrt(count)), cell_scale(images)
+        short = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in names[:count]]
+        save_png(captioned_grid(rows, titles, short or None, title="The predicted image after each step"), strip)
+        columns, scale = full_columns(count), cell_scale(images)
         pictures = [to_pil(make_grid(frame, columns=columns, scale=scale)).convert("RGB") for frame in frames]
         milliseconds = max(int(1000 * SECONDS / len(pictures)), MIN_MILLISECONDS)
         durations = [milliseconds] * (len(pictures) - 1) + [int(1000 * LAST_SECONDS)]
@@ -105,6 +117,12 @@ class Trajectory:
                 loop=0,
             ),
         )
+
+
+def full_columns(count: int) -> int:
+    """Columns of a nearly square grid; one more than that where all rows are then full."""
+    columns = math.ceil(math.sqrt(count))
+    return columns + 1 if count % columns and count % (columns + 1) == 0 else columns
 
 
 def spread(count: int, most: int) -> list[int]:
