@@ -64,9 +64,12 @@ class Row:
         seconds: spent on this row, measuring included.
         ms_per_image: of drawing alone.
         metrics: by name: `fd` and `kd`, the Fréchet and the kernel distance on the chosen features (`fid` and `kid` on
-            Inception's), `precision`, `recall`, `isc` (Inception score), `rmse` and `psnr` (to the teacher, same
-            noise), `nearest` (median distance of a sample to the nearest image of the data) beside `nearest_data`
-            (the same of the data's images to their nearest other one).
+            Inception's); `fd_inf` (`fid_inf`), the first freed of its bias; `precision`, `recall`; `isc`, the Inception
+            score; `rmse`, `psnr` to the teacher, same noise; `nearest`, the median distance of a sample to the nearest
+            image of the data, beside `nearest_data`, the same of the data's images to their nearest other one, both
+            with `_features` too; `closest`, the smallest distance of any sample.
+        guidance: the weight w of classifier-free guidance.
+        closest: the samples nearest to an image of the data: number of the sample, of the image, distance.
     """
 
     checkpoint: str
@@ -81,6 +84,8 @@ class Row:
     seconds: float
     ms_per_image: float
     metrics: dict[str, Metric] = field(default_factory=dict)
+    guidance: float = 0.0
+    closest: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Evaluation:
         pairs: name of the picture of samples beside their nearest images, in the folder of this file; None: no picture.
         teacher: the checkpoint that `rmse` and `psnr` compare with; empty where none is.
         teacher_steps: the steps that it was drawn in.
+        job: the key of all that decides the figures.
         notes: what a reader must know of the figures, a sentence each.
     """
 
@@ -106,12 +112,13 @@ class Evaluation:
     teacher: str = ""
     teacher_steps: int | None = None
     notes: tuple[str, ...] = ()
+    job: str = ""
     vdiff_version: str = vdiff.__version__
     format: int = FORMAT
 
     def to_json(self) -> str:
         """One JSON object; a figure that is not finite becomes null, which JSON can say."""
-        return json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
@@ -127,7 +134,7 @@ class Evaluation:
             if values.get("format") != FORMAT:
                 raise TypeError(f"its format is {values.get('format')!r}, this vdiff reads {FORMAT}")
             values["reference"] = _build(Reference, values.get("reference"))
-            values["rows"] = tuple(_row(row) for row in _list(values.get("rows"), "rows"))
+            values["rows"] = tuple(row_from(row) for row in _list(values.get("rows"), "rows"))
             values["notes"] = tuple(str(note) for note in _list(values.get("notes", []), "notes"))
             built: Evaluation = _build(cls, values)
         except (ValueError, TypeError, RecursionError) as error:
@@ -160,11 +167,17 @@ class Evaluation:
             raise VdiffError(f"{path} cannot be read: {reason}", AGAIN) from None
 
 
-def _row(values: Any) -> Row:
+def row_from(values: Any) -> Row:
+    """A row from its JSON object.
+
+    Raises:
+        TypeError: keys that are missing, unknown or of the wrong kind.
+    """
     if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
         raise TypeError("a row without metrics")
     metrics = {str(name): _build(Metric, _infinite(metric)) for name, metric in values["metrics"].items()}
-    built: Row = _build(Row, {**values, "metrics": metrics})
+    closest = tuple((int(k), int(i), float(far)) for k, i, far in _list(values.get("closest", []), "closest"))
+    built: Row = _build(Row, {**values, "metrics": metrics, "closest": closest})
     return built
 
 
@@ -201,13 +214,13 @@ def _list(values: Any, name: str) -> list[Any]:
     return values
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same with None for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _infinite(metric: Any) -> Any:

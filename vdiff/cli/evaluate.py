@@ -1,0 +1,298 @@
+"""`vdiff evaluate`: how good checkpoints are, in a row for each and each number of steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vdiff.cli.console import Console, plural
+from vdiff.cli.options import Command, Names, OneOf, option, switch, typed_command
+from vdiff.cli.sample import DEVICES, PRECISIONS
+from vdiff.diffusion.grids import GRIDS
+from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.errors import OptionError
+
+if TYPE_CHECKING:
+    from vdiff.evaluation.results import Evaluation, Metric, Row
+
+SHORT = 12
+HEADINGS = {
+    "fd_inf": "fd_inf",
+    "fid_inf": "fid_inf",
+    "kd": "kd",
+    "kid": "kid",
+    "precision": "precision",
+    "recall": "recall",
+    "isc": "isc",
+    "rmse": "RMSE",
+    "psnr": "PSNR dB",
+    "nearest": "nearest",
+    "nearest_features": "nearest feat.",
+    "closest": "closest",
+}
+
+OF_DATA = {
+    "nearest_data": "median distance of an image to its nearest other",
+    "nearest_data_features": "the same in features",
+}
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "vdiff evaluate checkpoints/base_5 --data data/photos_64",
+        "vdiff evaluate checkpoints/original --num_timesteps 4,8,16 --samplers ddim,dpmpp_2m --grid logsnr",
+        "vdiff evaluate checkpoints/base_* --teacher checkpoints/original --teacher_steps 64",
+        "vdiff evaluate checkpoints/base_5 --features features.pt2 --num 10000",
+        "vdiff evaluate checkpoints/base_5 --features inception --num 50000 --json",
+        "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate checkpoints/base_5 --num 50000",
+    ],
+)
+@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
+@option(
+    "--data",
+    group="Reference",
+    metavar="DATASET",
+    show_default="the only one under data/",
+    help="Real images: a folder that prepare_data.py wrote, or tar shards.",
+)
+@option(
+    "--cache",
+    group="Reference",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    show_default="vdiff in the user's cache",
+    help="Where what was found of a dataset is kept for the next time.",
+)
+@option(
+    "--features",
+    group="Measuring",
+    default="pixels",
+    metavar="pixels|inception|FILE",
+    help="What images are compared by: pixels, at most 8×8; a network in a torch.export (vdiff features) or "
+    "TorchScript file, which is code; or torch-fidelity's Inception.",
+)
+@option(
+    "--weights",
+    group="Measuring",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    show_default="downloaded",
+    help="Inception's weights.",
+)
+@option(
+    "--metrics",
+    group="Measuring",
+    type=Names(click.STRING, "METRIC[,METRIC…]"),
+    show_default="all that can be",
+    help="fd and kd (fid and kid on Inception's features), precision, recall, isc, rmse, psnr, nearest.",
+)
+@option(
+    "--teacher",
+    group="Measuring",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Compare samples with its, from the same noise: rmse, psnr.",
+)
+@option(
+    "--teacher_steps",
+    group="Measuring",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    show_default="its own",
+    help="The ddim steps that the teacher takes.",
+)
+@option("--num", group="Samples", type=click.IntRange(1), default=2000, metavar="IMAGES", help="Samples of each row.")
+@option(
+    "--num_timesteps",
+    group="Samples",
+    type=Names(click.IntRange(1), "STEPS[,STEPS…]"),
+    show_default="each model's own",
+    help="Sampling steps; those that a distilled model was not made for are left out.",
+)
+@option(
+    "--samplers",
+    group="Samples",
+    type=Names(OneOf(list(SAMPLERS)), "SAMPLER[,SAMPLER…]"),
+    default="ddim",
+    help="The rules for one step.",
+)
+@option("--grid", group="Samples", type=OneOf(list(GRIDS)), default="uniform", help="How the steps are spaced.")
+@option(
+    "--guidance",
+    group="Samples",
+    type=float,
+    default=0.0,
+    metavar="W",
+    help="Weight of classifier-free guidance: 0 none.",
+)
+@option(
+    "--seed",
+    group="Samples",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    metavar="INTEGER",
+    help="All rows draw from its noise.",
+)
+@switch("--raw", group="Samples", help="Draw with the weights without average that a training keeps in state/.")
+@switch("--ema", group="Samples", help="Draw with the checkpoint's own weights, the default.")
+@option(
+    "--batch_size",
+    group="Samples",
+    type=click.IntRange(1),
+    default=64,
+    metavar="IMAGES",
+    help="Drawn at once by each process.",
+)
+@option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
+@option("--precision", group="Samples", type=OneOf(PRECISIONS), default="auto", help="As in sample.py.")
+@option(
+    "--out",
+    group="Output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    show_default="evaluation.json beside the first checkpoint",
+    help="All figures with their intervals; beside it NAME-nearest.png, the samples closest to the data.",
+)
+@switch("--overwrite", group="Output", help="Replace another evaluation in --out.")
+@switch("--json", group="Output", help="Print what is in --out instead of a table.")
+def command(
+    checkpoints: tuple[Path, ...],
+    data: str | None,
+    cache: Path | None,
+    features: str,
+    weights: Path | None,
+    metrics: tuple[str, ...] | None,
+    teacher: Path | None,
+    teacher_steps: int | None,
+    num: int,
+    num_timesteps: tuple[int, ...] | None,
+    samplers: tuple[str, ...],
+    grid: str,
+    guidance: float,
+    seed: int,
+    raw: bool,
+    ema: bool,
+    batch_size: int,
+    device: str,
+    precision: str,
+    out: Path | None,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    """Measure CHECKPOINTS (the newest, if none is named) against a dataset.
+
+    A row for each checkpoint, number of steps and sampler, all from the same noise, with 95 % intervals. The same
+    command goes on where it was stopped; under torchrun or accelerate each process draws a share. What the figures
+    mean: docs/evaluation.md.
+    """
+    if raw and ema:
+        raise OptionError("--raw and --ema exclude each other", "give one of them")
+    if teacher_steps is not None and teacher is None:
+        raise OptionError("--teacher_steps: there is no teacher", "give --teacher CHECKPOINT too")
+    if out is not None and out.suffix != ".json":
+        raise OptionError(f"--out {out} is no name for a JSON file", "give --out FILE.json")
+
+    from vdiff.data.store import find_dataset
+    from vdiff.evaluation.measure import evaluate
+    from vdiff.evaluation.results import FILE
+    from vdiff.models.checkpoint import newest_checkpoint
+    from vdiff.sampling.processes import join
+
+    console = Console()
+    folders = list(dict.fromkeys(checkpoints)) or [newest_checkpoint()]
+    target = out or folders[0].parent / FILE
+    found = evaluate(
+        folders,
+        data or str(find_dataset()),
+        num_timesteps=num_timesteps or (),
+        samplers=tuple(dict.fromkeys(samplers)),
+        grid=grid,
+        raw=raw,
+        n=num,
+        seed=seed,
+        features=features,
+        metrics=metrics or (),
+        teacher=teacher,
+        teacher_steps=teacher_steps,
+        guidance=guidance,
+        weights=weights,
+        precision=precision,
+        batch_size=batch_size,
+        out=target,
+        overwrite=overwrite,
+        cache=cache,
+        processes=join(device),
+        reporter=console,
+        command=typed_command(),
+    )
+    if json:
+        console.result(found.to_json().rstrip())
+        return
+    for line in head(found):
+        console.result(line)
+    columns, rows = table(found)
+    console.table("Evaluation", columns, rows)
+    for note in found.notes:
+        console.result(f"note       {note}")
+    if found.pairs is not None:
+        console.result(f"pairs      {target.with_name(found.pairs)}")
+    console.result(f"figures    {target}")
+
+
+def head(found: Evaluation) -> list[str]:
+    """What the figures rest on."""
+    reference = found.reference
+    split = "" if reference.split == "all" else f", part {reference.split}"
+    how = ", ".join(part for part in (reference.resize, reference.format) if part) or "made by another program"
+    size = f"{reference.image_size}×{reference.image_size}×{reference.channels}"
+    mark = reference.fingerprint[:SHORT] or "none"
+    lines = [
+        f"reference  {reference.name}{split}: {reference.num_images:,} images of {size}, {how}, fingerprint {mark}",
+        f"features   {found.features}",
+    ]
+    models: dict[str, Row] = {}
+    for row in found.rows:
+        models.setdefault(row.checkpoint, row)
+    lines += [f"model      {name}: {row.weights}, {row.checkpoint_fingerprint[:SHORT]}" for name, row in models.items()]
+    first = found.rows[0]
+    guidance = f", guidance {first.guidance:g}" if first.guidance else ""
+    lines.append(f"samples    {first.n:,} a row, seed {first.seed}, {first.grid} grid{guidance}, {found.device}")
+    if found.teacher:
+        lines.append(f"teacher    {found.teacher}, ddim, {plural(found.teacher_steps or 0, 'step')}")
+    for name, what in OF_DATA.items():
+        if name in first.metrics:
+            lines.append(f"data       {what}: {figure(first.metrics[name])}")
+    lines.append(f"made       {found.date}, vdiff {found.vdiff_version}")
+    return lines
+
+
+def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: figures with half the width of their 95 % intervals."""
+    names = list(dict.fromkeys(name for row in found.rows for name in row.metrics if name not in OF_DATA))
+    order = ["fd", "fid", *HEADINGS]
+    names.sort(key=order.index)
+    n = found.rows[0].n
+    headings = [f"{name}@{n}" if name in ("fd", "fid") else HEADINGS[name] for name in names]
+    columns = ["model", "sampler", "steps", "evals", *headings, "ms/image", "seconds"]
+    rows = []
+    for row in found.rows:
+        own = [Path(row.checkpoint).name, row.sampler, str(row.num_steps), f"{row.evaluations:g}"]
+        figures = [figure(row.metrics[name]) if name in row.metrics else "" for name in names]
+        rows.append([*own, *figures, f"{row.ms_per_image:.2f}", f"{row.seconds:.1f}"])
+    return columns, rows
+
+
+def figure(metric: Metric) -> str:
+    """`0.208 ± 0.012`, with digits that the interval bears out."""
+    import math
+
+    if metric.low is None or metric.high is None or not math.isfinite(metric.high - metric.low):
+        return f"{metric.value:.4g}"
+    half = (metric.high - metric.low) / 2
+    if half <= 0:
+        return f"{metric.value:.4g}"
+    digits = min(max(0, 1 - math.floor(math.log10(half))), 7)
+    return f"{metric.value:.{digits}f} ± {half:.{digits}f}"
