@@ -164,7 +164,7 @@ def test_two_processes_find_what_one_finds(place, tmp_path):
     process = subprocess.run(
         [str(torchrun), "--standalone", "--nproc_per_node", "2", "-m", "tests.evaluating"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
-        capture_output=True, timeout=300,
+        capture_output=True, timeout=900,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     one, two = (Evaluation.read(folder / "out.json") for folder in (place, tmp_path))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -162,10 +163,41 @@ def statistics(
     key = key_of([FORMAT, images.identity, features.fingerprint, features.dim, MAX_KEPT, PARTS])
     path = make_folder(cache) / f"reference-{key[:32]}.npz"
     with processes.together():
-        arrays = read_arrays(path)
-        found = None if arrays is None else _statistics(arrays, features.dim)
+        found = _cached(path, features.dim)
     if found is not None:
         return found
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        with processes.together():
+            if processes.is_first:
+                _wait_for(lock, reporter)
+        with processes.together():
+            found = _cached(path, features.dim)  # another evaluation may have put it there by now
+        if found is None:
+            _compute(path, key, images, features, processes, reporter)
+            found = _cached(path, features.dim)
+    finally:
+        lock.release()
+    if found is None:
+        raise VdiffError(f"{path} cannot be read", "remove it, then give the command again")
+    return found
+
+
+def _wait_for(lock: FileLock, reporter: Reporter) -> None:
+    """Take the lock, when another evaluation of the same data is done with them."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        reporter.line("waiting for another evaluation that reads the same data")
+        lock.acquire()
+    except OSError as error:
+        raise VdiffError(f"cannot write {lock.lock_file}: {error.strerror}", "give another --cache") from None
+
+
+def _compute(
+    path: Path, key: str, images: Images, features: Features, processes: Processes, reporter: Reporter
+) -> None:
+    """Read all the data, and put what was found in `path`."""
     work = WorkFolder(path.with_suffix(".partial"), key, processes)
     parts, indices = images.parts(), chosen(len(images), MAX_KEPT)
     names = [f"part-{k:02d}.npz" for k in range(len(parts))]
@@ -181,11 +213,6 @@ def statistics(
             kept = np.concatenate([piece["kept"] for piece in pieces])
             write_arrays(path, {**arrays_of([merged]), "kept": kept, "indices": indices})
             work.remove()
-    arrays = read_arrays(path)
-    found = None if arrays is None else _statistics(arrays, features.dim)
-    if found is None:
-        raise VdiffError(f"{path} cannot be read", "remove it, then give the command again")
-    return found
 
 
 def arrays_of(moments: Sequence[Moments]) -> dict[str, NDArray[Any]]:
@@ -231,11 +258,12 @@ def _part(
     return {**arrays_of([moments]), "kept": np.concatenate(kept)}
 
 
-def _statistics(arrays: dict[str, NDArray[Any]], dim: int) -> Statistics | None:
-    """What lies in the cache; None if that is something else."""
+def _cached(path: Path, dim: int) -> Statistics | None:
+    """What lies in the cache; None if there is nothing, or something else."""
+    arrays = read_arrays(path)
     try:
-        (moments,) = moments_in(arrays)
-        found = Statistics(moments, arrays["kept"], arrays["indices"])
+        (moments,) = moments_in(arrays or {})
+        found = Statistics(moments, (arrays or {})["kept"], (arrays or {})["indices"])
     except (KeyError, ValueError, TypeError):
         return None
     is_whole = moments.dim == dim and found.kept.shape == (len(found.indices), dim)
