@@ -178,7 +178,8 @@ def test_consistency_has_more_and_more_teacher_steps():
     assert [steps(p, last=64, levels=64) for p in (0, 0.5, 1)] == [64, 64, 64]
     assert [steps(p, num_steps=1, last=1024, levels=1024) for p in (0, 0.2, 0.5, 0.9, 1)] == [64, 128, 256, 1024, 1024]
     assert [steps(p, last=24, levels=96, method=Consistency(6)) for p in (0, 0.3, 1)] == [8, 8, 24]
-    assert Consistency().first_steps == 64
+    usual = [steps(0, num_steps=1, last=last, method=Consistency()) for last in (1024, 512, 256, 32, 8, 4)]
+    assert usual == [64, 64, 32, 4, 1, 1]  # an eighth, at most 64
 
 
 def test_the_grid_of_consistency_is_that_of_its_progress():

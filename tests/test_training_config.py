@@ -169,7 +169,7 @@ LIMITS = {
     "last_factor": (5e-324, None, 0, None),
     "ema_remainder": (0, 0.99, -1e-9, 0.991),
     "self_ema": (0, 0.9999, -1e-9, 0.99991),
-    "first_steps": (1, None, 0, None),
+    "first_steps": (0, None, -1, None),
     "addim": (0, 2, -1e-9, 2.01),
     "path_steps": (2, None, 1, None),
     "check_images": (0, None, -1, None),

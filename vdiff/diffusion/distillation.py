@@ -309,11 +309,11 @@ class Consistency:
     Source: Heek et al. 2024, *Multistep Consistency Models*, algorithms 1 and 3.
 
     Args:
-        first_steps: n at the first update.
+        first_steps: n at the first update; 0: an eighth of the teacher's, at most the paper's 64.
         addim: η of the teacher's steps; 0: DDIM.
     """
 
-    first_steps: int = 64
+    first_steps: int = 0
     addim: float = 0.0
     defaults: ClassVar[Mapping[str, Any]] = {"lr_schedule": "constant", "ema_remainder": 1e-3, "last_factor": 1.0}
     keeps_steps: ClassVar[bool] = False
@@ -327,7 +327,7 @@ class Consistency:
     def steps_at(self, lesson: Lesson) -> int:
         """n at the lesson's progress: first^(1 − p) · last^p, rounded to what the grids allow."""
         last = lesson.teacher_steps
-        begin = min(self.first_steps, last)
+        begin = min(self.first_steps or min(64, last / 8), last)
         return lesson.fine_steps(begin ** (1 - lesson.progress) * last**lesson.progress)
 
     def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:

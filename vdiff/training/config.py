@@ -289,8 +289,9 @@ class DistillConfig(LoopConfig):
         "Decay of the average that a student of tract learns from.", group=MODEL, default=0.5, low=0, high=0.9999
     )
     first_steps: int = setting(
-        "Steps of the teacher at the first update of consistency.", group=MODEL, default=64, low=1, unit="STEPS"
-    )
+        "Steps of the teacher at the first update of consistency.",
+        group=MODEL, default=0, low=0, unit="STEPS", shown="an eighth of them, at most 64",
+    )  # fmt: skip
     addim: float = setting(
         "Variance that the teacher of consistency makes good at each step; 0: DDIM.",
         group=MODEL, default=0.0, low=0, high=2,
