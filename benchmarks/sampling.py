@@ -1,12 +1,14 @@
 """Milliseconds an evaluation and images a second: vdiff beside diffusers' pipeline with the very same weights.
 
     python benchmarks/sampling.py                                  # the 6.5M UNet of benchmarks/training.py, 32×32
-    python benchmarks/sampling.py --batch_size 256 --precision fp32,bf16 --compile both         # on a GPU
+    python benchmarks/sampling.py --batch_size 256 --precision fp32,bf16 --compile both    # on a GPU
     python benchmarks/sampling.py --checkpoint checkpoints/base_5  # a checkpoint of one's own
 
 The checkpoint (without --checkpoint: random weights) is written as a `DDIMPipeline` by `vdiff export diffusers`, and
-loaded by diffusers alone. Both sides draw with DDIM in the same steps from the same number of images, in one process
-and in turns, and medians are compared. That they draw the same images from the same noise is looked at first.
+loaded by diffusers alone, as it comes and channels-last. All draw with DDIM without a clip, in the same steps and the
+same number of images at once, in one process and in turns, there and back again; medians are compared. That both sides
+draw the same images from the same noise is looked at first. On CUDA fp32 means products and convolutions in TF32 for
+every side, as `sample.py` has it; torch alone has convolutions in it only.
 
 An evaluation is one call of the network at its time; drawing is everything from noise to float images on the CPU:
 `Model.sample` here, `DDIMPipeline.__call__` with `output_type="np"` there.
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import diffusers
 import torch
 from diffusers import DDIMPipeline
 from torch import Tensor
@@ -62,10 +65,12 @@ class Side:
         run = self.runs[name]
         if run is None:
             return
+        # one switch for the whole process, which `vdiff.load` sets as its own precision wants it
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         began = time.perf_counter()
         run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         self.milliseconds[name].append(1000 * (time.perf_counter() - began))
 
     def median(self, name: str) -> float:
@@ -88,11 +93,10 @@ def write_random(folder: Path) -> None:
     save_checkpoint(folder, denoiser.state_dict(), config)
 
 
-def ours(
-    checkpoint: Path, device: str, precision: str, *, compiled: bool, batch_size: int, steps: int
-) -> tuple[Side, vdiff.api.Model]:
+def ours(checkpoint: Path, device: str, precision: str, *, compiled: bool, batch_size: int, steps: int) -> Side:
     """`vdiff.load`, as it is."""
-    model = vdiff.load(checkpoint, device=device, precision=precision, compiled=compiled)
+    asked = "auto" if precision == "fp32" else precision
+    model = vdiff.load(checkpoint, device=device, precision=asked, compiled=compiled)
     z = torch.randn(batch_size, *model.shape, device=model.device)
     label = torch.full((batch_size,), 511.0, device=model.device)
 
@@ -103,34 +107,52 @@ def ours(
     def draw() -> Tensor:
         return model.sample(batch_size, steps=steps, clip=None, batch_size=batch_size)
 
-    return Side("vdiff" + (" compiled" if compiled else ""), precision, evaluate, draw), model
+    return Side("vdiff" + (" compiled" if compiled else ""), precision, evaluate, draw)
+
+
+def load_theirs(folder: Path, device: torch.device, precision: str) -> DDIMPipeline:
+    """The pipeline, without its progress bar."""
+    pipeline = DDIMPipeline.from_pretrained(folder).to(device, DTYPES[precision])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def theirs(
-    folder: Path, device: torch.device, precision: str, *, compiled: bool, batch_size: int, steps: int
-) -> tuple[Side, DDIMPipeline]:
-    """The pipeline, as its model card says, without its progress bar."""
-    pipeline = DDIMPipeline.from_pretrained(folder).to(device, DTYPES[precision])
-    pipeline.set_progress_bar_config(disable=True)
+    folder: Path,
+    device: torch.device,
+    precision: str,
+    layout: torch.memory_format,
+    *,
+    compiled: bool,
+    batch_size: int,
+    steps: int,
+) -> Side:
+    """The pipeline, as its model card says; another layout of its weights is what its documentation advises."""
+    pipeline = load_theirs(folder, device, precision)
+    pipeline.unet.to(memory_format=layout)
     if compiled:
         pipeline.unet.compile(mode="reduce-overhead" if device.type == "cuda" else None)
     size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
     z = torch.randn(batch_size, channels, size, size, device=device, dtype=DTYPES[precision])
+    timestep = torch.tensor(511, device=device)
 
     def evaluate() -> None:
         with torch.inference_mode():
-            pipeline.unet(z, 511)
+            pipeline.unet(z, timestep)
 
     def draw() -> Any:
         return pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="np").images
 
     # its pipeline makes NumPy arrays of what the network answers, and there are none of bfloat16
     drawing = None if precision == "bf16" else draw
-    return Side("diffusers" + (" compiled" if compiled else ""), precision, evaluate, drawing), pipeline
+    name = "diffusers" + (" channels-last" if layout is torch.channels_last else "") + (" compiled" if compiled else "")
+    return Side(name, precision, evaluate, drawing)
 
 
-def difference(model: vdiff.api.Model, pipeline: DDIMPipeline, steps: int) -> float:
-    """The largest difference between the images of both sides from the same noise."""
+def difference(checkpoint: Path, folder: Path, device: torch.device, steps: int) -> float:
+    """The largest difference between the images of both sides from the same noise, in plain fp32."""
+    model = vdiff.load(checkpoint, device=device.type, precision="fp32")
+    pipeline = load_theirs(folder, device, "fp32")
     noise = torch.randn(4, *model.shape, generator=torch.Generator().manual_seed(1))
     expected = model.sample(noise=noise, steps=steps, clip=None)
     pipeline.scheduler.set_timesteps(steps)
@@ -152,7 +174,7 @@ def figure(value: float, digits: int) -> str:
 @click.option("--steps", default=8, show_default=True, help="Of a drawing.")
 @click.option("--runs", default=30, show_default=True, help="Timed runs of each side, after 3 that are not.")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--precision", default="fp32", show_default=True, help="One or more of fp32, bf16, fp16.")
+@click.option("--precision", default="fp32", show_default=True, help="Several by commas: fp32, bf16, fp16.")
 @click.option("--compile", "compiles", type=click.Choice(["no", "yes", "both"]), default="no", show_default=True)
 def main(
     checkpoint: Path | None, batch_size: int, steps: int, runs: int, device: str, precision: str, compiles: str
@@ -163,24 +185,23 @@ def main(
         if checkpoint is None:
             write_random(checkpoint := Path(scratch) / "random")
         config = read_config(checkpoint)
-        export_pipeline(checkpoint, Path(scratch) / "pipeline")
+        export_pipeline(checkpoint, folder := Path(scratch) / "pipeline")
+        if (found := difference(checkpoint, folder, place, steps)) > TOLERANCE:
+            raise click.ClickException(f"the two draw other images: they differ by {found:.2g}")
         sides: list[Side] = []
         for name in precision.split(","):
             for compiled in {"no": [False], "yes": [True], "both": [False, True]}[compiles]:
                 options = {"compiled": compiled, "batch_size": batch_size, "steps": steps}
-                # fp32 of either side is what torch makes of it by default: convolutions may be in TF32 on CUDA
-                asked = "auto" if name == "fp32" and place.type == "cuda" else name
-                our_side, model = ours(checkpoint, place.type, asked, **options)
-                their_side, pipeline = theirs(Path(scratch) / "pipeline", place, name, **options)
-                our_side.precision = name
-                if not sides and (found := difference(model, pipeline, steps)) > TOLERANCE:
-                    raise click.ClickException(f"the two draw other images: they differ by {found:.2g}")
-                sides += [our_side, their_side]
+                sides.append(ours(checkpoint, place.type, name, **options))
+                sides += [
+                    theirs(folder, place, name, layout, **options)
+                    for layout in (torch.contiguous_format, torch.channels_last)
+                ]
         for name in ("evaluation", "drawing"):
-            for _ in range(runs + WARM_UP):
-                for side in sides:
+            for turn in range(runs + WARM_UP):
+                for side in sides if turn % 2 else reversed(sides):
                     side.time(name)
-    base = sides[1]  # diffusers, uncompiled where that is asked for, in the first precision
+    base = sides[1]  # diffusers as it comes, uncompiled where that is asked for, in the first precision
     rows = [
         [
             side.by,
@@ -199,7 +220,7 @@ def main(
         f"{size}×{size}, batch {batch_size}, {steps} steps, {place.type}"
     )
     columns = ["by", "precision", "ms an evaluation", "× diffusers", "images/s", "time × diffusers"]
-    where = f"{machine()}; largest difference of the images: {found:.1g}"
+    where = f"{machine()}, diffusers {diffusers.__version__}; largest difference of the images: {found:.1g}"
     write_report("sampling", title, columns, rows, where)
 
 
