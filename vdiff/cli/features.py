@@ -1,0 +1,166 @@
+"""`vdiff features`: a feature network of the user's own images, to measure distances with."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vdiff.cli.console import Console, plural
+from vdiff.cli.options import Command, OneOf, option, switch
+from vdiff.errors import OptionError
+
+if TYPE_CHECKING:
+    from vdiff.evaluation.feature_network_file import FeatureMetadata
+
+KINDS = ["auto", "classifier", "autoencoder"]
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+LITTLE = 0.1
+"""A network that takes away less than this part of the errors of its baseline has learned little."""
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "vdiff features --data data/digits_8 --out features.pt2",
+        "vdiff features --data data/photos_64 --out features.pt2 --kind autoencoder --dim 128 --num_iters 10000",
+        "vdiff evaluate checkpoints/base_5 --data data/digits_8 --features features.pt2",
+    ],
+)
+@option(
+    "--data",
+    group="Data",
+    metavar="DATASET",
+    show_default="the only dataset under data/",
+    help="A dataset that prepare_data.py wrote.",
+)
+@option(
+    "--image_size",
+    group="Data",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    show_default="the dataset's, if it has one size",
+    help="Which of the dataset's sizes, 8 to 256.",
+)
+@option(
+    "--kind",
+    group="Network",
+    type=OneOf(KINDS),
+    default="auto",
+    help="Classifier: needs classes; autoencoder: draws an image again from its features; auto: what can be.",
+)
+@option(
+    "--dim",
+    group="Network",
+    type=click.IntRange(2, 2048),
+    default=64,
+    metavar="NUMBERS",
+    help="Numbers in a vector of features; a Fréchet distance needs more images than that.",
+)
+@option(
+    "--num_iters",
+    group="Training",
+    type=click.IntRange(1),
+    default=1000,
+    metavar="UPDATES",
+    help="Optimiser updates.",
+)
+@option(
+    "--batch_size", group="Training", type=click.IntRange(1), default=64, metavar="IMAGES", help="Images in an update."
+)
+@option(
+    "--seed",
+    group="Training",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    metavar="NUMBER",
+    help="Of the first weights, the order of images, and which tenth of them is held out.",
+)
+@option(
+    "--device",
+    group="Machine",
+    type=OneOf(DEVICES),
+    default="auto",
+    help="Where to compute; auto takes the fastest there is.",
+)
+@option(
+    "--num_workers",
+    group="Machine",
+    type=click.IntRange(0),
+    default=2,
+    metavar="PROCESSES",
+    help="Processes that decode images until all are in memory, or always where they do not fit.",
+)
+@option(
+    "--out", group="Output", required=True, type=click.Path(path_type=Path), metavar="FILE.pt2", help="What to write."
+)
+@switch("--overwrite", group="Output", help="Replace FILE.pt2.")
+@switch("--json", group="Output", help="Print the file's description as one JSON object.")
+def command(
+    data: str | None,
+    image_size: int | None,
+    kind: str,
+    dim: int,
+    num_iters: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    num_workers: int,
+    out: Path,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    """Train a small network on a dataset, and write the part of it that turns an image into a vector of features.
+
+    Fréchet and kernel distances on such features mean something on images that Inception never saw:
+    `vdiff evaluate --features FILE.pt2`. A tenth of the images is held out, and tells how much was learned. The file is
+    a torch.export program: any program with torch can run it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError("vdiff features trains in one process", "start it without a launcher")
+
+    from vdiff.data.store import find_dataset
+    from vdiff.evaluation.feature_network_data import open_sized
+    from vdiff.evaluation.feature_network_file import check_out, describe, write_features
+    from vdiff.evaluation.feature_network_training import FeatureTraining, network_config, train_features
+    from vdiff.models.device import pick_device
+
+    console = Console()
+    store, size = open_sized(data or find_dataset(), image_size)
+    training = FeatureTraining(kind, dim, num_iters, batch_size, seed, num_workers)
+    config = network_config(store, size, training)
+    where = pick_device(device)
+    check_out(out, overwrite=overwrite)
+    classes = f" of {len(store.meta.class_names)} classes" if config.num_classes else ""
+    console.line(f"{plural(len(store), 'image')} of {size} × {size} pixels: {config.kind}{classes}, on {where.type}")
+    network, found = train_features(store, size, training, device=where, reporter=console)
+    metadata = describe(network, store, training, found)
+    write_features(network, metadata, out)
+    if learned(metadata) < LITTLE:
+        console.line(f"warning: {told(metadata)}: distances on such features may mean little; give more --num_iters")
+    if json:
+        console.result(jsonlib.dumps({"path": out.as_posix(), **asdict(metadata)}, ensure_ascii=False))
+        return
+    console.result(f"written    {out}: {dim} features of {size} × {size} images")
+    console.result(f"held out   {told(metadata)}")
+    console.result(f"next       vdiff evaluate CHECKPOINT --data {store.path} --features {out}")
+
+
+def told(metadata: FeatureMetadata) -> str:
+    """The held-out figure in words."""
+    images = plural(metadata.num_held_out, "image")
+    if metadata.metric == "accuracy":
+        return f"accuracy {metadata.held_out:.1%} on {images} (always the commonest class: {metadata.baseline:.1%})"
+    return f"PSNR {metadata.held_out:.1f} dB on {images} (always the mean image: {metadata.baseline:.1f} dB)"
+
+
+def learned(metadata: FeatureMetadata) -> float:
+    """The part of the baseline's errors (wrong classes, or mean squares) that the network does not make, at most 1."""
+    if metadata.metric == "accuracy":
+        return 1 - (1 - metadata.held_out) / max(1 - metadata.baseline, 1e-9)
+    ratio: float = 10 ** ((metadata.baseline - metadata.held_out) / 10)
+    return 1 - ratio
