@@ -1,7 +1,7 @@
-# make quickstart    set up, then digits in 1 to 1024 steps: checkpoints/base_5/ladder.png
+# make quickstart    set up, then digits in 1 to 1024 steps, and a page about it: checkpoints/report.html
 # make test          set up, then all checks and tests
 # make check         lint, format and types alone
-# make docs          docs/commands.md from --help, and the README's picture from the quickstart
+# make docs          docs/commands.md from --help; the README's pictures and table from the quickstart's report
 # make benchmarks    the tables in benchmarks/results
 # make clean         remove the set-up and what tools left behind; data and checkpoints stay
 
@@ -26,7 +26,8 @@ check: .venv/ready
 
 docs: quickstart
 	$(RUN) docs/make_commands.py
-	cp checkpoints/base_5/ladder.png docs/images/ladder.png
+	.venv/bin/vdiff report checkpoints --evaluate
+	$(RUN) docs/make_readme.py
 
 benchmarks: quickstart
 	$(RUN) benchmarks/training.py

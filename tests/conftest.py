@@ -12,6 +12,9 @@ import pytest
 # networks this small gain nothing by threads, and threads that share busy cores make them many times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# a ladder ends with a report; the tests of the report ask for it
+os.environ.setdefault("VDIFF_REPORT", "False")
+
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # tests that were started in the background would hand an ignored Ctrl-C down to the programs that they interrupt

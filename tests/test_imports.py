@@ -61,6 +61,7 @@ MAY_IMPORT = {
     ],
     "vdiff.interop": ["vdiff.interop", "vdiff.models", "vdiff.data.images", "vdiff.diffusion", *BASE, "vdiff"],
     "vdiff.evaluation": ["vdiff.evaluation", "vdiff.models", "vdiff.data", "vdiff.diffusion", *BASE, "vdiff"],
+    "vdiff.report": ["vdiff.report", "vdiff.evaluation", "vdiff.models", *BASE, "vdiff"],
     "vdiff.cli": ["vdiff.*", "vdiff"],
 }
 """Module or room (the nearest entry above a module rules it) → what it may import of vdiff.

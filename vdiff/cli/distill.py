@@ -11,6 +11,7 @@ import click
 
 from vdiff.cli.console import Console, duration
 from vdiff.cli.options import Command, option, switch
+from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
 from vdiff.training.config import DistillConfig
@@ -45,14 +46,25 @@ if TYPE_CHECKING:
 @config_option
 @switch("--overwrite", group="Run", help="Replace students that exist.")
 @switch("--plan", "--dry_run", group="Run", help="Print the stages and the time they take, then stop.")
+@switch("--report", group="Run", default=True, help="Write report.html beside the students at the end.")
+@switch("--open", "open_it", group="Run", help="Show the report in the browser.")
 @settings(DistillConfig)
-def command(out: Path | None, config_file: Path | None, overwrite: bool, plan: bool, **flags: Any) -> None:
+def command(
+    out: Path | None,
+    config_file: Path | None,
+    overwrite: bool,
+    plan: bool,
+    report: bool,
+    open_it: bool,
+    **flags: Any,
+) -> None:
     """Distil a model into students that need fewer steps (Salimans & Ho 2022, and later methods).
 
     One stage of half the steps by default, or a ladder with --to_steps, --stages or --phases. The same command goes on
     where it was stopped, and skips the stages that are finished. Each student is compared with its teacher; one that
     fails is trained again. At the end the teacher and all students are drawn from the same noise: ladder.png and
-    ladder.json in the last student's folder.
+    ladder.json in the last student's folder. report.html beside the students tells all of it in one page; images up to
+    32 × 32 are measured for it.
     """
     from vdiff.training.comparison import PICTURE, compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
@@ -83,6 +95,9 @@ def command(out: Path | None, config_file: Path | None, overwrite: bool, plan: b
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     last = stages[-1].folder
     console.result(f"picture    {last / PICTURE}")
+    if report:
+        data, measure = images.name if images.store else "", config.distance_every > 0
+        report_at_the_end(stages, data, measure=measure, device=engine.device, console=console, open_it=open_it)
     console.result(f"next       python sample.py --checkpoint {last}")
 
 

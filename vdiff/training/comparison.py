@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from vdiff.data.images import captioned_grid, save_png
+from vdiff.data.images import captioned_grid, make_grid, save_png
 from vdiff.diffusion.samplers import Ddim
 from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
@@ -22,7 +22,7 @@ from vdiff.training.ladder import steps_text
 from vdiff.training.stages import Stage
 from vdiff.training.verdict import read_verdict, rmse
 
-PICTURE, TABLE = "ladder.png", "ladder.json"
+PICTURE, TABLE, IMAGES = "ladder.png", "ladder.json", "ladder_images.png"
 PICTURE_ROWS = 8
 
 
@@ -91,6 +91,8 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
             drawn.append(images)
     folder = stages[-1].folder
     save_png(picture(rows, drawn), folder / PICTURE)
+    few = torch.cat([images[:PICTURE_ROWS] for images in drawn])  # pixel for pixel, a row for each model: the report's
+    save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / IMAGES)
     write_text(folder / TABLE, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
 

@@ -1,0 +1,81 @@
+"""Bring README.md up to the ladder in checkpoints/: `python docs/make_readme.py`, as `make docs` does.
+
+The table between the two marks, the ladder's picture, and (where Chromium is there) a picture of the report.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import PIL.Image
+
+from vdiff.report.figures import figure
+from vdiff.report.measured import Measured, measured, milliseconds
+from vdiff.report.page import write_report
+from vdiff.report.run import LadderRun, read_ladder
+
+ROOT = Path(__file__).parent.parent
+README, IMAGES = ROOT / "README.md", ROOT / "docs" / "images"
+BEGIN, END = "<!-- figures: make docs -->", "<!-- /figures -->"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WINDOW = (1280, 1660)
+COLOURS = 96
+
+
+def table(ladder: LadderRun, found: Measured) -> str:
+    """Markdown: the distances of students and of the teacher's samplers by the network evaluations of an image."""
+    curves = [*found.samplers, found.student_curve]
+    times = {
+        model.steps: ms for model in ladder.students if (ms := milliseconds(ladder).get((model.name, model.steps)))
+    }
+    rows = [["evaluations", *(curve.label for curve in curves), "student, ms an image"]]
+    rows.append(["---"] * len(rows[0]))
+    for x in sorted({point.x for curve in curves for point in curve.points}, reverse=True):
+        cells = [next((point for point in curve.points if point.x == x), None) for curve in curves]
+        texts = ["" if point is None else with_interval(point.y, point.low, point.high) for point in cells]
+        rows.append([figure(x), *texts, figure(times[round(x)], 2) if x in times else ""])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([f"{found.name}: {found.basis.partition(';')[0]}.", "", *lines])
+
+
+def with_interval(value: float, low: float | None, high: float | None) -> str:
+    """`0.362 ± 0.011`, half of the 95 % interval."""
+    return figure(value) if low is None or high is None else f"{figure(value)} ± {figure((high - low) / 2, 2)}"
+
+
+def photograph(page: Path, picture: Path) -> None:
+    """The top of the page as a browser shows it; nothing where there is no browser."""
+    program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if program is None:
+        print(f"no Chromium here: {picture} stays as it was", file=sys.stderr)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "page.png"
+        size = ",".join(map(str, WINDOW))
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/own"]
+        command = [program, *options, f"--window-size={size}", f"--screenshot={large}", page.resolve().as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        with PIL.Image.open(large) as shown:
+            shown.convert("RGB").quantize(COLOURS, dither=PIL.Image.Dither.NONE).save(picture, optimize=True)
+
+
+def main(folder: Path) -> None:
+    """Rewrite what README.md shows of the ladder in `folder`."""
+    ladder = read_ladder(folder)
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    assert mark, f"README.md lacks {BEGIN} or {END}"
+    new = f"{before}{BEGIN}\n{table(ladder, measured(ladder))}\n{END}{after}"
+    README.write_text(new, encoding="utf-8")
+    if ladder.picture:
+        shutil.copy(ladder.picture, IMAGES / "ladder.png")
+    photograph(write_report(ladder), IMAGES / "report.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("checkpoints"))

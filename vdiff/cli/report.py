@@ -1,0 +1,180 @@
+"""`vdiff report`: one page that tells how good a ladder is; `distill.py` writes it at its end."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vdiff.cli.console import Console
+from vdiff.cli.options import Command, OneOf, option, switch, typed_command
+from vdiff.cli.sample import DEVICES
+from vdiff.errors import OptionError, VdiffError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vdiff.report.run import LadderRun
+    from vdiff.training.stages import Stage
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "vdiff report                                      # checkpoints/report.html",
+        "vdiff report checkpoints --evaluate --open        # measure the ladder first",
+        "vdiff report checkpoints/base_5 --out page.html   # the ladder that ends with base_5",
+    ],
+)
+@click.argument("run_dir", required=False, type=click.Path(path_type=Path), default=Path("checkpoints"))
+@option(
+    "--out",
+    group="Output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    show_default="RUN_DIR/report.html",
+    help="The page; an existing one is replaced.",
+)
+@switch("--open", "open_it", group="Output", help="Show it in the browser.")
+@switch("--json", group="Output", help="Print one JSON object: where the page is, and what it tells of each model.")
+@switch(
+    "--evaluate",
+    group="Measuring",
+    help="First measure each student in its steps, and the teacher with ddim and dpmpp_2m in 1, 2, 4 and 8, into "
+    "evaluation.json; one that is there is replaced.",
+)
+@option(
+    "--data",
+    group="Measuring",
+    metavar="DATASET",
+    show_default="what the models learned from",
+    help="Real images to measure against.",
+)
+@option("--num", group="Measuring", type=click.IntRange(1), default=2000, metavar="IMAGES", help="Samples of each row.")
+@option(
+    "--features",
+    group="Measuring",
+    default="pixels",
+    metavar="pixels|inception|FILE",
+    help="What images are compared by, as in vdiff evaluate.",
+)
+@option("--device", group="Measuring", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
+def command(
+    run_dir: Path,
+    out: Path | None,
+    open_it: bool,
+    json: bool,
+    evaluate: bool,
+    data: str | None,
+    num: int,
+    features: str,
+    device: str,
+) -> None:
+    """Write one HTML page about the ladder in RUN_DIR (checkpoints, unless told otherwise).
+
+    It holds everything it shows and asks the network for nothing: the models drawn from the same noise, their distance
+    to the data against steps (what `vdiff evaluate` or --evaluate measured), times, losses, memorisation, settings, and
+    the commands that make it all again. RUN_DIR is a folder of checkpoints, or the last student of one ladder among
+    several.
+    """
+    if data is not None and not evaluate:
+        raise OptionError("--data: nothing is measured without --evaluate", "give --evaluate too, or leave --data out")
+    if out is not None and out.is_dir():
+        raise OptionError(f"--out {out} is a folder", "give --out FILE.html")
+
+    from vdiff.report.measured import measured
+    from vdiff.report.page import write_report
+    from vdiff.report.run import read_ladder
+    from vdiff.report.tables import models
+
+    console = Console()
+    ladder = read_ladder(run_dir)
+    if evaluate:
+        from vdiff.evaluation.pieces import Alone
+        from vdiff.models.device import pick_device
+        from vdiff.report.measuring import Wish, evaluate_ladder
+
+        wish, place = Wish(num=num, features=features), Alone(pick_device(device))
+        images = data or _data_of(ladder)
+        evaluate_ladder(
+            ladder, images, wish, processes=place, overwrite=True, reporter=console, command=typed_command()
+        )
+        ladder = read_ladder(run_dir)
+    path = write_report(ladder, out)
+    if json:
+        found = measured(ladder)
+        values = {"path": path.as_posix(), "distance": found.name, "basis": found.basis}
+        console.result(jsonlib.dumps({**values, "models": models(ladder, found)}, ensure_ascii=False))
+    else:
+        console.result(f"report     {path}")
+    if open_it:
+        _show(path, console)
+
+
+def report_at_the_end(
+    stages: Sequence[Stage], data: str, *, measure: bool, device: torch.device, console: Console, open_it: bool
+) -> None:
+    """What `distill.py` does last: a quick evaluation where there are small images, then the report.
+
+    Nothing that goes wrong here makes the ladder fail: it is told in one line.
+
+    Args:
+        data: the dataset; empty where there is none.
+        measure: whether distances are wanted at all. An evaluation of the same weights that is there already is kept.
+    """
+    folder, last = stages[-1].folder.parent, stages[-1].folder
+    try:
+        from vdiff.report.page import write_report
+        from vdiff.report.run import read_ladder
+
+        ladder = read_ladder(folder, last=last)
+        if measure and data:
+            try:
+                _measure_quickly(ladder, data, device, console)
+            except VdiffError as error:
+                console.line(f"no evaluation for the report: {error.cause}")
+            ladder = read_ladder(folder, last=last)
+        path = write_report(ladder)
+    except Exception as error:
+        reason = error.cause if isinstance(error, VdiffError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        console.line(f"no report was written: {reason}; `vdiff report {folder}` tries again")
+        return
+    console.result(f"report     {path}")
+    if open_it:
+        _show(path, console)
+
+
+def _measure_quickly(ladder: LadderRun, data: str, device: torch.device, console: Console) -> None:
+    from vdiff.evaluation.pieces import Alone
+    from vdiff.report.measuring import QUICK_IMAGES, QUICK_SIZE, QUICK_STEPS, Wish, evaluate_ladder, tells_of
+
+    students = [model.fingerprint for model in ladder.students]
+    if ladder.first.number("image_size") > QUICK_SIZE or tells_of(ladder.evaluation, students[-1:]):
+        return
+    wish = Wish(num=QUICK_IMAGES, most=QUICK_STEPS, batch_size=QUICK_IMAGES)
+    evaluate_ladder(
+        ladder, data, wish, processes=Alone(device), overwrite=True, reporter=console, command=typed_command()
+    )
+
+
+def _data_of(ladder: LadderRun) -> str:
+    """The dataset that the models learned from, or the only one there is.
+
+    Raises:
+        VdiffError: it is not there, nor is there exactly one.
+    """
+    from vdiff.data.store import find_dataset
+
+    told = str(ladder.first.description.get("dataset", ""))
+    return told if "://" in told or Path(told).exists() else str(find_dataset())
+
+
+def _show(path: Path, console: Console) -> None:
+    """Open a page in the browser; say so where there is none."""
+    import webbrowser
+
+    if not webbrowser.open(path.resolve().as_uri()):
+        console.line(f"no browser was found; open {path} in one")
