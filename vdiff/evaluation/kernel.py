@@ -23,11 +23,17 @@ def on_device(vectors: NDArray[Any], device: torch.device | str) -> Tensor:
     return torch.as_tensor(vectors).to(device if device.type == "cuda" else "cpu").double()
 
 
-def tiles(x: Tensor, others: int) -> Iterator[tuple[int, Tensor]]:
-    """Rows of x, so many at a time that with `others` vectors they are `TILE` pairs, and the number of the first."""
-    rows = max(1, TILE // max(others, 1))
+def products(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x yᵀ, so many rows at a time that they are `TILE` pairs, and which rows they are.
+
+    All are written to the same memory, and may be changed there: the C library finds no use for a piece that is given
+    back when the next of the same size is asked for, so tiles of their own would in the end take as much as all pairs.
+    """
+    rows = max(1, min(len(x), TILE // max(len(y), 1)))
+    memory = torch.empty((rows, len(y)), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), rows):
-        yield start, x[start : start + rows]
+        part = slice(start, min(start + rows, len(x)))
+        yield part, torch.mm(x[part], y.T, out=memory[: part.stop - start])
 
 
 class KernelDistance:
@@ -59,20 +65,14 @@ class KernelDistance:
         return Metric(value, value - half, value + half)
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return ((x @ y.T) / x.shape[1] + 1) ** 3
-
-
 def _sums(x: Tensor, y: Tensor) -> Tensor:
     """Σ_j k(x_i, y_j): (n,)."""
-    return torch.cat([_kernel(rows, y).sum(1) for _, rows in tiles(x, len(y))])
+    sums = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    for part, product in products(x, y):
+        torch.sum(product.div_(x.shape[1]).add_(1).pow_(3), 1, out=sums[part])
+    return sums
 
 
 def _sums_without_self(x: Tensor) -> Tensor:
     """Σ_{j≠i} k(x_i, x_j): (n,)."""
-    parts = []
-    for start, rows in tiles(x, len(x)):
-        kernel = _kernel(rows, x)
-        kernel[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = 0
-        parts.append(kernel.sum(1))
-    return torch.cat(parts)
+    return _sums(x, x) - (x.square().sum(1) / x.shape[1] + 1) ** 3

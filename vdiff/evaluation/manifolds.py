@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff.evaluation.intervals import of_share
-from vdiff.evaluation.kernel import on_device, tiles
+from vdiff.evaluation.kernel import on_device, products
 from vdiff.evaluation.results import Metric
 
 NEIGHBOURS = 3
@@ -17,11 +18,21 @@ EQUAL = 1e-12
 """Squared distances below this part of the vectors' squared lengths are rounding: such vectors are equal."""
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """‖a_i − b_j‖²: (n, d) and (m, d) float64 → (n, m); exactly 0 for equal vectors."""
-    lengths = a.square().sum(1)[:, None] + b.square().sum(1)
-    squares = lengths - 2 * (a @ b.T)
-    return squares.masked_fill(squares < EQUAL * lengths, 0.0)
+def squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """‖a_i − b_j‖² of (n, d) and (m, d) float64, some rows at a time; exactly 0 for equal vectors.
+
+    With them come the rows that they are, and as much memory for answers of yes and no (see `products`).
+    """
+    of_a, of_b = a.square().sum(1), b.square().sum(1)
+    lengths, is_less = torch.empty(0), torch.empty(0)
+    for part, squares in products(a, b):
+        if len(lengths) < len(squares):
+            lengths, is_less = torch.empty_like(squares), torch.empty_like(squares, dtype=torch.bool)
+        both, answers = lengths[: len(squares)], is_less[: len(squares)]
+        torch.add(of_a[part, None], of_b, out=both)
+        squares.mul_(-2).add_(both)
+        torch.lt(squares, both.mul_(EQUAL), out=answers)
+        yield part, squares.masked_fill_(answers, 0.0), answers
 
 
 class Manifold:
@@ -37,17 +48,16 @@ class Manifold:
         self.centres = on_device(vectors, device)
         if len(self.centres) <= neighbours:
             raise ValueError(f"{len(self.centres)} vectors; need more than {neighbours}")
-        radii = []
-        for _, rows in tiles(self.centres, len(self.centres)):
+        self.radii = torch.empty(len(self.centres), dtype=torch.float64, device=self.centres.device)
+        for part, squares, _ in squared_distances(self.centres, self.centres):
             # the nearest of all is the vector itself
-            radii.append(squared_distances(rows, self.centres).kthvalue(neighbours + 1).values)
-        self.radii = torch.cat(radii)
+            self.radii[part] = squares.topk(neighbours + 1, largest=False).values[:, -1]
 
     def holds(self, vectors: Tensor) -> int:
         """How many of the vectors lie in one of the balls."""
         found = 0
-        for _, rows in tiles(vectors, len(self.centres)):
-            found += int((squared_distances(rows, self.centres) <= self.radii).any(1).sum())
+        for _, squares, is_inside in squared_distances(vectors, self.centres):
+            found += int(torch.le(squares, self.radii, out=is_inside).any(1).sum())
         return found
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vdiff.data.images import captioned_grid, from_uint8, to_uint8
 from vdiff.evaluation.features import as_unit
-from vdiff.evaluation.kernel import on_device, tiles
+from vdiff.evaluation.kernel import on_device
 from vdiff.evaluation.manifolds import squared_distances
 
 MAX_QUERIES = 1_000
@@ -62,9 +62,7 @@ class Search:
         """Look among (n, d) vectors with the numbers `first` …; of equals the first found is kept."""
         found = on_device(vectors, self.queries.device)
         numbers = torch.arange(first, first + len(found), device=found.device)
-        for start, rows in tiles(self.queries, len(found)):
-            part = slice(start, start + len(rows))
-            squares = squared_distances(rows, found)
+        for part, squares, _ in squared_distances(self.queries, found):
             squares.masked_fill_(numbers == self.own[part, None], math.inf)
             least, places = squares.min(1)
             is_nearer = least < self.squares[part]
