@@ -137,6 +137,10 @@ def test_the_search_finds_the_nearest_in_any_batches_and_never_itself():
     np.testing.assert_allclose(distances, whole.distances)
     assert indices[0] == 31
     assert distances[0] == 0
+    twice = Search(data[7:8])
+    for start in (0, 25):
+        twice.look(start, data[start : start + 25])
+    assert twice.indices.tolist() == [7]  # of equals the first
     far = np.sqrt(((queries[2:, None] - data) ** 2).mean(2))
     np.testing.assert_array_equal(indices[2:], far.argmin(1))
     np.testing.assert_allclose(distances[2:], far.min(1))
