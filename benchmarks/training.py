@@ -22,8 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from benchmarks.report import machine, write_report
 from vdiff.data.batches import Batch
 from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import METHODS
-from vdiff.models import winograd
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import parameter_count, timestep_embedding
 from vdiff.training.averages import Averages, Exponential
@@ -201,21 +199,10 @@ def azula(accelerator: Accelerator, config: LoopConfig) -> tuple[Update, nn.Modu
     return update, model
 
 
-@contextmanager
-def plain_convolutions() -> Iterator[None]:
-    """Here vdiff multiplies as often as a plain convolution does."""
-    suits = winograd.suits
-    winograd.suits = lambda *_: False
-    try:
-        yield
-    finally:
-        winograd.suits = suits
-
-
 def gigaflops(model: nn.Module, device: torch.device) -> float:
     """Of one evaluation on one image, a multiply-add counting as two."""
     z, t = torch.zeros(1, 3, SIZE, SIZE, device=device), torch.ones(1, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_convolutions():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(z, t)
     return float(counter.get_total_flops()) / 1e9
 

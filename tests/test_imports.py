@@ -38,8 +38,7 @@ MAY_IMPORT = {
     "vdiff.diffusion.samplers": DIFFUSION[:6],
     "vdiff.diffusion.distillation": DIFFUSION[:7],
     "vdiff.models": [],
-    "vdiff.models.winograd": [],
-    "vdiff.models.unet": ["vdiff.models.winograd"],
+    "vdiff.models.unet": [],
     "vdiff.models.reading": ["vdiff.errors"],
     "vdiff.models.denoiser": ["vdiff.diffusion", "vdiff.models.unet"],
     "vdiff.models.checkpoint": [

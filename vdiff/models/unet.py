@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vdiff.models import winograd
-
 MAX_GROUPS = 32
 NORM_EPS = 1e-5
 LIMITS = {
@@ -160,21 +158,9 @@ def group_norm(channels: int, config: UNetConfig | None = None) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups or math.gcd(channels, MAX_GROUPS), channels, eps=eps)
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution that keeps the size, by the way that is fastest for what it is given."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None and winograd.suits(x, self.weight):
-            return winograd.conv3x3(x, self.weight, self.bias)
-        return super().forward(x)
-
-
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """A 3×3 convolution that keeps the size (or divides it by the stride)."""
-    return Conv3x3(in_channels, out_channels) if stride == 1 else nn.Conv2d(in_channels, out_channels, 3, stride, 1)
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
 
 
 def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.device import pick_device
-from vdiff.models.speed import layout_for
 from vdiff.training.config import LoopConfig
 from vdiff.training.sharding import is_sharded, shard, whole
 
@@ -61,7 +60,8 @@ class Engine:
 
     def place(self, denoiser: Denoiser) -> Denoiser:
         """Move a denoiser to the device, in the memory format that its convolutions are fastest in."""
-        return denoiser.to(self.device).to(memory_format=layout_for(self.device, denoiser.network.config.channels))
+        denoiser = denoiser.to(self.device)
+        return denoiser.to(memory_format=torch.channels_last) if self.device.type == "cuda" else denoiser
 
     def compiled(self, denoiser: Denoiser) -> Denoiser:
         """Compile its network in place, where that is asked for."""
