@@ -36,7 +36,7 @@ from typing import Any
 
 import click
 import torch
-from PIL.Image import Image
+from PIL.Image import Dither, Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -55,6 +55,7 @@ SAMPLERS_TRIED = ("ddim", "dpmpp_2m", "dpmpp_3m", "heun")
 SHORTENED = ("progressive", "tract")
 WEIGHTS = (0.0, 1.0, 3.0)
 PICTURED = 2000
+COLOURS = 128
 QUICK = Scale(seeds=1, teacher=400, part=25, points=1024, directions=16)
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "progressive": [{}, {"last_factor": 1.0}, {"ema_remainder": 1e-3}, {"lr_schedule": "constant"}],
@@ -291,7 +292,8 @@ def main(quick: bool, defaults: bool, seeds: int) -> None:
     )
     write_report("toy2d_defaults" if defaults else "toy2d", title, HEAD, table, machine())
     if not defaults:
-        save_png(picture(school, examination), RESULTS / "toy2d.png")
+        few = picture(school, examination).quantize(COLOURS, dither=Dither.NONE)
+        save_png(few, RESULTS / "toy2d.png")
 
 
 if __name__ == "__main__":
