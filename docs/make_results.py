@@ -53,24 +53,23 @@ def study(name: str, title: str, *, prepare: str, train: str, distill: str, num:
     """A study of `num` samples a row, whose ladder begins at `first` steps."""
     place, data = f"{WORK}/{name}", f"data/{name}"
     first_model, few = f"{place}/original", ",".join(str(first >> k) for k in range(first.bit_length()))
-    measured = (
-        f"evaluate {first_model} {place}/base_? --data {data} --num_timesteps {few} "
-        f"--teacher {first_model} --teacher_steps {first} --num {num}"
-    )
+    against = f"--data {data} --teacher {first_model} --teacher_steps {first} --num {num}"
+    models = f"evaluate {first_model} {place}/base_? {against} --num_timesteps {few}"
+    solver = f"evaluate {first_model} {against} --num_timesteps 8,4,2,1 --samplers dpmpp_2m"
     return Study(
         title,
         (
             f"{prepare} --out {data}",
             f"train --data {data} --out {first_model} {train}",
             f"distill --base {first_model} --teacher_steps {first} --to_steps 1 {distill}",
-            f"{measured} --out {place}/pixels.json",
-            f"{measured} --samplers dpmpp_2m --metrics fd,kd,precision,recall,rmse --out {place}/solver.json",
+            f"{models} --out {place}/pixels.json",
+            f"{solver} --out {place}/solver.json",
             f"features --data {data} --out {place}/features.pt2",
-            f"{measured} --features {place}/features.pt2 --out {place}/features.json",
+            f"{models} --features {place}/features.pt2 --out {place}/features.json",
         ),
         (
             ("pixels.json", "On pixels, DDIM:"),
-            ("solver.json", "On pixels, the same models drawn with DPM-Solver++ (2M):"),
+            ("solver.json", "On pixels, the first model drawn with DPM-Solver++ (2M):"),
             ("features.json", "On a network trained by `vdiff features` on the same images, DDIM:"),
         ),
     )
