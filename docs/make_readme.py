@@ -13,6 +13,7 @@ from pathlib import Path
 
 import PIL.Image
 
+from vdiff.evaluation.results import Metric
 from vdiff.report.figures import figure
 from vdiff.report.measured import Measured, measured, milliseconds
 from vdiff.report.page import write_report
@@ -36,15 +37,10 @@ def table(ladder: LadderRun, found: Measured) -> str:
     rows.append(["---"] * len(rows[0]))
     for x in sorted({point.x for curve in curves for point in curve.points}, reverse=True):
         cells = [next((point for point in curve.points if point.x == x), None) for curve in curves]
-        texts = ["" if point is None else with_interval(point.y, point.low, point.high) for point in cells]
+        texts = ["" if point is None else str(Metric(point.y, point.low, point.high)) for point in cells]
         rows.append([figure(x), *texts, figure(times[round(x)], 2) if x in times else ""])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([f"{found.name}: {found.basis.partition(';')[0]}.", "", *lines])
-
-
-def with_interval(value: float, low: float | None, high: float | None) -> str:
-    """`0.362 ± 0.011`, half of the 95 % interval."""
-    return figure(value) if low is None or high is None else f"{figure(value)} ± {figure((high - low) / 2, 2)}"
 
 
 def photograph(page: Path, picture: Path) -> None:

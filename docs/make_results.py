@@ -22,7 +22,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine
-from vdiff.evaluation.results import Evaluation, Metric, Row
+from vdiff.evaluation.results import Evaluation, Row
 from vdiff.report.figures import figure
 
 ROOT = Path(__file__).parent.parent
@@ -111,22 +111,13 @@ def run(name: str, emoji: Path | None) -> None:
     (place / "machine.txt").write_text(machine() + "\n")
 
 
-def cell(metric: Metric | None) -> str:
-    """`0.362 ± 0.011`: half of the 95 % interval."""
-    if metric is None:
-        return ""
-    if metric.low is None or metric.high is None:
-        return figure(metric.value)
-    return f"{figure(metric.value)} ± {figure((metric.high - metric.low) / 2, 2)}"
-
-
 def table(rows: tuple[Row, ...]) -> list[str]:
     """Markdown: a line for each model and number of steps."""
     names = [name for name in COLUMNS if any(name in row.metrics for row in rows)]
     cells = [["model", "evaluations", *(COLUMNS[name] for name in names), "ms an image"]]
     cells.append(["---"] * len(cells[0]))
     for row in rows:
-        values = [cell(row.metrics.get(name)) for name in names]
+        values = [str(row.metrics.get(name, "")) for name in names]
         cells.append([Path(row.checkpoint).name, figure(row.evaluations), *values, figure(row.ms_per_image, 2)])
     return ["| " + " | ".join(line) + " |" for line in cells]
 

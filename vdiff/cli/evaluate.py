@@ -15,7 +15,7 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
 
 if TYPE_CHECKING:
-    from vdiff.evaluation.results import Evaluation, Metric, Row
+    from vdiff.evaluation.results import Evaluation, Row
 
 SHORT = 12
 HEADINGS = {
@@ -264,7 +264,7 @@ def head(found: Evaluation) -> list[str]:
         lines.append(f"teacher    {found.teacher}, ddim, {plural(found.teacher_steps or 0, 'step')}")
     for name, what in OF_DATA.items():
         if name in first.metrics:
-            lines.append(f"data       {what}: {figure(first.metrics[name])}")
+            lines.append(f"data       {what}: {first.metrics[name]}")
     lines.append(f"made       {found.date}, vdiff {found.vdiff_version}")
     return lines
 
@@ -280,19 +280,6 @@ def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in found.rows:
         own = [Path(row.checkpoint).name, row.sampler, str(row.num_steps), f"{row.evaluations:g}"]
-        figures = [figure(row.metrics[name]) if name in row.metrics else "" for name in names]
+        figures = [str(row.metrics[name]) if name in row.metrics else "" for name in names]
         rows.append([*own, *figures, f"{row.ms_per_image:.2f}", f"{row.seconds:.1f}"])
     return columns, rows
-
-
-def figure(metric: Metric) -> str:
-    """`0.208 ± 0.012`, with digits that the interval bears out."""
-    import math
-
-    if metric.low is None or metric.high is None or not math.isfinite(metric.high - metric.low):
-        return f"{metric.value:.4g}"
-    half = (metric.high - metric.low) / 2
-    if half <= 0:
-        return f"{metric.value:.4g}"
-    digits = min(max(0, 1 - math.floor(math.log10(half))), 7)
-    return f"{metric.value:.{digits}f} ± {half:.{digits}f}"

@@ -51,6 +51,14 @@ class Metric:
     low: float | None = None
     high: float | None = None
 
+    def __str__(self) -> str:
+        """`0.208 ± 0.012`, half of the interval, with digits that it bears out."""
+        half = math.nan if self.low is None or self.high is None else (self.high - self.low) / 2
+        if not math.isfinite(half) or half <= 0:
+            return f"{self.value:.4g}"
+        digits = min(max(0, 1 - math.floor(math.log10(half))), 7)
+        return f"{self.value:.{digits}f} ± {half:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class Row:
