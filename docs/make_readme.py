@@ -40,10 +40,11 @@ def table(ladder: LadderRun, found: Measured) -> str:
         texts = ["" if point is None else str(Metric(point.y, point.low, point.high)) for point in cells]
         rows.append([figure(x), *texts, figure(times[round(x)], 2) if x in times else ""])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    told = (
-        f"The models of `make quickstart`. {found.name}: {found.basis.partition(';')[0]}; ± is half of a 95 % interval."
-    )
-    return "\n".join([told, "", *lines])
+    told = [
+        f"The models of `make quickstart`; {found.name}: {found.basis.partition(';')[0]};",
+        "± is half of a 95 % interval.",
+    ]
+    return "\n".join([*told, "", *lines])
 
 
 def photograph(page: Path, picture: Path) -> None:
