@@ -10,7 +10,6 @@ ends with the same figures.
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -116,7 +115,11 @@ def table(rows: tuple[Row, ...]) -> list[str]:
     names = [name for name in COLUMNS if any(name in row.metrics for row in rows)]
     cells = [["model", "evaluations", *(COLUMNS[name] for name in names), "ms an image"]]
     cells.append(["---"] * len(cells[0]))
+    seen: set[str] = set()
     for row in rows:
+        if row.checkpoint in seen and row.checkpoint != rows[0].checkpoint:
+            continue  # a student in fewer steps than it was made for
+        seen.add(row.checkpoint)
         values = [str(row.metrics.get(name, "")) for name in names]
         cells.append([Path(row.checkpoint).name, figure(row.evaluations), *values, figure(row.ms_per_image, 2)])
     return ["| " + " | ".join(line) + " |" for line in cells]
@@ -157,16 +160,16 @@ def main(names: tuple[str, ...], emoji: Path | None) -> None:
             print("no --emoji FILE: that study is left out", file=sys.stderr)
             continue
         run(name, emoji)
-    command = shlex.join(["python", "docs/make_results.py", "--emoji", "noto-emoji-64.zip"])
+    chapters = {name: chapter(name) for name in STUDIES}
+    emoji_too = " --emoji noto-emoji-64.zip" if chapters["emoji"] else ""
     lines = [
         "# Results",
         "",
-        f"Every figure of this page comes from `{command}`. What the columns mean: [evaluation.md](evaluation.md);",
-        "± is half of a 95 % interval for other samples of the same model.",
+        f"Every figure of this page comes from `python docs/make_results.py{emoji_too}`. What the columns mean:",
+        "[evaluation.md](evaluation.md); ± is half of a 95 % interval for other samples of the same model.",
         "",
+        *(line for told in chapters.values() for line in told),
     ]
-    for name in STUDIES:
-        lines += chapter(name)
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
