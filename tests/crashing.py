@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.sudden_end import die_at
 from vdiff.data import preparation, shards, writer
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.journal import Journal
@@ -43,26 +43,6 @@ class SlowFolder(Folder):
         return super().read(item)
 
 
-def die_at(point: str, number: int) -> None:
-    """Replace a function by one that ends the process at its `number`-th call."""
-    moment, _, name = point.partition(":")
-    owner, attribute = POINTS[name]
-    real: Callable[..., Any] = getattr(owner, attribute)
-    calls = 0
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number and moment == "before":
-            os._exit(9)
-        result = real(*args, **kwargs)
-        if calls == number:
-            os._exit(9)
-        return result
-
-    setattr(owner, attribute, dying)
-
-
 def main(folder: str, out: str, point: str = "", number: str = "1") -> None:
     """Prepare, with small batches."""
     writer.BATCH_IMAGES = BATCH_IMAGES
@@ -70,7 +50,7 @@ def main(folder: str, out: str, point: str = "", number: str = "1") -> None:
     if "NO_SPACE_CHECK" in os.environ:
         preparation._Preparation._check_space = lambda *_: None  # type: ignore[method-assign,assignment]
     if point:
-        die_at(point, int(number))
+        die_at(POINTS, point, int(number))
     path = Path(folder)
     source = SlowFolder(path) if path.is_dir() else Tar(path)
     config = ConversionConfig(sizes=(4, 8), image_format="png")

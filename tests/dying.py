@@ -21,6 +21,7 @@ from typing import Any
 import torchvision.utils  # noqa: F401 - once, not in every fork
 
 from tests.drawing import order, run
+from tests.sudden_end import die_at
 from tests.toy import contents
 from vdiff.sampling import archive, folder, job, spool
 from vdiff.sampling.formats import FORMATS
@@ -62,26 +63,6 @@ def no_death() -> None:
     """Nothing."""
 
 
-def die_at(point: str, number: str) -> None:
-    """Replace a function by one that ends the process at its `number`-th call, before or after it."""
-    moment, _, name = point.partition(":")
-    owner, attribute = POINTS[name]
-    real: Callable[..., Any] = getattr(owner, attribute)
-    calls = 0
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == int(number) and moment == "before":
-            os._exit(9)
-        result = real(*args, **kwargs)
-        if calls == int(number):
-            os._exit(9)
-        return result
-
-    setattr(owner, attribute, dying)
-
-
 def draw(place: Path, form: str, prepare: Callable[[], None] = no_death, seconds: float = 0.0) -> int:
     """Draw in a process of its own, killed after so many seconds (0: never); its exit code."""
     pid = os.fork()
@@ -107,7 +88,8 @@ def main(folder: str, kills: str) -> None:
         assert draw(whole, form) == 0
         usual = time.monotonic() - began
         rng = random.Random(form)
-        ends = [(case, partial(die_at, *case.split()), 0.0) for case in CASES[form]]
+        cuts = [(case, *case.split()) for case in CASES[form]]
+        ends = [(case, partial(die_at, POINTS, point, int(number)), 0.0) for case, point, number in cuts]
         ends += [(str(k), no_death, rng.uniform(0.2, 1) * usual) for k in range(int(kills))]
         for case, prepare, seconds in ends:
             (place := root / f"{form} {case.replace(':', ' ')}").mkdir()

@@ -175,7 +175,7 @@ class UniPc(RunSampler):
         """Correct z_t, then predict z_s."""
         x, notes = prediction.x, run.notes
         if notes:
-            z = self.correct(x, angle_t, notes[: int(min(self.order, run.steps_left + 1))])
+            z = self.correct(x, angle_t, notes)
         order = int(min(self.order, len(notes) + 1, run.steps_left))
         mean = x + differences(x, notes[: order - 1], angle_t, angle_s)
         run.notes = [Note(angle_t, x, z), *(Note(note.angle, note.value) for note in notes[: self.order - 1])]

@@ -1,0 +1,31 @@
+"""A process that ends at a chosen moment, as SIGKILL would end it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def die_at(points: Mapping[str, tuple[Any, str]], point: str, number: int) -> None:
+    """Replace a function by one that ends the process at its `number`-th call: `before:NAME` or `after:NAME`.
+
+    Args:
+        points: name → the module or class that has the function, and what it is called there.
+    """
+    moment, _, name = point.partition(":")
+    owner, attribute = points[name]
+    real: Callable[..., Any] = getattr(owner, attribute)
+    calls = 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and moment == "before":
+            os._exit(9)
+        result = real(*args, **kwargs)
+        if calls == number:
+            os._exit(9)
+        return result
+
+    setattr(owner, attribute, dying)
