@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, randn
-from vdiff.diffusion.distillation import progressive_target
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
+from vdiff.diffusion.targets import progressive_target
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser, drop_classes
 from vdiff.models.drawing import draw
 from vdiff.models.unet import UNet, UNetConfig

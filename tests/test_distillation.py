@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, gaussian, mixture, no_noise, randn, random_teacher
-from vdiff.diffusion.distillation import halving_plan, invert_ddim, progressive_target
+from vdiff.diffusion.phases import halving_plan
 from vdiff.diffusion.samplers import Ddim, ddim_step, sample
 from vdiff.diffusion.schedules import CosineSchedule, grid_angles, grid_times
+from vdiff.diffusion.targets import invert_ddim, progressive_target
 
 TEACHERS = {"random": random_teacher, "mixture": mixture}
 STUDENT_STEPS = [

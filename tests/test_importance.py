@@ -23,7 +23,7 @@ from tests.toy import (
     write_dataset,
 )
 from vdiff.data.batches import Batch
-from vdiff.diffusion.distillation import grid_times_of
+from vdiff.diffusion.targets import grid_times_of
 from vdiff.errors import Interrupted, OptionError
 from vdiff.models.checkpoint import WEIGHTS, read_config, read_tensors
 from vdiff.training.engine import Engine, build_engine

@@ -18,7 +18,17 @@ MODULES = {
 BASE = ["vdiff.errors", "vdiff.files", "vdiff.reporting"]
 DIFFUSION = [
     f"vdiff.diffusion.{name}"
-    for name in ("schedules", "prediction", "weighting", "grids", "stepping", "multistep", "samplers", "distillation")
+    for name in (
+        "schedules",
+        "prediction",
+        "weighting",
+        "grids",
+        "stepping",
+        "multistep",
+        "samplers",
+        "targets",
+        "phases",
+    )
 ]
 MAY_IMPORT = {
     "vdiff": ["vdiff.api"],
@@ -36,7 +46,9 @@ MAY_IMPORT = {
     "vdiff.diffusion.stepping": DIFFUSION[:2],
     "vdiff.diffusion.multistep": [*DIFFUSION[:2], "vdiff.diffusion.stepping"],
     "vdiff.diffusion.samplers": DIFFUSION[:6],
-    "vdiff.diffusion.distillation": DIFFUSION[:7],
+    "vdiff.diffusion.targets": DIFFUSION[:7],
+    "vdiff.diffusion.phases": [],
+    "vdiff.diffusion.distillation": DIFFUSION,
     "vdiff.models": [],
     "vdiff.models.unet": [],
     "vdiff.models.reading": ["vdiff.errors"],

@@ -19,11 +19,9 @@ from vdiff.diffusion.distillation import (
     Tract,
     Trajectory,
     build_method,
-    check_phase,
-    grid_times_of,
-    single_plan,
-    two_phase_plan,
 )
+from vdiff.diffusion.phases import check_phase, single_plan, two_phase_plan
+from vdiff.diffusion.targets import grid_times_of
 from vdiff.training.config import SHORTENING, DistillConfig
 
 

@@ -28,9 +28,10 @@ from tests.written_out import (
     segment_end,
     walk,
 )
-from vdiff.diffusion.distillation import Consistency, Example, Match, Progressive, Tract, addim_step
+from vdiff.diffusion.distillation import Consistency, Example, Match, Progressive, Tract
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import CosineSchedule
+from vdiff.diffusion.targets import addim_step
 
 SEGMENTS = [(1, 8), (4, 8), (3, 12), (6, 6), (5, 15)]
 every_segment = pytest.mark.parametrize(("num_steps", "fine"), SEGMENTS)

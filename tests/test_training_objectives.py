@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.oracles import ALL_SCHEDULES, TABLES, Z_SHAPE, column, gaussian, randn, random_teacher
-from vdiff.diffusion.distillation import METHODS, Example, progressive_target
+from vdiff.diffusion.distillation import METHODS, Example
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule
+from vdiff.diffusion.targets import progressive_target
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdiff.diffusion.distillation import Example, Lesson, Method, grid_times_of
+from vdiff.diffusion.distillation import Example, Lesson, Method
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Denoise
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
+from vdiff.diffusion.targets import grid_times_of
 from vdiff.models.denoiser import Denoiser
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vdiff.diffusion.distillation import METHODS, check_phase
+from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.phases import check_phase
 from vdiff.errors import OptionError
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.training.base import check_unet
