@@ -25,9 +25,10 @@ from vdiff.cli.features import learned
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 from vdiff.evaluation import feature_network_file, feature_network_training
-from vdiff.evaluation.feature_network_file import METADATA, FeatureMetadata, parse_metadata
+from vdiff.evaluation.feature_network_file import FeatureMetadata, parse_metadata
 from vdiff.evaluation.feature_network_training import FeatureTraining, train_features
 from vdiff.evaluation.features import load_features
+from vdiff.models.program import METADATA
 from vdiff.reporting import Silent
 
 ITERS, DIM = 3, 6

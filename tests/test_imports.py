@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "vdiff.models.speed": ["vdiff.models.denoiser", "vdiff.models.unet", *BASE],
     "vdiff.models.flops": ["vdiff.models.unet"],
     "vdiff.models.inheriting": ["vdiff.models.unet"],
+    "vdiff.models.program": BASE,
     "vdiff.data": ["vdiff.data", *BASE, "vdiff"],
     "vdiff.training": ["vdiff.training", "vdiff.models", "vdiff.data", "vdiff.diffusion", *BASE, "vdiff"],
     # samples can be a dataset: they are written by the one who writes all datasets

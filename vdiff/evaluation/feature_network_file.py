@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from dataclasses import asdict, dataclass, fields
@@ -10,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vdiff
 from vdiff.data.datasets import AnyStore
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.feature_network import FeatureNet
 from vdiff.evaluation.feature_network_training import FeatureTraining, HeldOut
-from vdiff.files import make_folder, refusal, write_whole
+from vdiff.files import make_folder, refusal
+from vdiff.models.program import write_program
 
-METADATA = "vdiff.json"
 SUFFIX = ".pt2"
 FORMAT = 1
 TOLERANCE = 1e-5
@@ -110,36 +109,22 @@ def write_features(network: FeatureNet, metadata: FeatureMetadata, path: Path) -
     Raises:
         VdiffError: the features differ, or the file system refuses.
     """
-    network.eval().requires_grad_(False)
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        program = torch.export.export(network, (_probe(network, 2),), dynamic_shapes=({0: batch},))
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names files of this machine
-    told = json.dumps(asdict(metadata), ensure_ascii=False, indent=2)
-    buffer = io.BytesIO()  # written to a disk that is full, torch would end the whole process
-    torch.export.save(program, buffer, extra_files={METADATA: told})
-    difference = 0.0
 
-    def write(temporary: Path) -> None:
-        nonlocal difference
-        temporary.write_bytes(buffer.getbuffer())
-        with open(temporary, "rb") as written:
-            reloaded = torch.export.load(written).module()
-        with torch.no_grad():
-            for count in (3, 1):
-                images = _probe(network, count)
-                due, found = network(images), reloaded(images)
-                scale = due.abs().max().clamp(min=1)
-                difference = max(difference, float((found - due).abs().max() / scale))
+    def compare(program: nn.Module) -> float:
+        difference = 0.0
+        for count in (3, 1):
+            images = _probe(network, count)
+            due, found = network(images), program(images)
+            scale = due.abs().max().clamp(min=1)
+            difference = max(difference, float((found - due).abs().max() / scale))
         if not difference <= TOLERANCE:
             raise VdiffError(
                 f"the exported features differ by {difference:.1e}, more than {TOLERANCE:g}",
                 "nothing was written; please report this",
             )
+        return difference
 
-    write_whole(path, write)
-    return difference
+    return write_program(network, (_probe(network, 2),), asdict(metadata), path, compare)
 
 
 def _probe(network: FeatureNet, count: int) -> Tensor:

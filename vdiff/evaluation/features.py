@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vdiff.data.images import from_uint8
 from vdiff.errors import OptionError, VdiffError
-from vdiff.evaluation.feature_network_file import METADATA, parse_metadata
+from vdiff.evaluation.feature_network_file import parse_metadata
 from vdiff.evaluation.pixels import SIDE, pixel_vectors
+from vdiff.models.program import METADATA
 
 PIXELS, INCEPTION = "pixels", "inception"
 MAKE_ONE = "give a torch.export file (vdiff features makes one), a TorchScript file, pixels or inception"

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
+from typing import cast
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vdiff.files import write_whole
 from vdiff.interop.agreement import check, inputs
 from vdiff.interop.graphs import Evaluation, FewSteps, GraphOptions, metadata
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
-
-METADATA = "vdiff.json"
+from vdiff.models.program import write_program
 
 
 def export_torch(
@@ -30,31 +26,9 @@ def export_torch(
         VdiffError: the answers differ, or the file system refuses.
     """
     module = FewSteps(denoiser, options) if options.sampler else Evaluation(denoiser, options.output)
-    module.eval().requires_grad_(False)
     example = inputs(denoiser, options, config, range(2))
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        program = torch.export.export(module, (), example, dynamic_shapes={name: {0: batch} for name in example})
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names files of this machine
-    told = json.dumps(metadata(denoiser, options, config, fingerprint), ensure_ascii=False, indent=2)
-    buffer = io.BytesIO()  # written to a disk that is full, torch would end the whole process
-    torch.export.save(program, buffer, extra_files={METADATA: told})
 
-    difference = 0.0
+    def compare(program: nn.Module) -> float:
+        return check(lambda named: cast(Tensor, program(**named)), denoiser, options, config)
 
-    def write(temporary: Path) -> None:
-        nonlocal difference
-        temporary.write_bytes(buffer.getbuffer())
-        with open(temporary, "rb") as written:
-            reloaded = torch.export.load(written).module()
-
-        def answer(named: dict[str, Tensor]) -> Tensor:
-            with torch.no_grad():
-                found: Tensor = reloaded(**named)
-            return found
-
-        difference = check(answer, denoiser, options, config)
-
-    write_whole(path, write)
-    return difference
+    return write_program(module, example, metadata(denoiser, options, config, fingerprint), path, compare)

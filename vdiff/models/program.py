@@ -1,0 +1,59 @@
+"""A network as a file that runs wherever torch is: a `torch.export` program, and what it says of itself."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdiff.files import write_whole
+
+METADATA = "vdiff.json"
+"""The extra file in a program that says what it is."""
+
+
+def write_program(
+    module: nn.Module,
+    example: tuple[Tensor, ...] | Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    path: Path,
+    compare: Callable[[nn.Module], float],
+) -> float:
+    """Write `module`, made ready for inference, to `path`, whole or not at all, and answer what `compare` found.
+
+    Args:
+        example: inputs of any batch but 1, in order or by name, as the program will be called; it takes every batch.
+        metadata: for the extra file `METADATA`, as JSON.
+        compare: told the program as it was read from the file, without gradients; what it raises leaves no file.
+
+    Raises:
+        VdiffError: the file system refuses.
+    """
+    module.eval().requires_grad_(False)
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        if isinstance(example, tuple):
+            program = torch.export.export(module, example, dynamic_shapes=tuple({0: batch} for _ in example))
+        else:
+            shapes = {name: {0: batch} for name in example}
+            program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names files of this machine
+    told = json.dumps(metadata, ensure_ascii=False, indent=2)
+    buffer = io.BytesIO()  # written to a disk that is full, torch would end the whole process
+    torch.export.save(program, buffer, extra_files={METADATA: told})
+    found = 0.0
+
+    def write(temporary: Path) -> None:
+        nonlocal found
+        temporary.write_bytes(buffer.getbuffer())
+        with open(temporary, "rb") as written, torch.no_grad():
+            found = compare(torch.export.load(written).module())
+
+    write_whole(path, write)
+    return found
