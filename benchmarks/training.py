@@ -2,7 +2,6 @@
 
     python benchmarks/training.py          # the 7M UNet: 64 channels, multipliers 1,2,2, 32×32, batch 16
     python benchmarks/training.py --preset cifar10 --channels 192 --batch_size 512     # on a GPU: about 35M parameters
-    python benchmarks/training.py --profile                                            # where an update spends its time
 
 - diffusers: `UNet2DModel` of the same shape, as `train_unconditional.py` runs it with `--use_ema`.
 - denoising-diffusion-pytorch: `Unet` and `GaussianDiffusion` (v), as its `Trainer` runs them; its blocks are others.
@@ -230,41 +229,12 @@ def milliseconds(update: Update, step: int, images: Tensor) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-def profile(sides: list[tuple[str, Update, nn.Module]], images: Tensor, where: str) -> None:
-    """The operations that take most of an update of vdiff's, as a table beside the others."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    _, update, _ = sides[0]
-    for step in range(3):
-        update(step, images)
-    with profile(activities=activities) as found:
-        for step in range(3):
-            update(step, images)
-    events = found.key_averages()
-    total = sum(event.self_cpu_time_total for event in events)
-    largest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:20]
-    rows = [
-        [
-            e.key,
-            str(e.count // 3),
-            f"{e.self_cpu_time_total / 3000:.1f}",
-            f"{100 * e.self_cpu_time_total / total:.1f} %",
-        ]
-        for e in largest
-    ]
-    write_report(
-        "training_profile", "Where an update spends its time", ["operation", "calls", "ms", "share"], rows, where
-    )
-
-
 @click.command()
 @click.option("--batch_size", default=16, show_default=True)
 @click.option("--updates", default=30, show_default=True, help="Timed updates of each side, after 5 that are not.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--compile/--no-compile", "compiles", default=None, help="Compile vdiff's side; default: on CUDA.")
-@click.option("--profile", "profiles", is_flag=True, help="Say where vdiff's update spends its time instead.")
 @click.option("--preset", default="", help="The network of a preset, for vdiff alone: no other package has it.")
 @click.option("--channels", type=int, help="With --preset: another width.")
 def main(
@@ -273,7 +243,6 @@ def main(
     device: str,
     precision: str,
     compiles: bool | None,
-    profiles: bool,
     preset: str,
     channels: int | None,
 ) -> None:
@@ -297,9 +266,6 @@ def main(
         if not preset and not distil:
             sides.append(("denoising-diffusion-pytorch", *lucidrains(engine.accelerator, config)))
             sides.append(("azula", *azula(engine.accelerator, config)))
-        if profiles:
-            profile(sides, images, where)
-            return
         times: dict[str, list[float]] = {who: [] for who, _, _ in sides}
         peaks = dict.fromkeys(times, 0)
         for step in range(updates + 5):
