@@ -1,15 +1,15 @@
 """How near students of 8, 4, 2 and 1 steps come to the data, method by method, at an equal budget.
 
     python benchmarks/fewstep.py                                 # digits of 8×8 pixels: hours on two CPU cores
-    python benchmarks/fewstep.py --data data/emoji_32 --config benchmarks/emoji_32.toml --batch_size 32 \
-        --name fewstep_emoji --work fewstep_emoji
+    python benchmarks/fewstep.py --data data/emoji_32 --config benchmarks/emoji_32.toml --batch_size 32 --num 500 \
+        --budget 200 --name fewstep_emoji --work fewstep_emoji
 
 One teacher, `--teacher_steps` steps of which are distilled. Progressive distillation halves its way down, with
 `--budget` updates in all, and what it has spent when it passes 8, 4 and 2 steps is what every other method may spend to
 get there: `tract` in two phases (the first takes it to 8 or 4 steps, the second to 2 or 1), `consistency` and
 `trajectory` in one stage each. An update is one step of the optimiser on `--batch_size` images for every method.
 
-Distances are Fréchet distances between `vdiff.evaluation.pixels.pixel_vectors` of as many samples as there are images.
+Distances are Fréchet distances between `vdiff.evaluation.pixels.pixel_vectors` of `--num` samples and of all images.
 The excess is what a student has over its own teacher of many steps. Runs that are finished are not done again: the same
 command goes on where it was stopped.
 """
@@ -37,6 +37,7 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.evaluation.pixels import PixelDistance
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw
+from vdiff.models.speed import ready_to_draw
 from vdiff.training.base import resolve_training, train
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
@@ -44,7 +45,7 @@ from vdiff.training.ladder import climb
 from vdiff.training.stages import plan_stages, resolve_distillation
 
 SOLVERS = ("ddim", "dpmpp_2m")
-BATCH = 512
+BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def measure(folder: Path, steps: int, sampler: str, reference: PixelDistance, co
     """The distance of `count` samples to the data."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     denoiser, config = load_checkpoint(folder, device)
+    denoiser = ready_to_draw(denoiser)
     parts = []
     for first in range(0, count, BATCH):
         indices = range(first, min(first + BATCH, count))
@@ -184,6 +186,7 @@ def table(found: list[Found], methods: list[str], columns: list[int]) -> list[li
 @click.option("--budget", default=2400, show_default=True, help="Updates to reach one step.")
 @click.option("--last_factor", default=1.0, show_default=True, help="Of progressive, for 2 steps and 1.")
 @click.option("--batch_size", default=64, show_default=True)
+@click.option("--num", default=0, show_default="as many as there are images", help="Samples of each distance.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--methods", default="progressive,tract,consistency,trajectory", show_default=True)
 @click.option("--steps", default="8,4,2,1", show_default=True, help="Of the students that are looked at.")
@@ -200,6 +203,7 @@ def main(
     budget: int,
     last_factor: float,
     batch_size: int,
+    num: int,
     seeds: int,
     methods: str,
     steps: str,
@@ -218,7 +222,8 @@ def main(
         config, images = resolve_training(given, settings_file, folder=teacher, resume=resume)
         train(config, images, folder=teacher, resume=resume, overwrite=False, reporter=console)
     image_size = read_config(teacher).image_size
-    reference, count = reference_of(data, image_size)
+    reference, num_images = reference_of(data, image_size)
+    count = num or num_images
     found = []
     work.mkdir(parents=True, exist_ok=True)
     done = work / "distances.json"
