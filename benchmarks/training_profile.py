@@ -3,8 +3,8 @@
     python benchmarks/training_profile.py
 
 Each change is undone by itself, and all of them together; the sides take turns in one process, and the fastest updates
-are compared: what a change gives is less than what other work on the machine may take. The profiles of all undone and of none stand side by side in benchmarks/results/training_profile.md, what each
-gives in training_changes.md.
+are compared: what a change gives is less than what other work on the machine may take. The profiles of all undone and
+of none stand side by side in benchmarks/results/training_profile.md, what each gives in training_changes.md.
 """
 
 from __future__ import annotations
