@@ -17,7 +17,7 @@ quickstart: .venv/ready
 	$(RUN) distill.py --base checkpoints/original --teacher_steps 64 --to_steps 1 $(DIGITS)
 
 test: check
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready
 	$(RUN) -m ruff check

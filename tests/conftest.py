@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,12 @@ os.environ.setdefault("VDIFF_REPORT", "False")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # tests that were started in the background would hand an ignored Ctrl-C down to the programs that they interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few tests first: those hold the long ones, and one that begins last keeps all processes but one idle."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (sizes[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

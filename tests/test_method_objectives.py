@@ -98,7 +98,7 @@ def test_paths_are_of_the_classes_of_their_rows():
     teacher, student = Classed((0.2, 0.5, 0.9, 1.2)), Classed((0.3, 0.6, 1.1, 1.4))
     weights = torch.arange(8.0)
     given = draws(guidance=weights)
-    found = DistillationObjective(teacher, Trajectory(path_steps=12), 3, 12)(given, Pupil(student, student, 0.0))
+    found = DistillationObjective(teacher, Trajectory(12, "ddim"), 3, 12)(given, Pupil(student, student, 0.0))
     assert found.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     assert teacher.asked == [([2, 0, 1], [0.0, 1, 2])] * 12
     assert student.asked == [([2, 0, 1], [0.0, 1, 2])] * 2

@@ -99,7 +99,7 @@ def test_the_defaults_of_the_papers():
         assert method.defaults == expected.get(name, {})
         for key, value in method.defaults.items():
             assert type(value) is type(known[key].default)
-    assert (Tract(), Consistency(), Trajectory()) == (Tract(0.5), Consistency(0, 0.0), Trajectory(16, "ddim"))
+    assert (Tract(), Consistency(), Trajectory()) == (Tract(0.5), Consistency(0, 0.0), Trajectory(16, "auto"))
     for field in ("self_ema", "first_steps", "addim", "path_steps", "path_sampler"):
         owner = next(kind for kind in METHODS.values() if field in {item.name for item in dataclasses.fields(kind)})
         assert known[field].default == getattr(owner(), field)

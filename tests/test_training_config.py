@@ -214,7 +214,7 @@ CHOICES = {
     "then": {"progressive", "tract"},
     "loss": {"l2", "l1", "huber"},
     "times": {"uniform", "importance"},
-    "path_sampler": {"ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun"},
+    "path_sampler": {"auto", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun"},
 }
 
 

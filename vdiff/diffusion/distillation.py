@@ -60,6 +60,11 @@ class Lesson:
     progress: float = 0.0
     predicts_noise: bool = False
 
+    @property
+    def teacher_is_distilled(self) -> bool:
+        """Whether the teacher knows fewer times than its schedule, as a student of few steps does."""
+        return self.levels not in (None, self.schedule.num_levels)
+
     def fine_steps(self, wanted: float) -> int:
         """The number of teacher steps nearest to `wanted` (as a ratio) that the student's N divide and the teacher
         knows: N·m, where N·m divides `levels`."""
@@ -261,11 +266,12 @@ class Trajectory:
 
     Args:
         path_steps: n, or 2N where that is more.
-        path_sampler: how the teacher walks.
+        path_sampler: how the teacher walks. "auto": by the paper's DPM-Solver++ (3M); by DDIM where the teacher is a
+            student itself, whose answers lead to the ends of its own steps and are no x̂ that a solver may interpolate.
     """
 
     path_steps: int = 16
-    path_sampler: str = "ddim"
+    path_sampler: str = "auto"
     defaults: ClassVar[Mapping[str, Any]] = {"loss": "l1", "last_factor": 1.0}
     keeps_steps: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
@@ -305,11 +311,12 @@ class Trajectory:
     def walk(self, lesson: Lesson, z: Tensor) -> list[Tensor]:
         """The teacher's states z̃_0 … z̃_N at the student's times, from z at t = 1."""
         fine = lesson.fine_steps(max(self.path_steps, 2 * lesson.num_steps))
+        own = "ddim" if lesson.teacher_is_distilled else "dpmpp_3m"
         states: list[Tensor] = []
         end = sample(
             lesson.teacher,
             lesson.schedule,
-            SAMPLERS[self.path_sampler](clip=None),
+            SAMPLERS[own if self.path_sampler == "auto" else self.path_sampler](clip=None),
             z=z,
             num_steps=fine,
             noise=_no_noise,

@@ -24,7 +24,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 LOSSES = ("l2", "l1", "huber")
 TIMES = ("uniform", "importance")
 SHORTENING = ("progressive", "tract")
-PATH_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun")
+PATH_SAMPLERS = ("auto", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun")
 
 COMMAND_LINE = "the command line"
 DATA, MODEL, OPTIMISATION, RECORDS, MACHINE = "Data", "Model", "Optimisation", "Records", "Machine"
@@ -300,8 +300,9 @@ class DistillConfig(LoopConfig):
         "Steps of the teacher's path for trajectory.", group=MODEL, default=16, low=2, unit="STEPS"
     )
     path_sampler: str = setting(
-        "How the teacher of trajectory walks.", group=MODEL, default="ddim", choices=PATH_SAMPLERS
-    )
+        "How the teacher of trajectory walks. Auto: dpmpp_3m, and ddim where it is a student itself.",
+        group=MODEL, default="auto", choices=PATH_SAMPLERS,
+    )  # fmt: skip
     lr_schedule: str = setting(
         "Linear and cosine fall to 0 at the end of each stage.",
         group=OPTIMISATION, default="linear", choices=LR_SCHEDULES,
