@@ -106,6 +106,17 @@ def test_round_trip_is_bit_equal(tmp_path, schedule, prediction):
     assert values["format_version"] == checkpoint.FORMAT_VERSION
 
 
+def test_a_folder_may_be_named_by_its_path_as_text(tmp_path):
+    saved(tmp_path)
+    assert read_config(str(tmp_path)) == read_config(tmp_path)
+    loaded, found = load_checkpoint(str(tmp_path))
+    expected, described = load_checkpoint(tmp_path)
+    assert found == described
+    torch.testing.assert_close(loaded.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    with pytest.raises(VdiffError, match="no such checkpoint"):
+        load_checkpoint(str(tmp_path / "other"))
+
+
 def test_classes_survive(tmp_path):
     described = config(unet=dataclasses.replace(UNET, num_classes=3).to_dict())
     denoiser = saved(tmp_path, described)

@@ -31,7 +31,7 @@ def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto
     Raises:
         VdiffError: no such checkpoint, a damaged one, or a device or precision that this machine has not.
     """
-    denoiser, config = load_checkpoint(Path(checkpoint), pick_device(device))
+    denoiser, config = load_checkpoint(checkpoint, pick_device(device))
     return Model(ready_to_draw(denoiser, precision=precision, compiled=compiled), config)
 
 

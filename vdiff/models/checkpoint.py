@@ -146,12 +146,13 @@ def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: Checkpo
     write_text(folder / CONFIG, json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_config(folder: Path) -> CheckpointConfig:
+def read_config(folder: str | Path) -> CheckpointConfig:
     """The description of the checkpoint in `folder`.
 
     Raises:
         VdiffError: no checkpoint there, no JSON, or keys that are unknown, missing or of the wrong kind.
     """
+    folder = Path(folder)
     path = folder / CONFIG
     if not folder.exists():
         raise VdiffError(f"{folder}: no such checkpoint", _what_is_near(folder))
@@ -193,12 +194,13 @@ def read_config(folder: Path) -> CheckpointConfig:
     return CheckpointConfig(**values)
 
 
-def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[Denoiser, CheckpointConfig]:
+def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, CheckpointConfig]:
     """The denoiser in `folder`, in evaluation mode on `device`, and its description.
 
     Raises:
         VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
     """
+    folder = Path(folder)
     config, advice = read_config(folder), "restore the file, or train again"
     found = {_plain_name(name): shape for name, shape in read_shapes(folder / WEIGHTS).items()}
     unet, mismatch = UNetConfig.from_dict(config.unet), f"{folder / WEIGHTS} does not fit {CONFIG}"
