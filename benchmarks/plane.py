@@ -87,7 +87,7 @@ class MlpsConfig:
     """S residual MLPs, and what a `Denoiser` asks of its network."""
 
     count: int
-    width: int = 64
+    width: int = 128
     blocks: int = 3
     num_classes: int = 0
     guidance_input: bool = False

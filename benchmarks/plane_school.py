@@ -28,14 +28,15 @@ class Scale:
 
     Attributes:
         seeds: networks for each data set.
-        batch_size: points in an update, for each network.
-        teacher: updates of a teacher.
+        batch_size: points in an update of a student, for each network.
+        teacher: updates of a teacher, of `teacher_batch_size` points.
         part: updates of a part of a student's budget.
         points: samples of each network that are compared, over `directions` directions.
     """
 
     seeds: int = 3
     batch_size: int = 64
+    teacher_batch_size: int = 256
     teacher: int = 6000
     part: int = 150
     points: int = 4096
@@ -96,7 +97,7 @@ def open_school(data: Sequence[str], scale: Scale, *, num_classes: int = 0) -> S
     torch.manual_seed(0)
     teacher = new_denoiser(MlpsConfig(len(data) * scale.seeds, num_classes=num_classes))
     config = TrainConfig(
-        num_iters=scale.teacher, batch_size=scale.batch_size, lr=TEACHER_LR, lr_schedule="cosine", ema=0.0
+        num_iters=scale.teacher, batch_size=scale.teacher_batch_size, lr=TEACHER_LR, lr_schedule="cosine", ema=0.0
     )
     return School(learn(teacher, DenoisingObjective(teacher.schedule), config, data, 0), data, scale)
 

@@ -67,7 +67,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({}, {"first_steps": 8}, {"first_steps": 16}, {"addim": 1.0}),
         *({"lr_schedule": "linear"}, {"lr_schedule": "linear", "ema_remainder": 0.0}),
     ],
-    "trajectory": [{}, {"path_steps": 8}, {"path_steps": 32}, {"loss": "l2"}, {"loss": "huber"}],
+    "trajectory": [
+        *({}, {"path_sampler": "ddim"}, {"path_steps": 8}, {"path_steps": 32}),
+        *({"loss": "l2"}, {"loss": "huber"}),
+    ],
 }
 
 

@@ -28,7 +28,7 @@ from tests.oracles import randn
 from vdiff.diffusion.distillation import Lesson, Trajectory
 from vdiff.models.denoiser import GuidedDenoiser
 
-TINY = Scale(seeds=1, batch_size=64, teacher=250, part=12, points=256, directions=16)
+TINY = Scale(seeds=1, batch_size=64, teacher=250, part=20, points=256, directions=16)
 COUNT, PER = 3, 4
 
 
