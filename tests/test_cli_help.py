@@ -138,7 +138,7 @@ def test_choices_are_the_registries():
     assert LR_FACTORS.keys() == set(config.LR_SCHEDULES)
     assert LOSSES.keys() == set(config.LOSSES)
     assert set(config.SHORTENING) < METHODS.keys()
-    assert set(config.PATH_SAMPLERS) == SAMPLERS.keys() - {"ddpm", "clipped"}
+    assert set(config.PATH_SAMPLERS) == {"auto"} | SAMPLERS.keys() - {"ddpm", "clipped"}
     assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == set(PRESETS)
     for device in config.DEVICES:
         with suppress(OptionError):  # another machine has it
