@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.samplers import SAMPLERS
-from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.evaluation.features import INCEPTION, Classifier, Features
 from vdiff.models.checkpoint import CheckpointConfig, read_config
@@ -65,13 +63,8 @@ def requests_for(
 
 def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
     """Why a model cannot be drawn in a number of steps on a grid; empty where it can."""
-    schedule = build_schedule(config.schedule)
-    if grid != "uniform" and config.levels not in (None, schedule.num_levels):
-        return f"it was distilled for {config.num_timesteps} uniform steps"
     try:
-        if grid == "uniform":
-            config.check_num_steps(num_steps)
-        grid_of(grid, schedule, num_steps)
+        config.check_grid(grid, num_steps)
     except ValueError as error:
         return str(error)
     return ""

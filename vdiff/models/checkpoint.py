@@ -24,6 +24,7 @@ from torch import Tensor
 
 import vdiff
 from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.files import make_folder, write_text, write_whole
@@ -109,6 +110,11 @@ class CheckpointConfig:
         return build_schedule(self.schedule).num_levels if method == "base" else self.num_timesteps
 
     @property
+    def is_distilled(self) -> bool:
+        """Whether the network knows fewer times than its schedule has."""
+        return self.levels not in (None, build_schedule(self.schedule).num_levels)
+
+    @property
     def takes_any_num_steps(self) -> bool:
         """Whether every number of steps is right for the network."""
         return self.levels is None
@@ -132,6 +138,21 @@ class CheckpointConfig:
             raise ValueError(
                 f"this model was made for {self.num_timesteps} steps, and {num_steps} does not divide them"
             )
+
+    def check_grid(self, grid: str, num_steps: int) -> None:
+        """Refuse times that the network has never seen.
+
+        Raises:
+            ValueError: another grid than `uniform` for a distilled model, or a number of steps that the grid cannot
+                have.
+        """
+        if grid == "uniform":
+            self.check_num_steps(num_steps)
+        elif self.is_distilled:
+            raise ValueError(
+                f"this model was distilled for {self.num_timesteps} uniform steps and knows no other times"
+            )
+        grid_of(grid, build_schedule(self.schedule), num_steps)
 
 
 def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: CheckpointConfig) -> None:

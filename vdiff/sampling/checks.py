@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.samplers import SAMPLERS, Sampler
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
@@ -47,19 +46,14 @@ def check_grid(config: CheckpointConfig, grid: str, num_steps: int) -> None:
     Raises:
         VdiffError: another grid than its own for a distilled model, or a number of steps that the grid cannot have.
     """
-    schedule = build_schedule(config.schedule)
-    is_distilled = config.levels is not None and config.levels != schedule.num_levels
-    if grid != UNIFORM and is_distilled:
-        raise VdiffError(
-            f"this model was distilled for {config.num_timesteps} uniform steps and knows no other times",
-            "leave it out, or take the model that it was distilled from",
-        )
     try:
-        if grid == UNIFORM:
-            config.check_num_steps(num_steps)
-        grid_of(grid, schedule, num_steps)
+        config.check_grid(grid, num_steps)
     except ValueError as error:
-        raise VdiffError(str(error), "give a number that does" if "divide" in str(error) else "give another") from None
+        if grid != UNIFORM and config.is_distilled:
+            hint = "leave it out, or take the model that it was distilled from"
+        else:
+            hint = "give a number that does" if "divide" in str(error) else "give another"
+        raise VdiffError(str(error), hint) from None
 
 
 def check_guidance(config: CheckpointConfig, weight: float) -> None:
