@@ -24,9 +24,9 @@ from tests.toy import (
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.files import remove
 from vdiff.models.checkpoint import WEIGHTS, read_config, save_checkpoint
-from vdiff.training import ladder
+from vdiff.training import attempts, ladder
+from vdiff.training.attempts import failed_attempts, times_failed
 from vdiff.training.config import DistillConfig
-from vdiff.training.ladder import failed_attempts, times_failed
 from vdiff.training.presets import RUN_FILE, read_run
 from vdiff.training.verdict import VERDICT, Examiner, Verdict, read_verdict, why_failed
 
@@ -203,7 +203,8 @@ class KilledError(Exception):
 
 
 POINTS: list[tuple[object, str]] = [
-    (Path, "rename"), (ladder, "remove"), (ladder, "write_verdict"), (ladder, "start_anew"),
+    (Path, "rename"), (attempts, "remove"), (attempts, "write_verdict"), (ladder, "write_verdict"),
+    (ladder, "start_anew"),
 ]  # fmt: skip
 
 

@@ -41,12 +41,13 @@ from vdiff.training import ladder
 from vdiff.training.averages import BiasCorrected
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
-from vdiff.training.ladder import begin_student, climb, describe_student, seconds_per_update, stage_run
+from vdiff.training.ladder import climb
 from vdiff.training.loop import averages_of, build_update
 from vdiff.training.objectives import LOSSES
 from vdiff.training.optimisation import build_optimizer
 from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
+from vdiff.training.student import begin_student, describe_student, seconds_per_update, stage_run
 from vdiff.training.verdict import VERDICT
 
 CLASSES = ("cat", "dog")

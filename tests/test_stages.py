@@ -13,9 +13,9 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.training.dataset import no_images
 from vdiff.training.engine import build_engine
-from vdiff.training.ladder import describe_student
 from vdiff.training.presets import read_preset
 from vdiff.training.stages import Stage, plan_stages, resolve_distillation, student_network, teachers_images
+from vdiff.training.student import describe_student
 
 LINEAR = {"name": "linear", "num_levels": 96}
 WITHOUT_CLASS = {"unet": {"num_classes": 3, "null_class": True}}

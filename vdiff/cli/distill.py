@@ -105,7 +105,7 @@ def planned(
     stages: list[Stage], config: DistillConfig, images: Images, engine: Engine, console: Console
 ) -> list[list[str]]:
     """The rows of --plan; an update of each method is timed."""
-    from vdiff.training.ladder import seconds_per_update
+    from vdiff.training.student import seconds_per_update
 
     seconds = {}
     for stage in stages:

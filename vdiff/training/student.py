@@ -1,0 +1,131 @@
+"""The student of one stage: what it says of itself, what it has from its teacher, and the run that trains it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import vdiff
+from vdiff.data.batches import Batch
+from vdiff.diffusion.distillation import METHODS, build_method
+from vdiff.errors import OptionError
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
+from vdiff.models.denoiser import Denoiser, GuidedDenoiser
+from vdiff.models.inheriting import inherit
+from vdiff.training.config import DistillConfig
+from vdiff.training.dataset import Images
+from vdiff.training.engine import Engine
+from vdiff.training.loop import Run, averages_of, build_update
+from vdiff.training.objectives import DistillationObjective
+from vdiff.training.optimisation import build_optimizer
+from vdiff.training.stages import Stage, student_network
+
+TIMED_UPDATES = 3
+
+
+def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointConfig) -> CheckpointConfig:
+    """What a stage's student says of itself before its training: data and lineage are left to the run.
+
+    It predicts v where its teacher predicts ε, and what its teacher predicts otherwise.
+
+    Raises:
+        OptionError: `student_config` describes no network, or one that the teacher's images do not fit.
+    """
+    unet = {**student_network(config, teacher), "dropout": config.dropout}
+    taught = list(teacher.guidance_range)
+    if stage.method == "guided":
+        unet["guidance_input"], taught = True, list(config.guidance_weights())
+    description = replace(
+        teacher,
+        unet=unet,
+        prediction="v" if teacher.prediction == "eps" else teacher.prediction,
+        num_timesteps=stage.num_steps,
+        method=stage.method,
+        guidance_range=taught,
+        weights=config.weights,
+        num_iters=0,
+        target_iters=stage.updates(config),
+        num_images=0,
+        train_seconds=0.0,
+        vdiff_version=vdiff.__version__,
+    )
+    try:
+        with torch.device("meta"):
+            multiple = description.build().network.config.size_multiple
+        if teacher.image_size % multiple:
+            raise ValueError(f"images of {teacher.image_size} pixels need a network for multiples of {multiple}")
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"--student_config {config.student_config}: {error}", "mend the file") from None
+    return description
+
+
+def begin_student(stage: Stage, config: DistillConfig, description: CheckpointConfig) -> tuple[Denoiser, str]:
+    """The student before its training, and what it has from its teacher: a copy, or what fits of it."""
+    teacher, before = load_checkpoint(stage.base)
+    torch.manual_seed(config.seed)
+    student = description.build()
+    inherited = ""
+    if {**description.unet, "dropout": 0} == {**before.unet, "dropout": 0}:
+        student.load_state_dict(teacher.state_dict())
+    else:
+        inherited = str(inherit(student.network, teacher.network))
+    if description.prediction != before.prediction:  # the last layer says something else from now on
+        for parameter in student.network.conv_out.parameters():
+            torch.nn.init.zeros_(parameter)
+    return student, inherited
+
+
+def stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engine, lineage: Mapping[str, str]) -> Run:
+    """The run of one stage: the student starts from its teacher, which takes its dropout off."""
+    teacher, before = load_checkpoint(stage.base)
+    description = replace(
+        describe_student(stage, config, before),
+        dataset=images.name,
+        dataset_fingerprint=images.fingerprint,
+        teacher={**asdict(before), **lineage},
+    )
+    student, _ = begin_student(stage, config, description)
+    teacher = engine.compiled(engine.place(teacher)).requires_grad_(False)
+    method = build_method(stage.method, asdict(config))
+    return Run(
+        denoiser=student,
+        objective=DistillationObjective(
+            GuidedDenoiser(teacher) if stage.method == "guided" else teacher,
+            method,
+            num_steps=stage.num_steps,
+            teacher_steps=stage.teacher_steps,
+            levels=before.levels,
+        ),
+        batches=images.batches(config, engine),
+        config=replace(config, num_iters=stage.updates(config)),
+        description=description,
+        folder=stage.folder,
+        class_dropout=config.class_dropout,
+        self_ema=method.self_ema,
+        step_bins=None if METHODS[stage.method].keeps_steps else stage.num_steps,
+    )
+
+
+def seconds_per_update(stage: Stage, config: DistillConfig, images: Images, engine: Engine) -> float:
+    """How long an update of a stage takes, measured on a few of them from the ladder's first teacher.
+
+    The stage's own teacher need not be there yet: its cost is that of `config.base`.
+    """
+    there = replace(stage, base=Path(config.base))
+    run = stage_run(there, stage.settings(config), images, engine, {})
+    denoiser = engine.place(run.denoiser).train()
+    averages = averages_of(run.config, denoiser, engine, run.self_ema)
+    update = build_update(run, engine, denoiser, averages, build_optimizer(denoiser, run.config))
+    share = engine.share(config.batch_size)
+    size = (share.stop - share.start, images.channels, images.image_size, images.image_size)
+    batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))
+    times = []
+    for step in range(TIMED_UPDATES + 1):
+        began = time.monotonic()
+        float(update(step, batch).norm)  # waits for the device
+        times.append(time.monotonic() - began)
+    return min(times[1:])
