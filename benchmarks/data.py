@@ -38,8 +38,8 @@ import PIL.Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from vdiff.data.conversion import ConversionConfig
+from vdiff.data.disk_sources import Folder
 from vdiff.data.preparation import prepare
-from vdiff.data.sources import Folder
 from vdiff.data.store import ImageStore, image_key
 
 # torch is imported where it is used: the workers of a preparation, which import this file, need none of it

@@ -15,9 +15,10 @@ from typing import Any
 from tests.sudden_end import die_at
 from vdiff.data import preparation, shards, writer
 from vdiff.data.conversion import ConversionConfig
+from vdiff.data.disk_sources import Folder, Tar
 from vdiff.data.journal import Journal
 from vdiff.data.listing import Item, ListingWriter
-from vdiff.data.sources import Folder, Sample, Tar
+from vdiff.data.source import Sample
 
 POINTS: dict[str, tuple[Any, str]] = {
     "begin": (Journal, "begin"),

@@ -18,8 +18,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vdiff.cli import prepare as cli
-from vdiff.data import conversion, sources, writer
+from vdiff.data import conversion, writer
+from vdiff.data.disk_sources import Folder
 from vdiff.data.listing import Item
+from vdiff.data.named_sources import Digits
+from vdiff.data.source import Sample
+from vdiff.data.sources import open_source
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 
@@ -196,15 +200,15 @@ def test_the_same_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BATCH_IMAGES", 4)
     words = ["photos", "--size", "4", "--num_workers", "0"]
     with monkeypatch.context() as patch:
-        read, seen = sources.Folder.read, []
+        read, seen = Folder.read, []
 
-        def interrupted(self: sources.Folder, item: Item) -> sources.Sample:
+        def interrupted(self: Folder, item: Item) -> Sample:
             seen.append(item)
             if len(seen) > 10:
                 raise KeyboardInterrupt
             return read(self, item)
 
-        patch.setattr(sources.Folder, "read", interrupted)
+        patch.setattr(Folder, "read", interrupted)
         result = run(*words)
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr.splitlines()[-1] == "interrupted; 8 images are done, the same command goes on"
@@ -249,4 +253,4 @@ def test_random_parts_depend_on_the_seed_alone() -> None:
 
 
 def test_a_source_by_name() -> None:
-    assert isinstance(sources.open_source("digits"), sources.Digits)
+    assert isinstance(open_source("digits"), Digits)

@@ -17,8 +17,8 @@ import pytest
 from PIL import ImageCms
 
 from vdiff.data.conversion import ConversionConfig
+from vdiff.data.disk_sources import Folder
 from vdiff.data.preparation import prepare
-from vdiff.data.sources import Folder
 from vdiff.data.store import ImageStore
 
 CONFIG = ConversionConfig(sizes=(4, 8), image_format="png", background=(255, 0, 128))

@@ -18,11 +18,11 @@ from tests.test_data_resume import CONFIG, COUNT, photos
 from vdiff.data import preparation, writer
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.datasets import open_dataset
+from vdiff.data.disk_sources import Folder, Zip
 from vdiff.data.images import CELL_PIXELS, GAP
 from vdiff.data.inspection import facts, sheet, verify
 from vdiff.data.merging import merge
 from vdiff.data.preparation import Part, prepare
-from vdiff.data.sources import Folder, Zip
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 

@@ -23,10 +23,11 @@ import pytest
 from tests.commands import ROOT, tree
 from vdiff.data import preparation, writer
 from vdiff.data.conversion import ConversionConfig
+from vdiff.data.disk_sources import Folder
 from vdiff.data.journal import Journal, Rejected
 from vdiff.data.listing import Item
 from vdiff.data.preparation import prepare
-from vdiff.data.sources import Folder, Sample
+from vdiff.data.source import Sample
 from vdiff.data.store import ImageStore, find_dataset, partial_folder
 from vdiff.errors import Interrupted, VdiffError
 

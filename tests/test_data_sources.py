@@ -19,22 +19,14 @@ import PIL.Image
 import pytest
 
 from tests.test_data_preparation import picture, records, write
-from vdiff.data import sources
 from vdiff.data.conversion import ConversionConfig
+from vdiff.data.disk_sources import Dataset, Folder, Tar
 from vdiff.data.image_files import extensions
 from vdiff.data.listing import Item, ListingWriter, open_listing
+from vdiff.data.named_sources import TORCHVISION, Digits, HuggingFace, Torchvision
 from vdiff.data.preparation import prepare
-from vdiff.data.sources import (
-    TORCHVISION,
-    Dataset,
-    Folder,
-    HuggingFace,
-    SourceOptions,
-    Tar,
-    Torchvision,
-    build_listing,
-    open_source,
-)
+from vdiff.data.source import Defaults, SourceOptions
+from vdiff.data.sources import build_listing, open_source
 from vdiff.data.store import ImageStore
 from vdiff.errors import OptionError, VdiffError
 
@@ -103,7 +95,7 @@ def test_a_dataset_is_a_source(tmp_path: Path) -> None:
     prepare(Folder(write(tmp_path / "x", FILES)), tmp_path / "one", config)
     source = open_source(tmp_path / "one")
     assert isinstance(source, Dataset)
-    assert source.defaults == sources.Defaults(8, 3, "png")
+    assert source.defaults == Defaults(8, 3, "png")
     prepare(source, tmp_path / "two", CONFIG, num_workers=1)
     one, two = ImageStore(tmp_path / "one"), ImageStore(tmp_path / "two")
     assert two.meta.class_names == one.meta.class_names == ("a", "b")
@@ -383,7 +375,7 @@ def test_a_listing_does_not_grow_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_source_without_pixels_says_so(tmp_path: Path) -> None:
-    assert PIL.Image.open(io.BytesIO(sources.Digits().read(Item("0000000")).data)).size == (8, 8)
+    assert PIL.Image.open(io.BytesIO(Digits().read(Item("0000000")).data)).size == (8, 8)
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("notes.txt", "text")
     with pytest.raises(VdiffError, match=r"no images in .*x\.zip; it holds 1 \.txt"):

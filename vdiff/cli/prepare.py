@@ -15,7 +15,7 @@ from vdiff.errors import OptionError
 
 if TYPE_CHECKING:
     from vdiff.data.preparation import Part, Report
-    from vdiff.data.sources import Source
+    from vdiff.data.source import Source
 
 # spelled out because the help must not import the data room; a test compares them with its registries
 FORMATS = ["jpeg", "png", "webp"]
@@ -201,7 +201,8 @@ def command(
     """
     from vdiff.data.conversion import ConversionConfig
     from vdiff.data.preparation import Part, prepare
-    from vdiff.data.sources import SourceOptions, open_source
+    from vdiff.data.source import SourceOptions
+    from vdiff.data.sources import open_source
 
     source = open_source(path, SourceOptions(root, split, image_column, label_column))
     usual = source.defaults

@@ -20,7 +20,8 @@ from vdiff.data.journal import REJECTED_FILE, Journal, Rejected
 from vdiff.data.listing import Item, Listing, open_listing
 from vdiff.data.shard_store import ShardStore
 from vdiff.data.shards import IMAGES_PER_SHARD, ShardWriter
-from vdiff.data.sources import Source, build_listing
+from vdiff.data.source import Source
+from vdiff.data.sources import build_listing
 from vdiff.data.store import DatasetMeta, ImageStore, is_dataset
 from vdiff.data.workers import ordered_map
 from vdiff.data.writer import StoreWriter
