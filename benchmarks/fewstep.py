@@ -8,8 +8,8 @@ One teacher, `--teacher_steps` steps of which are distilled. Progressive distill
 `--budget` updates in all, and what it has spent when it passes 8, 4 and 2 steps is what every other method may spend to
 get there: `tract` in two phases (the first takes it to 8 or 4 steps, the second to 2 or 1), `consistency` and
 `trajectory` in one stage each. An update is one step of the optimiser on `--batch_size` images for every method; it
-asks networks 3 times for each image, and by `trajectory`, in 16 steps, 17 times for students of one step, 10 for two, 6
-for four, 4 for eight.
+asks networks 3 times for each image, and by `trajectory`, in 16 steps, 17 times for students of one step, and about 10,
+6 and 4 times for two, four and eight.
 
 Distances are Fréchet distances between `vdiff.evaluation.pixels.pixel_vectors` of `--num` samples and of all images.
 The excess is what a student has over its own teacher of many steps. Runs that are finished are not done again: the same
@@ -28,26 +28,18 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.distances import SOLVERS, Distances, reference_of
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
-from vdiff.data.images import from_uint8
-from vdiff.diffusion.samplers import SAMPLERS
-from vdiff.evaluation.pixels import PixelDistance
-from vdiff.models.checkpoint import load_checkpoint, read_config
-from vdiff.models.drawing import draw
-from vdiff.models.speed import ready_to_draw
+from vdiff.models.checkpoint import read_config
 from vdiff.training.base import resolve_training, train
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import climb
 from vdiff.training.stages import plan_stages, resolve_distillation
-
-SOLVERS = ("ddim", "dpmpp_2m")
-BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -135,30 +127,6 @@ class Found:
     distance: float
 
 
-def measure(folder: Path, steps: int, sampler: str, reference: PixelDistance, count: int, seed: int) -> float:
-    """The distance of `count` samples to the data."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser, config = load_checkpoint(folder, device)
-    denoiser = ready_to_draw(denoiser)
-    parts = []
-    for first in range(0, count, BATCH):
-        indices = range(first, min(first + BATCH, count))
-        images = draw(
-            denoiser, SAMPLERS[sampler](), indices=indices, image_size=config.image_size, num_steps=steps, seed=1 + seed
-        )
-        parts.append(images)
-    return reference(torch.cat(parts))
-
-
-def reference_of(data: str, image_size: int) -> tuple[PixelDistance, int]:
-    """The distance to all images of a dataset, and how many they are."""
-    store = open_images(data, image_size).store
-    assert store is not None
-    size = store.meta.sizes[0]
-    pixels = np.stack([np.atleast_3d(np.array(store.image(size, k))).transpose(2, 0, 1) for k in range(len(store))])
-    return PixelDistance(from_uint8(torch.from_numpy(pixels))), len(store)
-
-
 def table(found: list[Found], methods: list[str], columns: list[int]) -> list[list[str]]:
     """A line for each way, a column for each number of steps: mean ± spread over seeds, and the excess."""
     teachers = {each.seed: each.distance for each in found if each.what == "teacher"}
@@ -227,17 +195,11 @@ def main(
     reference, num_images = reference_of(data, image_size)
     count = num or num_images
     found = []
-    work.mkdir(parents=True, exist_ok=True)
-    done = work / "distances.json"
-    known = {tuple(key): value for key, value in json.loads(done.read_text())} if done.exists() else {}
+    distances = Distances(work / "distances.json", reference, count, console)
 
     def note(what: str, folder: Path, steps: int, sampler: str, seed: int, shown: int | None = None) -> None:
-        key = (what, folder.as_posix(), steps, seed)
-        if key not in known:
-            known[key] = measure(folder, steps, sampler, reference, count, seed)
-            done.write_text(json.dumps([[list(each), value] for each, value in known.items()]))
-        found.append(Found(what, steps if shown is None else shown, seed, known[key]))
-        console.line(f"{what}, {steps} steps, seed {seed}: {known[key]:.4f}")
+        distance = distances.of(what, folder, steps, sampler, seed)
+        found.append(Found(what, steps if shown is None else shown, seed, distance))
 
     for seed in range(seeds):
         note("teacher", teacher, teacher_steps, "ddim", seed, shown=0)

@@ -1,0 +1,71 @@
+"""Distances between samples and data for the benchmarks of distillation, measured once and then remembered."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vdiff.data.images import from_uint8
+from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.evaluation.pixels import PixelDistance
+from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.drawing import draw
+from vdiff.models.speed import ready_to_draw
+from vdiff.reporting import Reporter
+from vdiff.training.dataset import open_images
+
+SOLVERS = ("ddim", "dpmpp_2m")
+BATCH = 128
+
+
+def measure(folder: Path, steps: int, sampler: str, reference: PixelDistance, count: int, seed: int) -> float:
+    """The distance of `count` samples to the data."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    denoiser, config = load_checkpoint(folder, device)
+    denoiser = ready_to_draw(denoiser)
+    parts = []
+    for first in range(0, count, BATCH):
+        indices = range(first, min(first + BATCH, count))
+        images = draw(
+            denoiser, SAMPLERS[sampler](), indices=indices, image_size=config.image_size, num_steps=steps, seed=1 + seed
+        )
+        parts.append(images.cpu())
+    return reference(torch.cat(parts))
+
+
+def reference_of(data: str, image_size: int) -> tuple[PixelDistance, int]:
+    """The distance to all images of a dataset, and how many they are."""
+    store = open_images(data, image_size).store
+    assert store is not None
+    size = store.meta.sizes[0]
+    pixels = np.stack([np.atleast_3d(np.array(store.image(size, k))).transpose(2, 0, 1) for k in range(len(store))])
+    return PixelDistance(from_uint8(torch.from_numpy(pixels))), len(store)
+
+
+@dataclass
+class Distances:
+    """Distances of `count` samples to the images of a dataset; a file remembers them."""
+
+    path: Path
+    reference: PixelDistance
+    count: int
+    reporter: Reporter
+    known: dict[tuple[str, str, int, int], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path.exists():
+            self.known = {tuple(key): value for key, value in json.loads(self.path.read_text())}
+
+    def of(self, what: str, folder: Path, steps: int, sampler: str = "ddim", seed: int = 0) -> float:
+        """The distance of a model that is called `what` in the report."""
+        key = (what, folder.as_posix(), steps, seed)
+        if key not in self.known:
+            self.known[key] = measure(folder, steps, sampler, self.reference, self.count, seed)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps([[list(each), value] for each, value in self.known.items()]))
+        self.reporter.line(f"{what}, {steps} steps, seed {seed}: {self.known[key]:.4f}")
+        return self.known[key]
