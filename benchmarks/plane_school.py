@@ -44,9 +44,10 @@ class Scale:
 
 
 def settings_of(method: str, changes: Mapping[str, Any], scale: Scale) -> DistillConfig:
-    """The settings of distill.py for a method: its defaults, then `changes`."""
-    values = {"lr": STUDENT_LR, **METHODS[method].defaults, **changes}
-    return DistillConfig(num_iters=1000, batch_size=scale.batch_size, method=method, **values)
+    """The settings of distill.py for a method, all with the same learning rate, then `changes`."""
+    same = {"lr": STUDENT_LR, "num_iters": 1000}
+    values = {**METHODS[method].settings(same), **same, **changes}
+    return DistillConfig(batch_size=scale.batch_size, method=method, **values)
 
 
 def stages_of(config: DistillConfig, steps: int, updates: int) -> list[tuple[int, int, int]]:

@@ -64,8 +64,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({"ema_remainder": 0.0}, {"lr_schedule": "linear"}, {"lr_schedule": "linear", "ema_remainder": 0.0}),
     ],
     "consistency": [
-        *({}, {"first_steps": 8}, {"first_steps": 16}, {"addim": 1.0}),
-        *({"lr_schedule": "linear"}, {"lr_schedule": "linear", "ema_remainder": 0.0}),
+        *({}, {"first_steps": 8}, {"first_steps": 16}, {"addim": 0.75}, {"ema_remainder": 0.0}),
+        *({"lr_schedule": "constant"}, {"lr_schedule": "constant", "ema_remainder": 0.0}),
     ],
     "trajectory": [
         *({}, {"path_sampler": "ddim"}, {"path_steps": 8}, {"path_steps": 32}),

@@ -28,7 +28,7 @@ from vdiff.training import attempts, ladder
 from vdiff.training.attempts import failed_attempts, times_failed
 from vdiff.training.config import DistillConfig
 from vdiff.training.presets import RUN_FILE, read_run
-from vdiff.training.verdict import VERDICT, Examiner, Verdict, read_verdict, why_failed
+from vdiff.training.verdict import VERDICT, Examiner, Verdict, read_verdict, warning, why_failed
 
 LR = 0.008
 
@@ -323,4 +323,66 @@ def test_a_plan_tells_stages_updates_images_and_time_and_does_nothing(data, tmp_
     assert len(rows) == 3
     result = done(f"{words} --method consistency --phases 8,2 --plan")
     assert "timing updates of consistency" in result.stderr
+    assert "comes on top" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_a_plan_times_what_costs_something_else(data, tmp_path, monkeypatch):
+    """Paths of another length, and the smaller networks that come after the first stage; others once."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("original"), dataset=str(data))
+    timed: list[tuple[str, int]] = []
+
+    def told(stage, *_):
+        timed.append((stage.method, stage.num_steps))
+        return 60.0 * stage.num_steps
+
+    monkeypatch.setattr("vdiff.training.student.seconds_per_update", told)
+    words = WORDS.replace("--to_steps 2", "").replace("--teacher_steps 8", "").replace("--num_iters 2", "--num_iters 1")
+    Path("small.toml").write_text("[unet]\nchannels = 2\n")
+    for flags, expected in [
+        ("--to_steps 1", [("progressive", 4)]),
+        ("--to_steps 1 --student_config small.toml", [("progressive", 4), ("progressive", 2)]),
+        ("--method trajectory --phases 8,4,2", [("trajectory", 4), ("trajectory", 2)]),
+    ]:
+        timed.clear()
+        result = done(f"{words} {flags} --plan")
+        assert timed == expected
+    rows = table(result.stdout)
+    assert [row[-1] for row in rows[2:]] == ["4:00", "2:00", "6:00"]
+
+
+def test_a_plan_counts_what_is_left(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("original"), dataset=str(data))
+    monkeypatch.setattr("vdiff.training.student.seconds_per_update", lambda *_: 60.0)
+    words = WORDS.replace("--to_steps 2", "")
+    done(f"{words} --report False")
+    before = contents(Path("base_0"))
+    result = done(f"{words} --to_steps 2 --plan")
+    assert [row[-1] for row in table(result.stdout)[2:]] == ["finished", "4:00", "4:00"]
+    assert "base_0 was made with lr" in error(f"{words} --to_steps 2 --plan --lr 0.5", 2)
+    result = done(f"{words} --to_steps 2 --plan --lr 0.5 --overwrite")
+    assert [row[-1] for row in table(result.stdout)[2:]] == ["2:00", "4:00", "6:00"]
+    assert contents(Path("base_0")) == before
+
+
+@pytest.mark.parametrize(
+    ("distance", "teachers", "reason", "expected"),
+    [
+        (0.32, 0.2, "", "its distance to the data is 1.6 times its teacher's: more --num_iters may help"),
+        (0.3, 0.2, "", ""), (0.9, 0.2, "far", ""), (None, None, "", ""), (0.3, 0.0, "", ""),
+    ],
+)  # fmt: skip
+def test_a_student_much_worse_than_its_teacher_is_spoken_of(distance, teachers, reason, expected):
+    assert warning(Verdict(0.3, 0.2, distance, teachers, 4, 1, reason)) == expected
+
+
+def test_the_warning_is_said_once_with_the_verdict(data, teacher, monkeypatch):
+    Told(monkeypatch, {LR: 0.2}, {LR: 2.0})
+    watcher = Watcher()
+    climbed(data, teacher, reporter=watcher)
+    told = [line for line in watcher.lines if "more --num_iters may help" in line]
+    assert told == [
+        f"{teacher.parent / 'base_0'}: its distance to the data is 2.0 times its teacher's: more --num_iters may help"
+    ]

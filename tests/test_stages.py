@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +292,8 @@ def test_a_method_s_defaults_stand_between_preset_and_file(teacher, tmp_path):
     file = None
     assert found() == ("linear", 0.0, 2.0, "l2")
     assert found(method="progressive") == ("linear", 0.0, 2.0, "l2")
-    for method in ("tract", "consistency"):
-        assert found(method=method) == ("constant", 1e-3, 1.0, "l2")
+    assert found(method="tract") == ("constant", 1e-3, 1.0, "l2")
+    assert found(method="consistency") == ("linear", 1e-3, 1.0, "l2")
     assert found(method="trajectory") == ("linear", 0.0, 1.0, "l1")
     assert found(method="match") == ("linear", 0.0, 2.0, "l2")
     assert found(method="guided") == ("linear", 0.0, 2.0, "l2")
@@ -310,7 +311,62 @@ def test_a_method_s_defaults_stand_between_preset_and_file(teacher, tmp_path):
 def test_a_method_says_more_than_a_preset(teacher):
     assert "distance_every" in read_preset("digits").distill
     config, _ = resolve_distillation({"base": str(teacher), "preset": "digits", "method": "tract"}, None)
-    assert (config.lr, config.lr_schedule) == (read_preset("digits").distill["lr"], "constant")
+    assert read_preset("digits").distill["lr"] == 3e-4
+    assert (config.lr, config.lr_schedule) == (1e-3, "constant")
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "expected"),
+    [
+        ("", {}, (0.0, 0.0, 1e-3)),
+        ("", {"ema": 0.0}, (0.0, 0.0, 0.0)),
+        ("", {"ema": 0.99}, (0.99, 0.0, 0.0)),
+        ("", {"ema_images": 50.0}, (0.0, 50.0, 0.0)),
+        ("ema = 0.9", {}, (0.9, 0.0, 0.0)),
+        ("ema_images = 9.0", {"ema": 0.99}, (0.99, 0.0, 0.0)),
+        ("ema = 0.9", {"ema_images": 50.0}, (0.9, 50.0, 0.0)),
+        ("ema_remainder = 0.5", {"ema_images": 50.0}, (0.0, 50.0, 0.0)),
+        ("ema = 0.9", {"ema_remainder": 0.5}, (0.9, 0.0, 0.5)),
+        ("ema_remainder = 0.5\nema = 0.9", {}, (0.9, 0.0, 0.5)),
+    ],
+)
+def test_the_average_that_was_asked_for_last_counts(teacher, tmp_path, file, flags, expected):
+    """Half-lives and remainders go before a decay, but not before one that is said on top of them."""
+    path = tmp_path / "my.toml"
+    path.write_text(f"[distill]\nmethod = 'tract'\n{file}\n")
+    config, _ = resolve_distillation({"base": str(teacher), **flags}, path)
+    assert (config.ema, config.ema_images, config.ema_remainder) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"addim": 0.75}, "--addim 0.75: progressive does not read it; leave it out, or give --method consistency"),
+        ({"then": "tract"}, "--then tract: progressive does not read it; leave it out, or give --method guided"),
+        ({"method": "trajectory", "self_ema": 0.9}, "--self_ema 0.9: trajectory does not read it; leave it out, or "),
+        ({"method": "tract", "path_steps": 4}, "--path_steps 4: tract does not read it; .*--method trajectory"),
+        ({"method": "tract", "path_sampler": "ddim"}, "--path_sampler ddim: tract does not read it"),
+        ({"method": "match", "guidance_range": "0,9"}, "--guidance_range 0,9: match does not read it; .*guided"),
+        ({"method": "guided", "self_ema": 0.9}, "--self_ema 0.9: guided does not read it; .*--method tract"),
+        ({"method": "guided", "first_steps": 3}, "--first_steps 3: guided does not read it; .*--method consistency"),
+    ],
+)
+def test_flags_that_the_method_does_not_read_are_refused(teacher, flags, message):
+    with pytest.raises(OptionError, match=re.escape(message).replace(r"\.\*", ".*")):
+        resolve_distillation({"base": str(teacher), **flags}, None)
+
+
+def test_flags_that_the_method_reads_and_files_that_say_more_are_taken(teacher, tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text("[distill]\naddim = 0.75\nself_ema = 0.9\npath_steps = 4\n")
+    for flags in (
+        {}, {"method": "tract", "self_ema": 0.8}, {"method": "consistency", "addim": 0.5, "first_steps": 2},
+        {"method": "trajectory", "path_steps": 8, "path_sampler": "ddim"},
+        {"method": "guided", "guidance_range": "0,2", "then": "tract", "self_ema": 0.3},
+    ):  # fmt: skip
+        config, _ = resolve_distillation({"base": str(teacher), **flags}, path)
+        assert {key: getattr(config, key) for key in flags} == flags
+    assert (config.addim, config.path_steps) == (0.75, 4)
 
 
 @pytest.mark.parametrize(

@@ -420,6 +420,80 @@ def test_another_teacher_is_refused(data, teacher):
     assert contents(folder)[WEIGHTS] != before[WEIGHTS]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 0.5}, "was made with lr 0.005, not 0.5; leave --lr out, give --overwrite to make it anew, or --base "),
+        ({"lr": 0.0025}, "was made with lr 0.005, not 0.0025; "),
+        ({"num_iters": 5}, "was made with num_iters 4, not 5; "),
+        ({"lr_schedule": "constant", "num_iters": 5}, "was made with num_iters 4, not 5; "),
+        ({"weighting": "snr"}, "was made with weighting truncated_snr, not snr; "),
+        ({"seed": 1}, "was made with seed 0, not 1; "),
+        ({"preset": "digits"}, "was made with preset toy, not digits; "),
+        ({"ema_more": "0.9"}, "was made with ema_more none, not 0.9; "),
+    ],
+)
+def test_a_finished_student_is_not_taken_for_that_of_other_settings(data, teacher, changes, words):
+    """The command would not have made it; only what does not bear on the result may be another."""
+    kept = {key: value for key, value in changes.items() if key == "lr_schedule"}
+    run_ladder(distill_config(data, teacher, check_images=0, **kept), read_config(teacher))
+    folder = teacher.parent / "base_0"
+    before = contents(folder)
+    for longer in ({}, {"to_steps": 2}):
+        with pytest.raises(VdiffError, match="base_0 ") as caught:
+            run_ladder(distill_config(data, teacher, check_images=0, **{**longer, **changes}), read_config(teacher))
+        assert words in str(caught.value)
+    assert contents(folder) == before
+    assert not (teacher.parent / "base_1").exists()
+    free = {"log_interval": 7, "num_workers": 1, "keep_last": 3, "check_images": 0, **kept}
+    watcher = Watcher()
+    run_ladder(distill_config(data, teacher, **free), read_config(teacher), reporter=watcher)
+    assert watcher.lines == [f"{folder} is finished already: 4 steps"]
+
+
+def test_a_student_of_another_network_is_refused(data, teacher, tmp_path):
+    file, folder = tmp_path / "student.toml", teacher.parent / "base_0"
+    file.write_text("[unet]\nchannels = 16\n")
+    run_ladder(distill_config(data, teacher, student_config=str(file), check_images=0), read_config(teacher))
+    before = contents(folder)
+    file.write_text("[unet]\nchannels = 12\n")
+    with pytest.raises(VdiffError, match=r"base_0 has another network than .*student\.toml; give --overwrite"):
+        run_ladder(distill_config(data, teacher, student_config=str(file), check_images=0), read_config(teacher))
+    with pytest.raises(VdiffError, match="base_0 has another network than its teacher; give --overwrite"):
+        run_ladder(distill_config(data, teacher, check_images=0), read_config(teacher))
+    assert contents(folder) == before
+
+
+def test_a_student_without_a_record_is_known_by_its_description(data, teacher):
+    """A folder that came from elsewhere has no run.toml."""
+    run_ladder(distill_config(data, teacher, check_images=0), read_config(teacher))
+    (teacher.parent / "base_0" / RUN_FILE).unlink()
+    watcher = Watcher()
+    config = distill_config(data, teacher, check_images=0, lr=1.0)
+    run_ladder(config, read_config(teacher), reporter=watcher)
+    assert watcher.lines == [f"{teacher.parent / 'base_0'} is finished already: 4 steps"]
+    for method in ("trajectory", "tract"):
+        with pytest.raises(VdiffError, match=f"base_0 holds a student by progressive, not {method}; give --overwrite"):
+            run_ladder(dataclasses.replace(config, method=method), read_config(teacher))
+
+
+@pytest.mark.parametrize(
+    ("settings", "goes_on"),
+    [({}, True), ({"ema_remainder": 0.1}, False), ({"method": "consistency"}, False), ({"method": "tract"}, True)],
+)
+def test_a_constant_rate_goes_on_to_more_updates_where_nothing_else_counts_them(data, teacher, settings, goes_on):
+    """An average of a given remainder and an annealed teacher are told how many updates there are to be."""
+    settings = {"lr_schedule": "constant", "phases": "8,4", "check_images": 0, **settings}
+    cut_ladder(data, teacher, **settings)
+    longer = distill_config(data, teacher, num_iters=5, **settings)
+    if goes_on:
+        run_ladder(longer, read_config(teacher))
+        assert read_config(teacher.parent / "base_0").num_iters == 5
+    else:
+        with pytest.raises(OptionError, match="num_iters 4, not 5"):
+            run_ladder(longer, read_config(teacher))
+
+
 def cut_ladder(data: Path, teacher: Path, **settings) -> Path:
     with pytest.raises(Interrupted):
         run_ladder(distill_config(data, teacher, **settings), read_config(teacher), reporter=signal_at(1))
@@ -561,6 +635,16 @@ def test_comparison_holds_what_its_models_draw(whole, data, tmp_path, monkeypatc
         "original\n8 steps\n", f"original\n4 steps\n{errors[0]}",
         f"base_0\n2 steps\n{errors[1]}", f"base_1\n1 step\n{errors[2]}",
     ]  # fmt: skip
+
+
+def test_a_teacher_of_very_many_steps_is_drawn_with_those_distilled_alone(data, teacher, monkeypatch):
+    """Of 8 steps 4 were distilled; were it 16 times as many, or more, they would be most of the comparison."""
+    stages = run_ladder(distill_config(data, teacher, teacher_steps=4, check_images=0), read_config(teacher))
+    for most, expected in ((2, [8, 4, 2]), (1.5, [4, 2])):
+        monkeypatch.setattr("vdiff.training.comparison.MOST_STEPS", most)
+        rows = compare(stages, seed=0, device=torch.device("cpu"), reporter=Watcher())
+        assert [row.num_steps for row in rows] == expected
+        assert known_rows(stages, seed=0) == rows
 
 
 def test_comparison_of_a_whole_ladder_names_each_model_once(whole):

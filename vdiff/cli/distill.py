@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +83,10 @@ def command(
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
     if plan:
-        rows = planned(stages, config, images, engine, console)
+        rows = planned(stages, config, images, engine, console, overwrite=overwrite)
         if engine.is_main:
             console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
+            console.line("the time is that of updates that are left; checking and comparing students comes on top")
         return
     distance = distance_to(images, config, engine)
     trained = climb(stages, config, images, engine, overwrite=overwrite, reporter=console, distance=distance)
@@ -102,25 +104,30 @@ def command(
 
 
 def planned(
-    stages: list[Stage], config: DistillConfig, images: Images, engine: Engine, console: Console
+    stages: list[Stage], config: DistillConfig, images: Images, engine: Engine, console: Console, *, overwrite: bool
 ) -> list[list[str]]:
-    """The rows of --plan; an update of each method is timed."""
+    """The rows of --plan; an update is timed wherever it costs something else."""
+    from vdiff.training.ladder import found_student
     from vdiff.training.student import seconds_per_update
 
-    seconds = {}
-    for stage in stages:
-        if stage.method not in seconds:
-            console.line(f"timing updates of {stage.method}")
-            seconds[stage.method] = seconds_per_update(stage, config, images, engine)
+    seconds: dict[tuple[object, ...], float] = {}
     rows = []
     total = 0.0
-    for stage in stages:
-        updates = stage.updates(config)
-        total += updates * seconds[stage.method]
+    for k, stage in enumerate(stages):
+        mine = stage.settings(config if k == 0 else replace(config, student_config=""))
+        found = None if overwrite else found_student(stage, mine)
+        updates, needs_images = stage.updates(config), METHODS[stage.method].needs_images
+        left = updates if found is None else 0 if found.is_finished else updates - found.num_iters
+        # a path costs as much as it has steps; the networks of a smaller student come with the second stage
+        kind = (stage.method, needs_images or stage.num_steps, bool(config.student_config) and k > 0)
+        if left and kind not in seconds:
+            console.line(f"timing updates of {stage.method}")
+            seconds[kind] = seconds_per_update(stage, config, images, engine)
+        total += left * seconds.get(kind, 0.0)
         steps = f"{stage.teacher_steps} → {stage.num_steps}"
         names = [stage.folder.as_posix(), stage.base.as_posix(), stage.method, steps]
-        seen = f"{updates * config.batch_size:,}" if METHODS[stage.method].needs_images else "none"
-        rows.append([*names, f"{updates:,}", seen, duration(updates * seconds[stage.method])])
+        seen = f"{updates * config.batch_size:,}" if needs_images else "none"
+        rows.append([*names, f"{updates:,}", seen, duration(left * seconds[kind]) if left else "finished"])
     if len(stages) > 1:
         updates = sum(stage.updates(config) for stage in stages)
         rows.append(["all", "", "", "", f"{updates:,}", "", duration(total)])

@@ -129,8 +129,11 @@ def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
     )
 
 
-def check_unet(values: Mapping[str, Any]) -> None:
+def check_unet(values: Mapping[str, Any], origin: str = "") -> None:
     """Refuse keys of [unet] that are unknown or follow from other settings, and values of another type.
+
+    Args:
+        origin: what an error begins with.
 
     Raises:
         OptionError: it names the key.
@@ -138,12 +141,14 @@ def check_unet(values: Mapping[str, Any]) -> None:
     usual = UNetConfig().to_dict()
     for key, value in values.items():
         if key not in usual:
-            raise OptionError(f"[unet] unknown UNet option {key}", suggestion(key, usual))
+            raise OptionError(f"{origin}[unet] unknown UNet option {key}", suggestion(key, usual))
         if key in DERIVED:
-            raise OptionError(f"[unet] {key} follows from data and other settings", "take it out of the file")
+            raise OptionError(f"{origin}[unet] {key} follows from data and other settings", "take it out of the file")
         items = value if isinstance(value, list) else []
         if type(value) is not type(usual[key]) or any(type(item) is not int for item in items):
-            raise OptionError(f"[unet] {key} = {value!r} is of another type", f"give something like {usual[key]!r}")
+            raise OptionError(
+                f"{origin}[unet] {key} = {value!r} is of another type", f"give something like {usual[key]!r}"
+            )
 
 
 def schedule_of(config: TrainConfig) -> Schedule:

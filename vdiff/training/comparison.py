@@ -24,6 +24,9 @@ from vdiff.training.verdict import read_verdict, rmse
 
 PICTURE, TABLE, IMAGES = "ladder.png", "ladder.json", "ladder_images.png"
 PICTURE_ROWS = 8
+MOST_STEPS = 16
+"""The teacher's own steps are drawn too, unless they are more than this many times those that were distilled: of a
+ladder of few steps that would be most of its time."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Row:
 def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter) -> list[Row]:
     """Draw images 0, 1, 2, … of `seed` with every model of a ladder; write picture and table beside the last student.
 
-    Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both.
+    Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both (`MOST_STEPS`).
     """
     entries = _entries(stages)
     count = 24 if read_config(stages[0].base).image_size <= 32 else 16
@@ -112,7 +115,7 @@ def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:
     """The models of a ladder, and the steps that each takes."""
     first = stages[0]
     own = read_config(first.base).num_timesteps
-    teacher = [own, first.teacher_steps] if own != first.teacher_steps else [own]
+    teacher = [own, first.teacher_steps] if 1 < own / first.teacher_steps <= MOST_STEPS else [first.teacher_steps]
     return [*((first.base, steps) for steps in teacher), *((stage.folder, stage.num_steps) for stage in stages)]
 
 

@@ -394,6 +394,9 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
     known = {f.name: f for f in fields(kind)}
     merged: dict[str, Any] = {}
     for origin, values in layers.items():
+        for key, stronger in (("ema", ("ema_images", "ema_remainder")), ("ema_images", ("ema_remainder",))):
+            if key in values:  # said later than what would go before it
+                merged = {name: value for name, value in merged.items() if name not in stronger}
         for key, value in values.items():
             if key not in known:
                 raise OptionError(f"{origin}: unknown setting {key!r}", suggestion(key, known))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
+from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config
@@ -79,13 +80,29 @@ def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainC
     Raises:
         OptionError: it names the setting and its two values.
     """
-    new, old = asdict(now), asdict(saved)
+    may_go_on = saved.lr_schedule == "constant" and not saved.ema_remainder and not _is_annealed(saved)
+    if name := changed_setting(now, saved, but=("num_iters",) if may_go_on else ()):
+        raise OptionError(
+            f"{folder} was begun with {name} {said(saved, name)}, not {said(now, name)}",
+            f"leave --{name} out to resume, give --overwrite to begin anew, or another --out",
+        )
+
+
+def changed_setting(now: TrainConfig | DistillConfig, saved: TrainConfig | DistillConfig, but: tuple[str, ...]) -> str:
+    """The first setting that makes another run of it, those of `but` left alone; empty where there is none."""
     for setting in fields(now):
-        may_change = setting.metadata.get("free", False)
-        if setting.name == "num_iters" and old["lr_schedule"] == "constant":
-            may_change = True
-        if not may_change and new[setting.name] != old[setting.name]:
-            raise OptionError(
-                f"{folder} was begun with {setting.name} {old[setting.name]}, not {new[setting.name]}",
-                f"leave --{setting.name} out to resume, give --overwrite to begin anew, or another --out",
-            )
+        is_free = setting.metadata.get("free", False) or setting.name in but
+        if not is_free and getattr(now, setting.name) != getattr(saved, setting.name):
+            return setting.name
+    return ""
+
+
+def said(config: TrainConfig | DistillConfig, name: str) -> str:
+    """A setting as an error names it."""
+    value = getattr(config, name)
+    return "none" if value in ("", None) else str(value)
+
+
+def _is_annealed(config: TrainConfig | DistillConfig) -> bool:
+    """Whether updates depend on how many there are to be."""
+    return isinstance(config, DistillConfig) and METHODS[config.method].is_annealed

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vdiff.errors import Interrupted, VdiffError
+from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.files import remove
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, weights_fingerprint
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
 from vdiff.reporting import Reporter
 from vdiff.training.attempts import failed_attempts, finish_keeping, keep_best, set_aside, times_failed
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import Images
 from vdiff.training.engine import Engine
-from vdiff.training.folder import check_resumable, check_same_run, clear, is_run, recorded, start_anew
+from vdiff.training.folder import (
+    changed_setting,
+    check_resumable,
+    check_same_run,
+    clear,
+    is_run,
+    recorded,
+    said,
+    start_anew,
+)
 from vdiff.training.loop import fit
 from vdiff.training.presets import RUN_FILE, read_run
 from vdiff.training.stages import Stage
 from vdiff.training.student import begin_student, describe_student, stage_run
-from vdiff.training.verdict import Distance, Examiner, Verdict, read_verdict, why_failed, write_verdict
+from vdiff.training.verdict import Distance, Examiner, Verdict, read_verdict, warning, why_failed, write_verdict
 
 
 def climb(
@@ -84,22 +92,20 @@ def climb(
 
 def _do(stage: Stage, config: DistillConfig, images: Images, engine: Engine, reporter: Reporter) -> bool:
     """Do what is left of a stage; answer whether there was anything."""
-    config = replace(config, lr=config.lr / 2 ** times_failed(stage.folder))
+    halved = replace(config, lr=config.lr / 2 ** times_failed(stage.folder))
     lineage = {"path": stage.base.as_posix(), "fingerprint": weights_fingerprint(stage.base)}
     if is_run(stage.folder):
-        found = recorded(stage.folder)
-        check_same_teacher(stage, found, lineage)
-        if found and found.is_finished:
+        if (found := found_student(stage, config)) and found.is_finished:
             reporter.line(f"{stage.folder} is finished already: {steps_text(found.num_timesteps)}")
             return False
-        check_same_run(stage.folder, config, _settings_of(stage.folder))
+        check_same_run(stage.folder, halved, _settings_of(stage.folder))
         check_resumable(stage.folder, images)
-        run = stage_run(stage, config, images, engine, lineage)
+        run = stage_run(stage, halved, images, engine, lineage)
     else:
-        run = stage_run(stage, config, images, engine, lineage)  # first of all: the teacher may be damaged
+        run = stage_run(stage, halved, images, engine, lineage)  # first of all: the teacher may be damaged
         engine.wait()  # until every process has seen that there is nothing yet
         if engine.is_main:
-            start_anew(stage.folder, config, overwrite=False)
+            start_anew(stage.folder, halved, overwrite=False)
         engine.wait()
     fit(run, engine, reporter)
     return True
@@ -126,6 +132,8 @@ def _judge(
             verdict = _examined(stage, config, examiner, measure_distance=measure_distance)
             write_verdict(stage.folder, verdict)
             reporter.line(f"{stage.folder}: {verdict_text(verdict)}")
+            if text := warning(verdict):
+                reporter.line(f"{stage.folder}: {text}")
         if verdict.reason and not why_failed(verdict, config.max_regression):  # a larger one may be given afterwards
             verdict = replace(verdict, reason="")
             write_verdict(stage.folder, verdict)
@@ -206,21 +214,39 @@ def _settings_of(folder: Path) -> DistillConfig:
     return resolve(DistillConfig, {str(folder / RUN_FILE): settings.distill})
 
 
-def check_same_teacher(stage: Stage, found: CheckpointConfig | None, lineage: Mapping[str, str]) -> None:
-    """Refuse a student's folder that holds a model of another teacher or for other steps.
+def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | None:
+    """The student that a stage has left in its folder, finished or not; None where there is none.
 
     Raises:
-        VdiffError: it does.
+        VdiffError: it is of another method, teacher or network, or for other steps.
+        OptionError: it is finished, and other settings made it; it names the setting and its two values.
     """
+    found = recorded(stage.folder)
     if found is None:
-        return
-    if found.num_timesteps != stage.num_steps:
-        raise VdiffError(
-            f"{stage.folder} holds a model of {found.num_timesteps} steps, not {stage.num_steps}",
-            "give --overwrite to replace it, or another --out",
-        )
-    if (found.teacher or {}).get("fingerprint") != lineage["fingerprint"]:
-        raise VdiffError(
-            f"{stage.folder} was distilled from another teacher than {stage.base} is now",
-            "give --overwrite to replace it, or another --out",
+        return None
+    asked = describe_student(stage, config, read_config(stage.base))
+    reason = ""
+    if found.num_timesteps != asked.num_timesteps:
+        reason = f"holds a model of {found.num_timesteps} steps, not {asked.num_timesteps}"
+    elif found.method != asked.method:
+        reason = f"holds a student by {found.method}, not {asked.method}"
+    elif (found.teacher or {}).get("fingerprint") != weights_fingerprint(stage.base):
+        reason = f"was distilled from another teacher than {stage.base} is now"
+    elif found.unet != asked.unet:
+        reason = f"has another network than {config.student_config or 'its teacher'}"
+    if reason:
+        raise VdiffError(f"{stage.folder} {reason}", "give --overwrite to replace it, or another --out")
+    if found.is_finished and (stage.folder / RUN_FILE).is_file():
+        _check_same_settings(stage, config)
+    return found
+
+
+def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
+    saved, verdict = _settings_of(stage.folder), read_verdict(stage.folder)
+    attempts = verdict.attempts if verdict else times_failed(stage.folder) + 1
+    is_same_lr = saved.lr in {config.lr / 2**k for k in range(attempts)}
+    if name := changed_setting(config, saved, but=("lr",) if is_same_lr else ()):
+        raise OptionError(
+            f"{stage.folder} was made with {name} {said(saved, name)}, not {said(config, name)}",
+            f"leave --{name} out, give --overwrite to make it anew, or --base {stage.folder} to go on from it",
         )

@@ -6,7 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +62,44 @@ def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> 
     base = Path(chosen.get("base") or DEFAULT_BASE)
     teacher = read_config(base)
     preset = str(chosen.get("preset") or _preset_of(base) or preset_for(teacher.image_size))
-    layers: dict[str, Mapping[str, Any]] = {f"preset {preset}": read_preset(preset).distill}
+    presets = read_preset(preset).distill
+    layers: dict[str, Mapping[str, Any]] = {f"preset {preset}": presets}
     method = str(chosen.get("method") or DistillConfig.method)
-    if method in METHODS:
-        shortening = str(chosen.get("then") or DistillConfig.then) if method == "guided" else method
-        layers[f"method {method}"] = METHODS[shortening].defaults if shortening in METHODS else {}
+    shortening = str(chosen.get("then") or DistillConfig.then) if method == "guided" else method
+    if shortening in METHODS:
+        layers[f"method {method}"] = METHODS[shortening].settings(presets)
     if config_file:
         layers[str(config_file)] = settings.distill
     config = resolve(DistillConfig, {**layers, COMMAND_LINE: flags})
+    _check_read(config, flags)
     ways = {"--phases": config.phases, "--to_steps": config.to_steps, "--stages": config.stages}
     if len(given := [name for name, value in ways.items() if value]) > 1:
         raise OptionError(f"{given[0]} and {given[1]} say the same in two ways", "give one of them")
     is_there = "://" in teacher.dataset or Path(teacher.dataset).exists()
     data = config.data or (teacher.dataset if is_there else "")
     return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
+
+
+def _check_read(config: DistillConfig, flags: Mapping[str, Any]) -> None:
+    """Refuse flags that only other methods read.
+
+    Raises:
+        OptionError: it names the flag, and a method that reads it.
+    """
+    used = [config.method, *([config.then] if config.method == "guided" else [])]
+    for name in flags:
+        readers = [method for method in METHODS if name in settings_read_by(method)]
+        if readers and not set(readers) & set(used):
+            raise OptionError(
+                f"--{name} {flags[name]}: {config.method} does not read it",
+                f"leave it out, or give --method {readers[0]}",
+            )
+
+
+def settings_read_by(method: str) -> set[str]:
+    """The settings that are the method's own."""
+    own = {field.name for field in fields(METHODS[method])}  # type: ignore[arg-type]
+    return own | ({"then", "guidance_range"} if method == "guided" else set())
 
 
 def _preset_of(base: Path) -> str:
@@ -201,7 +225,8 @@ def _checked_phases(config: DistillConfig, method: str, first: int, phases: list
         except ValueError as error:
             raise OptionError(f"--phases {config.phases}: {error}", "give other steps") from None
         if method == "progressive" and before != 2 * after:
-            raise OptionError(f"--phases {config.phases}: progressive halves the steps", "give --method tract")
+            flag = "then" if config.method == "guided" else "method"
+            raise OptionError(f"--phases {config.phases}: progressive halves the steps", f"give --{flag} tract")
     return phases
 
 
@@ -222,5 +247,5 @@ def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[st
     table = values.get("unet")
     if not isinstance(table, dict) or not table:
         raise OptionError(f"--student_config {path} has no table [unet]", "write one: [unet], channels = 32")
-    check_unet(table)
+    check_unet(table, f"--student_config {path}: ")
     return {**teacher.unet, **table}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,7 +14,7 @@ import vdiff
 from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import METHODS, build_method
 from vdiff.errors import OptionError
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
 from vdiff.training.config import DistillConfig
@@ -111,12 +112,23 @@ def stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engin
 
 
 def seconds_per_update(stage: Stage, config: DistillConfig, images: Images, engine: Engine) -> float:
-    """How long an update of a stage takes, measured on a few of them from the ladder's first teacher.
+    """How long an update of a stage takes, measured on a few of them.
 
-    The stage's own teacher need not be there yet: its cost is that of `config.base`.
+    The stage's own teacher need not be there yet: its cost is that of the ladder's first teacher, `config.base`, or of
+    a model that `student_config` describes, where that is what an earlier stage makes.
     """
     there = replace(stage, base=Path(config.base))
-    run = stage_run(there, stage.settings(config), images, engine, {})
+    if not config.student_config or stage.base.resolve() == there.base.resolve():
+        return _seconds(there, stage.settings(config), images, engine)
+    description = describe_student(replace(there, method="match"), config, read_config(there.base))
+    with TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), description.build().state_dict(), description)
+        alone = replace(config, student_config="")
+        return _seconds(replace(stage, base=Path(folder)), stage.settings(alone), images, engine)
+
+
+def _seconds(stage: Stage, config: DistillConfig, images: Images, engine: Engine) -> float:
+    run = stage_run(stage, config, images, engine, {})
     denoiser = engine.place(run.denoiser).train()
     averages = averages_of(run.config, denoiser, engine, run.self_ema)
     update = build_update(run, engine, denoiser, averages, build_optimizer(denoiser, run.config))

@@ -24,6 +24,8 @@ HELD_OUT = 2**63
 """Added to the seed: noise that is never drawn otherwise."""
 MIN_RMSE = 0.05
 """Differences from the teacher below this are no failure, whatever they were before training."""
+WORTH_A_WORD = 1.5
+"""A student whose distance to the data is more than this many times its teacher's is spoken of."""
 BATCH = 64
 
 Distance = Callable[[Tensor], float]
@@ -161,6 +163,14 @@ def why_failed(found: Verdict, max_regression: float) -> str:
     if far is not None and teachers is not None and not far <= max_regression * teachers:
         return f"distance to the data is {far:.3g}, its teacher's {teachers:.3g}"
     return ""
+
+
+def warning(found: Verdict) -> str:
+    """A word on a student that is good enough, and much worse than its teacher; empty where none is due."""
+    far, teachers = found.distance, found.teacher_distance
+    if found.reason or far is None or not teachers or far <= WORTH_A_WORD * teachers:
+        return ""
+    return f"its distance to the data is {far / teachers:.1f} times its teacher's: more --num_iters may help"
 
 
 def rmse(a: Tensor, b: Tensor) -> float:
