@@ -22,7 +22,7 @@ import pytest
 
 from tests.commands import PROGRAMS, ROOT, done, start
 from tests.drawing import write_guided
-from tests.toy import write_checkpoint, write_dataset
+from tests.toy import UNET, write_checkpoint, write_dataset
 from vdiff.cli import main, prepare, sample
 from vdiff.cli.options import OneOf
 from vdiff.data import conversion
@@ -273,19 +273,19 @@ DISTILL_VALUES = {
     "method": "progressive",
     "last_factor": "1.5",
     "class_dropout": "0.25",
-    "then": "tract",
-    "guidance_range": "0,2",
-    "self_ema": "0.25",
-    "first_steps": "8",
-    "addim": "0.5",
-    "path_steps": "8",
-    "path_sampler": "heun",
     "check_images": "0",
     "distance_images": "4",
     "distance_every": "2",
     "max_regression": "20.0",
     "retries": "0",
 }
+OWN_VALUES = {
+    "guided": {"then": "tract", "guidance_range": "0,2"},
+    "tract": {"self_ema": "0.25"},
+    "consistency": {"first_steps": "8", "addim": "0.5"},
+    "trajectory": {"path_steps": "8", "path_sampler": "heun"},
+}
+"""Of distill.py, where a method reads them alone."""
 
 
 def as_typed(values: dict[str, str], how: str) -> tuple[str, dict[str, str]]:
@@ -320,7 +320,8 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
 def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = {"base", "data", "preset", "stages", "to_steps", "student_config", "fsdp"}
-    assert {item.name for item in fields(DistillConfig) if item.metadata} == {*DISTILL_VALUES, *left}
+    own = {key for values in OWN_VALUES.values() for key in values}
+    assert {item.name for item in fields(DistillConfig) if item.metadata} == {*DISTILL_VALUES, *left, *own}
     write_dataset(Path("data/toy_4"))
     write_checkpoint(Path("teacher"))
     words, env = as_typed(DISTILL_VALUES, how)
@@ -328,6 +329,23 @@ def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     recorded = tomllib.loads(Path("student/run.toml").read_text())["distill"]
     assert {key: str(recorded[key]) for key in DISTILL_VALUES} == DISTILL_VALUES
     assert read_config(Path("student")).num_iters == 3  # twice 1.5
+
+
+@pytest.mark.parametrize("how", ["flags", "environment"])
+@pytest.mark.parametrize("method", OWN_VALUES)
+def test_every_flag_of_a_method_reaches_the_run(method, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("data/toy_4"), classes=("cat", "dog"))
+    write_checkpoint(
+        Path("teacher"),
+        unet={**UNET, "in_channels": 1, "out_channels": 1, "num_classes": 2, "null_class": True},
+        class_names=["cat", "dog"],
+    )
+    words, env = as_typed(OWN_VALUES[method], how)
+    quick = "--num_iters 1 --batch_size 2 --check_images 0 --device cpu --tracker none --preset toy --report False"
+    done(f"distill.py --base teacher --out student --method {method} {quick} {words}", env)
+    recorded = tomllib.loads(Path("student/run.toml").read_text())["distill"]
+    assert {key: str(recorded[key]) for key in OWN_VALUES[method]} == OWN_VALUES[method]
 
 
 @pytest.mark.parametrize(
