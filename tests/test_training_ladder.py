@@ -456,6 +456,10 @@ def test_a_student_of_another_network_is_refused(data, teacher, tmp_path):
     file.write_text("[unet]\nchannels = 16\n")
     run_ladder(distill_config(data, teacher, student_config=str(file), check_images=0), read_config(teacher))
     before = contents(folder)
+    again, watcher = file.rename(tmp_path / "moved.toml"), Watcher()
+    config = distill_config(data, teacher, student_config=str(again), check_images=0)
+    run_ladder(config, read_config(teacher), reporter=watcher)
+    assert watcher.lines == [f"{folder} is finished already: 4 steps"]
     file.write_text("[unet]\nchannels = 12\n")
     with pytest.raises(VdiffError, match=r"base_0 has another network than .*student\.toml; give --overwrite"):
         run_ladder(distill_config(data, teacher, student_config=str(file), check_images=0), read_config(teacher))

@@ -245,7 +245,7 @@ def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
     saved, verdict = _settings_of(stage.folder), read_verdict(stage.folder)
     attempts = verdict.attempts if verdict else times_failed(stage.folder) + 1
     is_same_lr = saved.lr in {config.lr / 2**k for k in range(attempts)}
-    if name := changed_setting(config, saved, but=("lr",) if is_same_lr else ()):
+    if name := changed_setting(config, saved, but=("student_config", *(["lr"] if is_same_lr else []))):
         raise OptionError(
             f"{stage.folder} was made with {name} {said(saved, name)}, not {said(config, name)}",
             f"leave --{name} out, give --overwrite to make it anew, or --base {stage.folder} to go on from it",
