@@ -54,7 +54,7 @@ class Distances:
     reference: PixelDistance
     count: int
     reporter: Reporter
-    known: dict[tuple[str, str, int, int], float] = field(default_factory=dict)
+    known: dict[tuple[str, str, int, int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path.exists():
@@ -62,7 +62,7 @@ class Distances:
 
     def of(self, what: str, folder: Path, steps: int, sampler: str = "ddim", seed: int = 0) -> float:
         """The distance of a model that is called `what` in the report."""
-        key = (what, folder.as_posix(), steps, seed)
+        key = (what, folder.as_posix(), steps, seed, self.count)
         if key not in self.known:
             self.known[key] = measure(folder, steps, sampler, self.reference, self.count, seed)
             self.path.parent.mkdir(parents=True, exist_ok=True)

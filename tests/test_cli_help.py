@@ -387,3 +387,12 @@ def test_every_flag_of_sample_reaches_the_images(words, changed, tmp_path, monke
     assert records[1] == {**records[0], **changed}
     assert len(images[1]) == 3
     assert (images[0] != images[1]) == bool(changed)
+
+
+def test_help_says_where_a_method_has_a_default_of_its_own():
+    """The learning rate of tract is not the preset's; train.py has no methods."""
+    student = " ".join(done("distill.py --help").stdout.split())
+    for words in ("by preset, or by method; x>0", "l2, or by method", "linear, or by method", "2.0, or by method"):
+        assert words in student
+    assert student.count("or by method") == 6
+    assert "or by method" not in done("train.py --help").stdout

@@ -37,7 +37,7 @@ from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_
 from vdiff.models.denoiser import GuidedDenoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import UNetConfig
-from vdiff.training import ladder
+from vdiff.training import ladder, student
 from vdiff.training.averages import BiasCorrected
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
@@ -454,6 +454,31 @@ def test_the_time_of_an_update_is_measured_without_writing_anything(classes, con
     for stage in (stages[0], later):
         assert 0 < seconds_per_update(stage, config, images, build_engine(config)) < 60
     assert sorted(conditional.parent.rglob("*")) == before
+
+
+def test_later_stages_of_a_smaller_student_are_timed_with_small_networks(data, teacher, tmp_path, monkeypatch):
+    """The first teaches a small network by the large one; then both are small. Nothing stays behind."""
+    runs: list[tuple[int, int]] = []
+    real = student.stage_run
+
+    def noted(stage, *rest):
+        run = real(stage, *rest)
+        runs.append((run.description.teacher["unet"]["channels"], run.denoiser.network.config.channels))
+        return run
+
+    monkeypatch.setattr(student, "stage_run", noted)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    file = tmp_path / "small.toml"
+    file.write_text("[unet]\nchannels = 2\n")
+    config = distill_config(data, teacher, to_steps=2, student_config=str(file))
+    images = open_images(config.data, SIZE)
+    for stage in plan_stages(config, read_config(teacher)):
+        assert 0 < seconds_per_update(stage, config, images, build_engine(config)) < 60
+    large = read_config(teacher).unet["channels"]
+    assert runs == [(large, 2), (2, 2)]
+    assert large > 2
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 # Verdicts

@@ -347,7 +347,7 @@ def test_the_average_that_was_asked_for_last_counts(teacher, tmp_path, file, fla
         ({"method": "tract", "path_steps": 4}, "--path_steps 4: tract does not read it; .*--method trajectory"),
         ({"method": "tract", "path_sampler": "ddim"}, "--path_sampler ddim: tract does not read it"),
         ({"method": "match", "guidance_range": "0,9"}, "--guidance_range 0,9: match does not read it; .*guided"),
-        ({"method": "guided", "self_ema": 0.9}, "--self_ema 0.9: guided does not read it; .*--method tract"),
+        ({"method": "guided", "self_ema": 0.9}, "--self_ema 0.9: guided does not read it; .*--then tract"),
         ({"method": "guided", "first_steps": 3}, "--first_steps 3: guided does not read it; .*--method consistency"),
     ],
 )

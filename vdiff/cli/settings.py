@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from vdiff.cli.options import OneOf, option, switch
-from vdiff.training.config import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, LoopConfig, value_type
+from vdiff.diffusion.distillation import METHODS
+from vdiff.training.config import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, DistillConfig, LoopConfig, value_type
 from vdiff.training.presets import PRESETS
 
 config_option = option(
@@ -27,7 +28,12 @@ def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:
     """A flag for every setting of `kind`; what is not given stays None, and is left to preset and defaults."""
     order = (DATA, MODEL, OPTIMISATION, RECORDS, MACHINE)
     known = [item for item in fields(kind) if "group" in item.metadata]
-    flags = [flag(item) for item in sorted(known, key=lambda item: order.index(item.metadata["group"]))]
+    by_method = {name for method in METHODS.values() for name in method.settings({"lr": 1.0, "num_iters": 1})}
+    told = by_method if kind is DistillConfig else set()
+    flags = [
+        flag(item, by_method=item.name in told)
+        for item in sorted(known, key=lambda item: order.index(item.metadata["group"]))
+    ]
 
     def decorate(function: Any) -> Any:
         for add in reversed(flags):
@@ -37,11 +43,13 @@ def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:
     return decorate
 
 
-def flag(item: Field[Any]) -> Callable[[Any], Any]:
-    """The flag of one setting."""
+def flag(item: Field[Any], *, by_method: bool = False) -> Callable[[Any], Any]:
+    """The flag of one setting; `by_method`: methods of distillation say otherwise than its default."""
     rules: Mapping[str, Any] = item.metadata
     kind = value_type(item)
     shown = rules["shown"] or ("by preset" if item.default is MISSING else str(item.default))
+    if by_method:
+        shown += ", or by method"
     attributes: dict[str, Any] = {
         "group": rules["group"],
         "default": None,

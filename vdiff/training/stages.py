@@ -15,7 +15,7 @@ from vdiff.diffusion.phases import check_phase
 from vdiff.errors import OptionError
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.training.base import check_unet
-from vdiff.training.config import COMMAND_LINE, DistillConfig, resolve
+from vdiff.training.config import COMMAND_LINE, SHORTENING, DistillConfig, resolve
 from vdiff.training.dataset import Images, no_images, open_images
 from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings
 
@@ -90,9 +90,10 @@ def _check_read(config: DistillConfig, flags: Mapping[str, Any]) -> None:
     for name in flags:
         readers = [method for method in METHODS if name in settings_read_by(method)]
         if readers and not set(readers) & set(used):
+            flag = "then" if config.method == "guided" and readers[0] in SHORTENING else "method"
             raise OptionError(
                 f"--{name} {flags[name]}: {config.method} does not read it",
-                f"leave it out, or give --method {readers[0]}",
+                f"leave it out, or give --{flag} {readers[0]}",
             )
 
 
