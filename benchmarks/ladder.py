@@ -90,7 +90,7 @@ def main(data: str, file: Path | None, teacher_steps: int, num: int, work: Path,
     write_report(
         name,
         f"The ladder from {teacher_steps} steps to 1 on {data}, {described.image_size} pixels: "
-        f"{size:.1f}M parameters, batches of {training.batch_size}, {engine.description}; "
+        f"{size:.1f}M parameters, batches of {training.batch_size} and {config.batch_size}, {engine.description}; "
         f"Fréchet distance of {num} samples",
         ["model", "steps", "updates", "training", "images/s", "distance", *(f"teacher, {each}" for each in SOLVERS)],
         rows,
