@@ -498,6 +498,22 @@ def test_a_constant_rate_goes_on_to_more_updates_where_nothing_else_counts_them(
             run_ladder(longer, read_config(teacher))
 
 
+def test_a_kill_before_the_settings_were_written_leaves_nothing_in_the_way(data, teacher):
+    """What a kill leaves there is a part of run.toml under another name; anything else is somebody's."""
+    folder = teacher.parent / "base_0"
+    folder.mkdir()
+    (folder / f".{RUN_FILE}.123.tmp").write_text("[distill]")
+    (folder / "mine.txt").touch()
+    before = contents(folder)
+    with pytest.raises(VdiffError, match="base_0 is not empty and holds no run"):
+        run_ladder(distill_config(data, teacher, check_images=0), read_config(teacher))
+    assert contents(folder) == before
+    (folder / "mine.txt").unlink()
+    run_ladder(distill_config(data, teacher, check_images=0), read_config(teacher))
+    assert read_config(folder).is_finished
+    assert not list(folder.glob(".*"))
+
+
 def cut_ladder(data: Path, teacher: Path, **settings) -> Path:
     with pytest.raises(Interrupted):
         run_ladder(distill_config(data, teacher, **settings), read_config(teacher), reporter=signal_at(1))

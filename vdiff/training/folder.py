@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 from vdiff.diffusion.distillation import METHODS
@@ -43,7 +44,12 @@ def clear(folder: Path, *, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise VdiffError(f"{folder} is a file, not a folder", "choose another --out")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir():
+        return
+    there = list(folder.iterdir())
+    if all(fnmatch(path.name, f".{RUN_FILE}.*.tmp") for path in there):  # killed while the settings were written
+        for path in there:
+            path.unlink()
         return
     if not is_run(folder):
         raise VdiffError(f"{folder} is not empty and holds no run", "choose another --out")
