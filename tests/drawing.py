@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.toy import UNET, Watcher, write_checkpoint
+from tests.toy import UNET, Watcher, contents, write_checkpoint
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
@@ -15,7 +15,7 @@ from vdiff.sampling.checks import class_numbers
 from vdiff.sampling.formats import open_output
 from vdiff.sampling.job import Report, Work, draw_images
 from vdiff.sampling.order import Order
-from vdiff.sampling.outputs import ImageKind
+from vdiff.sampling.outputs import PICTURES, ImageKind
 from vdiff.sampling.processes import Processes
 
 
@@ -62,3 +62,9 @@ def run(
         processes=processes,
         reporter=reporter or Watcher(),
     )
+
+
+def written(out: Path) -> dict[str, bytes]:
+    """What a folder of samples holds, and the pictures beside it, both by their names."""
+    beside = {name: out.with_name(f"{out.name}.{name}") for name in PICTURES}
+    return contents(out) | {f"beside/{name}": path.read_bytes() for name, path in beside.items() if path.exists()}

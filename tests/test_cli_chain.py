@@ -80,9 +80,9 @@ def test_from_nothing_to_samples(tmp_path, monkeypatch):
     module = start("python -m vdiff sample --clipped_sampling True --out module", tmp_path)  # meanwhile
     stdout = typed("python sample.py --clipped_sampling True", tmp_path)
     folder = Path("samples/base_6-clipped-8steps-seed0")
-    assert stdout.endswith(f"picture    {folder}/grid.png\n")
-    assert len(pictures(folder)) == 64 + 1
-    with PIL.Image.open(folder / "grid.png") as grid:
+    assert stdout.endswith(f"picture    {folder}.grid.png\n")
+    assert len(pictures(folder)) == 64
+    with PIL.Image.open(f"{folder}.grid.png") as grid:
         assert grid.size[0] == grid.size[1] >= 64
 
     done("sample.py --clipped_sampling --out bare")
@@ -226,10 +226,8 @@ def test_missing_samples_are_drawn_again_alone():
     assert Path("out/00001.png").stat().st_mtime_ns == kept
     done(line.replace("--num 5", "--num 7"))
     more = pictures(Path("out"))
-    assert {name: more[name] for name in before if name != "grid.png"} == {
-        name: data for name, data in before.items() if name != "grid.png"
-    }
-    assert len(more) == 7 + 1
+    assert {name: more[name] for name in before} == before
+    assert len(more) == 7
 
 
 @pytest.mark.usefixtures("place")
@@ -434,7 +432,7 @@ def test_the_environment_reaches_the_group_and_the_other_commands():
     done("vdiff sample --checkpoint checkpoints/base_5", env)
     record = json.loads(Path("out/samples.json").read_text())
     assert (record["sampler"], record["seed"]) == ("clipped", 5)
-    assert len(pictures(Path("out"))) == 2 + 1
+    assert len(pictures(Path("out"))) == 2
     done("prepare_data.py --num_workers 0", {"VDIFF_FORMAT": "webp", "VDIFF_OUT": "set"})
     assert ImageStore("set").meta.image_format == "webp"
 

@@ -78,8 +78,8 @@ def test_the_result_says_how_and_from_what_images_were_drawn():
     assert 8 < found.pop("evaluations") < 16
     out = "samples/guided-clipped-logsnr-8steps-guidance2-seed5"
     assert found == {
-        "out": out, "picture": f"{out}/grid.png",
-        "trajectory": [f"{out}/trajectory.png", f"{out}/trajectory.webp"], "num": 3, "drawn": 3, "format": "png",
+        "out": out, "picture": f"{out}.grid.png",
+        "trajectory": [f"{out}.trajectory.png", f"{out}.trajectory.webp"], "num": 3, "drawn": 3, "format": "png",
         "checkpoint": "checkpoints/guided", "fingerprint": weights_fingerprint(Path("checkpoints/guided")),
         "weights": "raw", "sampler": "clipped", "options": {"clip": 1.1, "eta": 1.0}, "grid": "logsnr", "steps": 8,
         "guidance": 2.0, "guidance_interval": [0.2, 0.9], "classes": ["owl", "cat"], "interpolate": [], "seed": 5,
@@ -134,9 +134,9 @@ def test_an_eps_prediction_with_signal_at_the_end_needs_no_clip():
 
 def test_animations_and_grids_can_be_seen(place):
     result("plain --trajectory --out x")
-    with PIL.Image.open(place / "x/trajectory.webp") as animation:
+    with PIL.Image.open(place / "x.trajectory.webp") as animation:
         assert animation.n_frames == 8
-    with PIL.Image.open(place / "x/trajectory.png") as strip:
+    with PIL.Image.open(place / "x.trajectory.png") as strip:
         assert strip.size[0] >= 8 * 72
 
 

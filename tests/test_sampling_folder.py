@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.drawing import order, run
+from tests.drawing import order, run, written
 from tests.toy import SIZE, Watcher, contents, write_checkpoint
 from vdiff.diffusion.samplers import Clipped, Ddim
 from vdiff.errors import Interrupted, VdiffError
@@ -25,7 +25,7 @@ from vdiff.models.checkpoint import (
 from vdiff.models.drawing import draw
 from vdiff.sampling.folder import image_path
 from vdiff.sampling.order import RECORD
-from vdiff.sampling.outputs import GRID
+from vdiff.sampling.outputs import GRID, PICTURES
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,11 @@ def test_a_folder_holds_images_grid_and_record(model, tmp_path):
     report = run(wanted, tmp_path / "out")
     assert (report.num, report.drawn, report.evaluations, report.out) == (7, 7, 4, tmp_path / "out")
     assert report.images_per_second == pytest.approx(7 / report.seconds)
-    assert names(tmp_path / "out") == [*images(7), GRID, RECORD]
-    written = json.loads((tmp_path / "out" / RECORD).read_text())
-    assert written == {**dataclasses.asdict(wanted), "format": "png"}
+    assert names(tmp_path) == ["out", f"out.{GRID}"]
+    assert names(tmp_path / "out") == [*images(7), RECORD]
+    assert report.picture == tmp_path / f"out.{GRID}"
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record == {**dataclasses.asdict(wanted), "format": "png"}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_images_are_those_that_the_model_draws(request, tmp_path, name, changes,
 def test_grid_shows_the_first_images_from_their_files(request, tmp_path, name, num, columns):
     model = request.getfixturevalue(name)
     run(order(model, num_steps=1), tmp_path / "out", num=num, batch_size=64)
-    grid, shown = pixels(tmp_path / "out" / GRID), min(num, 64)
+    grid, shown = pixels(tmp_path / f"out.{GRID}"), min(num, 64)
     scale = -(-72 // SIZE)
     side = scale * SIZE
     pitch, rows = side + 2, -(-shown // columns)
@@ -136,16 +138,44 @@ def test_what_was_cut_is_filled_up(model, tmp_path, error, code, completed, call
     assert watcher.bars == [("cut", 7, kept)]
     after = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
     assert {name: after[name] for name in before} == before
-    assert contents(cut) == contents(whole)
+    assert written(cut) == written(whole)
 
 
 def test_single_missing_images_are_drawn_again(model, tmp_path):
     run(order(model), tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = written(tmp_path / "out")
     for k in (0, 4):
         image_path(tmp_path / "out", k).unlink()
     assert run(order(model), tmp_path / "out").drawn == 2
-    assert contents(tmp_path / "out") == before
+    assert written(tmp_path / "out") == before
+
+
+def test_tools_that_read_a_folder_find_the_images_alone(model, tmp_path):
+    """EDM's `dataset_tool.py` and `fid.py`, clean-fid and pytorch-fid take every file with a picture's suffix."""
+    run(order(model), tmp_path / "out", trajectory=True)
+    suffixes = PIL.Image.registered_extensions()
+    assert [path.name for path in sorted((tmp_path / "out").rglob("*")) if path.suffix in suffixes] == images(7)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *(f"out.{name}" for name in PICTURES)}
+
+
+@pytest.mark.parametrize("num", [7, 9])
+def test_a_folder_of_an_earlier_version_goes_on(model, tmp_path, num):
+    """Its pictures lay among the images; they are moved where they belong, or drawn again of more images."""
+    run(order(model), tmp_path / "whole", trajectory=True)
+    run(order(model), tmp_path / "out", trajectory=True)
+    for name in PICTURES:
+        (tmp_path / f"out.{name}").rename(tmp_path / "out" / name)
+    assert run(order(model), tmp_path / "out", num=num).drawn == num - 7
+    if num > 7:
+        run(order(model), tmp_path / "whole", num=num)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+
+
+def test_the_current_folder_may_be_filled(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(order(model), Path(), num=2).picture == tmp_path / f"here.{GRID}"
+    assert names(tmp_path / "here") == [*images(2), RECORD]
 
 
 def test_a_complete_folder_is_left_alone(model, tmp_path):
@@ -163,7 +193,7 @@ def test_a_folder_can_be_extended(model, tmp_path):
     watcher = Watcher()
     assert run(order(model), tmp_path / "out", num=11, reporter=watcher).drawn == 7
     assert watcher.bars == [("out", 11, 4)]
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 def test_a_cut_extension_leaves_no_old_grid(model, tmp_path):
@@ -173,7 +203,7 @@ def test_a_cut_extension_leaves_no_old_grid(model, tmp_path):
     with pytest.raises(Interrupted, match="holds 7 of 7 images"):
         run(order(model), tmp_path / "out", reporter=stop_at(7, KeyboardInterrupt()))
     run(order(model), tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -189,13 +219,13 @@ def test_a_cut_extension_leaves_no_old_grid(model, tmp_path):
 )
 def test_images_of_another_order_are_not_mixed(model, tmp_path, changes, words):
     run(order(model), tmp_path / "out", num=2)
-    before = contents(tmp_path / "out")
+    before = written(tmp_path / "out")
     with pytest.raises(VdiffError) as caught:
         run(order(model, **changes), tmp_path / "out")
     assert str(caught.value) == (
         f"{tmp_path / 'out'} holds images drawn with {words}; give --overwrite, or another --out"
     )
-    assert contents(tmp_path / "out") == before
+    assert written(tmp_path / "out") == before
 
 
 def test_the_same_model_in_another_place_goes_on(model, tmp_path):
@@ -211,7 +241,7 @@ def test_overwriting_begins_anew(model, tmp_path):
     run(order(model), tmp_path / "out")
     run(order(model, seed=4), tmp_path / "whole", num=2)
     run(order(model, seed=4), tmp_path / "out", num=2, overwrite=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -228,7 +258,7 @@ def test_other_folders_are_left_alone(model, tmp_path, overwrite):
 def test_an_empty_folder_is_filled(model, tmp_path):
     (tmp_path / "out").mkdir()
     run(order(model), tmp_path / "out", num=1)
-    assert names(tmp_path / "out") == [*images(1), GRID, RECORD]
+    assert names(tmp_path / "out") == [*images(1), RECORD]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"seed": 3}'])
@@ -238,7 +268,7 @@ def test_a_damaged_record(model, tmp_path, text):
     with pytest.raises(VdiffError, match=r"samples\.json cannot be read; give --overwrite"):
         run(order(model), tmp_path / "out", num=2)
     run(order(model), tmp_path / "out", num=2, overwrite=True)
-    assert names(tmp_path / "out") == [*images(2), GRID, RECORD]
+    assert names(tmp_path / "out") == [*images(2), RECORD]
 
 
 def test_a_damaged_image_is_named(model, tmp_path):
@@ -255,12 +285,12 @@ def test_a_damaged_model_costs_no_images(model, tmp_path):
     for name in (WEIGHTS, CONFIG):
         (broken / name).write_bytes((model / name).read_bytes())
     run(order(broken), tmp_path / "out", num=2)
-    before = contents(tmp_path / "out")
+    before = written(tmp_path / "out")
     with open(broken / WEIGHTS, "rb+") as file:
         file.truncate(100)
     with pytest.raises(VdiffError, match="truncated or damaged"):
         run(order(broken, seed=5), tmp_path / "out", overwrite=True)
-    assert contents(tmp_path / "out") == before
+    assert written(tmp_path / "out") == before
 
 
 def test_a_model_that_draws_nothing_finite_writes_no_image(tmp_path):

@@ -76,17 +76,15 @@ def test_every_format_holds_the_images_of_the_model(models, tmp_path, name, form
     assert found.dtype == np.uint8
     assert np.abs(found - exact(models[name])).max() <= 0.501
     assert (report.out, report.num, report.drawn, report.evaluations) == (out, NUM, NUM, 4)
-    assert report.picture.exists()
-    assert report.picture == (out / GRID if form == "png" else tmp_path / f"out.{form}.{GRID}")
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == ({out.name} if form == "png" else {out.name, report.picture.name})
+    assert report.picture == tmp_path / f"out.{form}.{GRID}"
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, report.picture.name}
 
 
 def test_npz_is_what_evaluation_suites_read(models, tmp_path):
     """`arr_0` (N, H, W, C) uint8 as ADM's evaluator takes it from the zip, and the classes as `arr_1`."""
     run(order(models["grey"], classes=[2, 0]), tmp_path / "out.npz", form="npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
-        assert file.files == ["arr_0", "arr_1", RECORD]
+        assert file.files == ["arr_0", "arr_1"]
         assert file["arr_0"].shape == (NUM, SIZE, SIZE, 1)
         assert file["arr_1"].dtype == np.int64
         assert file["arr_1"].tolist() == [2, 0, 2, 0, 2, 0, 2]
@@ -95,7 +93,39 @@ def test_npz_is_what_evaluation_suites_read(models, tmp_path):
         assert np.lib.format.read_array_header_1_0(stream) == ((NUM, SIZE, SIZE, 1), False, np.dtype(np.uint8))
         assert len(stream.read()) == NUM * SIZE * SIZE
     run(order(models["rgb"]), tmp_path / "plain.npz", form="npz")
-    assert np.load(tmp_path / "plain.npz").files == ["arr_0", RECORD]
+    assert np.load(tmp_path / "plain.npz").files == ["arr_0"]
+
+
+def test_an_npz_of_too_many_classes_is_refused_before_it_is_drawn(models, tmp_path):
+    """Its record, the comment of a zip file, has 64 KiB; more than 5,000 classes fit."""
+    with pytest.raises(VdiffError, match="an npz cannot record so many classes; name fewer with --classes, or give"):
+        run(order(models["grey"], classes=[0] * 20_000), tmp_path / "out.npz", form="npz")
+    assert list(tmp_path.iterdir()) == []
+    run(order(models["grey"], classes=[1] * 5_000), tmp_path / "out.npz", form="npz")
+    assert run(order(models["grey"], classes=[1] * 5_000), tmp_path / "out.npz", form="npz").drawn == 0
+
+
+def test_an_npz_of_an_earlier_version_is_known(models, tmp_path):
+    """Its record was a file in it."""
+    out, wanted = tmp_path / "out.npz", order(models["rgb"])
+    run(wanted, out, form="npz")
+    with zipfile.ZipFile(out, "a") as file:
+        record, file.comment = file.comment, b""
+        file.writestr(RECORD, record)
+    before = contents(tmp_path)
+    assert run(wanted, out, form="npz").drawn == 0
+    with pytest.raises(VdiffError, match="drawn with seed 3, not 4; give --overwrite"):
+        run(order(models["rgb"], seed=4), out, form="npz")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_picture_of_what_was_replaced_is_left(models, tmp_path, form):
+    out = tmp_path / f"out.{form}"
+    run(order(models["rgb"]), out, form=form, trajectory=True)
+    assert len(list(tmp_path.glob("out.*.trajectory.*"))) == 2
+    run(order(models["rgb"], seed=4), out, form=form, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, f"out.{form}.{GRID}"}
 
 
 def test_zip_holds_files_record_and_classes(models, tmp_path):
@@ -235,7 +265,7 @@ def test_a_folder_of_files_is_not_filled_with_something_else(models, tmp_path):
         run(order(models["rgb"]), tmp_path / "out.lmdb", form="png")
     run(order(models["rgb"]), tmp_path / "out.lmdb", form="png", overwrite=True)
     names = sorted(path.name for path in (tmp_path / "out.lmdb").iterdir())
-    assert names == [*(f"{k:05d}.png" for k in range(NUM)), GRID, RECORD]
+    assert names == [*(f"{k:05d}.png" for k in range(NUM)), RECORD]
 
 
 def test_a_full_disk_is_said_in_one_line_and_gone_on_from(models, tmp_path, monkeypatch):

@@ -21,9 +21,9 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.sampling.folder import image_path
-from vdiff.sampling.outputs import GRID
+from vdiff.sampling.outputs import ANIMATION, GRID, STRIP
 from vdiff.sampling.paths import PathNoise, nearer_end, slerp
-from vdiff.sampling.pictures import ANIMATION, STRIP, Trajectory, full_columns, grid_picture, num_shown, spread
+from vdiff.sampling.pictures import Trajectory, full_columns, grid_picture, num_shown, spread
 
 SHAPE = (3, 4, 4)
 
@@ -106,9 +106,9 @@ def test_an_image_on_the_way_has_the_class_of_the_nearer_end():
 def test_the_trajectory_ends_in_the_image(model, tmp_path, sampler):
     """Its last column and its last frame are the images; the others are x̂ as the network predicts it on the way."""
     run(order(model, sampler=sampler), tmp_path / "out", num=3, trajectory=True)
-    assert (tmp_path / "out" / STRIP).exists()
+    assert (tmp_path / f"out.{STRIP}").exists()
     images = [pixels(image_path(tmp_path / "out", k)) for k in range(3)]
-    with PIL.Image.open(tmp_path / "out" / ANIMATION) as animation:
+    with PIL.Image.open(tmp_path / f"out.{ANIMATION}") as animation:
         assert (animation.format, animation.n_frames, animation.info["loop"]) == ("WEBP", 4, 0)
         animation.seek(3)
         last = np.array(animation.convert("RGB"))
@@ -116,7 +116,7 @@ def test_the_trajectory_ends_in_the_image(model, tmp_path, sampler):
     for k, image in enumerate(images):
         top, left = 2, 2 + k * (side + 2)
         assert np.array_equal(last[top : top + side : scale, left : left + side : scale], image)
-    strip = pixels(tmp_path / "out" / STRIP)
+    strip = pixels(tmp_path / f"out.{STRIP}")
     found = [strip[-16 - (3 - k) * 76 + 4 :][:72:18, -16 - 72 :][:, :72:18] for k in range(3)]
     assert all(np.array_equal(a, b) for a, b in zip(found, images, strict=True))
 
@@ -156,7 +156,7 @@ def test_a_trajectory_may_be_asked_for_later(model, tmp_path):
 def test_a_grid_has_a_column_for_each_class(model, tmp_path):
     """White, the names above, and image k in column k mod 2."""
     run(order(model), tmp_path / "out", num=5)
-    grid = pixels(tmp_path / "out" / GRID)
+    grid = pixels(tmp_path / f"out.{GRID}")
     head = grid.shape[0] - 16 - (3 * 76 - 4)
     assert (grid[16:head] < 128).any()  # the names
     assert grid.shape[1] == 2 * 16 + 2 * 76 - 4
@@ -195,7 +195,7 @@ def test_a_way_is_shown_from_end_to_end(model, tmp_path):
     for num, rows, columns in ((5, 1, 5), (21, 2, 11), (70, 4, 16)):
         out = tmp_path / str(num)
         run(order(model, num_steps=1, path=[6, 3, num]), out, num=num, batch_size=64)
-        grid, last = pixels(out / GRID), (min(num, 64) - 1) % columns
+        grid, last = pixels(tmp_path / f"{num}.{GRID}"), (min(num, 64) - 1) % columns
         bottom, left = grid.shape[0] - 16 - 72, (grid.shape[1] - columns * 76 + 4) // 2
         head = bottom - (rows - 1) * 76
         assert (grid[16 : head - 4] < 128).any()  # From image 6 (cat) to image 3 (dog)

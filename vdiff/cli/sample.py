@@ -125,7 +125,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     show_default="what --out ends in, else png",
     help="A folder of PNG files, PNG files in a zip, arrays as evaluation suites read them, or a dataset for train.py.",
 )
-@switch("--trajectory", group="Output", help="Show how the first images come about: trajectory.png and .webp.")
+@switch("--trajectory", group="Output", help="Show how the first images come about: OUT.trajectory.png and .webp.")
 @switch("--overwrite", group="Output", help="Replace what is in --out.")
 @switch("--json", group="Output", help="Print the result as one JSON object.")
 @option("--sampler", group="Sampler", type=OneOf(list(SAMPLERS)), show_default="ddim", help="The rule for one step.")

@@ -19,8 +19,8 @@ from vdiff.errors import VdiffError
 from vdiff.files import fsync_folder, make_folder, refusal, remove, take_place, write_text
 from vdiff.sampling.codecs import from_png, pixels, png
 from vdiff.sampling.order import RECORD, Order
-from vdiff.sampling.outputs import ImageKind, Output, State, check_form, is_ours, sweep
-from vdiff.sampling.packing import PACKERS, Contents, read_packed_record, write_packed
+from vdiff.sampling.outputs import PICTURES, ImageKind, Output, State, check_form, is_ours
+from vdiff.sampling.packing import PACKERS, Contents, check_record, read_packed_record, write_packed
 from vdiff.sampling.spool import Spool, Spooled
 
 
@@ -40,6 +40,7 @@ class Archive(Output):
 
     def check(self, order: Order, num: int, *, overwrite: bool) -> State:
         """Finished: the whole is in its place, with as many images."""
+        check_record(self.form, order.to_json(format=self.form, num=num))
         if self.path.exists():
             record = read_packed_record(self.path)
             if record is None:
@@ -60,7 +61,7 @@ class Archive(Output):
             remove(self.place)
         if state == "anew":
             write_text(make_folder(self.place) / RECORD, order.to_json(format=self.form))
-        sweep(self.place)
+        self.sweep()
 
     def held(self, num: int) -> np.ndarray:
         """What lies in the partial folder: all of it is read, and where each image is, is kept in mind."""
@@ -104,16 +105,14 @@ class Archive(Output):
         try:
             remove(packed)
             write_packed(self.form, contents, packed)
-            for picture in sorted(self.place.glob("*.png")) + sorted(self.place.glob("*.webp")):
-                shutil.move(picture, self.picture(picture.name))
+            for name in PICTURES:
+                remove(self.picture(name))  # also that of an earlier output, which this one need not have
+                if (self.place / name).exists():
+                    shutil.move(self.place / name, self.picture(name))
             _take_place(packed, self.path)
             remove(self.place)
         except OSError as error:
             raise refusal(self.path, error) from None
-
-    def picture(self, name: str) -> Path:
-        """Beside it: `OUT.grid.png`."""
-        return self.path.with_name(f"{self.path.name}.{name}")
 
     def picture_in_work(self, name: str) -> Path:
         """In the partial folder; beside OUT where all else is done."""

@@ -15,14 +15,14 @@ from vdiff.errors import VdiffError
 from vdiff.files import fsync_folder, make_folder, refusal, remove, write_text
 from vdiff.sampling.codecs import from_png, png
 from vdiff.sampling.order import RECORD, Order
-from vdiff.sampling.outputs import GRID, Output, State, is_ours, sweep
+from vdiff.sampling.outputs import GRID, PICTURES, Output, State, is_ours
 
 FSYNCS_AT_ONCE = 16
 """File systems make several files durable in the time of one: 500 in 0.3 s instead of 4 (ext4)."""
 
 
 class PngFolder(Output):
-    """`00000.png`, `00001.png`, … and the record, with the pictures among them."""
+    """`00000.png`, `00001.png`, … and the record; the pictures lie beside the folder."""
 
     @property
     def place(self) -> Path:
@@ -35,18 +35,21 @@ class PngFolder(Output):
             raise VdiffError(f"{self.path} is a file, not a folder", "choose another --out")
         if not is_ours(self.path, order, "png", overwrite=overwrite):
             return "anew"
-        is_finished = bool(self.held(num).all()) and self.picture(GRID).exists()
+        is_finished = bool(self.held(num).all()) and any(path.exists() for path in self._places(GRID))
         return "finished" if is_finished else "going on"
 
     def begin(self, order: Order, state: State) -> None:
         """Write the record; take the grid away, as one of fewer images must not pass for that of all."""
         if state == "anew":
-            if self.path.exists():
-                remove(self.path)
-            write_text(make_folder(self.path) / RECORD, order.to_json(format="png"))
+            for place in (*make_folder(self.path).iterdir(), *map(self.picture, PICTURES)):
+                remove(place)
+            write_text(self.path / RECORD, order.to_json(format="png"))
+        for now, before in map(self._places, PICTURES):
+            if before.exists():
+                os.replace(before, now)
         if state != "finished":
             remove(self.picture(GRID))
-        sweep(self.path)
+        self.sweep()
 
     def held(self, num: int) -> np.ndarray:
         """Which files are there."""
@@ -85,13 +88,9 @@ class PngFolder(Output):
     def finish(self, order: Order, num: int) -> None:
         """It is where it belongs."""
 
-    def picture(self, name: str) -> Path:
-        """Among the images."""
-        return self.path / name
-
-    def picture_in_work(self, name: str) -> Path:
-        """The same."""
-        return self.path / name
+    def _places(self, name: str) -> tuple[Path, Path]:
+        """Where a picture is, and where earlier versions put it: among the images."""
+        return self.picture(name), self.path / name
 
 
 def image_path(folder: Path, index: int) -> Path:

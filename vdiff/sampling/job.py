@@ -28,17 +28,8 @@ from vdiff.models.drawing import EVERYWHERE, draw_from
 from vdiff.models.speed import FastNetwork, memory_errors_named, ready_to_draw
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.order import Order
-from vdiff.sampling.outputs import GRID, Output
-from vdiff.sampling.pictures import (
-    ANIMATION,
-    MAX_GRID,
-    STRIP,
-    Trajectory,
-    grid_picture,
-    num_shown,
-    path_picture,
-    spread,
-)
+from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
+from vdiff.sampling.pictures import MAX_GRID, Trajectory, grid_picture, num_shown, path_picture, spread
 from vdiff.sampling.processes import Processes
 
 PATH = (STRIP, ANIMATION)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +17,7 @@ from vdiff.errors import VdiffError
 from vdiff.files import remove
 from vdiff.sampling.order import RECORD, Order, read_record
 
-GRID = "grid.png"
+GRID, STRIP, ANIMATION = PICTURES = ("grid.png", "trajectory.png", "trajectory.webp")
 LEFTOVERS = ".*.tmp"
 """What `write_whole` leaves behind where it is killed."""
 State = Literal["anew", "going on", "finished"]
@@ -82,19 +84,21 @@ class Output(ABC):
     def finish(self, order: Order, num: int) -> None:
         """Put the whole in its place, where that is still to be done."""
 
-    @abstractmethod
     def picture(self, name: str) -> Path:
-        """Where the picture called `name` is once all is done."""
+        """`OUT.grid.png`: beside the output, as tools that read a folder of images take every picture for a sample."""
+        path = self.path if self.path.name.strip(".") else self.path.resolve()
+        return path.with_name(f"{path.name}.{name}")
 
-    @abstractmethod
     def picture_in_work(self, name: str) -> Path:
-        """Where it is written before."""
+        """Where the picture called `name` is until all is done."""
+        return self.picture(name)
 
-
-def sweep(place: Path) -> None:
-    """Take away what a killed process left half-written."""
-    for path in place.glob(LEFTOVERS):
-        remove(path)
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written."""
+        beside = (self.picture(name) for name in PICTURES)
+        found = [picture.parent.glob(f".{escape(picture.name)}{LEFTOVERS}") for picture in beside]
+        for path in chain(self.place.glob(LEFTOVERS), *found):
+            remove(path)
 
 
 def check_form(record: object, form: str, place: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vdiff.data.store import DatasetMeta
 from vdiff.data.writer import StoreWriter
+from vdiff.errors import VdiffError
 from vdiff.files import make_folder, write_text
 from vdiff.sampling.order import RECORD, read_record
 
@@ -74,7 +75,10 @@ def pack_zip(contents: Contents, path: Path) -> None:
 
 
 def pack_npz(contents: Contents, path: Path) -> None:
-    """`arr_0` (N, H, W, C) uint8 and, of a class-conditional model, `arr_1` (N,) int64, as evaluation suites read."""
+    """`arr_0` (N, H, W, C) uint8 and, of a class-conditional model, `arr_1` (N,) int64, as evaluation suites read.
+
+    The record is the comment of the zip file, so that those who take every array of it find these two alone.
+    """
     shape = (contents.num, contents.size, contents.size, contents.channels)
     with zipfile.ZipFile(path, "w") as file:
         with file.open(_entry("arr_0.npy"), "w", force_zip64=True) as stream:
@@ -85,7 +89,7 @@ def pack_npz(contents: Contents, path: Path) -> None:
         if (labels := contents.all_labels()) is not None:
             with file.open(_entry("arr_1.npy"), "w", force_zip64=True) as stream:
                 npy.write_array(stream, labels, version=(1, 0), allow_pickle=False)
-        file.writestr(_entry(RECORD), contents.record)
+        file.comment = contents.record.encode()
 
 
 def pack_lmdb(contents: Contents, path: Path) -> None:
@@ -111,6 +115,16 @@ def pack_lmdb(contents: Contents, path: Path) -> None:
     write_text(path / RECORD, contents.record)
 
 
+def check_record(form: str, record: str) -> None:
+    """Refuse a record that is too long for the comment of a zip file.
+
+    Raises:
+        VdiffError: as said.
+    """
+    if form == "npz" and len(record) > zipfile.ZIP_MAX_COMMENT:
+        raise VdiffError("an npz cannot record so many classes", "name fewer with --classes, or give --format zip")
+
+
 def read_packed_record(path: Path) -> dict[str, Any] | None:
     """The record in a zip, an npz or an LMDB folder; None where it is none of ours."""
     if path.is_dir():
@@ -118,7 +132,7 @@ def read_packed_record(path: Path) -> dict[str, Any] | None:
     else:
         try:
             with zipfile.ZipFile(path) as file:
-                record = json.loads(file.read(RECORD))
+                record = json.loads(file.read(RECORD) if RECORD in file.namelist() else file.comment)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
     return record if isinstance(record, dict) else None

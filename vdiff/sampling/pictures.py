@@ -24,7 +24,6 @@ from vdiff.diffusion.prediction import Prediction
 from vdiff.files import write_whole
 
 MAX_GRID, MAX_COLUMNS, MAX_NAME = 64, 16, 24
-STRIP, ANIMATION = "trajectory.png", "trajectory.webp"
 MAX_ROWS, MAX_STRIP, MAX_FRAMES = 8, 12, 64
 SECONDS, LAST_SECONDS, MIN_MILLISECONDS = 3.0, 1.5, 40
 
