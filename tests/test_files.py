@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from vdiff import files
 from vdiff.errors import VdiffError
-from vdiff.files import fsync_folder, make_folder, make_temporary_folder, new_folder, remove, write_text, write_whole
+from vdiff.files import (
+    check_regular,
+    fsync_folder,
+    make_folder,
+    make_temporary_folder,
+    new_folder,
+    parse,
+    read_json,
+    read_text,
+    remove,
+    write_text,
+    write_whole,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -181,3 +196,38 @@ def test_folders_need_no_sync_on_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "name", "nt")
     fsync_folder(tmp_path)
     assert opened == []
+
+
+def test_pipes_sockets_and_devices_are_never_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for name in ("pipe", "link", "socket", "/dev/null"):
+            with pytest.raises(VdiffError, match=f"{name} is a pipe, a socket or a device; give a regular file"):
+                check_regular(Path(name))
+            with pytest.raises(VdiffError, match="pipe, a socket"):
+                read_text(Path(name))
+    for name in (".", "missing", "nul\0"):
+        check_regular(Path(name))
+
+
+def test_a_text_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "a.json"
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="1,048,576 MiB, more than the 64"):
+        read_text(path)
+    with pytest.raises(VdiffError, match=r"a.json cannot be read: 1,048,576 MiB, more than the 64 .*; restore it"):
+        read_json(path, "restore it")
+
+
+@pytest.mark.parametrize("depth", [201, 50_000])
+@pytest.mark.parametrize(
+    ("loads", "start", "inner", "after"), [(json.loads, "", "[", "]"), (tomllib.loads, "a = ", "{a = ", "}")]
+)
+def test_what_is_nested_too_deep_is_refused(loads, start, inner, after, depth):
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse(f"{start}{inner * depth}1{after * depth}", loads)
+    assert parse("[1]") == [1]

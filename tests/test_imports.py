@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "vdiff.diffusion.distillation": DIFFUSION,
     "vdiff.models": [],
     "vdiff.models.unet": [],
-    "vdiff.models.reading": ["vdiff.errors"],
+    "vdiff.models.reading": ["vdiff.errors", "vdiff.files"],
     "vdiff.models.denoiser": ["vdiff.diffusion", "vdiff.models.unet"],
     "vdiff.models.checkpoint": [
         *(f"vdiff.models.{name}" for name in ("denoiser", "reading", "unet")),

@@ -1,15 +1,90 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all; descriptions of somebody who may not be trusted."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vdiff.errors import VdiffError
+
+MAX_TEXT_BYTES = 64 * 2**20
+MAX_DEPTH = 200
+"""Objects within objects in a description; a teacher takes one, and no ladder has so many stages."""
+
+
+def check_regular(path: Path) -> None:
+    """Do nothing if `path` is a regular file, a folder or missing.
+
+    Raises:
+        VdiffError: it is a pipe, a socket or a device, which one might wait for without end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise VdiffError(f"{path} is a pipe, a socket or a device", "give a regular file")
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text in a file of at most 64 MiB.
+
+    Raises:
+        VdiffError: it is no regular file.
+        OSError, ValueError: it cannot be read, is too large, or no text.
+    """
+    check_regular(path)
+    size = path.stat().st_size
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"{size / 2**20:,.0f} MiB, more than the {MAX_TEXT_BYTES // 2**20} that may be")
+    return path.read_text(encoding="utf-8")
+
+
+def parse(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
+    """The value that a JSON text describes (with `tomllib.loads` a TOML text).
+
+    Raises:
+        ValueError: it is none, or nested deeper than 200 levels.
+    """
+    try:
+        value = loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError("it is nested too deep")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects lie in each other, counted without recursion."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+    return depth
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file of somebody who may not be trusted.
+
+    Raises:
+        VdiffError: it is too large, no JSON object, or objects lie too deep in objects; `advice` says what to do.
+    """
+    try:
+        values = parse(read_text(path))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, OSError) as error:
+        raise VdiffError(f"{path} cannot be read: {error}", advice) from None
+    return values
 
 
 def refusal(path: Path, error: OSError) -> VdiffError:

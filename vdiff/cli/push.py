@@ -11,6 +11,7 @@ from vdiff.cli.export import LICENSE_HELP
 from vdiff.cli.options import Command, option, switch
 from vdiff.cli.prepare import megabytes
 from vdiff.errors import OptionError
+from vdiff.files import read_text
 
 
 @click.command(
@@ -91,8 +92,8 @@ def _token(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        token = read_text(path).strip()
+    except (OSError, ValueError) as error:
         raise OptionError(f"--token_file {path} cannot be read: {error}", "give a file with one token") from None
     if not token or len(token.split()) != 1:
         raise OptionError(f"--token_file {path} holds no token", "give a file with one token and nothing else")

@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 from vdiff.data.store import PREPARE_AGAIN
 from vdiff.errors import VdiffError
+from vdiff.files import check_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 COPY_AGAIN = f"copy the shard again, or {PREPARE_AGAIN}"
@@ -87,6 +88,7 @@ def damaged(where: str | Path, reason: object) -> VdiffError:
 
 def scan(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """The samples of a tar on disk, as `read_samples` gives them, and a check that it ends as a tar must."""
+    check_regular(path)
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             yield from read_samples(tar, wanted)
@@ -209,6 +211,8 @@ def opened(place: str, num_bytes: int | None = None) -> Iterator[Any]:
     scheme = scheme_of(place)
     if scheme:
         check_place(place)
+    else:
+        check_regular(Path(place))
     try:
         if scheme in ("http", "https"):
             with HttpFile(place, num_bytes) as remote:

@@ -12,6 +12,7 @@ from vdiff.data.named_sources import BUILT_IN, TORCHVISION, HuggingFace, Torchvi
 from vdiff.data.source import Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
 from vdiff.errors import VdiffError, suggestion
+from vdiff.files import check_regular
 
 
 def open_source(place: Path | str | None, options: SourceOptions | None = None) -> Source:
@@ -32,6 +33,7 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
             return Torchvision(str(place), options)
         if str(place) not in BUILT_IN:
             raise VdiffError(f"{place}: no such file or folder", _nearest(path))
+    check_regular(path)
     options.refuse(str(place), "split", "image_column", "label_column")
     if not path.exists():
         return BUILT_IN[str(place)]()

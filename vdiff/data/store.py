@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import lmdb
 
 from vdiff.errors import VdiffError
+from vdiff.files import parse, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -295,7 +296,7 @@ def incomplete(path: Path) -> VdiffError:
 
 def _job(folder: Path) -> dict[str, Any]:
     try:
-        job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+        job = parse(read_text(folder / JOB_FILE))
     except (OSError, ValueError):
         return {}
     return job if isinstance(job, dict) and "command" in job else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from vdiff.data.datasets import AnyStore
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.feature_network import FeatureNet
 from vdiff.evaluation.feature_network_training import FeatureTraining, HeldOut
-from vdiff.files import make_folder, refusal
+from vdiff.files import make_folder, parse, refusal
 from vdiff.models.program import write_program
 
 SUFFIX = ".pt2"
@@ -136,7 +135,7 @@ def _probe(network: FeatureNet, count: int) -> Tensor:
 def parse_metadata(text: str | bytes) -> FeatureMetadata | None:
     """The metadata in the extra file of a program; None if it is empty or not that of features."""
     try:
-        values: Any = json.loads(text or "null")
+        values: Any = parse(text or "null")
     except ValueError:
         return None
     if not isinstance(values, dict) or values.get("features") != FORMAT:

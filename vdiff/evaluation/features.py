@@ -20,6 +20,7 @@ from vdiff.data.images import from_uint8
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.feature_network_file import parse_metadata
 from vdiff.evaluation.pixels import SIDE, pixel_vectors
+from vdiff.files import check_regular
 from vdiff.models.program import METADATA
 
 PIXELS, INCEPTION = "pixels", "inception"
@@ -141,6 +142,7 @@ def _kind(image_size: int, channels: int) -> str:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             while block := file.read(2**20):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vdiff.data.images import to_uint8
 from vdiff.errors import VdiffError
+from vdiff.files import check_regular
 
 NAME = "inception-v3-compat"
 DIM = 2048
@@ -110,6 +111,7 @@ def _download() -> Path:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors in a file that `torch.save` wrote, and its SHA-256."""
+    check_regular(path)
     try:
         contents = path.read_bytes()
     except OSError as error:

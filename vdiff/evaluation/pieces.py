@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from vdiff.errors import VdiffError
-from vdiff.files import make_folder, remove, write_text, write_whole
+from vdiff.files import make_folder, parse, read_text, remove, write_text, write_whole
 
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class WorkFolder:
 
     def _job(self) -> str:
         try:
-            return str(json.loads((self.path / JOB).read_text(encoding="utf-8"))["job"])
+            return str(parse(read_text(self.path / JOB))["job"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import vdiff
 from vdiff.errors import VdiffError
-from vdiff.files import write_text
+from vdiff.files import parse, read_text, write_text
 
 FORMAT = 1
 FILE, PAIRS = "evaluation.json", "evaluation-nearest.png"
 """What a ladder's evaluation and its picture are called, in the folder that holds the ladder."""
-MAX_BYTES = 64 * 2**20
 AGAIN = "evaluate again: vdiff evaluate"
 
 
@@ -136,7 +135,7 @@ class Evaluation:
             VdiffError: not JSON, another format, or keys that are missing, unknown or of the wrong kind.
         """
         try:
-            values = json.loads(text)
+            values = parse(text)
             if not isinstance(values, dict):
                 raise TypeError("it is no JSON object")
             if values.get("format") != FORMAT:
@@ -165,14 +164,14 @@ class Evaluation:
             VdiffError: no such file, or none that can be read.
         """
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"{path.stat().st_size / 2**20:,.0f} MiB are too many")
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except VdiffError as error:
-            raise VdiffError(f"{path}: {error.cause}", error.hint) from None
+            text = read_text(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise VdiffError(f"{path} cannot be read: {reason}", AGAIN) from None
+        try:
+            return cls.from_json(text)
+        except VdiffError as error:
+            raise VdiffError(f"{path}: {error.cause}", error.hint) from None
 
 
 def row_from(values: Any) -> Row:

@@ -20,7 +20,7 @@ from vdiff.evaluation.pieces import Arrays, Processes, WorkFolder, write_arrays
 from vdiff.evaluation.plan import Request
 from vdiff.evaluation.reference import Statistics
 from vdiff.evaluation.results import Row, plain, row_from
-from vdiff.files import write_text
+from vdiff.files import parse, read_text, write_text
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.reporting import Progress, Reporter
 
@@ -174,7 +174,7 @@ def finished_rows(work: WorkFolder, count: int) -> list[Row]:
     for number in range(count):
         path = work.file(row_file(number))
         try:
-            found.append(row_from(json.loads(path.read_text(encoding="utf-8"))))
+            found.append(row_from(parse(read_text(path))))
         except (OSError, ValueError, TypeError):
             raise VdiffError(f"{path} cannot be read", f"remove {work.path}, then give the command again") from None
     return found

@@ -7,7 +7,6 @@ have written into it stays.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from PIL.Image import Image
 from vdiff.data.images import cell_scale, make_grid, save_png, to_pil
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError
-from vdiff.files import write_text
+from vdiff.files import parse, read_text, write_text
 from vdiff.interop.sharing import last_name
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
@@ -147,8 +146,8 @@ def is_card(path: Path) -> bool:
 def _text(path: Path) -> str:
     """What lies at `path`; nothing where there is no text."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_text(path)
+    except (OSError, ValueError):
         return ""
 
 
@@ -221,7 +220,7 @@ def _code(text: str) -> str:
 def _distances(checkpoint: Path, config: CheckpointConfig) -> str:
     """The table of the ladder that lies beside the checkpoint: every number in it that is a distance."""
     try:
-        rows = json.loads((checkpoint / LADDER).read_text(encoding="utf-8"))
+        rows = parse(read_text(checkpoint / LADDER))
         if rows[-1]["num_steps"] != config.num_timesteps:
             return ""
         models = [(last_name(str(row["checkpoint"])), str(int(row["num_steps"])), row) for row in rows]

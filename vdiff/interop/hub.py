@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vdiff.errors import OptionError, VdiffError
+from vdiff.files import read_json
 from vdiff.interop.card import CARD, PICTURE, is_card
 from vdiff.interop.sharing import public
 from vdiff.interop.weights import describe
 from vdiff.models.checkpoint import CONFIG, WEIGHTS
-from vdiff.models.reading import read_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 PATTERNS = (CARD, PICTURE, CONFIG, WEIGHTS, "*.onnx", "*.pt2", "model_index.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vdiff.errors import VdiffError
-from vdiff.models.reading import read_json
+from vdiff.files import read_json
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vdiff.errors import VdiffError
+from vdiff.files import check_regular
 
 MAX_FILE_BYTES = 64 * 2**30
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -82,6 +83,7 @@ def _check_archive(path: Path) -> None:
     """
     if path.is_dir():
         raise VdiffError(f"{path} is a folder", "give the path of the checkpoint.pt in it")
+    check_regular(path)
     with open(path, "rb") as file:
         start = file.read(4)
     if path.stat().st_size > MAX_FILE_BYTES:

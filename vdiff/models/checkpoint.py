@@ -27,9 +27,9 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
-from vdiff.files import make_folder, write_text, write_whole
+from vdiff.files import make_folder, read_json, write_text, write_whole
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.reading import read_json, read_shapes, reading
+from vdiff.models.reading import read_shapes, reading
 from vdiff.models.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1

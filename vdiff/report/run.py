@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 from vdiff.errors import VdiffError
 from vdiff.evaluation.results import FILE as EVALUATION
 from vdiff.evaluation.results import Evaluation
+from vdiff.files import parse, read_json, read_text
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, CheckpointConfig, read_config, weights_fingerprint
-from vdiff.models.reading import read_json
 
 RUN_FILE, VERDICT, COMPARISON = "run.toml", "verdict.json", "ladder.json"
 PICTURE, IMAGES, SAMPLES = "ladder.png", "ladder_images.png", "samples"
@@ -216,7 +215,7 @@ def _compared(path: Path) -> tuple[Compared, ...]:
                 rmse_to_teacher=_number(row.get("rmse_to_teacher")),
                 rmse_to_first=_number(row.get("rmse_to_first")),
             )
-            for row in json.loads(_text(path))
+            for row in parse(_text(path))
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise VdiffError(f"{path} holds no comparison: {type(error).__name__} {error}", AGAIN) from None
@@ -235,8 +234,8 @@ def _text(path: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise VdiffError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", AGAIN) from None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.errors import VdiffError
+from vdiff.files import parse, read_text
 from vdiff.models.drawing import image_classes
 from vdiff.sampling.paths import PathNoise, nearer_end
 
@@ -98,6 +99,6 @@ def _default(item: Any) -> Any:
 def read_record(path: Path) -> Any:
     """What is in the record; None where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(read_text(path))
     except (OSError, ValueError):
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from vdiff.data.store import DatasetMeta
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
-from vdiff.files import make_folder, write_text
+from vdiff.files import make_folder, parse, write_text
 from vdiff.sampling.order import RECORD, read_record
 
 LABELS = "dataset.json"
@@ -132,7 +132,7 @@ def read_packed_record(path: Path) -> dict[str, Any] | None:
     else:
         try:
             with zipfile.ZipFile(path) as file:
-                record = json.loads(file.read(RECORD) if RECORD in file.namelist() else file.comment)
+                record = parse(file.read(RECORD) if RECORD in file.namelist() else file.comment)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
     return record if isinstance(record, dict) else None

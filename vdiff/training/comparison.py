@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdiff.data.images import captioned_grid, make_grid, save_png
 from vdiff.diffusion.samplers import Ddim
-from vdiff.files import write_text
+from vdiff.files import parse, read_text, write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw
 from vdiff.reporting import Reporter
@@ -104,7 +104,7 @@ def known_rows(stages: Sequence[Stage], *, seed: int) -> list[Row] | None:
     """The table that an earlier `compare` of the same ladder wrote with `seed`; None where there is none."""
     path = stages[-1].folder / TABLE
     try:
-        rows = [Row(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        rows = [Row(**values) for values in parse(read_text(path))]
     except (OSError, ValueError, TypeError):
         return None
     entries = [(folder.as_posix(), steps, seed) for folder, steps in _entries(stages)]

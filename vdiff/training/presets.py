@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 
 from vdiff.errors import OptionError, VdiffError, suggestion
-from vdiff.files import write_text
+from vdiff.files import parse, read_text, write_text
 from vdiff.training.config import DistillConfig, TrainConfig, check_value
 
 PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
@@ -55,8 +55,8 @@ def read_settings(path: Path) -> Settings:
         OptionError: it cannot be read, is no TOML, or has an unknown key or a value that cannot be used.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"{path} cannot be read: {reason}", "give --config a TOML file") from None
     settings = _settings(text, str(path))
@@ -78,8 +78,8 @@ def _check(kind: type[TrainConfig | DistillConfig], values: Any, origin: str) ->
 
 def _settings(text: str, origin: str) -> Settings:
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = parse(text, tomllib.loads)
+    except ValueError as error:
         raise OptionError(f"{origin} is no TOML: {error}", "mend the file") from None
     distill, assumed = table.pop("distill", {}), table.pop("assumed", {})
     return Settings(train=table, distill=distill, assumed=assumed)

@@ -13,6 +13,7 @@ from typing import Any
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.phases import check_phase
 from vdiff.errors import OptionError
+from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.training.base import check_unet
 from vdiff.training.config import COMMAND_LINE, SHORTENING, DistillConfig, resolve
@@ -241,8 +242,8 @@ def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[st
         return teacher.unet
     path = Path(config.student_config)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = parse(read_text(path), tomllib.loads)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"--student_config {path} cannot be read: {reason}", "give a TOML file") from None
     table = values.get("unet")

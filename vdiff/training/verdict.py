@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
-from vdiff.files import write_text
+from vdiff.files import parse, read_text, write_text
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
@@ -56,7 +56,7 @@ class Verdict:
 def read_verdict(folder: Path) -> Verdict | None:
     """What was found of the student in `folder`; None where nothing was, or nothing that can be read."""
     try:
-        return Verdict(**json.loads((folder / VERDICT).read_text(encoding="utf-8")))
+        return Verdict(**parse(read_text(folder / VERDICT)))
     except (OSError, ValueError, TypeError):
         return None
 
