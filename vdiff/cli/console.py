@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,21 +123,36 @@ class Console:
             yield plain
             plain.say()
 
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """Print a table of results on stdout: boxed on a terminal, aligned plain text elsewhere."""
+    def table(self, title: str, columns: list[str], rows: list[list[str]], *, num_keys: int = 1) -> None:
+        """Print a table of results on stdout: boxed on a terminal, aligned plain text elsewhere.
+
+        On a terminal that is too narrow, several tables hold the columns; each begins with the first `num_keys` ones.
+        """
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         if speaks() and sys.stdout.isatty():
             from rich.console import Console as RichConsole
             from rich.table import Table
 
-            table = Table(title=title, title_justify="left")
-            for column in columns:
-                table.add_column(column, justify="left" if column == columns[0] else "right")
-            for row in rows:
-                table.add_row(*row)
-            RichConsole().print(table)
+            terminal = RichConsole()
+            for k, part in enumerate(_parts(widths, num_keys, terminal.width)):
+                table = Table(title=title if k == 0 else None, title_justify="left")
+                for i in part:
+                    table.add_column(columns[i], justify="right" if i else "left", overflow="fold")
+                for row in rows:
+                    table.add_row(*(row[i] for i in part))
+                terminal.print(table)
             return
-        widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
         self.result(title)
         for row in [columns, *rows]:
             cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
             self.result("  ".join(cells).rstrip())
+
+
+def _parts(widths: Sequence[int], num_keys: int, width: int) -> list[list[int]]:
+    """The columns of each boxed table that fits `width` characters; all tables begin with the first `num_keys`."""
+    keys = list(range(num_keys))
+    parts = [keys]
+    for i in range(num_keys, len(widths)):
+        is_full = 1 + sum(widths[k] + 3 for k in [*parts[-1], i]) > width
+        parts = [*parts, [*keys, i]] if is_full and parts[-1] != keys else [*parts[:-1], [*parts[-1], i]]
+    return parts

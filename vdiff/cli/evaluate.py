@@ -234,7 +234,7 @@ def command(
     for line in head(found):
         console.result(line)
     columns, rows = table(found)
-    console.table("Evaluation", columns, rows)
+    console.table("Evaluation", columns, rows, num_keys=3)
     for note in found.notes:
         console.result(f"note       {note}")
     if found.pairs is not None:
