@@ -27,8 +27,10 @@ from tests.toy import (
     run_training,
     scalars,
     train_config,
+    write_checkpoint,
     write_dataset,
 )
+from vdiff.diffusion.multistep import Dpmpp2m
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import SCHEDULES
@@ -41,6 +43,7 @@ from vdiff.training.engine import build_engine
 from vdiff.training.loop import Run, averages_of, build_update, seed_update
 from vdiff.training.objectives import DenoisingObjective, Draws, Example, Pupil
 from vdiff.training.optimisation import build_optimizer
+from vdiff.training.records import preview, preview_steps
 from vdiff.training.state import state_path
 
 
@@ -164,7 +167,9 @@ def test_what_is_saved_is_the_average_of_the_weights(data, tmp_path):
     run = run_of(train_config(data, num_iters=30, ema=0.6), tmp_path / "run")
     average = {name: w.detach().double().clone() for name, w in run.denoiser.named_parameters()}
 
-    def follow(_: str, completed: int) -> None:
+    def follow(bar: str, completed: int) -> None:
+        if bar != "run":  # samples are drawn at the end
+            return
         d = min(0.6, completed / (9 + completed))
         for name, weight in run.denoiser.named_parameters():
             average[name] = d * average[name] + (1 - d) * weight.detach().double()
@@ -418,7 +423,7 @@ def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path)
     names = sorted(path.name for path in (folder / "samples").iterdir())
     assert names == ["0000004.png", "0000006.png"]
     denoiser, _ = load_checkpoint(folder)
-    images = draw(denoiser, Ddim(), indices=range(64), image_size=SIZE, num_steps=8, seed=0)
+    images = draw(denoiser, Dpmpp2m(), indices=range(64), image_size=SIZE, num_steps=8, seed=0)
     with PIL.Image.open(folder / "samples" / "0000006.png") as picture:
         assert picture.mode == "L"
         pixels = torch.from_numpy(np.array(picture)).float()
@@ -432,6 +437,44 @@ def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path)
     events = EventAccumulator(str(folder / "log"))
     events.Reload()
     assert [event.step for event in events.Images("samples")] == [4, 6]
+
+
+def test_what_was_trained_is_saved_before_samples_are_drawn(data, whole, tmp_path, monkeypatch):
+    """A kill while the last samples are drawn, or those on the way, loses nothing."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    folder, config = tmp_path / "original", train_config(data, sample_interval=3, ckpt_interval=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("vdiff.training.loop.preview", killed)
+        for _ in range(2):  # at update 3, then at the last one
+            with pytest.raises(KeyboardInterrupt):
+                run_training(config, folder, resume=folder.exists())
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "sampler"),
+    [
+        ({"num_timesteps": 1024}, 32, Dpmpp2m),
+        ({"num_timesteps": 1024, "method": "guided", "teacher": {"method": "base", "teacher": None}}, 32, Dpmpp2m),
+        ({"num_timesteps": 8}, 8, Dpmpp2m),
+        ({"num_timesteps": 48, "schedule": {"name": "ddpm_cosine", "num_levels": 48}}, 24, Dpmpp2m),
+        ({"num_timesteps": 512, "method": "progressive"}, 32, Dpmpp2m),
+        ({"num_timesteps": 4, "method": "progressive"}, 4, Ddim),
+    ],
+)
+def test_a_preview_takes_few_evaluations(tmp_path, changes, steps, sampler):
+    """At most 32 of the network; a student of few steps takes its own."""
+    denoiser = write_checkpoint(tmp_path / "model", **changes)
+    description = read_config(tmp_path / "model")
+    seen, told = [], []
+    denoiser.register_forward_hook(lambda *_: seen.append(1))
+    images = preview(denoiser, description, seed=2, on_step=told.append)
+    assert (len(seen), told, preview_steps(description)) == (steps, list(range(1, steps + 1)), steps)
+    expected = draw(denoiser, sampler(), indices=range(64), image_size=SIZE, num_steps=steps, seed=2)
+    torch.testing.assert_close(images, expected, rtol=0, atol=0)
 
 
 def test_pictures_change_nothing(data, whole, tmp_path):

@@ -100,8 +100,8 @@ def test_resuming_goes_on_counting(data, tmp_path):
     seconds = read_config(folder).train_seconds
     watcher = Watcher()
     done = run_training(train_config(data), folder, resume=True, reporter=watcher)
-    assert watcher.bars == [("original", 6, 2)]
-    assert [completed for _, completed in watcher.seen] == [3, 4, 5, 6]
+    assert watcher.bars == [("original", 6, 2), ("samples of original", 8, 0)]
+    assert [completed for name, completed in watcher.seen if name == "original"] == [3, 4, 5, 6]
     assert (done.num_iters, done.target_iters, done.num_images) == (6, 6, 24)
     assert done.train_seconds >= seconds
     assert done.is_finished
@@ -309,7 +309,7 @@ def disturb(objective, at: int, act):
 def test_a_signal_in_the_last_update_finishes_the_run(data, whole, tmp_path):
     folder = tmp_path / "original"
     with pytest.raises(Interrupted, match="is finished and saved") as caught:
-        run_training(train_config(data), folder, reporter=signal_at(6, signal.SIGTERM))
+        run_training(train_config(data), folder, reporter=signal_at(6, signal.SIGTERM, bar="original"))
     assert caught.value.exit_code == 143
     assert_same_run(folder, whole)
 

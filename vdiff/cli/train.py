@@ -67,8 +67,8 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
         return
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
-    steps = preview_steps(done.num_timesteps)
-    console.result(f"next       python sample.py --checkpoint {out} --num_timesteps {steps}")
+    steps = preview_steps(done)
+    console.result(f"next       python sample.py --checkpoint {out} --sampler dpmpp_2m --num_timesteps {steps}")
     console.result(f"           python distill.py --base {out}")
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
 from vdiff.models.denoiser import Denoiser, drop_classes
-from vdiff.reporting import Reporter
+from vdiff.reporting import Progress, Reporter
 from vdiff.training import history
 from vdiff.training.averages import Averages, BiasCorrected, profiles_of
 from vdiff.training.config import LoopConfig
@@ -28,7 +29,7 @@ from vdiff.training.meter import Meter, Outcome
 from vdiff.training.objectives import LOSSES, Draws, Objective, Pupil, stratified, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
-from vdiff.training.records import open_records, preview
+from vdiff.training.records import open_records, preview, preview_steps
 from vdiff.training.sharding import whole
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import Position, load_state, remove_state, save_state
@@ -96,6 +97,10 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
             history.keep(run.folder, meter.position.step, last=config.keep_last, every=config.keep_every)
         engine.wait()  # or a process that leaves first takes the others with it, before all is written
 
+    def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
+        if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
+            records.pictures(preview(averages.model, run.description, seed=config.seed, on_step=on_step), done)
+
     with (
         stop_requests(alone=engine.world_size == 1) as stop,
         closing(open_records(config.tracker if engine.is_main else "none", run.folder, step=start.step)) as records,
@@ -115,22 +120,28 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
                 if save_due or done % config.log_interval == 0:
                     records.scalars({**meter.read(), "ema_decay": averages.decay_at(step)}, done)
                 bar.update(done, meter.note)
-                # weights that are shared out must be put together by all
-                if (engine.is_main or config.fsdp) and (done % config.sample_interval == 0 or is_last):
-                    records.pictures(preview(averages.model, run.description, seed=config.seed), done)
                 if is_snapshot_due(done, config.num_iters, config.ema_interval):
                     images = done * config.batch_size
                     save_snapshot(run.folder, averages, step=done, images=images, write=engine.is_main)
                 if save_due and not is_last:
                     save()
+                if done % config.sample_interval == 0 and not is_last:  # after saving: a kill here loses nothing
+                    draw_preview(done, partial(_note_preview, bar, done))
                 if code is not None and not is_last:
                     raise Interrupted(f"stopped after update {done} of {config.num_iters}, {run.folder} is saved", code)
         save()
         if config.lr_schedule != "constant" and engine.is_main:
             remove_state(run.folder)  # the learning rate ended at 0: there is no going on from here
+        with reporter.progress(f"samples of {run.folder.name}", preview_steps(run.description), "steps") as bar:
+            draw_preview(config.num_iters, bar.update)
         if stop.exit_code is not None:
             raise Interrupted(f"stopped; {run.folder} is finished and saved", stop.exit_code)
     return averages.model.eval()
+
+
+def _note_preview(bar: Progress, done: int, step: int) -> None:
+    """Say behind the bar of the updates how far the drawing of samples is."""
+    bar.update(done, f"samples, step {step}")
 
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:

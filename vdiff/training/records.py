@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from vdiff.data.images import cell_scale, make_grid, save_png, to_uint8
+from vdiff.diffusion.multistep import Dpmpp2m
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
 
-MAX_PREVIEW_STEPS = 64
+MAX_PREVIEW_STEPS = 32
 
 
 class Records(Protocol):
@@ -105,21 +106,32 @@ def _square(images: Tensor) -> Tensor:
     return make_grid(images, columns=round(len(images) ** 0.5), scale=cell_scale(images))
 
 
-def preview(denoiser: Denoiser, description: CheckpointConfig, *, seed: int) -> Tensor:
-    """Images from the same noise every time, by DDIM in at most 64 of the model's steps."""
+def preview(
+    denoiser: Denoiser, description: CheckpointConfig, *, seed: int, on_step: Callable[[int], None] | None = None
+) -> Tensor:
+    """Images (B, C, H, W) from the same noise every time, in at most `MAX_PREVIEW_STEPS` network evaluations each.
+
+    A student of few steps takes its own, by DDIM; every other model takes `preview_steps` of DPM-Solver++ (2M).
+
+    Args:
+        on_step: told after each step how many are done.
+    """
     from vdiff.models.drawing import draw
 
-    count = 64 if description.image_size <= 32 else 16
+    is_few_step_student = description.is_distilled and description.num_timesteps <= MAX_PREVIEW_STEPS
     return draw(
         denoiser,
-        Ddim(),
-        indices=range(count),
+        Ddim() if is_few_step_student else Dpmpp2m(),
+        indices=range(64 if description.image_size <= 32 else 16),
         image_size=description.image_size,
-        num_steps=preview_steps(description.num_timesteps),
+        num_steps=preview_steps(description),
         seed=seed,
+        on_step=on_step,
     )
 
 
-def preview_steps(num_timesteps: int) -> int:
-    """The largest number of steps up to 64 that divides `num_timesteps`."""
-    return next(steps for steps in range(MAX_PREVIEW_STEPS, 0, -1) if num_timesteps % steps == 0)
+def preview_steps(description: CheckpointConfig) -> int:
+    """The largest number of steps up to `MAX_PREVIEW_STEPS` that the model can take, at most its own."""
+    own = description.num_timesteps
+    steps = range(min(own, MAX_PREVIEW_STEPS), 0, -1)
+    return next(n for n in steps if description.takes_any_num_steps or own % n == 0)
