@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, gaussian, mixture, no_noise, randn, random_teacher
+from vdiff.diffusion.distillation import METHODS, Lesson
 from vdiff.diffusion.phases import halving_plan
+from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim, ddim_step, sample
 from vdiff.diffusion.schedules import CosineSchedule, grid_angles, grid_times
 from vdiff.diffusion.targets import invert_ddim, progressive_target
@@ -147,6 +149,99 @@ def test_a_last_step_off_by_one_rounding_still_ends_at_the_image(name):
     assert above - 1 / 8 > 0
     at, near = (progressive_target(random_teacher(schedule), schedule, z=z, t=time, num_steps=8) for time in (t, above))
     torch.testing.assert_close(near.x, at.x, rtol=1e-12, atol=1e-12)
+
+
+# k steps
+
+
+@every_teacher
+@pytest.mark.parametrize("name", ALL_SCHEDULES)
+@pytest.mark.parametrize(("num_steps", "ratio"), [(1, 4), (8, 4), (4, 5), (1, 125), (30, 3), (100, 1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_one_student_step_lands_where_k_steps_of_the_teacher_land(name, teacher, num_steps, ratio, dtype, tolerance):
+    """Also between the levels of a table; the teacher's chain is in float64, from x̂ and ε̂."""
+    schedule, fine = ALL_SCHEDULES[name], ratio * num_steps
+    answer = teacher(schedule)
+    i = torch.arange(1, num_steps + 1, dtype=torch.float64)
+    z, t = randn(num_steps, 2, 3, 2, dtype=dtype), i / num_steps
+    end = z.double()
+    for j in range(ratio):
+        said = answer(end, t - j / fine)
+        level = ratio * i - j - 1
+        angle = torch.where(level > 0, schedule.angle(level / fine), 0)
+        end = column(angle.cos(), z.double()) * said.x + column(angle.sin(), z.double()) * said.eps
+    target = progressive_target(answer, schedule, z=z, t=t, num_steps=num_steps, ratio=ratio)
+    step = ddim_step(z, target.v, grid_angles(schedule, t), grid_angles(schedule, (i - 1) / num_steps))
+    error = (step.double() - end).flatten(1).norm(dim=1) / end.flatten(1).norm(dim=1)
+    assert step.dtype == dtype
+    assert error.max() < tolerance
+
+
+def test_two_steps_of_the_formula_are_the_paper_s():
+    """k = 2 in the plain quotient of the paper, at every t of the grid, and by the method itself."""
+    schedule, z, t = ALL_SCHEDULES["linear"], randn(4, 2, 3, 2), grid_times(4)[1:]
+    teacher = random_teacher(schedule)
+    _, _, s, _, z_end = teacher_walk(teacher, schedule, z, 4)
+    angle_t, angle_s = grid_angles(schedule, t), grid_angles(schedule, s)
+    exact = invert_ddim(z, z_end, angle_t, angle_s)
+    found = progressive_target(teacher, schedule, z=z, t=t, num_steps=4)
+    torch.testing.assert_close(found.v, exact.v, rtol=1e-10, atol=1e-10)
+    lesson = Lesson(teacher, schedule, 4, 32)
+    example = METHODS["progressive"]()(
+        lesson, 0 * z, z / column(angle_t.sin(), z), (torch.arange(4) + 0.5).double() / 4
+    )
+    eight = progressive_target(teacher, schedule, z=z, t=t, num_steps=4, ratio=8)
+    torch.testing.assert_close(example.x, eight.x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize(("name", "ratio"), [("cosine", 2), ("cosine", 4), ("ddpm_cosine", 2), ("linear", 2)])
+def test_float32_does_not_drown_the_target_of_a_short_step(kind, name, ratio):
+    """What 8192 steps and 4096 (of a table: all its levels) differ in is told to a hundredth, at both ends of the grid.
+
+    With (cos δ z − z_end)/sin δ the rounding is as large as the difference.
+    """
+    schedule = ALL_SCHEDULES[name]
+    fine = 8192 if schedule.num_levels is None else schedule.num_levels
+    num_steps = fine // ratio
+    perfect = mixture(schedule)
+
+    def teacher(z, t):
+        """The perfect answer in the precision of z, read from what a network of this prediction type would say."""
+        said = perfect(z.double(), t)
+        angle = grid_angles(schedule, t)
+        output = torch.cat([said.x, said.eps], dim=1) if kind == "both" else getattr(said, kind)
+        return PREDICTION_TYPES[kind].read(z, output.to(z), angle)
+
+    level = torch.tensor([1, 2, num_steps // 4, num_steps // 2, num_steps // 2 + 1, num_steps * 3 // 4, num_steps])
+    level = level[:-1] if kind == "eps" else level  # at zero signal ε says nothing about the image
+    t = level.double() / num_steps
+    means = torch.tensor([-0.8, 0.1, 0.7], dtype=torch.float64)[torch.arange(len(t) * 48) % 3].reshape(len(t), 3, 4, 4)
+    angle = schedule.angle(t)
+    z = (column(angle.cos(), means) * means + column(angle.sin(), means) * randn(*means.shape)).float()
+    exact = progressive_target(teacher, schedule, z=z.double(), t=t, num_steps=num_steps, ratio=ratio)
+    found = progressive_target(teacher, schedule, z=z, t=t, num_steps=num_steps, ratio=ratio)
+
+    def size(values):
+        return values.double().flatten(1).norm(dim=1) / 48**0.5
+
+    signal = angle.sin() * size(exact.v - teacher(z.double(), t).v)
+    of_float32 = 2e-7 / angle.cos() if kind == "eps" else 2e-7
+    assert (size(found.x.double() - exact.x) < 0.01 * signal + of_float32).all()
+
+
+@pytest.mark.parametrize("path_sampler", ["ddim", "dpmpp_3m"])
+def test_float32_does_not_drown_the_targets_of_a_long_path(path_sampler):
+    """A trajectory of 256 short steps in float32 and in float64."""
+    schedule, steps = ALL_SCHEDULES["cosine"], 256
+    teacher, student = random_teacher(schedule), random_teacher(schedule, seed=5)
+    noise, u = randn(steps, 2, 3, 2), torch.zeros(steps, dtype=torch.float64)
+    lesson = Lesson(teacher, schedule, steps, steps, student=student)
+    method = METHODS["trajectory"](path_sampler=path_sampler)
+    exact = method(lesson, noise, noise, u)
+    found = method(lesson, noise.float(), noise.float(), u)
+    assert (found.z.dtype, found.x.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(found.x.double(), exact.x, rtol=0, atol=5e-5)  # 1e-3 with states in float32
 
 
 def test_inverting_a_step_recovers_the_velocity():

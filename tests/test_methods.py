@@ -30,8 +30,9 @@ from tests.written_out import (
 )
 from vdiff.diffusion.distillation import Consistency, Example, Match, Progressive, Tract
 from vdiff.diffusion.prediction import Prediction
+from vdiff.diffusion.samplers import ddim_step
 from vdiff.diffusion.schedules import CosineSchedule
-from vdiff.diffusion.targets import addim_step
+from vdiff.diffusion.targets import addim_velocity
 
 SEGMENTS = [(1, 8), (4, 8), (3, 12), (6, 6), (5, 15)]
 every_segment = pytest.mark.parametrize(("num_steps", "fine"), SEGMENTS)
@@ -44,8 +45,8 @@ every_segment = pytest.mark.parametrize(("num_steps", "fine"), SEGMENTS)
 @pytest.mark.parametrize("num_steps", [1, 3, 4])
 def test_progressive_of_a_gaussian_has_a_closed_form(schedule, num_steps):
     x, noise = images(num_steps)
-    found = Progressive()(lesson(schedule, gaussian(schedule, 0.4), num_steps, 99), x, noise, middles(num_steps))
     fine, levels = 2 * num_steps, [2 * i for i in range(1, num_steps + 1)]
+    found = Progressive()(lesson(schedule, gaussian(schedule, 0.4), num_steps, fine), x, noise, middles(num_steps))
     z = noised(schedule, torch.tensor(levels), fine, x, noise)
     factors = [walk(schedule, 0.4, fine, k, k - 2) for k in levels]
     torch.testing.assert_close(found.t * num_steps, torch.arange(1, num_steps + 1).double(), **EXACT)
@@ -234,6 +235,21 @@ def addim_parts(angle_t: float = 1.1, angle_s: float = 0.6, count: int = 5):
     return z, mixture(schedule)(z, schedule.time(angles[0])), x, *angles
 
 
+def addim_step(z: Tensor, said: Prediction, x: Tensor, angle_t: Tensor, angle_s: Tensor, eta: float) -> Tensor:
+    return ddim_step(z, addim_velocity(z, said, x, angle_t, angle_s, eta), angle_t, angle_s)
+
+
+def test_addim_of_a_perfect_image_is_ddim():
+    """x̂ = x on the last step, where the added variance and σ_s are both 0."""
+    z, said, _, angle_t, angle_s = addim_parts(0.4, 0.0)
+    found = addim_velocity(z.float(), as_float(said), said.x.float(), angle_t, angle_s, 1.0)
+    assert torch.equal(found, said.v.float())
+
+
+def as_float(said: Prediction) -> Prediction:
+    return Prediction(said.x.float(), said.eps.float(), said.v.float())
+
+
 def test_addim_without_its_variance_is_ddim():
     z, said, x, angle_t, angle_s = addim_parts()
     expected = math.cos(0.6) * said.x + math.sin(0.6) * said.eps
@@ -299,8 +315,7 @@ def test_consistency_takes_addim_steps_where_it_is_told_to(schedule, num_steps, 
 
 def test_addim_keeps_the_precision_of_the_images():
     z, said, x, *angles = addim_parts()
-    low = Prediction(said.x.float(), said.eps.float(), said.v.float())
-    found = addim_step(z.float(), low, x.float(), *angles, 1.0)
+    found = addim_step(z.float(), as_float(said), x.float(), *angles, 1.0)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), addim_step(z, said, x, *angles, 1.0), rtol=1e-5, atol=1e-5)
 

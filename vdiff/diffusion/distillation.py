@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vdiff.diffusion.phases import halving_plan, single_plan, two_phase_plan
 from vdiff.diffusion.samplers import SAMPLERS, Denoise, ddim_step, sample
 from vdiff.diffusion.schedules import Schedule, alpha_sigma, diffuse, grid_angles, grid_times
-from vdiff.diffusion.targets import addim_step, grid_times_of, invert_ddim, progressive_target, segment_target
+from vdiff.diffusion.targets import addim_velocity, grid_times_of, invert_ddim, progressive_target, segment_target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Progressive(Method):
-    """Two DDIM steps of the teacher become one of the student, in stages that halve the steps.
+    """k DDIM steps of the teacher become one of the student, by default k = 2 in stages that halve the steps.
 
     t = i/N with i uniform in 1 … N, x* by `progressive_target`. Source: Salimans & Ho 2022, algorithm 2.
     """
@@ -125,7 +125,8 @@ class Progressive(Method):
         """Noisy images on the student's grid."""
         t = grid_times_of(u, lesson.num_steps)
         z = diffuse(x, noise, lesson.schedule.angle(t))
-        target = progressive_target(lesson.teacher, lesson.schedule, z=z, t=t, num_steps=lesson.num_steps)
+        ratio = lesson.teacher_steps // lesson.num_steps
+        target = progressive_target(lesson.teacher, lesson.schedule, z=z, t=t, num_steps=lesson.num_steps, ratio=ratio)
         return Example(z, t, target.x)
 
 
@@ -157,14 +158,17 @@ class Tract(Method):
         """Noisy images on the teacher's grid."""
         assert lesson.average is not None
 
-        def first(z: Tensor, t: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
-            return ddim_step(z, lesson.teacher(z, t).v, angle_t, angle_s)
-
         fine = lesson.teacher_steps
         level = (u * fine).floor() + 1
         z = diffuse(x, noise, lesson.schedule.angle(level / fine))
         target = segment_target(
-            first, lesson.average, lesson.schedule, z=z, level=level, num_steps=lesson.num_steps, fine_steps=fine
+            lambda z, t, *_: lesson.teacher(z, t).v,
+            lesson.average,
+            lesson.schedule,
+            z=z,
+            level=level,
+            num_steps=lesson.num_steps,
+            fine_steps=fine,
         )
         return Example(z, level / fine, target.x)
 
@@ -174,7 +178,7 @@ class Consistency(Method):
     """Multistep consistency distillation: as `Tract`, with the student itself for its average, and a grid that grows.
 
     The teacher's steps n grow from `first_steps` to the teacher's own, evenly in log n, over the stage's updates; each
-    is an `addim_step`. With one segment this is consistency distillation (Song et al. 2023).
+    is an adjusted DDIM step (`addim_velocity`). With one segment this is consistency distillation (Song et al. 2023).
     Source: Heek et al. 2024, *Multistep Consistency Models*, algorithms 1 and 3.
 
     Args:
@@ -211,9 +215,7 @@ class Consistency(Method):
 
         def first(z: Tensor, t: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
             prediction = lesson.teacher(z, t)
-            if self.addim:
-                return addim_step(z, prediction, x, angle_t, angle_s, self.addim)
-            return ddim_step(z, prediction.v, angle_t, angle_s)
+            return addim_velocity(z, prediction, x, angle_t, angle_s, self.addim) if self.addim else prediction.v
 
         fine = self.steps_at(lesson)
         level = (u * fine).floor() + 1
@@ -305,16 +307,20 @@ class Trajectory(Method):
         assert lesson.student is not None
         steps, size = lesson.num_steps, len(noise)
         z = noise[: -(-size // steps)]
+        # states in float64, where the device has it: x* divides their difference by the sine of the step
+        z = z if z.device.type == "mps" else z.double()
+        teacher, student = lesson.teacher, lesson.student
+        lesson = replace(lesson, teacher=lambda z, t: teacher(z.to(noise), t))
         times = grid_times(steps)
         angles = grid_angles(lesson.schedule, times)
         ends = self.walk(lesson, z)
         states, targets = [], []
         for i in range(steps, 0, -1):
             t, angle_t, angle_s = (values.expand(len(z)) for values in (times[i], angles[i], angles[i - 1]))
-            states.append(z)
-            targets.append(invert_ddim(z, ends[i - 1], angle_t, angle_s).x)
+            states.append(z.to(noise))
+            targets.append(invert_ddim(z, ends[i - 1], angle_t, angle_s).x.to(noise))
             if i > 1:
-                z = ddim_step(z, lesson.student(z, t).v, angle_t, angle_s)
+                z = ddim_step(z, student(z.to(noise), t).v, angle_t, angle_s)
         # one noise after the other; where N does not divide the batch, the steps left out are drawn by the digits of u,
         # of which those of stratified numbers that come first tell nothing
         first = ((u[0] * 2**20) % 1 * steps).floor().long()

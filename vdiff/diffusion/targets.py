@@ -22,28 +22,57 @@ def invert_ddim(z: Tensor, z_end: Tensor, angle_t: Tensor, angle_s: Tensor) -> P
     v* = (cos δ · z − z_end)/sin δ, δ = φ_t − φ_s.
 
     The same as x* = (z_end − (σ_s/σ_t) z)/(α_s − (σ_s/σ_t) α_t) of Salimans & Ho 2022, eq. 9 (appendix G), in angles:
-    it divides by the sine of the step only, so that both ends of the grid need no special case.
+    it divides by the sine of the step only, so that both ends of the grid need no special case. Rounding of z and z_end
+    is enlarged 1/sin δ times; where both come from velocities, take `composed_velocity`.
     """
     delta = angle_t - angle_s
     v = (coefficient(delta.cos(), z) * z - z_end) / coefficient(delta.sin(), z)
     return from_v(z, v, angle_t)
 
 
-def progressive_target(teacher: Denoise, schedule: Schedule, *, z: Tensor, t: Tensor, num_steps: int) -> Prediction:
-    """The paper's target: two DDIM half steps of the teacher, t → t − 1/2N → t − 1/N, as one step of the student.
+def composed_velocity(
+    z: Tensor, first: Tensor, second: Tensor, angle_t: Tensor, angle_m: Tensor, angle_s: Tensor
+) -> Tensor:
+    """The velocity of the DDIM step φ_t → φ_s that lands where two steps φ_t → φ_m → φ_s land.
+
+    v* = (sin δ₁ cos δ₂ v₁ + sin δ₂ v₂ − sin δ₁ sin δ₂ z)/sin(δ₁ + δ₂), δ₁ = φ_t − φ_m, δ₂ = φ_m − φ_s.
+
+    Equals (cos(δ₁ + δ₂) z − z_s)/sin(δ₁ + δ₂) without the difference of two nearly equal images, whose rounding that
+    division would enlarge 1/(δ₁ + δ₂) times.
 
     Args:
-        teacher: the frozen teacher, a sampler of 2N steps.
+        z: the image at φ_t, (B, C, H, W).
+        first, second: v₁ at z, and v₂ at the image at φ_m.
+    """
+    before, after, whole = angle_t - angle_m, angle_m - angle_s, (angle_t - angle_s).sin()
+    of_first = coefficient(before.sin() * after.cos() / whole, z)
+    of_second = coefficient(after.sin() / whole, z)
+    return of_first * first + of_second * second - coefficient(before.sin() * after.sin() / whole, z) * z
+
+
+def progressive_target(
+    teacher: Denoise, schedule: Schedule, *, z: Tensor, t: Tensor, num_steps: int, ratio: int = 2
+) -> Prediction:
+    """k DDIM steps of the teacher, t → t − 1/kN → … → t − 1/N, as one step of the student; k = 2 is the paper's target.
+
+    Args:
+        teacher: the frozen teacher, a sampler of kN steps.
         z: noisy images (B, C, H, W) at t (B,), where t is on the student's grid of N = `num_steps`.
+        ratio: k.
 
     Source: Salimans & Ho 2022, algorithm 2.
     """
-    middle, end = t - 0.5 / num_steps, t - 1 / num_steps
-    end = end * (end > 0.25 / num_steps)  # the last step ends at 0 exactly, whatever i/N − 1/N rounds to
-    angle_t, angle_m, angle_s = (grid_angles(schedule, time) for time in (t, middle, end))
-    z_middle = ddim_step(z, teacher(z, t).v, angle_t, angle_m)
-    z_end = ddim_step(z_middle, teacher(z_middle, middle).v, angle_m, angle_s)
-    return invert_ddim(z, z_end, angle_t, angle_s)
+    fine = ratio * num_steps
+    times = [t - j / fine for j in range(ratio + 1)]
+    times[-1] = times[-1] * (times[-1] > 0.25 / fine)  # the last step ends at 0 exactly, whatever i/N − 1/N rounds to
+    angles = [grid_angles(schedule, time) for time in times]
+    state, v = z, teacher(z, t).v
+    whole = v
+    for j in range(1, ratio):
+        state = ddim_step(state, v, angles[j - 1], angles[j])
+        v = teacher(state, times[j]).v
+        whole = composed_velocity(z, whole, v, angles[0], angles[j], angles[j + 1])
+    return from_v(z, whole, angles[0])
 
 
 def segment_target(
@@ -63,7 +92,7 @@ def segment_target(
     is the teacher's alone.
 
     Args:
-        first: (z, t, φ_t, φ_s) → z_s, the teacher's step.
+        first: (z, t, φ_t, φ_s) → v, the velocity of the teacher's step.
         jump: what the student says at k − 1.
         level: k (B,), whole numbers 1 … n.
         num_steps, fine_steps: N and n.
@@ -72,26 +101,33 @@ def segment_target(
     end = (level - 1).div(part, rounding_mode="floor") * part
     t, middle, s = level / fine_steps, (level - 1) / fine_steps, end / fine_steps
     angle_t, angle_m, angle_s = (grid_angles(schedule, time) for time in (t, middle, s))
-    z_middle = first(z, t, angle_t, angle_m)
-    jumps = middle > s  # a network is told no t = 0; what it says where there is nothing to jump is a rotation by 0
-    asked_at = middle.where(jumps, t)
-    z_end = ddim_step(z_middle, jump(z_middle, asked_at).v, angle_m, angle_s)
-    return invert_ddim(z, z_end, angle_t, angle_s)
+    v = first(z, t, angle_t, angle_m)
+    z_middle = ddim_step(z, v, angle_t, angle_m)
+    jumps = middle > s  # a network is told no t = 0; what it says where there is nothing to jump counts 0 times
+    then = jump(z_middle, middle.where(jumps, t)).v
+    return from_v(z, composed_velocity(z, v, then, angle_t, angle_m, angle_s), angle_t)
 
 
-def addim_step(z: Tensor, prediction: Prediction, x: Tensor, angle_t: Tensor, angle_s: Tensor, eta: float) -> Tensor:
-    """z_s = α_s x̂ + √(σ_s² + (d/‖ε̂‖²) V) ε̂, V = (α_s − α_t σ_s/σ_t)² · η‖x − x̂‖²/d: adjusted DDIM.
+def addim_velocity(
+    z: Tensor, prediction: Prediction, x: Tensor, angle_t: Tensor, angle_s: Tensor, eta: float
+) -> Tensor:
+    """The velocity of the adjusted DDIM step z_s = α_s x̂ + √(σ_s² + a² sin² δ) ε̂, a² = η‖x − x̂‖²/(σ_t² ‖ε̂‖²).
 
-    A DDIM step takes x̂, the mean of what x may be, for x itself, so its z_s varies too little by V (η = 1). The step
-    stays deterministic: ε̂ is lengthened instead. α_s − α_t σ_s/σ_t = sin δ/σ_t. η = 0 is DDIM.
-    Source: Heek et al. 2024, *Multistep Consistency Models*, section 3.2.
+    v = v̂ − a² sin δ/(√(σ_s² + a² sin² δ) + σ_s) ε̂, δ = φ_t − φ_s.
+
+    A DDIM step takes x̂, the mean of what x may be, for x itself, so its z_s varies too little. The step stays
+    deterministic: ε̂ is lengthened instead. η = 0 is DDIM.
+    Source: Heek et al. 2024, *Multistep Consistency Models*, section 3.2: its V = (α_s − α_t σ_s/σ_t)² · η‖x − x̂‖²/d
+    with α_s − α_t σ_s/σ_t = sin δ/σ_t.
     """
     pixels = tuple(range(1, z.ndim))
     missing = eta * (x - prediction.x).square().mean(pixels, keepdim=True)
-    gain = coefficient(((angle_t - angle_s).sin() / angle_t.sin()) ** 2, z)
-    length = prediction.eps.square().mean(pixels, keepdim=True)
-    alpha, sigma = alpha_sigma(angle_s, z)
-    return alpha * prediction.x + (sigma**2 + gain * missing / length).sqrt() * prediction.eps
+    _, sigma_t = alpha_sigma(angle_t, z)
+    _, sigma_s = alpha_sigma(angle_s, z)
+    sine = coefficient((angle_t - angle_s).sin(), z)
+    square = missing / (sigma_t**2 * prediction.eps.square().mean(pixels, keepdim=True))
+    root = (sigma_s**2 + square * sine**2).sqrt() + sigma_s
+    return prediction.v - square * sine / root.clamp(min=1e-30) * prediction.eps  # 0/0 where x̂ = x and σ_s = 0
 
 
 def grid_times_of(u: Tensor, num_steps: int) -> Tensor:
