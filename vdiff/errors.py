@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# control characters, marks of the direction of writing, ends of lines and paragraphs, halves of surrogate pairs
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
+
+
+def printable(text: str) -> str:
+    """`text` as one line that a terminal shows but never obeys: such characters are written as `\\n` or `\\u001b`.
+
+    In a JSON text they stand within strings, where this spelling means the same character.
+    """
+    return _UNPRINTABLE.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", text)
 
 
 class VdiffError(Exception):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from vdiff.cli.options import speaks
+from vdiff.errors import printable
 from vdiff.reporting import Progress, Silent
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -31,6 +32,12 @@ def quantity(number: float) -> str:
 def plural(number: int, thing: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def aligned(facts: Mapping[str, str]) -> list[str]:
+    """A line for each fact, the values one below the other."""
+    width = max(map(len, facts))
+    return [f"{key:<{width}}  {value}" for key, value in facts.items()]
 
 
 class PlainProgress:
@@ -60,7 +67,7 @@ class PlainProgress:
         took = f", {duration(seconds)} spent" if self.completed >= self.total else left
         note = f", {self.note}" if self.note else ""
         print(
-            f"{self.description}: {self.completed}/{self.total} {self.unit}, {rate:.3g}/s{took}{note}",
+            printable(f"{self.description}: {self.completed}/{self.total} {self.unit}, {rate:.3g}/s{took}{note}"),
             file=sys.stderr,
             flush=True,
         )
@@ -77,22 +84,22 @@ class BarProgress:
         self.start, self.unit, self.began = start, unit, time.monotonic()
         self.rich = RichProgress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
         )
-        self.task = self.rich.add_task(description, total=total, completed=start, rate="", note="")
+        self.task = self.rich.add_task(printable(description), total=total, completed=start, rate="", note="")
 
     def update(self, completed: int, note: str = "") -> None:
         """Move the bar."""
         rate = (completed - self.start) / max(time.monotonic() - self.began, 1e-9)
         fields: dict[str, Any] = {"rate": f"{rate:.3g} {self.unit}/s"}
         if note:
-            fields["note"] = note
+            fields["note"] = printable(note)
         self.rich.update(self.task, completed=completed, **fields)
 
 
@@ -102,12 +109,12 @@ class Console:
     def line(self, text: str) -> None:
         """Say one line on stderr."""
         if speaks():
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
-    def result(self, text: str) -> None:
-        """Print a result on stdout."""
+    def result(self, *lines: str) -> None:
+        """Print the lines of a result on stdout."""
         if speaks():
-            print(text, flush=True)
+            print(*map(printable, lines), sep="\n", flush=True)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> Iterator[Progress]:
@@ -128,14 +135,15 @@ class Console:
 
         On a terminal that is too narrow, several tables hold the columns; each begins with the first `num_keys` ones.
         """
+        rows = [[printable(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         if speaks() and sys.stdout.isatty():
             from rich.console import Console as RichConsole
             from rich.table import Table
 
-            terminal = RichConsole()
+            terminal = RichConsole(markup=False, emoji=False)
             for k, part in enumerate(_parts(widths, num_keys, terminal.width)):
-                table = Table(title=title if k == 0 else None, title_justify="left")
+                table = Table(title=printable(title) if k == 0 else None, title_justify="left")
                 for i in part:
                     table.add_column(columns[i], justify="right" if i else "left", overflow="fold")
                 for row in rows:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vdiff.cli.console import Console, quantity
+from vdiff.cli.console import Console, aligned, quantity
 from vdiff.cli.options import CONTEXT, Command, Program, option, switch
 from vdiff.cli.prepare import counted, cpu_cores, megabytes
 from vdiff.errors import VdiffError
@@ -35,7 +35,7 @@ def info(dataset: str | None, json: bool) -> None:
     from vdiff.data.inspection import facts
 
     values = facts(_open(dataset))
-    Console().result(jsonlib.dumps(values, ensure_ascii=False) if json else _aligned(values))
+    Console().result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)))
 
 
 @command.command(cls=Command, examples=["vdiff data verify data/photos_64"])
@@ -137,7 +137,7 @@ def _open(dataset: str | None) -> Any:
     return open_dataset(dataset or str(find_dataset()))
 
 
-def _aligned(values: dict[str, Any]) -> str:
+def _rows(values: dict[str, Any]) -> list[str]:
     """Facts as aligned lines for people."""
     counts = values.pop("counts")
     classes = values.pop("classes", None) or dict.fromkeys(values["class_names"])
@@ -152,5 +152,4 @@ def _aligned(values: dict[str, Any]) -> str:
     if classes:
         names = ", ".join(name if count is None else f"{name} {count}" for name, count in classes.items())
         rows["classes"] = f"{len(classes)}: {names}"
-    width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+    return aligned(rows)

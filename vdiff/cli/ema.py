@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vdiff.cli.console import Console
+from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Command, Names, option, switch
 from vdiff.errors import OptionError, VdiffError
 
@@ -89,7 +89,7 @@ def command(
             name = "--out" if out else "--overwrite"
             raise OptionError(f"{name}: nothing says which average to write", "give --sigma_rel or --decay")
         values = _facts(run, kept)
-        console.result(jsonlib.dumps(values, ensure_ascii=False) if json else _aligned(values))
+        console.result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)))
         return
 
     lengths, decays = list(dict.fromkeys(sigma_rel or ())), list(dict.fromkeys(decay or ()))
@@ -133,7 +133,7 @@ def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:
     }
 
 
-def _aligned(facts: dict[str, Any]) -> str:
+def _rows(facts: dict[str, Any]) -> list[str]:
     """Facts as aligned lines for people."""
     from vdiff.cli.prepare import megabytes
 
@@ -149,8 +149,7 @@ def _aligned(facts: dict[str, Any]) -> str:
         )
     if facts["decays"]:
         rows["exponential"] = f"--decay {', '.join(map(str, facts['decays']))}"
-    width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+    return aligned(rows)
 
 
 def _told(note: dict[str, Any]) -> str:

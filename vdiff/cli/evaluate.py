@@ -229,7 +229,7 @@ def command(
         command=typed_command(),
     )
     if json:
-        console.result(found.to_json().rstrip())
+        console.result(*found.to_json().rstrip().split("\n"))
         return
     for line in head(found):
         console.result(line)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vdiff.cli.console import Console, duration, plural
+from vdiff.cli.console import Console, aligned, duration, plural
 from vdiff.cli.options import Command, switch
 from vdiff.cli.prepare import megabytes
 from vdiff.errors import VdiffError
@@ -39,9 +39,7 @@ def command(checkpoint: Path | None, json: bool) -> None:
     if json:
         console.result(jsonlib.dumps(values, ensure_ascii=False))
         return
-    rows = described(values)
-    width = max(map(len, rows))
-    console.result("\n".join(f"{key:<{width}}  {value}" for key, value in rows.items()))
+    console.result(*aligned(described(values)))
     if values["lineage"]:
         console.table("Lineage", HEADINGS, [_ancestor(entry) for entry in [values, *values["lineage"]]])
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import click
 
-from vdiff.errors import Interrupted, VdiffError, suggestion
+from vdiff.errors import Interrupted, VdiffError, printable, suggestion
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
@@ -194,7 +194,7 @@ def speaks() -> bool:
 def fail(message: str, code: int) -> None:
     """Print one error line to stderr and leave."""
     if speaks():
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -222,7 +222,7 @@ def run_as_program(run: Callable[[], Any]) -> None:
         fail(str(error), error.exit_code)
     except Interrupted as error:
         if speaks():
-            print(error, file=sys.stderr, flush=True)
+            print(printable(str(error)), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)

@@ -242,7 +242,7 @@ def command(
         command=typed_command(),
         reporter=console,
     )
-    console.result(as_json(report) if json else summary(report, share))
+    console.result(*([as_json(report)] if json else summary(report, share)))
     return EXIT_SKIPPED if report.rejected else 0
 
 
@@ -276,7 +276,7 @@ def as_json(report: Report) -> str:
     return jsonlib.dumps(report.to_dict(), ensure_ascii=False)
 
 
-def summary(report: Report, part: Part | None = None) -> str:
+def summary(report: Report, part: Part | None = None) -> list[str]:
     """The report as aligned lines, ending with the command to run next."""
     sizes = ", ".join(map(str, report.sizes))
     classes = f", {len(report.class_names)} classes" if report.class_names else ""
@@ -295,7 +295,7 @@ def summary(report: Report, part: Part | None = None) -> str:
     choice = f" --image_size {report.sizes[0]}" if len(report.sizes) > 1 else ""
     parts = str(report.path).replace(f".{part.number}of", ".*of") if part else ""
     rows.append(("next", f"vdiff data merge {parts}" if part else f"python train.py --data {report.path}{choice}"))
-    return "\n".join(f"{head:<10} {text}" for head, text in rows)
+    return [f"{head:<10} {text}" for head, text in rows]
 
 
 def counted(counts: dict[str, int]) -> str:

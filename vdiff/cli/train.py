@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vdiff.cli.console import Console, duration, quantity
+from vdiff.cli.console import Console, aligned, duration, quantity
 from vdiff.cli.options import Command, option, switch
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.errors import OptionError
@@ -63,7 +63,7 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
     console.line(f"preset {config.preset}, {images.name}: {images.image_size}×{images.image_size}×{images.channels}")
     description = describe(config, images)
     if dry_run:
-        console.result(costs(config, description))
+        console.result(*costs(config, description))
         return
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
@@ -72,7 +72,7 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
     console.result(f"           python distill.py --base {out}")
 
 
-def costs(config: TrainConfig, description: CheckpointConfig) -> str:
+def costs(config: TrainConfig, description: CheckpointConfig) -> list[str]:
     """The network, the settings and what training and sampling cost, as aligned lines."""
     from dataclasses import asdict
 
@@ -91,5 +91,4 @@ def costs(config: TrainConfig, description: CheckpointConfig) -> str:
     told = {key: value for key, value in asdict(config).items() if key not in ("unet", "schedule", "data")}
     rows |= {key: "none" if value == "" else str(value) for key, value in told.items()}
     rows |= {f"unet.{key}": str(value) for key, value in description.unet.items()}
-    width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+    return aligned(rows)

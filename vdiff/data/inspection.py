@@ -19,7 +19,7 @@ from vdiff.data.datasets import AnyStore
 from vdiff.data.images import captioned_grid, from_uint8
 from vdiff.data.store import FIRST_LINK, ImageStore, digest_of, next_link
 from vdiff.data.workers import ordered_map
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, printable
 from vdiff.reporting import Reporter, Silent
 
 Encoded = Callable[[], bytes]
@@ -144,14 +144,14 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
             of_class.setdefault(label, []).append(encoded)
         shown = [names.index(name) for name in _spread(names, max_rows)]
         rows = [_spread(of_class.get(label, []), columns) for label in shown]
-        titles = [f"{names[label]} ({len(of_class.get(label, []))})" for label in shown]
+        titles = [printable(f"{names[label]} ({len(of_class.get(label, []))})") for label in shown]
     else:
         chosen = _spread([encoded for _, encoded in pool], columns * max_rows)
         rows = [chosen[start : start + columns] for start in range(0, len(chosen), columns)]
         titles = None
     blank = torch.ones(dataset.meta.channels, size, size)
     cells = [[_tensor(get(), dataset.meta.channels) for get in row] + [blank] * (columns - len(row)) for row in rows]
-    title = f"{dataset.meta.name}: {len(dataset):,} images of {size} pixels"
+    title = printable(f"{dataset.meta.name}: {len(dataset):,} images of {size} pixels")
     return captioned_grid(cells, [""] * columns, titles, title)
 
 

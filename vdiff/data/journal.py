@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vdiff.data.store import JOB_FILE, partial_folder
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, printable
 from vdiff.files import make_folder, refusal, write_text
 
 REJECTED_FILE = "rejected.jsonl"
@@ -155,15 +155,14 @@ class Journal:
         """Note a file that was skipped."""
         self.tally.position += 1
         self.tally.skipped[rejected.reason] += 1
-        self._rejected.append(json.dumps(asdict(rejected), ensure_ascii=False) + "\n")
+        self._rejected.append(printable(json.dumps(asdict(rejected), ensure_ascii=False)) + "\n")
 
     def record(self, number: int) -> None:
         """Make durable what will be true once batch `number` is committed."""
         if self._rejected:
             try:
                 with open(self._rejected_file, "ab") as file:
-                    # names that are no text at all are written as JSON spells them
-                    file.write("".join(self._rejected).encode("utf-8", "backslashreplace"))
+                    file.write("".join(self._rejected).encode())
                     file.flush()
                     os.fsync(file.fileno())
                     self.tally.rejected_bytes = file.tell()

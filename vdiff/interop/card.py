@@ -18,7 +18,7 @@ from PIL.Image import Image
 
 from vdiff.data.images import cell_scale, make_grid, save_png, to_pil
 from vdiff.diffusion.samplers import Ddim
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, printable
 from vdiff.files import parse, read_text, write_text
 from vdiff.interop.sharing import last_name
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, weights_fingerprint
@@ -302,5 +302,5 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Text of a configuration, which may be anybody's, as it may stand in a table."""
-    plain = " ".join(text.split())
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", plain).replace("<", "&lt;")
+    plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import vdiff
+from vdiff.errors import printable
 from vdiff.files import make_folder, write_text
 from vdiff.report import plots, tables
 from vdiff.report.figures import figure, steps_text, whole
@@ -67,7 +68,7 @@ def render(ladder: LadderRun) -> str:
 
     style, script = _part("page.css"), _part("page.js")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
     environment.globals["svg"] = Markup  # of our own drawings alone: `to_svg` escapes what they say
     environment.filters |= {"figure": figure, "whole": whole, "steps": steps_text}
@@ -157,6 +158,11 @@ def _time_plot(ladder: LadderRun) -> dict[str, str]:
     if len(curve.points) < 2:
         return {}
     return plots.both_sizes(plots.trade, "time", [curve], "steps", "milliseconds an image", None)
+
+
+def _printable(value: Any) -> Any:
+    """Texts of others without control characters; our own markup, whose type is not `str`, and numbers as they are."""
+    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
 
 
 def _part(name: str) -> str:

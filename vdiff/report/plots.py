@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vdiff.errors import printable
 from vdiff.report.figures import figure as number
 from vdiff.report.svg import CARD, INK, LINE, SOFT, series, to_svg
 
@@ -66,7 +67,7 @@ def trade(
     every = [point for curve in curves for point in curve.points] + ([dashed] if dashed else [])
     _logarithmic(axes, every, narrow=size[0] < WIDE[0])
     axes.set_xlabel(x_label, color=SOFT, fontsize=12)
-    axes.set_title(y_label, loc="left", color=SOFT, fontsize=12, pad=10, x=0)
+    axes.set_title(printable(y_label), loc="left", color=SOFT, fontsize=12, pad=10, x=0, parse_math=False)
     labels = ", ".join(curve.label for curve in curves)
     title, words = f"{y_label} by {x_label}", f"Curves: {labels}. The figures are in the table below."
     return to_svg(figure, name=name, title=title, description=words, told=told)

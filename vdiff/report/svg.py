@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from vdiff.errors import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -55,7 +57,7 @@ def to_svg(figure: Figure, *, name: str, title: str, description: str, told: Map
     }
     for tag, text in (("desc", description), ("title", title)):
         words = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        words.text = text
+        words.text = printable(text)
         root.insert(0, words)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -70,7 +72,7 @@ def _of_the_page(value: str, name: str) -> str:
 def _tell(root: ElementTree.Element, told: Mapping[str, Sequence[str]]) -> None:
     for group in root.iter("g"):
         for marker, words in zip(list(group.iter("use")), told.get(group.get("id", ""), ()), strict=False):
-            ElementTree.SubElement(marker, "title").text = words
+            ElementTree.SubElement(marker, "title").text = printable(words)
 
 
 def _rename(root: ElementTree.Element, name: str) -> None:
