@@ -47,9 +47,10 @@ def from_eps(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
     """ε̂ is the output; x̂ = (z − σ ε̂)/α; v̂ = α ε̂ − σ x̂.
 
     Raises:
-        ValueError: α is zero, where the noise says nothing about the image.
+        ValueError: α is zero, where the noise says nothing about the image. Angles on a GPU are not read,
+            as that would wait for it; there x̂ is not finite.
     """
-    if float(angle.cos().min()) < MIN_SIGNAL:
+    if angle.device.type == "cpu" and float(angle.cos().min()) < MIN_SIGNAL:
         raise ValueError(
             f"eps-prediction at zero signal: α = {float(angle.cos().min()):.1g} leaves x̂ = (z − σ ε̂)/α undefined; "
             "predict v, x or both instead"
