@@ -19,7 +19,7 @@ from vdiff.diffusion.samplers import SAMPLERS, Denoise, sample
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.models.denoiser import Denoiser, drop_classes
-from vdiff.training.averages import Averages, BiasCorrected, Exponential
+from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LoopConfig
 from vdiff.training.objectives import (
     LOSSES,
@@ -201,9 +201,8 @@ def learn(
     `config.batch_size` is that of each network.
     """
     torch.manual_seed(seed)
-    remainder = config.ema_remainder ** (1 / config.num_iters)
-    profile = Exponential(remainder) if remainder else None
-    averages = Averages(denoiser, profile, of_teacher=None if self_ema is None else BiasCorrected(self_ema))
+    profile = Exponential(config.average_decay) if config.average_decay else None
+    averages = Averages(denoiser, profile, of_teacher=None if self_ema is None else Exponential(self_ema))
     optimizer = build_optimizer(denoiser, config)
     weighting, loss = WEIGHTINGS[config.weighting], LOSSES[config.loss]
     known = denoiser.network.config

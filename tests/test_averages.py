@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.commands import ROOT, the_error
 from tests.oracles import randn
-from tests.toy import assert_equal_tensors, write_checkpoint
+from tests.toy import assert_equal_tensors, train_config, write_checkpoint
 from vdiff.cli import ema
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.errors import OptionError, VdiffError
@@ -43,7 +43,6 @@ from vdiff.training.averages import (
     TRACKED,
     Averages,
     Exponential,
-    HalfLife,
     PowerFunction,
     Profile,
     gamma_of,
@@ -62,6 +61,7 @@ from vdiff.training.posthoc import (
     reconstruct,
     save_snapshot,
 )
+from vdiff.training.presets import PRESETS, read_preset
 
 LENGTHS = [0.001, 0.01, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.28, 0.2886]
 POWERS = tuple(PowerFunction(sigma_rel) for sigma_rel in TRACKED)
@@ -104,23 +104,27 @@ def shares(profile: Profile, updates: int) -> np.ndarray:
 # What an average remembers
 
 
+@pytest.mark.parametrize("updates", [1, 2, 200])
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.9999, 1.0])
-def test_the_default_is_the_warmed_up_average_bit_for_bit(decay):
-    """a ← lerp(a, w, 1 − min(decay, (1 + n)/(10 + n))), tensor by tensor; 0 is no average at all."""
-    denoiser = network()
-    averages = Averages(denoiser, *profiles_of(ema=decay, ema_images=0, ema_more=(), ema_profiles=False, batch_size=8))
-    expected = {name: w.detach().clone() for name, w in denoiser.named_parameters()}
-    for step in range(200):
+def test_the_default_weighs_by_powers_of_its_decay(decay, updates):
+    """Σₖ dᵏ θ₋ₖ / Σₖ dᵏ over all updates, in float64, without the initial weights; 0 is no average at all."""
+    denoiser, total = network(), 0.0
+    averages = Averages(denoiser, *profiles_of(ema=decay, ema_more=(), ema_profiles=False))
+    expected = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in denoiser.named_parameters()}
+    for step in range(updates):
         disturb(denoiser, step)
         averages.update(step)
-        weight = 1 - min(decay, (1 + step) / (10 + step))
-        expected = {name: expected[name].lerp(w.detach(), weight) for name, w in denoiser.named_parameters()}
-    assert_equal_tensors(dict(averages.model.named_parameters()), expected)
+        weight = decay ** (updates - 1 - step)
+        total += weight
+        for name, w in denoiser.named_parameters():
+            expected[name] += weight * w.detach().double()
+    for name, found in averages.model.named_parameters():
+        torch.testing.assert_close(found.double(), expected[name] / total, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
     "profile",
-    [Exponential(0.5), Exponential(0.99), HalfLife(100.0, 8), HalfLife(1e9, 8), *POWERS, PowerFunction(0.25)],
+    [Exponential(0.5), Exponential(0.99), Exponential(1.0), *POWERS, PowerFunction(0.25)],
 )
 def test_an_average_is_the_sum_written_out(profile):
     walk = Walk(300, start=3.0)
@@ -132,38 +136,32 @@ def test_an_average_is_the_sum_written_out(profile):
     assert shares(profile, 300).sum() == pytest.approx(1)
 
 
-def test_an_exponential_average_weighs_by_powers_of_its_decay():
-    """After the warm-up the weights k updates ago have (1 − d) dᵏ."""
-    found = shares(Exponential(0.8), 200)[::-1]
-    assert found[:100] == pytest.approx([0.2 * 0.8**k for k in range(100)], rel=1e-12)
-    assert Exponential(0.9999).decay_at(0) == 0.1
-    assert Exponential(0.9999).decay_at(89_980) < 0.9999
-    assert Exponential(0.9999).decay_at(89_990) == 0.9999
+@pytest.mark.parametrize("decay", [0.8, 0.9999, 1.0])
+def test_weights_count_their_decay_times_as_much_as_the_next(decay):
+    found = shares(Exponential(decay), 200)
+    assert found[0] == 0  # the initial weights
+    assert found[1:-1] / found[2:] == pytest.approx(decay, rel=1e-9)
+    assert found.sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_the_correction_wears_off():
+    """β is 0 at first and d in the end."""
+    assert Exponential(0.9999).decay_at(0) == 0
+    assert Exponential(0.9999).decay_at(10**6) == pytest.approx(0.9999, rel=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 80])
-@pytest.mark.parametrize("seen", [12_800, 16_000, 1_000_000])
-def test_after_a_half_life_the_old_weighs_one_half(batch_size, seen):
-    profile, start = HalfLife(640, batch_size), seen // batch_size
-    kept = math.prod(profile.decay_at(step) for step in range(start, start + 640 // batch_size))
-    assert kept == pytest.approx(0.5, rel=1e-12)
+def test_after_a_half_life_the_old_weighs_one_half(batch_size):
+    config = train_config(Path(), ema=0.0, ema_images=640.0, batch_size=batch_size)
+    found = shares(Exponential(config.average_decay), 2000)
+    assert found[-1 - 640 // batch_size] / found[-1] == pytest.approx(0.5, rel=1e-9)
 
 
-def test_the_half_life_is_never_more_than_a_twentieth_of_the_images_seen():
-    profile = HalfLife(640, 10)
-    for step in (0, 1, 10, 100, 1000, 1278):
-        half_life = 10 * math.log(0.5) / math.log(profile.decay_at(step))
-        assert half_life == pytest.approx(0.05 * 10 * (step + 1))
-    assert profile.decay_at(1279) == profile.decay_at(10**6) == pytest.approx(0.5 ** (10 / 640))
-    assert profile.decay_at(0) == 2**-20
-
-
-def test_the_ramp_does_not_care_for_the_size_of_a_batch():
-    """From n to 2 n images a ramp keeps ½^(20 Σ 1/k) = ½^(20 ln 2), whatever is seen at once."""
-    for batch_size in (1, 10, 100):
-        profile = HalfLife(1e9, batch_size)
-        kept = math.prod(profile.decay_at(step) for step in range(10**5 // batch_size, 2 * 10**5 // batch_size))
-        assert kept == pytest.approx(0.5 ** (20 * math.log(2)), rel=20 * batch_size / 10**5)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_s_average_is_shorter_than_its_training(name):
+    """So the decay means what it says, and the first updates are forgotten."""
+    preset = read_preset(name).train
+    assert preset["ema"] ** preset["num_iters"] < 1e-3
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
@@ -224,15 +222,13 @@ def test_there_are_lengths_that_no_power_function_has(sigma_rel):
 
 
 def settings(**changes: Any) -> tuple[Profile | None, tuple[Profile, ...]]:
-    values: dict[str, Any] = {"ema": 0.9, "ema_images": 0.0, "ema_more": (), "ema_profiles": False, "batch_size": 8}
+    values: dict[str, Any] = {"ema": 0.9, "ema_more": (), "ema_profiles": False}
     return profiles_of(**values | changes)
 
 
 def test_settings_say_which_averages_there_are():
     assert settings() == (Exponential(0.9), ())
     assert settings(ema=0.0) == (None, ())
-    assert settings(ema_images=500.0) == (HalfLife(500.0, 8), ())
-    assert settings(ema=0.0, ema_images=500.0)[0] == HalfLife(500.0, 8)
     assert settings(ema_more=(0.5, 0.99)) == (Exponential(0.9), (Exponential(0.5), Exponential(0.99)))
     assert settings(ema_profiles=True)[1] == (PowerFunction(0.05), PowerFunction(0.1))
     with pytest.raises(ValueError, match="same name"):
@@ -240,7 +236,7 @@ def test_settings_say_which_averages_there_are():
 
 
 def test_several_lengths_are_what_each_alone_is():
-    further = (Exponential(0.5), HalfLife(40.0, 8), *POWERS)
+    further = (Exponential(0.5), Exponential(0.99), *POWERS)
     denoiser = network()
     together = Averages(denoiser, Exponential(0.9), further)
     alone = [Averages(denoiser, profile) for profile in (Exponential(0.9), *further)]
@@ -248,7 +244,7 @@ def test_several_lengths_are_what_each_alone_is():
         disturb(denoiser, step)
         for averages in (together, *alone):
             averages.update(step)
-    assert list(together.named()) == ["ema", "ema_0.5", "images_40.0", "power_0.05", "power_0.1"]
+    assert list(together.named()) == ["ema", "ema_0.5", "ema_0.99", "power_0.05", "power_0.1"]
     for found, averages in zip(together.named().values(), alone, strict=True):
         assert_equal_tensors(found, averages.named()["ema"])
 
@@ -277,7 +273,7 @@ def test_no_decay_is_no_average():
     assert denoiser.training
     assert_equal_tensors(dict(denoiser.named_parameters()), before)
     assert averages.decay_at(5) == 0
-    assert Averages(denoiser, Exponential(0.5)).decay_at(5) == 6 / 15
+    assert Averages(denoiser, Exponential(0.5)).decay_at(1) == pytest.approx(1 / 3)
     assert list(averages.named()) == ["ema_0.5"]
     assert Averages(denoiser, None).named() == {}
 

@@ -38,7 +38,7 @@ from vdiff.models.denoiser import GuidedDenoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import UNetConfig
 from vdiff.training import ladder, student
-from vdiff.training.averages import BiasCorrected
+from vdiff.training.averages import Exponential
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import climb
@@ -229,7 +229,7 @@ def test_tract_in_phases(data, teacher):
     engine = build_engine(config)
     averages = averages_of(runs[0].config, runs[0].denoiser, engine, runs[0].self_ema)
     assert averages._tracked[0][0].decay == pytest.approx(0.1 ** (1 / 4))
-    assert averages._tracked[1][0] == BiasCorrected(0.25)
+    assert averages._tracked[1][0] == Exponential(0.25)
 
 
 def test_consistency_in_one_stage(data, teacher):

@@ -15,7 +15,7 @@ from tests.toy import train_config
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig
-from vdiff.training.averages import Averages, BiasCorrected, Exponential
+from vdiff.training.averages import Averages, Exponential
 from vdiff.training.engine import build_engine
 from vdiff.training.loop import averages_of
 from vdiff.training.meter import MAX_STEPS, Meter, Outcome
@@ -46,7 +46,7 @@ def trained(denoiser: Denoiser, averages: Averages, updates: int, *, start: int 
 def test_the_corrected_average_is_the_weighted_mean_of_all_trained_weights(decay):
     """Σ_k d^(n−k) θ_k / Σ_k d^(n−k): each weighs d times the next, the initial ones nothing."""
     denoiser = network()
-    averages = Averages(denoiser, None, of_teacher=BiasCorrected(decay))
+    averages = Averages(denoiser, None, of_teacher=Exponential(decay))
     assert averages.teacher is not denoiser
     for parameter, mine in zip(averages.teacher.parameters(), denoiser.parameters(), strict=True):
         assert torch.equal(parameter, mine)  # before the first update it is what the student begins with
@@ -59,7 +59,7 @@ def test_the_corrected_average_is_the_weighted_mean_of_all_trained_weights(decay
 
 def test_the_correction_wears_off():
     """β is 0 at first, d in the end; it is that of a plain average divided by 1 − dⁿ."""
-    profile, plain = BiasCorrected(0.9), 0.0
+    profile, plain = Exponential(0.9), 0.0
     corrected = 0.0
     for n in range(400):
         value = math.sin(n)
@@ -69,16 +69,15 @@ def test_the_correction_wears_off():
         assert corrected == pytest.approx(plain / (1 - 0.9 ** (n + 1)), rel=1e-9)
     assert profile.decay_at(0) == 0
     assert profile.decay_at(10**6) == 0.9
-    assert BiasCorrected(0.0).decay_at(5) == 0
-    assert profile.name == "corrected_0.9"
+    assert Exponential(0.0).decay_at(5) == 0
 
 
 def test_the_student_s_average_and_its_model_are_two():
     """Each has its own length; the model's is what is saved, the other what is learned from."""
     denoiser = network()
-    averages = Averages(denoiser, Exponential(0.9), [Exponential(0.99)], of_teacher=BiasCorrected(0.5))
+    averages = Averages(denoiser, Exponential(0.9), [Exponential(0.99)], of_teacher=Exponential(0.5))
     alone = Averages(network(), Exponential(0.9), [Exponential(0.99)])
-    only = Averages(network(), None, of_teacher=BiasCorrected(0.5))
+    only = Averages(network(), None, of_teacher=Exponential(0.5))
     trained(denoiser, averages, 3)
     for other in (alone, only):
         for step in range(3):
@@ -105,7 +104,7 @@ def test_without_a_self_teacher_the_student_is_its_own():
 
 def test_a_self_teacher_is_brought_back():
     first, second = network(), network(1)
-    pair = [Averages(each, None, of_teacher=BiasCorrected(0.5)) for each in (first, second)]
+    pair = [Averages(each, None, of_teacher=Exponential(0.5)) for each in (first, second)]
     trained(first, pair[0], 3)
     kept = {name: {key: value.clone() for key, value in values.items()} for name, values in pair[0].named().items()}
     pair[1].load(kept)
@@ -117,8 +116,19 @@ def test_a_self_teacher_is_brought_back():
         pair[1].load({"ema": kept["self_teacher"]})
 
 
+@pytest.mark.parametrize("remainder", [1e-3, 0.5, 0.99])
+def test_the_remainder_is_what_the_first_weights_count(tmp_path, remainder):
+    """Σₖ r^((N − k)/N) θₖ / Σₖ r^((N − k)/N) over the weights after updates k = 1 … N (TRACT, section 4)."""
+    config, student = train_config(tmp_path, ema=0.9, ema_remainder=remainder, num_iters=40), network()
+    averages = averages_of(config, student, build_engine(config))
+    path = trained(student, averages, 40)
+    shares = [remainder ** ((40 - k) / 40) for k in range(1, 41)]
+    for i, found in enumerate(averages.model.parameters()):
+        expected = sum(share * weights[i] for share, weights in zip(shares, path, strict=True)) / sum(shares)
+        torch.testing.assert_close(found.data, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_settings_become_averages(tmp_path):
-    """`ema_remainder` is what a plain average of constant decay leaves of the first weights at the last update."""
     settings = {"ema": 0.9, "ema_remainder": 1e-3, "num_iters": 100}
     config = train_config(tmp_path, **settings)
     averages = averages_of(config, network(), build_engine(config), 0.25)

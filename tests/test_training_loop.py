@@ -92,7 +92,7 @@ def test_the_loop_is_the_textbook_s(data, tmp_path, monkeypatch):
     names = [name for name, _ in reference.named_parameters()]
     weights = list(reference.parameters())
     mean, square = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
-    average = [w.detach().clone() for w in weights]
+    average = [torch.zeros_like(w) for w in weights]
     losses, norms, rates, levels = [], [], [], []
     for n, (x, noise, u) in enumerate(recorder.calls):
         angle = (0.5 * math.pi - 2 * math.atan(math.exp(-10))) * (1 - u) + math.atan(math.exp(-10))
@@ -106,7 +106,7 @@ def test_the_loop_is_the_textbook_s(data, tmp_path, monkeypatch):
         rate = lr * min(1, (n + 1) / 3) * (1 - n / 6)
         with torch.no_grad():
             for k, (w, g) in enumerate(zip(weights, gradients, strict=True)):
-                g = g * min(1, clip / norm)
+                g = g * min(1, clip / (norm + 1e-6))  # as torch does
                 mean[k] = betas[0] * mean[k] + (1 - betas[0]) * g
                 square[k] = betas[1] * square[k] + (1 - betas[1]) * g**2
                 w *= 1 - rate * decay
@@ -115,8 +115,7 @@ def test_the_loop_is_the_textbook_s(data, tmp_path, monkeypatch):
                     * (mean[k] / (1 - betas[0] ** (n + 1)))
                     / ((square[k] / (1 - betas[1] ** (n + 1))).sqrt() + 1e-8)
                 )
-                d = min(average_decay, (1 + n) / (10 + n))
-                average[k] = d * average[k] + (1 - d) * w
+                average[k] = average_decay * average[k] + (1 - average_decay) * w
         losses.append(loss.item())
         norms.append(norm.item())
         rates.append(rate)
@@ -125,7 +124,7 @@ def test_the_loop_is_the_textbook_s(data, tmp_path, monkeypatch):
     assert max(norms) > clip
     saved = read_tensors(tmp_path / "run" / WEIGHTS)
     for name, expected in zip(names, average, strict=True):
-        torch.testing.assert_close(saved[name], expected, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(saved[name], expected / (1 - average_decay**6), rtol=1e-6, atol=1e-9)
     shown = scalars(tmp_path / "run")
     pairs = [(0, 1), (2, 3), (4, 5)]
     for name, values in (("loss", losses), ("grad_norm", norms)):
@@ -139,7 +138,9 @@ def test_the_loop_is_the_textbook_s(data, tmp_path, monkeypatch):
         for a, b in pairs:
             inside = [error for level, error in levels[a] + levels[b] if low <= level < low + 5]
             assert shown.get(name, {}).get(b + 1) == (pytest.approx(np.mean(inside), rel=1e-6) if inside else None)
-    assert list(shown["ema_decay"].values()) == pytest.approx([min(0.7, (1 + b) / (10 + b)) for _, b in pairs])
+    assert list(shown["ema_decay"].values()) == pytest.approx(
+        [(0.7 - 0.7 ** (b + 1)) / (1 - 0.7 ** (b + 1)) for _, b in pairs]
+    )
     assert set(shown["bad_updates"].values()) == {0.0}
     assert all(0 <= waited <= 1 for waited in shown["data_wait"].values())
     assert min(shown["update_ms"].values()) > 0
@@ -163,16 +164,16 @@ def test_another_seed_is_another_run(data, whole, tmp_path):
 
 
 def test_what_is_saved_is_the_average_of_the_weights(data, tmp_path):
-    """ema ← d·ema + (1 − d)·raw, d = min(decay, (1 + n)/(10 + n)), from the raw weights after every update."""
+    """Σₖ d^(N − k) θₖ / Σₖ d^(N − k) of the raw weights θₖ after update k = 1 … N."""
     run = run_of(train_config(data, num_iters=30, ema=0.6), tmp_path / "run")
-    average = {name: w.detach().double().clone() for name, w in run.denoiser.named_parameters()}
+    average = {name: torch.zeros_like(w).double() for name, w in run.denoiser.named_parameters()}
+    total = sum(0.6 ** (30 - k) for k in range(1, 31))
 
     def follow(bar: str, completed: int) -> None:
         if bar != "run":  # samples are drawn at the end
             return
-        d = min(0.6, completed / (9 + completed))
         for name, weight in run.denoiser.named_parameters():
-            average[name] = d * average[name] + (1 - d) * weight.detach().double()
+            average[name] += 0.6 ** (30 - completed) / total * weight.detach().double()
 
     answer = fit_run(run, Watcher(follow))
     saved = read_tensors(tmp_path / "run" / WEIGHTS)

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.oracles import randn
 from tests.toy import train_config
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig
-from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LR_SCHEDULES
 from vdiff.training.optimisation import LR_FACTORS, build_optimizer, learning_rate
 
@@ -75,64 +73,3 @@ def test_the_optimiser_is_the_paper_s():
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.9, 0.999), 1e-8, 1e-3)
     assert not group["amsgrad"]
     assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in denoiser.parameters()}
-
-
-# The average
-
-
-def follow(decay: float, updates: int) -> tuple[Averages, list[dict[str, torch.Tensor]]]:
-    """An average over `updates` random sets of weights, and these weights, the initial ones first."""
-    denoiser = network()
-    average = Averages(denoiser, Exponential(decay))
-    history = [{name: w.detach().double().clone() for name, w in denoiser.named_parameters()}]
-    for step in range(updates):
-        for k, parameter in enumerate(denoiser.parameters()):
-            parameter.data.copy_(randn(*parameter.shape, seed=1000 * step + k))
-        average.update(step)
-        history.append({name: w.detach().double().clone() for name, w in denoiser.named_parameters()})
-    return average, history
-
-
-@pytest.mark.parametrize("decay", [0.3, 0.9, 0.9999, 1.0])
-@pytest.mark.parametrize("updates", [1, 2, 60])
-def test_average_is_the_loop_written_out(decay, updates):
-    """a ← d·a + (1 − d)·w with d = min(decay, (1 + n)/(10 + n)), n = 0, 1, …"""
-    average, (expected, *history) = follow(decay, updates)
-    for n, weights in enumerate(history):
-        d = min(decay, (1 + n) / (10 + n))
-        expected = {name: d * expected[name] + (1 - d) * weights[name] for name in weights}
-    for name, found in average.model.named_parameters():
-        torch.testing.assert_close(found.double(), expected[name], rtol=0, atol=2e-6)
-
-
-def test_average_forgets_the_initial_weights_soon():
-    """After n updates of warm-up the initial weights keep ∏ (1 + k)/(10 + k), 1e-9 and less after a hundred."""
-    kept = math.prod((1 + k) / (10 + k) for k in range(100))
-    assert kept < 1e-9
-    profile = Exponential(0.9999)
-    assert math.prod(profile.decay_at(k) for k in range(100)) == pytest.approx(kept)
-    assert profile.decay_at(0) == 0.1
-    assert profile.decay_at(10**6) == 0.9999
-    assert profile.decay_at(89_989) == pytest.approx(0.9999, abs=2e-9)
-    assert profile.decay_at(80_000) < 0.9999
-
-
-def test_average_is_a_denoiser_of_its_own():
-    average, history = follow(0.9, 3)
-    assert not average.model.training
-    assert not any(parameter.requires_grad for parameter in average.model.parameters())
-    pairs = zip(average.model.named_parameters(), history[-1].items(), strict=True)
-    assert all(not torch.equal(found.double(), raw) for (_, found), (_, raw) in pairs)
-    z, t = randn(2, 1, 4, 4, dtype=torch.float32), torch.tensor([0.3, 0.9], dtype=torch.float64)
-    assert average.model(z, t).x.isfinite().all()
-
-
-def test_no_decay_is_no_average():
-    denoiser = network()
-    average = Averages(denoiser, None)
-    before = {name: w.detach().clone() for name, w in denoiser.named_parameters()}
-    average.update(0)
-    assert average.model is denoiser
-    assert denoiser.training
-    assert all(parameter.requires_grad for parameter in denoiser.parameters())
-    assert all(torch.equal(w, before[name]) for name, w in denoiser.named_parameters())

@@ -25,7 +25,7 @@ from tests.toy import (
     write_dataset,
 )
 from vdiff.errors import Interrupted, OptionError, VdiffError
-from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_metadata, read_tensors
+from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_metadata, read_tensors, write_tensors
 from vdiff.training.config import TrainConfig
 from vdiff.training.folder import check_same_run
 from vdiff.training.objectives import Draws, Example, Pupil
@@ -163,6 +163,23 @@ def test_a_missing_state_never_begins_anew_silently(data, tmp_path):
     before = contents(folder)
     with pytest.raises(VdiffError, match=r"cannot be resumed: .*state\.safetensors is missing; give --overwrite"):
         run_training(train_config(data), folder, resume=True)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_images": 50.0}, {"ema": 0.0, "ema_more": "0.5"}, {"ema": 0.0}])
+def test_a_state_that_averaged_with_a_warm_up_is_refused(data, tmp_path, changes):
+    """An older vdiff's state; one without exponential averages goes on."""
+    folder = tmp_path / "original"
+    cut_run(data, folder, **changes)
+    metadata, tensors = read_metadata(state_path(folder)), read_tensors(state_path(folder))
+    assert metadata.pop("averaging") == "bias-corrected"
+    write_tensors(state_path(folder), tensors, metadata)
+    if changes == {"ema": 0.0}:
+        run_training(train_config(data, **changes), folder, resume=True)
+        return
+    before = contents(folder)
+    with pytest.raises(VdiffError, match=r"older vdiff, whose averages .* had a warm-up; .* give --overwrite"):
+        run_training(train_config(data, **changes), folder, resume=True)
     assert contents(folder) == before
 
 

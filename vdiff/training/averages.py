@@ -25,7 +25,6 @@ from vdiff.training.sharding import like, local
 MODEL, TEACHER = "ema", "self_teacher"
 TRACKED = (0.05, 0.10)
 MAX_SIGMA_REL = 12**-0.5
-RAMP_UP = 0.05
 
 
 # How much each average remembers
@@ -44,10 +43,11 @@ class Profile(Protocol):
 
 @dataclass(frozen=True)
 class Exponential:
-    """β(n) = min(decay, (1 + n)/(10 + n)).
+    """β(n) = (d − dⁿ⁺¹)/(1 − dⁿ⁺¹) with d = `decay`: weights k updates old count dᵏ times as much as the newest.
 
-    The warm-up lets the first averages forget the initial weights: after n updates of it they keep about 9!/n⁹ (1e-9
-    and less after a hundred).
+    The average is Σₖ d^(n−k) θₖ / Σₖ d^(n−k) over the weights θₖ after the updates k = 0 … n: an average that began at
+    zero, divided by 1 − dⁿ⁺¹ (bias correction; Kingma & Ba 2015, section 3; Berthelot et al. 2023). The initial weights
+    have no part in it. There is no warm-up, so d means the same in every update; d = 1 is the plain mean.
     """
 
     decay: float
@@ -59,53 +59,8 @@ class Exponential:
 
     def decay_at(self, step: int) -> float:
         """β of update `step` (from 0)."""
-        return min(self.decay, (1 + step) / (10 + step))
-
-
-@dataclass(frozen=True)
-class HalfLife:
-    """β(n) = ½^(B / min(H, 0.05 (n + 1) B)): what is H images old weighs half, whatever the batch size B is.
-
-    The warm-up is the ramp of Karras et al. 2022 (EDM), and not (1 + n)/(10 + n), because it is said in the same unit:
-    the half-life is never longer than 5 % of the images seen so far. It forgets the initial weights at once, β(0) being
-    2⁻²⁰.
-
-    Args:
-        images: H.
-        batch_size: B, images in an update.
-    """
-
-    images: float
-    batch_size: int
-
-    @property
-    def name(self) -> str:
-        """`images_500000.0`."""
-        return f"images_{self.images}"
-
-    def decay_at(self, step: int) -> float:
-        """β of update `step` (from 0)."""
-        half_life = min(self.images, RAMP_UP * (step + 1) * self.batch_size)
-        return float(0.5 ** (self.batch_size / half_life))
-
-
-@dataclass(frozen=True)
-class BiasCorrected:
-    """β(n) = (d − dⁿ⁺¹)/(1 − dⁿ⁺¹): the average of the weights alone that were trained, each weighing d times the next.
-
-    That is Σ_k d^(n−k) θ_k / Σ_k d^(n−k), what an average that began at zero gives once its bias is taken off
-    (Kingma & Ba 2015, section 3); the initial weights have no part in it.
-    """
-
-    decay: float
-
-    @property
-    def name(self) -> str:
-        """`corrected_0.5`."""
-        return f"corrected_{self.decay}"
-
-    def decay_at(self, step: int) -> float:
-        """β of update `step` (from 0)."""
+        if self.decay == 1:
+            return step / (step + 1)
         power = self.decay ** (step + 1)
         return (self.decay - power) / (1 - power)
 
@@ -261,18 +216,14 @@ class Averages:
 
 
 def profiles_of(
-    *, ema: float, ema_images: float, ema_more: Iterable[float], ema_profiles: bool, batch_size: int
+    *, ema: float, ema_more: Iterable[float], ema_profiles: bool
 ) -> tuple[Profile | None, tuple[Profile, ...]]:
     """The profile of the model and those of the further averages, as the settings of a run say them.
 
     Args:
         ema: decay of the model's average; 0 for none.
-        ema_images: its half-life in images instead, where it is not 0.
         ema_more: decays of further ones.
         ema_profiles: whether the power functions `TRACKED` are kept as well.
     """
-    profile: Profile | None = Exponential(ema) if ema else None
-    if ema_images:
-        profile = HalfLife(ema_images, batch_size)
     powers = [PowerFunction(sigma_rel) for sigma_rel in TRACKED] if ema_profiles else []
-    return profile, (*(Exponential(decay) for decay in ema_more), *powers)
+    return Exponential(ema) if ema else None, (*(Exponential(decay) for decay in ema_more), *powers)

@@ -91,7 +91,8 @@ class LoopConfig:
         group=OPTIMISATION, default=20, low=0, unit="UPDATES", free=True,
     )  # fmt: skip
     ema: float = setting(
-        "Decay of the moving average of the weights, which is what is saved; 0 turns it off.",
+        "Decay of the moving average of the weights, which is what is saved: weights one update older count this many "
+        "times as much; 0 turns it off.",
         group=OPTIMISATION, default=0.9999, low=0, high=1,
     )  # fmt: skip
     ema_images: float = setting(
@@ -99,8 +100,8 @@ class LoopConfig:
         group=OPTIMISATION, default=0.0, low=0, unit="IMAGES",
     )  # fmt: skip
     ema_remainder: float = setting(
-        "Part of the first weights that is left in that average after the last update, instead of --ema: decay is "
-        "this^(1/updates); 0: --ema says.",
+        "What the first weights of the training count in that average where the last ones count 1, instead of --ema: "
+        "decay is this^(1/updates); 0: --ema says.",
         group=OPTIMISATION, default=0.0, low=0, high=0.99,
     )  # fmt: skip
     ema_more: str = setting(
@@ -185,7 +186,14 @@ class LoopConfig:
     @property
     def weights(self) -> str:
         """Which weights are the model: "ema" or "raw"."""
-        return "ema" if self.ema or self.ema_images or self.ema_remainder else "raw"
+        return "ema" if self.average_decay else "raw"
+
+    @property
+    def average_decay(self) -> float:
+        """Decay in an update of the average that is the model; 0 where there is none."""
+        if self.ema_remainder:
+            return float(self.ema_remainder ** (1 / self.num_iters))
+        return float(0.5 ** (self.batch_size / self.ema_images)) if self.ema_images else self.ema
 
     def further_decays(self) -> list[float]:
         """`ema_more` as numbers.
@@ -308,7 +316,8 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, default="linear", choices=LR_SCHEDULES,
     )  # fmt: skip
     ema: float = setting(
-        "Decay of the moving average of the weights, which is what is saved; 0 turns it off.",
+        "Decay of the moving average of the weights, which is what is saved: weights one update older count this many "
+        "times as much; 0 turns it off.",
         group=OPTIMISATION, default=0.0, low=0, high=1,
     )  # fmt: skip
     class_dropout: float = setting(

@@ -21,7 +21,7 @@ from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
 from vdiff.models.denoiser import Denoiser, drop_classes
 from vdiff.reporting import Progress, Reporter
 from vdiff.training import history
-from vdiff.training.averages import Averages, BiasCorrected, profiles_of
+from vdiff.training.averages import Averages, Exponential, profiles_of
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, memory_errors_named
 from vdiff.training.importance import ImportanceSampling, num_bins
@@ -33,6 +33,9 @@ from vdiff.training.records import open_records, preview, preview_steps
 from vdiff.training.sharding import whole
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import Position, load_state, remove_state, save_state
+
+LONG_AVERAGE = 0.1
+"""An average in which the first weights count more than this, the last ones counting 1, is spoken of."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     start = load_state(run.folder, denoiser, averages, optimizer, scaler, statistics=statistics)
     if engine.is_main:
         drop_later_snapshots(run.folder, start.step)
+    if not config.ema_remainder and config.average_decay**config.num_iters > LONG_AVERAGE:
+        shorter = 1 - float(f"{1 - 1e-3 ** (1 / config.num_iters):.1g}")
+        reporter.line(
+            f"the average of the weights spans all {config.num_iters:,} updates, the first ones too: "
+            f"--ema {shorter:.6g} forgets them"
+        )
     update = build_update(run, engine, denoiser, averages, optimizer, importance)
     meter = Meter(start, config, engine, run.step_bins)
 
@@ -146,15 +155,10 @@ def _note_preview(bar: Progress, done: int, step: int) -> None:
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:
     """The averages that a run keeps; the weights are shared out first, where that is asked for."""
-    remainder = config.ema_remainder ** (1 / config.num_iters) if config.ema_remainder else 0.0
     profile, further = profiles_of(
-        ema=remainder or config.ema,
-        ema_images=config.ema_images,
-        ema_more=config.further_decays(),
-        ema_profiles=config.ema_profiles,
-        batch_size=config.batch_size,
+        ema=config.average_decay, ema_more=config.further_decays(), ema_profiles=config.ema_profiles
     )
-    of_teacher = None if self_ema is None else BiasCorrected(self_ema)
+    of_teacher = None if self_ema is None else Exponential(self_ema)
     return Averages(denoiser, profile, further, prepare=engine.shared_out(config), of_teacher=of_teacher)
 
 

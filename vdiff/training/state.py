@@ -17,12 +17,13 @@ from vdiff.errors import VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
 from vdiff.models.denoiser import Denoiser
-from vdiff.training.averages import Averages
+from vdiff.training.averages import Averages, Exponential
 from vdiff.training.sharding import like, whole
 
 STATE_FOLDER, STATE_FILE = "state", "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATISTICS = "statistics"
+AVERAGING = {"averaging": "bias-corrected"}  # states without this mark averaged with a warm-up
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def save_state(
     # bad updates count as updates of the run, but not of the optimiser
     steps = [float(optimizer.state[parameter]["step"]) for parameter in denoiser.parameters()]
     metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
+    metadata |= AVERAGING
     if scaler is not None:
         metadata["scaler"] = json.dumps(scaler.state_dict())
     if write:
@@ -82,12 +84,18 @@ def load_state(
     """Bring them back to where `save_state` left them; without a state file they stay as they are, at update 0.
 
     Raises:
-        VdiffError: the file is damaged, or of another model.
+        VdiffError: the file is damaged, of another model, or its exponential averages had a warm-up.
     """
     path = state_path(folder)
     if not path.exists():
         return Position()
     metadata, tensors = read_metadata(path), read_tensors(path)
+    is_exponential = any(isinstance(profile, Exponential) for profile in (averages.profile, *averages.further))
+    if is_exponential and not AVERAGING.items() <= metadata.items():
+        raise VdiffError(
+            f"{path} is of an older vdiff, whose averages of the weights had a warm-up",
+            "finish the run with the vdiff that began it, or give --overwrite to begin anew",
+        )
     try:
         position = Position(int(metadata["step"]), float(metadata["seconds"]))
         parameters = dict(denoiser.named_parameters())
