@@ -229,7 +229,7 @@ def test_a_diverged_run_leaves_the_previous_checkpoint_as_it_was(data, tmp_path,
         factor = {"nan": math.nan, "infinite": 1e30, "gradient": 1.0}[kind]
         return dataclasses.replace(example, x=example.x * factor)
 
-    message = r"no finite gradient in 1 updates in a row, up to update 6: the training diverged; the last checkpoint is"
+    message = r"no finite gradient in 1 updates in a row, up to update 6: .* diverged; \S*original holds update 4;"
     with pytest.raises(VdiffError, match=message):
         fit_run(dataclasses.replace(run, objective=spoil))
     after = contents(folder)
@@ -256,7 +256,7 @@ def load_position(folder: Path) -> int:
 
 def test_a_bad_update_changes_nothing_and_is_counted(data, tmp_path):
     folder = tmp_path / "original"
-    config = train_config(data, ckpt_interval=1, keep_every=1, log_interval=2, num_iters=7, ema=0.0, max_bad_steps=2)
+    config = train_config(data, ckpt_interval=1, keep_every=1, log_interval=2, num_iters=7, ema=0.0, max_bad_steps=3)
     fit_run(spoiled(run_of(config, folder), {3, 5, 6}))
     weights = [read_tensors(folder / "history" / f"{n:09d}" / WEIGHTS) for n in range(1, 8)]
     for n, (before, after) in enumerate(itertools.pairwise(weights), start=2):
@@ -280,10 +280,11 @@ def test_a_run_with_bad_updates_resumes_to_the_same_bits(data, tmp_path):
 
 
 def test_bad_updates_apart_do_not_stop_a_run_but_in_a_row_they_do(data, tmp_path):
-    config = train_config(data, num_iters=9, max_bad_steps=2, log_interval=9, ckpt_interval=9)
+    """At once, whenever the log is due; without a checkpoint the message says so."""
+    config = train_config(data, num_iters=9, max_bad_steps=3, log_interval=9, ckpt_interval=9)
     fit_run(spoiled(run_of(config, tmp_path / "apart"), {1, 2, 4, 5, 7, 8}))
-    with pytest.raises(VdiffError, match="in 3 updates in a row, up to update 9"):
-        fit_run(spoiled(run_of(config, tmp_path / "row"), {2, 3, 4}))
+    with pytest.raises(VdiffError, match=r"in 3 updates in a row, up to update 4: .*; nothing is saved; train again"):
+        fit_run(spoiled(run_of(config, tmp_path / "row"), {2, 3, 4, 5, 6}))
 
 
 # Parts

@@ -16,8 +16,8 @@ from vdiff.data.batches import Batch
 from vdiff.data.datasets import Batches
 from vdiff.data.images import from_uint8
 from vdiff.diffusion.weighting import WEIGHTINGS
-from vdiff.errors import Interrupted
-from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
+from vdiff.errors import Interrupted, VdiffError
+from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser, drop_classes
 from vdiff.reporting import Progress, Reporter
 from vdiff.training import history
@@ -123,6 +123,8 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
                 batch = next(batches)
                 waited = time.monotonic() - began
                 meter.add(update(step, batch), waited)
+                if meter.bad_in_a_row >= max(config.max_bad_steps, 1):
+                    raise diverged(run.folder, meter)
                 done, is_last = step + 1, step + 1 == config.num_iters
                 code = engine.agreed(stop.exit_code, step)  # asked once: what comes later waits for the next update
                 save_due = done % config.ckpt_interval == 0 or is_last or code is not None
@@ -151,6 +153,18 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
 def _note_preview(bar: Progress, done: int, step: int) -> None:
     """Say behind the bar of the updates how far the drawing of samples is."""
     bar.update(done, f"samples, step {step}")
+
+
+def diverged(folder: Path, meter: Meter) -> VdiffError:
+    """Too many bad updates in a row, and what there is to go on with."""
+    kept = (
+        f"{folder} holds update {read_config(folder).num_iters}" if (folder / CONFIG).exists() else "nothing is saved"
+    )
+    return VdiffError(
+        f"no finite gradient in {meter.bad_in_a_row} updates in a row, up to update {meter.position.step}: "
+        "the training diverged",
+        f"{kept}; train again with a lower --lr or a longer --warmup_iters",
+    )
 
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:

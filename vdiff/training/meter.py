@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdiff.errors import VdiffError
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 from vdiff.training.optimisation import learning_rate
@@ -40,7 +39,11 @@ class Outcome:
 class Meter:
     """Where a run is, and the sums of what its updates answered since they were last read.
 
-    Reading is the only moment that waits for the device; every process must read after the same updates.
+    Reading waits for the device; every process must read after the same updates.
+
+    Attributes:
+        bad_in_a_row: bad updates up to now that followed each other; on CUDA up to the update before, so that nobody
+            waits for the newest one.
 
     Args:
         step_bins: the steps of a model of few steps, each of which gets its own loss; None: none does.
@@ -60,7 +63,8 @@ class Meter:
         self._norms = torch.zeros((), device=engine.device)
         self._bad = torch.zeros((), device=engine.device)
         self._row = torch.zeros((), device=engine.device)
-        self._longest_row = torch.zeros((), device=engine.device)
+        self.bad_in_a_row = 0
+        self._late: tuple[Tensor, torch.cuda.Event] | None = None
 
     def add(self, outcome: Outcome, waited: float) -> None:
         """Take in one update, and the seconds it waited for its images."""
@@ -82,25 +86,28 @@ class Meter:
         self._norms += torch.where(good, outcome.norm, 0)
         self._bad += outcome.is_bad
         self._row = (self._row + 1) * outcome.is_bad
-        self._longest_row = torch.maximum(self._longest_row, self._row)
+        self.bad_in_a_row = int(self._read_late())
         self._updates += 1
         self.waited += waited
         self.position = Position(self.position.step + 1, self.before + time.monotonic() - self.began)
 
-    def read(self) -> dict[str, float]:
-        """The scalars of the updates since the last reading.
+    def _read_late(self) -> float:
+        """The row of bad updates: as it is, on CUDA as it was an update ago (the same in every process)."""
+        if self._row.device.type != "cuda":
+            return self._row.item()
+        count, event = torch.empty((), pin_memory=True), torch.cuda.Event()
+        count.copy_(self._row, non_blocking=True)
+        event.record()
+        before, self._late = self._late, (count, event)
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return before[0].item()
 
-        Raises:
-            VdiffError: too many updates in a row were bad.
-        """
+    def read(self) -> dict[str, float]:
+        """The scalars of the updates since the last reading."""
         sums = self.engine.sum(self._sums).tolist()
-        norms, bad, longest = torch.stack([self._norms, self._bad, self._longest_row]).tolist()
-        if longest > self.config.max_bad_steps:
-            raise VdiffError(
-                f"no finite gradient in {longest:.0f} updates in a row, up to update {self.position.step}: "
-                "the training diverged",
-                "the last checkpoint is whole; train again with a lower --lr or a longer --warmup_iters",
-            )
+        norms, bad = torch.stack([self._norms, self._bad]).tolist()
         now = time.monotonic()
         elapsed = max(now - self.read_at, 1e-9)
         totals, counts = sums[: len(sums) // 2], sums[len(sums) // 2 :]
@@ -126,9 +133,8 @@ class Meter:
         self.note = f"loss {loss:.4g}, {rate:.3g} images/s, {100 * scalars['data_wait']:.0f} % waiting for data"
         self.note += f", {memory / 2**30:.2g} GiB" if memory else ""
         self.note += f", {bad:.0f} bad" if bad else ""
-        for sum_ in (self._sums, self._norms, self._bad, self._longest_row):
+        for sum_ in (self._sums, self._norms, self._bad):
             sum_.zero_()
-        self._longest_row = self._row.clone()
         self._updates, self.waited, self.read_at = 0, 0.0, now
         return scalars
 
