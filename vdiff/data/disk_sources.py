@@ -6,20 +6,25 @@ import bz2
 import gzip
 import lzma
 import os
-import shutil
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from vdiff.data.image_files import UnreadableImageError
+from vdiff.data.image_files import MAX_FILE_BYTES, UnreadableImageError, check_bytes
 from vdiff.data.listing import Item, ListingWriter
+from vdiff.data.shard_files import is_tar, members
 from vdiff.data.source import Defaults, Sample, Source
 from vdiff.data.store import ImageStore, is_lmdb
 from vdiff.errors import VdiffError
 from vdiff.files import write_whole
+
+MAX_RATIO = 100
+"""How many times smaller a compressed tar of pictures may be; packed pictures hardly shrink."""
 
 
 class _OnDisk:
@@ -56,6 +61,7 @@ class Folder(_OnDisk):
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, for ever
                 raise UnreadableImageError("unreadable", "not a regular file")
+            check_bytes(path.stat().st_size)
             return Sample(path.read_bytes(), item.label)
         except OSError as error:
             raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
@@ -97,8 +103,15 @@ class Zip(_OnDisk):
 
     def read(self, item: Item) -> Sample:
         """The bytes of the member."""
+        archive = self._archive()
         try:
-            return Sample(self._archive().read(item.name), item.label)
+            info = archive.getinfo(item.name)
+            check_bytes(info.file_size)
+            with archive.open(info) as member:
+                # bzip2 and LZMA unpack all that they are given, whatever size is said: so they are given little
+                return Sample(b"".join(iter(lambda: member.read(4096), b"")), item.label)
+        except UnreadableImageError:
+            raise
         except RuntimeError as error:
             raise UnreadableImageError("encrypted" if "encrypted" in str(error) else "unreadable", str(error)) from None
         except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError) as error:
@@ -111,7 +124,7 @@ class Zip(_OnDisk):
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.root))
-            except (zipfile.BadZipFile, OSError) as error:
+            except Exception as error:  # zipfile raises whatever a damaged directory makes it stumble over
                 raise VdiffError(f"cannot read {self.root}: {error}", "give an intact zip, or a folder") from None
         return self._opened[1]
 
@@ -125,30 +138,30 @@ class Tar(_OnDisk):
 
     def fetch(self, scratch: Path) -> None:
         """Unpack a compressed tar into `scratch`."""
-        with open(self.root, "rb") as file:
-            head = file.read(8)
-        unpack = next((reader for magic, reader in COMPRESSIONS.items() if head.startswith(magic)), None)
-        if unpack is not None:
+        if reader_of(self.root) is not open:
             self.plain = scratch / "unpacked.tar"
             if not self.plain.exists():
-                write_whole(self.plain, lambda temporary: self._unpack(unpack, temporary))
+                write_whole(self.plain, self._unpack)
 
-    def _unpack(self, reader: Callable[[Path, str], IO[bytes]], target: Path) -> None:
+    def _unpack(self, target: Path) -> None:
+        most = max(MAX_RATIO * self.root.stat().st_size, MAX_FILE_BYTES)
         try:
-            with reader(self.root, "rb") as packed, open(target, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 2**20)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
+            with reader_of(self.root)(self.root, "rb") as packed, open(target, "wb") as unpacked:
+                while block := packed.read(2**20):
+                    if unpacked.tell() + len(block) > most:
+                        raise ValueError(f"it unpacks to more than {MAX_RATIO} times its size")
+                    unpacked.write(block)
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, ValueError) as error:
             raise self._damaged(error) from None
 
     def fill(self, listing: ListingWriter) -> None:
         """All members of the tar, and where they lie."""
         try:
-            with tarfile.open(self.plain, "r:") as archive:
-                while (member := archive.next()) is not None:
+            with open(self.plain, "rb") as file:
+                for _, member in members(file):
                     if not member.isdir():
-                        place = f"{member.offset_data} {member.size}" if member.isreg() and not member.sparse else ""
-                        listing.add_file(member.name, place)
-                    archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                        is_whole = member.isreg() and not member.issparse()
+                        listing.add_file(member.name, f"{member.offset_data} {member.size}" if is_whole else "")
         except (tarfile.TarError, OSError) as error:
             raise self._damaged(error) from None
 
@@ -157,6 +170,7 @@ class Tar(_OnDisk):
         if not item.place:
             raise UnreadableImageError("unreadable", "not a regular file")
         offset, num_bytes = map(int, item.place.split())
+        check_bytes(num_bytes)
         try:
             with open(self.plain, "rb") as file:
                 file.seek(offset)
@@ -196,10 +210,24 @@ class Dataset(_OnDisk):
             raise UnreadableImageError("unreadable", error.cause) from None
 
 
+def reader_of(path: Path) -> Callable[..., IO[bytes]]:
+    """What opens a file that may be compressed: `open` where it is not."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return next((reader for magic, reader in COMPRESSIONS.items() if head.startswith(magic)), open)
+
+
+def is_tar_file(path: Path) -> bool:
+    """Whether a file is a tar, perhaps a compressed one."""
+    with suppress(OSError, EOFError, lzma.LZMAError, zlib.error), reader_of(path)(path, "rb") as file:
+        return is_tar(file)
+    return False
+
+
 COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 ON_DISK: tuple[tuple[Callable[[Path], bool], Callable[[Path], Source]], ...] = (
     (is_lmdb, Dataset),
     (Path.is_dir, Folder),
     (zipfile.is_zipfile, Zip),
-    (tarfile.is_tarfile, Tar),
+    (is_tar_file, Tar),
 )

@@ -21,6 +21,8 @@ HEIF_BRANDS = frozenset(
 # the first bytes of files that are images, even if no more of them can be read
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 AVIF = (b"ftypavif", b"ftypavis")
+MAX_FILE_BYTES = 2**30
+"""More than this is never read: it would be held in memory by every worker at once."""
 
 
 class UnreadableImageError(Exception):
@@ -29,6 +31,12 @@ class UnreadableImageError(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail
         super().__init__(f"{reason} ({detail})" if detail else reason)
+
+
+def check_bytes(num_bytes: int) -> None:
+    """Raise UnreadableImageError if a file of so many bytes is too large to be read."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise UnreadableImageError("too large", f"{num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}")
 
 
 def open_file(data: bytes) -> ImageFile:

@@ -8,19 +8,27 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPException, HTTPResponse, InvalidURL
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any, Self
 from urllib.error import HTTPError
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
+from vdiff.data.image_files import MAX_FILE_BYTES
 from vdiff.data.store import PREPARE_AGAIN
 from vdiff.errors import VdiffError
 from vdiff.files import check_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 COPY_AGAIN = f"copy the shard again, or {PREPARE_AGAIN}"
+BUFFER_BYTES = 2**18
+NAME_TYPES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+MAX_NAME_BYTES = 2**20
 TIMEOUT_SECONDS = 60.0
 RETRIES = 3
 RETRY_SECONDS = 1.0
@@ -40,10 +48,63 @@ def require_webdataset() -> ModuleType:
     return module
 
 
+class _Header(tarfile.TarInfo):
+    """A header whose size is looked at before anything of that size is read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in NAME_TYPES and header.size > MAX_NAME_BYTES):
+            raise tarfile.ReadError(f"a header says that {header.size:,} bytes follow")
+        return header
+
+
+def is_tar(file: IO[bytes]) -> bool:
+    """Whether a file begins with the header of a tar."""
+    try:
+        tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
+
+
+def members(file: IO[bytes], mode: str = "r:") -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """All members of a tar of somebody who may not be trusted, each with the archive that it can be read from.
+
+    Args:
+        mode: `r:`, or `r|` where the file cannot be read twice.
+
+    Raises:
+        TarError: damaged: a header that is wrong, a size that cannot be, or (`r:`) an end that is missing.
+    """
+    with _said(tarfile.open, fileobj=file, mode=mode, bufsize=BUFFER_BYTES, tarinfo=_Header) as tar:
+        while (member := _said(tar.next)) is not None:
+            tar.members.clear()  # or every header stays in memory
+            if member.size < 0 or tar.offset <= member.offset:  # it would be read again without end
+                raise tarfile.ReadError(f"the size of {member.name} is {member.size:,}")
+            yield tar, member
+        if mode == "r:":
+            # tarfile takes a header that is cut or wrong for the end of the tar; that is zeros
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it ends in the middle")
+
+
+def _said(read: Callable[..., Any], **arguments: Any) -> Any:
+    """The result of `read`; whatever damaged headers make tarfile stumble over becomes a TarError."""
+    try:
+        return read(**arguments)
+    except (tarfile.TarError, OSError, VdiffError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(" ".join(f"{type(error).__name__}: {error}".split())) from None
+
+
 def read_samples(
-    tar: tarfile.TarFile, wanted: Callable[[str], bool], *, skip: int = 0
+    file: IO[bytes], wanted: Callable[[str], bool], *, mode: str = "r:", skip: int = 0
 ) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """(key, {suffix: content}) of the samples that have an image, from number `skip` on.
+    """(key, {suffix: content}) of the samples of a tar that have an image, from number `skip` on.
 
     As in WebDataset, a sample is a run of members whose names are equal up to the first dot of the base name. Only
     what is `wanted` by its suffix is read, other contents are None; skipped samples are passed over by their headers.
@@ -53,9 +114,7 @@ def read_samples(
     number = 0
     key: str | None = None
     contents: dict[str, bytes | None] = {}
-    while True:
-        member = tar.next()
-        tar.members.clear()  # type: ignore[attr-defined]  # or every header stays in memory
+    for tar, member in chain(members(file, mode), [(None, None)]):
         prefix, suffix = (None, "") if member is None else base_plus_ext(member.name)
         if member is not None and (prefix is None or not member.isreg() or re.match(r"__[^/]*__($|/)", member.name)):
             continue
@@ -65,13 +124,15 @@ def read_samples(
                     yield key, contents
                 number += 1
             key, contents = prefix, {}
-        if member is None:
+        if member is None or tar is None:
             return
         suffix = suffix.lower()
         if number >= skip and wanted(suffix):
-            file = tar.extractfile(member)
-            assert file is not None
-            contents[suffix] = file.read()
+            if member.issparse() or member.size > MAX_FILE_BYTES:
+                raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes, or holes")
+            content = tar.extractfile(member)
+            assert content is not None
+            contents[suffix] = content.read()
         else:
             contents[suffix] = None
 
@@ -87,15 +148,11 @@ def damaged(where: str | Path, reason: object) -> VdiffError:
 
 
 def scan(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """The samples of a tar on disk, as `read_samples` gives them, and a check that it ends as a tar must."""
+    """The samples of a tar on disk, as `read_samples` gives them."""
     check_regular(path)
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            yield from read_samples(tar, wanted)
-            # tarfile takes a header that is cut or wrong for the end of the tar; that is zeros
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("it ends in the middle")
+        with open(path, "rb") as file:
+            yield from read_samples(file, wanted)
     except tarfile.TarError as error:
         raise damaged(path, error) from None
     except OSError as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import tarfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from vdiff.data.shard_files import (
+    BUFFER_BYTES,
     COPY_AGAIN,
     check_place,
     damaged,
@@ -29,7 +29,6 @@ from vdiff.errors import VdiffError
 
 PREPARE = "make a dataset of the tar: python prepare_data.py TAR"
 MAX_CLASSES = 100_000
-BUFFER_BYTES = 2**18
 
 
 class ShardStore:
@@ -103,11 +102,8 @@ class ShardStore:
         wanted = {LABEL, *(suffix for size in sizes for suffix in self._suffixes[size])}
         count = skip
         mode = "r|" if scheme_of(place) else "r:"
-        with (
-            opened(place, shard.bytes) as file,
-            tarfile.open(fileobj=file, mode=mode, bufsize=BUFFER_BYTES) as tar,  # type: ignore[call-overload]
-        ):
-            for key, contents in read_samples(tar, wanted.__contains__, skip=skip):
+        with opened(place, shard.bytes) as file:
+            for key, contents in read_samples(file, wanted.__contains__, mode=mode, skip=skip):
                 where = f"{shown(place)}: image {key}"
                 yield key, {size: self._image(contents, size, where) for size in sizes}, self._label(contents, where)
                 count += 1

@@ -1,0 +1,265 @@
+"""Archives, folders, databases, settings and checkpoints of somebody who means harm: each ends in one line, soon."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import signal
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from tests.commands import run, the_error
+from tests.test_names import commands_in
+from vdiff.data import disk_sources, image_files, shard_files
+
+SECONDS = 20
+PREPARE = "prepare_data.py {} --size 8 --num_workers 0 --out out"
+
+
+def png(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of its own, and an alarm for what hangs."""
+    monkeypatch.chdir(tmp_path)
+
+    def ring(*_: object) -> None:
+        raise AssertionError(f"no end after {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def ends_in_one_line(line: str) -> str:
+    """Run what must fail in one line that no terminal obeys; the line."""
+    result = run(line)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code in (1, 2), result.output
+    assert commands_in(result.output) == []
+    return the_error(result.stdout, result.stderr)
+
+
+def tells_of_one_bad_image(line: str) -> None:
+    """Run what must skip one image, list it, and keep the other."""
+    result = run(line)
+    assert result.exit_code == 3, (result.output, result.exception)
+    assert commands_in(result.output) == []
+    assert "written    1 images" in result.stdout
+    assert Path("out/rejected.jsonl").read_bytes().count(b"\n") == 1
+
+
+# tars
+
+
+def header(name: bytes = b"a.png", size: bytes = b"00000000010\0", kind: bytes = b"0", **fields: bytes) -> bytes:
+    """One header block with a right checksum, whatever it says."""
+    block = bytearray(512)
+    places = {"name": 0, "mode": 100, "size": 124, "mtime": 136, "linkname": 157, "magic": 257, "sparse": 386}
+    values = {"name": name, "mode": b"0000644\0", "size": size, "mtime": b"00000000000\0", "magic": b"ustar\x0000"}
+    for key, value in {**values, **fields}.items():
+        block[places[key] : places[key] + len(value)] = value
+    block[156:157] = kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def member(name: bytes = b"a.png", content: bytes = b"", kind: bytes = b"0", **fields: bytes) -> bytes:
+    size = b"%011o\0" % len(content)
+    return header(name, size, kind, **fields) + content + bytes(-len(content) % 512)
+
+
+def pax(**values: str) -> bytes:
+    lines = b""
+    for key, value in values.items():
+        body = f" {key.replace('__', '.')}={value}\n".encode("utf-8", "surrogateescape")
+        length = len(body) + len(str(len(body)))
+        lines += str(length + (len(str(length + len(str(length)))) > len(str(length)))).encode() + body
+    return member(b"pax", lines, b"x")
+
+
+def binary(number: int) -> bytes:
+    """A size as GNU tar writes what no octal number holds."""
+    return (b"\xff" if number < 0 else b"\x80") + number.to_bytes(11, signed=True)
+
+
+END = bytes(1024)
+GOOD = member(b"good.png", png())
+LONG = b"\0" * 600
+TARS: dict[str, bytes] = {
+    "negative size": header(size=binary(-512)) + GOOD + END,
+    "negative size, later": GOOD + header(size=binary(-1024)) + END,
+    "most negative size": GOOD + header(size=binary(-(2**86))) + END,
+    "huge size": GOOD + header(size=binary(2**86)) + END,
+    "size beyond the file": GOOD + header(size=b"77777777777\0") + END,
+    "size that is no number": GOOD + header(size=b"abcdefghijk\0") + END,
+    "wrong checksum": GOOD + bytes([header()[0] ^ 1]) + header()[1:] + GOOD + END,
+    "pax size, huge": GOOD + pax(size="9" * 30) + header() + END,
+    "pax size, negative": GOOD + pax(size="-1024") + header() + END,
+    "pax size, no number": GOOD + pax(size="x") + header() + GOOD,
+    "pax length, none": GOOD + member(b"pax", b"x size=3\n", b"x") + GOOD + header(size=binary(-512)),
+    "pax length 0": GOOD + member(b"pax", b"0 size=3\n", b"x") + GOOD + header(size=binary(-512)),
+    "pax header of 8 GiB": GOOD + header(size=b"77777777777\0", kind=b"x") + END,
+    "global header of 8 GiB": GOOD + header(size=b"77777777777\0", kind=b"g") + END,
+    "long name of 8 GiB": GOOD + header(size=b"77777777777\0", kind=b"L") + END,
+    "long link of 8 GiB": GOOD + header(size=b"77777777777\0", kind=b"K") + END,
+    "long name, negative": GOOD + header(size=binary(-512), kind=b"L") + END,
+    "long names without end": GOOD + member(b"x", b"y", b"L") * 3000,
+    "pax headers without end": GOOD + pax(path="y") * 3000,
+    "sparse 1.0 map": GOOD + pax(GNU__sparse__major="1", GNU__sparse__minor="0") + member(content=b"x\n" * 256),
+    "sparse 1.0, negative": GOOD + pax(GNU__sparse__major="1", GNU__sparse__minor="0", size="-512") + header() + END,
+    "sparse 0.1 map": GOOD + pax(GNU__sparse__map="a,b") + header() + GOOD + END,
+    "sparse, old, cut": GOOD + header(kind=b"S", sparse=b"x" * 96 + b"\1") + END[:100],
+    "cut in a header": GOOD + header()[:100],
+    "cut in a member": GOOD + GOOD[:600],
+    "cut after a member": GOOD,
+    "rubbish at the end": GOOD + b"rubbish" * 100,
+    "headers of nothing": header(kind=b"x") * 2 + header(size=binary(-1)),
+}
+BAD_MEMBERS: dict[str, bytes] = {
+    "a pipe": member(b"a.png", kind=b"6"),
+    "a device": member(b"a.png", kind=b"3"),
+    "a link": member(b"a.png", kind=b"2", linkname=b"/etc/passwd"),
+    "a hard link": member(b"a.png", kind=b"1", linkname=b"../../etc/passwd"),
+    "a sparse file of a petabyte": member(kind=b"S", sparse=bytes(97) + binary(2**50)),
+    "a pax sparse file of a petabyte": pax(GNU__sparse__size=str(2**50), GNU__sparse__map="0,1") + member(content=b"x"),
+    "an empty file": member(b"a.png"),
+    "a pax size of 5,000 digits": pax(size="9" * 5000) + member(),
+    "a name of commands": member(b"\x1b[2J\x9b1m.png", b"x"),
+    "a name elsewhere": member(b"/etc/a.png", b"x"),
+    "a name that is no text": member(b"\xff\xfe.png", b"x"),
+    "a long name": member(b"x", b"d/" * 5000 + b"a.png\0", b"L") + member(b"x", b"x"),
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tar_that_is_damaged_or_made_up(name, packed):
+    Path("x.tar").write_bytes(gzip.compress(TARS[name], 1) if packed else TARS[name])
+    assert ends_in_one_line(PREPARE.format("x.tar")).startswith("cannot read x.tar: ")
+    assert os.listdir() == ["x.tar"]
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_a_shard_that_is_damaged_or_made_up(name):
+    Path("x.tar").write_bytes(TARS[name])
+    assert "x.tar" in ends_in_one_line("vdiff data info x.tar")
+
+
+@pytest.mark.parametrize("name", BAD_MEMBERS)
+def test_a_tar_with_one_bad_member(name):
+    Path("x.tar").write_bytes(GOOD + BAD_MEMBERS[name] + END)
+    tells_of_one_bad_image(PREPARE.format("x.tar"))
+
+
+def test_packed_tars_that_unpack_without_end(monkeypatch):
+    monkeypatch.setattr(disk_sources, "MAX_FILE_BYTES", 2**20)
+    bomb = GOOD + member(b"b.png", bytes(2**23)) + END
+    for name, pack in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
+        Path(f"x.tar.{name}").write_bytes(pack(bomb))
+        assert "it unpacks to more than 100 times its size" in ends_in_one_line(PREPARE.format(f"x.tar.{name}"))
+    for name in ("gz", "bz2", "xz"):
+        whole = Path(f"x.tar.{name}").read_bytes()
+        Path("y.tar").write_bytes(whole[: len(whole) // 2])
+        ends_in_one_line(PREPARE.format("y.tar"))
+
+
+def test_a_file_that_is_too_large_is_skipped(monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(shard_files, "MAX_FILE_BYTES", 1000)
+    Path("x.tar").write_bytes(GOOD + member(b"b.png", bytes(1001)) + END)
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.writestr("good.png", png())
+        archive.writestr("b.png", bytes(1001))
+    Path("folder").mkdir()
+    Path("folder/good.png").write_bytes(png())
+    Path("folder/b.png").write_bytes(bytes(1001))
+    for name in ("x.tar", "x.zip", "folder"):
+        tells_of_one_bad_image(PREPARE.format(name) + " --overwrite")
+        assert '"too large", "detail": "1,001 bytes, more than 1,000"' in Path("out/rejected.jsonl").read_text()
+    Path("y.tar").write_bytes(member(b"b.png", bytes(1001)) + END)
+    assert "b.png has 1,001 bytes" in ends_in_one_line("vdiff data info y.tar")
+
+
+# zips
+
+
+def zipped(method: int = zipfile.ZIP_STORED, content: bytes = b"x") -> bytearray:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("good.png", png(), zipfile.ZIP_STORED)
+        archive.writestr("a.png", content)
+    return bytearray(buffer.getvalue())
+
+
+def changed(what: bytes, at: int, value: bytes, data: bytearray | None = None) -> bytes:
+    """A zip with other bytes `at` from the last record of the kind `what`: the one of a.png, where it is of a file."""
+    data = data or zipped()
+    place = data.rindex(what) + at
+    data[place : place + len(value)] = value
+    return bytes(data)
+
+
+CENTRAL, LOCAL, FOOT = b"PK\1\2", b"PK\3\4", b"PK\5\6"
+ZIPS: dict[str, bytes] = {
+    "a name that is no UTF-8": changed(CENTRAL, 8, b"\0\x08", bytearray(changed(CENTRAL, 46, b"\xff\xfe"))),
+    "a later version": changed(CENTRAL, 6, b"\xff\xff"),
+    "a directory of 4 GiB": changed(FOOT, 12, b"\xff\xff\xff\xff"),
+    "a directory beyond the file": changed(FOOT, 16, b"\xff\xff\xff\x7f"),
+    "a directory that is none": changed(CENTRAL, 0, b"PKPK"),
+    "a directory that is cut": bytes(zipped()[:-30]) + bytes(zipped()[-22:]),
+    "a foot alone": FOOT + bytes(18),
+    "65,535 files": changed(FOOT, 8, b"\xff\xff\xff\xff", bytearray(changed(FOOT, 16, b"\xff\xff\xff\xff"))),
+}
+BAD_ZIP_MEMBERS: dict[str, bytes] = {
+    "a name longer than the file": changed(CENTRAL, 28, b"\xff\xff"),
+    "an extra field longer than the file": changed(CENTRAL, 30, b"\xff\xff"),
+    "a zip64 field that is cut": changed(CENTRAL, 20, b"\xff" * 8, bytearray(changed(CENTRAL, 30, b"\4\0"))),
+    "encrypted": changed(LOCAL, 6, b"\1\0", bytearray(changed(CENTRAL, 8, b"\1\0"))),
+    "strongly encrypted": changed(LOCAL, 6, b"\x41\0", bytearray(changed(CENTRAL, 8, b"\x41\0"))),
+    "patched": changed(LOCAL, 6, b"\x20\0", bytearray(changed(CENTRAL, 8, b"\x20\0"))),
+    "an unknown method": changed(CENTRAL, 10, b"\x63\0"),
+    "another method than it has": changed(CENTRAL, 10, b"\x08\0"),
+    "another method, bzip2": changed(CENTRAL, 10, b"\x0c\0"),
+    "another method, lzma": changed(CENTRAL, 10, b"\x0e\0"),
+    "a wrong checksum": changed(CENTRAL, 16, b"abcd"),
+    "a size of 4 GiB": changed(CENTRAL, 24, b"\xfe\xff\xff\xff"),
+    "a packed size of 4 GiB": changed(CENTRAL, 20, b"\xfe\xff\xff\xff\xfe\xff\xff\xff"),
+    "a place beyond the file": changed(CENTRAL, 42, b"\xff\xff\xff\x7f"),
+    "another name in its own header": changed(LOCAL, 30, b"b"),
+    "no header": changed(LOCAL, 0, b"PKPK"),
+    "a bomb that says it is small": changed(CENTRAL, 24, b"\x10\0\0\0", zipped(zipfile.ZIP_DEFLATED, bytes(2**24))),
+    "a bomb of bzip2": changed(CENTRAL, 24, b"\x10\0\0\0", zipped(zipfile.ZIP_BZIP2, bytes(2**24))),
+    "a bomb of lzma": changed(CENTRAL, 24, b"\x10\0\0\0", zipped(zipfile.ZIP_LZMA, bytes(2**24))),
+    "damaged": changed(LOCAL, 40, b"\xff" * 8, zipped(zipfile.ZIP_DEFLATED, bytes(range(256)))),
+    "damaged bzip2": changed(LOCAL, 40, b"\xff" * 8, zipped(zipfile.ZIP_BZIP2, bytes(range(256)))),
+    "damaged lzma": changed(LOCAL, 40, b"\xff" * 8, zipped(zipfile.ZIP_LZMA, bytes(range(256)))),
+    "a name of commands": bytes(zipped()).replace(b"a.png", b"\x1b.png"),
+}
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_a_zip_that_is_damaged_or_made_up(name):
+    Path("x.zip").write_bytes(ZIPS[name])
+    ends_in_one_line(PREPARE.format("x.zip"))
+    assert os.listdir() == ["x.zip"]
+
+
+@pytest.mark.parametrize("name", BAD_ZIP_MEMBERS)
+def test_a_zip_with_one_bad_member(name):
+    Path("x.zip").write_bytes(BAD_ZIP_MEMBERS[name])
+    tells_of_one_bad_image(PREPARE.format("x.zip"))
