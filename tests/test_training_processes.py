@@ -21,7 +21,7 @@ from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint
 from vdiff.training.state import state_path
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo and POSIX signals")
-ALIKE = 'num_workers = 0\ndevice = "cpu"\n'
+ALIKE = "num_workers = 0\n"
 SETTINGS = TINY.replace("dropout = 0.1", "dropout = 0.0").replace("[unet]", f"{ALIKE}[unet]") + ALIKE
 
 
@@ -42,7 +42,13 @@ def launch(line: str, place: Path, processes: int = 2) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*(words or [sys.executable]), *line.split()],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        },
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vdiff.cli.console import Console, plural
-from vdiff.cli.options import Command, Names, OneOf, option, switch, typed_command
+from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch, typed_command
 from vdiff.cli.sample import DEVICES, PRECISIONS
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
@@ -47,7 +47,7 @@ OF_DATA = {
         "vdiff evaluate checkpoints/base_* --teacher checkpoints/original --teacher_steps 64",
         "vdiff evaluate checkpoints/base_5 --features features.pt2 --num 10000",
         "vdiff evaluate checkpoints/base_5 --features inception --num 50000 --json",
-        "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate checkpoints/base_5 --num 50000",
+        "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate checkpoints/base_5 -n 50000",
     ],
 )
 @click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
@@ -104,7 +104,14 @@ OF_DATA = {
     show_default="its own",
     help="The ddim steps that the teacher takes.",
 )
-@option("--num", group="Samples", type=click.IntRange(1), default=2000, metavar="IMAGES", help="Samples of each row.")
+@option(
+    *NUM,
+    group="Samples",
+    type=click.IntRange(1),
+    default=2000,
+    metavar="IMAGES",
+    help="Samples of each row; under torchrun not --num.",
+)
 @option(
     "--num_timesteps",
     group="Samples",

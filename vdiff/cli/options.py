@@ -25,6 +25,8 @@ CONTEXT = {
     "show_default": True,
 }
 
+NUM = ("--num", "-n", "--num_images")
+"""torchrun takes a word after the script that shortens two of its own options, as --num does, for an error."""
 WORDS = "vdiff.words"
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
 """What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, OneOf, option, switch, typed_command
+from vdiff.cli.options import NUM, Command, OneOf, option, switch, typed_command
 from vdiff.cli.sample import DEVICES
 from vdiff.errors import OptionError, VdiffError
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     show_default="what the models learned from",
     help="Real images to measure against.",
 )
-@option("--num", group="Measuring", type=click.IntRange(1), default=2000, metavar="IMAGES", help="Samples of each row.")
+@option(*NUM, group="Measuring", type=click.IntRange(1), default=2000, metavar="IMAGES", help="Samples of each row.")
 @option(
     "--features",
     group="Measuring",

@@ -19,7 +19,7 @@ from vdiff.cli.drawing import (
     sampler_options,
     sampling_steps,
 )
-from vdiff.cli.options import Command, Names, OneOf, option, switch
+from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
@@ -61,7 +61,14 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Model",
     help="Compile the network first, a minute's work; on CUDA, record it as a graph too.",
 )
-@option("--num", group="Images", type=click.IntRange(1), default=64, metavar="IMAGES", help="How many.")
+@option(
+    *NUM,
+    group="Images",
+    type=click.IntRange(1),
+    default=64,
+    metavar="IMAGES",
+    help="How many; under torchrun not --num.",
+)
 @option(
     "--batch_size",
     group="Images",

@@ -137,13 +137,14 @@ def build_engine(config: LoopConfig) -> Engine:
     Raises:
         OptionError: no such device here, no such precision on the device, or batch or weights cannot be shared.
     """
-    on_cuda = pick_device(config.device).type == "cuda"
+    picked = pick_device(config.device).type
+    on_cuda = picked == "cuda"
     precision = config.precision if config.precision != "auto" else ("bf16" if on_cuda else "fp32")
     if precision == "fp16" and not on_cuda:
         raise OptionError("--precision fp16 needs a CUDA device", "give --precision bf16 or fp32")
     accelerator = Accelerator(
         mixed_precision=MIXED[precision],
-        cpu=config.device == "cpu",
+        cpu=picked == "cpu",  # without it and without a GPU, each of several processes would be alone
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if config.device not in ("auto", accelerator.device.type):
