@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from vdiff import files
 from vdiff.errors import VdiffError
@@ -25,6 +26,7 @@ from vdiff.files import (
     write_text,
     write_whole,
 )
+from vdiff.models.checkpoint import write_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -37,6 +39,29 @@ def test_write_whole_replaces_the_file_and_leaves_nothing_else(tmp_path):
     write_text(path, "new – ü")
     assert path.read_bytes() == "new – ü".encode()
     assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_and_folders_have_the_mode_that_the_umask_leaves(tmp_path, umask):
+    """Whatever made them: safetensors writes a file of 0600 and renames it."""
+
+    def private(temporary: Path) -> None:
+        (tmp_path / "other").touch(0o600)
+        (tmp_path / "other").replace(temporary)
+
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "private", private)
+        write_text(tmp_path / "text", "")
+        write_tensors(tmp_path / "weights", {"a": torch.zeros(1)}, {})
+        with new_folder(tmp_path / "folder") as folder:
+            write_text(folder / "text", "")
+    finally:
+        os.umask(before)
+    found = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    files = dict.fromkeys(["private", "text", "weights", "folder/text"], 0o666 & ~umask)
+    assert found == {**files, "folder": 0o777 & ~umask}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("mine"), KeyboardInterrupt()])

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors puts a file of 0600 there
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -176,8 +179,8 @@ def make_temporary_folder(path: Path) -> Path:
     """Create a hidden, empty folder beside `path` (and the parents that are missing)."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        folder.chmod(0o755)
+        folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        folder.mkdir()
     except OSError as error:
         raise refusal(path, error) from None
     return folder
