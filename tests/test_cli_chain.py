@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -211,6 +212,28 @@ def test_the_record_of_a_run_makes_the_same_weights(first, again):
     assert tomllib.loads((result / "run.toml").read_text()) == tomllib.loads(Path("again/run.toml").read_text())
     done(again.replace("again", "other") + " --seed 4")
     assert (result / WEIGHTS).read_bytes() != Path("other", WEIGHTS).read_bytes()
+
+
+def next_lines(stdout: str) -> list[str]:
+    """The commands that a result ends with, without `python`."""
+    lines = stdout[stdout.index("\nnext ") :].split("\n")[1:]
+    return [line.removeprefix("next").strip().removeprefix("python ") for line in lines if line]
+
+
+@pytest.mark.usefixtures("place")
+def test_what_comes_next_can_be_typed_also_where_names_have_spaces():
+    """The paths are quoted for the shell; the * of the parts is not."""
+    Path("my photos").mkdir()
+    for k in range(4):
+        PIL.Image.new("L", (8, 8), 50 * k).save(f"my photos/{k}.png")
+    (train,) = next_lines(done("prepare_data.py 'my photos' --size 4 --num_workers 0").stdout)
+    model = shlex.quote("my models/o'clock")
+    sample, distill = next_lines(done(f"{train} --config tiny.toml --out {model}").stdout)
+    (sample_student,) = next_lines(done(f"{distill} --config tiny.toml --report False").stdout)
+    for line in (sample, sample_student):
+        assert done(f"{line} --num 1").stdout.startswith("1 images in ")
+    (merge,) = next_lines(done("prepare_data.py 'my photos' --size 4 --num_workers 0 --shard 1/2").stdout)
+    assert merge == "vdiff data merge 'data/my photos_4'.*of2"
 
 
 @pytest.mark.usefixtures("place")

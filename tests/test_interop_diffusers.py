@@ -723,8 +723,8 @@ def test_commands_say_what_they_made_and_what_comes_next(place, tmp_path, monkey
     lines = done(f"vdiff export diffusers {place}/ours/v out --clip True").stdout.splitlines()
     assert lines == [
         "out: DDIMPipeline, 8 steps",
-        'next       python -c "from diffusers import DDIMPipeline as P; '
-        "P.from_pretrained('out')(num_inference_steps=8, use_clipped_model_output=True).images[0].show()\"",
+        "next       python -c 'from diffusers import DDIMPipeline as P; "
+        'P.from_pretrained("out")(num_inference_steps=8, use_clipped_model_output=True).images[0].show()\'',
     ]
     result = done(f"vdiff export diffusers {place}/ours/classes classes")
     assert result.stdout == "classes: DDIMPipeline, 8 steps\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable
 
 # control characters, marks of the direction of writing, ends of lines and paragraphs, halves of surrogate pairs
@@ -17,6 +18,15 @@ def printable(text: str) -> str:
     In a JSON text they stand within strings, where this spelling means the same character.
     """
     return _UNPRINTABLE.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", text)
+
+
+def shell(*words: object) -> str:
+    """Words as they are typed in a shell, quoted where they need it.
+
+    >>> shell("--data", "data/my photos")
+    "--data 'data/my photos'"
+    """
+    return shlex.join(map(str, words))
 
 
 class VdiffError(Exception):

@@ -11,7 +11,7 @@ import click
 from vdiff.cli.console import Console, aligned, quantity
 from vdiff.cli.options import CONTEXT, Command, Program, option, switch
 from vdiff.cli.prepare import counted, cpu_cores, megabytes
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, shell
 
 
 class Group(Program, click.Group):
@@ -127,7 +127,7 @@ def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     console = Console()
     meta = join(parts, out, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {meta.counts['images']} images of {len(parts)} parts")
-    console.result(f"next       python train.py --data {out}")
+    console.result(f"next       python train.py {shell('--data', out)}")
 
 
 def _open(dataset: str | None) -> Any:

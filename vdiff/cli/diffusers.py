@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from vdiff.cli.console import Console
 from vdiff.cli.options import Command, option, switch
+from vdiff.errors import shell
 
 
 @click.command(
@@ -85,8 +87,9 @@ def export_command(
         )
         return
     arguments = ", ".join(f"{name}={value}" for name, value in made.call.items())
-    program = f"from diffusers import DDIMPipeline as P; P.from_pretrained('{folder}')({arguments}).images[0].show()"
-    console.result(f'next       python -c "{program}"')
+    load = f"P.from_pretrained({json.dumps(str(folder))})"
+    program = f"from diffusers import DDIMPipeline as P; {load}({arguments}).images[0].show()"
+    console.result(f"next       {shell('python', '-c', program)}")
 
 
 @click.command(
@@ -135,4 +138,4 @@ def import_command(source: str, num_timesteps: int | None, out: Path | None, ove
         f"{steps} step{'s' if steps > 1 else ''}, {size} × {size} × {unet['in_channels']}, "
         f"{unet['channels']} channels × {unet['multipliers']}"
     )
-    console.result(f"next       python sample.py --checkpoint {target}")
+    console.result(f"next       python sample.py {shell('--checkpoint', target)}")

@@ -15,6 +15,7 @@ from vdiff.cli.options import Command, option, switch
 from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
+from vdiff.errors import shell
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def command(
     if report:
         data, measure = images.name if images.store else "", config.distance_every > 0
         report_at_the_end(stages, data, measure=measure, device=engine.device, console=console, open_it=open_it)
-    console.result(f"next       python sample.py --checkpoint {last}")
+    console.result(f"next       python sample.py {shell('--checkpoint', last)}")
 
 
 def planned(

@@ -11,7 +11,7 @@ import click
 
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Command, Names, option, switch
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, shell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ def command(
         written = [{"path": folder.as_posix(), **note} for folder, (note, _) in zip(folders, made, strict=True)]
         console.result(jsonlib.dumps({"written": written}, ensure_ascii=False))
     else:
-        console.result(f"next       python sample.py --checkpoint {folders[0]}")
+        console.result(f"next       python sample.py {shell('--checkpoint', folders[0])}")
 
 
 def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:

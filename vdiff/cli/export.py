@@ -13,7 +13,7 @@ import click
 from vdiff.cli.console import Console
 from vdiff.cli.diffusers import export_command
 from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, switch
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, shell
 
 if TYPE_CHECKING:
     from vdiff.interop.graphs import GraphOptions
@@ -142,7 +142,7 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
     export_weights(checkpoint, folder, license_name=license_name, overwrite=overwrite)
     console = Console()
     console.result(str(folder))
-    console.result(f"next       vdiff push {folder} OWNER/NAME")
+    console.result(f"next       {shell('vdiff', 'push', folder, 'OWNER/NAME')}")
 
 
 command.add_command(export_command, "diffusers")

@@ -12,7 +12,7 @@ import click
 
 from vdiff.cli.console import Console, plural
 from vdiff.cli.options import Command, OneOf, option, switch
-from vdiff.errors import OptionError
+from vdiff.errors import OptionError, shell
 
 if TYPE_CHECKING:
     from vdiff.evaluation.feature_network_file import FeatureMetadata
@@ -147,7 +147,7 @@ def command(
         return
     console.result(f"written    {out}: {dim} features of {size} × {size} images")
     console.result(f"held out   {told(metadata)}")
-    console.result(f"next       vdiff evaluate CHECKPOINT --data {store.path} --features {out}")
+    console.result(f"next       vdiff evaluate CHECKPOINT {shell('--data', store.path, '--features', out)}")
 
 
 def told(metadata: FeatureMetadata) -> str:

@@ -9,6 +9,7 @@ import click
 from vdiff.cli.console import Console, plural
 from vdiff.cli.diffusers import import_command
 from vdiff.cli.options import CONTEXT, Command, Program, option, switch
+from vdiff.errors import shell
 
 
 class Group(Program, click.Group):
@@ -98,7 +99,7 @@ def reference(
         f"{unet.channels} channels × {list(unet.multipliers)}, {plural(unet.num_blocks, 'block')} a level, "
         f"attention at {list(unet.attention_strides)}, {plural(unet.num_heads, 'head')}"
     )
-    console.result(f"next       python sample.py --checkpoint {target} --clipped_sampling True")
+    console.result(f"next       python sample.py {shell('--checkpoint', target)} --clipped_sampling True")
 
 
 command.add_command(import_command, "diffusers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -27,6 +28,21 @@ CONTEXT = {
 
 NUM = ("--num", "-n", "--num_images")
 """torchrun takes a word after the script that shortens two of its own options, as --num does, for an error."""
+ELSEWHERE = {
+    "num_iters": "epochs num_epochs num_train_epochs iterations steps max_train_steps",
+    "num_timesteps": "num_inference_steps sampling_steps ddpm_num_steps steps",
+    "num": "num_samples samples",
+    "data": "dataset data_dir data_path dataset_name train_data_dir",
+    "out": "output output_dir outdir save_dir",
+    "checkpoint": "model ckpt model_path pretrained_model_name_or_path",
+    "base": "teacher model checkpoint",
+    "image_size": "resolution size",
+    "size": "resolution image_size",
+    "lr": "learning_rate",
+    "precision": "mixed_precision",
+    "grad_accum": "gradient_accumulation_steps",
+}
+"""Options, and what other tools or commands call them."""
 WORDS = "vdiff.words"
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
 """What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
@@ -99,6 +115,11 @@ class GroupedOption(click.Option):
         if isinstance(self.show_default, str):
             extra["default"] = self.show_default
         return extra
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Name the option by its first name alone."""
+        del ctx
+        return f"'{self.opts[0]}'"
 
 
 def option(*names: str, group: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -182,8 +203,12 @@ def one_line_usage_error(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption) and context is not None:
         options = [name for p in context.command.params if isinstance(p, click.Option) for name in p.opts]
         message = f"no such option {error.option_name}"
-        if near := suggestion(error.option_name.replace("-", "_").replace("__", "--", 1), options, only_near=True):
+        name = error.option_name.replace("-", "_").replace("__", "--", 1)
+        known = (f"--{here}" for here, words in ELSEWHERE.items() if name[2:] in words.split())
+        if near := suggestion(next((here for here in known if here in options), name), options, only_near=True):
             message += f"; {near}"
+    if square := re.search(r"'(\d+)[x×]\1'", message):
+        message += f"; did you mean {square[1]}?"
     path = context.command_path if context is not None else "vdiff"
     return f"{message}; see {path} --help"
 

@@ -11,7 +11,7 @@ import click
 
 from vdiff.cli.console import Console
 from vdiff.cli.options import Command, Names, OneOf, option, switch, typed_command
-from vdiff.errors import OptionError
+from vdiff.errors import OptionError, shell
 
 if TYPE_CHECKING:
     from vdiff.data.preparation import Part, Report
@@ -293,8 +293,9 @@ def summary(report: Report, part: Part | None = None) -> list[str]:
         ("took", f"{report.seconds:.1f} s, {report.images_per_second:.0f} images/s, {megabytes(report.num_bytes)}")
     )
     choice = f" --image_size {report.sizes[0]}" if len(report.sizes) > 1 else ""
-    parts = str(report.path).replace(f".{part.number}of", ".*of") if part else ""
-    rows.append(("next", f"vdiff data merge {parts}" if part else f"python train.py --data {report.path}{choice}"))
+    train = f"python train.py {shell('--data', report.path)}{choice}"
+    pieces = str(report.path).split(f".{part.number}of") if part else []
+    rows.append(("next", f"vdiff data merge {'.*of'.join(map(shell, pieces))}" if part else train))
     return [f"{head:<10} {text}" for head, text in rows]
 
 

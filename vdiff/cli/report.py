@@ -12,7 +12,7 @@ import click
 from vdiff.cli.console import Console
 from vdiff.cli.options import NUM, Command, OneOf, option, switch, typed_command
 from vdiff.cli.sample import DEVICES
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, shell
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def report_at_the_end(
         path = write_report(ladder)
     except Exception as error:
         reason = error.cause if isinstance(error, VdiffError) else f"{type(error).__name__}: {error}".splitlines()[0]
-        console.line(f"no report was written: {reason}; `vdiff report {folder}` tries again")
+        console.line(f"no report was written: {reason}; `{shell('vdiff', 'report', folder)}` tries again")
         return
     console.result(f"report     {path}")
     if open_it:

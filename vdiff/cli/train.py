@@ -10,7 +10,7 @@ import click
 from vdiff.cli.console import Console, aligned, duration, quantity
 from vdiff.cli.options import Command, option, switch
 from vdiff.cli.settings import config_option, given, settings
-from vdiff.errors import OptionError
+from vdiff.errors import OptionError, shell
 from vdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
     steps = preview_steps(done)
-    console.result(f"next       python sample.py --checkpoint {out} --sampler dpmpp_2m --num_timesteps {steps}")
-    console.result(f"           python distill.py --base {out}")
+    console.result(
+        f"next       python sample.py {shell('--checkpoint', out)} --sampler dpmpp_2m --num_timesteps {steps}"
+    )
+    console.result(f"           python distill.py {shell('--base', out)}")
 
 
 def costs(config: TrainConfig, description: CheckpointConfig) -> list[str]:

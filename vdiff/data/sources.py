@@ -11,7 +11,7 @@ from vdiff.data.listing import Listing, ListingWriter
 from vdiff.data.named_sources import BUILT_IN, TORCHVISION, HuggingFace, Torchvision
 from vdiff.data.source import Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
-from vdiff.errors import VdiffError, suggestion
+from vdiff.errors import VdiffError, shell, suggestion
 from vdiff.files import check_regular
 
 
@@ -38,7 +38,7 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
     if not path.exists():
         return BUILT_IN[str(place)]()
     if is_dataset(path) and not is_lmdb(path):
-        raise VdiffError(f"{path} holds tar shards already", f"train on them: python train.py --data {path}")
+        raise VdiffError(f"{path} holds tar shards already", f"train on them: python train.py {shell('--data', path)}")
     for accepts, make in ON_DISK:
         if accepts(path):
             return make(path)

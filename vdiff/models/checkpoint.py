@@ -176,11 +176,15 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     folder = Path(folder)
     path = folder / CONFIG
     if not folder.exists():
-        raise VdiffError(f"{folder}: no such checkpoint", _what_is_near(folder))
+        beside = _checkpoints(folder.parent)
+        hint = f"{folder.parent} holds {beside}" if beside else "run `python train.py` first"
+        raise VdiffError(f"{folder}: no such checkpoint", hint)
     if not folder.is_dir():
         raise VdiffError(f"{folder} is a file", "give the checkpoint's folder, the one that holds config.json")
     if not path.is_file():
-        raise VdiffError(f"{folder} holds no {CONFIG}", "give a folder that train.py or distill.py wrote")
+        inside = _checkpoints(folder)
+        hint = f"give one that lies in it: {inside}" if inside else "give a folder that train.py or distill.py wrote"
+        raise VdiffError(f"{folder} holds no {CONFIG}", hint)
     advice = "restore the file, or train again"
     values = read_json(path, advice)
     version = values.get("format_version")
@@ -335,9 +339,6 @@ def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
     return ""
 
 
-def _what_is_near(folder: Path) -> str:
-    """A hint that names the checkpoints beside a path that does not exist."""
-    beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
-    if beside:
-        return f"{folder.parent} holds {', '.join(beside)}"
-    return "run `python train.py` first"
+def _checkpoints(folder: Path) -> str:
+    """The names of the checkpoints in a folder, for a hint."""
+    return ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")))

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from vdiff.diffusion.distillation import METHODS
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config
 from vdiff.training.config import DistillConfig, TrainConfig
@@ -72,7 +72,8 @@ def check_resumable(folder: Path, images: Images) -> None:
         return
     if found.dataset_fingerprint != images.fingerprint:
         raise VdiffError(
-            f"{folder} was begun with other images than {images.name} holds", f"give --data {found.dataset} as it was"
+            f"{folder} was begun with other images than {images.name} holds",
+            f"give {shell('--data', found.dataset)} as it was",
         )
     if not state_path(folder).is_file():
         raise VdiffError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vdiff.errors import Interrupted, OptionError, VdiffError
+from vdiff.errors import Interrupted, OptionError, VdiffError, shell
 from vdiff.files import remove
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
 from vdiff.reporting import Reporter
@@ -248,5 +248,6 @@ def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
     if name := changed_setting(config, saved, but=("student_config", *(["lr"] if is_same_lr else []))):
         raise OptionError(
             f"{stage.folder} was made with {name} {said(saved, name)}, not {said(config, name)}",
-            f"leave --{name} out, give --overwrite to make it anew, or --base {stage.folder} to go on from it",
+            f"leave --{name} out, give --overwrite to make it anew, "
+            f"or {shell('--base', stage.folder)} to go on from it",
         )
