@@ -12,7 +12,7 @@ import torch
 
 import vdiff
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 
 
 def machine() -> str:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,9 @@ def azula(accelerator: Accelerator, config: LoopConfig) -> tuple[Update, nn.Modu
     return update, model
 
 
+PEERS = (("denoising-diffusion-pytorch", "denoising_diffusion_pytorch", lucidrains), ("azula", "azula", azula))
+
+
 def gigaflops(model: nn.Module, device: torch.device) -> float:
     """Of one evaluation on one image, a multiply-add counting as two."""
     z, t = torch.zeros(1, 3, SIZE, SIZE, device=device), torch.ones(1, device=device)
@@ -264,8 +268,9 @@ def main(
         if not preset:
             sides.append(("diffusers", *theirs(engine.accelerator, config, distil=distil)))
         if not preset and not distil:
-            sides.append(("denoising-diffusion-pytorch", *lucidrains(engine.accelerator, config)))
-            sides.append(("azula", *azula(engine.accelerator, config)))
+            for who, module, side in PEERS:
+                if find_spec(module):  # they come with the extra `benchmarks`
+                    sides.append((who, *side(engine.accelerator, config)))
         times: dict[str, list[float]] = {who: [] for who, _, _ in sides}
         peaks = dict.fromkeys(times, 0)
         for step in range(updates + 5):
