@@ -96,6 +96,8 @@ class Learner:
 
     def __init__(self, base: Path, method: str) -> None:
         shortened = {} if METHODS[method].keeps_steps else {"phases": "8,4"}
+        if method == "consistency":  # at one step of the teacher the student, its copy, has nothing to learn
+            shortened["first_steps"] = 8
         described = read_config(base)
         config = distill_config(Path(described.dataset), base, method=method, batch_size=6, path_steps=8, **shortened)
         stage, images = plan_stages(config, described)[0], open_images(config.data, SIZE)
@@ -157,7 +159,7 @@ def test_parts_of_a_batch_add_up_to_it(learner):
     if learner.run.description.method == "trajectory":
         assert parts != pytest.approx(whole, rel=2e-3)
         return
-    assert parts == pytest.approx(whole, rel=2e-3)
+    assert parts == pytest.approx(whole, rel=2e-3, abs=1e-6)
     torch.testing.assert_close(of_parts, weights, rtol=0, atol=2e-5)
 
 
