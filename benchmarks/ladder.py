@@ -69,7 +69,8 @@ def main(data: str, file: Path | None, teacher_steps: int, num: int, work: Path,
     engine = build_engine(config)
     climb(stages, config, teachers_images(config, described), engine, overwrite=False, reporter=console)
     if known_rows(stages, seed=config.seed) is None:
-        compare(stages, seed=config.seed, device=engine.device, reporter=console)
+        budget = sum(stage.budget(config) for stage in stages)
+        compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)
 
     reference, _ = reference_of(data, described.image_size)
     distances = Distances(work / "distances.json", reference, num, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -28,9 +29,10 @@ from vdiff.training import attempts, ladder
 from vdiff.training.attempts import failed_attempts, times_failed
 from vdiff.training.config import DistillConfig
 from vdiff.training.presets import RUN_FILE, read_run
-from vdiff.training.verdict import VERDICT, Examiner, Verdict, read_verdict, warning, why_failed
+from vdiff.training.verdict import Examiner, Verdict, read_verdict, warning, why_failed
 
 LR = 0.008
+COLLAPSED = "distance to the data is 100, its teacher's 1"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,8 @@ class Told:
 
     Attributes:
         rmse: learning rate → RMSE to the teacher, which was 0.3 before the training.
-        distance: learning rate → distance to the data, of which the teacher's is 1.
+        distance: learning rate → distance to the data, of which the teacher's is 1; without one a student whose RMSE
+            rose collapsed, the others are not measured.
         trained: folder and learning rate of every training.
     """
 
@@ -60,7 +63,7 @@ class Told:
 
         def examine(_, *, folder: Path, attempts: int, max_regression: float, **__) -> Verdict:
             lr = read_run(folder).distill["lr"]
-            far = told.distance.get(lr)
+            far = told.distance.get(lr, 100.0 if told.rmse[lr] > 0.3 else None)
             found = Verdict(0.3, told.rmse[lr], far, None if far is None else 1.0, 4, attempts, "")
             return dataclasses.replace(found, reason=why_failed(found, max_regression))
 
@@ -101,9 +104,8 @@ def test_a_failed_stage_is_done_again_with_half_the_learning_rate(data, teacher,
     assert told.trained == [("base_0", LR), ("base_0", LR / 2)]
     assert (lr_of(folder), lr_of(aside)) == (LR / 2, LR)
     assert read_verdict(folder) == Verdict(0.3, 0.2, None, None, 4, 2, "")
-    reason = "RMSE to its teacher rose from 0.300 to 0.400 by the training"
-    assert read_verdict(aside) == Verdict(0.3, 0.4, None, None, 4, 1, reason)
-    assert f"{folder} failed: {reason}; once more with half the learning rate" in watcher.lines
+    assert read_verdict(aside) == Verdict(0.3, 0.4, 100.0, 1.0, 4, 1, COLLAPSED)
+    assert f"{folder} failed: {COLLAPSED}; once more with half the learning rate" in watcher.lines
     assert [path.name for path in failed_attempts(folder)] == ["base_0.failed_0"]
     assert read_config(folder).teacher["path"] == teacher.as_posix()
     climbed(data, teacher, to_steps=2)
@@ -123,7 +125,7 @@ def test_when_all_attempts_failed_the_best_is_kept(data, teacher, monkeypatch, b
     message = failure(data, teacher, retries=2, to_steps=1)
     folder = teacher.parent / "base_0"
     assert message == (
-        f"{folder} is no better for its training: RMSE to its teacher rose from 0.300 to 0.400 by the training; "
+        f"{folder} collapsed: {COLLAPSED}; "
         "the best attempt is kept there; give --overwrite with a lower --lr or more --num_iters"
     )
     assert [lr for _, lr in told.trained] == [LR, LR / 2, LR / 4]
@@ -151,13 +153,13 @@ def test_more_retries_go_on_where_the_others_ended(data, teacher, monkeypatch):
 
 def test_without_retries_the_first_failure_ends_it(data, teacher, monkeypatch):
     told = Told(monkeypatch, {LR: 0.4})
-    assert "rose from 0.300 to 0.400" in failure(data, teacher, retries=0)
+    assert COLLAPSED in failure(data, teacher, retries=0)
     assert told.trained == [("base_0", LR)]
     assert read_verdict(teacher.parent / "base_0").attempts == 1
 
 
 def test_a_student_far_from_the_data_is_let_through_where_that_is_allowed(data, teacher, monkeypatch):
-    """--max_regression may be raised afterwards; a student that training made worse stays a failure."""
+    """--max_regression may be raised afterwards; a student that training made worse stays as it began even then."""
     told = Told(monkeypatch, {LR: 0.2}, {LR: 5.0})
     folder = teacher.parent / "base_0"
     assert "distance to the data is 5, its teacher's 1" in failure(data, teacher, retries=0, max_regression=3.0)
@@ -168,8 +170,9 @@ def test_a_student_far_from_the_data_is_let_through_where_that_is_allowed(data, 
     climbed(data, teacher, retries=0, max_regression=3.0)  # what was good stays good
     remove(folder)
     told.rmse[LR] = 0.4
-    for limit in (3.0, 10.0):
-        assert "RMSE to its teacher rose" in failure(data, teacher, retries=0, max_regression=limit)
+    assert "distance to the data" in failure(data, teacher, retries=0, max_regression=3.0)
+    climbed(data, teacher, retries=0, max_regression=10.0)
+    assert read_verdict(folder).kept_start == "RMSE to its teacher rose from 0.3000 to 0.4000 by the training"
 
 
 def test_replacing_a_ladder_replaces_what_was_set_aside(data, teacher, monkeypatch):
@@ -242,11 +245,43 @@ def test_killed_at_any_moment_the_same_command_ends_the_same(data, teacher, monk
             climbed(data, teacher, retries=2)
     assert calls == CALLS[:number][: len(CALLS) - 1]
     message = failure(data, teacher, retries=2)
-    assert "rose from 0.300 to 0.400" in message
+    assert COLLAPSED in message
     assert [lr for _, lr in told.trained] == [LR, LR / 2, LR / 4]
     folder = teacher.parent / "base_0"
     assert (lr_of(folder), read_verdict(folder).attempts) == (LR / 2, 3)
     assert sorted(path.name for path in teacher.parent.iterdir()) == ["base_0", "original"]
+
+
+@pytest.mark.parametrize("dead", ["save_checkpoint", "remove_state", "write_verdict"])
+def test_killed_while_the_start_is_put_back_the_same_command_ends_the_same(data, teacher, monkeypatch, dead):
+    """Wherever it is cut: the start's weights as the student's, in its steps, and nothing trained twice."""
+    told = Told(monkeypatch, {LR: 0.4}, {LR: 1.0})
+    folder, real, calls = teacher.parent / "base_0", getattr(ladder, dead), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (2 if dead == "write_verdict" else 1):  # the first verdict is that of the trained student
+            raise KilledError(dead)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ladder, dead, dying)
+        with pytest.raises(KilledError):
+            climbed(data, teacher)
+    watcher = Watcher()
+    climbed(data, teacher, reporter=watcher)
+    reason = "RMSE to its teacher rose from 0.3000 to 0.4000 by the training"
+    assert told.trained == [("base_0", LR)]
+    assert watcher.lines[-1] == f"{folder}: {reason}; it stays as it began"
+    assert_equal_bits(folder / WEIGHTS, teacher / WEIGHTS)
+    model = read_config(folder)
+    assert (model.kept_start, model.num_timesteps, model.method, model.is_finished) == (True, 4, "progressive", True)
+    assert read_verdict(folder) == Verdict(0.3, 0.3, None, 1.0, 4, 1, "", kept_start=reason)
+    assert sorted(path.name for path in teacher.parent.iterdir()) == ["base_0", "original"]
+    told.rmse[LR] = 0.2
+    climbed(data, teacher, to_steps=2)
+    assert not read_config(teacher.parent / "base_1").kept_start
+    assert read_config(teacher.parent / "base_1").teacher["kept_start"]
 
 
 def test_an_attempt_that_is_cut_goes_on_with_its_own_learning_rate(data, teacher, monkeypatch):
@@ -257,7 +292,7 @@ def test_an_attempt_that_is_cut_goes_on_with_its_own_learning_rate(data, teacher
 
     def examine(*_, attempts: int, **__) -> Verdict:
         reason = next(verdicts)
-        return Verdict(0.1 if reason else 0.5, 0.4, None, None, 2, attempts, reason)
+        return Verdict(0.5, math.inf if reason else 0.4, None, None, 2, attempts, reason)
 
     monkeypatch.setattr(Examiner, "examine", examine)
     watcher = signal_at(1)
@@ -282,22 +317,38 @@ WORDS = (
 )
 
 
-def test_a_learning_rate_far_too_high_ends_in_one_line(teacher, monkeypatch):
+def test_a_learning_rate_far_too_high_harms_no_ladder(teacher, monkeypatch):
+    """The students stay as they began, marked in table and config; the ladder goes on."""
     monkeypatch.chdir(teacher.parent)
-    message = error(f"{WORDS} --lr 3 --num_iters 6", 1)
-    found = re.fullmatch(
-        r"base_0 is no better for its training: RMSE to its teacher rose from (\S+) to (\S+) by the training; the best "
-        r"attempt is kept there; give --overwrite with a lower --lr or more --num_iters",
+    result = done(f"{WORDS} --lr 3 --num_iters 6")
+    for name, steps in (("base_0", 4), ("base_1", 2)):
+        kept, model = read_verdict(Path(name)), read_config(Path(name))
+        assert kept.kept_start.startswith("RMSE to its teacher rose from")
+        assert (kept.rmse, kept.attempts, kept.reason) == (kept.rmse_before, 1, "")
+        assert (model.kept_start, model.num_timesteps, model.is_finished) == (True, steps, True)
+        assert_equal_bits(Path(name) / WEIGHTS, teacher / WEIGHTS)
+        assert f"{name}: {kept.kept_start}; it stays as it began" in result.stderr
+    rows = [row for row in table(result.stdout) if row[0].startswith("base_")]
+    assert [row[:3] for row in rows] == [["base_0", "4", "kept start"], ["base_1", "2", "kept start"]]
+    before = contents(Path("base_0"))
+    done(f"{WORDS} --lr 3 --num_iters 6")
+    assert contents(Path("base_0")) == before
+    done(f"{WORDS} --lr 1e-3 --num_iters 6 --overwrite")
+    assert not read_config(Path("base_0")).kept_start
+
+
+def test_a_student_that_collapses_ends_in_one_line(teacher, monkeypatch):
+    monkeypatch.chdir(teacher.parent)
+    words = f"{WORDS} --lr 3 --num_iters 6 --distance_every 1 --max_regression 1"
+    message = error(words, 1)
+    assert re.fullmatch(
+        r"base_0 collapsed: distance to the data is \S+, its teacher's \S+; the best attempt is kept there; give "
+        r"--overwrite with a lower --lr or more --num_iters",
         message,
     )
-    assert found
     assert sorted(path.name for path in Path().iterdir()) == ["base_0", "original"]
-    kept = read_verdict(Path("base_0"))
-    assert (f"{kept.rmse_before:.3f}", f"{kept.rmse:.3f}", kept.attempts) == (found[1], found[2], 2)
-    assert error(f"{WORDS} --lr 3 --num_iters 6", 1) == message
-    result = done(f"{WORDS} --lr 1e-9 --num_iters 6 --overwrite")
-    assert "Ladder" in result.stdout
-    assert (Path("base_1") / VERDICT).exists()
+    assert read_verdict(Path("base_0")).attempts == 2
+    assert error(words, 1) == message
 
 
 def table(stdout: str) -> list[list[str]]:

@@ -222,10 +222,31 @@ def test_a_teacher_that_began_with_fewer_steps_has_two_lines(root, tmp_path):
     assert stages(ladder, measured(ladder)).rows[1][:3] == ["original", "in fewer steps", "4"]
 
 
+def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_not_shown(root, tmp_path):
+    folder = without_logs(root, tmp_path)
+    path = folder / "base_1" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kept_start": True}))
+    (folder / "base_1" / "verdict.json").write_text(json.dumps(verdict(2, every=2, rmse=0.7)))
+    path = folder / "base_2" / "ladder.json"
+    lines = json.loads(path.read_text())
+    lines[0] |= {"ms_per_image": None}
+    path.write_text(json.dumps(lines))
+    ladder = read_ladder(folder)
+    found = {each["name"]: each for each in models(ladder, measured(ladder))}
+    assert [found[name]["kept_start"] for name in ("original", "base_0", "base_1")] == [False, False, True]
+    assert (found["base_1"]["rmse_to_teacher"], found["base_1"]["distance"]) == (0.02, None)
+    assert (found["base_0"]["rmse_to_teacher"], found["base_0"]["distance"]) == (0.031, 0.25)
+    assert found["original"]["ms_per_image"] is None
+    assert [row[1] for row in stages(ladder, measured(ladder)).rows] == [
+        "base", "progressive", "progressive, kept start", "progressive"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"attempts": 3}, "The stage of base_1 was done 3 times"),
+        ({"kept_start": "it rose"}, "base_1 is what its training began with, which made it worse: it rose."),
         ({"reason": "it is worse"}, "base_1 failed its examination: it is worse"),
         ({"rmse": None}, "base_1 draws values that are not finite"),
     ],

@@ -28,6 +28,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def long_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ladder is measured at its end as if its few updates had been many."""
+    monkeypatch.setattr("vdiff.training.stages.EVALUATIONS", 10**5)
+
+
 def distill(place: Path) -> str:
     return (
         f"distill.py --config {place}/tiny.toml --base {place}/checkpoints/original --stages 2 --device cpu "
@@ -35,6 +41,7 @@ def distill(place: Path) -> str:
     )
 
 
+@pytest.mark.usefixtures("long_training")
 def test_a_ladder_ends_with_its_report(place, monkeypatch):
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda address: not opened.append(address))
@@ -63,6 +70,18 @@ def test_a_ladder_ends_with_its_report(place, monkeypatch):
     assert "Fréchet distance on mine" in page.read_text(encoding="utf-8"), "an evaluation of these weights is kept"
     done(f"vdiff report {place}/checkpoints --evaluate --num 50 --device cpu")
     assert "50 samples each" in page.read_text(encoding="utf-8"), "unless another one is asked for"
+
+
+def test_after_a_short_training_nothing_is_measured_for_the_report(place):
+    """It would take longer than the training; the page is written with what there is."""
+    (place / "checkpoints" / "evaluation.json").unlink(missing_ok=True)
+    result = done(f"{distill(place)} --overwrite", REPORT)
+    assert (
+        f"no evaluation for the report: the training was short; `vdiff report {place}/checkpoints --evaluate` makes one"
+    ) in result.stderr.splitlines()
+    assert not (place / "checkpoints" / "evaluation.json").exists()
+    assert "comparing by 8 images, models of more than 4 steps left out, as the training was short" in result.stderr
+    assert (place / "checkpoints" / "report.html").is_file()
 
 
 def test_a_report_that_fails_is_one_line(place, monkeypatch):

@@ -41,7 +41,7 @@ from vdiff.models.checkpoint import (
     weights_fingerprint,
 )
 from vdiff.training import ladder
-from vdiff.training.comparison import PICTURE, TABLE, compare, known_rows
+from vdiff.training.comparison import PICTURE, TABLE, compare, known_rows, plan_comparison
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import climb
@@ -333,7 +333,7 @@ def test_a_ladder_that_is_cut_ends_with_the_same_bits(data, teacher, whole, cuts
     assert_same_ladder(teacher.parent, whole)
     if finished:
         assert watcher.lines[0] == f"{teacher.parent / 'base_0'} is finished already: 4 steps"
-        assert [bar[0] for bar in watcher.bars if "checking" not in bar[0]] == ["base_1", "base_2"]
+        assert [bar[0] for bar in watcher.bars if bar[0].startswith("base_")] == ["base_1", "base_2"]
         assert watcher.bars[0][2] in (2, 3)
         assert times(teacher.parent / "base_0") == finished
 
@@ -375,7 +375,7 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint(data, teacher, whole):
         run_ladder(config, described, reporter=Watcher(kill))
     watcher = Watcher()
     run_ladder(config, described, reporter=watcher)
-    assert [bar for bar in watcher.bars if "checking" not in bar[0]] == [("base_1", 8, 3), ("base_2", 8, 0)]
+    assert [bar for bar in watcher.bars if bar[0].startswith("base_")] == [("base_1", 8, 3), ("base_2", 8, 0)]
     assert_same_ladder(teacher.parent, whole)
 
 
@@ -581,7 +581,8 @@ def test_out_puts_the_student_elsewhere(data, teacher, tmp_path, whole):
 def test_every_kind_of_teacher_has_students(data, tmp_path, schedule, prediction):
     base = tmp_path / "original"
     run_training(train_config(data, schedule=schedule, prediction=prediction, num_iters=2), base)
-    run_ladder(distill_config(data, base, stages=2, num_iters=2, last_factor=1.0), read_config(base))
+    trained = distill_config(data, base, stages=2, num_iters=2, last_factor=1.0, check_images=0)
+    run_ladder(trained, read_config(base))
     for name, num_steps in (("base_0", 4), ("base_1", 2)):
         denoiser, found = load_checkpoint(tmp_path / name)
         assert (found.num_timesteps, found.prediction, denoiser.schedule.num_levels) == (num_steps, prediction, 8)
@@ -626,7 +627,7 @@ def test_comparison_holds_what_its_models_draw(whole, data, tmp_path, monkeypatc
     base = Path(shutil.copytree(whole / "original", tmp_path / "original"))
     stages = run_ladder(distill_config(data, base, teacher_steps=4, to_steps=1), read_config(base))
     watcher = Watcher()
-    rows = compare(stages, seed=3, device=torch.device("cpu"), reporter=watcher)
+    rows = compare(stages, seed=3, device=torch.device("cpu"), reporter=watcher, budget=10**9)
     table = json.loads((stages[-1].folder / TABLE).read_text())
     assert table == [dataclasses.asdict(row) for row in rows]
     expected = [("original", 8), ("original", 4), ("base_0", 2), ("base_1", 1)]
@@ -657,12 +658,34 @@ def test_comparison_holds_what_its_models_draw(whole, data, tmp_path, monkeypatc
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("budget", "count", "most"),
+    [(10**9, 24, 8), (12 * 15, 12, 8), (8 * 15, 8, 8), (8 * 15 - 1, 17, 4), (8 * 7 - 1, 18, 2), (0, 8, 1)],
+)
+def test_a_comparison_costs_what_it_may(whole, budget, count, most):
+    """Fewer images first, then without the models of many steps; said in one line, and the same for all who ask."""
+    steps = [8, 4, 2, 1]
+    assert plan_comparison(steps, 24, budget) == (count, most)
+    stages = plan_stages(distill_config(Path(), whole / "original", to_steps=1), read_config(whole / "original"))
+    watcher = Watcher()
+    rows = compare(stages, seed=0, device=torch.device("cpu"), reporter=watcher, budget=budget)
+    is_drawn = [n <= most for n in steps]
+    assert [row.ms_per_image is not None for row in rows] == is_drawn
+    assert [row.rmse_to_teacher is not None for row in rows] == [False, *(n <= most / 2 for n in steps[1:])]
+    assert [row.rmse_to_first is not None for row in rows] == [False, *([most == 8] * 3)]
+    assert watcher.bars == [("comparing", sum(n for n in steps if n <= most), 0)]
+    words = {8: "", 4: ", models of more than 4 steps left out", 2: ", models of more than 2 steps left out"}
+    without = words.get(most, ", models of more than 1 step left out")
+    assert watcher.lines == [f"comparing by {count} images{without}, as the training was short"] * (budget < 10**9)
+    assert known_rows(stages, seed=0) == rows
+
+
 def test_a_teacher_of_very_many_steps_is_drawn_with_those_distilled_alone(data, teacher, monkeypatch):
     """Of 8 steps 4 were distilled; were it 16 times as many, or more, they would be most of the comparison."""
     stages = run_ladder(distill_config(data, teacher, teacher_steps=4, check_images=0), read_config(teacher))
     for most, expected in ((2, [8, 4, 2]), (1.5, [4, 2])):
         monkeypatch.setattr("vdiff.training.comparison.MOST_STEPS", most)
-        rows = compare(stages, seed=0, device=torch.device("cpu"), reporter=Watcher())
+        rows = compare(stages, seed=0, device=torch.device("cpu"), reporter=Watcher(), budget=10**9)
         assert [row.num_steps for row in rows] == expected
         assert known_rows(stages, seed=0) == rows
 
@@ -670,7 +693,7 @@ def test_a_teacher_of_very_many_steps_is_drawn_with_those_distilled_alone(data, 
 def test_comparison_of_a_whole_ladder_names_each_model_once(whole):
     config = distill_config(Path(), whole / "original", to_steps=1)
     stages = plan_stages(config, read_config(whole / "original"))
-    rows = compare(stages, seed=0, device=torch.device("cpu"), reporter=Watcher())
+    rows = compare(stages, seed=0, device=torch.device("cpu"), reporter=Watcher(), budget=10**9)
     assert [(Path(row.checkpoint).name, row.num_steps) for row in rows] == [
         ("original", 8), ("base_0", 4), ("base_1", 2), ("base_2", 1)
     ]  # fmt: skip

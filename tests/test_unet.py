@@ -327,7 +327,7 @@ def test_default_networks_keep_their_names_and_shapes():
 
 
 def test_default_networks_keep_their_answers():
-    """Values of the version before folding and "no class" came in."""
+    """Values of the version before folding and "no class" came in; the frequencies of the timestep are in float32."""
     network = UNet(UNetConfig(**BASE)).double()
     randomise(network)
     found = network(randn(1, 3, 4, 4), torch.tensor([511.0], dtype=torch.float64)).flatten()[::7]
@@ -340,7 +340,7 @@ def test_default_networks_keep_their_answers():
         -0.224645071269,
         -0.312714460579,
     ]
-    assert found.tolist() == pytest.approx(expected, abs=1e-9)
+    assert found.tolist() == pytest.approx(expected, abs=2e-6)
 
 
 # Folding

@@ -27,6 +27,7 @@ from vdiff.training.verdict import (
     VERDICT,
     Examiner,
     Verdict,
+    plan_check,
     read_verdict,
     rmse,
     why_failed,
@@ -36,8 +37,10 @@ from vdiff.training.verdict import (
 # What is a failure
 
 
-def found(rmse: float = 0.2, before: float = 0.3, far: float | None = None, teachers: float | None = None) -> Verdict:
-    return Verdict(before, rmse, far, teachers, 64, 1, "")
+def found(
+    rmse: float = 0.2, before: float = 0.3, far: float | None = None, teachers: float | None = None, **more
+) -> Verdict:
+    return Verdict(before, rmse, far, teachers, 64, 1, "", **more)
 
 
 @pytest.mark.parametrize(
@@ -45,17 +48,23 @@ def found(rmse: float = 0.2, before: float = 0.3, far: float | None = None, teac
     [
         (found(), ""),
         (found(0.3, 0.3), ""),
-        (found(0.3001, 0.3), "RMSE to its teacher rose from 0.300 to 0.300 by the training"),
-        (found(0.4, 0.1), "RMSE to its teacher rose from 0.100 to 0.400 by the training"),
-        (found(0.05, 0.01), ""),  # so near that it is no failure
-        (found(0.0501, 0.01), "RMSE to its teacher rose from 0.010 to 0.050 by the training"),
-        (found(math.inf, 0.3), "RMSE to its teacher rose from 0.300 to inf by the training"),
-        (found(math.nan, 0.3), "RMSE to its teacher rose from 0.300 to nan by the training"),
+        (found(0.3001, 0.3), "RMSE to its teacher rose from 0.3000 to 0.3001 by the training"),
+        (found(0.0178, 0.0109), "RMSE to its teacher rose from 0.0109 to 0.0178 by the training"),
+        (found(0.4, 0.1), "RMSE to its teacher rose from 0.1000 to 0.4000 by the training"),
+        (found(0.0713, 0.0712, rmse_limit=0.0714), ""),  # rounding, or the choice of noises
+        (found(0.0715, 0.0712, rmse_limit=0.0714), "RMSE to its teacher rose from 0.0712 to 0.0715 by the training"),
+        (found(math.inf, 0.3), "its images are not finite"),
+        (found(math.nan, 0.3), "its images are not finite"),
         (found(far=1.0, teachers=0.5), ""),
         (found(far=1.5, teachers=0.5), ""),
         (found(far=1.51, teachers=0.5), "distance to the data is 1.51, its teacher's 0.5"),
         (found(far=math.nan, teachers=0.5), "distance to the data is nan, its teacher's 0.5"),
-        (found(0.4, 0.1, 9.0, 0.5), "RMSE to its teacher rose from 0.100 to 0.400 by the training"),
+        (found(0.4, 0.1, 9.0, 0.5), "distance to the data is 9, its teacher's 0.5"),
+        (found(0.4, 0.1, 0.5, 0.5, start_distance=9.0), ""),  # the start is no better
+        (
+            found(0.4, 0.1, 0.5, 0.5, start_distance=1.0),
+            "RMSE to its teacher rose from 0.1000 to 0.4000 by the training",
+        ),
         (found(far=9.0), ""),
         (found(teachers=9.0), ""),
     ],
@@ -75,15 +84,22 @@ def test_the_difference_is_taken_over_the_images_that_both_have():
 
 
 def test_a_verdict_is_kept_beside_the_student(tmp_path):
-    for verdict in (found(), Verdict(0.5, math.inf, 1.5, 0.25, 7, 3, "why")):
+    for verdict in (found(), Verdict(0.5, math.inf, 1.5, 0.25, 7, 3, "why", 0.6, 2, 1.25, "it was worse")):
         write_verdict(tmp_path, verdict)
         assert read_verdict(tmp_path) == verdict
         assert json.loads((tmp_path / VERDICT).read_text()) == {
             "rmse_before": verdict.rmse_before, "rmse": verdict.rmse, "distance": verdict.distance,
             "teacher_distance": verdict.teacher_distance, "num_images": verdict.num_images,
-            "attempts": verdict.attempts, "reason": verdict.reason,
+            "attempts": verdict.attempts, "reason": verdict.reason, "rmse_limit": verdict.rmse_limit,
+            "every": verdict.every, "start_distance": verdict.start_distance, "kept_start": verdict.kept_start,
         }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["verdict.json"]
+
+
+def test_a_verdict_of_an_older_version_is_read(tmp_path):
+    old = {"rmse_before": 0.3, "rmse": 0.4, "distance": None, "teacher_distance": None, "num_images": 64}
+    (tmp_path / VERDICT).write_text(json.dumps({**old, "attempts": 2, "reason": "RMSE rose"}))
+    assert read_verdict(tmp_path) == Verdict(0.3, 0.4, None, None, 64, 2, "RMSE rose")
 
 
 @pytest.mark.parametrize("text", [None, "", "[", "[]", "3", "{}", '{"rmse": 1}', '{"other": 1}', "\udcff"])
@@ -172,7 +188,7 @@ def examine(of: Examiner, base: Path, folder: Path, **changes) -> Verdict:
     """With a start of its own, that nobody trained."""
     settings = {
         "base": base, "teacher_steps": 8, "start": start(folder), "folder": folder, "num_steps": 4, "guidance": (),
-        "measure_distance": True, "max_regression": 1e9, "attempts": 2,
+        "measure_distance": True, "max_regression": 1e9, "attempts": 2, "budget": 10**9,
     }  # fmt: skip
     return of.examine(**{**settings, **changes})
 
@@ -205,10 +221,70 @@ def test_teacher_and_student_draw_from_the_same_noise(tmp_path):
     assert verdict.teacher_distance == pytest.approx(theirs.mean() + 10, abs=1e-4)
     assert (verdict.num_images, verdict.attempts) == (7, 2)
     assert verdict.reason == why_failed(verdict, 1e9)
+    assert verdict.start_distance == pytest.approx(
+        drawn_by(start(student), 4, count=7, seed=seed).mean() + 10, abs=1e-4
+    )
     assert watcher.bars == [
-        ("checking original", 8, 0), ("checking before training", 4, 0), ("checking base_0", 4, 0)
+        ("checking original", 8, 0), ("checking before training", 4, 0), ("checking base_0", 4, 0),
+        ("checking before training", 4, 0),  # which is nearer to the teacher
     ]  # fmt: skip
     assert [done for name, done in watcher.seen if name == "checking original"] == list(range(1, 9))
+
+
+def test_what_rounding_and_the_noises_explain_is_no_harm(tmp_path):
+    """The limit: twice the standard error of the mean difference of squared errors, and 1 % or 1e-4 for rounding."""
+    base, student = pair(tmp_path)
+    verdict = examine(examiner(images=64), base, student, measure_distance=False)
+    theirs, mine = (drawn(path, steps, count=64, seed=2**63 + 3) for path, steps in ((base, 8), (student, 4)))
+    before = drawn_by(start(student), 4, count=64, seed=2**63 + 3)
+    errors, earlier = (((images - theirs) ** 2).reshape(64, -1).mean(1) for images in (mine, before))
+    margin = 2 * np.std(errors - earlier, ddof=1) / 8
+    assert verdict.rmse_limit == pytest.approx((earlier.mean() + margin) ** 0.5, rel=1e-3)
+    nudged, described = load_checkpoint(student)
+    for parameter in nudged.parameters():
+        parameter.data.mul_(1 + 1e-6)
+    unchanged = load_checkpoint(student)[0]
+    save_checkpoint(student, nudged.state_dict(), described)
+    same = examine(examiner(images=64), base, student, start=unchanged, measure_distance=False)
+    assert (same.reason, same.rmse != same.rmse_before) == ("", True)
+    assert same.rmse_limit >= 1.01 * same.rmse_before
+
+
+@pytest.mark.parametrize(
+    ("teacher_steps", "num_steps"), [(1024, 512), (64, 32), (48, 16), (8, 8), (32, 1), (9, 3), (2, 1)]
+)
+@pytest.mark.parametrize("budget", [0, 300, 3_000, 30_000, 10**7])
+@pytest.mark.parametrize("wanted", [(64, 64), (64, 500), (300, 500), (64, 2)])
+def test_a_check_costs_what_it_may(teacher_steps, num_steps, budget, wanted):
+    """At most the budget, unless 64 images in the fewest steps cost more; everything where it is enough."""
+    every, images, more = plan_check(teacher_steps, num_steps, *wanted, budget)
+    assert num_steps % every == teacher_steps % every == 0
+    assert 64 <= images <= more
+    assert images <= max(wanted[0], 64)
+    assert more <= max(*wanted, 64)
+
+    def cost(every: int, images: int, more: int) -> int:
+        return (images * (teacher_steps + 2 * num_steps) + (more - images) * (teacher_steps + num_steps)) // every
+
+    common = [k for k in range(1, num_steps + 1) if num_steps % k == teacher_steps % k == 0]
+    assert cost(every, images, more) <= max(budget, cost(common[-1], 64, 64))
+    assert all(cost(k, 64, 64) > budget for k in common if k < every)
+    if cost(1, wanted[0], max(wanted)) <= budget:
+        assert (every, images, more) == (1, wanted[0], max(wanted))
+
+
+def test_a_short_stage_is_checked_in_fewer_steps(tmp_path):
+    """By as few evaluations as it may cost, said in one line; teacher and students skip the same steps."""
+    base, student = pair(tmp_path)
+    watcher = Watcher()
+    verdict = examine(examiner(watcher, images=64, far=90, distance=mean_of), base, student, budget=64 * 8)
+    assert (verdict.every, verdict.num_images) == (2, 64)
+    theirs, mine = (drawn(path, steps, count=64, seed=2**63 + 3) for path, steps in ((base, 4), (student, 2)))
+    assert verdict.rmse == pytest.approx(distance(mine, theirs), rel=1e-3)
+    assert watcher.lines == ["base_0 is checked by 64 images in 2 of 4 steps, as its training was short"]
+    watcher = Watcher()
+    assert examine(examiner(watcher, images=64, far=64, distance=mean_of), base, student).every == 1
+    assert watcher.lines == []
 
 
 def test_the_reason_is_that_of_the_numbers(tmp_path):
@@ -243,8 +319,9 @@ def test_more_images_than_fit_one_batch(tmp_path):
     assert [done for name, done in watcher.seen if name == "checking base_0"] == list(range(1, 9))
 
 
-def test_a_student_s_images_are_kept_for_the_next_stage(tmp_path):
+def test_a_student_s_images_are_kept_for_the_next_stage(tmp_path, monkeypatch):
     """Where they are enough, and of as many steps."""
+    monkeypatch.setattr("vdiff.training.verdict.worsening", lambda *_: "")
     base, student = pair(tmp_path)
     write_checkpoint(tmp_path / "base_1", seed=60, num_timesteps=2, method="progressive")
     next_stage = {"base": student, "teacher_steps": 4, "num_steps": 2, "start": start(tmp_path / "base_1")}

@@ -115,7 +115,14 @@ def command(
 
 
 def report_at_the_end(
-    stages: Sequence[Stage], data: str, *, measure: bool, device: torch.device, console: Console, open_it: bool
+    stages: Sequence[Stage],
+    data: str,
+    *,
+    measure: bool,
+    budget: int,
+    device: torch.device,
+    console: Console,
+    open_it: bool,
 ) -> None:
     """What `distill.py` does last: a quick evaluation where there are small images, then the report.
 
@@ -124,6 +131,7 @@ def report_at_the_end(
     Args:
         data: the dataset; empty where there is none.
         measure: whether distances are wanted at all. An evaluation of the same weights that is there already is kept.
+        budget: network evaluations that the measurement may cost.
     """
     folder, last = stages[-1].folder.parent, stages[-1].folder
     try:
@@ -133,9 +141,10 @@ def report_at_the_end(
         ladder = read_ladder(folder, last=last)
         if measure and data:
             try:
-                _measure_quickly(ladder, data, device, console)
+                _measure_quickly(ladder, data, budget, device, console)
             except VdiffError as error:
-                console.line(f"no evaluation for the report: {error.cause}")
+                again = f"`vdiff report {folder} --evaluate` makes one"
+                console.line(f"no evaluation for the report: {error.cause}; {again}")
             ladder = read_ladder(folder, last=last)
         path = write_report(ladder)
     except Exception as error:
@@ -147,14 +156,16 @@ def report_at_the_end(
         _show(path, console)
 
 
-def _measure_quickly(ladder: LadderRun, data: str, device: torch.device, console: Console) -> None:
+def _measure_quickly(ladder: LadderRun, data: str, budget: int, device: torch.device, console: Console) -> None:
     from vdiff.evaluation.pieces import Alone
-    from vdiff.report.measuring import QUICK_IMAGES, QUICK_SIZE, QUICK_STEPS, Wish, evaluate_ladder, tells_of
+    from vdiff.report.measuring import QUICK_SIZE, evaluate_ladder, quick_wish, tells_of
 
     students = [model.fingerprint for model in ladder.students]
     if ladder.first.number("image_size") > QUICK_SIZE or tells_of(ladder.evaluation, students[-1:]):
         return
-    wish = Wish(num=QUICK_IMAGES, most=QUICK_STEPS, batch_size=QUICK_IMAGES)
+    wish = quick_wish(ladder, budget)
+    if wish is None:
+        raise VdiffError("the training was short", "")
     evaluate_ladder(
         ladder, data, wish, processes=Alone(device), overwrite=True, reporter=console, command=typed_command()
     )

@@ -41,6 +41,7 @@ JSON_KINDS: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
+    bool: "true or false",
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
     dict[str, Any]: "an object",
@@ -62,6 +63,7 @@ class CheckpointConfig:
         num_iters, target_iters: optimiser updates done, and asked for; equal when the training is finished.
         num_images: images seen by this model's own training.
         train_seconds: spent on those updates.
+        kept_start: whether its weights are those that its training began with, because the training made them worse.
         class_names: of a class-conditional model.
         guidance_range: the least and the largest weight w of guidance that the network was taught to take as an input;
             empty where it was taught none.
@@ -81,6 +83,7 @@ class CheckpointConfig:
     dataset: str
     dataset_fingerprint: str
     train_seconds: float = 0.0
+    kept_start: bool = False
     class_names: list[str] = field(default_factory=list)
     guidance_range: list[float] = field(default_factory=list)
     teacher: dict[str, Any] | None = None

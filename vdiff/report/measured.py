@@ -103,12 +103,16 @@ def _judged(ladder: LadderRun) -> Measured:
     teacher, counts = None, set()
     for model in ladder.students:
         own = finite(model.verdict.get("distance"))
-        if own is None:
+        if own is None or in_fewer_steps(model):
             continue
         students[model.fingerprint] = Point(model.steps, own)
         counts.add(int(finite(model.verdict.get("num_images")) or 0))
     first = ladder.students[0] if ladder.students else None
-    if first is not None and (far := finite(first.verdict.get("teacher_distance"))) is not None:
+    if (
+        first is not None
+        and not in_fewer_steps(first)
+        and (far := finite(first.verdict.get("teacher_distance"))) is not None
+    ):
         teacher = Point(teacher_steps(ladder), far)
     if not students and teacher is None:
         return Measured()
@@ -135,7 +139,8 @@ def milliseconds(ladder: LadderRun) -> dict[tuple[str, int], float]:
         for row in ladder.evaluation.rows:
             if row.sampler == PLAIN and row.checkpoint_fingerprint in names:
                 times[names[row.checkpoint_fingerprint], row.num_steps] = row.ms_per_image
-    return times | {(line.name, line.steps): line.ms_per_image for line in ladder.compared}
+    compared = {(line.name, line.steps): line.ms_per_image for line in ladder.compared}
+    return times | {key: ms for key, ms in compared.items() if ms is not None}
 
 
 def time_curve(ladder: LadderRun) -> Curve:
@@ -149,6 +154,11 @@ def finite(value: object) -> float | None:
     """A number that a file tells, where it is one."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def in_fewer_steps(model: Model) -> bool:
+    """Whether a student was examined in fewer steps than its own, as its training was short."""
+    return (finite(model.verdict.get("every")) or 1) > 1
 
 
 def attempts(model: Model) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vdiff.errors import VdiffError
@@ -20,7 +20,9 @@ SAMPLERS = (PLAIN, "dpmpp_2m")
 FEW = (1, 2, 4, 8)
 """The steps in which the training-free samplers are measured: from where distillation is worth its time."""
 QUICK_IMAGES, QUICK_SIZE = 256, 32
-"""What a ladder does by itself at its end: so many samples of each row, of images up to 32 × 32."""
+"""What a ladder does by itself at its end: at most so many samples of each row, of images up to 32 × 32."""
+QUICK_LEAST = 64
+"""… and none at all where so many would be too much for a ladder's few updates."""
 QUICK_STEPS = 64
 """… in at most so many steps."""
 
@@ -66,6 +68,13 @@ def requests(ladder: LadderRun, wish: Wish) -> list[Request]:
         if model.folder and model.steps <= wish.most:
             rows.append(Request(model.folder, PLAIN, model.steps))
     return list(dict.fromkeys(rows))
+
+
+def quick_wish(ladder: LadderRun, budget: int) -> Wish | None:
+    """How a ladder is measured at its end by at most `budget` network evaluations; None where these are too few."""
+    wish = Wish(most=QUICK_STEPS)
+    num = min(QUICK_IMAGES, budget // sum(request.num_steps for request in requests(ladder, wish)))
+    return replace(wish, num=num, batch_size=num) if num >= QUICK_LEAST else None
 
 
 def _reference(config: CheckpointConfig, began: int, most: int) -> list[int]:

@@ -122,10 +122,11 @@ def rungs(ladder: LadderRun) -> list[Rung]:
     if not ladder.images:
         return []
     picture = read_picture(ladder.images)
-    cut = strips(picture, len(ladder.compared))
+    drawn = [line for line in ladder.compared if line.ms_per_image is not None]
+    cut = strips(picture, len(drawn))
     count = picture.width * len(cut) // picture.height
     told = []
-    for line, strip in zip(ladder.compared, cut, strict=False):
+    for line, strip in zip(drawn, cut, strict=False):
         error = "" if line.rmse_to_first is None else f"RMSE {figure(line.rmse_to_first)}"
         told.append(Rung(line.name, steps_text(line.steps), error, inlined(strip), count))
     return told

@@ -53,11 +53,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Compared:
-    """A model drawn from the noise that all models of the ladder were drawn from; a line of `ladder.json`."""
+    """A model drawn from the noise that all models of the ladder were drawn from; a line of `ladder.json`.
+
+    A model that was not drawn has no figures.
+    """
 
     name: str
     steps: int
-    ms_per_image: float
+    ms_per_image: float | None
     rmse_to_teacher: float | None
     rmse_to_first: float | None
 
@@ -211,7 +214,7 @@ def _compared(path: Path) -> tuple[Compared, ...]:
             Compared(
                 name=Path(str(row["checkpoint"])).name,
                 steps=int(row["num_steps"]),
-                ms_per_image=float(row["ms_per_image"]),
+                ms_per_image=_number(row["ms_per_image"]),
                 rmse_to_teacher=_number(row.get("rmse_to_teacher")),
                 rmse_to_first=_number(row.get("rmse_to_first")),
             )

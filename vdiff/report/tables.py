@@ -8,7 +8,7 @@ from typing import Any
 
 from vdiff.evaluation.results import Metric
 from vdiff.report.figures import figure, milliseconds_text, seconds_text, steps_text, whole
-from vdiff.report.measured import PLAIN, Measured, finite, milliseconds, teacher_steps, time_curve
+from vdiff.report.measured import PLAIN, Measured, finite, in_fewer_steps, milliseconds, teacher_steps, time_curve
 from vdiff.report.plots import Point
 from vdiff.report.run import LadderRun
 
@@ -37,12 +37,13 @@ def models(ladder: LadderRun, found: Measured) -> list[dict[str, Any]]:
     told = []
     for model, steps, is_again in entries:
         line = lines.get((model.name, steps))
-        error = None if is_again else finite(model.verdict.get("rmse"))
+        error = None if is_again or in_fewer_steps(model) else finite(model.verdict.get("rmse"))
         point = _teacher_at(found, steps) if model is first else found.students.get(model.fingerprint)
         told.append(
             {
                 "name": model.name,
                 "method": str(model.description.get("method", "")),
+                "kept_start": model.description.get("kept_start") is True,
                 "steps": steps,
                 "is_again": is_again,
                 **{key: model.number(key) for key in EFFORT},
@@ -63,6 +64,8 @@ def stages(ladder: LadderRun, found: Measured) -> Table:
     for each in models(ladder, found):
         name, method, effort = each["name"], each["method"], [*map(whole, (each["num_iters"], each["num_images"]))]
         effort.append(seconds_text(each["train_seconds"]))
+        if each["kept_start"]:
+            method += ", kept start"
         if each["is_again"]:
             method, effort = "in fewer steps", ["", "", ""]
         errors = [each["rmse_to_teacher"], each["rmse_to_first"]]

@@ -102,6 +102,8 @@ def notes(ladder: LadderRun, found: Measured) -> list[str]:
             told.append(f"{model.name} is not here any more, or was trained again since: its losses are not shown.")
         if (times := attempts(model)) > 1:
             told.append(f"The stage of {model.name} was done {times} times, with half the learning rate each time.")
+        if reason := model.verdict.get("kept_start"):
+            told.append(f"{model.name} is what its training began with, which made it worse: {reason}.")
         if reason := model.verdict.get("reason"):
             told.append(f"{model.name} failed its examination: {reason}.")
         if model in ladder.students and finite(model.verdict.get("rmse")) is None and model.verdict:

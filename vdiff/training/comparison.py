@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ class Row:
     Attributes:
         seed: of the noise that the comparison begins with.
         train_seconds: of its own training.
-        ms_per_image: milliseconds to draw one image in the batch of the comparison.
+        ms_per_image: milliseconds to draw one image in the batch of the comparison; None where the model was not drawn.
         rmse_to_teacher: root mean square difference of pixels in [−1, 1] from the model before it, same noise.
         rmse_to_first: the same, from the first model.
         distance: from the data, where a verdict tells it.
@@ -47,54 +47,84 @@ class Row:
     seed: int
     num_iters: int
     train_seconds: float
-    ms_per_image: float
+    ms_per_image: float | None
     rmse_to_teacher: float | None
     rmse_to_first: float | None
     distance: float | None = None
+    kept_start: bool = False
 
 
-def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter) -> list[Row]:
+def plan_comparison(steps: Sequence[int], num_images: int, budget: int) -> tuple[int, int]:
+    """How many images of each model cost at most about `budget` network evaluations, and of which models.
+
+    Returns:
+        at most `num_images`, at least `PICTURE_ROWS`, and the most steps of a model that is drawn: those of the last
+            model at least.
+    """
+    drawn = sorted(steps)
+    while drawn[-1] > steps[-1] and PICTURE_ROWS * sum(drawn) > budget:
+        drawn.pop()
+    return max(PICTURE_ROWS, min(num_images, budget // sum(drawn))), drawn[-1]
+
+
+def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter, budget: int) -> list[Row]:
     """Draw images 0, 1, 2, … of `seed` with every model of a ladder; write picture and table beside the last student.
 
     Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both (`MOST_STEPS`).
+
+    Args:
+        budget: network evaluations that this may cost, see `plan_comparison`.
     """
     entries = _entries(stages)
-    count = 24 if read_config(stages[0].base).image_size <= 32 else 16
+    usual = 24 if read_config(stages[0].base).image_size <= 32 else 16
+    count, most = plan_comparison([steps for _, steps in entries], usual, budget)
+    if count < usual or most < entries[0][1]:
+        without = f", models of more than {steps_text(most)} left out" if most < entries[0][1] else ""
+        reporter.line(f"comparing by {count} images{without}, as the training was short")
     rows: list[Row] = []
-    drawn: list[Tensor] = []
-    with reporter.progress("comparing", sum(steps for _, steps in entries), "evaluations") as bar:
+    drawn: list[tuple[Row, Tensor]] = []
+    with reporter.progress("comparing", sum(steps for _, steps in entries if steps <= most), "evaluations") as bar:
         done = 0
-        for folder, steps in entries:
-            denoiser, model = load_checkpoint(folder, device)
-            began = time.monotonic()
-            images = draw(
-                denoiser,
-                Ddim(),
-                indices=range(count),
-                image_size=model.image_size,
+        for k, (folder, steps) in enumerate(entries):
+            model = read_config(folder)
+            row = Row(
+                checkpoint=folder.as_posix(),
                 num_steps=steps,
                 seed=seed,
-                on_step=lambda step, done=done: bar.update(done + step),  # type: ignore[misc]
+                num_iters=model.num_iters,
+                train_seconds=model.train_seconds,
+                ms_per_image=None,
+                rmse_to_teacher=None,
+                rmse_to_first=None,
+                distance=_distance(stages, folder, steps),
+                kept_start=model.kept_start,
             )
-            seconds = time.monotonic() - began
-            done += steps
-            rows.append(
-                Row(
-                    checkpoint=folder.as_posix(),
+            if steps <= most:
+                denoiser, _ = load_checkpoint(folder, device)
+                began = time.monotonic()
+                images = draw(
+                    denoiser,
+                    Ddim(),
+                    indices=range(count),
+                    image_size=model.image_size,
                     num_steps=steps,
                     seed=seed,
-                    num_iters=model.num_iters,
-                    train_seconds=model.train_seconds,
-                    ms_per_image=1000 * seconds / count,
-                    rmse_to_teacher=rmse(images, drawn[-1]) if drawn else None,
-                    rmse_to_first=rmse(images, drawn[0]) if drawn else None,
-                    distance=_distance(stages, folder, steps),
+                    on_step=lambda step, done=done: bar.update(done + step),  # type: ignore[misc]
                 )
-            )
-            drawn.append(images)
+                row = replace(
+                    row,
+                    ms_per_image=1000 * (time.monotonic() - began) / count,
+                    rmse_to_teacher=rmse(images, drawn[-1][1]) if drawn else None,
+                    rmse_to_first=rmse(images, drawn[0][1]) if drawn and len(drawn) == k else None,
+                )
+                drawn.append((row, images))
+                done += steps
+            rows.append(row)
     folder = stages[-1].folder
-    save_png(picture(rows, drawn), folder / PICTURE)
-    few = torch.cat([images[:PICTURE_ROWS] for images in drawn])  # pixel for pixel, a row for each model: the report's
+    save_png(picture(drawn), folder / PICTURE)
+    few = torch.cat(
+        [images[:PICTURE_ROWS] for _, images in drawn]
+    )  # pixel for pixel, a row for each model: the report's
     save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / IMAGES)
     write_text(folder / TABLE, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
@@ -119,25 +149,27 @@ def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:
     return [*((first.base, steps) for steps in teacher), *((stage.folder, stage.num_steps) for stage in stages)]
 
 
-def picture(rows: Sequence[Row], drawn: Sequence[Tensor]) -> Image:
+def picture(drawn: Sequence[tuple[Row, Tensor]]) -> Image:
     """Columns: the models; rows: noise."""
     titles = []
-    for row in rows:
+    for row, _ in drawn:
         error = f"RMSE {row.rmse_to_first:.3f}" if row.rmse_to_first is not None else ""
         titles.append(f"{Path(row.checkpoint).name}\n{steps_text(row.num_steps)}\n{error}")
-    count = min(PICTURE_ROWS, len(drawn[0]))
+    count = min(PICTURE_ROWS, len(drawn[0][1]))
     return captioned_grid(
-        [[images[k] for images in drawn] for k in range(count)],
+        [[images[k] for _, images in drawn] for k in range(count)],
         titles,
         [f"noise {k}" for k in range(count)],
-        f"The same noise, {rows[0].num_steps} to {rows[-1].num_steps} steps",
+        f"The same noise, {drawn[0][0].num_steps} to {drawn[-1][0].num_steps} steps",
     )
 
 
 def _distance(stages: Sequence[Stage], folder: Path, steps: int) -> float | None:
     """What a verdict says of a model: a student's own, or that on the student of a teacher."""
-    if folder != stages[0].base:
-        own = read_verdict(folder)
-        return own.distance if own else None
-    first = read_verdict(stages[0].folder) if steps == stages[0].teacher_steps else None
-    return first.teacher_distance if first else None
+    is_student = folder != stages[0].base
+    if not is_student and steps != stages[0].teacher_steps:
+        return None
+    found = read_verdict(folder if is_student else stages[0].folder)
+    if found is None or found.every > 1:  # measured in fewer steps
+        return None
+    return found.distance if is_student else found.teacher_distance

@@ -9,7 +9,7 @@ import torch
 
 from vdiff.errors import Interrupted, OptionError, VdiffError, shell
 from vdiff.files import remove
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
 from vdiff.reporting import Reporter
 from vdiff.training.attempts import failed_attempts, finish_keeping, keep_best, set_aside, times_failed
 from vdiff.training.config import DistillConfig, resolve
@@ -28,8 +28,19 @@ from vdiff.training.folder import (
 from vdiff.training.loop import fit
 from vdiff.training.presets import RUN_FILE, read_run
 from vdiff.training.stages import Stage
+from vdiff.training.state import remove_state
 from vdiff.training.student import begin_student, describe_student, stage_run
-from vdiff.training.verdict import Distance, Examiner, Verdict, read_verdict, warning, why_failed, write_verdict
+from vdiff.training.verdict import (
+    MIN_NOISES,
+    Distance,
+    Examiner,
+    Verdict,
+    collapse,
+    read_verdict,
+    warning,
+    why_failed,
+    write_verdict,
+)
 
 
 def climb(
@@ -68,7 +79,7 @@ def climb(
     how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
     examiner = Examiner(
         seed=config.seed,
-        num_images=config.check_images,
+        num_images=max(config.check_images, MIN_NOISES),
         num_distance_images=config.distance_images,
         distance=distance,
         device=engine.device,
@@ -120,7 +131,9 @@ def _judge(
     *,
     measure_distance: bool,
 ) -> bool:
-    """Whether the student is good; a failed one is set aside, so that the stage can be done again.
+    """Whether the student is good; one that collapsed is set aside, so that the stage can be done again.
+
+    One that is farther from its teacher than before its training is put back to what it was, and is good.
 
     Raises:
         VdiffError: it failed, and so did every attempt before; the best of them is kept.
@@ -134,9 +147,12 @@ def _judge(
             reporter.line(f"{stage.folder}: {verdict_text(verdict)}")
             if text := warning(verdict):
                 reporter.line(f"{stage.folder}: {text}")
-        if verdict.reason and not why_failed(verdict, config.max_regression):  # a larger one may be given afterwards
-            verdict = replace(verdict, reason="")
+        if verdict.reason and (reason := why_failed(verdict, config.max_regression)) != verdict.reason:
+            verdict = replace(verdict, reason=reason)  # a larger --max_regression may be given afterwards
             write_verdict(stage.folder, verdict)
+        if verdict.reason and not collapse(verdict, config.max_regression):
+            verdict = _keep_start(stage, config, verdict)
+            reporter.line(f"{stage.folder}: {verdict.kept_start}; it stays as it began")
         if verdict.reason and verdict.attempts <= config.retries:
             set_aside(stage.folder)
             reporter.line(f"{stage.folder} failed: {verdict.reason}; once more with half the learning rate")
@@ -149,10 +165,25 @@ def _judge(
         found = read_verdict(stage.folder)
         reason = f": {found.reason}" if found else ""
         raise VdiffError(
-            f"{stage.folder} is no better for its training{reason}; the best attempt is kept there",
+            f"{stage.folder} collapsed{reason}; the best attempt is kept there",
             "give --overwrite with a lower --lr or more --num_iters",
         )
     return code == 0
+
+
+def _keep_start(stage: Stage, config: DistillConfig, verdict: Verdict) -> Verdict:
+    """Put the student before its training in place of the one that is farther from the teacher.
+
+    The verdict is written last: a kill before that is made good by doing all of it again.
+    """
+    start, _ = begin_student(stage, config, describe_student(stage, config, read_config(stage.base)))
+    save_checkpoint(stage.folder, start.state_dict(), replace(read_config(stage.folder), kept_start=True))
+    remove_state(stage.folder)
+    verdict = replace(
+        verdict, rmse=verdict.rmse_before, distance=verdict.start_distance, reason="", kept_start=verdict.reason
+    )
+    write_verdict(stage.folder, verdict)
+    return verdict
 
 
 def _examined(stage: Stage, config: DistillConfig, examiner: Examiner, *, measure_distance: bool) -> Verdict:
@@ -168,12 +199,15 @@ def _examined(stage: Stage, config: DistillConfig, examiner: Examiner, *, measur
         measure_distance=measure_distance,
         max_regression=config.max_regression,
         attempts=times_failed(stage.folder) + 1,
+        budget=stage.budget(config),
     )
 
 
 def verdict_text(verdict: Verdict) -> str:
     """`RMSE to its teacher 0.031 (before training 0.112), distance to data 0.23 (teacher 0.21)`."""
     text = f"RMSE to its teacher {verdict.rmse:.4f} (before training {verdict.rmse_before:.4f})"
+    if verdict.every > 1:
+        text += f", both in one of {verdict.every} steps"
     if verdict.distance is not None:
         text += f", distance to the data {verdict.distance:.3g} (teacher {verdict.teacher_distance:.3g})"
     return text

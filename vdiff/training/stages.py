@@ -21,6 +21,10 @@ from vdiff.training.dataset import Images, no_images, open_images
 from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings
 
 DEFAULT_BASE = "checkpoints/original"
+EVALUATIONS = 5
+"""What an update costs for each image, in network evaluations: the teacher's two, the student's, and its gradient."""
+SHARE = 25
+"""A check costs at most one part in so many of its stage's evaluations; comparison and report, of the ladder's."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Stage:
         halvings = max(1.0, math.log2(self.teacher_steps / self.num_steps))
         factor = config.last_factor if self.num_steps <= 2 and not METHODS[self.method].keeps_steps else 1.0
         return max(1, round(config.num_iters * halvings * factor))
+
+    def budget(self, config: DistillConfig) -> int:
+        """Network evaluations that its check may cost."""
+        return self.updates(config) * config.batch_size * EVALUATIONS // SHARE
 
     def settings(self, config: DistillConfig) -> DistillConfig:
         """The settings that do this stage alone."""

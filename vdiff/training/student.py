@@ -52,6 +52,7 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
         target_iters=stage.updates(config),
         num_images=0,
         train_seconds=0.0,
+        kept_start=False,
         vdiff_version=vdiff.__version__,
     )
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,10 @@ from vdiff.reporting import Reporter
 VERDICT = "verdict.json"
 HELD_OUT = 2**63
 """Added to the seed: noise that is never drawn otherwise."""
-MIN_RMSE = 0.05
-"""Differences from the teacher below this are no failure, whatever they were before training."""
+MIN_NOISES = 64
+"""Start and end of a stage are compared by at least so many images."""
+ROUNDING = 0.01, 1e-4
+"""The RMSE of a student may be this part larger than before its training, and this much in pixels."""
 WORTH_A_WORD = 1.5
 """A student whose distance to the data is more than this many times its teacher's is spoken of."""
 BATCH = 64
@@ -42,6 +44,10 @@ class Verdict:
         num_images: that the distances rest on.
         attempts: how often the stage was done.
         reason: what makes it a failure; empty where it is none.
+        rmse_limit: the largest `rmse` that rounding and the choice of noises explain where training did no harm.
+        every: teacher and student were drawn in every so many-th of their steps, see `plan_check`.
+        start_distance: of the student before its training, where that is nearer to the teacher.
+        kept_start: why the student is what it was before its training; empty where it is not.
     """
 
     rmse_before: float
@@ -51,6 +57,10 @@ class Verdict:
     num_images: int
     attempts: int
     reason: str
+    rmse_limit: float = 0.0
+    every: int = 1
+    start_distance: float | None = None
+    kept_start: str = ""
 
 
 def read_verdict(folder: Path) -> Verdict | None:
@@ -87,7 +97,7 @@ class Examiner:
     ) -> None:
         self.seed, self.num_images, self.num_distance_images = seed, num_images, num_distance_images
         self.distance, self.device, self.reporter = distance, device, reporter
-        self._kept: tuple[tuple[Path, int], Tensor] | None = None
+        self._kept: dict[tuple[Path, int], Tensor] = {}
 
     def examine(
         self,
@@ -101,6 +111,7 @@ class Examiner:
         measure_distance: bool,
         max_regression: float,
         attempts: int,
+        budget: int,
     ) -> Verdict:
         """Compare the student in `folder` with the teacher in `base`, and with what it was before its training.
 
@@ -108,29 +119,54 @@ class Examiner:
             start: the student before its training.
             guidance: the range of weights that the student takes as an input; the middle of it is tried.
             measure_distance: whether the distance to the data is due.
+            budget: network evaluations that the comparison may cost, see `plan_check`.
         """
-        count = max(self.num_images, self.num_distance_images if measure_distance and self.distance else 0)
+        measure = self.distance if measure_distance else None
+        wanted = max(self.num_images, self.num_distance_images if measure else 0)
+        every, num_images, count = plan_check(teacher_steps, num_steps, self.num_images, wanted, budget)
         weight = sum(guidance) / 2 if guidance else 0.0
-        theirs = self._images(base, teacher_steps, count, weight)
+        steps = num_steps // every
+        if every > 1 or count < wanted:
+            few = f"{count} images in {steps} of {num_steps} steps"
+            self.reporter.line(f"{folder.name} is checked by {few}, as its training was short")
+        theirs = self._images(base, teacher_steps // every, count, weight)
         student, model = load_checkpoint(folder, self.device)
         size = model.image_size
-        before = self._draw(start.to(self.device), size, num_steps, self.num_images, weight, "before training")
+        before = self._draw(start.to(self.device), size, steps, num_images, weight, "before training")
+        errors_before = squared_errors(before, theirs)
+        rmse_before = float(errors_before.mean().sqrt())
         try:
-            mine = self._draw(student, size, num_steps, count, weight, folder.name)
+            mine = self._draw(student, size, steps, count, weight, folder.name)
         except VdiffError as error:
-            return Verdict(rmse(before, theirs), math.inf, None, None, count, attempts, str(error).partition(";")[0])
-        self._kept = (folder, num_steps), mine
-        far, teachers = None, None
-        if measure_distance and self.distance is not None:
-            far, teachers = self.distance(mine), self.distance(theirs)
-        same = mine[: self.num_images]  # those that there are from before the training
-        found = Verdict(rmse(before, theirs), rmse(same, theirs), far, teachers, count, attempts, "")
-        return Verdict(**{**asdict(found), "reason": why_failed(found, max_regression)})
+            reason = str(error).partition(";")[0]
+            return Verdict(rmse_before, math.inf, None, None, count, attempts, reason, every=every)
+        errors = squared_errors(mine[:num_images], theirs)
+        # of the same noises the differences scatter much less than the errors do
+        scatter = float((errors - errors_before).std() / num_images**0.5) if num_images > 1 else 0.0
+        found = Verdict(
+            rmse_before=rmse_before,
+            rmse=float(errors.mean().sqrt()),
+            distance=measure(mine) if measure else None,
+            teacher_distance=measure(theirs) if measure else None,
+            num_images=count,
+            attempts=attempts,
+            reason="",
+            rmse_limit=max((rmse_before**2 + 2 * scatter) ** 0.5, (1 + ROUNDING[0]) * rmse_before + ROUNDING[1]),
+            every=every,
+        )
+        if measure and worsening(found, max_regression):
+            before = self._draw(start, size, steps, count, weight, "before training")
+            found = replace(found, start_distance=measure(before))
+        self._kept = {(base, teacher_steps // every): theirs}
+        if not worsening(found, max_regression):  # else another student comes in its place
+            self._kept[folder, steps] = mine
+        return replace(found, reason=why_failed(found, max_regression))
 
     def _images(self, folder: Path, num_steps: int, count: int, weight: float) -> Tensor:
         """A teacher's images, those kept if they are enough."""
-        if self._kept is not None and self._kept[0] == (folder, num_steps) and len(self._kept[1]) >= count:
-            return self._kept[1][:count]
+        kept = self._kept.get((folder, num_steps))
+        if kept is not None and len(kept) >= count:
+            return kept[:count]
         denoiser, model = load_checkpoint(folder, self.device)
         return self._draw(denoiser, model.image_size, num_steps, count, weight, folder.name)
 
@@ -155,14 +191,51 @@ class Examiner:
         return torch.cat(parts)
 
 
+def plan_check(
+    teacher_steps: int, num_steps: int, num_images: int, num_distance: int, budget: int
+) -> tuple[int, int, int]:
+    """How a check costs at most about `budget` network evaluations: a function of numbers alone, so that all agree.
+
+    Fewer images are drawn, at least `MIN_NOISES`; if these still cost too much, teacher and student are both drawn in
+    every so many-th of their steps only.
+
+    Returns:
+        every, images for the difference from the teacher (drawn by the teacher, the student, and the student before
+        its training), images for the distance to the data (by the first two).
+    """
+    few = min(num_images, MIN_NOISES)
+    per_image = teacher_steps + 2 * num_steps
+    common = [k for k in range(1, num_steps + 1) if num_steps % k == 0 and teacher_steps % k == 0]
+    every = next((k for k in common if few * per_image <= budget * k), common[-1])
+    images = max(few, min(num_images, budget * every // per_image))
+    more = (budget * every - images * per_image) // (teacher_steps + num_steps)
+    return every, images, max(images, min(num_distance, images + more))
+
+
+def collapse(found: Verdict, max_regression: float) -> str:
+    """What makes a student no model of the data any more; empty where nothing does."""
+    if not math.isfinite(found.rmse):
+        return found.reason or "its images are not finite"
+    return _regression(found.distance, found.teacher_distance, max_regression)
+
+
+def worsening(found: Verdict, max_regression: float) -> str:
+    """Why the student before its training is the better one; empty where it is not."""
+    is_worse = found.rmse > max(found.rmse_limit, found.rmse_before)
+    if not is_worse or _regression(found.start_distance, found.teacher_distance, max_regression):
+        return ""
+    return f"RMSE to its teacher rose from {found.rmse_before:.4f} to {found.rmse:.4f} by the training"
+
+
 def why_failed(found: Verdict, max_regression: float) -> str:
     """What makes a student no teacher; empty where nothing does."""
-    if not found.rmse <= max(found.rmse_before, MIN_RMSE):
-        return f"RMSE to its teacher rose from {found.rmse_before:.3f} to {found.rmse:.3f} by the training"
-    far, teachers = found.distance, found.teacher_distance
-    if far is not None and teachers is not None and not far <= max_regression * teachers:
-        return f"distance to the data is {far:.3g}, its teacher's {teachers:.3g}"
-    return ""
+    return collapse(found, max_regression) or worsening(found, max_regression)
+
+
+def _regression(far: float | None, teachers: float | None, most: float) -> str:
+    if far is None or teachers is None or far <= most * teachers:
+        return ""
+    return f"distance to the data is {far:.3g}, its teacher's {teachers:.3g}"
 
 
 def warning(found: Verdict) -> str:
@@ -173,7 +246,12 @@ def warning(found: Verdict) -> str:
     return f"its distance to the data is {far / teachers:.1f} times its teacher's: more --num_iters may help"
 
 
+def squared_errors(a: Tensor, b: Tensor) -> Tensor:
+    """Mean (a − b)² of each image that both have: (B,) float64."""
+    count = min(len(a), len(b))
+    return (a[:count] - b[:count]).double().square().flatten(1).mean(1)
+
+
 def rmse(a: Tensor, b: Tensor) -> float:
     """√ mean (a − b)² over the images that both have."""
-    count = min(len(a), len(b))
-    return float((a[:count] - b[:count]).square().mean().sqrt())
+    return float(squared_errors(a, b).mean().sqrt())
