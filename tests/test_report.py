@@ -224,7 +224,8 @@ def test_a_teacher_that_began_with_fewer_steps_has_two_lines(root, tmp_path):
 
 def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_not_shown(root, tmp_path):
     folder = without_logs(root, tmp_path)
-    path = folder / "base_1" / "config.json"
+    (folder / "evaluation.json").unlink(missing_ok=True)
+    path = folder / "base_2" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "kept_start": True}))
     (folder / "base_1" / "verdict.json").write_text(json.dumps(verdict(2, every=2, rmse=0.7)))
     path = folder / "base_2" / "ladder.json"
@@ -233,12 +234,12 @@ def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_no
     path.write_text(json.dumps(lines))
     ladder = read_ladder(folder)
     found = {each["name"]: each for each in models(ladder, measured(ladder))}
-    assert [found[name]["kept_start"] for name in ("original", "base_0", "base_1")] == [False, False, True]
+    assert [found[name]["kept_start"] for name in ("original", "base_1", "base_2")] == [False, False, True]
     assert (found["base_1"]["rmse_to_teacher"], found["base_1"]["distance"]) == (0.02, None)
     assert (found["base_0"]["rmse_to_teacher"], found["base_0"]["distance"]) == (0.031, 0.25)
     assert found["original"]["ms_per_image"] is None
     assert [row[1] for row in stages(ladder, measured(ladder)).rows] == [
-        "base", "progressive", "progressive, kept start", "progressive"
+        "base", "progressive", "progressive", "progressive, kept start"
     ]  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def report_at_the_end(
             try:
                 _measure_quickly(ladder, data, budget, device, console)
             except VdiffError as error:
-                again = f"`vdiff report {folder} --evaluate` makes one"
+                again = f"`{shell('vdiff', 'report', folder, '--evaluate')}` makes one"
                 console.line(f"no evaluation for the report: {error.cause}; {again}")
             ladder = read_ladder(folder, last=last)
         path = write_report(ladder)

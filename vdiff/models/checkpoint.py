@@ -41,7 +41,7 @@ JSON_KINDS: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
-    bool: "true or false",
+    bool: "a truth value",
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
     dict[str, Any]: "an object",
