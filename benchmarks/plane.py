@@ -233,7 +233,7 @@ def points_of(denoise: Denoise, num_steps: int, z: Tensor, sampler: str = "ddim"
         raise AssertionError("a deterministic sampler draws none")
 
     with torch.inference_mode():
-        how = SAMPLERS[sampler](clip=None)
+        how = SAMPLERS[sampler](clipping_value=None)
         return sample(denoise, CosineSchedule(), how, z=z, num_steps=num_steps, noise=no_noise)
 
 

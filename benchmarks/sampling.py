@@ -105,7 +105,7 @@ def ours(checkpoint: Path, device: str, precision: str, *, compiled: bool, batch
             model.denoiser.network(z, label)
 
     def draw() -> Tensor:
-        return model.sample(batch_size, steps=steps, clip=None, batch_size=batch_size)
+        return model.sample(batch_size, steps=steps, clipping_value=None, batch_size=batch_size)
 
     return Side("vdiff" + (" compiled" if compiled else ""), precision, evaluate, draw)
 
@@ -154,7 +154,7 @@ def difference(checkpoint: Path, folder: Path, device: torch.device, steps: int)
     model = vdiff.load(checkpoint, device=device.type, precision="fp32")
     pipeline = load_theirs(folder, device, "fp32")
     noise = torch.randn(4, *model.shape, generator=torch.Generator().manual_seed(1))
-    expected = model.sample(noise=noise, steps=steps, clip=None)
+    expected = model.sample(noise=noise, steps=steps, clipping_value=None)
     pipeline.scheduler.set_timesteps(steps)
     z = noise.to(pipeline.device)
     with torch.inference_mode():

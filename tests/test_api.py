@@ -89,9 +89,11 @@ def test_given_noise_takes_the_place_of_the_seeds(plain, sampler):
 
 
 def test_samplers_and_their_options(plain):
-    expected = draw(plain.denoiser, Clipped(clip=0.7, eta=0.5), indices=range(3), image_size=SIZE, num_steps=8)
-    assert torch.equal(plain.sample(3, sampler="clipped", clip=0.7, eta=0.5), expected)
-    assert torch.equal(plain.sample(3, sampler=Clipped(clip=0.7, eta=0.5)), expected)
+    expected = draw(
+        plain.denoiser, Clipped(clipping_value=0.7, eta=0.5), indices=range(3), image_size=SIZE, num_steps=8
+    )
+    assert torch.equal(plain.sample(3, sampler="clipped", clipping_value=0.7, eta=0.5), expected)
+    assert torch.equal(plain.sample(3, sampler=Clipped(clipping_value=0.7, eta=0.5)), expected)
     expected = draw(plain.denoiser, Ddim(), indices=range(3), image_size=SIZE, num_steps=6, grid="karras")
     assert torch.equal(plain.sample(3, steps=6, grid="karras"), expected.clamp(-1, 1))
 
@@ -148,7 +150,10 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
     for call, words in [
         (lambda: plain.sample(1, sampler="dimm"), "no sampler 'dimm'; did you mean 'ddim'?"),
         (lambda: plain.sample(1, sampler="ddpm", eta=1.0), "eta has no meaning for the sampler ddpm; it takes clip"),
-        (lambda: plain.sample(1, clip=-1.0), "clip must be positive, got -1.0; give another value"),
+        (
+            lambda: plain.sample(1, clipping_value=-1.0),
+            "clipping_value must be a positive number, got -1.0; give another",
+        ),
         (lambda: plain.sample(1, classes=[0]), "this model knows no classes; leave it out"),
         (lambda: classes.sample(1, classes=["cow"]), "no class 'cow'; did you mean 'owl'?"),
         (lambda: classes.sample(1, classes=[]), "no class is named; choose from cat, dog, owl"),

@@ -380,15 +380,21 @@ def test_steps_that_a_model_was_made_for():
     config(num_timesteps=1024).check_num_steps(7)
     student = config(method="progressive", num_timesteps=8)
     table = config("linear", num_timesteps=1000)
-    for described, good, bad in ((student, (1, 2, 4, 8), (3, 5, 16)), (table, (1, 8, 500, 1000), (3, 2000))):
+    few = config("linear", method="progressive", num_timesteps=96)
+    no_part, too_many = "does not divide", "too few for"
+    for described, good, bad, reason in (
+        (student, (1, 2, 4, 8), (3, 5, 16), no_part),
+        (few, (1, 32, 96), (7, 64, 1000), no_part),
+        (table, (1, 3, 8, 128, 500, 1000), (1001, 2000), too_many),
+    ):
         for num_steps in good:
             described.check_num_steps(num_steps)
         for num_steps in bad:
-            with pytest.raises(ValueError, match=f"{num_steps} does not divide"):
+            with pytest.raises(ValueError, match=reason):
                 described.check_num_steps(num_steps)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         config().check_num_steps(0)
-    assert [described.takes_any_num_steps for described in (config(), student, table)] == [True, False, False]
+    assert [described.takes_any_num_steps for described in (config(), student, table)] == [True, False, True]
 
 
 def test_finished_when_the_last_update_is_done():

@@ -353,9 +353,9 @@ def test_every_flag_of_a_method_reaches_the_run(method, how, tmp_path, monkeypat
     [
         ("--sampler ddpm", {"sampler": "ddpm"}),
         ("--clipped_sampling", {"sampler": "clipped"}),
-        ("--clipped_sampling --clipping_value 0.5", {"sampler": "clipped", "options": {"clip": 0.5}}),
-        ("--clipping_value 0.5", {"options": {"clip": 0.5}}),
-        ("--no_clip", {"options": {"clip": None}}),
+        ("--clipped_sampling --clipping_value 0.5", {"sampler": "clipped", "options": {"clipping_value": 0.5}}),
+        ("--clipping_value 0.5", {"options": {"clipping_value": 0.5}}),
+        ("--no_clip", {"options": {"clipping_value": None}}),
         ("--eta 0.5", {"options": {"eta": 0.5}}),
         ("--seed 7", {"seed": 7}),
         ("--num_timesteps 4", {"num_steps": 4}),

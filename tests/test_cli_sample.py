@@ -81,7 +81,8 @@ def test_the_result_says_how_and_from_what_images_were_drawn():
         "out": out, "picture": f"{out}.grid.png",
         "trajectory": [f"{out}.trajectory.png", f"{out}.trajectory.webp"], "num": 3, "drawn": 3, "format": "png",
         "checkpoint": "checkpoints/guided", "fingerprint": weights_fingerprint(Path("checkpoints/guided")),
-        "weights": "raw", "sampler": "clipped", "options": {"clip": 1.1, "eta": 1.0}, "grid": "logsnr", "steps": 8,
+        "weights": "raw", "sampler": "clipped", "options": {"clipping_value": 1.1, "eta": 1.0},
+        "grid": "logsnr", "steps": 8,
         "guidance": 2.0, "guidance_interval": [0.2, 0.9], "classes": ["owl", "cat"], "interpolate": [], "seed": 5,
         "precision": "fp32", "device": "cpu", "processes": 1,
     }  # fmt: skip
@@ -129,7 +130,7 @@ def test_an_image_in_the_middle_of_a_path_differs_from_the_ends():
 
 @pytest.mark.usefixtures("place")
 def test_an_eps_prediction_with_signal_at_the_end_needs_no_clip():
-    assert result("eps_linear --no_clip")["options"] == {"clip": None}
+    assert result("eps_linear --no_clip")["options"] == {"clipping_value": None}
 
 
 def test_animations_and_grids_can_be_seen(place):
@@ -149,6 +150,20 @@ CASES = [
     ("taught --guidance 5", "--guidance: this model knows weights from 0 to 4, not 5; give one of those"),
     ("narrow", "--guidance: this model knows weights from 1 to 4, not 0; give one of those"),
     ("guided --guidance nan", "--guidance: nan is no weight; give a number such as 1.5"),
+    (
+        "plain --clipping_value nan",
+        "Invalid value for '--clipping_value': nan is no finite number; see sample.py --help",
+    ),
+    (
+        "plain --clipping_value inf",
+        "Invalid value for '--clipping_value': inf is no finite number; see sample.py --help",
+    ),
+    ("plain --clipping_value 0", "Invalid value for '--clipping_value': 0.0 is not in the range x>0"),
+    (
+        "plain --sampler clipped --clipping_value -1",
+        "Invalid value for '--clipping_value': -1.0 is not in the range x>0",
+    ),
+    ("plain --eta nan", "Invalid value for '--eta': nan is no finite number"),
     ("guided --guidance high", "Invalid value for '--guidance': 'high' is not a valid float; see sample.py --help"),
     (
         "guided --guidance_interval 0.2,0.8",

@@ -9,7 +9,7 @@ import torch
 
 from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, gaussian, mixture, no_noise, randn, random_teacher
 from vdiff.diffusion.distillation import METHODS, Lesson
-from vdiff.diffusion.phases import halving_plan
+from vdiff.diffusion.phases import fitting_phases, halving_plan, halving_start
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim, ddim_step, sample
 from vdiff.diffusion.schedules import CosineSchedule, grid_angles, grid_times
@@ -50,7 +50,7 @@ def test_one_student_step_lands_where_the_teacher_lands(name, num_steps, teacher
     t, _, s, _, z_end = teacher_walk(answer, schedule, z.double(), num_steps)
     target = progressive_target(answer, schedule, z=z, t=t, num_steps=num_steps)
     angle_t, angle_s = grid_angles(schedule, t), grid_angles(schedule, s)
-    step = Ddim(clip=None).step(z=z, prediction=target, angle_t=angle_t, angle_s=angle_s, noise=no_noise)
+    step = Ddim(clipping_value=None).step(z=z, prediction=target, angle_t=angle_t, angle_s=angle_s, noise=no_noise)
     error = (step.double() - z_end).flatten(1).norm(dim=1) / z_end.flatten(1).norm(dim=1)
     assert step.dtype == dtype
     assert error.max() < tolerance
@@ -117,7 +117,7 @@ def test_a_perfect_student_s_samples_are_its_teacher_s(name, num_steps):
         return progressive_target(teacher, schedule, z=z, t=t, num_steps=num_steps)
 
     ends = [
-        sample(denoise, schedule, Ddim(clip=None), z=z, num_steps=steps, noise=no_noise)
+        sample(denoise, schedule, Ddim(clipping_value=None), z=z, num_steps=steps, noise=no_noise)
         for denoise, steps in ((student, num_steps), (teacher, 2 * num_steps))
     ]
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
@@ -256,7 +256,16 @@ def test_inverting_a_step_recovers_the_velocity():
 
 @pytest.mark.parametrize(
     ("num_steps", "to_steps", "plan"),
-    [(64, 8, [32, 16, 8]), (8, 8, []), (2, 1, [1]), (1024, 1, [2**k for k in range(9, -1, -1)]), (12, 3, [6, 3])],
+    [
+        (64, 8, [32, 16, 8]),
+        (8, 8, []),
+        (2, 1, [1]),
+        (1024, 1, [2**k for k in range(9, -1, -1)]),
+        (12, 3, [6, 3]),
+        (12, 1, [6, 3, 1]),
+        (12, 2, [6, 2]),
+        (1000, 1, [500, 250, 125, 25, 5, 1]),
+    ],
 )
 def test_halving_plan(num_steps, to_steps, plan):
     assert halving_plan(num_steps, to_steps) == plan
@@ -265,15 +274,27 @@ def test_halving_plan(num_steps, to_steps, plan):
 @pytest.mark.parametrize(
     ("num_steps", "to_steps", "message"),
     [
-        (12, 1, "3 steps cannot be halved on the way from 12 to 1"),
-        (12, 2, "3 steps cannot be halved on the way from 12 to 2"),
-        (16, 3, "halving 16 steps never gives 3"),
-        (8, 16, "halving 8 steps never gives 16"),
+        (16, 3, "16 steps cannot become 3"),
+        (8, 16, "8 steps cannot become 16"),
         (8, 0, "0"),
         (8, -1, "-1"),
-        (0, 0, "halving 0 steps never gives 0"),
+        (0, 0, "0 steps cannot become 0"),
     ],
 )
-def test_halving_plan_refuses_what_halving_never_reaches(num_steps, to_steps, message):
+def test_halving_plan_refuses_what_it_never_reaches(num_steps, to_steps, message):
     with pytest.raises(ValueError, match=message):
         halving_plan(num_steps, to_steps)
+
+
+@pytest.mark.parametrize(
+    ("phases", "fitting"),
+    [([100, 30], [100, 25]), ([128, 30, 7, 1], [128, 32, 8, 1]), ([64, 8, 1], [64, 8, 1]), ([8, 9, 9], [8, 4, 2]),
+     ([7, 3, 1], [7, 1])],
+)  # fmt: skip
+def test_the_nearest_list_that_falls_by_whole_ratios(phases, fitting):
+    assert fitting_phases(phases) == fitting
+
+
+def test_where_halving_begins():
+    pairs = ((1000, 1), (1000, 4), (1000, 5), (1000, 125), (1024, 1), (999, 998))
+    assert [halving_start(*pair) for pair in pairs] == [512, 512, 640, 1000, 1024, 998]

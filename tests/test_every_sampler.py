@@ -76,13 +76,13 @@ def test_images_are_finite_and_within_limits(schedule, grid, name):
 
 
 LIMITED = {
-    "ddim": Ddim(clip=0.3),
+    "ddim": Ddim(clipping_value=0.3),
     "ddpm": Ddpm(threshold=0.7),
-    "clipped": Clipped(clip=0.3),
-    "dpmpp_2m": Dpmpp2m(clip=0.3),
+    "clipped": Clipped(clipping_value=0.3),
+    "dpmpp_2m": Dpmpp2m(clipping_value=0.3),
     "dpmpp_3m": Dpmpp3m(threshold=0.7),
-    "unipc": UniPc(clip=0.3),
-    "ipndm": Ipndm(clip=0.3),
+    "unipc": UniPc(clipping_value=0.3),
+    "ipndm": Ipndm(clipping_value=0.3),
     "heun": Heun(threshold=0.7),
 }
 
@@ -230,7 +230,7 @@ def test_dynamic_thresholding_written_out():
     found = Limits(threshold=2 / 3).limit(x)  # of |x|: 0.5, 1, 2, 4 → 2
     torch.testing.assert_close(found[0], torch.tensor([[[0.25, -1.0, 0.5, 1.0]]]))
     assert torch.equal(found[1], x[1])  # below 1: as it is
-    halved = Limits(clip=0.5, threshold=2 / 3).limit(x)
+    halved = Limits(clipping_value=0.5, threshold=2 / 3).limit(x)
     torch.testing.assert_close(halved[0], found[0] / 2)
     assert torch.equal(halved[1], x[1].clamp(-0.5, 0.5))
 
@@ -238,11 +238,12 @@ def test_dynamic_thresholding_written_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip": 0.0}, "clip must be positive, got 0.0"),
-        ({"clip": math.nan}, "clip must be positive, got nan"),
+        ({"clipping_value": 0.0}, "clipping_value must be a positive number, got 0.0"),
+        ({"clipping_value": math.nan}, "clipping_value must be a positive number, got nan"),
+        ({"clipping_value": math.inf}, "clipping_value must be a positive number, got inf"),
         ({"threshold": 0.0}, r"threshold is a quantile in \(0, 1\], got 0.0"),
         ({"threshold": 1.5}, r"threshold is a quantile in \(0, 1\], got 1.5"),
-        ({"clip": None, "threshold": 0.9}, "threshold needs a clip"),
+        ({"clipping_value": None, "threshold": 0.9}, "threshold needs a clipping_value"),
     ],
 )
 def test_limits_that_are_none_are_refused(options, message):
@@ -296,7 +297,7 @@ def test_a_grid_of_one_s_own():
         return gaussian(COSINE, 1.0)(z, t)
 
     z = randn(*Z_SHAPE)
-    end = sample(denoise, COSINE, Ddim(clip=None), z=z, num_steps=3, noise=no_noise, times=times)
+    end = sample(denoise, COSINE, Ddim(clipping_value=None), z=z, num_steps=3, noise=no_noise, times=times)
     assert asked == [0.9, 0.65, 0.3]
     torch.testing.assert_close(end, z * COSINE.angle(times).diff().cos().prod(), rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="a grid of 4 steps is 5 float64 times"):
@@ -307,6 +308,8 @@ def test_a_table_takes_any_number_of_its_own_levels():
     schedule = DdpmCosineSchedule()
     z = randn(*Z_SHAPE)
     times = grid_of("trailing", schedule, 7)
-    end = sample(gaussian(schedule, 1.0), schedule, Ddim(clip=None), z=z, num_steps=7, noise=no_noise, times=times)
+    end = sample(
+        gaussian(schedule, 1.0), schedule, Ddim(clipping_value=None), z=z, num_steps=7, noise=no_noise, times=times
+    )
     cosines = column(grid_angles(schedule, times).diff().cos().prod(), z)
     torch.testing.assert_close(end, z * cosines, rtol=1e-12, atol=0)

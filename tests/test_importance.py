@@ -25,7 +25,7 @@ from tests.toy import (
 from vdiff.data.batches import Batch
 from vdiff.diffusion.targets import grid_times_of
 from vdiff.errors import Interrupted, OptionError
-from vdiff.models.checkpoint import WEIGHTS, read_config, read_tensors
+from vdiff.models.checkpoint import WEIGHTS, read_config, read_metadata, read_tensors, write_tensors
 from vdiff.training.engine import Engine, build_engine
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.loop import averages_of, build_update
@@ -315,6 +315,38 @@ def test_a_run_that_is_cut_goes_on_with_its_statistics(data, teacher):
     assert_equal_bits(folder / WEIGHTS, teacher.parent / "whole" / WEIGHTS)
     with pytest.raises(AssertionError, match="differ"):
         assert_equal_bits(folder / WEIGHTS, teacher.parent / "uniform" / WEIGHTS)
+
+
+@pytest.mark.parametrize("method", ["tract", "consistency"])
+def test_a_student_of_one_step_has_a_bin_for_each_of_its_teacher_s_steps(data, teacher, method):
+    """Its examples lie at 8 times, though it has but one step; the statistics go on from where a run was cut."""
+    settings = {**IMPORTANCE, "method": method, "phases": "8,1", "num_iters": 2}
+    config, described = distill_config(data, teacher, **settings), read_config(teacher)
+    folder = teacher.parent / "base_0"
+    for name, changes in (("whole", {}), ("uniform", {"times": "uniform"})):
+        run_ladder(distill_config(data, teacher, **{**settings, **changes}), described, out=teacher.parent / name)
+    with pytest.raises(Interrupted):
+        run_ladder(config, described, reporter=signal_at(3))
+    moments = read_tensors(state_path(folder))["statistics.moments"]
+    assert moments.shape == (8,)
+    assert len(set(moments.tolist())) > 1
+    run_ladder(config, described)
+    assert_equal_bits(folder / WEIGHTS, teacher.parent / "whole" / WEIGHTS)
+    with pytest.raises(AssertionError, match="differ"):
+        assert_equal_bits(folder / WEIGHTS, teacher.parent / "uniform" / WEIGHTS)
+
+
+def test_statistics_of_other_bins_are_learned_anew(data, teacher):
+    """A run that an earlier version cut has one bin; it goes on."""
+    settings = {**IMPORTANCE, "method": "tract", "phases": "8,1", "num_iters": 2}
+    config, described = distill_config(data, teacher, **settings), read_config(teacher)
+    with pytest.raises(Interrupted):
+        run_ladder(config, described, reporter=signal_at(3))
+    path = state_path(teacher.parent / "base_0")
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    write_tensors(path, {**tensors, "statistics.moments": torch.tensor([0.5])}, metadata)
+    run_ladder(config, described)
+    assert read_config(teacher.parent / "base_0").is_finished
 
 
 def test_uniform_runs_have_no_statistics(data, teacher):

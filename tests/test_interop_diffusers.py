@@ -246,7 +246,7 @@ OUR_SAMPLERS: dict[str, Sampler] = {
     "cifar10 ddim as it is": Ddim(),
     "v as it is": Ddim(),
     "v eta": Ddim(eta=0.5),
-    "x": Ddim(clip=None),
+    "x": Ddim(clipping_value=None),
 }
 
 
@@ -348,7 +348,7 @@ def test_diffusers_draws_our_images(place, drawn, name, steps):
     clip = 1.0 if EXPORTS[name].get("clip") else None
     told = TOLD.get(name.split()[0] if name.startswith("classes") else name, {})
     checkpoint = place / "ours" / EXPORTS[name]["checkpoint"]
-    expected = draw(checkpoint, Ddim(clip=clip), steps=steps, seed=steps, told=told)
+    expected = draw(checkpoint, Ddim(clipping_value=clip), steps=steps, seed=steps, told=told)
     assert_drawn(drawn, f"{name} {steps}", expected)
     assert (f"{name} {steps} called" in drawn) == ("classes" not in told or "class_name" in EXPORTS[name])
 

@@ -95,7 +95,9 @@ def test_the_sampler_draws_vdiffs_images(folder, count, weight):
     classes = torch.arange(count) % 3
     told = {"noise": noise, "classes": classes, "guidance": torch.full((count,), weight)}
     found = run.run(["images"], {name: value.numpy() for name, value in told.items()})[0]
-    drawn = draw_from(denoiser, Ddim(clip=None), noise=lambda: noise, num_steps=STEPS, classes=classes, guidance=weight)
+    drawn = draw_from(
+        denoiser, Ddim(clipping_value=None), noise=lambda: noise, num_steps=STEPS, classes=classes, guidance=weight
+    )
     assert drawn.abs().max() > 1 or weight < 1
     np.testing.assert_allclose(found, drawn.clamp(-1, 1), rtol=0, atol=1e-5)
 
@@ -125,7 +127,12 @@ def test_the_file_says_what_it_is(folder):
         assert (upper["alpha_s"], upper["sigma_s"]) == (lower["alpha_t"], lower["sigma_t"])
     assert all(step["alpha_t"] ** 2 + step["sigma_t"] ** 2 == pytest.approx(1) for step in grid)
     about = session(folder / "more/sampler.onnx").get_modelmeta().custom_metadata_map
-    assert (about["sampler"], about["clip"], about["guided"], about["num_steps"]) == ("ddim", "null", "true", "4")
+    assert (about["sampler"], about["clipping_value"], about["guided"], about["num_steps"]) == (
+        "ddim",
+        "null",
+        "true",
+        "4",
+    )
     assert "grid" not in about
 
 
@@ -161,7 +168,7 @@ def test_the_programs_of_the_card_run_without_torch_and_vdiff(folder):
     for name, out, clip, weight in (("told", "out", 1.0, 0.0), ("guided", "more", None, 1.0)):
         denoiser, _ = load_checkpoint(folder / name)
         due = draw_from(
-            denoiser, Ddim(clip=clip), noise=lambda: noise, num_steps=STEPS, classes=torch.arange(16) % 3,
+            denoiser, Ddim(clipping_value=clip), noise=lambda: noise, num_steps=STEPS, classes=torch.arange(16) % 3,
             guidance=weight,
         )  # fmt: skip
         np.testing.assert_allclose(np.load(folder / f"{out}.npy"), due.clamp(-1, 1), rtol=0, atol=1e-5)

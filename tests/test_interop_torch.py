@@ -91,7 +91,7 @@ def test_the_sampler_draws_vdiffs_images(folder, answers, count):
     denoiser, _ = load_checkpoint(folder / "told")
     for k in range(count):
         due = draw_from(
-            denoiser, Ddim(clip=0.5), noise=lambda k=k: answers["noise"][k : k + 1], num_steps=STEPS,
+            denoiser, Ddim(clipping_value=0.5), noise=lambda k=k: answers["noise"][k : k + 1], num_steps=STEPS,
             classes=answers["classes"][k : k + 1], guidance=float(answers["guidance"][k]),
         )  # fmt: skip
         torch.testing.assert_close(answers[f"images{count}"][k : k + 1], due, rtol=0, atol=1e-5)
@@ -101,7 +101,7 @@ def test_the_sampler_draws_vdiffs_images(folder, answers, count):
 def test_the_programs_of_the_card_draw_vdiffs_images(name, out, clip, folder, answers):
     denoiser, config = load_checkpoint(folder / name)
     due = draw_from(
-        denoiser, Ddim(clip=clip), noise=lambda: answers["noise"], num_steps=STEPS,
+        denoiser, Ddim(clipping_value=clip), noise=lambda: answers["noise"], num_steps=STEPS,
         classes=answers["classes"] if config.class_names else None,
     )  # fmt: skip
     torch.testing.assert_close(answers[out], due, rtol=0, atol=1e-5)
@@ -133,7 +133,7 @@ def test_steps_without_a_velocity_are_rotations(clip):
     """v̂ = 0: z turns by δ in each step, and only its projection is left; clipped, x̂ = clip(cos φ z) and ε̂ follows."""
     denoiser = Denoiser(Silent(), CosineSchedule(), "v")  # type: ignore[arg-type]
     noise = 0.7 * randn(4, 1, 2, 2, dtype=torch.float32)
-    found = FewSteps(denoiser, GraphOptions(sampler=True, output="v", num_steps=3, clip=clip))(noise)
+    found = FewSteps(denoiser, GraphOptions(sampler=True, output="v", num_steps=3, clipping_value=clip))(noise)
     first = math.atan(math.exp(-10))
     angles = [*(math.pi / 2 * k / 3 + first * (1 - 2 * k / 3) for k in (3, 2, 1)), 0.0]
     z = noise.double()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.by_hand import distance, drawn, drawn_by
+from tests.commands import done, error
 from tests.oracles import randn
 from tests.toy import (
     SIZE,
@@ -341,6 +342,50 @@ def test_a_teacher_of_noise_gets_a_student_of_v_first(data, tmp_path):
         found[1].check_num_steps(16)
 
 
+def test_a_published_model_of_1000_levels_becomes_one_of_one_step(data, tmp_path):
+    """1000 has no half after 125: the ladder begins with 512 steps between the levels, and each student keeps them."""
+    base = tmp_path / "original"
+    table = {"schedule": {"name": "linear"}, "num_timesteps": 1000, "dataset": "imported:diffusers/tiny"}
+    write_checkpoint(base, prediction="eps", **table)
+    result = done(f"distill.py --base {base} --data {data} --to_steps 1 --batch_size 2 --plan")
+    assert "the ladder begins with 512 steps of the teacher: 1000 cannot be halved to 1\n" in result.stderr
+    quick = {**QUICK, "num_iters": 1, "batch_size": 2}
+    run_ladder(distill_config(data, base, to_steps=1, **quick), read_config(base))
+    found = [read_config(folder) for folder in students(base, 10)]
+    assert [c.num_timesteps for c in found] == [2**k for k in range(9, -1, -1)]
+    assert [c.method for c in found] == ["match", *["progressive"] * 9]
+    assert [c.takes_any_num_steps for c in found] == [True] + 9 * [False]
+    assert [c.prediction for c in found] == ["v"] * 10
+    done(f"sample.py --checkpoint {students(base, 10)[-1]} --num 2 --out {tmp_path / 'one'}")
+    done(f"sample.py --checkpoint {base} --num_timesteps 128 --num 2 --out {tmp_path / 'between'}")
+    assert "--num_timesteps 128: this model was made for 4 steps" in error(
+        f"sample.py --checkpoint {students(base, 10)[7]} --num_timesteps 128 --out {tmp_path / 'none'}", 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "phases", "precision", "levels", "full_precision"),
+    [
+        ("progressive", "96,32", "auto", 96, True),
+        ("progressive", "95,19", "bf16", None, False),
+        ("progressive", "64,32", "auto", None, False),
+        ("tract", "96,1", "auto", 96, True),
+        ("consistency", "80,2", "auto", None, True),
+        ("trajectory", "96,4", "auto", 96, False),
+    ],
+)
+def test_what_a_stage_tells_its_networks(data, tmp_path, method, phases, precision, levels, full_precision):
+    """Steps between the levels of a table are on no grid; short steps need more than the 8 bits of bf16."""
+    base = tmp_path / "original"
+    write_checkpoint(base, schedule={"name": "linear", "num_levels": 96}, num_timesteps=96)
+    config = distill_config(data, base, method=method, phases=phases, precision=precision)
+    (stage,), images = plan_stages(config, read_config(base)), open_images(config.data, SIZE)
+    run = stage_run(stage, config, images, build_engine(config), {})
+    assert run.objective.levels == levels
+    networks = run.denoiser.network, run.objective.teacher.network
+    assert [network.full_precision for network in networks] == [full_precision] * 2
+
+
 def test_what_a_student_knows_is_what_its_teachers_knew(tmp_path):
     """A table's levels, a student's own steps, and through stages that keep the steps what came before them."""
     table = {"schedule": {"name": "linear", "num_levels": 96}}
@@ -364,7 +409,7 @@ def test_what_a_student_knows_is_what_its_teachers_knew(tmp_path):
     for changes, levels in cases:
         found = dataclasses.replace(plain, **changes)
         assert found.levels == levels, changes
-        assert found.takes_any_num_steps == (levels is None)
+        assert found.takes_any_num_steps == (levels in (None, 96))
 
 
 @pytest.mark.parametrize("with_classes", [False, True])

@@ -21,17 +21,17 @@ COSINE = CosineSchedule()
 INNER, WHOLE = (0.1, 0.8), (0.0, 1.0)
 
 ORDERS = {
-    "ddim": (Ddim(clip=None), 1),
-    "dpmpp_2m": (Dpmpp2m(clip=None), 2),
-    "dpmpp_3m": (Dpmpp3m(clip=None), 2),
-    "unipc_1": (UniPc(clip=None, order=1), 2),
-    "unipc_2": (UniPc(clip=None, order=2), 3),
-    "unipc_3": (UniPc(clip=None, order=3), 4),
-    "ipndm_2": (Ipndm(clip=None, order=2), 2),
-    "ipndm_3": (Ipndm(clip=None, order=3), 2),
-    "ipndm_4": (Ipndm(clip=None, order=4), 2),
-    "heun": (Heun(clip=None), 2),
-    "heun_eps": (Heun(clip=None, frame="eps"), 2),
+    "ddim": (Ddim(clipping_value=None), 1),
+    "dpmpp_2m": (Dpmpp2m(clipping_value=None), 2),
+    "dpmpp_3m": (Dpmpp3m(clipping_value=None), 2),
+    "unipc_1": (UniPc(clipping_value=None, order=1), 2),
+    "unipc_2": (UniPc(clipping_value=None, order=2), 3),
+    "unipc_3": (UniPc(clipping_value=None, order=3), 4),
+    "ipndm_2": (Ipndm(clipping_value=None, order=2), 2),
+    "ipndm_3": (Ipndm(clipping_value=None, order=3), 2),
+    "ipndm_4": (Ipndm(clipping_value=None, order=4), 2),
+    "heun": (Heun(clipping_value=None), 2),
+    "heun_eps": (Heun(clipping_value=None, frame="eps"), 2),
 }
 """The order of the error at the end of a path. UniPC's corrector adds one to its predictor's."""
 
@@ -104,15 +104,15 @@ def test_errors_fall_with_the_order_of_the_sampler(flow, name):
 @pytest.mark.parametrize(
     ("sampler", "order"),
     [
-        (Dpmpp2m(clip=None), 2),
-        (Dpmpp3m(clip=None), 2),
-        (Dpmpp3m(clip=None, curvature=1.0), 3),
-        (UniPc(clip=None, order=1), 1),
-        (UniPc(clip=None, order=2), 2),
-        (UniPc(clip=None, order=3), 3),
-        (Ipndm(clip=None, order=2), 2),
-        (Heun(clip=None), 2),
-        (Heun(clip=None, frame="eps"), 2),
+        (Dpmpp2m(clipping_value=None), 2),
+        (Dpmpp3m(clipping_value=None), 2),
+        (Dpmpp3m(clipping_value=None, curvature=1.0), 3),
+        (UniPc(clipping_value=None, order=1), 1),
+        (UniPc(clipping_value=None, order=2), 2),
+        (UniPc(clipping_value=None, order=3), 3),
+        (Ipndm(clipping_value=None, order=2), 2),
+        (Heun(clipping_value=None), 2),
+        (Heun(clipping_value=None, frame="eps"), 2),
     ],
     ids=str,
 )
@@ -182,7 +182,9 @@ def test_heun_averages_the_velocities_as_seen_from_the_start():
     tried = cos * z - sin * first.v
     turned = cos * denoise(tried, times[2].expand(3)).v - sin * tried
     run = Run(denoise=denoise, t_s=times[2].expand(3))
-    found = Heun(clip=None).step(z=z, prediction=first, angle_t=angle_t, angle_s=angle_s, noise=no_noise, run=run)
+    found = Heun(clipping_value=None).step(
+        z=z, prediction=first, angle_t=angle_t, angle_s=angle_s, noise=no_noise, run=run
+    )
     torch.testing.assert_close(found, cos * z - sin * (first.v + turned) / 2, rtol=1e-12, atol=1e-12)
 
 
@@ -194,7 +196,7 @@ def test_heun_limits_what_it_is_told_the_second_time():
         return wild(COSINE)(z, t).clip(z, COSINE.angle(t), limit)
 
     ends = [
-        sample(denoise, COSINE, Heun(clip=clip), z=z, num_steps=4, noise=no_noise)
+        sample(denoise, COSINE, Heun(clipping_value=clip), z=z, num_steps=4, noise=no_noise)
         for denoise, clip in ((wild(COSINE), limit), (clipped_before, None))
     ]
     torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-10)

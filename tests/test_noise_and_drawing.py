@@ -106,7 +106,7 @@ def denoiser(schedule=None, *, classes: int = 0, channels: int = 3) -> Denoiser:
 
 EVERY_SAMPLER: dict[str, Sampler] = {
     "ddim": Ddim(),
-    "ddim_unclipped": Ddim(clip=None),
+    "ddim_unclipped": Ddim(clipping_value=None),
     "ddim_eta": Ddim(eta=0.5),
     "ddpm": Ddpm(),
     "clipped": Clipped(),
@@ -162,7 +162,7 @@ def test_drawing_is_ddim_written_out():
             x = model(z, torch.tensor([i / 8], dtype=torch.float64)).x
         eps = (z - math.sqrt(kept[i]) * x) / math.sqrt(1 - kept[i])
         z = math.sqrt(kept[i - 2]) * x + math.sqrt(1 - kept[i - 2]) * eps
-    torch.testing.assert_close(drawn(model, Ddim(clip=None), [4]), z, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn(model, Ddim(clipping_value=None), [4]), z, rtol=1e-4, atol=1e-4)
 
 
 def test_classes_are_taken_in_turn():
@@ -240,6 +240,6 @@ def test_a_network_that_is_not_finite_draws_nothing(training, name, value, at):
 
 def test_a_number_of_steps_that_a_table_lacks():
     model = denoiser(DdpmCosineSchedule(num_levels=8)).train()
-    with pytest.raises(ValueError, match="8 levels, and 3 does not divide them"):
-        drawn(model, Ddim(), [0], num_steps=3)
+    with pytest.raises(ValueError, match="8 levels, too few for 9 steps"):
+        drawn(model, Ddim(), [0], num_steps=9)
     assert model.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -39,10 +40,10 @@ every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids
 every_table = pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES)
 every_c = pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
 VARIANTS = {
-    "ddim": Ddim(clip=None),
-    "ddim_eta": Ddim(clip=None, eta=0.6),
-    "ddim_eta_1": Ddim(clip=None, eta=1.0),
-    "ddpm": Ddpm(clip=None),
+    "ddim": Ddim(clipping_value=None),
+    "ddim_eta": Ddim(clipping_value=None, eta=0.6),
+    "ddim_eta_1": Ddim(clipping_value=None, eta=1.0),
+    "ddpm": Ddpm(clipping_value=None),
 }
 
 
@@ -65,7 +66,9 @@ def test_ddim_reaches_the_probability_flow_s_end_with_first_order(schedule, c):
     exact = flow_scale(schedule, 1, 0, c) * z
     error = []
     for num_steps in (n // 4, n // 2, n):
-        end = sample(gaussian(schedule, c), schedule, Ddim(clip=None), z=z, num_steps=num_steps, noise=no_noise)
+        end = sample(
+            gaussian(schedule, c), schedule, Ddim(clipping_value=None), z=z, num_steps=num_steps, noise=no_noise
+        )
         error.append(((end - exact).norm() / exact.norm()).item())
     assert error[-1] < 0.02
     assert 1.7 < error[0] / error[1] < 2.3
@@ -179,7 +182,12 @@ def test_ddim_is_diffusers_ddim(schedule, num_steps, clip, output, eta):
         options = {"eta": eta, "variance_noise": their_noise()} if eta else {}
         theirs = scheduler.step(said, timestep, theirs, use_clipped_model_output=True, **options).prev_sample
     ours = sample(
-        denoise, schedule, Ddim(clip=clip, eta=eta), z=start, num_steps=num_steps, noise=noise_source(Z_SHAPE, 5)
+        denoise,
+        schedule,
+        Ddim(clipping_value=clip, eta=eta),
+        z=start,
+        num_steps=num_steps,
+        noise=noise_source(Z_SHAPE, 5),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
@@ -204,7 +212,9 @@ def test_ddpm_is_diffusers_ddpm(schedule, num_steps, clip, output):
     for timestep in scheduler.timesteps.tolist():
         t = torch.full((3,), (timestep + 1) / schedule.num_levels, dtype=torch.float64)
         theirs = scheduler.step(getattr(denoise(theirs, t), output), timestep, theirs, generator=generator).prev_sample
-    ours = sample(denoise, schedule, Ddpm(clip=clip), z=start, num_steps=num_steps, noise=noise_source(Z_SHAPE, 6))
+    ours = sample(
+        denoise, schedule, Ddpm(clipping_value=clip), z=start, num_steps=num_steps, noise=noise_source(Z_SHAPE, 6)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
@@ -215,8 +225,8 @@ def test_ddpm_is_ddim_with_eta_1(schedule, clip):
     times = grid_times(8)
     angles, z, n = grid_angles(schedule, times), randn(8, 1, 3, 3), randn(8, 1, 3, 3, seed=1)
     arguments = {"z": z, "prediction": wild(schedule)(z, times[1:]), "angle_t": angles[1:], "angle_s": angles[:-1]}
-    posterior = Ddpm(clip=clip).step(**arguments, noise=lambda: n)
-    implicit = Ddim(clip=clip, eta=1.0).step(**arguments, noise=lambda: n)
+    posterior = Ddpm(clipping_value=clip).step(**arguments, noise=lambda: n)
+    implicit = Ddim(clipping_value=clip, eta=1.0).step(**arguments, noise=lambda: n)
     torch.testing.assert_close(posterior, implicit, rtol=1e-9, atol=1e-9)
 
 
@@ -238,7 +248,7 @@ def test_clipped_sampler_written_out(schedule, eta, clip):
     times = grid_times(8)
     angles, z, n = grid_angles(schedule, times), 2 * randn(8, 1, 3, 3), randn(8, 1, 3, 3, seed=1)
     prediction = wild(schedule)(z, times[1:])
-    found = Clipped(clip=clip, eta=eta).step(
+    found = Clipped(clipping_value=clip, eta=eta).step(
         z=z, prediction=prediction, angle_t=angles[1:], angle_s=angles[:-1], noise=lambda: n
     )
     assert (prediction.x.abs() > clip).any()
@@ -256,7 +266,13 @@ def test_clipped_sampler_written_out(schedule, eta, clip):
 @every_schedule
 @pytest.mark.parametrize(
     "sampler",
-    [Ddim(clip=0.9), Ddim(clip=0.9, eta=1.0), Ddpm(clip=0.9), Clipped(clip=0.9), Clipped(clip=0.9, eta=1.0)],
+    [
+        Ddim(clipping_value=0.9),
+        Ddim(clipping_value=0.9, eta=1.0),
+        Ddpm(clipping_value=0.9),
+        Clipped(clipping_value=0.9),
+        Clipped(clipping_value=0.9, eta=1.0),
+    ],
     ids=["ddim", "ddim_eta", "ddpm", "clipped", "clipped_eta"],
 )
 def test_the_last_step_returns_the_clamped_image(schedule, sampler):
@@ -270,9 +286,9 @@ def test_the_last_step_returns_the_clamped_image(schedule, sampler):
 
 def test_defaults_are_the_design_s():
     assert (SAMPLERS["ddim"](), SAMPLERS["ddpm"](), SAMPLERS["clipped"]()) == (
-        Ddim(clip=1.0, eta=0.0),
-        Ddpm(clip=1.0),
-        Clipped(clip=1.2, eta=0.0),
+        Ddim(clipping_value=1.0, eta=0.0),
+        Ddpm(clipping_value=1.0),
+        Clipped(clipping_value=1.2, eta=0.0),
     )
 
 
@@ -295,7 +311,7 @@ def test_clipped_without_a_reachable_limit_is_ddim(eta):
     schedule, z = CosineSchedule(), randn(*Z_SHAPE)
     ends = [
         sample(mixture(schedule), schedule, sampler, z=z, num_steps=5, noise=noise_source(Z_SHAPE, 7))
-        for sampler in (Clipped(clip=1e9, eta=eta), Ddim(clip=None, eta=eta))
+        for sampler in (Clipped(clipping_value=1e9, eta=eta), Ddim(clipping_value=None, eta=eta))
     ]
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
 
@@ -374,7 +390,7 @@ def test_a_value_that_is_not_finite_is_an_error_that_names_its_step(bad, dtype):
         sample(
             breaks_at_step_3,
             CosineSchedule(),
-            Ddim(clip=None),
+            Ddim(clipping_value=None),
             z=torch.zeros(2, 1, 2, 2).to(dtype),
             num_steps=5,
             noise=no_noise,
@@ -393,7 +409,7 @@ def test_loop_asks_the_network_once_a_step_and_tells_how_many_are_done(schedule)
         asked.append(t[0].item())
         return gaussian(schedule, 1.0)(z, t)
 
-    end = sample(denoise, schedule, Ddim(clip=None), z=z, num_steps=4, noise=no_noise, on_step=done.append)
+    end = sample(denoise, schedule, Ddim(clipping_value=None), z=z, num_steps=4, noise=no_noise, on_step=done.append)
     assert asked == [1, 0.75, 0.5, 0.25]
     assert done == [1, 2, 3, 4]
     angles = grid_angles(schedule, grid_times(4))
@@ -401,6 +417,21 @@ def test_loop_asks_the_network_once_a_step_and_tells_how_many_are_done(schedule)
 
 
 @every_table
-def test_a_table_is_not_sampled_between_its_levels(schedule):
-    with pytest.raises(ValueError, match="7 does not divide"):
-        sample(gaussian(schedule, 1.0), schedule, Ddim(), z=randn(*Z_SHAPE), num_steps=7, noise=no_noise)
+def test_a_table_is_sampled_between_its_levels(schedule):
+    """By angles between those of the table: DDIM of N(0, 0.3²) in the closed form of each step, to 7 steps of 1/7."""
+    denoise, z = gaussian(schedule, 0.3), randn(*Z_SHAPE)
+    asked = []
+
+    def teacher(z, t):
+        asked.append(schedule.label(t[0]).item())
+        return denoise(z, t)
+
+    found = sample(teacher, schedule, Ddim(clipping_value=None), z=z, num_steps=7, noise=no_noise)
+    angles = grid_angles(schedule, grid_times(7)).tolist()
+    assert asked == pytest.approx([schedule.num_levels * k / 7 - 1 for k in range(7, 0, -1)])
+    for s, t in reversed(list(itertools.pairwise(angles))):
+        d = 0.09 * math.cos(t) ** 2 + math.sin(t) ** 2
+        z = z * (math.cos(s) * 0.09 * math.cos(t) + math.sin(s) * math.sin(t)) / d
+    torch.testing.assert_close(found, z, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="levels, too few for"):
+        sample(teacher, schedule, Ddim(), z=z, num_steps=schedule.num_levels + 1, noise=no_noise)

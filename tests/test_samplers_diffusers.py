@@ -24,7 +24,7 @@ from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule, grid_angle
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in their set_timesteps
 
 TWO_TABLES = {name: TABLES[name] for name in ("ddpm_cosine", "linear")}
-LIMITS = {"unlimited": {"clip": None}, "dynamic": {"threshold": 0.8}}
+LIMITS = {"unlimited": {"clipping_value": None}, "dynamic": {"threshold": 0.8}}
 THEIR_LIMITS = {
     "unlimited": {},
     "dynamic": {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1e9},
@@ -94,7 +94,7 @@ def test_what_the_network_predicts_is_the_same_to_them(schedule, output):
             kind, schedule, 9, solver_order=3, prediction_type=PREDICTION_NAMES[output], final_sigmas_type="zero"
         )
         path = walk(with_exact_sigmas(theirs, schedule, times), schedule, denoise, z, output, torch.ones(10))
-        assert_same_path(our_walk(denoise, schedule, sampler(clip=None), z, times), path, 1e-7)
+        assert_same_path(our_walk(denoise, schedule, sampler(clipping_value=None), z, times), path, 1e-7)
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear"])
@@ -111,7 +111,7 @@ def test_heun_over_noise_is_diffusers_heun(name, teacher, num_steps, clip):
     )  # fmt: skip
     theirs = with_exact_sigmas(theirs, schedule, times)
     path = walk(theirs, schedule, denoise, z, "x", (1 + theirs.sigmas**2).sqrt())
-    ours = our_walk(denoise, schedule, Heun(clip=clip, frame="eps"), z, times)
+    ours = our_walk(denoise, schedule, Heun(clipping_value=clip, frame="eps"), z, times)
     assert_same_path(ours, [*path[:-1:2], path[-1]], 1e-8)
 
 
@@ -127,7 +127,7 @@ def test_ipndm_is_diffusers_ipndm(schedule, teacher, num_steps):
     scheduler.alphas, scheduler.betas = angles.cos(), angles.sin()
     scheduler.timesteps = times[1:].flip(0) * schedule.label_scale - 1
     path = walk(scheduler, schedule, denoise, z, "v", torch.ones(num_steps + 1))
-    assert_same_path(our_walk(denoise, schedule, Ipndm(clip=None), z, times), path, 1e-6)
+    assert_same_path(our_walk(denoise, schedule, Ipndm(clipping_value=None), z, times), path, 1e-6)
 
 
 @every_table

@@ -71,7 +71,10 @@ def test_a_folder_holds_images_grid_and_record(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "sampler"),
-    [({}, Ddim()), ({"sampler": "clipped", "options": {"clip": 1.1, "eta": 0.5}}, Clipped(clip=1.1, eta=0.5))],
+    [
+        ({}, Ddim()),
+        ({"sampler": "clipped", "options": {"clipping_value": 1.1, "eta": 0.5}}, Clipped(clipping_value=1.1, eta=0.5)),
+    ],
 )
 @pytest.mark.parametrize("name", ["model", "grey_model"])
 def test_images_are_those_that_the_model_draws(request, tmp_path, name, changes, sampler):
@@ -235,6 +238,17 @@ def test_the_same_model_in_another_place_goes_on(model, tmp_path):
         (moved / name).write_bytes((model / name).read_bytes())
     run(order(model), tmp_path / "out", num=2)
     assert run(order(moved), tmp_path / "out", num=3).drawn == 1
+
+
+def test_a_record_of_an_earlier_version_goes_on(model, tmp_path):
+    """It said `clip` where records now say `clipping_value`."""
+    run(order(model, options={"clipping_value": 0.9}), tmp_path / "out", num=1)
+    record = tmp_path / "out" / RECORD
+    record.write_text(record.read_text().replace('"clipping_value"', '"clip"'))
+    assert run(order(model, options={"clipping_value": 0.9}), tmp_path / "out", num=2).drawn == 1
+    assert '"clip"' not in record.read_text()
+    with pytest.raises(VdiffError, match=r"options \{'clipping_value': 0.9\}, not \{\}"):
+        run(order(model), tmp_path / "out", num=3)
 
 
 def test_overwriting_begins_anew(model, tmp_path):

@@ -46,7 +46,7 @@ from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import climb
 from vdiff.training.presets import RUN_FILE, preset_for, read_preset
-from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
+from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
 
 
@@ -165,10 +165,11 @@ LINEAR = {"name": "linear", "num_levels": 96}
 @pytest.mark.parametrize(
     ("described", "settings", "words"),
     [
-        (model(num_timesteps=3), {}, "3 steps cannot be halved on the way from 3 to 1"),
-        (model(num_timesteps=12), {"stages": 3}, "3 steps cannot be halved on the way from 12 to 1"),
-        (model(num_timesteps=12), {"to_steps": 5}, "halving 12 steps never gives 5"),
-        (model(num_timesteps=16), {"to_steps": 3}, "halving 16 steps never gives 3"),
+        (model(num_timesteps=3), {}, "3 steps cannot be halved"),
+        (model(num_timesteps=12), {"stages": 3}, "--stages 3: 12 steps cannot be halved so often"),
+        (student(12), {"to_steps": 5}, "12 steps cannot become 5"),
+        (model(), {"to_steps": 5, "teacher_steps": 12}, "12 steps cannot become 5"),
+        (model(num_timesteps=16), {"to_steps": 9}, "16 steps cannot become 9"),
         (model(num_timesteps=1), {}, "takes 1 step already: there is nothing to halve"),
         (student(1), {}, "takes 1 step already"),
         (model(num_timesteps=8), {"to_steps": 8}, "--to_steps 8: the teacher takes 8 already; give less than 8"),
@@ -176,8 +177,7 @@ LINEAR = {"name": "linear", "num_levels": 96}
         (model(num_timesteps=8), {"stages": 4}, "--stages 4: 8 steps cannot be halved so often"),
         (student(8), {"teacher_steps": 4}, "--teacher_steps 4: a/original was distilled for 8 steps; leave it out"),
         (student(8), {"teacher_steps": 16}, "--teacher_steps 16: a/original was distilled for 8 steps"),
-        (model(schedule=LINEAR, num_timesteps=96), {"teacher_steps": 64}, "has 96 levels, and 64 does not divide them"),
-        (model(schedule=LINEAR, num_timesteps=96), {"to_steps": 1}, "3 steps cannot be halved"),
+        (model(schedule=LINEAR, num_timesteps=96), {"teacher_steps": 128}, "96 levels, too few for 128 steps"),
     ],
 )
 def test_ladders_that_lead_nowhere(described, settings, words):
@@ -185,6 +185,43 @@ def test_ladders_that_lead_nowhere(described, settings, words):
         plan("a/original", described, **settings)
     assert words in str(caught.value)
     assert caught.value.hint
+
+
+PUBLISHED = model(schedule={"name": "linear"}, num_timesteps=1000)
+
+
+@pytest.mark.parametrize(
+    ("described", "settings", "steps"),
+    [
+        (PUBLISHED, {"to_steps": 1}, [512, 256, 128, 64, 32, 16, 8, 4, 2, 1]),
+        (PUBLISHED, {"to_steps": 8}, [512, 256, 128, 64, 32, 16, 8]),
+        (PUBLISHED, {"to_steps": 125}, [1000, 500, 250, 125]),
+        (PUBLISHED, {"to_steps": 2, "teacher_steps": 250}, [250, 50, 10, 2]),
+        (PUBLISHED, {"phases": "128,32,8,4"}, [128, 32, 8, 4]),
+        (model(num_timesteps=12), {"to_steps": 5}, [10, 5]),
+        (model(num_timesteps=16), {"to_steps": 3}, [12, 6, 3]),
+        (student(125), {"to_steps": 1}, [125, 25, 5, 1]),
+    ],
+)
+def test_any_number_of_steps_begins_a_ladder(described, settings, steps):
+    """A teacher that takes any number begins where halving leads to the end; else odd ratios are a stage each."""
+    found = plan("a/original", described, **settings)
+    assert [s[1] for s in found] == steps[:-1]
+    assert [s[3] for s in found] == steps[1:]
+
+
+def test_what_a_plan_says_before_it_begins():
+    def said(described, **settings):
+        return remarks(distill_config(Path(), Path("a/original"), **settings), described)
+
+    assert said(PUBLISHED, to_steps=4) == [
+        "the ladder begins with 512 steps of the teacher: 1000 cannot be halved to 4",
+    ]
+    copy = "match: the student is a copy of its teacher and learns nothing; give --student_config"
+    assert said(PUBLISHED, method="match") == [copy]
+    for plain in ({"to_steps": 125}, {"to_steps": 4, "teacher_steps": 128}, {"phases": "128,4"}, {"method": "tract"}):
+        assert said(PUBLISHED, **plain) == []
+    assert said(dataclasses.replace(PUBLISHED, prediction="eps"), method="match") == []
 
 
 def test_tables_are_halved_along_their_levels():

@@ -145,7 +145,7 @@ def test_the_teacher_of_a_trajectory_walks_by_any_sampler_without_noise(sampler)
     schedule, noise, states = SCHEDULES["cosine"], 2 * randn(4, 2, 3, 2), []
     teacher, student = mixture(schedule), random_teacher(schedule, seed=3)
     end = sample(
-        teacher, schedule, SAMPLERS[sampler](clip=None), z=noise[:2], num_steps=8, noise=nobody,
+        teacher, schedule, SAMPLERS[sampler](clipping_value=None), z=noise[:2], num_steps=8, noise=nobody,
         on_state=lambda done, z, _: states.append(z) if done % 4 == 0 else None,
     )  # fmt: skip
     method, given = Trajectory(8, sampler), path_lesson(schedule, teacher, student, 2)

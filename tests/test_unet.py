@@ -550,6 +550,17 @@ def test_mixed_precision_is_close_and_tells_the_time_in_full():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_full_precision_goes_before_mixed_precision():
+    network = UNet(UNetConfig(**BASE))
+    randomise(network)
+    z, label = randn(2, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    expected = network(z, label)
+    for full in (False, True):
+        network.full_precision = full
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(network(z, label), expected) is full
+
+
 def test_norms_in_mixed_precision_sum_in_float32():
     """bfloat16 sums of 4096 numbers around 4 would end near 1024."""
     norm = group_norm(64)

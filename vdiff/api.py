@@ -87,7 +87,7 @@ class Model:
             guidance, guidance_interval: the weight w of classifier-free guidance, and the times that it is for.
             noise: (num, C, H, W), z at t = 1 instead of the seed's; what a stochastic sampler adds is still the seed's.
             batch_size: images drawn at once; they do not depend on it.
-            options: of the named sampler: `clip`, `threshold`, `eta`.
+            options: of the named sampler: `clipping_value`, `threshold`, `eta`.
 
         Raises:
             VdiffError: something that this model or sampler cannot do, or an image that is not finite.

@@ -72,13 +72,15 @@ def command(
     from vdiff.training.comparison import PICTURE, compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.ladder import climb
-    from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
+    from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 
     console = Console()
     config, teacher = resolve_distillation(given(flags), config_file)
     images = teachers_images(config, teacher)
     stages = plan_stages(config, teacher, out)
     console.line(f"preset {config.preset}, {images.name}, method {config.method}")
+    for remark in remarks(config, teacher):
+        console.line(remark)
     if not teacher.is_finished:
         done = f"{teacher.num_iters} of {teacher.target_iters} updates"
         console.line(f"{config.base} is unfinished: {done}")
@@ -124,8 +126,10 @@ def planned(
         found = None if overwrite else found_student(stage, mine)
         updates, needs_images = stage.updates(config), METHODS[stage.method].needs_images
         left = updates if found is None else 0 if found.is_finished else updates - found.num_iters
-        # a path costs as much as it has steps; the networks of a smaller student come with the second stage
-        kind = (stage.method, needs_images or stage.num_steps, bool(config.student_config) and k > 0)
+        # a path costs as much as it has steps, a target as many evaluations as its teacher takes steps; the networks of
+        # a smaller student come with the second stage
+        cost = stage.num_steps if not needs_images else stage.teacher_steps // stage.num_steps
+        kind = (stage.method, cost, bool(config.student_config) and k > 0)
         if left and kind not in seconds:
             console.line(f"timing updates of {stage.method}")
             seconds[kind] = seconds_per_update(stage, config, images, engine)

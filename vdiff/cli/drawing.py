@@ -43,7 +43,8 @@ def sampling_steps(config: CheckpointConfig, num_timesteps: int | None, time_sca
     if time_scale is not None and config.num_timesteps % time_scale:
         raise OptionError(
             f"--time_scale {time_scale} does not divide the model's {config.num_timesteps} steps",
-            "give one that does",
+            "give one that does"
+            + (f", or --num_timesteps {config.num_timesteps // time_scale}" * config.takes_any_num_steps),
         )
     return num_timesteps or config.num_timesteps // (time_scale or 1)
 
@@ -69,7 +70,7 @@ def sampler_options(
         raise OptionError(f"--eta has no meaning for the sampler {name}", "leave it out, or give --sampler ddim")
     options: dict[str, Any] = {}
     if no_clip or clipping_value is not None:
-        options["clip"] = clipping_value
+        options["clipping_value"] = clipping_value
     if threshold is not None:
         options["threshold"] = threshold
     if eta is not None:

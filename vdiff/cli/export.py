@@ -12,7 +12,7 @@ import click
 
 from vdiff.cli.console import Console
 from vdiff.cli.diffusers import export_command
-from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, switch
+from vdiff.cli.options import CONTEXT, Command, Number, OneOf, Program, option, switch
 from vdiff.errors import OptionError, VdiffError, shell
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _shared(suffix: str) -> Callable[[Any], Any]:
         option(
             "--clipping_value",
             group="Sampler",
-            type=click.FloatRange(0, min_open=True),
+            type=Number(0, min_open=True),
             metavar="LIMIT",
             show_default="1",
             help="Predicted images are clipped to ±LIMIT in every step.",
@@ -260,6 +260,6 @@ def graph_options(
         sampler=sampler_graph,
         output=output or ("eps" if is_eps else "v"),
         num_steps=steps,
-        clip=None if no_clip else clipping_value or 1.0,
+        clipping_value=None if no_clip else clipping_value or 1.0,
         guided=guided,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import shlex
@@ -135,6 +136,17 @@ class OneOf(click.Choice[str]):
         """What is wrong with `value`."""
         del ctx
         return f"{value!r} is unknown; {suggestion(str(value), self.choices)}"
+
+
+class Number(click.FloatRange):
+    """A finite number in a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 class TrueOrFalse(click.ParamType):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, Names, OneOf, option, switch, typed_command
+from vdiff.cli.options import Command, Names, Number, OneOf, option, switch, typed_command
 from vdiff.errors import OptionError, shell
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class PartType(click.ParamType):
 @option(
     "--crop_scale",
     group="Conversion",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     show_default="0.25",
     help="The smallest part of the area that random_resized takes.",
 )

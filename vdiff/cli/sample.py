@@ -19,7 +19,7 @@ from vdiff.cli.drawing import (
     sampler_options,
     sampling_steps,
 )
-from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch
+from vdiff.cli.options import NUM, Command, Names, Number, OneOf, option, switch
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
@@ -162,7 +162,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 @option(
     "--clipping_value",
     group="Sampler",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     metavar="LIMIT",
     show_default="1.2 for clipped, else 1",
     help="Predicted images are clipped to ±LIMIT; by clipped, predicted noise too.",
@@ -171,14 +171,14 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 @option(
     "--dynamic_threshold",
     group="Sampler",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     metavar="QUANTILE",
     help="Instead of clipping, scale images down whose QUANTILE of values is beyond the limit (not clipped): 0.995.",
 )
 @option(
     "--eta",
     group="Sampler",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     metavar="NUMBER",
     show_default="0",
     help="Noise added at each step by ddim and clipped: 0 none, 1 as much as ddpm.",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from vdiff.cli.options import OneOf, option, switch
+from vdiff.cli.options import Number, OneOf, option, switch
 from vdiff.diffusion.distillation import METHODS
 from vdiff.training.config import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, DistillConfig, LoopConfig, value_type
 from vdiff.training.presets import PRESETS
@@ -65,7 +65,7 @@ def flag(item: Field[Any], *, by_method: bool = False) -> Callable[[Any], Any]:
     attributes["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     types = {
         int: click.IntRange(rules["low"], rules["high"]),
-        float: click.FloatRange(rules["low"], rules["high"], min_open=rules["open_low"]),
+        float: Number(rules["low"], rules["high"], min_open=rules["open_low"]),
         str: click.STRING,
     }
     return option(name, type=types[kind], **attributes)

@@ -82,11 +82,13 @@ class Method(Protocol):
         keeps_steps: the student takes as many steps as its teacher.
         needs_images: whether real images are used; if not, an example is a whole path of the student's steps.
         is_annealed: whether examples depend on how much of the training is done.
+        has_fine_times: examples lie at the times of the teacher's steps, not at those of the student's alone.
     """
 
     keeps_steps: ClassVar[bool] = False
     needs_images: ClassVar[bool] = True
     is_annealed: ClassVar[bool] = False
+    has_fine_times: ClassVar[bool] = False
 
     @property
     def self_ema(self) -> float | None:
@@ -143,6 +145,7 @@ class Tract(Method):
     """
 
     self_ema: float = 0.5
+    has_fine_times: ClassVar[bool] = True
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +192,7 @@ class Consistency(Method):
     first_steps: int = 0
     addim: float = 0.0
     is_annealed: ClassVar[bool] = True
+    has_fine_times: ClassVar[bool] = True
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,8 +249,11 @@ class Match(Method):
         return [num_steps]
 
     def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
-        """Noisy images at every time that the teacher knows."""
-        t = 1 - u if lesson.levels is None else grid_times_of(u, lesson.levels)
+        """Noisy images at every time that the teacher knows; above the first level of a table."""
+        if lesson.levels is None:
+            t = (1 - u).clamp(min=1 / (lesson.schedule.num_levels or math.inf))
+        else:
+            t = grid_times_of(u, lesson.levels)
         angle = lesson.schedule.angle(t)
         z = diffuse(x, noise, angle)
         if not lesson.predicts_noise:
@@ -338,7 +345,7 @@ class Trajectory(Method):
         end = sample(
             lesson.teacher,
             lesson.schedule,
-            SAMPLERS[own if self.path_sampler == "auto" else self.path_sampler](clip=None),
+            SAMPLERS[own if self.path_sampler == "auto" else self.path_sampler](clipping_value=None),
             z=z,
             num_steps=fine,
             noise=_no_noise,

@@ -25,10 +25,10 @@ cosine schedules. Further up steps would be spent on what is noise alone."""
 
 
 def uniform(schedule: Schedule, num_steps: int) -> Tensor:
-    """t_i = i/N.
+    """t_i = i/N; between the levels of a table labels are fractions, where other libraries round to whole ones.
 
     Raises:
-        ValueError: a table whose length is no multiple of N.
+        ValueError: fewer than one step, or more than a table has levels.
     """
     schedule.check_num_steps(num_steps)
     return grid_times(num_steps)
@@ -46,7 +46,7 @@ def trailing(schedule: Schedule, num_steps: int) -> Tensor:
     import torch
 
     size = schedule.label_scale
-    check_number(schedule, num_steps, size)
+    schedule.check_num_steps(num_steps, size)
     levels = [round(Fraction(size * i, num_steps)) for i in range(num_steps + 1)]
     return torch.tensor(levels, dtype=torch.float64) / size
 
@@ -85,7 +85,7 @@ def spaced(
     """
     import torch
 
-    check_number(schedule, num_steps, schedule.num_levels)
+    schedule.check_num_steps(num_steps)
     size = schedule.label_scale
     first, last = schedule.angle(torch.tensor([1 / size, 1], dtype=torch.float64))
     last = last.clamp(max=math.atan(math.exp(MOST_NOISE)))
@@ -110,18 +110,6 @@ def _once_each(levels: Tensor, size: int) -> Tensor:
         above = max(min(level, above - 1), place)
         moved.append(above)
     return torch.tensor(moved[::-1], dtype=torch.float64)
-
-
-def check_number(schedule: Schedule, num_steps: int, levels: int | None) -> None:
-    """Refuse fewer than one step, or more than `levels`.
-
-    Raises:
-        ValueError: as said.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    if levels is not None and num_steps > levels:
-        raise ValueError(f"the {schedule.name} schedule has {levels} levels, too few for {num_steps} steps")
 
 
 def check_times(times: Tensor, num_steps: int) -> None:

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 
 def halving_plan(num_steps: int, to_steps: int) -> list[int]:
     """The students' numbers of steps, from `num_steps` down to `to_steps`: 64, 8 → [32, 16, 8].
 
+    Each halves the steps, or divides them by the least factor of an odd ratio that is left: 250, 2 → [50, 10, 2].
+
     Raises:
-        ValueError: halving never leads from one to the other.
+        ValueError: `to_steps` does not divide `num_steps`.
     """
     plan = []
-    steps = num_steps
-    while steps > to_steps:
-        if steps % 2:
-            raise ValueError(f"{steps} steps cannot be halved on the way from {num_steps} to {to_steps}")
-        steps //= 2
-        plan.append(steps)
-    if steps != to_steps or to_steps < 1:
-        raise ValueError(f"halving {num_steps} steps never gives {to_steps}")
+    if num_steps != to_steps or num_steps < 1:
+        check_phase(num_steps, to_steps)
+    while num_steps > to_steps:
+        ratio = num_steps // to_steps
+        num_steps //= next(factor for factor in range(2, ratio + 1) if ratio % factor == 0)
+        plan.append(num_steps)
     return plan
+
+
+def halving_start(num_steps: int, to_steps: int) -> int:
+    """The most steps up to `num_steps` from which halving alone leads to `to_steps`: 1000, 1 → 512."""
+    return to_steps << ((num_steps // to_steps).bit_length() - 1)
+
+
+def fitting_phases(phases: Sequence[int]) -> list[int]:
+    """The falling list nearest to `phases`, by ratios, in which each number divides the one before."""
+    fitting = list(phases[:1])
+    for wanted in phases[1:]:
+        before = fitting[-1]
+        divisors = [steps for steps in range(1, before) if before % steps == 0]
+        fitting += [min(divisors, key=lambda steps: abs(math.log(steps / wanted)))] if divisors else []
+    return fitting
 
 
 def check_phase(num_steps: int, to_steps: int) -> None:

@@ -16,7 +16,7 @@ from vdiff.diffusion.grids import check_times
 from vdiff.diffusion.multistep import Dpmpp2m, Dpmpp3m, Heun, Ipndm, UniPc
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import Schedule, alpha_sigma, coefficient, grid_angles, grid_times
-from vdiff.diffusion.stepping import Denoise, Limits, Run, RunSampler, Sampler, ddim_step
+from vdiff.diffusion.stepping import Denoise, Limits, Run, RunSampler, Sampler, check_clipping_value, ddim_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,19 +103,22 @@ class Ddpm(Limits, Sampler):
 class Clipped(Sampler):
     """The clipped sampler of the v-diffusion repositories: x̂ and the ε̂ derived from it are both clamped to ±c.
 
-    x̂ ← clamp(x̂, ±c); ε̂ ← clamp((z − α x̂)/σ, ±c); then DDIM with η. c = 1.2.
+    x̂ ← clamp(x̂, ±c); ε̂ ← clamp((z − α x̂)/σ, ±c); then DDIM with η. c = `clipping_value`.
     """
 
-    clip: float = 1.2
+    clipping_value: float = 1.2
     eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_clipping_value(self.clipping_value)
 
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
     ) -> Tensor:
         """`stochastic_ddim_step` on the clamped prediction."""
         alpha, sigma = alpha_sigma(angle_t, z)
-        x = prediction.x.clamp(-self.clip, self.clip)
-        eps = ((z - alpha * x) / sigma).clamp(-self.clip, self.clip)
+        x = prediction.x.clamp(-self.clipping_value, self.clipping_value)
+        eps = ((z - alpha * x) / sigma).clamp(-self.clipping_value, self.clipping_value)
         clamped = Prediction(x, eps, alpha * eps - sigma * x)
         return stochastic_ddim_step(prediction=clamped, angle_t=angle_t, angle_s=angle_s, eta=self.eta, noise=noise)
 

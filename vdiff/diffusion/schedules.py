@@ -66,18 +66,19 @@ class Schedule(ABC):
         """λ(t) = log α²/σ² = −2 log tan φ(t)."""
         return logsnr(self.angle(t))
 
-    def check_num_steps(self, num_steps: int) -> None:
-        """Refuse a number of steps that this schedule has no levels for.
+    def check_num_steps(self, num_steps: int, levels: int | None = None) -> None:
+        """Refuse fewer than one step, or more than `levels`, which are those of a table where they are not given.
+
+        Steps need not divide the levels: between two of them angles are interpolated, and labels are fractions.
 
         Raises:
-            ValueError: fewer than one step, or a table whose length is no multiple of `num_steps`.
+            ValueError: as said.
         """
+        levels = levels or self.num_levels
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        if self.num_levels is not None and self.num_levels % num_steps:
-            raise ValueError(
-                f"the {self.name} schedule has {self.num_levels} levels, and {num_steps} does not divide them"
-            )
+        if levels is not None and num_steps > levels:
+            raise ValueError(f"the {self.name} schedule has {levels} levels, too few for {num_steps} steps")
 
     def to_dict(self) -> dict[str, Any]:
         """Name and parameters, for a checkpoint's configuration."""

@@ -73,46 +73,56 @@ class Run:
         return self.denoise(z, self.t_s)
 
 
+def check_clipping_value(value: float) -> None:
+    """Refuse a limit that is no positive finite number.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"clipping_value must be a positive number, got {value}")
+
+
 @dataclass(frozen=True)
 class Limits:
     """How far a predicted image may go.
 
     Attributes:
-        clip: x̂ is clipped to ±`clip`, as in the code of Salimans & Ho 2022; None: it goes as far as it goes.
-        threshold: a quantile p in (0, 1] for dynamic thresholding instead: s is the larger of `clip` and the p-quantile
-            of |x̂| in each image, and x̂ is clipped to ±s and multiplied by `clip`/s. Source: Saharia et al. 2022
-            (Imagen), section 2.3, with `clip` 1 and p = 0.995.
+        clipping_value: x̂ is clipped to ± it, as in the code of Salimans & Ho 2022; None: it goes as far as it goes.
+        threshold: a quantile p in (0, 1] for dynamic thresholding instead: s is the larger of `clipping_value` and the
+            p-quantile of |x̂| in each image, and x̂ is clipped to ±s and multiplied by `clipping_value`/s.
+            Source: Saharia et al. 2022 (Imagen), section 2.3, with `clipping_value` 1 and p = 0.995.
 
     Raises:
         ValueError: a limit that is not positive, a quantile outside (0, 1], a quantile without a limit.
     """
 
-    clip: float | None = 1.0
+    clipping_value: float | None = 1.0
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+        if self.clipping_value is not None:
+            check_clipping_value(self.clipping_value)
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold is a quantile in (0, 1], got {self.threshold}")
-        if self.clip is None:
-            raise ValueError("threshold needs a clip to scale down to, got None")
+        if self.clipping_value is None:
+            raise ValueError("threshold needs a clipping_value to scale down to, got None")
 
     def limit(self, x: Tensor) -> Tensor:
         """x̂ within its limits."""
-        if self.clip is None:
+        if self.clipping_value is None:
             return x
         if self.threshold is None:
-            return x.clamp(-self.clip, self.clip)
-        largest = quantile(x.abs(), self.threshold).clamp(min=self.clip).to(x.dtype)
+            return x.clamp(-self.clipping_value, self.clipping_value)
+        largest = quantile(x.abs(), self.threshold).clamp(min=self.clipping_value).to(x.dtype)
         largest = largest.reshape(-1, *[1] * (x.ndim - 1))
-        return x.maximum(-largest).minimum(largest) * (self.clip / largest)
+        return x.maximum(-largest).minimum(largest) * (self.clipping_value / largest)
 
     def limited(self, prediction: Prediction, z: Tensor, angle: Tensor) -> Prediction:
         """The prediction with x̂ within its limits, and ε̂ and v̂ derived again."""
-        return prediction if self.clip is None else from_x(z, self.limit(prediction.x), angle)
+        return prediction if self.clipping_value is None else from_x(z, self.limit(prediction.x), angle)
 
 
 def quantile(values: Tensor, p: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def check_guidance(folder: Path, config: CheckpointConfig, weight: float) -> Non
     Raises:
         OptionError: as said.
     """
+    if not math.isfinite(weight):
+        raise OptionError(f"--guidance {weight}: no weight", "give a number such as 1.5")
     if config.unet.get("guidance_input"):
         low, high = config.guidance_range or (0.0, 0.0)
         if not low <= weight <= high:

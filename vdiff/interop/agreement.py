@@ -72,7 +72,7 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
     if options.sampler:
         drawn = draw(
             denoiser,
-            Ddim(clip=options.clip),
+            Ddim(clipping_value=options.clipping_value),
             indices=images,
             image_size=config.image_size,
             num_steps=options.num_steps,

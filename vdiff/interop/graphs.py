@@ -32,14 +32,14 @@ class GraphOptions:
         sampler: noise → images; off: (z, label) → `output`.
         output: "v", "x" or "eps".
         num_steps: of the sampler, or of the grid that an evaluation's metadata tells.
-        clip: predicted images are clipped to ±clip in each step of the sampler; None: no clip.
+        clipping_value: predicted images are clipped to ± it in each step of the sampler; None: no clip.
         guided: the sampler evaluates the network with and without the class, and takes the weight of guidance.
     """
 
     sampler: bool
     output: str
     num_steps: int
-    clip: float | None = 1.0
+    clipping_value: float | None = 1.0
     guided: bool = False
 
     @property
@@ -82,7 +82,7 @@ class Step(nn.Module):
         super().__init__()
         self.network = denoiser.network
         self.prediction_type = denoiser.prediction_type
-        self.clip = options.clip
+        self.clipping_value = options.clipping_value
         self.guided = options.guided
 
     def forward(
@@ -99,8 +99,8 @@ class Step(nn.Module):
         else:
             output = self.network(z, label, classes, guidance)
             prediction = _read(self.prediction_type, z, output, angle_t)
-        if self.clip is not None:
-            prediction = prediction.clip(z, angle_t, self.clip)
+        if self.clipping_value is not None:
+            prediction = prediction.clip(z, angle_t, self.clipping_value)
         return ddim_step(z, prediction.v, angle_t, angle_s)
 
     def _guided(
@@ -183,7 +183,7 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
         "guidance_range": config.guidance_range,
     }
     if options.sampler:
-        values |= {"sampler": "ddim", "clip": options.clip, "guided": options.guided}
+        values |= {"sampler": "ddim", "clipping_value": options.clipping_value, "guided": options.guided}
     elif options.num_steps <= MAX_GRID:
         values["grid"] = [_step_of(told) for told in grid(denoiser, options.num_steps)]
     return {

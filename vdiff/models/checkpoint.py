@@ -119,8 +119,8 @@ class CheckpointConfig:
 
     @property
     def takes_any_num_steps(self) -> bool:
-        """Whether every number of steps is right for the network."""
-        return self.levels is None
+        """Whether every number of steps, up to the levels of a table, is right for the network."""
+        return not self.is_distilled
 
     def build(self) -> Denoiser:
         """The denoiser, with fresh weights.
@@ -134,10 +134,11 @@ class CheckpointConfig:
         """Refuse a number of sampling steps for which the network was never trained.
 
         Raises:
-            ValueError: `num_steps` is less than 1, or does not divide `num_timesteps` where it must.
+            ValueError: `num_steps` is less than 1, more than a table has levels, or does not divide the `num_timesteps`
+                of a distilled model.
         """
         build_schedule(self.schedule).check_num_steps(num_steps)
-        if self.levels is not None and self.num_timesteps % num_steps:
+        if self.is_distilled and self.num_timesteps % num_steps:
             raise ValueError(
                 f"this model was made for {self.num_timesteps} steps, and {num_steps} does not divide them"
             )

@@ -288,6 +288,7 @@ class UNet(nn.Module):
     a network that has not learned what it means pays no heed to it.
 
     Attributes:
+        full_precision: compute in the precision of the weights, whatever mixed precision is switched on outside.
         checkpointing: keep only what goes into each stage and compute the rest again for the gradient: less memory, a
             forward pass more, the same numbers (Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost*).
     """
@@ -296,6 +297,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.full_precision = False
         c, emb = config.channels, config.embedding_channels
         self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
         rows = config.num_classes + config.null_class
@@ -334,6 +336,10 @@ class UNet(nn.Module):
     def forward(
         self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
+        with _without_autocast(z.device) if self.full_precision else nullcontext():
+            return self._forward(z, label, classes, guidance)
+
+    def _forward(self, z: Tensor, label: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
         embedding = self._embedding(label, classes, guidance)
         h = self.conv_in(_folded(z, self.config.fold))
         skips = [h]

@@ -72,10 +72,13 @@ class Order:
         """
         known = {item.name: _default(item) for item in fields(self)}
         try:
+            said = {**known, **before}
+            if isinstance(options := said["options"], dict):  # "clip" in earlier versions
+                said["options"] = {"clipping_value" if key == "clip" else key: value for key, value in options.items()}
             differing = [
-                (key, {**known, **before}[key], value)
+                (key, said[key], value)
                 for key, value in asdict(self).items()
-                if key != "checkpoint" and {**known, **before}[key] != value
+                if key != "checkpoint" and said[key] != value
             ]
         except TypeError:
             differing = [("", MISSING, MISSING)]

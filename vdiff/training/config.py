@@ -320,6 +320,10 @@ class DistillConfig(LoopConfig):
         "times as much; 0 turns it off.",
         group=OPTIMISATION, default=0.0, low=0, high=1,
     )  # fmt: skip
+    precision: str = setting(
+        "Of the network; auto is bf16 on CUDA for teachers of up to 64 steps, and fp32 else; fp16 scales the loss.",
+        group=MACHINE, default="auto", choices=PRECISIONS,
+    )  # fmt: skip
     class_dropout: float = setting(
         "Part of the images whose class is kept from the network, where the teacher was trained so.",
         group=OPTIMISATION, default=0.1, low=0, high=0.99,

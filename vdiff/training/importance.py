@@ -61,6 +61,6 @@ class ImportanceSampling:
         self.moments.copy_(torch.where(seen, kept, self.moments))
 
 
-def num_bins(num_steps: int | None) -> int:
-    """A bin for each step of a student, as long as they are few; every noise level of the others is in one of 64."""
-    return num_steps if num_steps is not None and num_steps <= MAX_BINS else MAX_BINS
+def num_bins(num_times: int | None) -> int:
+    """A bin for each time of the examples, as long as they are few, else 64; None: any time is possible."""
+    return num_times if num_times is not None and num_times <= MAX_BINS else MAX_BINS

@@ -47,6 +47,7 @@ class Run:
         class_dropout: the part of the images whose class the network is not told, where it knows "no class".
         self_ema: decay of the average that the network learns from; None: it learns from none.
         step_bins: where the model has few steps, how many: the loss is told for each.
+        time_bins: of how many equally likely times examples are; None: of any.
     """
 
     denoiser: Denoiser
@@ -58,6 +59,7 @@ class Run:
     class_dropout: float = 0.0
     self_ema: float | None = None
     step_bins: int | None = None
+    time_bins: int | None = None
 
 
 def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
@@ -81,7 +83,7 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     denoiser = engine.place(run.denoiser).train()
     denoiser.network.checkpointing = config.checkpointing
     averages = averages_of(config, denoiser, engine, run.self_ema)
-    importance = ImportanceSampling(num_bins(run.step_bins), engine.device) if config.times == "importance" else None
+    importance = ImportanceSampling(num_bins(run.time_bins), engine.device) if config.times == "importance" else None
     statistics = {"moments": importance.moments} if importance else {}
     optimizer = build_optimizer(denoiser, config)
     scaler = engine.accelerator.scaler

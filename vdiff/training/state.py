@@ -103,7 +103,9 @@ def load_state(
         denoiser.load_state_dict({name: like(tensor, parameters.get(name, tensor)) for name, tensor in raw.items()})
         averages.load({name: _part(tensors, f"{name}.") for name in averages.named()})
         for name, tensor in (statistics or {}).items():
-            tensor.copy_(tensors[f"{STATISTICS}.{name}"])
+            saved = tensors[f"{STATISTICS}.{name}"]
+            if saved.shape == tensor.shape:  # an earlier version had fewer bins: those are learned anew
+                tensor.copy_(saved)
         step = torch.tensor(float(metadata["optimizer_step"]))
         if scaler is not None:
             scaler.load_state_dict(json.loads(metadata["scaler"]))

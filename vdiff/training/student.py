@@ -12,7 +12,7 @@ import torch
 
 import vdiff
 from vdiff.data.batches import Batch
-from vdiff.diffusion.distillation import METHODS, build_method
+from vdiff.diffusion.distillation import build_method
 from vdiff.errors import OptionError
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
@@ -91,6 +91,8 @@ def stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engin
         teacher={**asdict(before), **lineage},
     )
     student, _ = begin_student(stage, config, description)
+    for network in (student.network, teacher.network):
+        network.full_precision = config.precision == "auto" and stage.is_fine
     teacher = engine.compiled(engine.place(teacher)).requires_grad_(False)
     method = build_method(stage.method, asdict(config))
     return Run(
@@ -100,7 +102,8 @@ def stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engin
             method,
             num_steps=stage.num_steps,
             teacher_steps=stage.teacher_steps,
-            levels=before.levels,
+            # of steps between the levels of a table none is on the grid: then the teacher is asked at any time
+            levels=None if before.levels and before.levels % stage.teacher_steps else before.levels,
         ),
         batches=images.batches(config, engine),
         config=replace(config, num_iters=stage.updates(config)),
@@ -108,7 +111,8 @@ def stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engin
         folder=stage.folder,
         class_dropout=config.class_dropout,
         self_ema=method.self_ema,
-        step_bins=None if METHODS[stage.method].keeps_steps else stage.num_steps,
+        step_bins=None if method.keeps_steps else stage.num_steps,
+        time_bins=None if method.keeps_steps else stage.teacher_steps if method.has_fine_times else stage.num_steps,
     )
 
 

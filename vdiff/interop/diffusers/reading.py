@@ -68,7 +68,7 @@ def import_pipeline(
         try:
             config.check_num_steps(num_timesteps)
         except ValueError as error:
-            raise OptionError(f"--num_timesteps {num_timesteps}: {error}", "give a number that does") from None
+            raise OptionError(f"--num_timesteps {num_timesteps}: {error}", "give fewer") from None
         config = replace(config, num_timesteps=num_timesteps)
     shape = UNetConfig.from_dict(config.unet)
     tensors = _read_tensors(Path(unet.where).with_name(WEIGHTS), unet_shapes(shape))
