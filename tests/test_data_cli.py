@@ -135,7 +135,7 @@ def test_errors_say_what_to_do() -> None:
     assert "crop_scale 0.5 has no meaning for --crop center" in error("photos", "--crop_scale", "0.5", code=2)
     assert "--seed 1 has no meaning" in error("photos", "--seed", "1", code=2)
     assert "--crop none resizes nothing" in error("photos", "--crop", "none", "--size", "4,8", code=2)
-    assert "--split x has no meaning for photos" in error("photos", "--split", "x", code=2)
+    assert "--split x: there are no folders train, val or test" in error("photos", "--split", "x", code=2)
     assert "did you mean 'cifar10'?" in error("cifar1O")
 
 

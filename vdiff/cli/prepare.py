@@ -93,7 +93,13 @@ class PartType(click.ParamType):
     metavar="FOLDER",
     help="Where torchvision's sets lie, or are downloaded to.",
 )
-@option("--split", group="Source", default="", show_default="train", help="Which part of a named set.")
+@option(
+    "--split",
+    group="Source",
+    default="",
+    show_default="train",
+    help="Which part of a named set, or of files with folders train, val or test above the classes; all: all parts.",
+)
 @option(
     "--image_column",
     group="Source",
@@ -107,8 +113,8 @@ class PartType(click.ParamType):
     group="Source",
     default="",
     metavar="NAME",
-    show_default="the one with classes",
-    help="The classes of an hf: set; none for none.",
+    show_default="the one with classes; label",
+    help="The classes of an hf: set, or in metadata.csv or .jsonl; none for none.",
 )
 @option(
     "--crop",
@@ -192,12 +198,14 @@ def command(
 ) -> int:
     """Turn the images of PATH into an LMDB dataset; without PATH, scikit-learn's digits.
 
-    PATH is a folder, a zip, a tar, a prepared dataset, the name of one of torchvision's sets (cifar10, mnist, svhn,
-    celeba, flowers102, imagenet, lsun …) or hf:NAME for one of the Hugging Face hub.
+    PATH is a folder, a zip, a tar, an npz of samples, a prepared dataset, the name of one of torchvision's sets
+    (cifar10, mnist, svhn, celeba, flowers102, imagenet, lsun …) or hf:NAME for one of the Hugging Face hub.
 
-    Subfolders become classes if every image lies in one. EXIF orientation and colour profiles are applied, transparency
-    is laid on the background, animations give their first frame. Files that cannot be read are skipped, listed in
-    rejected.jsonl in the dataset, and make the exit code 3. However a run ends, the same command goes on where it was.
+    Classes come from dataset.json (EDM, StyleGAN) or metadata.csv or .jsonl (Hugging Face) beside the images, else from
+    subfolders if every image lies in one. vdiff's own pictures and samples are left out. EXIF orientation and colour
+    profiles are applied, transparency is laid on the background, animations give their first frame. Files that cannot
+    be read are skipped, listed in rejected.jsonl in the dataset, and make the exit code 3. However a run ends, the same
+    command goes on where it was.
     """
     from vdiff.data.conversion import ConversionConfig
     from vdiff.data.preparation import Part, prepare
@@ -278,9 +286,13 @@ def as_json(report: Report) -> str:
 
 def summary(report: Report, part: Part | None = None) -> list[str]:
     """The report as aligned lines, ending with the command to run next."""
+    from vdiff.data.listing import few
+
     sizes = ", ".join(map(str, report.sizes))
     classes = f", {len(report.class_names)} classes" if report.class_names else ""
     rows = [("written", f"{report.images} images{classes}, size {sizes}, to {report.path}")]
+    if report.class_names:
+        rows.append(("classes", few(report.class_names)))
     if report.kept:
         rows.append(("kept", f"{report.kept} of them from an earlier run"))
     if report.skipped:

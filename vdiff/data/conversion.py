@@ -392,9 +392,9 @@ def _everything(width: int, height: int, _config: ConversionConfig, _key: str) -
 CROPS = {
     "center": Crop(lambda width, height, _config, _key: center_box(width, height)),
     "random_resized": Crop(
-        # seeded by text: the same numbers in every process, whatever was drawn before
+        # seeded by text: the same numbers in every process, whatever was drawn before; file names may be no UTF-8
         lambda width, height, config, key: random_box(
-            width, height, config.crop_scale, random.Random(f"{config.seed}/{key}")
+            width, height, config.crop_scale, random.Random(f"{config.seed}/{key}".encode("utf-8", "surrogateescape"))
         )
     ),
     "pad": Crop(_everything, max, pad_box),

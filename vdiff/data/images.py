@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 from torch import Tensor
 
+from vdiff.data.labels import MARK
 from vdiff.files import write_whole
 
 CELL_PIXELS = 72
@@ -50,10 +52,17 @@ def to_pil(image: Tensor) -> PIL.Image.Image:
     return PIL.Image.fromarray((pixels[..., 0] if image.shape[0] == 1 else pixels).contiguous().numpy())
 
 
+def own_mark() -> bytes:
+    """EXIF that tells vdiff's pictures from images: prepare_data.py passes over them."""
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Software] = MARK.decode().removesuffix("\0")
+    return exif.tobytes()
+
+
 def save_png(image: Tensor | PIL.Image.Image, path: Path) -> None:
-    """Write one picture, or one (C, H, W) tensor in [−1, 1], as a PNG file: whole or not at all."""
+    """Write one picture, or one (C, H, W) tensor in [−1, 1], as a PNG file with `own_mark`: whole or not at all."""
     picture = to_pil(image) if isinstance(image, Tensor) else image
-    write_whole(path, lambda temporary: picture.save(temporary, format="PNG"))
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", exif=own_mark()))
 
 
 def cell_scale(images: Tensor) -> int:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from vdiff.errors import VdiffError
+from vdiff.data.labels import FileLabels, clean_name, in_order
+from vdiff.errors import OptionError, VdiffError
 
 BATCH_ROWS = 2_000
+SHOWN_NAMES = 5
+OWN_PICTURES = "drawn by vdiff"
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class Item:
 
 
 class Listing:
-    """Images in order, class names, the files passed over by extension, and a remark for people.
+    """Images in order, class names, the files passed over by extension, and remarks for people.
 
     `fingerprint` = SHA-256 (hex) over names, labels and class names in order.
     """
@@ -39,7 +52,7 @@ class Listing:
         values: dict[str, Any] = json.loads(facts)
         self.class_names: tuple[str, ...] = tuple(values["class_names"])
         self.ignored: dict[str, int] = values["ignored"]
-        self.remark: str = values["remark"]
+        self.remarks: list[str] = values.get("remarks", [])
         self.fingerprint: str = values["fingerprint"]
 
     def __len__(self) -> int:
@@ -66,11 +79,18 @@ class ListingWriter:
         path: the file to be; it appears when it is whole. None keeps the listing in memory.
         extensions: what tells an image from other files, lower case with the dot.
         shuffled: order by a hash of the name instead of the name, so that neighbours have nothing in common.
+
+    Attributes:
+        class_names: of a source that gives its labels itself; None: label files and folders give them.
+        split: which of the folders train, val and test above the classes; empty: train; `all`: every one.
     """
 
     def __init__(self, path: Path | None, extensions: Collection[str] = (), *, shuffled: bool = False) -> None:
         self.path, self.extensions, self.shuffled = path, extensions, shuffled
         self.class_names: tuple[str, ...] | None = None
+        self.split = ""
+        self._order: dict[str, None] | None = None
+        self._remarks: list[str] = []
         self._ignored = Counter[str]()
         self._rows: list[tuple[bytes, bytes, int | None, str]] = []
         self._temporary = path and path.with_name(f".{path.name}.tmp")
@@ -96,47 +116,75 @@ class ListingWriter:
 
     def add_file(self, name: str, place: str = "") -> None:
         """Take a file by its `/`-separated name; hidden files and `__MACOSX` do not count, others are no images."""
-        parts = [part for part in name.split("/") if part not in ("", ".")]
-        if not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts):
-            return
-        extension = os.path.splitext(parts[-1])[1].lower()
-        if extension in self.extensions:
-            self._add("\0".join(parts), name, None, place)
-        else:
-            self._ignored[extension or "no extension"] += 1
+        key = key_of(name)
+        extension = os.path.splitext(key.rpartition("\0")[2])[1].lower()
+        if key and extension in self.extensions:
+            self._add(key, name, None, place)
+        elif key:
+            self.ignore(extension or "no extension")
+
+    def ignore(self, what: str, count: int = 1) -> None:
+        """Count what is passed over."""
+        self._ignored[what] += count
 
     def add(self, number: int, label: int | None = None) -> None:
         """Take image `number` of a source that numbers its images, and its class if that is known without reading."""
         self._add(f"{number:012d}", f"{number:07d}", label, "")
 
+    def add_labels(self, folder: str, labels: FileLabels) -> None:
+        """Take the classes of a label file in `folder` for the images that it names; folders are no classes then."""
+        if self._order is None:
+            self._order = {}
+            self._execute("CREATE TABLE labels (key BLOB PRIMARY KEY, name TEXT) WITHOUT ROWID")
+        self._order |= dict.fromkeys(labels.order)
+        rows = [
+            (_encode(key_of(posixpath.join(folder, below))), name)
+            for file, name in labels.pairs
+            if name is not None and not (below := posixpath.normpath(file.replace("\\", "/"))).startswith(("/", "../"))
+        ]
+        self._database.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?)", rows)
+
+    def leave_out_own(self, folders: Sequence[str], files: Sequence[str]) -> bool:
+        """Leave out what vdiff drew: files, and folders of samples unless one is all there is; whether folders were."""
+        self._write_rows()
+        bounds = [(key + b"\0", key + b"\1") for folder in folders if (key := _encode(key_of(folder)))]
+        inside = sum(
+            self._execute("SELECT count(*) FROM found WHERE key > ? AND key < ?", ends)[0][0] for ends in bounds
+        )
+        before = self._count()
+        if others := len(bounds) > 1 or inside < before:
+            self._database.executemany("DELETE FROM found WHERE key > ? AND key < ?", bounds)
+        self._database.executemany("DELETE FROM found WHERE key = ?", [(_encode(key_of(file)),) for file in files])
+        if left := before - self._count():
+            self.ignore(OWN_PICTURES, left)
+        return others
+
     def finish(self) -> Listing:
         """Put the images in order.
 
-        Files that all lie in folders get the first folder's name as their class; folders that all files share are
-        looked through first. A source that sets `class_names` gives its labels itself.
+        Folders that all files share are looked through first, then folders that are all called train, val or test, of
+        which one is taken. Label files give the classes; without them, files that all lie in folders get the first
+        folder's name as their class. A source that sets `class_names` gives its labels itself. Classes without an
+        image are dropped, where labels are known before images are read.
         """
         self._write_rows()
-        remark = ""
-        label_of: dict[bytes, int] = {}
-        depth = 0
-        class_names = self.class_names
-        if class_names is None:
-            depth, folders, loose = self._folders()
-            if folders and loose:
-                remark = f"no classes: {loose} of {self._count()} images lie outside the class folders"
-            class_names = () if loose else tuple(_decode(folder) for folder in folders)
-            label_of = {} if loose else {folder: number for number, folder in enumerate(folders)}
-        self._database.create_function("label_of", 1, lambda key: label_of.get(_folder(key, depth)), deterministic=True)
+        folders = self._choose_split()
+        if self.class_names is not None:
+            names = self._used_classes(self.class_names)
+        elif self._order is not None:
+            names = self._label_files(self._order)
+        else:
+            names = self._class_folders(*folders)
+        class_names = tuple(names)
         self._database.create_function("shuffle", 1, lambda key: hashlib.sha256(key).digest(), deterministic=True)
         order = "shuffle(key)" if self.shuffled else "key"
-        self._execute(
-            "INSERT INTO images SELECT name, ifnull(label, label_of(key)), place FROM found ORDER BY " + order
-        )
+        self._execute("INSERT INTO images SELECT name, label, place FROM found ORDER BY " + order)
         self._execute("DROP TABLE found")
+        self._execute("DROP TABLE IF EXISTS labels")
         facts = {
             "class_names": class_names,
             "ignored": dict(sorted(self._ignored.items())),
-            "remark": remark,
+            "remarks": self._remarks,
             "fingerprint": self._fingerprint(class_names),
         }
         self._execute("INSERT INTO facts VALUES (?)", (json.dumps(facts),))
@@ -171,14 +219,91 @@ class ListingWriter:
     def _count(self) -> int:
         return int(self._execute("SELECT count(*) FROM found")[0][0])
 
-    def _folders(self) -> tuple[int, list[bytes], int]:
-        """How many folders all images share, the folders below them in order, and how many images lie in none."""
+    def _choose_split(self) -> tuple[int, list[bytes], int]:
+        """Keep the images of one split, where folders are splits; answers `_folders` of what is left, below them.
+
+        Raises:
+            OptionError: there is no such split, or there are none.
+        """
+        depth, folders, loose = self._folders()
+        splits = {folder: SPLITS.get(_decode(folder).lower(), "") for folder in folders}
+        if not splits or not all(splits.values()):
+            if self.split:
+                raise OptionError(f"--split {self.split}: there are no folders train, val or test", "leave it out")
+            return depth, folders, loose
+        there = ", ".join(clean_name(_decode(folder)) for folder in folders)
+        wanted = self.split or "train"
+        kept = [b for b in folders if wanted in ("all", _decode(b)) or splits[b] == SPLITS.get(wanted.lower())]
+        if not kept:
+            raise OptionError(f"--split {wanted}: there are only {there}", f"choose one of them with --split {there}")
+        before = self._count()
+        if wanted != "all":
+            self._database.create_function("folder_of", 1, lambda key: _folder(key, depth), deterministic=True)
+            marks = ", ".join("?" * len(kept))
+            self._execute(f"DELETE FROM found WHERE folder_of(key) NOT IN ({marks})", tuple(kept))
+        taken = ", ".join(clean_name(_decode(folder)) for folder in kept)
+        self._remarks.append(
+            f"split {taken}: {self._count()} of {before} images; there are {there}; --split chooses, all takes all"
+        )
+        return self._folders(depth + 1)
+
+    def _used_classes(self, class_names: tuple[str, ...]) -> list[str]:
+        """Of classes that the source numbered, those with images, numbered anew; all where labels come with images."""
+        found = [label for (label,) in self._execute("SELECT DISTINCT label FROM found ORDER BY label")]
+        if None in found or len(found) == len(class_names):
+            return list(class_names)
+        numbers = {label: number for number, label in enumerate(found)}
+        empty = [name for label, name in enumerate(class_names) if label not in numbers]
+        self._remarks.append(f"{len(empty)} of {len(class_names)} classes have no images, dropped: {few(empty)}")
+        self._database.create_function("number_of", 1, numbers.__getitem__, deterministic=True)
+        self._execute("UPDATE found SET label = number_of(label)")
+        return [class_names[label] for label in found]
+
+    def _label_files(self, order: dict[str, None]) -> list[str]:
+        """Classes by the label files; images that they give none are left out where they give others one."""
+        where = "FROM found JOIN labels USING (key)"
+        found = [name for (name,) in self._execute(f"SELECT DISTINCT labels.name {where}")]
+        if not found:
+            if named := self._execute("SELECT min(key) FROM labels")[0][0]:
+                shown = _decode(named.replace(b"\0", b"/"))
+                raise VdiffError(f"the label file names none of the images: {shown}", "give --label_column none")
+            return []
+        names = in_order(found, order)
+        numbers = {name: number for number, name in enumerate(names)}
+        self._database.create_function("number_of", 1, numbers.__getitem__, deterministic=True)
+        self._execute(
+            "UPDATE found SET label = (SELECT number_of(labels.name) FROM labels WHERE labels.key = found.key)"
+        )
+        without = self._execute("SELECT count(*) FROM found WHERE label IS NULL")[0][0]
+        if without:
+            self._execute("DELETE FROM found WHERE label IS NULL")
+            self.ignore("without a class", without)
+        return names
+
+    def _class_folders(self, depth: int, folders: list[bytes], loose: int) -> list[str]:
+        """Classes by the folders at `depth`, if every image lies in one."""
+        if loose and folders:
+            self._remarks.append(f"no classes: {loose} of {self._count()} images lie outside the class folders")
+        if loose or not folders:
+            return []
+        cleaned = {folder: clean_name(_decode(folder)) for folder in folders}
+        names = list(dict.fromkeys(cleaned.values()))
+        changed = [name for folder, name in cleaned.items() if name != _decode(folder)]
+        if changed:
+            self._remarks.append(f"class names that are no UTF-8 are written as {few(changed)}")
+        numbers = {folder: names.index(name) for folder, name in cleaned.items()}
+        self._database.create_function("label_of", 1, lambda key: numbers[_folder(key, depth)], deterministic=True)
+        self._execute("UPDATE found SET label = label_of(key)")
+        return names
+
+    def _folders(self, depth: int = 0) -> tuple[int, list[bytes], int]:
+        """How many folders all images share (at least `depth`), those below them, and how many images lie in none."""
         ends = self._execute("SELECT min(key), max(key) FROM found")[0]
         if ends[0] is None:
-            return 0, [], 0
+            return depth, [], 0
         first, last = (key.split(b"\0")[:-1] for key in ends)
         # keys are sorted, so what the first and the last share, all share
-        depth = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
+        depth = max(depth, len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))))
         folders, loose = dict[bytes, None](), 0
         for (key,) in self._database.execute("SELECT key FROM found ORDER BY key"):
             folder = _folder(key, depth)
@@ -205,6 +330,19 @@ def open_listing(path: Path) -> Listing:
         return Listing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True))
     except (sqlite3.Error, ValueError) as error:
         raise VdiffError(f"{path} cannot be read: {error}", "give --overwrite to begin anew") from None
+
+
+def key_of(name: str) -> str:
+    """A `/`-separated name by which files are sorted: its parts with zeros between; empty for hidden files."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return "" if hidden else "\0".join(parts)
+
+
+def few(names: Sequence[str]) -> str:
+    """`cat, dog, owl, fox, hen and 7 more`."""
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _folder(key: bytes, depth: int) -> bytes:

@@ -17,7 +17,7 @@ from vdiff import __version__
 from vdiff.data.conversion import ConversionConfig, Converted, convert
 from vdiff.data.image_files import UnreadableImageError
 from vdiff.data.journal import REJECTED_FILE, Journal, Rejected
-from vdiff.data.listing import Item, Listing, open_listing
+from vdiff.data.listing import Item, Listing, few, open_listing
 from vdiff.data.shard_store import ShardStore
 from vdiff.data.shards import IMAGES_PER_SHARD, ShardWriter
 from vdiff.data.source import Source
@@ -214,8 +214,8 @@ class _Preparation:
             start, stop = self.part.bounds(len(listing), IMAGES_PER_SHARD if self.tars else 1)
             if not len(listing):
                 raise self._no_images(listing)
-            if listing.remark:
-                self.reporter.line(listing.remark)
+            for remark in listing.remarks:
+                self.reporter.line(remark)
             meta = self._describe(listing)
             writer: Writer = (
                 ShardWriter(
@@ -233,6 +233,7 @@ class _Preparation:
                 self._convert(listing, writer, start, stop, num_workers, strict=strict)
                 self.journal.record(writer.num_committed + 1)
                 self._check_any(listing)
+                self._say_empty_classes(listing, start, stop)
                 writer.finish(self.journal.tally.counts(listing.ignored))
         take_place(self.journal.dataset, self.out)
         self.journal.remove()
@@ -324,6 +325,22 @@ class _Preparation:
             first = json.loads((self.journal.dataset / REJECTED_FILE).read_text(encoding="utf-8").splitlines()[0])
             self.journal.kept = 0
             raise VdiffError(f"none of {len(listing)} images could be read", f"the first: {Rejected(**first)}")
+
+    def _say_empty_classes(self, listing: Listing, start: int, stop: int) -> None:
+        """Name the classes of which no image could be read: they keep their numbers, which other parts share."""
+        if not self.journal.tally.skipped or not listing.class_names or self.part.count > 1:
+            return
+        lines = (self.journal.dataset / REJECTED_FILE).read_text(encoding="utf-8").splitlines()
+        rejected = {json.loads(line)["path"] for line in lines}
+        empty = dict.fromkeys(range(len(listing.class_names)))
+        for item in listing.items(start, stop):
+            if item.label is None or not empty:
+                return
+            if item.name not in rejected:
+                empty.pop(item.label, None)
+        if empty:
+            names = few([listing.class_names[label] for label in empty])
+            self.reporter.line(f"no image could be read of {names}; prepare again without, or train an empty class")
 
 
 def _report(meta: DatasetMeta, out: Path, kept: int, began: float) -> Report:

@@ -34,14 +34,14 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
         if str(place) not in BUILT_IN:
             raise VdiffError(f"{place}: no such file or folder", _nearest(path))
     check_regular(path)
-    options.refuse(str(place), "split", "image_column", "label_column")
     if not path.exists():
+        options.refuse(str(place), "split", "image_column", "label_column")
         return BUILT_IN[str(place)]()
     if is_dataset(path) and not is_lmdb(path):
         raise VdiffError(f"{path} holds tar shards already", f"train on them: python train.py {shell('--data', path)}")
     for accepts, make in ON_DISK:
         if accepts(path):
-            return make(path)
+            return make(path, options)
     raise VdiffError(f"{path} is no folder, zip, tar or dataset", "give a folder of images, or an archive of them")
 
 

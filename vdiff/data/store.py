@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import lmdb
 
+from vdiff.data.labels import clean_name
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text
 
@@ -127,7 +128,7 @@ class DatasetMeta:
         if wrong:
             raise VdiffError(f"the dataset's description {', '.join(wrong)}", PREPARE_AGAIN)
         values["sizes"] = tuple(values["sizes"])
-        values["class_names"] = tuple(values["class_names"])
+        values["class_names"] = tuple(clean_name(name) for name in values["class_names"])
         return cls(**values)
 
 

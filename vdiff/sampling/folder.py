@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdiff.data.labels import LABELS_FILE
 from vdiff.errors import VdiffError
 from vdiff.files import fsync_folder, make_folder, refusal, remove, write_text
 from vdiff.sampling.codecs import from_png, png
 from vdiff.sampling.order import RECORD, Order
 from vdiff.sampling.outputs import GRID, PICTURES, Output, State, is_ours
+from vdiff.sampling.packing import labels_json
 
 FSYNCS_AT_ONCE = 16
 """File systems make several files durable in the time of one: 500 in 0.3 s instead of 4 (ext4)."""
 
 
 class PngFolder(Output):
-    """`00000.png`, `00001.png`, … and the record; the pictures lie beside the folder."""
+    """`00000.png`, …, the record, and `dataset.json` with the classes; the pictures lie beside the folder."""
 
     @property
     def place(self) -> Path:
@@ -30,16 +32,17 @@ class PngFolder(Output):
         return self.path
 
     def check(self, order: Order, num: int, *, overwrite: bool) -> State:
-        """Finished: all images and the grid are there."""
+        """Finished: all images, their classes and the grid are there."""
         if self.path.exists() and not self.path.is_dir():
             raise VdiffError(f"{self.path} is a file, not a folder", "choose another --out")
         if not is_ours(self.path, order, "png", overwrite=overwrite):
             return "anew"
         is_finished = bool(self.held(num).all()) and any(path.exists() for path in self._places(GRID))
+        is_finished &= self._labels.exists() or not order.classes
         return "finished" if is_finished else "going on"
 
     def begin(self, order: Order, state: State) -> None:
-        """Write the record; take the grid away, as one of fewer images must not pass for that of all."""
+        """Write the record; remove grid and classes, as those of fewer images must not pass for those of all."""
         if state == "anew":
             for place in (*make_folder(self.path).iterdir(), *map(self.picture, PICTURES)):
                 remove(place)
@@ -49,6 +52,7 @@ class PngFolder(Output):
                 os.replace(before, now)
         if state != "finished":
             remove(self.picture(GRID))
+            remove(self._labels)
         self.sweep()
 
     def held(self, num: int) -> np.ndarray:
@@ -86,7 +90,14 @@ class PngFolder(Output):
             raise VdiffError(f"{path} is damaged", "delete it, then give the same command again") from None
 
     def finish(self, order: Order, num: int) -> None:
-        """It is where it belongs."""
+        """Write the classes; all else is where it belongs."""
+        if (labels := order.labels(range(num))) is not None:
+            files = [image_path(self.path, k).name for k in range(num)]
+            write_text(self._labels, labels_json(files, labels.tolist(), self.kind.class_names))
+
+    @property
+    def _labels(self) -> Path:
+        return self.path / LABELS_FILE
 
     def _places(self, name: str) -> tuple[Path, Path]:
         """Where a picture is, and where earlier versions put it: among the images."""

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdiff.data.labels import SAMPLES_FILE
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text
 from vdiff.models.drawing import image_classes
 from vdiff.sampling.paths import PathNoise, nearer_end
 
-RECORD = "samples.json"
+RECORD = SAMPLES_FILE
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.lib import format as npy
 from torch import Tensor
 
+from vdiff.data.labels import LABELS_FILE
 from vdiff.data.store import DatasetMeta
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
 from vdiff.files import make_folder, parse, write_text
 from vdiff.sampling.order import RECORD, read_record
 
-LABELS = "dataset.json"
 BLOCK = 4096
 
 
@@ -69,15 +69,21 @@ def pack_zip(contents: Contents, path: Path) -> None:
         for name, data in zip(names, contents.images(), strict=True):
             file.writestr(_entry(name), data)
         if (labels := contents.all_labels()) is not None:
-            pairs = [[name, label] for name, label in zip(names, labels.tolist(), strict=True)]
-            file.writestr(_entry(LABELS), json.dumps({"labels": pairs}))
+            file.writestr(_entry(LABELS_FILE), labels_json(names, labels.tolist(), contents.class_names))
         file.writestr(_entry(RECORD), contents.record)
+
+
+def labels_json(files: Sequence[str], labels: Sequence[int], class_names: Sequence[str]) -> str:
+    """`dataset.json` as StyleGAN's and EDM's readers expect it, and the names of the classes, which those pass over."""
+    pairs = [[file, label] for file, label in zip(files, labels, strict=True)]
+    return json.dumps({"labels": pairs, "class_names": list(class_names)})
 
 
 def pack_npz(contents: Contents, path: Path) -> None:
     """`arr_0` (N, H, W, C) uint8 and, of a class-conditional model, `arr_1` (N,) int64, as evaluation suites read.
 
-    The record is the comment of the zip file, so that those who take every array of it find these two alone.
+    The record is the comment of the zip file, so that those who take every array of it find these two alone; with the
+    names of the classes, where a comment has room for them.
     """
     shape = (contents.num, contents.size, contents.size, contents.channels)
     with zipfile.ZipFile(path, "w") as file:
@@ -89,7 +95,9 @@ def pack_npz(contents: Contents, path: Path) -> None:
         if (labels := contents.all_labels()) is not None:
             with file.open(_entry("arr_1.npy"), "w", force_zip64=True) as stream:
                 npy.write_array(stream, labels, version=(1, 0), allow_pickle=False)
-        file.comment = contents.record.encode()
+        names = {"class_names": list(contents.class_names)} if labels is not None else {}
+        record, named = contents.record, json.dumps({**json.loads(contents.record), **names}, indent=2)
+        file.comment = (record if len(named) > zipfile.ZIP_MAX_COMMENT else named).encode()
 
 
 def pack_lmdb(contents: Contents, path: Path) -> None:

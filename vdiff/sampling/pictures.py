@@ -16,6 +16,7 @@ from vdiff.data.images import (
     from_uint8,
     labelled_grid,
     make_grid,
+    own_mark,
     save_png,
     to_pil,
     to_uint8,
@@ -114,6 +115,7 @@ class Trajectory:
                 duration=durations,
                 lossless=True,
                 loop=0,
+                exif=own_mark(),
             ),
         )
 
