@@ -18,7 +18,7 @@ from vdiff.report.run import read_ladder
 AXE = Path(os.environ.get("VDIFF_AXE", ROOT / "node_modules" / "axe-core" / "axe.min.js"))
 LOOKS = [(width, dark) for width in (1280, 390) for dark in (False, True)]
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not here: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")

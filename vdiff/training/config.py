@@ -334,11 +334,12 @@ class DistillConfig(LoopConfig):
     )  # fmt: skip
 
     check_images: int = setting(
-        "Images by which each student is compared to its teacher, from noise that it never saw; 0: it is not.",
+        "Images by which each student is compared to its teacher, from noise that it never saw: at least 64, no more "
+        "after a short training; 0: it is not.",
         group=RECORDS, default=64, low=0, unit="IMAGES", free=True,
     )  # fmt: skip
     distance_images: int = setting(
-        "Images by which a student is compared to the data.",
+        "Images by which a student is compared to the data, fewer after a short training.",
         group=RECORDS, default=500, low=2, unit="IMAGES", free=True,
     )  # fmt: skip
     distance_every: int = setting(
@@ -350,7 +351,7 @@ class DistillConfig(LoopConfig):
         group=RECORDS, default=10.0, low=1, free=True,
     )  # fmt: skip
     retries: int = setting(
-        "Times that a failed stage is done again, each with half the learning rate.",
+        "Times that a stage whose student collapsed is done again, each with half the learning rate.",
         group=OPTIMISATION, default=1, low=0, unit="TIMES", free=True,
     )  # fmt: skip
 
