@@ -9,7 +9,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 PYTEST := -m pytest -rs --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-NUMERIC := unet samplers multistep distillation methods methods_ladder method_objectives trajectory self_teacher \
+NUMERIC := unet distillation methods methods_ladder method_objectives trajectory self_teacher \
 	training_objectives training_optimisation verdict interop_reference noise_and_drawing conditioning
 DIGITS := --data data/digits_8 --preset digits
 
