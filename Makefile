@@ -18,7 +18,7 @@ DIGITS := --data data/digits_8 --preset digits
 quickstart: .venv/ready
 	test -d data/digits_8 || $(RUN) prepare_data.py
 	$(RUN) train.py $(DIGITS) $$(test ! -f checkpoints/original/run.toml || echo --resume)
-	$(RUN) distill.py --base checkpoints/original --teacher_steps 64 --to_steps 1 $(DIGITS)
+	$(RUN) distill.py --base checkpoints/original --teacher_steps 128 --to_steps 1 $(DIGITS)
 
 test: check
 	$(RUN) $(PYTEST)

@@ -69,7 +69,8 @@ def main(checkpoints: Path, data: Path, seeds: int, device: str, name: str) -> N
         return f"{np.mean(found):.3f}{spread}"
 
     teacher = checkpoints / "original"
-    rows.append(["64", distance(teacher, 64), ""])
+    first = 2 * max(steps_of.values(), default=32)
+    rows.append([str(first), distance(teacher, first), ""])
     for folder, steps in steps_of.items():
         rows.append([str(steps), distance(teacher, steps), distance(folder, steps)])
     write_report(

@@ -44,7 +44,7 @@ OF_DATA = {
     examples=[
         "vdiff evaluate checkpoints/base_5 --data data/photos_64",
         "vdiff evaluate checkpoints/original --num_timesteps 4,8,16 --samplers ddim,dpmpp_2m --grid logsnr",
-        "vdiff evaluate checkpoints/base_* --teacher checkpoints/original --teacher_steps 64",
+        "vdiff evaluate checkpoints/base_* --teacher checkpoints/original --teacher_steps 128",
         "vdiff evaluate checkpoints/base_5 --features features.pt2 --num 10000",
         "vdiff evaluate checkpoints/base_5 --features inception --num 50000 --json",
         "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate checkpoints/base_5 -n 50000",
