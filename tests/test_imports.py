@@ -70,7 +70,7 @@ MAY_IMPORT = {
     # samples can be a dataset: they are written by the one who writes all datasets
     "vdiff.sampling": [
         *("vdiff.sampling", "vdiff.models", "vdiff.diffusion", *BASE),
-        *("vdiff.data.images", "vdiff.data.store", "vdiff.data.writer"),
+        *("vdiff.data.images", "vdiff.data.labels", "vdiff.data.store", "vdiff.data.writer"),
     ],
     "vdiff.interop": ["vdiff.interop", "vdiff.models", "vdiff.data.images", "vdiff.diffusion", *BASE, "vdiff"],
     "vdiff.evaluation": ["vdiff.evaluation", "vdiff.models", "vdiff.data", "vdiff.diffusion", *BASE, "vdiff"],
