@@ -177,6 +177,36 @@ def test_one_student_step_lands_where_k_steps_of_the_teacher_land(name, teacher,
     assert error.max() < tolerance
 
 
+def as_network_of(kind, denoise, schedule):
+    """The denoiser as a network of this prediction type says it, in the precision of z."""
+
+    def teacher(z, t):
+        said = denoise(z.double(), t)
+        output = torch.cat([said.x, said.eps], dim=1) if kind == "both" else getattr(said, kind)
+        return PREDICTION_TYPES[kind].read(z, output.to(z), grid_angles(schedule, t))
+
+    return teacher
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", ALL_SCHEDULES)
+def test_one_student_step_lands_there_whatever_the_teacher_predicts(name, kind):
+    """At zero signal, where ε says nothing about the image, an ε-teacher is not asked."""
+    schedule, num_steps, ratio = ALL_SCHEDULES[name], 6, 4
+    teacher = as_network_of(kind, mixture(schedule), schedule)
+    z, times = randn(num_steps, 2, 3, 2), grid_times(num_steps)
+    z, t, s = (z[:-1], times[1:-1], times[:-2]) if kind == "eps" else (z, times[1:], times[:-1])
+    fine = Ddim(clipping_value=None)
+    ends = [
+        sample(teacher, schedule, fine, z=z[k : k + 1], num_steps=ratio, noise=no_noise,
+               times=torch.linspace(s[k], t[k], ratio + 1, dtype=torch.float64))
+        for k in range(len(z))
+    ]  # fmt: skip
+    target = progressive_target(teacher, schedule, z=z, t=t, num_steps=num_steps, ratio=ratio)
+    found = ddim_step(z, target.v, grid_angles(schedule, t), grid_angles(schedule, s))
+    torch.testing.assert_close(found, torch.cat(ends), rtol=1e-8, atol=1e-8)
+
+
 def test_two_steps_of_the_formula_are_the_paper_s():
     """k = 2 in the plain quotient of the paper, at every t of the grid, and by the method itself."""
     schedule, z, t = ALL_SCHEDULES["linear"], randn(4, 2, 3, 2), grid_times(4)[1:]
@@ -204,15 +234,7 @@ def test_float32_does_not_drown_the_target_of_a_short_step(kind, name, ratio):
     schedule = ALL_SCHEDULES[name]
     fine = 8192 if schedule.num_levels is None else schedule.num_levels
     num_steps = fine // ratio
-    perfect = mixture(schedule)
-
-    def teacher(z, t):
-        """The perfect answer in the precision of z, read from what a network of this prediction type would say."""
-        said = perfect(z.double(), t)
-        angle = grid_angles(schedule, t)
-        output = torch.cat([said.x, said.eps], dim=1) if kind == "both" else getattr(said, kind)
-        return PREDICTION_TYPES[kind].read(z, output.to(z), angle)
-
+    teacher = as_network_of(kind, mixture(schedule), schedule)
     level = torch.tensor([1, 2, num_steps // 4, num_steps // 2, num_steps // 2 + 1, num_steps * 3 // 4, num_steps])
     level = level[:-1] if kind == "eps" else level  # at zero signal ε says nothing about the image
     t = level.double() / num_steps

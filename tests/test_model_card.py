@@ -171,8 +171,9 @@ def test_the_picture_is_what_the_model_draws(tmp_path):
     ("changes", "steps"),
     [
         ({"method": "base", "num_timesteps": 1021}, 64),
-        ({"method": "base", "num_timesteps": 1000, "schedule": {"name": "linear", "num_levels": 1000}}, 50),
-        ({"method": "base", "num_timesteps": 67, "schedule": {"name": "linear", "num_levels": 67}}, None),
+        ({"method": "base", "num_timesteps": 1000, "schedule": {"name": "linear", "num_levels": 1000}}, 64),
+        ({"num_timesteps": 1000}, 50),
+        ({"num_timesteps": 67}, None),
         ({"num_timesteps": 1}, 1),
         ({"unet": {**UNET, "in_channels": 2, "out_channels": 2}}, None),
     ],

@@ -275,7 +275,7 @@ class DistillConfig(LoopConfig):
     )
     teacher_steps: int | None = setting(
         "The steps that the teacher takes, and the first student halves.",
-        group=MODEL, default=None, low=2, unit="STEPS", shown="the teacher's own",
+        group=MODEL, default=None, low=2, unit="STEPS", shown="its own, or the most that halve to --to_steps",
     )  # fmt: skip
     phases: str = setting(
         "The steps of the teacher and of all students, 1024,32,1, instead of --to_steps.",
