@@ -252,6 +252,23 @@ def test_float32_does_not_drown_the_target_of_a_short_step(kind, name, ratio):
     assert (size(found.x.double() - exact.x) < 0.01 * signal + of_float32).all()
 
 
+@pytest.mark.parametrize(("name", "settings"), [("tract", {}), ("consistency", {}), ("consistency", {"addim": 0.75})])
+@pytest.mark.parametrize("num_steps", [1, 1024])
+def test_float32_does_not_drown_the_targets_of_segments(name, settings, num_steps):
+    """A fine step of 4096 and a jump: the jump is long for one step, and as short as 3/4096 for 1024."""
+    schedule, fine = ALL_SCHEDULES["cosine"], 4096
+    teacher = as_network_of("v", mixture(schedule), schedule)
+    student = as_network_of("v", mixture(schedule, c=0.2), schedule)
+    lesson = Lesson(teacher, schedule, num_steps, fine, student=student, average=student, progress=1.0)
+    x, noise = randn(8, 2, 3, 2).tanh(), randn(8, 2, 3, 2, seed=1)
+    u = torch.tensor([0, 1, 3, 900, 2047, 2050, 3000, 4095], dtype=torch.float64).add(0.5) / fine
+    method = METHODS[name](**settings)
+    exact = method(lesson, x.float().double(), noise.float().double(), u)
+    found = method(lesson, x.float(), noise.float(), u)
+    torch.testing.assert_close(found.t, exact.t, rtol=0, atol=0)
+    torch.testing.assert_close(found.x.double(), exact.x, rtol=0, atol=3e-6)  # 1e-4 by the quotient
+
+
 @pytest.mark.parametrize("path_sampler", ["ddim", "dpmpp_3m"])
 def test_float32_does_not_drown_the_targets_of_a_long_path(path_sampler):
     """A trajectory of 256 short steps in float32 and in float64."""
