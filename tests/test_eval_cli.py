@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.commands import done, error
 from tests.evaluating import write_all
 from tests.toy import write_checkpoint, write_dataset
 from vdiff.data.store import JOB_FILE
+from vdiff.errors import VdiffError
 from vdiff.evaluation.results import Evaluation, Metric
 
 
@@ -134,3 +136,22 @@ def test_figures_have_the_digits_that_their_intervals_bear_out():
     assert str(Metric(0.5)) == "0.5"
     assert str(Metric(float("inf"), None, None)) == "inf"
     assert str(Metric(0.0, 0.0, 0.0)) == "0"
+
+
+def test_the_data_are_those_of_the_first_model_or_the_only_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def measured(_, data: str, **__: object) -> None:
+        seen.append(data)
+        raise VdiffError("measured", "no more")
+
+    monkeypatch.setattr("vdiff.evaluation.measure.evaluate", measured)
+    write_dataset(Path("data/toy_4"))
+    for name, dataset in (("first", "data/toy_4"), ("imported", ""), ("moved", "gone"), ("far", "https://a.b/c")):
+        write_checkpoint(Path(name), dataset=dataset)
+        assert error(f"vdiff evaluate {name}", 1) == "measured; no more"
+    write_dataset(Path("data/other"))
+    assert error("vdiff evaluate first imported", 1) == "measured; no more"
+    assert seen == ["data/toy_4"] * 3 + ["https://a.b/c", "data/toy_4"]
+    assert error("vdiff evaluate imported first", 1).startswith("data/ holds several datasets; choose with --data: ")

@@ -55,7 +55,7 @@ OF_DATA = {
     "--data",
     group="Reference",
     metavar="DATASET",
-    show_default="the only one under data/",
+    show_default="what the first model learned from",
     help="Real images: a folder that prepare_data.py wrote, or tar shards.",
 )
 @option(
@@ -202,10 +202,10 @@ def command(
     if out is not None and out.suffix != ".json":
         raise OptionError(f"--out {out} is no name for a JSON file", "give --out FILE.json")
 
-    from vdiff.data.store import find_dataset
+    from vdiff.data.store import dataset_of
     from vdiff.evaluation.measure import evaluate
     from vdiff.evaluation.results import FILE
-    from vdiff.models.checkpoint import newest_checkpoint
+    from vdiff.models.checkpoint import newest_checkpoint, read_config
     from vdiff.sampling.processes import join
 
     console = Console()
@@ -213,7 +213,7 @@ def command(
     target = out or folders[0].parent / FILE
     found = evaluate(
         folders,
-        data or str(find_dataset()),
+        data or dataset_of(read_config(folders[0]).dataset),
         num_timesteps=num_timesteps or (),
         samplers=tuple(dict.fromkeys(samplers)),
         grid=grid,

@@ -93,12 +93,13 @@ def command(
     console = Console()
     ladder = read_ladder(run_dir)
     if evaluate:
+        from vdiff.data.store import dataset_of
         from vdiff.evaluation.pieces import Alone
         from vdiff.models.device import pick_device
         from vdiff.report.measuring import Wish, evaluate_ladder
 
         wish, place = Wish(num=num, features=features), Alone(pick_device(device))
-        images = data or _data_of(ladder)
+        images = data or dataset_of(str(ladder.first.description.get("dataset", "")))
         evaluate_ladder(
             ladder, images, wish, processes=place, overwrite=True, reporter=console, command=typed_command()
         )
@@ -169,18 +170,6 @@ def _measure_quickly(ladder: LadderRun, data: str, budget: int, device: torch.de
     evaluate_ladder(
         ladder, data, wish, processes=Alone(device), overwrite=True, reporter=console, command=typed_command()
     )
-
-
-def _data_of(ladder: LadderRun) -> str:
-    """The dataset that the models learned from, or the only one there is.
-
-    Raises:
-        VdiffError: it is not there, nor is there exactly one.
-    """
-    from vdiff.data.store import find_dataset
-
-    told = str(ladder.first.description.get("dataset", ""))
-    return told if "://" in told or Path(told).exists() else str(find_dataset())
 
 
 def _show(path: Path, console: Console) -> None:

@@ -342,3 +342,12 @@ def find_dataset(root: Path = Path("data")) -> Path:
     if len(found) > 1:
         raise VdiffError(f"{root}/ holds several datasets", f"choose with --data: {', '.join(map(str, found))}")
     return found[0]
+
+
+def dataset_of(recorded: str) -> str:
+    """The dataset that a model learned from, as its checkpoint records it; where it is gone, the only one there is.
+
+    Raises:
+        VdiffError: it is not there, nor is there exactly one.
+    """
+    return recorded if "://" in recorded or (recorded and Path(recorded).exists()) else str(find_dataset())
