@@ -42,10 +42,16 @@ TINY = Shape(4, (1, 2), affine=True, attn_heads=2, image_channels=1)
 """For the pictures of 4 × 4 pixels of `tests.toy`."""
 
 
-def imported(folder: Path, shape: Shape, *, num_steps: int = 8, time_scale: int = 1, image_size: int = 8):
+def imported(folder: Path, shape: Shape, *, num_steps: int = 8, time_scale: int = 1, order: str = "bgr"):
     """Their weights, and our denoiser made from them."""
     weights = save(folder / "checkpoint.pt", shape, n_timesteps=num_steps, time_scale=time_scale)
-    import_reference(folder / "checkpoint.pt", folder / "out", image_size=image_size, attention_heads=shape.attn_heads)
+    import_reference(
+        folder / "checkpoint.pt",
+        folder / "out",
+        image_size=8,
+        attention_heads=shape.attn_heads,
+        channel_order=order,
+    )
     return weights, load_checkpoint(folder / "out")[0]
 
 
@@ -57,11 +63,21 @@ def images_of(denoiser, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
 @every_shape
 @pytest.mark.parametrize(("num_steps", "time_scale"), STEPS)
 def test_clipped_sampling_draws_their_images(shape, num_steps, time_scale, tmp_path):
+    """Their first channel is blue, our last one."""
     weights, denoiser = imported(tmp_path, shape, num_steps=num_steps, time_scale=time_scale)
     noise = torch.randn(2, shape.image_channels, 8, 8, generator=torch.Generator().manual_seed(1))
-    theirs = clipped_sampling(shape, weights, noise, num_steps, time_scale)
+    theirs = clipped_sampling(shape, weights, noise.flip(1), num_steps, time_scale).flip(1)
     assert theirs.std() > 0.1
     torch.testing.assert_close(images_of(denoiser, noise, num_steps).double(), theirs, rtol=0, atol=5e-5)
+
+
+def test_networks_of_rgb_images_keep_their_channels(tmp_path):
+    shape = SHAPES["folded"]
+    weights, denoiser = imported(tmp_path, shape, order="rgb")
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    theirs = clipped_sampling(shape, weights, noise, 8, 1)
+    torch.testing.assert_close(images_of(denoiser, noise, 8).double(), theirs, rtol=0, atol=5e-5)
+    assert (theirs - theirs.flip(1)).abs().max() > 0.1
 
 
 @every_shape
@@ -165,6 +181,27 @@ def test_import_sample_and_distil_as_typed(tmp_path, monkeypatch):
     done("sample.py --checkpoint checkpoints/base_3 --num 2 --out student")
 
 
+@pytest.mark.parametrize("order", ["bgr", "rgb"])
+def test_png_files_show_their_pictures_in_their_colours(order, tmp_path, monkeypatch):
+    """They write `array.astype(uint8)` with cv2.imwrite, which takes the first channel of an array as blue."""
+    monkeypatch.chdir(tmp_path)
+    shape = Shape(attn_heads=2)
+    weights = save(Path("theirs.pt"), shape)
+    done(f"vdiff import reference theirs.pt --image_size 8 --attention_heads 2 --channel_order {order}")
+    done("sample.py --checkpoint checkpoints/theirs --clipped_sampling True --num 2 --seed 5 --out drawn")
+    noise = ImageNoise(seed=5, indices=[0, 1], shape=(3, 8, 8), device=torch.device("cpu"))()
+    blue_first = order == "bgr"
+    theirs = clipped_sampling(shape, weights, noise.flip(1) if blue_first else noise, 8, 1)
+    arrays = (255 * (theirs + 1) / 2).clip(0, 255).numpy().astype(np.uint8).transpose(0, 2, 3, 1)
+    for k, array in enumerate(arrays):
+        PIL.Image.fromarray(array[:, :, ::-1] if blue_first else array).save(f"theirs_{k}.png")
+        expected, found = (
+            np.asarray(PIL.Image.open(path)).astype(int) for path in (f"theirs_{k}.png", f"drawn/{k:05d}.png")
+        )
+        assert np.abs(found - expected).max() <= 1
+        assert np.abs(found[:, :, ::-1] - expected).max() > 20
+
+
 def test_an_imported_student_draws_the_same_in_diffusers(tmp_path, monkeypatch):
     """An export knows nothing of where a checkpoint came from: labels 15, 31, … 127 are trailing timesteps."""
     diffusers = pytest.importorskip("diffusers")
@@ -179,7 +216,7 @@ def test_an_imported_student_draws_the_same_in_diffusers(tmp_path, monkeypatch):
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         for index, timestep in zip(range(7, -1, -1), scheduler.timesteps, strict=True):
-            theirs = shape.forward(weights, noise, torch.full((2,), 16 * index))
+            theirs = shape.forward(weights, noise.flip(1), torch.full((2,), 16 * index)).flip(1)
             torch.testing.assert_close(unet(noise, timestep).sample, theirs, rtol=0, atol=1e-4)
             level = scheduler.alphas_cumprod[timestep].item()
             assert level == pytest.approx(alpha_bars(8)[index], rel=1e-4)

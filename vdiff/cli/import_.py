@@ -8,7 +8,7 @@ import click
 
 from vdiff.cli.console import Console, plural
 from vdiff.cli.diffusers import import_command
-from vdiff.cli.options import CONTEXT, Command, Program, option, switch
+from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, switch
 from vdiff.errors import shell
 
 
@@ -58,6 +58,13 @@ def command() -> None:
     help="Of its images.",
 )
 @option(
+    "--channel_order",
+    group="Model",
+    type=OneOf(["bgr", "rgb"]),
+    default="bgr",
+    help="Of the 3 channels that it was trained on: those repositories read images as OpenCV does, blue first.",
+)
+@option(
     "--out",
     group="Output",
     type=click.Path(path_type=Path),
@@ -71,6 +78,7 @@ def reference(
     image_size: int,
     attention_heads: int,
     image_channels: int | None,
+    channel_order: str,
     out: Path | None,
     overwrite: bool,
 ) -> None:
@@ -78,7 +86,8 @@ def reference(
 
     That is {"G", "n_timesteps", "time_scale"} with the weights of the rosinality UNet. Its architecture is found from
     their shapes; what these do not tell are the options below, whose defaults are the CelebA-HQ model's. From the same
-    noise, sample.py --clipped_sampling draws the images that the clipped sampling of that repository draws.
+    noise, its channels in --channel_order, sample.py --clipped_sampling draws the images that the clipped sampling of
+    that repository draws.
     """
     from vdiff.interop.reference import import_reference
     from vdiff.models.unet import UNetConfig
@@ -91,6 +100,7 @@ def reference(
         image_size=image_size,
         attention_heads=attention_heads,
         image_channels=image_channels,
+        channel_order=channel_order,
         overwrite=overwrite,
     )
     unet = UNetConfig.from_dict(config.unet)

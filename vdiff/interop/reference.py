@@ -6,7 +6,8 @@ Their network is the rosinality UNet, ours with other names. What differs is put
 - q, k and v lie head by head, ours one after the other: rows are sorted;
 - the embedding of time is (sin, cos), ours (cos, sin): columns are sorted;
 - its label is index × time_scale, ours L·t − 1, which is time_scale − 1 more: a shift of the label rotates each pair
-  (cos ω l, sin ω l) by a fixed angle, and the first layer after it takes the rotation in.
+  (cos ω l, sin ω l) by a fixed angle, and the first layer after it takes the rotation in;
+- its images are in the order of OpenCV, blue first: the channels of the first and the last convolution are reversed.
 
 The schedule is the `ddpm_cosine` table of `n_timesteps` levels, L = n_timesteps · time_scale; the network predicts v.
 """
@@ -31,6 +32,7 @@ from vdiff.models.checkpoint import IMPORTED, CheckpointConfig
 from vdiff.models.unet import Attention, Stage, UNet, UNetConfig
 
 KEYS = ("G", "n_timesteps", "time_scale")
+BGR, RGB = "bgr", "rgb"
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 FREQUENCIES = "time.0.inv_freq"
 
@@ -42,6 +44,7 @@ def import_reference(
     image_size: int = 256,
     attention_heads: int = 4,
     image_channels: int | None = None,
+    channel_order: str = BGR,
     overwrite: bool = False,
 ) -> CheckpointConfig:
     """Turn `path` into the checkpoint folder `out`, and answer its description.
@@ -49,6 +52,7 @@ def import_reference(
     Args:
         image_size, attention_heads: which no tensor tells; the defaults are those repositories' for CelebA-HQ.
         image_channels: None: 3 where that fits the output, else 1.
+        channel_order: of the 3 channels that it was trained on; "bgr" as those repositories read images, or "rgb".
 
     Raises:
         VdiffError: the file is none of this kind, the flags do not fit it, or `out` exists.
@@ -76,6 +80,8 @@ def import_reference(
         dataset_fingerprint="",
     )
     weights = translate(path, tensors, unet, time_scale)
+    if channel_order == BGR and unet.in_channels == 3:
+        weights |= _reversed_channels(weights, unet)
     write_model(out, weights, description, overwrite=overwrite)
     return description
 
@@ -228,6 +234,19 @@ def _names(network: UNet) -> dict[str, str]:
                 del found[f"{at}.block.norm2"]
     names = {name: name.rpartition(".")[::2] for name in network.state_dict()}
     return {name: f"{found[module]}.{kind}" for name, (module, kind) in names.items() if module in found}
+
+
+def _reversed_channels(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """The first and the last convolution for images whose channels are in reverse order.
+
+    A channel is fold² rows or columns that follow each other; an output of several images has one group for each.
+    """
+    axes = {"conv_in.weight": 1, "conv_out.weight": 0, "conv_out.bias": 0}
+    shape = (-1, config.in_channels, config.fold**2)
+    return {
+        name: weights[name].unflatten(axis, shape).flip(axis + 1).flatten(axis, axis + 2)
+        for name, axis in axes.items()
+    }
 
 
 def _sorted_qkv(weight: Tensor, heads: int) -> Tensor:
