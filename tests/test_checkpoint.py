@@ -20,6 +20,7 @@ import vdiff
 from tests.oracles import ALL_SCHEDULES, randn
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.errors import VdiffError
+from vdiff.files import CHECKSUM
 from vdiff.models import checkpoint
 from vdiff.models.checkpoint import (
     AVERAGE,
@@ -70,8 +71,8 @@ def saved(folder: Path, described: CheckpointConfig | None = None, seed: int = 0
 
 
 def edit(folder: Path, **changes) -> None:
-    """Change (or with `...` remove) keys of config.json."""
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | changes
+    """Change (or with `...` remove) keys of config.json, as somebody who deletes its checksum."""
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {CHECKSUM: ..., **changes}
     kept = {key: value for key, value in values.items() if value is not ...}
     (folder / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
 

@@ -22,6 +22,7 @@ from safetensors.torch import load
 from tests.commands import done, error
 from tests.test_model_card import student
 from tests.toy import contents
+from vdiff.files import parse
 from vdiff.models.checkpoint import read_tensors
 
 TOKEN = "hf_secret"
@@ -186,7 +187,7 @@ def test_what_is_exported_arrives_as_it_is(hub, tmp_path):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("{}")
     (out / "link.onnx").symlink_to(tmp_path / "base_1/config.json")
-    described = json.loads((out / "config.json").read_text())
+    described = parse((out / "config.json").read_text())
     (out / "vdiff").mkdir()
     (out / "vdiff/config.json").write_text(json.dumps({**described, "dataset": "/home/me/photos"}))
     (out / "README.md").write_text((out / "README.md").read_text() + "\nMy words.\n")
@@ -197,8 +198,8 @@ def test_what_is_exported_arrives_as_it_is(hub, tmp_path):
         "vdiff/config.json",
     }  # fmt: skip
     assert files["README.md"].endswith(b"\nMy words.\n")
-    assert json.loads(files["config.json"]) == described
-    assert json.loads(files["vdiff/config.json"]) == {**described, "dataset": "photos"}
+    assert parse(files["config.json"]) == described
+    assert parse(files["vdiff/config.json"]) == {**described, "dataset": "photos"}
     made = hub.made["me/digits"]
     assert made.get("private") is True or made["visibility"] == "private"
     line = error(f"vdiff push {out} me/other --license mit --endpoint {hub.url}", 2)

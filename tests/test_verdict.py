@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from vdiff.cli.distill import distance_to
 from vdiff.data.batches import Batch
 from vdiff.data.images import from_uint8
 from vdiff.evaluation.pixels import PixelDistance, pixel_vectors
+from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.unet import UNetConfig
 from vdiff.training.dataset import Images, no_images, open_images
@@ -87,7 +87,7 @@ def test_a_verdict_is_kept_beside_the_student(tmp_path):
     for verdict in (found(), Verdict(0.5, math.inf, 1.5, 0.25, 7, 3, "why", 0.6, 2, 1.25, "it was worse")):
         write_verdict(tmp_path, verdict)
         assert read_verdict(tmp_path) == verdict
-        assert json.loads((tmp_path / VERDICT).read_text()) == {
+        assert parse((tmp_path / VERDICT).read_text()) == {
             "rmse_before": verdict.rmse_before, "rmse": verdict.rmse, "distance": verdict.distance,
             "teacher_distance": verdict.teacher_distance, "num_images": verdict.num_images,
             "attempts": verdict.attempts, "reason": verdict.reason, "rmse_limit": verdict.rmse_limit,

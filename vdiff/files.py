@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all; descriptions of somebody who may not be trusted."""
+"""Files and folders that appear whole or not at all, with checksums; descriptions of somebody not to be trusted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vdiff.errors import VdiffError
 
+CHECKSUM = "vdiff_crc32"
+"""The key of the checksum in files that have one."""
 MAX_TEXT_BYTES = 64 * 2**20
 MAX_DEPTH = 200
 """Objects within objects in a description; a teacher takes one, and no ladder has so many stages."""
@@ -48,10 +51,10 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
-    """The value that a JSON text describes (with `tomllib.loads` a TOML text).
+    """The value that a JSON text describes (with `tomllib.loads` a TOML text); of an object without its checksum.
 
     Raises:
-        ValueError: it is none, or nested deeper than 200 levels.
+        ValueError: it is none, nested deeper than 200 levels, or not what its checksum says.
     """
     try:
         value = loads(text)
@@ -59,6 +62,8 @@ def parse(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
         raise ValueError("it is nested too deep") from None
     if _depth(value) > MAX_DEPTH:
         raise ValueError("it is nested too deep")
+    if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != checksum(value):
+        raise ValueError(f"damaged, or edited without deleting its key {CHECKSUM!r}")
     return value
 
 
@@ -132,6 +137,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 `text` to `path`, whole or not at all."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, whole or not at all."""
+    write_text(path, json_text(values))
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """A JSON object with its checksum, a value a line."""
+    return json.dumps({**values, CHECKSUM: checksum(values)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def checksum(values: Any) -> str:
+    """CRC-32 of values that JSON can hold, whatever the order of their keys."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def command() -> None:
 @option(
     "--image_size",
     group="Model",
-    type=click.IntRange(1, 2**16),
+    type=click.IntRange(1, 2**13),
     default=256,
     metavar="PIXELS",
     help="Width and height of its images, which no tensor tells.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vdiff.errors import OptionError, VdiffError
-from vdiff.files import read_json
+from vdiff.files import json_text, read_json
 from vdiff.interop.card import CARD, PICTURE, is_card
 from vdiff.interop.sharing import public
 from vdiff.interop.weights import describe
@@ -79,7 +78,7 @@ def _content(name: str, path: Path) -> Path | bytes:
     """A file as it is uploaded: as it is, or a description without paths."""
     if name not in DESCRIPTIONS:
         return path
-    return (json.dumps(public(read_json(path, "export again")), indent=2, ensure_ascii=False) + "\n").encode()
+    return json_text(public(read_json(path, "export again"))).encode()
 
 
 def push(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from vdiff.errors import VdiffError
-from vdiff.files import new_folder, write_text
+from vdiff.files import new_folder, write_json
 from vdiff.interop.card import CARD, is_card, write_card
 from vdiff.interop.sharing import public
 from vdiff.interop.usage import weights_usage
@@ -23,8 +22,7 @@ def describe(checkpoint: Path, folder: Path, *, license_name: str) -> None:
     """
     name = checkpoint.resolve().name
     write_card(folder, checkpoint, usage={WEIGHTS: weights_usage(name)}, license_name=license_name)
-    values = public(asdict(read_config(checkpoint)))
-    write_text(folder / CONFIG, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / CONFIG, public(asdict(read_config(checkpoint))))
 
 
 def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwrite: bool) -> None:

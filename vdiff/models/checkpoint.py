@@ -10,7 +10,7 @@ Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.tom
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,16 +27,21 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
-from vdiff.files import make_folder, read_json, write_text, write_whole
+from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.reading import read_shapes, reading
+from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
 from vdiff.models.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, AVERAGE = "model.safetensors", "config.json", "average.json"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 IMPORTED = "imported:"
-LARGEST = {"num_timesteps": 2**20, "image_size": 2**16}
+MAX_IMAGE_SIZE = 2**13
+RANGES: dict[str, tuple[int, float]] = {
+    "num_timesteps": (1, 2**20),
+    "image_size": (1, MAX_IMAGE_SIZE),
+    **dict.fromkeys(["num_iters", "target_iters", "num_images", "train_seconds"], (0, 2.0**63)),
+}
 JSON_KINDS: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
@@ -168,7 +173,7 @@ def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: Checkpo
     make_folder(folder)
     plain = {_plain_name(name): tensor for name, tensor in weights.items()}
     write_tensors(folder / WEIGHTS, plain, {"format": "pt"})
-    write_text(folder / CONFIG, json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / CONFIG, asdict(config))
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -208,13 +213,19 @@ def read_config(folder: str | Path) -> CheckpointConfig:
             raise VdiffError(f"{path}: {key!r} must be {' or '.join(JSON_KINDS[kind] for kind in kinds)}", advice)
     try:
         build_schedule(values["schedule"])
-        UNetConfig.from_dict(values["unet"])
+        unet = UNetConfig.from_dict(values["unet"])
     except (ValueError, TypeError, OverflowError) as error:
         raise VdiffError(f"{path} describes no model: {error}", advice) from None
-    for key, largest in LARGEST.items():
-        if not 1 <= values[key] <= largest:
-            bound = "at least 1" if values[key] < 1 else f"at most {largest}"
-            raise VdiffError(f"{path}: {key!r} must be {bound}, not {values[key]}", advice)
+    for key, (low, high) in RANGES.items():
+        if not low <= (value := values.get(key, low)) <= high:  # not so of NaN either
+            bound = f"at most {high:.0f}" if value > high else f"at least {low}"
+            raise VdiffError(f"{path}: {key!r} must be {bound}, not {value}", advice)
+    if values["image_size"] % unet.size_multiple:
+        raise VdiffError(
+            f"{path}: 'image_size' must be a multiple of {unet.size_multiple}, not {values['image_size']}", advice
+        )
+    if not all(math.isfinite(weight) for weight in values.get("guidance_range", [])):
+        raise VdiffError(f"{path}: 'guidance_range' must be finite", advice)
     teacher = values.get("teacher")
     while teacher is not None:
         if not isinstance(teacher, dict):
@@ -250,7 +261,7 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file with its checksum, whole or not at all.
 
     Raises:
         VdiffError: the file system refuses (no space, no permission).
@@ -259,9 +270,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     def write(temporary: Path) -> None:
         try:
-            save_file(on_cpu, temporary, metadata)
+            save_file(on_cpu, temporary, {**metadata, CHECKSUM: NO_CHECKSUM})
         except SafetensorError as error:
             raise OSError(str(error)) from None
+        add_checksum(temporary)
 
     write_whole(path, write)
 
@@ -270,9 +282,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        VdiffError: the file is missing, truncated or of another format.
+        VdiffError: the file is missing, truncated, damaged or of another format.
     """
     with reading(path):
+        check_tensors(path)
         return load_file(path)
 
 
@@ -282,8 +295,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         VdiffError: the file is missing, truncated or of another format.
     """
-    with reading(path), safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    with reading(path):
+        check_tensors(path, header_only=True)
+        with safe_open(path, framework="pt") as file:
+            return {key: value for key, value in (file.metadata() or {}).items() if key != CHECKSUM}
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -1,16 +1,28 @@
-"""Reading safetensors of somebody who may not be trusted: sizes and shapes are looked at first."""
+"""Safetensors of somebody who may not be trusted: sizes and shapes are looked at first, then the checksum.
+
+In the metadata of a file of ours are two CRC-32: of the header, taken with zeros in their place, and of the tensors'
+bytes. Files without them are read as they are.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from vdiff.errors import VdiffError
-from vdiff.files import check_regular
+from vdiff.files import CHECKSUM, check_regular
 
+MAX_HEADER_BYTES = 100_000_000
+"""The most that safetensors itself reads."""
+NO_CHECKSUM = "0" * 16
+CHECKSUM_FIELD = re.compile(rf'(?<="{CHECKSUM}":")[^"]{{16}}(?=")'.encode())
 MAX_WEIGHTS_BYTES = 64 * 2**30
 
 
@@ -24,8 +36,55 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         size = path.stat().st_size
         if size > MAX_WEIGHTS_BYTES:
             raise VdiffError(f"{path} has {size / 2**30:,.0f} GiB: no weights of ours do", "restore the file")
+        check_tensors(path, header_only=True)
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def add_checksum(path: Path) -> None:
+    """Fill in the checksum of a safetensors file whose metadata holds `NO_CHECKSUM`, and sort its metadata.
+
+    safetensors writes metadata in random order; sorted, equal tensors make equal files.
+    """
+    with open(path, "r+b") as file:
+        header = _read_header(file)
+        values = json.loads(header)
+        values["__metadata__"] = dict(sorted(values["__metadata__"].items()))
+        text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode().ljust(len(header))
+        found = f"{zlib.crc32(text):08x}{_crc32(file):08x}"
+        file.seek(8)
+        file.write(CHECKSUM_FIELD.sub(found.encode(), text, count=1))
+
+
+def check_tensors(path: Path, *, header_only: bool = False) -> None:
+    """Compare a safetensors file with its checksum, if it has one.
+
+    Raises:
+        OSError: they differ, or the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        header = _read_header(file)
+        if (said := CHECKSUM_FIELD.search(header)) is None:
+            return
+        found = f"{zlib.crc32(CHECKSUM_FIELD.sub(NO_CHECKSUM.encode(), header, count=1)):08x}"
+        if not header_only:
+            found += f"{_crc32(file):08x}"
+        if not said[0].startswith(found.encode()):
+            raise OSError("its bytes do not match its checksum")
+
+
+def _read_header(file: BufferedReader | BufferedRandom) -> bytes:
+    """The JSON at the beginning of a safetensors file; empty where it claims to be too long."""
+    size = int.from_bytes(file.read(8), "little")
+    return file.read(size) if size <= MAX_HEADER_BYTES else b""
+
+
+def _crc32(file: BufferedReader | BufferedRandom) -> int:
+    """CRC-32 of the rest of a file."""
+    found, block = 0, memoryview(bytearray(2**20))
+    while count := file.readinto(block):
+        found = zlib.crc32(block[:count], found)
+    return found
 
 
 @contextmanager

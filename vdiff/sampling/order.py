@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from vdiff.data.labels import SAMPLES_FILE
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.errors import VdiffError
-from vdiff.files import parse, read_text
+from vdiff.files import json_text, parse, read_text
 from vdiff.models.drawing import image_classes
 from vdiff.sampling.paths import PathNoise, nearer_end
 
@@ -92,7 +91,7 @@ class Order:
 
     def to_json(self, **more: Any) -> str:
         """The record."""
-        return json.dumps({**asdict(self), **more}, indent=2) + "\n"
+        return json_text({**asdict(self), **more})
 
 
 def _default(item: Any) -> Any:

@@ -15,11 +15,12 @@ from typing import Any
 import tomli_w
 
 from vdiff.errors import OptionError, VdiffError, suggestion
-from vdiff.files import parse, read_text, write_text
+from vdiff.files import CHECKSUM, checksum, parse, read_text, write_text
 from vdiff.training.config import DistillConfig, TrainConfig, check_value
 
 PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
 RUN_FILE = "run.toml"
+CHECKSUM_MARK = f"# {CHECKSUM} "
 LARGEST_SIZE = {16: "digits", 32: "cifar10", 64: "imagenet64", 128: "lsun128"}
 
 
@@ -59,6 +60,9 @@ def read_settings(path: Path) -> Settings:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"{path} cannot be read: {reason}", "give --config a TOML file") from None
+    settings_text, mark, said = text.rpartition(CHECKSUM_MARK)
+    if path.name == RUN_FILE and mark and said.strip() != checksum(settings_text):  # a copy may be edited as it is
+        raise OptionError(f"{path} is damaged, or edited", "restore it, or delete its last line, the checksum")
     settings = _settings(text, str(path))
     _check(TrainConfig, settings.train, str(path))
     _check(DistillConfig, settings.distill, f"{path} [distill]")
@@ -89,7 +93,8 @@ def write_run(folder: Path, config: TrainConfig | DistillConfig) -> None:
     """Record the resolved settings in `folder`; `--config folder/run.toml` runs them again."""
     values = {key: value for key, value in asdict(config).items() if value is not None}
     table = {"distill": values} if isinstance(config, DistillConfig) else values
-    write_text(folder / RUN_FILE, tomli_w.dumps(table))
+    text = tomli_w.dumps(table)
+    write_text(folder / RUN_FILE, f"{text}{CHECKSUM_MARK}{checksum(text)}\n")
 
 
 def read_run(folder: Path) -> Settings:

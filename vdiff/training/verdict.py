@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
-from vdiff.files import parse, read_text, write_text
+from vdiff.files import parse, read_text, write_json
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
@@ -73,7 +72,7 @@ def read_verdict(folder: Path) -> Verdict | None:
 
 def write_verdict(folder: Path, verdict: Verdict) -> None:
     """Keep it beside the student, whole or not at all."""
-    write_text(folder / VERDICT, json.dumps(asdict(verdict), indent=2) + "\n")
+    write_json(folder / VERDICT, asdict(verdict))
 
 
 class Examiner:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from vdiff.errors import VdiffError
 from vdiff.interop.json_file import JsonFile
+from vdiff.models.checkpoint import MAX_IMAGE_SIZE
 from vdiff.models.unet import Resample, UNet, UNetConfig
 
 MAX_SIZE, MAX_LEVELS, MAX_BLOCKS, MAX_CLASSES = 2**16, 12, 64, 2**20
-"""Beyond these a file describes no network: channels and pixels of a side, levels, blocks a level, classes."""
+"""Beyond these a file describes no network: channels, levels, blocks a level, classes."""
 PLAIN = {"block": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), "conv": ("DownBlock2D", "UpBlock2D")}
 """Levels without attention, by `UNetConfig.resample`."""
 ATTENDING = ("AttnDownBlock2D", "AttnUpBlock2D")
@@ -31,6 +32,14 @@ ONLY: dict[str, list[Any]] = {
     "add_attention": [True],
 }
 """Options of theirs of which our network knows one value, their default."""
+READ = {
+    *("sample_size", "in_channels", "out_channels", "time_embedding_dim", "freq_shift", "flip_sin_to_cos", "dropout"),
+    *("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "downsample_padding"),
+    *("downsample_type", "upsample_type", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps"),
+    *("resnet_time_scale_shift", "class_embed_type", "num_class_embeds"),
+    "num_train_timesteps",  # without effect but for time_embedding_type learned, which is refused
+}
+"""The others."""
 OF_BLOCK = {
     "norm1": "norm1",
     "conv1": "conv1",
@@ -132,8 +141,11 @@ def read_unet_config(file: JsonFile) -> tuple[UNetConfig, int]:
     image_size = file.get("sample_size")
     if type(image_size) is list and len(set(map(str, image_size))) == 1:
         image_size = image_size[0]
-    if type(image_size) is not int or not 1 <= image_size <= MAX_SIZE:
+    if type(image_size) is not int or not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise file.refusal("sample_size", "the pixels of a side of square images are due")
+    channels = file.whole("in_channels", 3, low=1, high=MAX_SIZE)
+    if channels not in (1, 3):
+        raise file.refusal("in_channels", "only images of 1 or 3 channels can be read: latents need their autoencoder")
     groups = file.whole("norm_num_groups", 32, low=1, high=MAX_SIZE)
     affine = file.word("resnet_time_scale_shift", "default", ["default", "scale_shift"]) == "scale_shift"
     if file.get("attn_norm_num_groups", None if affine else groups) != groups:  # null and scale_shift: no norm at all
@@ -141,7 +153,7 @@ def read_unet_config(file: JsonFile) -> tuple[UNetConfig, int]:
     head_channels = _read_head_channels(file, {widths[-1], *(w for w, a in zip(widths, attends, strict=True) if a)})
     try:
         config = UNetConfig(
-            in_channels=file.whole("in_channels", 3, low=1, high=MAX_SIZE),
+            in_channels=channels,
             out_channels=file.whole("out_channels", 3, low=1, high=MAX_SIZE),
             channels=widths[0],
             embedding_channels=file.whole("time_embedding_dim", 4 * widths[0], low=1, high=MAX_SIZE),

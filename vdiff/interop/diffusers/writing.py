@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vdiff.errors import OptionError, VdiffError, suggestion
-from vdiff.files import make_folder, new_folder, write_text
+from vdiff.files import make_folder, new_folder, write_json, write_text
 from vdiff.interop.card import write_card
 from vdiff.interop.diffusers.layout import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
 from vdiff.interop.diffusers.scheduler import write_scheduler_config
@@ -86,7 +86,7 @@ def export_pipeline(
         _write_json(temporary / "unet" / CONFIG, "UNet2DModel", unet)
         weights = write_unet_weights(network.config, network.state_dict())
         write_tensors(temporary / "unet" / WEIGHTS, weights, {"format": "pt"})
-        write_text(temporary / NOTE, json.dumps(public(asdict(config)), indent=2, ensure_ascii=False) + "\n")
+        write_json(temporary / NOTE, public(asdict(config)))
         if license_name is not None:
             usage = {INDEX: diffusers_usage(folder.resolve().name, config, call, clip=clip)}
             write_card(temporary, checkpoint, usage=usage, license_name=license_name, library="diffusers")
