@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ class JsonFile:
         if type(value) is not list or not 1 <= len(value) <= high or any(type(item) is not kind for item in value):
             raise self.refusal(key, f"a list of 1 to {high} values of kind {kind.__name__} is due")
         return value
+
+    def unknown(self, known: Collection[str]) -> list[str]:
+        """A sentence on the keys that are none of `known`, as newer versions of diffusers may write; else none."""
+        names = ", ".join(sorted(reprlib.repr(key) for key in self.values if key not in known and key[:1] != "_"))
+        return [f"{self.where} has {names}, unknown here: it may draw other images"] if names else []
 
     def refusal(self, key: str, why: str) -> VdiffError:
         """The error that names the file, the key and its value, cut short."""

@@ -244,8 +244,7 @@ def _reversed_channels(weights: Mapping[str, Tensor], config: UNetConfig) -> dic
     axes = {"conv_in.weight": 1, "conv_out.weight": 0, "conv_out.bias": 0}
     shape = (-1, config.in_channels, config.fold**2)
     return {
-        name: weights[name].unflatten(axis, shape).flip(axis + 1).flatten(axis, axis + 2)
-        for name, axis in axes.items()
+        name: weights[name].unflatten(axis, shape).flip(axis + 1).flatten(axis, axis + 2) for name, axis in axes.items()
     }
 
 

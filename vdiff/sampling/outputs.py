@@ -36,6 +36,13 @@ class ImageKind:
     channels: int
     class_names: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise VdiffError(
+                f"the model's images have {self.channels} channels, and pictures 1 or 3",
+                "latents need their autoencoder; vdiff.load draws them as tensors",
+            )
+
 
 class Output(ABC):
     """Where images go. Every process may add images of its own; the first one checks, begins and finishes."""

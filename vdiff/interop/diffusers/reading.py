@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from torch import Tensor
 
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.diffusers.layout import CONFIG, FILES, INDEX, NOTE, SCHEDULER, WEIGHTS
+from vdiff.interop.diffusers.layout import (
+    CONFIG,
+    FILES,
+    INDEX,
+    NOTE,
+    PARTS_PATTERN,
+    SCHEDULER,
+    WEIGHTS,
+    WEIGHTS_PATTERN,
+)
 from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_schedule, read_table, remarks
 from vdiff.interop.diffusers.unet import (
+    ONLY,
+    READ,
     current_name,
     read_unet_config,
     read_unet_weights,
@@ -57,7 +69,7 @@ def import_pipeline(
     check_free(folder, overwrite=overwrite)
     root, name = _find(source)
     scheduler, unet = _open(root)
-    notes, config = remarks(scheduler), None
+    notes, config = remarks(scheduler) + unet.unknown(ONLY.keys() | READ), None
     if (root / NOTE).exists():
         try:
             config = _own_description(root, scheduler, unet, name)
@@ -71,7 +83,10 @@ def import_pipeline(
             raise OptionError(f"--num_timesteps {num_timesteps}: {error}", "give fewer") from None
         config = replace(config, num_timesteps=num_timesteps)
     shape = UNetConfig.from_dict(config.unet)
-    tensors = _read_tensors(Path(unet.where).with_name(WEIGHTS), unet_shapes(shape))
+    files = _weights_files(Path(unet.where).parent)
+    if "." in files[0].name.removesuffix(".safetensors"):
+        notes.append(f"its weights are of the variant {files[0].name}, which may be rounded")
+    tensors = _read_tensors(files, unet_shapes(shape))
     weights = read_unet_weights(shape, tensors, sines_first=not unet.flag("flip_sin_to_cos", True))
     write_model(folder, weights, config, overwrite=overwrite)
     return Imported(config, notes)
@@ -178,21 +193,43 @@ def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str)
     return replace(own, dataset=own.dataset if own.is_imported else imported)
 
 
-def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, once their names and shapes are known to be `shapes`.
+def _weights_files(folder: Path) -> list[Path]:
+    """The safetensors files of the network: one, or its parts; of several variants the one without a name.
 
     Raises:
-        VdiffError: the file is missing, damaged, or of another network.
+        VdiffError: there are none, several variants, or an index names what is no file of the folder.
     """
-    if not path.is_file():
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    indices = sorted(folder.glob(PARTS_PATTERN))
+    found = [path for path in sorted(folder.glob(WEIGHTS_PATTERN)) if "-of-" not in path.name]
+    if indices and (len(indices) == 1 or indices[0].name == f"{WEIGHTS}.index.json"):
+        index = JsonFile.read(indices[0], DAMAGED)
+        parts = index.get("weight_map")
+        names = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
+        if not names or not all(fnmatch(name, WEIGHTS_PATTERN) and Path(name).name == name for name in names):
+            raise index.refusal("weight_map", f"names of {WEIGHTS_PATTERN} are due")
+        found = [folder / name for name in names]
+    elif not found:
         raise VdiffError(
-            f"{path} is missing",
+            f"{folder / WEIGHTS} is missing",
             "weights in pickles (.bin) are never read: let diffusers save the pipeline anew, as safetensors",
         )
-    found = {current_name(name): shape for name, shape in read_shapes(path).items()}
+    elif len(found) > 1:
+        raise VdiffError(f"{folder} has {' and '.join(path.name for path in found)}", f"rename one to {WEIGHTS}")
+    return found
+
+
+def _read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of safetensors files, once their names and shapes are known to be `shapes`.
+
+    Raises:
+        VdiffError: a file is missing, damaged, or of another network.
+    """
+    found = {current_name(name): shape for path in files for name, shape in read_shapes(path).items()}
     if difference := _difference(shapes, found):
-        raise VdiffError(f"{path} does not fit {CONFIG}: {difference}", DAMAGED)
-    return {current_name(name): tensor for name, tensor in read_tensors(path).items()}
+        raise VdiffError(f"{files[0]} does not fit {CONFIG}: {difference}", DAMAGED)
+    return {current_name(name): tensor for path in files for name, tensor in read_tensors(path).items()}
 
 
 def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

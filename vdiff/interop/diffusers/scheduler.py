@@ -5,8 +5,10 @@ Their timestep k − 1 is our level k of a table, t = k/L, and the label that a 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,19 +26,114 @@ from vdiff.errors import VdiffError
 from vdiff.interop.json_file import JsonFile
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x": "sample"}
-SCHEDULERS = [
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-]
-"""Those that read the same keys about β with the same defaults."""
-SPACINGS = ["leading", "trailing", "linspace"]
+_OF_BETA = {"beta_start": 1e-4, "beta_end": 0.02}
+_CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0}
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+_SPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_SOLVER = {**_OF_BETA, **_SPACED, "thresholding": False, "use_flow_sigmas": False}
+_RESCALED = {"rescale_betas_zero_snr": False}
+_ENDED = {"final_sigmas_type": "zero"}
+_DDPM = {**_OF_BETA, **_LEADING, **_CLIPPED, **_RESCALED, "thresholding": False, "variance_type": "fixed_small"}
+_DDIM = {**_OF_BETA, **_LEADING, **_CLIPPED, **_RESCALED, "thresholding": False, "set_alpha_to_one": True}
+_DPM = {**_SOLVER, **_ENDED, "lambda_min_clipped": -math.inf, "variance_type": None, "use_dynamic_shifting": False}
+_KDPM2 = {**_LINSPACE, **_SPACED, "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "DDPMScheduler": _DDPM,
+    "DDPMParallelScheduler": _DDPM,
+    "DDIMScheduler": _DDIM,
+    "DDIMParallelScheduler": _DDIM,
+    "PNDMScheduler": {**_OF_BETA, **_LEADING, "set_alpha_to_one": False},
+    "DPMSolverMultistepScheduler": {**_DPM, **_LINSPACE, **_RESCALED, "use_lu_lambdas": False},
+    "DPMSolverSinglestepScheduler": _DPM,
+    "UniPCMultistepScheduler": {**_SOLVER, **_LINSPACE, **_RESCALED, **_ENDED, "use_dynamic_shifting": False},
+    "DEISMultistepScheduler": {**_SOLVER, **_LINSPACE, "use_dynamic_shifting": False},
+    "EulerDiscreteScheduler": {
+        **_OF_BETA, **_LINSPACE, **_SPACED, **_RESCALED, **_ENDED, "timestep_type": "discrete",
+    },
+    "EulerAncestralDiscreteScheduler": {**_OF_BETA, **_LINSPACE, **_RESCALED},
+    "HeunDiscreteScheduler": {**_KDPM2, **_CLIPPED, "clip_sample": False},
+    "KDPM2DiscreteScheduler": _KDPM2,
+    "KDPM2AncestralDiscreteScheduler": _KDPM2,
+    "LMSDiscreteScheduler": {**_OF_BETA, **_LINSPACE, **_SPACED},
+}  # fmt: skip
+"""Those that can be read: the fields of `BETAS` and `RULES` that each has, with its defaults.
+
+Files may hold more fields than their scheduler has, which has no use for them.
+"""
+BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+"""Fields that are carried over, of all schedulers."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the value of a field means for us.
+
+    Attributes:
+        same: values with which their sampler does what ours does.
+        remark: what is said of others; empty: others are refused.
+        others: those; None: any number from 0, or from the value with which nothing differs.
+        where: an earlier field, and the value of it without which this one has no effect.
+    """
+
+    same: tuple[Any, ...]
+    remark: str = ""
+    others: tuple[Any, ...] | None = ()
+    where: tuple[str, Any] | None = None
+
+
+_SPACING = Rule((False,), "its noise levels are spaced by {key}; ours are not unless told (--grid)", (True,))
+_ONLY_FALSE = Rule((False,))
+RULES = {
+    "timestep_spacing": Rule(
+        ("trailing",),
+        "its timesteps are {value}, ours trailing: the same at {size} steps only",
+        ("leading", "linspace"),
+    ),
+    "steps_offset": Rule(
+        (0,), "its timesteps begin {value} later than ours (steps_offset)", None, ("timestep_spacing", "leading")
+    ),
+    "set_alpha_to_one": Rule(
+        (True,), "its last step stops at its first noise level, ours at the image (set_alpha_to_one)", (False,)
+    ),
+    "final_sigmas_type": Rule(
+        ("zero",), "its last step stops at its first noise level, ours at the image (final_sigmas_type)", ("sigma_min",)
+    ),
+    "lambda_min_clipped": Rule((-math.inf,), "it leaves out its highest noise levels (lambda_min_clipped)", None),
+    "variance_type": Rule(
+        ("fixed_small", "fixed_small_log", None),
+        "its noise has the variance {value}, ours fixed_small (--sampler ddpm)",
+        ("fixed_large", "fixed_large_log"),
+    ),
+    "thresholding": Rule(
+        (False,), "it clips to a quantile of the pixels (thresholding), ours to ±1 unless told otherwise", (True,)
+    ),
+    "clip_sample": Rule(
+        (True,), "it does not clip the image; ours do unless told --no_clip", (False,), ("thresholding", False)
+    ),
+    "clip_sample_range": Rule(
+        (1.0,), "it clips the image to ±{value}: --clipping_value {value}", None, ("clip_sample", True)
+    ),
+    "use_karras_sigmas": _SPACING,
+    "use_exponential_sigmas": _SPACING,
+    "use_beta_sigmas": _SPACING,
+    "use_lu_lambdas": _SPACING,
+    "use_flow_sigmas": _ONLY_FALSE,
+    "use_dynamic_shifting": _ONLY_FALSE,
+    "rescale_betas_zero_snr": _ONLY_FALSE,
+    "timestep_type": Rule(("discrete",)),  # continuous: the network is told log σ/4 and not the index of a level
+}
+"""Fields that change what is drawn, in the order in which they are spoken of."""
+AS_IF: dict[str, Any] = {"timestep_spacing": "linspace", "clip_sample": False}
+"""What a scheduler does that has no such field; what is in neither is the first of `Rule.same`."""
+WITHOUT_EFFECT = {
+    *("solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final", "skip_prk_steps"),
+    *("predict_x0", "disable_corrector", "solver_p"),  # how a step is taken: sample.py has samplers of its own
+    *("dynamic_thresholding_ratio", "sample_max_value"),  # nothing without thresholding, which has a remark
+    *("sigma_min", "sigma_max", "interpolation_type"),  # nothing without other spacings, which have remarks
+    *("flow_shift", "time_shift_type", "shift_terminal"),  # nothing without use_flow_sigmas, which is refused
+    *("predict_epsilon", "tensor_format", "timestep_values"),  # of 2022; the first is read as a prediction_type
+}
 TOLERANCE = 2e-7
 """How far a β may be off: theirs may be rounded to 24 bits."""
 
@@ -91,7 +188,7 @@ def read_prediction(file: JsonFile) -> str:
     Raises:
         VdiffError: a scheduler or prediction that we have no word for; the file and key are named.
     """
-    file.word("_class_name", "", SCHEDULERS)
+    _kind(file)
     usual = "sample" if file.get("predict_epsilon") is False else "epsilon"  # how files of 2022 said it
     said = file.word("prediction_type", usual, [*PREDICTIONS.values()])
     return next(ours for ours, theirs in PREDICTIONS.items() if theirs == said)
@@ -103,8 +200,6 @@ def read_table(file: JsonFile) -> list[float] | None:
     Raises:
         VdiffError: it is no such table, or is to be changed before it is used; the file and key are named.
     """
-    if file.flag("rescale_betas_zero_snr", False):
-        raise file.refusal("rescale_betas_zero_snr", "only false can be read")
     size = file.whole("num_train_timesteps", 1000, low=1, high=MAX_LEVELS)
     betas = file.get("trained_betas")
     if betas is None:
@@ -131,8 +226,9 @@ def read_schedule(file: JsonFile) -> Schedule:
     name = file.word("beta_schedule", "linear", ["linear", "scaled_linear", "squaredcos_cap_v2"])
     if name == "squaredcos_cap_v2":
         return DdpmCosineSchedule(size)
-    first = file.number("beta_start", 1e-4, low=0, high=1)
-    last = file.number("beta_end", 0.02, low=0, high=1)
+    usual = SCHEDULERS[_kind(file)]
+    first = file.number("beta_start", usual["beta_start"], low=0, high=1)
+    last = file.number("beta_end", usual["beta_end"], low=0, high=1)
     return (LinearSchedule if name == "linear" else ScaledLinearSchedule)(size, first, last)
 
 
@@ -140,21 +236,41 @@ def remarks(file: JsonFile) -> list[str]:
     """In what a pipeline of theirs with this configuration draws other images than we do, one sentence each.
 
     Raises:
-        VdiffError: a value is none of diffusers'; the file and key are named.
+        VdiffError: a value that is none of diffusers', or that we have no word for; the file and key are named.
     """
     size = file.whole("num_train_timesteps", 1000, low=1, high=MAX_LEVELS)
+    kind = _kind(file)
+    values: dict[str, Any] = {}
     found = []
-    if (spacing := file.word("timestep_spacing", "leading", SPACINGS)) != "trailing":
-        found.append(f"its timesteps are {spacing}, ours trailing: the same at {size} steps only")
-    if not file.flag("set_alpha_to_one", True):
-        found.append("its last step stops at its first noise level, ours at the image (set_alpha_to_one)")
-    if file.flag("thresholding", False):
-        found.append("it clips to a quantile of the pixels (thresholding), ours to ±1 unless told otherwise")
-    elif not file.flag("clip_sample", file.get("_class_name") in ("DDPMScheduler", "DDIMScheduler")):
-        found.append("it does not clip the image; ours do unless told --no_clip")
-    elif (limit := file.number("clip_sample_range", 1.0, low=0, high=1e6)) != 1.0:
-        found.append(f"it clips the image to ±{limit}: --clipping_value {limit}")
-    return found
+    for key, rule in RULES.items():
+        value = values[key] = _value(file, kind, key, rule)
+        has_effect = rule.where is None or values[rule.where[0]] == rule.where[1]
+        if value not in rule.same and has_effect:
+            found.append(rule.remark.format(key=key, value=value, size=size))
+    return found + file.unknown(BETAS | RULES.keys() | WITHOUT_EFFECT)
+
+
+def _kind(file: JsonFile) -> str:
+    """The scheduler's class."""
+    return file.word("_class_name", "", list(SCHEDULERS))
+
+
+def _value(file: JsonFile, kind: str, key: str, rule: Rule) -> Any:
+    """The value of a field, as their scheduler takes it.
+
+    Raises:
+        VdiffError: it is none of diffusers', or is refused.
+    """
+    if key not in SCHEDULERS[kind]:
+        return AS_IF.get(key, rule.same[0])
+    value = file.get(key, SCHEDULERS[kind][key])
+    if rule.others is None:
+        if type(value) not in (int, float) or not min(rule.same[0], 0) <= value < 1e9:
+            raise file.refusal(key, f"a number from {min(rule.same[0], 0)} is due")
+    elif not any(type(value) is type(known) and value == known for known in (*rule.same, *rule.others)):
+        known = [json.dumps(each) for each in (*rule.same, *rule.others) if each is not None]
+        raise file.refusal(key, f"only {', '.join(known)} can be read")
+    return value
 
 
 def agree(schedule: Schedule, betas: Sequence[float]) -> bool:
@@ -168,10 +284,10 @@ def _candidates(betas: Sequence[float]) -> list[Schedule]:
     """The schedules that have the first and the last β of the table."""
     size, first, last = len(betas), betas[0], betas[-1]
     found: list[Schedule] = [DdpmCosineSchedule(size)]
-    if last < 1:
+    if max(first, last) < 1:
         found += [LinearSchedule(size, first, last), ScaledLinearSchedule(size, first, last)]
     kept = math.fsum(math.log1p(-beta) for beta in betas) if max(betas) < 1 else -math.inf  # log ᾱ_L
-    if kept < -1e-3:
+    if kept < -0.7:  # ᾱ_L is below ½ in every cosine schedule
         # λ at t = 1 is log ᾱ_L/(1 − ᾱ_L); rounded because their tables have seven digits
         found.append(CosineSchedule(round(math.log1p(-math.exp(kept)) - kept, 3), size))
     return found
