@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vdiff.cli import main as cli
-from vdiff.cli.options import Command, Names, option, switch
+from vdiff.cli.options import MPI, Command, Names, option, switch
 from vdiff.errors import Interrupted, OptionError, VdiffError
 
 EXAMPLES = ["python toy.py", "python toy.py photos " + "--clipped_sampling False " * 8 + "# longer than any line"]
@@ -192,6 +193,21 @@ def test_a_caller_within_python_gets_values_and_errors():
             program.main(words, standalone_mode=False, obj=fails(VdiffError("mine")))
         with pytest.raises(Interrupted, match="interrupted"):
             program.main(words, standalone_mode=False, obj=fails(KeyboardInterrupt()))
+
+
+def test_processes_of_mpirun_are_those_of_torchrun_and_the_first_alone_speaks(monkeypatch):
+    """What Open MPI says of a process, where nothing else did; errors of the others are their exit code alone."""
+    for name in MPI.values():
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    for mpi, value in zip(MPI, "1234", strict=True):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{mpi}", value)
+    result = run(action=fails(VdiffError("mine")))
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "")
+    assert [os.environ[name] for name in MPI.values()] == ["1", "2", "7", "4"]
+    monkeypatch.setenv("RANK", "0")
+    assert run(action=fails(VdiffError("mine"))).stderr == "error: mine\n"
 
 
 def test_sigterm_is_given_back():

@@ -97,6 +97,14 @@ def test_the_result_says_how_and_from_what_images_were_drawn():
 
 
 @pytest.mark.usefixtures("place")
+def test_an_unfinished_model_is_said_to_be():
+    write_checkpoint(Path("checkpoints/half"), num_iters=3, target_iters=8)
+    for name, line in (("half", "checkpoints/half, unfinished: 3 of 8 updates"), ("plain", "checkpoints/plain")):
+        stderr = done(f"sample.py --checkpoint checkpoints/{name} --num 1 --out {name}").stderr
+        assert stderr.splitlines()[0] == line
+
+
+@pytest.mark.usefixtures("place")
 def test_what_was_drawn_is_said():
     line = "sample.py --checkpoint checkpoints/guided --num 3 --out x.zip --guidance 1 --trajectory"
     first, *pictures = done(line).stdout.splitlines()

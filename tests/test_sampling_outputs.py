@@ -23,7 +23,9 @@ from vdiff.data.store import ImageStore
 from vdiff.diffusion.samplers import Ddim, Ddpm
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
+from vdiff.models.speed import ready_to_draw
 from vdiff.sampling.formats import FORMATS
 from vdiff.sampling.order import RECORD
 from vdiff.sampling.outputs import GRID
@@ -328,6 +330,25 @@ def test_a_million_images_take_little_memory(tmp_path):
     found = Spooled(tmp_path, 10**6)
     assert found.file.nbytes + found.offset.nbytes + found.length.nbytes <= 16 * 10**6
     assert spooled(tmp_path, 10**6) == {999_999: b"last"}
+
+
+def test_a_compiled_network_is_asked_for_one_number_of_images(models, tmp_path, monkeypatch):
+    """The last batch is filled up, so that nothing is compiled or recorded again; a single small one is not."""
+    sizes = []
+
+    def compiled(denoiser: Denoiser, **_: object) -> Denoiser:
+        fast = ready_to_draw(denoiser)
+        fast.network.is_compiled = True
+        fast.network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+        return fast
+
+    monkeypatch.setattr("vdiff.sampling.job.ready_to_draw", compiled)
+    run(order(models["grey"]), tmp_path / "out.npz", form="npz", compiled=True)
+    assert sizes == [3] * 3 * 4
+    assert np.abs(unpacked(tmp_path / "out.npz") - exact(models["grey"])).max() <= 0.501
+    sizes.clear()
+    run(order(models["grey"]), tmp_path / "small.npz", form="npz", num=2, compiled=True)
+    assert sizes == [2] * 4
 
 
 def test_precision_and_grid_reach_the_network(models, tmp_path):
