@@ -253,7 +253,7 @@ if __name__ == "__main__":
         ImageStore(sys.argv[1]), image_size=4, batch_size=4, seed=0, flip=True, num_workers=2, cache_bytes=0
     )
     if sys.argv[2] == "fail":
-        batches._store.path = None  # something that is nobody's mistake: workers fail with a traceback
+        batches._store.meta = None  # something that is nobody's mistake: workers fail with a traceback
     found, stops = batches.start_at(0), []
     for _ in islice(found, 10):
         pass

@@ -109,11 +109,17 @@ def change(path: Path, key: bytes, value: bytes | None) -> None:
         (b"label-00007", b"2", None),
     ],
 )
+@pytest.mark.parametrize("has_checks", [False, True])
 def test_damage_is_found_and_named(
-    source: Path, tmp_path: Path, key: bytes, value: bytes | None, problem: str | None
+    source: Path, tmp_path: Path, key: bytes, value: bytes | None, problem: str | None, has_checks: bool
 ) -> None:
     out = make(source, tmp_path / "out")
     change(out, key, value)
+    if not has_checks:
+        change(out, b"check-00007", None)
+    elif value is not None:
+        of = "the class of image 7" if key[:1] == b"l" else f"image 7 of size {key[:1].decode()}"
+        problem = f"{out} is damaged: {of} is not what was written"
     verdict = verify(open_dataset(out))
     assert verdict.fingerprint == "unequal"
     assert not verdict.is_good

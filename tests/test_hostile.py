@@ -5,19 +5,29 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
+import random
 import signal
 import zipfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import lmdb
 import PIL.Image
 import pytest
 
 from tests.commands import run, the_error
 from tests.test_names import commands_in
-from vdiff.data import disk_sources, image_files, shard_files
+from vdiff.data import disk_sources, image_files, shard_files, store
+from vdiff.data.batches import ImageBatches
+from vdiff.data.datasets import open_dataset
+from vdiff.data.inspection import facts
+from vdiff.data.store import DatasetMeta, ImageStore
+from vdiff.data.writer import StoreWriter
+from vdiff.errors import VdiffError
 
 SECONDS = 20
 PREPARE = "prepare_data.py {} --size 8 --num_workers 0 --out out"
@@ -263,3 +273,153 @@ def test_a_zip_that_is_damaged_or_made_up(name):
 def test_a_zip_with_one_bad_member(name):
     Path("x.zip").write_bytes(BAD_ZIP_MEMBERS[name])
     tells_of_one_bad_image(PREPARE.format("x.zip"))
+
+
+# databases
+
+META = DatasetMeta("toy", (4, 8), 3, "jpeg", class_names=("cat", "dog"), counts={"images": 20})
+
+
+def jpeg(size: int, level: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (size, size), (level, 0, 99)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An LMDB of 20 JPEGs in two sizes and two classes; the images of size 8 have pages of their own."""
+    folder = tmp_path_factory.mktemp("database")
+    with StoreWriter(folder, META) as writer:
+        for index in range(20):
+            writer.add({4: jpeg(4, 10 * index), 8: jpeg(8, 10 * index) + bytes(3000)}, index % 2)
+        writer.finish({"images": 20})
+    return (folder / "data.mdb").read_bytes()
+
+
+def everything(path: Path) -> list[object]:
+    """All that is read of a dataset."""
+    opened = open_dataset(path)
+    assert isinstance(opened, ImageStore)
+    images = [(opened.label(index), opened.encoded(4, index), opened.encoded(8, index)) for index in range(len(opened))]
+    return [opened.meta, facts(opened)["classes"], images]
+
+
+def test_a_damaged_database_gives_an_error_or_what_was_written(database):
+    """Never another image, class or description, never a traceback or the end of the process."""
+    Path("set").mkdir()
+    file = Path("set/data.mdb")
+    file.write_bytes(database)
+    want, results = everything(Path("set")), {"error": 0, "right": 0}
+    generator = random.Random(0)
+    for number in range(400):
+        data, at = bytearray(database), generator.randrange(len(database))
+        page = at // 4096 * 4096
+        if number % 4 == 0:
+            data[at] ^= 1 << generator.randrange(8)
+        elif number % 4 == 1:
+            at = page + generator.choice([0, 8, 10, 12, 16, 18, 24, 28, 40, 88, 120, 128, 136, 144])
+            data[at : at + 2] = generator.randbytes(2)
+        elif number % 4 == 2:
+            other = generator.randrange(len(database) // 4096) * 4096
+            data[page : page + 4096] = database[other : other + 4096]
+        else:
+            del data[at:]
+        file.write_bytes(data)
+        try:
+            assert everything(Path("set")) == want
+            results["right"] += 1
+        except VdiffError:
+            results["error"] += 1
+    assert min(results.values()) > 50
+
+
+RECORDS: dict[str, tuple[bytes, bytes | None]] = {
+    "length, none": (b"length", None),
+    "length, negative": (b"length", b"-1"),
+    "length, a word": (b"length", b"many"),
+    "length, empty": (b"length", b""),
+    "length, no text": (b"length", b"\xff\xfe"),
+    "length, too many": (b"length", b"1000000000000000000"),
+    "length, 5,000 digits": (b"length", b"9" * 5000),
+    "description, no text": (b"meta", b"\xff"),
+    "description, no JSON": (b"meta", b"{"),
+    "description, a list": (b"meta", b"[]"),
+    "description, deep": (b"meta", b"[" * 50_000),
+    "class, negative": (b"label-00003", b"-1"),
+    "class, a word": (b"label-00003", b"cat"),
+    "class, out of range": (b"label-00003", b"2"),
+    "class, 5,000 digits": (b"label-00003", b"9" * 5000),
+    "class, none": (b"label-00003", None),
+    "class, no text": (b"label-00003", b"\xff\x1b[2J"),
+}
+META_VALUES: dict[str, tuple[str, object]] = {
+    f"{key}: {json.dumps(value)[:20]}": (key, value)
+    for key, values in {
+        "sizes": ([], [0], [-4], ["4"], [4.0], [8, 4], [4, 4], [10**9], 4, None, {}, [True], [[4]]),
+        "channels": (0, 2, 4, -3, "3", 3.0, None, 2**70, True),
+        "class_names": ("cat", [1], None, {"cat": 1}, [None], [["cat"]], ["cat"]),
+        "counts": ([], None, 3, {"images": "x"}, {"skipped": []}, {"skipped": {"a": "b"}}, {"converted": {"a": None}}),
+        "name": (None, 3, []),
+        "complete": ("yes", 1, None, False),
+        "shard": (None, 1, "1/0", "a/b", "0/4", "9" * 400),
+        "fingerprint": (None, 3),
+        "quality": ("90", [], 9.5),
+        "format_version": (None, "2", 99, 2**70, []),
+        "new": (1,),
+    }.items()
+    for value in values
+}
+
+
+def rewritten(folder: Path, database: bytes, key: bytes, value: bytes | None) -> None:
+    """A database with another record, and without the checksums that would tell."""
+    folder.mkdir()
+    (folder / "data.mdb").write_bytes(database)
+    with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as transaction:
+        transaction.delete(b"check")
+        transaction.delete(b"check-00003")
+        if value is None:
+            transaction.delete(key)
+        else:
+            transaction.put(key, value)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_database_with_one_bad_record(name, database):
+    rewritten(Path("set"), database, *RECORDS[name])
+    assert "prepare_data.py again" in ends_in_one_line("vdiff data info set")
+
+
+@pytest.mark.parametrize("name", META_VALUES)
+def test_a_description_with_one_bad_value(name, database):
+    key, value = META_VALUES[name]
+    changed = json.dumps({**json.loads(META.to_json()), "complete": True, key: value}).encode()
+    rewritten(Path("set"), database, b"meta", changed)
+    assert "prepare_data.py again" in ends_in_one_line("vdiff data info set")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_database_that_is_cut_short_while_it_is_read(num_workers, database):
+    Path("set").mkdir()
+    Path("set/data.mdb").write_bytes(database)
+    opened = ImageStore("set")
+    batches = ImageBatches(
+        opened, image_size=8, batch_size=4, seed=0, flip=False, num_workers=num_workers, cache_bytes=0
+    ).start_at(0)
+    next(batches)
+    os.truncate("set/data.mdb", 8192)
+    with pytest.raises(VdiffError, match=r"set/data.mdb is truncated: it ends before byte \d+; run prepare_data.py"):
+        list(islice(batches, 10))
+    batches.close()
+    with pytest.raises(VdiffError, match="is truncated"):
+        [opened.encoded(8, index) for index in range(20)]
+    for line in ("vdiff data show set", "vdiff data info set", "train.py --data set", "prepare_data.py set --out new"):
+        assert "set/data.mdb is truncated: 8192 of " in ends_in_one_line(line)
+
+
+def test_old_datasets_without_checksums_are_read(database, monkeypatch):
+    monkeypatch.setattr(store, "check_key", lambda _: b"no such key")
+    Path("set").mkdir()
+    Path("set/data.mdb").write_bytes(database)
+    assert len(everything(Path("set"))[2]) == 20

@@ -276,7 +276,7 @@ class Tar(_Files):
         """The bytes of the member."""
         if not item.place:
             raise UnreadableImageError("unreadable", "not a regular file")
-        offset, num_bytes = map(int, item.place.split())
+        offset, num_bytes = map(int, item.place.split())  # a listing is checked when it is opened
         check_bytes(num_bytes)
         try:
             with open(self.plain, "rb") as file:

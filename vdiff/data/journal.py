@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from vdiff.data.store import JOB_FILE, partial_folder
 from vdiff.errors import VdiffError, printable
-from vdiff.files import make_folder, refusal, write_text
+from vdiff.files import make_folder, parse, read_json, refusal, write_text
 
 REJECTED_FILE = "rejected.jsonl"
 DATASET_FOLDER = "dataset"
@@ -138,9 +139,15 @@ class Journal:
         if num_committed and not rows:
             raise VdiffError(f"{self.folder} does not fit together", "give --overwrite to begin anew")
         if rows:
-            values = json.loads(rows[0][0])
-            values |= {key: Counter(values[key]) for key in ("skipped", "converted")}
-            self.tally = Tally(**values)
+            try:
+                text, _, check = rows[0][0].partition("\n")
+                if check not in ("", _check_of(num_committed, text)):
+                    raise ValueError
+                values = parse(text)
+                values |= {key: Counter(values[key]) for key in ("skipped", "converted")}
+                self.tally = Tally(**values)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise VdiffError(f"{self.folder}/journal.sqlite is damaged", "give --overwrite to begin anew") from None
         self.kept = self.tally.position
         if self._rejected_file.exists():
             os.truncate(self._rejected_file, self.tally.rejected_bytes)
@@ -169,7 +176,8 @@ class Journal:
             except OSError as error:
                 raise refusal(self._rejected_file, error) from None
             self._rejected.clear()
-        self._execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", number, json.dumps(vars(self.tally)))
+        text = json.dumps(vars(self.tally))
+        self._execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", number, f"{text}\n{_check_of(number, text)}")
         self.kept = self.tally.position
 
     def clear(self) -> None:
@@ -202,12 +210,12 @@ class Journal:
         return self.dataset / REJECTED_FILE
 
     def _job(self) -> dict[str, Any] | None:
-        try:
-            before: dict[str, Any] = json.loads((self.folder / JOB_FILE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        path, advice = self.folder / JOB_FILE, f"delete {self.folder}"
+        if not path.exists():
             return None
-        except (OSError, ValueError) as error:
-            raise VdiffError(f"cannot read {self.folder / JOB_FILE}: {error}", f"delete {self.folder}") from None
+        before = read_json(path, advice)
+        if not (isinstance(before.get("job"), dict) and isinstance(before.get("command"), str)):
+            raise VdiffError(f"{path} cannot be read: it describes no preparation", advice)
         return before
 
     def _execute(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -216,6 +224,10 @@ class Journal:
             return self._database.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise VdiffError(f"cannot write {self.folder}: {error}", "free space or choose another --out") from None
+
+
+def _check_of(number: int, text: str) -> str:
+    return f"{zlib.crc32(f'{number} {text}'.encode()):08x}"
 
 
 def _plain(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import posixpath
 import sqlite3
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 from vdiff.data.labels import FileLabels, clean_name, in_order
 from vdiff.errors import OptionError, VdiffError
+from vdiff.files import check_regular, parse
 
 BATCH_ROWS = 2_000
 SHOWN_NAMES = 5
@@ -49,7 +51,7 @@ class Listing:
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
         ((facts, self._length),) = database.execute("SELECT facts, (SELECT max(rowid) FROM images) FROM facts")
-        values: dict[str, Any] = json.loads(facts)
+        values: dict[str, Any] = parse(facts)
         self.class_names: tuple[str, ...] = tuple(values["class_names"])
         self.ignored: dict[str, int] = values["ignored"]
         self.remarks: list[str] = values.get("remarks", [])
@@ -185,9 +187,9 @@ class ListingWriter:
             "class_names": class_names,
             "ignored": dict(sorted(self._ignored.items())),
             "remarks": self._remarks,
-            "fingerprint": self._fingerprint(class_names),
         }
-        self._execute("INSERT INTO facts VALUES (?)", (json.dumps(facts),))
+        facts["fingerprint"], check = _checksums(self._database, json.dumps(facts))
+        self._execute("INSERT INTO facts VALUES (?)", (json.dumps({**facts, "check": check}),))
         self._execute("COMMIT")
         if self.path is None or self._temporary is None:
             return Listing(self._database)
@@ -313,12 +315,6 @@ class ListingWriter:
                 loose += 1
         return depth, list(folders), loose
 
-    def _fingerprint(self, class_names: tuple[str, ...]) -> str:
-        digest = hashlib.sha256(json.dumps(class_names).encode())
-        for name, label in self._database.execute("SELECT name, label FROM images ORDER BY rowid"):
-            digest.update(b"%d %s %d " % (len(name), name, -1 if label is None else label))
-        return digest.hexdigest()
-
 
 def open_listing(path: Path) -> Listing:
     """The listing in a file that `ListingWriter` finished.
@@ -326,9 +322,20 @@ def open_listing(path: Path) -> Listing:
     Raises:
         VdiffError: it cannot be read.
     """
+    database = None
     try:
-        return Listing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True))
-    except (sqlite3.Error, ValueError) as error:
+        check_regular(path)
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ((facts,),) = database.execute("SELECT facts FROM facts")
+        values = parse(facts)
+        before = {key: value for key, value in values.items() if key not in ("fingerprint", "check")}
+        fingerprint, check = _checksums(database, json.dumps(before))
+        if (values["fingerprint"], values.get("check", check)) != (fingerprint, check):
+            raise ValueError("its checksum is another one")
+        return Listing(database)
+    except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
+        if database is not None:
+            database.close()
         raise VdiffError(f"{path} cannot be read: {error}", "give --overwrite to begin anew") from None
 
 
@@ -343,6 +350,15 @@ def few(names: Sequence[str]) -> str:
     """`cat, dog, owl, fox, hen and 7 more`."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _checksums(database: sqlite3.Connection, facts: str) -> tuple[str, int]:
+    """The SHA-256 (hex) over class names, names and labels, and a CRC-32 over all that is in a listing."""
+    digest, check = hashlib.sha256(json.dumps(parse(facts)["class_names"]).encode()), zlib.crc32(facts.encode())
+    for name, label, place in database.execute("SELECT name, label, place FROM images ORDER BY rowid"):
+        digest.update(b"%d %s %d " % (len(name), name, -1 if label is None else label))
+        check = zlib.crc32(place.encode(), check)
+    return digest.hexdigest(), check
 
 
 def _folder(key: bytes, depth: int) -> bytes:

@@ -26,7 +26,7 @@ from vdiff.data.store import DatasetMeta, ImageStore, is_dataset
 from vdiff.data.workers import ordered_map
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import Interrupted, VdiffError
-from vdiff.files import take_place
+from vdiff.files import parse, take_place
 from vdiff.reporting import Reporter, Silent
 
 CHUNK_ITEMS = 8
@@ -322,9 +322,13 @@ class _Preparation:
     def _check_any(self, listing: Listing) -> None:
         tally = self.journal.tally
         if not tally.images and self.part.count == 1:
-            first = json.loads((self.journal.dataset / REJECTED_FILE).read_text(encoding="utf-8").splitlines()[0])
             self.journal.kept = 0
-            raise VdiffError(f"none of {len(listing)} images could be read", f"the first: {Rejected(**first)}")
+            try:
+                with open(self.journal.dataset / REJECTED_FILE, encoding="utf-8") as file:
+                    first = str(Rejected(**parse(file.readline())))
+            except (OSError, ValueError, TypeError) as error:
+                first = f"{REJECTED_FILE} cannot be read: {error}"
+            raise VdiffError(f"none of {len(listing)} images could be read", f"the first: {first}")
 
     def _say_empty_classes(self, listing: Listing, start: int, stop: int) -> None:
         """Name the classes of which no image could be read: they keep their numbers, which other parts share."""

@@ -26,6 +26,7 @@ from vdiff.data.shard_files import (
 from vdiff.data.shards import LABEL, Shard, fingerprint_of, parse_index, suffix_of
 from vdiff.data.store import INDEX_FILE, DatasetMeta, incomplete, partial_folder
 from vdiff.errors import VdiffError
+from vdiff.files import MAX_TEXT_BYTES, read_text
 
 PREPARE = "make a dataset of the tar: python prepare_data.py TAR"
 MAX_CLASSES = 100_000
@@ -155,11 +156,13 @@ class ShardStore:
         self.path = folder.as_posix()
         self._base = str(folder)
         try:
-            text = (folder / INDEX_FILE).read_bytes()
+            text = read_text(folder / INDEX_FILE)
         except FileNotFoundError:
             if not folder.exists() and not partial_folder(folder).exists():
                 raise VdiffError(f"{folder}: no such dataset", "give what prepare_data.py wrote (--data)") from None
             raise incomplete(folder) from None
+        except (OSError, ValueError) as error:
+            raise VdiffError(f"{folder / INDEX_FILE} cannot be read: {error}", COPY_AGAIN) from None
         self._read_index(text, str(folder / INDEX_FILE))
         for shard in self.shards:
             path = folder / shard.file
@@ -180,10 +183,10 @@ class ShardStore:
         self.path = shown(self._base)
         index = self.place(Shard(INDEX_FILE, 0, 0))
         with opened(index) as file:
-            text = b"".join(iter(lambda: file.read(BUFFER_BYTES), b""))
+            text = b"".join(islice(iter(lambda: file.read(BUFFER_BYTES), b""), MAX_TEXT_BYTES // BUFFER_BYTES))
         self._read_index(text, shown(index))
 
-    def _read_index(self, text: bytes, place: str) -> None:
+    def _read_index(self, text: str | bytes, place: str) -> None:
         self.meta, self.shards = parse_index(text, place)
         self._suffixes = {size: (suffix_of(self.meta, size),) for size in self.meta.sizes}
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from vdiff.data.shard_files import require_webdataset, scan
 from vdiff.data.store import INDEX_FILE, PREPARE_AGAIN, DatasetMeta
 from vdiff.errors import VdiffError
-from vdiff.files import fsync_folder, make_folder, refusal, write_text
+from vdiff.files import fsync_folder, make_folder, parse, refusal, write_text
 
 IMAGES_PER_SHARD = 10_000
 LABEL = "cls"
@@ -46,22 +47,30 @@ def fingerprint_of(digests: Iterable[str]) -> str:
 
 def write_index(folder: Path, meta: DatasetMeta, shards: Sequence[Shard]) -> None:
     """Write `folder/index.json`, whole or not at all."""
-    index = {"meta": json.loads(meta.to_json()), "shards": [asdict(shard) for shard in shards]}
+    index: dict[str, Any] = {"meta": json.loads(meta.to_json()), "shards": [asdict(shard) for shard in shards]}
+    index["check"] = _check_of(index)
     write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
 
-def parse_index(text: bytes, place: str) -> tuple[DatasetMeta, tuple[Shard, ...]]:
+def _check_of(index: Mapping[str, Any]) -> int:
+    """CRC-32 of what an index says, so that a changed bit is seen."""
+    return zlib.crc32(json.dumps([index["meta"], index["shards"]], sort_keys=True).encode())
+
+
+def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard, ...]]:
     """What an index says; `place` names it in errors.
 
     Raises:
         VdiffError: no index, one of another version, one of an unfinished dataset, or shards that lie elsewhere.
     """
     try:
-        values = json.loads(text)
+        values = parse(text)
         description = json.dumps(values["meta"])
         shards = tuple(Shard(**entry) for entry in values["shards"])
         for shard in shards:
-            if not (shard.images >= 1 and shard.bytes >= 1 and shard.sha256.isalnum()):
+            if not (type(shard.images) is type(shard.bytes) is int and 1 <= shard.images <= shard.bytes < 2**63):
+                raise ValueError
+            if not (type(shard.file) is type(shard.sha256) is str and shard.sha256.isalnum()):
                 raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise VdiffError(f"{place} is no index of tar shards", PREPARE_AGAIN) from None
@@ -72,8 +81,12 @@ def parse_index(text: bytes, place: str) -> tuple[DatasetMeta, tuple[Shard, ...]
         meta = DatasetMeta.from_json(description)
     except VdiffError as error:
         raise VdiffError(f"{place}: {error.cause}", error.hint) from None
+    if meta.image_format not in EXTENSIONS:
+        raise VdiffError(f"{place}: no shards hold images in the format {meta.image_format!r}", PREPARE_AGAIN)
     if not meta.complete:
         raise VdiffError(f"{place} is of an incomplete dataset", PREPARE_AGAIN)
+    if values.get("check", _check_of(values)) != _check_of(values):
+        raise VdiffError(f"{place} is damaged: it is not what was written", PREPARE_AGAIN)
     return meta, shards
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-from collections.abc import Iterator, Mapping
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
-
-import lmdb
 
 from vdiff.data.labels import clean_name
+from vdiff.data.lmdb_file import LmdbFile
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text
 
@@ -26,11 +25,13 @@ DATA_FILE = "data.mdb"
 INDEX_FILE = "index.json"  # of tar shards
 LENGTH_KEY = b"length"
 META_KEY = b"meta"
+CHECK_KEY = b"check"  # of both
 PREPARE_AGAIN = "run prepare_data.py again with --overwrite"
 PARTIAL_SUFFIX = ".partial"
 JOB_FILE = "job.json"
 FIRST_LINK = bytes(32)
 STRETCH = 256
+MAX_SIZE = 2**14
 
 
 def image_key(size: int, index: int) -> bytes:
@@ -41,6 +42,16 @@ def image_key(size: int, index: int) -> bytes:
 def label_key(index: int) -> bytes:
     """`label-00007`: the key of the class of image `index`."""
     return f"label-{index:05d}".encode()
+
+
+def check_key(index: int) -> bytes:
+    """`check-00007`: the key of the checksums of image `index` in all its sizes, and of its class."""
+    return f"check-{index:05d}".encode()
+
+
+def check_of(*values: bytes) -> bytes:
+    """CRC-32 (8 hexadecimal digits) of values, so that a changed bit is seen when they are read."""
+    return b"%08x" % zlib.crc32(b"\0".join(values))
 
 
 def digest_of(images: Mapping[int, bytes], label: int | None) -> bytes:
@@ -104,14 +115,14 @@ class DatasetMeta:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> DatasetMeta:
+    def from_json(cls, text: str | bytes) -> DatasetMeta:
         """The inverse of `to_json`.
 
         Raises:
-            VdiffError: not JSON, a newer format, or keys that are missing or unknown.
+            VdiffError: not JSON, a newer format, or keys that are missing, unknown or of another kind.
         """
         try:
-            values = json.loads(text)
+            values = parse(text)
         except ValueError:
             values = None
         if not isinstance(values, dict):
@@ -127,21 +138,37 @@ class DatasetMeta:
         wrong += [f"has the unknown key {key!r}" for key in sorted(set(values) - known)]
         if wrong:
             raise VdiffError(f"the dataset's description {', '.join(wrong)}", PREPARE_AGAIN)
-        values["sizes"] = tuple(values["sizes"])
-        values["class_names"] = tuple(clean_name(name) for name in values["class_names"])
-        return cls(**values)
+        if wrong := [item.name for item in fields(cls) if not _IS_KIND[str(item.type)](values[item.name])]:
+            raise VdiffError(f"the dataset's description has another kind of {', '.join(wrong)}", PREPARE_AGAIN)
+        names = tuple(clean_name(name) for name in values["class_names"])
+        meta = cls(**{**values, "sizes": tuple(values["sizes"]), "class_names": names})
+        counts = [meta.counts.get(key, {}) for key in ("skipped", "ignored", "converted")]
+        if not (
+            meta.sizes == tuple(sorted(set(meta.sizes)))
+            and meta.sizes[:1] > (0,)
+            and meta.sizes[-1] <= MAX_SIZE
+            and meta.channels in (1, 3)
+            and re.fullmatch(r"([1-9]\d{0,8}/[1-9]\d{0,8})?", meta.shard)
+            and type(meta.counts.get("images", 0)) is int
+            and all(isinstance(count, dict) and all(type(n) is int for n in count.values()) for count in counts)
+        ):
+            raise VdiffError("the dataset's description says what no dataset is", PREPARE_AGAIN)
+        return meta
 
 
-class _Environment:
-    """An LMDB environment and the process that opened it."""
-
-    def __init__(self, path: Path) -> None:
-        self.pid = os.getpid()
-        self.lmdb = lmdb.open(str(path), max_readers=32, readonly=True, lock=False, readahead=False, meminit=False)
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(type(item) is kind for item in value)
 
 
-# LMDB refuses to open a file twice in one process: the stores of one file share an environment while any of them lives
-_environments: WeakValueDictionary[tuple[int, int], _Environment] = WeakValueDictionary()
+_IS_KIND: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: type(value) is str,
+    "int": lambda value: type(value) is int,
+    "int | None": lambda value: value is None or type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "tuple[int, ...]": _is_list_of(int),
+    "tuple[str, ...]": _is_list_of(str),
+    "Mapping[str, Any]": lambda value: type(value) is dict,
+}
 
 
 class ImageStore:
@@ -153,15 +180,17 @@ class ImageStore:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._environment: _Environment | None = None
         _check_folder(self.path)
-        length = self._get(LENGTH_KEY)
-        meta = self._get(META_KEY)
-        if meta is not None:
-            self.meta = DatasetMeta.from_json(meta.decode())
-        elif length is not None:
-            self.meta = self._foreign_meta(int(length))
-        if length is None or not self.meta.complete:
+        self._file: LmdbFile | None = LmdbFile(self.path / DATA_FILE, PREPARE_AGAIN)
+        length, meta, check = (self._get(key) for key in (LENGTH_KEY, META_KEY, CHECK_KEY))
+        if length is None:
+            raise incomplete(self.path)
+        if not (length.isdigit() and len(length) < 20 and int(length) <= self._file.entries):
+            raise self._damaged("its length is not the number of its images")
+        if check not in (None, check_of(length, meta or b"")):
+            raise self._damaged("its description is not what was written")
+        self.meta = self._foreign_meta(int(length)) if meta is None else DatasetMeta.from_json(meta)
+        if not self.meta.complete:
             raise incomplete(self.path)
         self._length = int(length)
 
@@ -169,11 +198,11 @@ class ImageStore:
         return self._length
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_environment": None}
+        return {**self.__dict__, "_file": None}
 
     def close(self) -> None:
         """Let go of the file; the next read opens it again."""
-        self._environment = None
+        self._file = None
 
     def encoded(self, size: int, index: int) -> bytes:
         """The bytes of the image file `index` at `size`.
@@ -185,9 +214,11 @@ class ImageStore:
         if not 0 <= index < self._length:
             raise IndexError(f"image {index} of {self._length}")
         self.check_size(size)
-        value = self._get(image_key(size, index))
+        value, check = self._get(image_key(size, index)), self._get(check_key(index))
         if value is None:
             raise VdiffError(f"{self.path} has no image {index} of size {size}", PREPARE_AGAIN)
+        if check is not None and check_of(value) not in check.split():
+            raise self._damaged(f"image {index} of size {size} is not what was written")
         return value
 
     def label(self, index: int) -> int | None:
@@ -196,9 +227,13 @@ class ImageStore:
             raise IndexError(f"image {index} of {self._length}")
         if not self.meta.class_names:
             return None
-        value = self._get(label_key(index))
+        value, check = self._get(label_key(index)), self._get(check_key(index))
         if value is None:
             raise VdiffError(f"{self.path} has no class for image {index}", PREPARE_AGAIN)
+        if check is not None and check_of(value) not in check.split():
+            raise self._damaged(f"the class of image {index} is not what was written")
+        if not (value.isdigit() and len(value) < 10 and int(value) < len(self.meta.class_names)):
+            raise self._damaged(f"the class of image {index} is {value[:20]!r}, not one of its classes")
         return int(value)
 
     def image(self, size: int, index: int) -> Image:
@@ -235,49 +270,22 @@ class ImageStore:
 
     def _sizes_in_keys(self) -> Iterator[int]:
         """The N of all keys `N-…`, by jumping from prefix to prefix instead of walking through every image."""
-        with self._open().begin() as transaction, transaction.cursor() as cursor:
-            found = cursor.first()
-            while found:
-                prefix, dash, _ = bytes(cursor.key()).partition(b"-")
-                if dash and prefix.isdigit():
-                    yield int(prefix)
-                found = cursor.set_range(prefix + b".") if dash else cursor.next()  # "." comes right after "-"
+        assert self._file is not None
+        key = self._file.first_key(b"")
+        while key is not None:
+            prefix, dash, _ = key.partition(b"-")
+            if dash and prefix.isdigit() and len(prefix) < 6:
+                yield int(prefix)
+            key = self._file.first_key(prefix + b"." if dash else key + b"\0")  # "." comes right after "-"
 
     def _get(self, key: bytes) -> bytes | None:
-        with self._open().begin() as transaction:
-            value: bytes | None = transaction.get(key)
-        return value
+        if self._file is None:
+            _check_folder(self.path)
+            self._file = LmdbFile(self.path / DATA_FILE, PREPARE_AGAIN)
+        return self._file.get(key)
 
-    def _open(self) -> lmdb.Environment:
-        """This process's environment: a forked child lets the inherited one go and opens its own."""
-        pid = os.getpid()
-        if self._environment is not None and self._environment.pid == pid:
-            return self._environment.lmdb
-        _check_folder(self.path)
-        status = os.stat(self.path / DATA_FILE)
-        identity = (status.st_dev, status.st_ino)
-        environment = _environments.get(identity)
-        if environment is not None and environment.pid != pid:
-            environment.lmdb.close()
-            environment = None
-        if environment is None:
-            environment = _open_environment(self.path, status.st_size)
-            _environments[identity] = environment
-        self._environment = environment
-        return environment.lmdb
-
-
-def _open_environment(path: Path, file_bytes: int) -> _Environment:
-    """Open the LMDB in `path`, but no file shorter than it says: reading past its end would kill the process."""
-    try:
-        environment = _Environment(path)
-        needed = (environment.lmdb.info()["last_pgno"] + 1) * environment.lmdb.stat()["psize"]
-    except lmdb.Error as error:
-        raise VdiffError(f"{path / DATA_FILE} cannot be read: {error}", PREPARE_AGAIN) from None
-    if file_bytes < needed:
-        environment.lmdb.close()
-        raise VdiffError(f"{path / DATA_FILE} is truncated: {file_bytes} of {needed} bytes", PREPARE_AGAIN)
-    return environment
+    def _damaged(self, reason: str) -> VdiffError:
+        return VdiffError(f"{self.path} is damaged: {reason}", PREPARE_AGAIN)
 
 
 def partial_folder(path: Path) -> Path:
@@ -300,7 +308,7 @@ def _job(folder: Path) -> dict[str, Any]:
         job = parse(read_text(folder / JOB_FILE))
     except (OSError, ValueError):
         return {}
-    return job if isinstance(job, dict) and "command" in job else {}
+    return job if isinstance(job, dict) and isinstance(job.get("command"), str) else {}
 
 
 def _check_folder(path: Path) -> None:

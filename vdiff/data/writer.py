@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,12 +13,16 @@ from types import TracebackType
 
 import lmdb
 
+from vdiff.data.lmdb_file import LmdbFile
 from vdiff.data.store import (
+    CHECK_KEY,
     DATA_FILE,
     FIRST_LINK,
     LENGTH_KEY,
     META_KEY,
     DatasetMeta,
+    check_key,
+    check_of,
     digest_of,
     image_key,
     label_key,
@@ -30,6 +35,7 @@ BATCH_BYTES = 16 * 2**20
 BATCH_IMAGES = 1024
 STATE_KEY = b"state"
 FULL_DISK_BYTES = 2**20
+BEGIN_ANEW = "give --overwrite to begin anew"
 
 
 class StoreWriter:
@@ -74,6 +80,7 @@ class StoreWriter:
         records = {image_key(size, index): encoded for size, encoded in images.items()}
         if label is not None:
             records[label_key(index)] = str(label).encode()
+        records[check_key(index)] = b" ".join(map(check_of, records.values()))
         self._records += records.items()
         self._record_bytes += sum(map(len, records.values()))
         self.link = next_link(self.link, digest_of(images, label))
@@ -99,23 +106,23 @@ class StoreWriter:
         """Write what waits, the length and the complete description."""
         self.commit()
         self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=self.link.hex())
-        self._write([(LENGTH_KEY, str(self.length).encode()), (META_KEY, self.meta.to_json().encode())], done=True)
+        length, meta = str(self.length).encode(), self.meta.to_json().encode()
+        self._write([(LENGTH_KEY, length), (META_KEY, meta), (CHECK_KEY, check_of(length, meta))], done=True)
         return self.meta
 
     def _go_on(self) -> None:
-        try:
-            with lmdb.open(str(self.path), lock=False, readonly=True) as environment, environment.begin() as reading:
-                meta, state = reading.get(META_KEY), reading.get(STATE_KEY)
-                used = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        except lmdb.Error as error:
-            raise VdiffError(f"{self.path} cannot be read: {error}", "give --overwrite to begin anew") from None
-        while self._map_bytes <= used:
+        file = LmdbFile(self.path / DATA_FILE, BEGIN_ANEW)
+        meta, state = file.get(META_KEY), file.get(STATE_KEY)
+        while self._map_bytes <= file.used_bytes:
             self._map_bytes *= 2  # as a writer that was never cut short would have done
         if meta is not None:
-            self.meta = DatasetMeta.from_json(meta.decode())
+            self.meta = DatasetMeta.from_json(meta)
         if state is not None:
-            number, length, link = state.decode().split()
-            self.num_committed, self.length, self.link = int(number), int(length), bytes.fromhex(link)
+            found = re.fullmatch(rb"(\d{12}) (\d{12}) ([0-9a-f]{64})", state)
+            if found is None:
+                raise VdiffError(f"{self.path} is damaged: it does not say how far it is", BEGIN_ANEW)
+            number, length, link = found.groups()
+            self.num_committed, self.length, self.link = int(number), int(length), bytes.fromhex(link.decode())
             self._begun_at = self.length
 
     def _write(self, records: list[tuple[bytes, bytes]], *, done: bool = False) -> None:

@@ -39,7 +39,7 @@ class StorePart(ImageStore):
 
     def __init__(self, whole: ImageStore, indices: NDArray[np.int64]) -> None:
         self.path, self.meta, self.whole, self.indices = whole.path, whole.meta, whole, indices
-        self._environment = None
+        self._file = None
 
     def __len__(self) -> int:
         return len(self.indices)
