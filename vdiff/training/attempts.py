@@ -1,4 +1,4 @@
-"""The attempts at a stage that makes students worse: set aside, counted, the best of them kept."""
+"""The attempts at a stage whose students collapse: set aside, counted, the best of them kept."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def climb(
 
     Raises:
         Interrupted: a signal came; the same command goes on.
-        VdiffError: a student's folder holds something else, the training fails, or a student is worse than it may be.
+        VdiffError: a student's folder holds something else, the training fails, or a student collapsed.
     """
     if overwrite:
         load_checkpoint(stages[0].base)  # before anything is removed: it may be damaged
@@ -136,7 +136,7 @@ def _judge(
     One that is farther from its teacher than before its training is put back to what it was, and is good.
 
     Raises:
-        VdiffError: it failed, and so did every attempt before; the best of them is kept.
+        VdiffError: it collapsed, as in every attempt before; the best of them is kept.
     """
     code = 0
     if engine.is_main:
