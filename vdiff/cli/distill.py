@@ -126,10 +126,10 @@ def planned(
         found = None if overwrite else found_student(stage, mine)
         updates, needs_images = stage.updates(config), METHODS[stage.method].needs_images
         left = updates if found is None else 0 if found.is_finished else updates - found.num_iters
-        # a path costs as much as it has steps, a target as many evaluations as its teacher takes steps; the networks of
-        # a smaller student come with the second stage
+        # a path costs as much as it has steps, a target as many evaluations as its teacher takes steps, short steps
+        # need full precision; the networks of a smaller student come with the second stage
         cost = stage.num_steps if not needs_images else stage.teacher_steps // stage.num_steps
-        kind = (stage.method, cost, bool(config.student_config) and k > 0)
+        kind = (stage.method, cost, stage.is_fine, bool(config.student_config) and k > 0)
         if left and kind not in seconds:
             console.line(f"timing updates of {stage.method}")
             seconds[kind] = seconds_per_update(stage, config, images, engine)

@@ -181,7 +181,7 @@ def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | No
 def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, int, int]]:
     """Method, teacher's and student's steps of each stage."""
     phases = config.phase_steps()
-    first = first_steps(config, teacher)
+    first = starting_steps(config, teacher)
     _check_first(config, teacher, first, phases)
     steps: list[tuple[str, int, int]] = []
     if teacher.prediction == "eps" or config.method == "match":
@@ -203,7 +203,7 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
     return steps
 
 
-def first_steps(config: DistillConfig, teacher: CheckpointConfig) -> int:
+def starting_steps(config: DistillConfig, teacher: CheckpointConfig) -> int:
     """The steps of the teacher that a ladder begins with: those asked for, else its own.
 
     Where its own cannot be halved down to `to_steps` it begins with fewer, if the teacher takes any number.
@@ -219,7 +219,7 @@ def first_steps(config: DistillConfig, teacher: CheckpointConfig) -> int:
 
 def remarks(config: DistillConfig, teacher: CheckpointConfig) -> list[str]:
     """What is worth knowing of a plan before it is carried out, each in a line."""
-    lines, first = [], first_steps(config, teacher)
+    lines, first = [], starting_steps(config, teacher)
     if not config.teacher_steps and not config.phases and first != teacher.num_timesteps:
         own = f"{teacher.num_timesteps} cannot be halved to {config.to_steps}"
         lines.append(f"the ladder begins with {first} steps of the teacher: {own}")
