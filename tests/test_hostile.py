@@ -9,7 +9,9 @@ import json
 import lzma
 import os
 import random
+import shutil
 import signal
+import socket
 import zipfile
 from collections.abc import Iterator
 from itertools import islice
@@ -19,12 +21,14 @@ import lmdb
 import PIL.Image
 import pytest
 
-from tests.commands import run, the_error
+from tests.commands import TINY, run, the_error
 from tests.test_names import commands_in
-from vdiff.data import disk_sources, image_files, shard_files, store
+from tests.toy import write_checkpoint, write_dataset
+from vdiff.data import disk_sources, image_files, shard_files, store, writer
 from vdiff.data.batches import ImageBatches
 from vdiff.data.datasets import open_dataset
 from vdiff.data.inspection import facts
+from vdiff.data.shard_store import ShardStore
 from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
@@ -423,3 +427,266 @@ def test_old_datasets_without_checksums_are_read(database, monkeypatch):
     Path("set").mkdir()
     Path("set/data.mdb").write_bytes(database)
     assert len(everything(Path("set"))[2]) == 20
+
+
+# settings, descriptions and numbers
+
+DEEP = 50_000
+TOMLS: dict[str, bytes] = {
+    "lists in lists": b"lr = " + b"[" * DEEP,
+    "tables in tables": b"unet = " + b"{a=" * DEEP,
+    "a key of many parts": b"unet" + b".a" * 2000 + b" = 1",
+    "a number of 5,000 digits": b"num_iters = " + b"9" * 5000,
+    "a large number": b"num_iters = 1000000000000000000",
+    "a large real number": b"lr = 1e999",
+    "a whole number too large to be real": b"lr = 1" + b"0" * 400,
+    "a large negative number": b"lr = -1" + b"0" * 400,
+    "no number": b"lr = nan",
+    "infinity": b"lr = inf",
+    "no text": b"\xff\xfe",
+    "zeros": bytes(1000),
+    "a name of commands": b'"\\u001b[2J" = 1',
+    "a value of commands": b'preset = "\\u001b[2J\\u202e"',
+    "a path with a zero": b'data = "\\u0000"',
+    "a path of commands": b'data = "\\u001b[2J"',
+    "a long path": b'data = "' + b"a" * 10_000 + b'"',
+    "a table for a number": b"[lr]",
+    "a date": b"lr = 1979-05-27",
+    "a network of nothing": b"preset = 'toy'\n[unet]\nchannels = 0",
+    "a network too large": b"preset = 'toy'\n[unet]\nchannels = 1000000000000",
+    "a network of text": b"preset = 'toy'\n[unet]\nmultipliers = 'x'",
+    "a network of no numbers": b"preset = 'toy'\n[unet]\nchannels = nan",
+    "distillation that is a number": b"distill = 3",
+}
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset and a checkpoint."""
+    folder = tmp_path_factory.mktemp("furnished")
+    write_dataset(folder / "data/toy")
+    write_checkpoint(folder / "checkpoints/base_5", num_timesteps=16)
+    (folder / "tiny.toml").write_text(TINY)
+    return folder
+
+
+@pytest.fixture
+def place(furnished: Path) -> None:
+    """A copy of it, the working folder."""
+    shutil.copytree(furnished, ".", dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("name", TOMLS)
+@pytest.mark.usefixtures("place")
+def test_settings_that_are_made_up(name):
+    Path("x.toml").write_bytes(TOMLS[name])
+    ends_in_one_line("train.py --config x.toml")
+
+
+NUMBERS = [
+    "sample.py --interpolate 0 1180591620717411303424",
+    "sample.py --interpolate -1 3",
+    "sample.py --num 1000000000000000000",
+    "sample.py --num 999999999999999999999999999999",
+    f"sample.py --num {'9' * 5000}",
+    "sample.py --seed 18446744073709551616",
+    "sample.py --seed -1",
+    "sample.py --batch_size 1000000000000000000",
+    "sample.py --num_timesteps 1000000000000000000",
+    "sample.py --guidance nan",
+    "sample.py --time_scale 1000000000000000000",
+    "train.py --config tiny.toml --seed 9223372036854775808",
+    "train.py --config tiny.toml --num_iters 1000000000000000000",
+    "train.py --config tiny.toml --batch_size 1000000000000000000",
+    "train.py --config tiny.toml --image_size 1000000000",
+    "train.py --config tiny.toml --lr nan",
+    "train.py --config tiny.toml --lr 1e999",
+    "distill.py --config tiny.toml --base checkpoints/base_5 --to_steps 1000000000000000000",
+    f"distill.py --config tiny.toml --base checkpoints/base_5 --phases {'9' * 5000},1",
+    "prepare_data.py --size 1000000000",
+    f"prepare_data.py --size {'9' * 5000}",
+    "prepare_data.py --crop random_resized --seed 1180591620717411303424",
+    "prepare_data.py --min_size 1000000000000000000",
+    f"prepare_data.py --shard 1/{'9' * 5000}",
+    "prepare_data.py --crop_scale nan --crop random_resized",
+    "prepare_data.py --num_workers 1000000000000000000",
+    "vdiff data show data/toy --image_size 1000000000000000000",
+    "vdiff evaluate checkpoints/base_5 --data data/toy --n 1000000000000000000",
+]
+
+
+@pytest.mark.parametrize("line", NUMBERS, ids=[line[:60] for line in NUMBERS])
+@pytest.mark.usefixtures("place")
+def test_numbers_that_nothing_can_hold(line):
+    ends_in_one_line(line)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prepare_data.py {}",
+        "train.py --config {}",
+        "train.py --config tiny.toml --data {}",
+        "distill.py --config tiny.toml --base {}",
+        "distill.py --config tiny.toml --base checkpoints/base_5 --student_config {}",
+        "sample.py --checkpoint {}",
+        "vdiff inspect {}",
+        "vdiff import reference {} --image_size 4",
+        "vdiff import diffusers {}",
+        "vdiff data info {}",
+        "vdiff data info {}.tar",
+        "vdiff data merge {}",
+        "vdiff evaluate checkpoints/base_5 --data data/toy --features {}",
+        "vdiff evaluate checkpoints/base_5 --data {}",
+        "vdiff report {}",
+        "vdiff ema {}",
+        "vdiff push checkpoints/base_5 me/x --token_file {}",
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_what_is_no_file_is_not_opened(line, kind):
+    with socket.socket(socket.AF_UNIX) as server:
+        for name in ("x", "x.tar"):
+            if kind == "pipe":
+                os.mkfifo(name)
+            elif kind == "device":
+                Path(name).symlink_to("/dev/zero")
+            elif name in line.format("x").split():
+                server.bind(name)
+        ends_in_one_line(line.format("x"))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "data.mdb", "index.json", "job.json", "listing.sqlite"]
+)
+@pytest.mark.usefixtures("place")
+def test_a_pipe_in_a_folder_is_not_opened(name):
+    if name in ("config.json", "model.safetensors"):
+        os.remove(f"checkpoints/base_5/{name}")
+        os.mkfifo(f"checkpoints/base_5/{name}")
+        for line in ("sample.py --checkpoint", "vdiff inspect", "distill.py --config tiny.toml --base"):
+            ends_in_one_line(f"{line} checkpoints/base_5")
+        return
+    folder = "digits.partial" if name in ("job.json", "listing.sqlite") else "digits"
+    os.mkdir(folder)
+    os.mkfifo(f"{folder}/{name}")
+    ends_in_one_line("vdiff data info digits")
+    ends_in_one_line("prepare_data.py --num_workers 0 --out digits --overwrite")
+
+
+# what an unfinished preparation left
+
+
+JOBS: dict[str, bytes] = {
+    "deep": b"[" * DEEP,
+    "a list": b"[]",
+    "no text": b"\xff",
+    "empty": b"",
+    "no job": b'{"command": "x"}',
+    "a job that is a list": b'{"job": [], "command": "x"}',
+    "a command that is a number": b'{"job": {}, "command": 3}',
+    "a command of commands": b'{"job": {}, "command": "\\u001b[2J"}',
+    "a number of 5,000 digits": b'{"job": {"part": ' + b"9" * 5000 + b'}, "command": "x"}',
+    "no numbers": b'{"job": {"part": NaN}, "command": "x"}',
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_that_is_made_up(name):
+    Path("photos").mkdir()
+    Path("photos/good.png").write_bytes(png())
+    Path("out.partial").mkdir()
+    Path("out.partial/job.json").write_bytes(JOBS[name])
+    ends_in_one_line(PREPARE.format("photos"))
+    ends_in_one_line("vdiff data info out")
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 images, and a preparation of them that ended after 8."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(writer, "BATCH_IMAGES", 4)
+        Path("photos").mkdir()
+        for index in range(12):
+            Path(f"photos/{index:02d}.png").write_bytes(png(f"#{index:02x}0000"))
+        run(PREPARE.format("photos").replace(" out", " whole"))
+
+        def stop(self: StoreWriter) -> None:
+            if self.num_committed == 2:
+                raise KeyboardInterrupt
+            commit(self)
+
+        commit = StoreWriter.commit
+        patched.setattr(StoreWriter, "commit", stop)
+        assert run(PREPARE.format("photos")).exit_code == 130
+    return folder
+
+
+@pytest.mark.parametrize("name", ["listing.sqlite", "journal.sqlite"])
+def test_a_changed_list_or_journal_gives_an_error_or_the_same_dataset(name, unfinished, monkeypatch):
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 4)
+    monkeypatch.chdir(unfinished)
+    shutil.copytree("out.partial", "kept")
+    file, want = Path("out.partial", name), Path("whole/data.mdb").read_bytes()
+    whole, ends, generator = file.read_bytes(), set(), random.Random(0)
+    for _ in range(25):
+        data, text = bytearray(whole), generator.choice([b"position", b"images", b".png", b"fingerprint", b"\0\0"])
+        at = max(data.rfind(text), 0) + generator.randrange(24)
+        data[at] ^= 1 << generator.randrange(8)
+        shutil.rmtree("out.partial", ignore_errors=True)
+        shutil.rmtree("out", ignore_errors=True)
+        shutil.copytree("kept", "out.partial")
+        file.write_bytes(data)
+        result = run(PREPARE.format("photos"))
+        assert isinstance(result.exception, SystemExit) or result.exit_code == 0, result.exception
+        assert commands_in(result.output) == []
+        if result.exit_code == 0:
+            assert Path("out/data.mdb").read_bytes() == want
+        ends.add(result.exit_code)
+    shutil.rmtree("kept")
+    assert 1 in ends
+
+
+INDEX_VALUES = {
+    "deep": b"[" * DEEP,
+    "no text": b"\xff",
+    "a list": b"[]",
+    "no shards": b'{"meta": {}}',
+    "shards, a number": b'{"meta": {}, "shards": 3}',
+    "a shard of words": b'{"meta": {}, "shards": [{"file": "a.tar", "images": "1", "bytes": 1, "sha256": "a"}]}',
+    "a shard of no number": b'{"meta": {}, "shards": [{"file": "a.tar", "images": NaN, "bytes": 1, "sha256": "a"}]}',
+    "a shard of many": b'{"meta": {}, "shards": [{"file": "a.tar", "images": 1e99, "bytes": 1, "sha256": "a"}]}',
+    "a shard elsewhere": b'{"meta": {}, "shards": [{"file": "../a.tar", "images": 1, "bytes": 9, "sha256": "a"}]}',
+    "a shard, a number": b'{"meta": {}, "shards": [{"file": 3, "images": 1, "bytes": 9, "sha256": "a"}]}',
+    "a sum, a number": b'{"meta": {}, "shards": [{"file": "a.tar", "images": 1, "bytes": 9, "sha256": 3}]}',
+    "no description": b'{"meta": [], "shards": []}',
+}
+
+
+@pytest.mark.parametrize("name", INDEX_VALUES)
+def test_an_index_that_is_made_up(name):
+    Path("set").mkdir()
+    Path("set/index.json").write_bytes(INDEX_VALUES[name])
+    assert "set/index.json" in ends_in_one_line("vdiff data info set")
+
+
+def test_a_changed_index_gives_an_error_or_what_was_written():
+    Path("photos").mkdir()
+    Path("photos/good.png").write_bytes(png())
+    run(PREPARE.format("photos").replace("--out out", "--out set.tar"))
+    text, whole = Path("set/index.json").read_bytes(), ShardStore("set")
+    errors = 0
+    for at in range(0, len(text), 7):
+        data = bytearray(text)
+        data[at] ^= 1
+        Path("set/index.json").write_bytes(data)
+        try:
+            opened = ShardStore("set")
+        except VdiffError:
+            errors += 1
+        else:
+            assert (opened.meta, opened.shards) == (whole.meta, whole.shards)
+    assert errors > len(text) // 10

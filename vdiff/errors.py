@@ -29,6 +29,10 @@ def shell(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
+MAX_WHOLE = 2**31 - 1
+"""The largest whole number that an option or a setting without a limit of its own takes."""
+
+
 class VdiffError(Exception):
     """Something the user can mend: what is wrong (`cause`), and what to do next (`hint`).
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import click
 
-from vdiff.errors import Interrupted, VdiffError, printable, suggestion
+from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggestion
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
@@ -116,6 +116,15 @@ class GroupedOption(click.Option):
         if isinstance(self.show_default, str):
             extra["default"] = self.show_default
         return extra
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Convert; a whole number that would overflow somewhere is refused."""
+        found = super().type_cast_value(ctx, value)
+        if getattr(getattr(self.type, "item", self.type), "max", None) is None:
+            for number in found if isinstance(found, tuple) else (found,):
+                if type(number) is int and number > MAX_WHOLE:
+                    raise click.BadParameter(f"{str(number)[:20]} is more than {MAX_WHOLE:,}", ctx, self)
+        return found
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """Name the option by its first name alone."""

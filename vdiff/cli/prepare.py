@@ -35,7 +35,8 @@ class PartType(click.ParamType):
         if isinstance(value, tuple):
             return value
         number, slash, count = str(value).partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        is_pair = slash and number.isdecimal() and count.isdecimal() and len(number) <= len(count) < 10
+        if not (is_pair and 1 <= int(number) <= int(count)):
             self.fail(f"it takes I/N with I from 1 to N, such as 1/4, not {value!r}", param, ctx)
         return int(number), int(count)
 

@@ -15,7 +15,7 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import SCHEDULES
 from vdiff.diffusion.weighting import WEIGHTINGS
-from vdiff.errors import OptionError, suggestion
+from vdiff.errors import MAX_WHOLE, OptionError, suggestion
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -388,7 +388,7 @@ class DistillConfig(LoopConfig):
             OptionError: one of them is no number of steps.
         """
         words = self.phases.split(",") if self.phases else []
-        if not all(word.strip().isdecimal() and int(word) > 0 for word in words) or len(words) == 1:
+        if not all(word.strip().isdecimal() and len(word) < 10 and int(word) > 0 for word in words) or len(words) == 1:
             raise OptionError(f"--phases {self.phases}: no list of steps", "give them from the teacher's down: 64,8,1")
         return [int(word) for word in words]
 
@@ -432,14 +432,16 @@ def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
     """
     where = f"{origin}: {setting.name} =" if origin != COMMAND_LINE else f"--{setting.name}"
     kind = value_type(setting)
+    rules = setting.metadata
+    low, high = rules.get("low"), rules.get("high")
+    if type(value) is int and abs(value) > max(MAX_WHOLE, high or 0):
+        raise OptionError(f"{where} {str(value)[:20]} is too large", f"it must be at most {high or MAX_WHOLE}")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise OptionError(f"{where} {value!r} is no {WORDS[kind]}", f"give a {WORDS[kind]}")
-    rules = setting.metadata
     if rules.get("choices") and value not in rules["choices"]:
         raise OptionError(f"{where} {value!r} is unknown", suggestion(str(value), rules["choices"]))
-    low, high = rules.get("low"), rules.get("high")
     if low is not None and (not value >= low or (rules["open_low"] and value == low)):
         raise OptionError(
             f"{where} {value} is too small", f"it must be {'above' if rules['open_low'] else 'at least'} {low}"
