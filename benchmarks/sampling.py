@@ -185,7 +185,7 @@ def main(
         if checkpoint is None:
             write_random(checkpoint := Path(scratch) / "random")
         config = read_config(checkpoint)
-        export_pipeline(checkpoint, folder := Path(scratch) / "pipeline")
+        export_pipeline(checkpoint, folder := Path(scratch) / "pipeline", clip=False)
         if (found := difference(checkpoint, folder, place, steps)) > TOLERANCE:
             raise click.ClickException(f"the two draw other images: they differ by {found:.2g}")
         sides: list[Side] = []

@@ -287,6 +287,12 @@ def test_every_key_is_held_to_its_kind(tmp_path, key):
     [
         ("num_timesteps", 0, "'num_timesteps' must be at least 1, not 0"),
         ("image_size", -8, "'image_size' must be at least 1, not -8"),
+        ("image_size", 65536, "'image_size' must be at most 8192, not 65536"),
+        ("train_seconds", float("nan"), "'train_seconds' must be at least 0, not nan"),
+        ("train_seconds", float("inf"), "'train_seconds' must be at most 9223372036854775808, not inf"),
+        ("num_images", -1, "'num_images' must be at least 0, not -1"),
+        ("target_iters", 10**400, "'target_iters' must be at most 9223372036854775808, not 1"),
+        ("guidance_range", [0.0, float("nan")], "'guidance_range' must be finite"),
         ("schedule", {"name": "cosin"}, "describes no model: unknown schedule 'cosin'"),
         ("schedule", {"name": "cosine", "logsnr_max": -1}, "describes no model: logsnr_max must be positive"),
     ],
@@ -295,6 +301,13 @@ def test_values_without_a_meaning_are_blamed_on_the_file(tmp_path, key, value, w
     saved(tmp_path)
     edit(tmp_path, **{key: value})
     assert_refused(tmp_path, words, load=read_config)
+
+
+def test_images_of_a_size_that_the_network_cannot_halve(tmp_path):
+    saved(tmp_path, config(unet=dataclasses.replace(UNET, multipliers=(1, 1)).to_dict()))
+    load_checkpoint(tmp_path)
+    edit(tmp_path, image_size=5)
+    assert_refused(tmp_path, "config.json: 'image_size' must be a multiple of 2")
 
 
 def test_weights_that_do_not_fit(tmp_path):

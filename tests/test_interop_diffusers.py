@@ -274,7 +274,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         randomise(checkpoint, seed)
     jobs: dict[str, list[dict[str, Any]]] = {"make": [], "draw": [], "run": []}
     for name, options in EXPORTS.items():
-        values = {key: value for key, value in options.items() if key != "checkpoint"}
+        values = {"clip": False} | {key: value for key, value in options.items() if key != "checkpoint"}
         export_pipeline(place / "ours" / options["checkpoint"], place / "exports" / name, **values)
         call = CLIPPED if options.get("clip") else {}
         asked = TOLD.get(name.split()[0] if name.startswith("classes") else name, {}).get("classes")
@@ -644,7 +644,7 @@ def test_a_checkpoint_survives_the_way_there_and_back(place, tmp_path, name):
     options = {"guidance": 2.0} if name == "guided" else {}
     made = export_pipeline(place / "ours" / name, tmp_path / "there", **options)
     back = import_pipeline(str(tmp_path / "there"), tmp_path / "back")
-    assert back.remarks == (["it does not clip the image; ours do unless told --no_clip"])
+    assert back.remarks == []
     before, after = made.config, read_config(tmp_path / "back")
     teacher = {**TEACHER, "teacher": {"method": "base", "path": "original"}} if before.teacher else None  # no paths
     assert after == replace(before, dataset="imported:diffusers/there, trained by vdiff on toy", teacher=teacher)
@@ -874,7 +874,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(place, tmp_path, monkeypatch)
 
 def test_commands_say_what_they_made_and_what_comes_next(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = done(f"vdiff export diffusers {place}/ours/v out --clip True").stdout.splitlines()
+    lines = done(f"vdiff export diffusers {place}/ours/v out").stdout.splitlines()
     assert lines == [
         "out: DDIMPipeline, 8 steps",
         "next       python -c 'from diffusers import DDIMPipeline as P; "

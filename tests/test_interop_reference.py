@@ -209,7 +209,7 @@ def test_an_imported_student_draws_the_same_in_diffusers(tmp_path, monkeypatch):
     shape = Shape(attn_heads=2)
     weights = save(Path("theirs.pt"), shape, n_timesteps=8, time_scale=16)
     done("vdiff import reference theirs.pt --image_size 8 --attention_heads 2")
-    done("vdiff export diffusers checkpoints/theirs pipeline --clip True")
+    done("vdiff export diffusers checkpoints/theirs pipeline")
     unet = diffusers.UNet2DModel.from_pretrained("pipeline/unet")
     scheduler = diffusers.DDIMScheduler.from_pretrained("pipeline/scheduler")
     scheduler.set_timesteps(8)

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.commands import ROOT
+from tests.commands import ROOT, error
 from tests.drawing import order, run
 from tests.toy import SIZE, Watcher, contents, train_config, write_checkpoint
 from vdiff.data.inspection import verify
@@ -43,6 +43,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_checkpoint(root / "rgb", channels=3)
     write_checkpoint(root / "grey", channels=1, classes=3, class_names=["cat", "dog", "owl"])
     return {"rgb": root / "rgb", "grey": root / "grey"}
+
+
+@pytest.mark.parametrize("out", ["drawn", "drawn.npz", "drawn.lmdb"])
+def test_images_of_four_channels_are_no_pictures(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("latents"), channels=4)
+    told = error(f"sample.py --checkpoint latents --num 1 --device cpu --out {out}", 1)
+    assert told.startswith("the model's images have 4 channels, and pictures 1 or 3; latents need their autoencoder")
+    assert os.listdir() == ["latents"]
 
 
 def exact(model: Path, sampler=None, num: int = NUM, **options) -> np.ndarray:

@@ -17,7 +17,7 @@ from vdiff.errors import shell
     name="diffusers",
     examples=[
         "vdiff export diffusers checkpoints/base_6 exports/base_6",
-        "vdiff export diffusers checkpoints/base_6 exports/base_6 --clip True --overwrite",
+        "vdiff export diffusers checkpoints/base_6 exports/base_6 --clip False --overwrite",
         "vdiff export diffusers checkpoints/base_6 exports/cats --class cat",
     ],
 )
@@ -26,8 +26,9 @@ from vdiff.errors import shell
 @switch(
     "--clip",
     group="Sampling",
+    default=True,
     help="Clip predicted images to ±1, as sample.py does; the pipeline is then to be called with "
-    "use_clipped_model_output=True. Without it, a plain call draws what sample.py --no_clip draws.",
+    "use_clipped_model_output=True. With False, a plain call draws what sample.py --no_clip draws.",
 )
 @option(
     "--class",

@@ -8,6 +8,7 @@ knows only tensors. The file is mapped, not read into memory: no claim about siz
 from __future__ import annotations
 
 import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,10 @@ def read_pt(path: Path) -> Mapping[str, Any]:
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles fail in every way there is
-        raise VdiffError(f"{path} cannot be read as weights ({_first_line(error)})", "copy it again") from None
+        # torch advises to open it without a guard, which would run what is in it
+        is_advice = re.search("weights.only", str(error), re.IGNORECASE)
+        reason = "more than tensors, or damaged" if is_advice else _first_line(error)
+        raise VdiffError(f"{path} cannot be read as weights ({reason})", "copy it again") from None
     if not isinstance(values, Mapping):
         raise VdiffError(f"{path} holds a {type(values).__name__}, no dictionary", "give another file")
     return values
@@ -84,6 +88,11 @@ def _check_archive(path: Path) -> None:
     if path.is_dir():
         raise VdiffError(f"{path} is a folder", "give the path of the checkpoint.pt in it")
     check_regular(path)
+    if path.suffix == ".safetensors":
+        raise VdiffError(
+            f"{path} is no .pt file, and tells no number of timesteps",
+            "give the checkpoint.pt; `vdiff import diffusers` takes the folder of a pipeline, sample.py one of vdiff",
+        )
     with open(path, "rb") as file:
         start = file.read(4)
     if path.stat().st_size > MAX_FILE_BYTES:

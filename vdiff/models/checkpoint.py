@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -213,17 +214,13 @@ def read_config(folder: str | Path) -> CheckpointConfig:
             raise VdiffError(f"{path}: {key!r} must be {' or '.join(JSON_KINDS[kind] for kind in kinds)}", advice)
     try:
         build_schedule(values["schedule"])
-        unet = UNetConfig.from_dict(values["unet"])
+        UNetConfig.from_dict(values["unet"])
     except (ValueError, TypeError, OverflowError) as error:
         raise VdiffError(f"{path} describes no model: {error}", advice) from None
     for key, (low, high) in RANGES.items():
         if not low <= (value := values.get(key, low)) <= high:  # not so of NaN either
             bound = f"at most {high:.0f}" if value > high else f"at least {low}"
-            raise VdiffError(f"{path}: {key!r} must be {bound}, not {value}", advice)
-    if values["image_size"] % unet.size_multiple:
-        raise VdiffError(
-            f"{path}: 'image_size' must be a multiple of {unet.size_multiple}, not {values['image_size']}", advice
-        )
+            raise VdiffError(f"{path}: {key!r} must be {bound}, not {reprlib.repr(value)}", advice)
     if not all(math.isfinite(weight) for weight in values.get("guidance_range", [])):
         raise VdiffError(f"{path}: 'guidance_range' must be finite", advice)
     teacher = values.get("teacher")
@@ -254,6 +251,8 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
         raise VdiffError(f"{folder / CONFIG} describes no model: {reason}", advice) from None
     if difference := _difference(shapes, found):
         raise VdiffError(f"{mismatch}: {difference}", "restore the two files together")
+    if config.image_size % unet.size_multiple:
+        raise VdiffError(f"{folder / CONFIG}: 'image_size' must be a multiple of {unet.size_multiple}", advice)
     weights = {_plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     denoiser = config.build()
     denoiser.load_state_dict(weights)

@@ -44,7 +44,7 @@ def export_pipeline(
     checkpoint: Path,
     folder: Path,
     *,
-    clip: bool = False,
+    clip: bool = True,
     class_name: str | None = None,
     guidance: float | None = None,
     license_name: str | None = None,
@@ -53,7 +53,7 @@ def export_pipeline(
     """Write a checkpoint as a pipeline folder, whole or not at all.
 
     Args:
-        clip: clip x̂ to ±1 in every step. The pipeline then draws what our `ddim` does if it is called with
+        clip: clip x̂ to ±1 in every step, as `ddim` does. The pipeline then has to be called with
             `use_clipped_model_output=True`. Without a clip it draws what `ddim` without a clip does, called plainly.
         class_name: of a class-conditional network the one class that is drawn ("none": no class); None: the network
             is told a class at each call.
