@@ -419,6 +419,43 @@ def test_trackers_that_are_not_there(data, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "silent").iterdir() if path.is_dir()) == ["samples", "state"]
 
 
+class Failing(Tracker):
+    """A tracker that fails when it is told a certain thing."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        setattr(self, at, self.fail)
+
+    def fail(self, *_: object, **__: object) -> None:
+        raise RuntimeError("no connection to\nhttp://there")
+
+
+@pytest.mark.parametrize("at", ["start", "log", "log_images", "finish"])
+def test_a_tracker_that_fails_is_one_line(data, tmp_path, monkeypatch, at):
+    """At its start it ends the run before anything is trained; later the run goes on without it."""
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "is_mlflow_available", lambda: True)
+    monkeypatch.setattr(tracking, "MLflowTracker", lambda *_, **__: Failing(at))
+    config, watcher = train_config(data, tracker="mlflow", log_interval=3), Watcher()
+    if at == "start":
+        with pytest.raises(OptionError, match=r"--tracker mlflow: no connection to http://there; .*--tracker none"):
+            run_training(config, tmp_path / "original")
+        return
+    run_training(config, tmp_path / "original", reporter=watcher)
+    assert read_config(tmp_path / "original").is_finished
+    said = "nothing more is logged: the tracker failed (no connection to http://there)"
+    assert watcher.lines.count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"), [("fp16", ", fp32, not Accelerate's fp16, which --precision overrides"), ("no", ", fp32")]
+)
+def test_accelerate_s_precision_is_not_ignored_silently(data, monkeypatch, theirs, said):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", theirs)
+    assert build_engine(train_config(data)).description == f"cpu{said}"
+
+
 def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path):
     folder = tmp_path / "original"
     run_training(train_config(data, sample_interval=4, ckpt_interval=3), folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -124,11 +125,17 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """`cpu, fp32` or `2 processes, cuda, bf16, TF32, compiled`."""
+        """`cpu, fp32` or `2 processes, cuda, bf16, TF32, compiled`, and a setting of Accelerate's that is not used."""
         precision = {value: key for key, value in MIXED.items()}[self.accelerator.mixed_precision]
         many = [f"{self.world_size} processes"] if self.world_size > 1 else []
         tf32 = ["TF32"] if self.device.type == "cuda" else []
-        return ", ".join([*many, self.device.type, precision, *tf32, *(["compiled"] if self.compile else [])])
+        theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        unused = (
+            [f"not Accelerate's {theirs}, which --precision overrides"]
+            if theirs not in ("no", MIXED[precision])
+            else []
+        )
+        return ", ".join([*many, self.device.type, precision, *unused, *tf32, *(["compiled"] if self.compile else [])])
 
 
 def build_engine(config: LoopConfig) -> Engine:

@@ -34,8 +34,9 @@ from vdiff.training.sharding import whole
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import Position, load_state, remove_state, save_state
 
-LONG_AVERAGE = 0.1
-"""An average in which the first weights count more than this, the last ones counting 1, is spoken of."""
+LONG_AVERAGE, SHORT_RUN = 0.1, 100
+"""In runs of at least so many updates, an average in which the first weights count more than this part of the last ones
+is reported."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,10 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     start = load_state(run.folder, denoiser, averages, optimizer, scaler, statistics=statistics)
     if engine.is_main:
         drop_later_snapshots(run.folder, start.step)
-    if not config.ema_remainder and config.average_decay**config.num_iters > LONG_AVERAGE:
-        shorter = 1 - float(f"{1 - 1e-3 ** (1 / config.num_iters):.1g}")
-        reporter.line(
-            f"the average of the weights spans all {config.num_iters:,} updates, the first ones too: "
-            f"--ema {shorter:.6g} forgets them"
-        )
+    updates, decay = config.num_iters, 0 if config.ema_remainder else config.average_decay
+    if updates >= SHORT_RUN and decay**updates > LONG_AVERAGE:
+        shorter = 1 - float(f"{1 - 1e-3 ** (1 / updates):.1g}")
+        reporter.line(f"the average spans all {updates:,} updates, the first too: --ema {shorter:.6g} forgets them")
     update = build_update(run, engine, denoiser, averages, optimizer, importance)
     meter = Meter(start, config, engine, run.step_bins)
 
@@ -112,9 +111,10 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
         if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
             records.pictures(preview(averages.model, run.description, seed=config.seed, on_step=on_step), done)
 
+    tracker = config.tracker if engine.is_main else "none"
     with (
         stop_requests(alone=engine.world_size == 1) as stop,
-        closing(open_records(config.tracker if engine.is_main else "none", run.folder, step=start.step)) as records,
+        closing(open_records(tracker, run.folder, step=start.step, reporter=reporter)) as records,
     ):
         with (
             reporter.progress(run.folder.name, config.num_iters, "updates", start=start.step) as bar,

@@ -11,10 +11,11 @@ from torch import Tensor
 from vdiff.data.images import cell_scale, make_grid, save_png, to_uint8
 from vdiff.diffusion.multistep import Dpmpp2m
 from vdiff.diffusion.samplers import Ddim
-from vdiff.errors import OptionError
+from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
+from vdiff.reporting import Reporter
 
 MAX_PREVIEW_STEPS = 32
 
@@ -53,52 +54,73 @@ class Tracked(Pictures):
     """Pictures in `samples/`, and everything to a tracker of Accelerate's: TensorBoard (in `log/`), wandb or mlflow.
 
     TensorBoard drops what lies there beyond `step` when a run is resumed; the others go on with the run of that name.
+    A tracker that fails later than at its start is not used any more, and the run goes on.
     """
 
-    def __init__(self, folder: Path, tracker: Any) -> None:
+    def __init__(self, folder: Path, tracker: Any, reporter: Reporter) -> None:
         super().__init__(folder)
-        self.tracker = tracker
+        self.tracker, self.reporter = tracker, reporter
         self.tracker.start()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers."""
-        self.tracker.log(dict(values), step=step)
+        self._tell("log", dict(values), step=step)
 
     def pictures(self, images: Tensor, step: int) -> None:
         """Write the grid as a PNG file, and log it where the tracker takes pictures."""
         super().pictures(images, step)
         if hasattr(self.tracker, "log_images"):
             pixels = to_uint8(_square(images)).permute(1, 2, 0)[None]
-            self.tracker.log_images({"samples": pixels.expand(-1, -1, -1, 3).numpy()}, step=step, **self._format())
+            layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
+            self._tell("log_images", {"samples": pixels.expand(-1, -1, -1, 3).numpy()}, step=step, **layout)
 
     def close(self) -> None:
         """Write out what is pending."""
-        self.tracker.finish()
+        self._tell("finish")
 
-    def _format(self) -> dict[str, str]:
-        return {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
+    def _tell(self, what: str, *args: Any, **options: Any) -> None:
+        if self.tracker is None:
+            return
+        try:
+            getattr(self.tracker, what)(*args, **options)
+        except Exception as error:  # whatever a server or a package raises
+            self.tracker = None
+            self.reporter.line(f"nothing more is logged: the tracker failed ({_in_one_line(error)})")
 
 
-def open_records(tracker: str, folder: Path, *, step: int) -> Records:
+def open_records(tracker: str, folder: Path, *, step: int, reporter: Reporter) -> Records:
     """The records of a run that begins at `step` (0, unless it is resumed); `tracker` is one of TRACKERS.
 
     Raises:
-        OptionError: the tracker's package is not installed.
+        OptionError: the tracker's package is not installed, or it does not start.
     """
+    try:
+        return _open_records(tracker, folder, step, reporter)
+    except VdiffError:
+        raise
+    except Exception as error:
+        raise OptionError(f"--tracker {tracker}: {_in_one_line(error)}", "mend that, or give --tracker none") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _open_records(tracker: str, folder: Path, step: int, reporter: Reporter) -> Records:
     from accelerate import tracking
 
     if tracker == "none":
         return Pictures(folder)
     if tracker == "tensorboard":
         make_folder(folder / "log")
-        return Tracked(folder, tracking.TensorBoardTracker("log", logging_dir=folder, purge_step=step + 1))
+        return Tracked(folder, tracking.TensorBoardTracker("log", logging_dir=folder, purge_step=step + 1), reporter)
     name = folder.resolve().name
     available = {"wandb": tracking.is_wandb_available, "mlflow": tracking.is_mlflow_available}
     if not available[tracker]():
         raise OptionError(f"--tracker {tracker}: the package is not installed", f"pip install {tracker}")
     if tracker == "wandb":
-        return Tracked(folder, tracking.WandBTracker("vdiff", name=name, id=name, resume="allow"))
-    return Tracked(folder, tracking.MLflowTracker("vdiff", run_name=name))
+        return Tracked(folder, tracking.WandBTracker("vdiff", name=name, id=name, resume="allow"), reporter)
+    return Tracked(folder, tracking.MLflowTracker("vdiff", run_name=name), reporter)
 
 
 def _square(images: Tensor) -> Tensor:
