@@ -41,12 +41,14 @@ def test_a_table_says_what_its_figures_rest_on(place):
     assert lines[2].startswith("model      model: raw, ")
     assert "samples    30 a row, seed 0, uniform grid, cpu" in lines
     head = lines[lines.index("Evaluation") + 1]
-    for word in ("sampler", "steps", "evals", "fd@30", "fd_inf", "kd", "precision", "recall", "nearest", "ms/image"):
+    for word in ("sampler", "steps", "evals", "fd@30", "kd", "precision", "recall", "nearest", "ms/image"):
         assert word in head.split()
     rows = [line.split() for line in lines[lines.index("Evaluation") + 2 :] if line.startswith(("model", "teacher"))]
     assert [row[:4] for row in rows[:2]] == [["model", "ddim", "2", "2"], ["model", "ddim", "4", "4"]]
     assert len(rows) == 8
+    assert "fd_inf" not in head
     assert any("fd@30 is biased upwards" in line for line in lines)
+    assert any("fd_inf is left out: it needs 80 samples" in line for line in lines)
     assert lines[-2:] == ["pairs      two-nearest.png", "figures    two.json"]
     found = Evaluation.read(place / "two.json")
     assert found.command == line

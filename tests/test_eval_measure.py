@@ -20,6 +20,7 @@ import torch
 from tests.commands import ROOT
 from tests.evaluating import NUM, figures, measured, write_all
 from tests.toy import SIZE, Watcher, signal_at, write_checkpoint, write_dataset
+from vdiff.cli.evaluate import table
 from vdiff.data.images import from_uint8, to_uint8
 from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
@@ -33,6 +34,7 @@ from vdiff.evaluation.reference import Images
 from vdiff.evaluation.results import Evaluation
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint
 from vdiff.models.drawing import draw
+from vdiff.reporting import DOUBTFUL_TIMES
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,6 @@ def test_figures_are_those_of_all_samples_at_once(place):
         np.fill_diagonal(own, np.inf)
         assert row.metrics["nearest_data"].value == pytest.approx(np.median(own.min(1)), rel=1e-5)
         assert 0 <= row.metrics["precision"].value <= 1
-        assert row.metrics["fd_inf"].value < row.metrics["fd"].value
     assert found.reference.num_images == 40
     assert found.teacher_steps == 8
     with PIL.Image.open(place / str(found.pairs)) as picture:
@@ -263,8 +264,74 @@ def test_classes_come_in_turn_and_unlike_models_are_refused(place, tmp_path):
 def test_notes_say_what_a_reader_must_know(place):
     notes = " ".join(Evaluation.read(place / "out.json").notes)
     assert "n = 60 is below 10,000: fd@60 is biased upwards" in notes
-    assert "kd, which has no bias" in notes
+    assert "take kd, which has no bias." in notes
+    assert "fd_inf is left out: it needs 80 samples, 5 for each of the 16 dimensions" in notes
     assert "model was trained on other images than these" in notes
+
+
+@pytest.mark.parametrize(("n", "is_told"), [(79, False), (80, True)])
+def test_the_distance_at_infinity_needs_five_samples_for_each_dimension(place, tmp_path, n, is_told):
+    """With 16 dimensions and 24 samples more than half of such figures are negative."""
+    found = measured(place, n=n, num_timesteps=(2,), teacher=None, metrics=["fd"], out=tmp_path / "out.json")
+    assert list(found.rows[0].metrics) == ["fd", "fd_inf"][: 1 + is_told]
+    notes = " ".join(found.notes)
+    assert ("fd_inf is left out: it needs 80 samples" in notes) != is_told
+    assert ("take fd_inf." if is_told else "take kd, which can be asked for.") in notes
+
+
+class Clock:
+    """A clock that each drawing moves on by the seconds that are due."""
+
+    def __init__(self, seconds: dict[int, list[float]]) -> None:
+        self.seconds, self.now = seconds, 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def draw(self, denoiser, sampler, **given):
+        images = draw(denoiser, sampler, **given)
+        due = self.seconds[given["num_steps"]]
+        self.now += due.pop(0) if len(due) > 1 else due[0]
+        return images
+
+
+@pytest.mark.parametrize(("again", "is_doubtful"), [(20.0, False), (200.0, True)])
+def test_times_that_cannot_be_are_measured_again_and_marked(place, tmp_path, monkeypatch, again, is_doubtful):
+    """20 images by 2 steps took 100 s and by 4 steps 40: a batch of each is drawn twice, and the second counts."""
+    clock = Clock({2: [100.0, 100.0, again], 4: [40.0, 50.0]})
+    monkeypatch.setattr("vdiff.evaluation.drawn.draw", clock.draw)
+    monkeypatch.setattr("vdiff.evaluation.drawn.time", clock)
+    monkeypatch.setattr("vdiff.evaluation.rows.time", clock)
+    monkeypatch.setattr("vdiff.evaluation.drawn.Division.pieces", lambda _: [range(10)])
+    watcher = Watcher()
+    found = measured(
+        place, n=20, batch_size=20, teacher=None, metrics=["kd"], out=tmp_path / "out.json", reporter=watcher
+    )
+    assert [bar[0] for bar in watcher.bars].count("timing again") == 2
+    assert [row.ms_per_image for row in found.rows] == pytest.approx([50 * min(again, 100), 2000])
+    assert [row.is_time_doubtful for row in found.rows] == [is_doubtful, is_doubtful]
+    assert (DOUBTFUL_TIMES in found.notes) == is_doubtful
+    assert Evaluation.read(tmp_path / "out.json") == found
+    assert [row[-2] for row in table(found)[1]] == [f"{row.ms_per_image:.2f}{' ?' * is_doubtful}" for row in found.rows]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    watcher = Watcher()
+    found = measured(place, cache=tmp_path / "file" / "vdiff", out=tmp_path / "out.json", reporter=watcher)
+    assert figures(found.rows) == figures(Evaluation.read(place / "out.json").rows)
+    (line,) = [line for line in watcher.lines if "cannot be written" in line]
+    assert line.startswith(f"{tmp_path / 'file' / 'vdiff'} cannot be written (Not a directory): ")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("vdiff.evaluation.reference.tempfile.TemporaryFile", refuse)
+    watcher = Watcher()
+    measured(place, seed=9, out=tmp_path / "other.json", reporter=watcher)  # what lies in it is read all the same
+    assert watcher.lines == []
+    assert "reference" not in [bar[0] for bar in watcher.bars]
 
 
 def test_work_is_divided_alike_whatever_does_it():

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -48,6 +49,7 @@ from vdiff.training.ladder import climb
 from vdiff.training.presets import RUN_FILE, preset_for, read_preset
 from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
+from vdiff.training.verdict import VERDICT, read_verdict
 
 
 @pytest.fixture(scope="module")
@@ -678,8 +680,16 @@ def test_comparison_holds_what_its_models_draw(whole, data, tmp_path, monkeypatc
         assert row.ms_per_image > 0
         if k:
             assert row.rmse_to_first == pytest.approx(distance(images[k], images[0]), rel=1e-3)
-            assert row.rmse_to_teacher == pytest.approx(distance(images[k], images[k - 1]), rel=1e-3)
-    assert (rows[0].rmse_to_first, rows[0].rmse_to_teacher) == (None, None)
+    assert rows[0].rmse_to_first is None
+    found = [read_verdict(stage.folder) for stage in stages]
+    assert rows[1].rmse_to_teacher is None
+    for row, each in zip(rows[2:], found, strict=True):
+        assert (row.rmse_to_teacher == each.rmse) == (each.every == 1)
+    for stage in stages:
+        (stage.folder / VERDICT).unlink()
+    again = compare(stages, seed=3, device=torch.device("cpu"), reporter=Watcher(), budget=10**9)
+    for k in (2, 3):
+        assert again[k].rmse_to_teacher == pytest.approx(distance(images[k], images[k - 1]), rel=1e-3)
     assert watcher.bars == [("comparing", 8 + 4 + 2 + 1, 0)]
     assert [completed for _, completed in watcher.seen] == list(range(1, 16))
     with PIL.Image.open(stages[-1].folder / PICTURE) as picture:
@@ -708,13 +718,35 @@ def test_a_comparison_costs_what_it_may(whole, budget, count, most):
     rows = compare(stages, seed=0, device=torch.device("cpu"), reporter=watcher, budget=budget)
     is_drawn = [n <= most for n in steps]
     assert [row.ms_per_image is not None for row in rows] == is_drawn
-    assert [row.rmse_to_teacher is not None for row in rows] == [False, *(n <= most / 2 for n in steps[1:])]
+    checked = [read_verdict(stage.folder).every == 1 for stage in stages]
+    told = [is_checked or n <= most / 2 for is_checked, n in zip(checked, steps[1:], strict=True)]
+    assert [row.rmse_to_teacher is not None for row in rows] == [False, *told]
     assert [row.rmse_to_first is not None for row in rows] == [False, *([most == 8] * 3)]
     assert watcher.bars == [("comparing", sum(n for n in steps if n <= most), 0)]
     words = {8: "", 4: ", models of more than 4 steps left out", 2: ", models of more than 2 steps left out"}
     without = words.get(most, ", models of more than 1 step left out")
     assert watcher.lines == [f"comparing by {count} images{without}, as the training was short"] * (budget < 10**9)
     assert known_rows(stages, seed=0) == rows
+
+
+@pytest.mark.parametrize(("second", "is_doubtful"), [(24.0, False), (300.0, True)])
+def test_times_that_cannot_be_are_measured_again_and_marked(whole, monkeypatch, second, is_doubtful):
+    """24 images by 4 steps took 600 s, by 8 steps 240: both are drawn again, the shortest times count."""
+    seconds = {8: [240.0, 250.0, 260.0], 4: [600.0, second, 601.0], 2: [20.0], 1: [10.0]}
+    now = 0.0
+
+    def fake(_denoiser, _sampler, *, indices, image_size, num_steps, **_):
+        nonlocal now
+        now += seconds[num_steps].pop(0)
+        return torch.zeros(len(indices), 1, image_size, image_size)
+
+    monkeypatch.setattr("vdiff.training.comparison.draw", fake)
+    monkeypatch.setattr("vdiff.training.comparison.time", SimpleNamespace(monotonic=lambda: now))
+    stages = plan_stages(distill_config(Path(), whole / "original", to_steps=1), read_config(whole / "original"))
+    rows = compare(stages, seed=7, device=torch.device("cpu"), reporter=Watcher(), budget=10**9)
+    assert [row.ms_per_image for row in rows] == pytest.approx([10_000, second / 24 * 1000, 20_000 / 24, 10_000 / 24])
+    assert [row.is_time_doubtful for row in rows] == [is_doubtful, is_doubtful, False, False]
+    assert known_rows(stages, seed=7) == rows
 
 
 def test_a_teacher_of_very_many_steps_is_drawn_with_those_distilled_alone(data, teacher, monkeypatch):

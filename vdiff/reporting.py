@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+DOUBTFUL = " ?"
+DOUBTFUL_TIMES = "Times with ? cannot be: more evaluations took less time, also when measured again."
+
 
 class Progress(Protocol):
     """One bar (or one series of plain lines)."""

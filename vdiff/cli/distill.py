@@ -16,6 +16,7 @@ from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import shell
+from vdiff.reporting import DOUBTFUL, DOUBTFUL_TIMES
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def command(
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     if any(row.kept_start for row in table):
         console.result(f"{KEPT}    training made the model worse: its start, what it has of its teacher, is kept")
+    if any(row.is_time_doubtful for row in table):
+        console.line(DOUBTFUL_TIMES)
     last = stages[-1].folder
     console.result(f"picture    {last / PICTURE}")
     if report:
@@ -170,5 +173,6 @@ def cells(row: Row) -> list[str]:
     """One line of the table."""
     errors = ["" if error is None else f"{error:.4f}" for error in (row.rmse_to_teacher, row.rmse_to_first)]
     errors.append("" if row.distance is None else f"{row.distance:.4g}")
-    times = [duration(row.train_seconds), "" if row.ms_per_image is None else f"{row.ms_per_image:.2f}"]
+    milliseconds = "" if row.ms_per_image is None else f"{row.ms_per_image:.2f}{DOUBTFUL * row.is_time_doubtful}"
+    times = [duration(row.train_seconds), milliseconds]
     return [row.checkpoint, str(row.num_steps), KEPT if row.kept_start else str(row.num_iters), *times, *errors]

@@ -13,6 +13,7 @@ from vdiff.cli.sample import DEVICES, PRECISIONS
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
+from vdiff.reporting import DOUBTFUL
 
 if TYPE_CHECKING:
     from vdiff.evaluation.results import Evaluation, Row
@@ -288,5 +289,5 @@ def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     for row in found.rows:
         own = [Path(row.checkpoint).name, row.sampler, str(row.num_steps), f"{row.evaluations:g}"]
         figures = [str(row.metrics[name]) if name in row.metrics else "" for name in names]
-        rows.append([*own, *figures, f"{row.ms_per_image:.2f}", f"{row.seconds:.1f}"])
+        rows.append([*own, *figures, f"{row.ms_per_image:.2f}{DOUBTFUL * row.is_time_doubtful}", f"{row.seconds:.1f}"])
     return columns, rows

@@ -22,7 +22,7 @@ from vdiff.evaluation.plan import Request
 from vdiff.evaluation.reference import MAX_KEPT, arrays_of
 from vdiff.evaluation.score import Answers
 from vdiff.models.checkpoint import load_checkpoint, read_tensors
-from vdiff.models.drawing import draw
+from vdiff.models.drawing import draw, squared_errors
 from vdiff.models.speed import FastNetwork, memory_errors_named, ready_to_draw
 from vdiff.reporting import Progress
 
@@ -177,8 +177,7 @@ def draw_piece(
         small.append(thumbnails(images[: max(0, MAX_QUERIES - batch.start)]))
         if theirs is not None:
             first = batch.start - samples.start
-            due = theirs[first : first + len(batch)]
-            errors.append(squared_errors(images[: len(due)], due))
+            errors.append(squared_errors(images, theirs[first : first + len(batch)]).numpy())
         bar.update(done + batch.stop - samples.start)
     arrays: dict[str, NDArray[Any]] = {
         **arrays_of(moments),
@@ -206,12 +205,6 @@ def answers_in(arrays: Arrays) -> list[Answers]:
         Answers(int(count), sums, float(negentropy))
         for count, sums, negentropy in zip(*(arrays[name] for name in names), strict=True)
     ]
-
-
-def squared_errors(a: Tensor, b: Tensor) -> NDArray[np.float64]:
-    """(n,) the mean of (a − b)² over each image."""
-    found: NDArray[np.float64] = (a.double() - b.double()).square().flatten(1).mean(1).numpy()
-    return found
 
 
 def _overlap(a: range, b: range) -> range:

@@ -18,6 +18,7 @@ from vdiff.evaluation.kernel import KernelDistance
 from vdiff.evaluation.manifolds import Manifold, precision_recall
 from vdiff.evaluation.nearest import MAX_QUERIES, Search
 from vdiff.evaluation.pieces import Arrays
+from vdiff.evaluation.plan import EXTRAPOLATED_FROM
 from vdiff.evaluation.reference import MAX_KEPT, Statistics, chosen, moments_in
 from vdiff.evaluation.results import Metric
 from vdiff.evaluation.score import inception_score
@@ -38,7 +39,7 @@ class Figures:
         self, known: Statistics, features: Features, n: int, metrics: Sequence[str], device: torch.device
     ) -> None:
         self.known, self.features, self.metrics, self.device = known, features, metrics, device
-        self.num_pairs = min(n, MAX_KEPT, len(known.kept))
+        self.n, self.num_pairs = n, min(n, MAX_KEPT, len(known.kept))
 
     @cached_property
     def _frechet(self) -> FrechetDistance:
@@ -64,7 +65,9 @@ class Figures:
         found: dict[str, Metric] = {}
         if "fd" in self.metrics:
             blocks = [block for piece in pieces for block in moments_in(piece)]
-            found[fd], found[f"{fd}_inf"] = self._frechet.measure(blocks)
+            found[fd], at_infinity = self._frechet.measure(blocks)
+            if self.n >= EXTRAPOLATED_FROM * self.features.dim:
+                found[f"{fd}_inf"] = at_infinity
         if "kd" in self.metrics:
             found[kd] = self._kernel(kept)
         if "precision" in self.metrics or "recall" in self.metrics:
@@ -90,7 +93,7 @@ class Figures:
 
 
 def rmse(squared: Metric) -> Metric:
-    """√ of a mean squared error and of its bounds."""
+    """√ of the mean of `vdiff.models.drawing.squared_errors` and of its bounds."""
     low, high = (None if bound is None else math.sqrt(max(bound, 0.0)) for bound in (squared.low, squared.high))
     return Metric(math.sqrt(squared.value), low, high)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +34,9 @@ from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
 from vdiff.models.device import pick_device
 from vdiff.models.speed import pick_precision
-from vdiff.reporting import Reporter, Silent
+from vdiff.reporting import DOUBTFUL_TIMES, Reporter, Silent
 
-FORMAT = 1
+FORMAT = 2
 WORK = ".work"
 
 
@@ -149,7 +150,12 @@ def measure(
     with _place(out) as place, _said_when_stopped(out):
         work = WorkFolder(place, job.key, processes)
         known = statistics(
-            job.images, job.features, cache=cache or cache_folder(), processes=processes, reporter=reporter
+            job.images,
+            job.features,
+            cache=cache or cache_folder(),
+            spare=work.path,
+            processes=processes,
+            reporter=reporter,
         )
         style = Style(order.n, order.seed, job.metrics, order.guidance, order.batch_size, job.precision)
         maker = RowMaker(known, job.features, style, work, processes, reporter)
@@ -157,7 +163,8 @@ def measure(
             maker.draw_teacher(job.teacher)
         for number, request in enumerate(requests):
             maker.make(number, request, job.configs[request.checkpoint], job.fingerprints[request])
-        rows, pairs = finished_rows(work, len(requests)), None
+        networks = [json.dumps(job.configs[request.checkpoint].unet, sort_keys=True) for request in requests]
+        rows, pairs = maker.time_again(finished_rows(work, len(requests)), requests, networks), None
         if "nearest" in job.metrics:
             rows = with_nearest(rows, job.images, work, processes, reporter)
             pairs = f"{out.stem}-nearest.png" if out is not None else None
@@ -171,7 +178,10 @@ def measure(
             pairs=pairs,
             teacher=order.teacher.as_posix() if order.teacher else "",
             teacher_steps=job.teacher.num_steps if job.teacher else None,
-            notes=notes_for(job.images, job.configs, job.features, order.n, job.metrics),
+            notes=(
+                *notes_for(job.images, job.configs, job.features, order.n, job.metrics),
+                *([DOUBTFUL_TIMES] if any(row.is_time_doubtful for row in rows) else []),
+            ),
             job=job.key,
         )
         with processes.together():

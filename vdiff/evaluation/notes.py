@@ -8,7 +8,7 @@ from pathlib import Path
 from vdiff.evaluation.drawn import MAX_PAIRED
 from vdiff.evaluation.features import INCEPTION, PIXELS, Features
 from vdiff.evaluation.nearest import MAX_QUERIES
-from vdiff.evaluation.plan import UNBIASED_FROM
+from vdiff.evaluation.plan import EXTRAPOLATED_FROM, UNBIASED_FROM
 from vdiff.evaluation.reference import MAX_KEPT, Images
 from vdiff.models.checkpoint import CheckpointConfig
 
@@ -19,11 +19,18 @@ def notes_for(
     """A sentence for each thing."""
     notes: list[str] = []
     fd, kd = ("fid", "kid") if features.name == INCEPTION else ("fd", "kd")
+    enough = EXTRAPOLATED_FROM * features.dim
     if "fd" in metrics and n < UNBIASED_FROM:
-        instead = f"{kd}, which has no bias, or {fd}_inf" if "kd" in metrics else f"{fd}_inf, or ask for {kd}"
+        others = [f"{kd}, which has no bias" if "kd" in metrics else "", f"{fd}_inf" if n >= enough else ""]
+        instead = " or ".join(filter(None, others)) or f"{kd}, which can be asked for"
         notes.append(
             f"n = {n:,} is below {UNBIASED_FROM:,}: {fd}@{n} is biased upwards; compare it at equal n alone, or take "
             f"{instead}."
+        )
+    if "fd" in metrics and n < enough:
+        notes.append(
+            f"{fd}_inf is left out: it needs {enough:,} samples, {EXTRAPOLATED_FROM} for each of the {features.dim:,} "
+            "dimensions of the features."
         )
     pairs = [name for name in ("kd", "precision", "recall") if name in metrics]
     if pairs and max(n, len(images)) > MAX_KEPT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -145,27 +146,35 @@ class Statistics:
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept by default: `vdiff` in the user's folder for caches."""
+    """Where statistics are kept by default: `vdiff` in the user's folder for caches, or for temporary files."""
     home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return (Path(home) if home else Path.home() / ".cache") / "vdiff"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "vdiff"
+    except RuntimeError:  # the user has no home
+        return Path(tempfile.gettempdir()) / "vdiff"
 
 
 def statistics(
-    images: Images, features: Features, *, cache: Path, processes: Processes, reporter: Reporter
+    images: Images, features: Features, *, cache: Path, spare: Path, processes: Processes, reporter: Reporter
 ) -> Statistics:
     """Those of a dataset: from the cache if they are there, else computed, by all processes, and put there.
 
     What a killed process found lies in the cache too, part by part.
 
+    Args:
+        spare: a folder that is used instead of a cache that cannot be written.
+
     Raises:
-        VdiffError: an image cannot be read, or the cache cannot be written.
+        VdiffError: an image cannot be read, or the disk refuses.
     """
     key = key_of([FORMAT, images.identity, features.fingerprint, features.dim, MAX_KEPT, PARTS])
-    path = make_folder(cache) / f"reference-{key[:32]}.npz"
+    name = f"reference-{key[:32]}.npz"
     with processes.together():
-        found = _cached(path, features.dim)
+        found = _cached(cache / name, features.dim)
     if found is not None:
         return found
+    with processes.together():
+        path = _writable(cache, spare, reporter) / name
     lock = FileLock(path.with_suffix(".lock"))
     try:
         with processes.together():
@@ -181,6 +190,17 @@ def statistics(
     if found is None:
         raise VdiffError(f"{path} cannot be read", "remove it, then give the command again")
     return found
+
+
+def _writable(cache: Path, spare: Path, reporter: Reporter) -> Path:
+    """The cache, or `spare` where it cannot be written."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError as error:
+        reporter.line(f"{cache} cannot be written ({error.strerror}): going on without it")
+        return make_folder(spare)
 
 
 def _wait_for(lock: FileLock, reporter: Reporter) -> None:

@@ -70,6 +70,7 @@ class Row:
         n: images drawn.
         seconds: spent on this row, measuring included.
         ms_per_image: of drawing alone.
+        is_time_doubtful: more evaluations of the same network took less time, also when they were measured again.
         metrics: by name: `fd` and `kd`, the Fréchet and the kernel distance on the chosen features (`fid` and `kid` on
             Inception's); `fd_inf` (`fid_inf`), the first freed of its bias; `precision`, `recall`; `isc`, the Inception
             score; `rmse`, `psnr` to the teacher, same noise; `nearest`, the median distance of a sample to the nearest
@@ -93,6 +94,7 @@ class Row:
     metrics: dict[str, Metric] = field(default_factory=dict)
     guidance: float = 0.0
     closest: tuple[tuple[int, int, float], ...] = ()
+    is_time_doubtful: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,21 @@ def image_classes(indices: Sequence[int], choices: Sequence[int]) -> Tensor:
     return torch.tensor([choices[k % len(choices)] for k in indices])
 
 
+def squared_errors(images: Tensor, theirs: Tensor) -> Tensor:
+    """(n,) float64: the mean over each image of the squared difference of pixels clipped to [−1, 1].
+
+    Images are paired by their number, over those that both have.
+    """
+    count = min(len(images), len(theirs))
+    a, b = (each[:count].double().clamp(-1, 1) for each in (images, theirs))
+    return (a - b).square().flatten(1).mean(1)
+
+
+def rmse(images: Tensor, theirs: Tensor) -> float:
+    """√ of the mean of `squared_errors`: what every "RMSE" of a ladder, report or evaluation is."""
+    return float(squared_errors(images, theirs).mean().sqrt())
+
+
 def draw(
     denoiser: Denoiser,
     sampler: Sampler,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import permutations
 from typing import cast
 
 import torch
@@ -90,6 +91,20 @@ class FastNetwork(nn.Module):
             raise VdiffError(f"the network cannot be compiled here: {reason}", "leave --compile out") from None
         # the next replay of a graph writes over what the last one answered, and samplers remember predictions
         return output.to(z.dtype, copy=self.is_graph)
+
+
+def impossible_times(times: Sequence[tuple[Hashable, float, float]]) -> list[int]:
+    """Which of some (network, evaluations, ms an image) cannot be: more evaluations of a network in less time.
+
+    Both sides of such a pair are answered: either may have been slowed down by something else.
+    """
+    pairs = [
+        pair
+        for pair in permutations(range(len(times)), 2)
+        for (a, more, less), (b, fewer, longer) in [(times[pair[0]], times[pair[1]])]
+        if a == b and more > fewer and less < longer
+    ]
+    return sorted({k for pair in pairs for k in pair})
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def point_text(point: Point, unit: str) -> str:
 
 
 def _canvas(size: tuple[int, int]) -> tuple[Figure, Axes]:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it does without a HOME that it can write
     from matplotlib.figure import Figure
 
     figure = Figure((size[0] / POINTS_AN_INCH, size[1] / POINTS_AN_INCH), dpi=POINTS_AN_INCH, layout="constrained")

@@ -63,6 +63,7 @@ class Compared:
     ms_per_image: float | None
     rmse_to_teacher: float | None
     rmse_to_first: float | None
+    is_time_doubtful: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def _compared(path: Path) -> tuple[Compared, ...]:
                 ms_per_image=_number(row["ms_per_image"]),
                 rmse_to_teacher=_number(row.get("rmse_to_teacher")),
                 rmse_to_first=_number(row.get("rmse_to_first")),
+                is_time_doubtful=row.get("is_time_doubtful") is True,
             )
             for row in parse(_text(path))
         )

@@ -11,6 +11,7 @@ from vdiff.report.figures import figure, milliseconds_text, seconds_text, steps_
 from vdiff.report.measured import PLAIN, Measured, finite, in_fewer_steps, milliseconds, teacher_steps, time_curve
 from vdiff.report.plots import Point
 from vdiff.report.run import LadderRun
+from vdiff.reporting import DOUBTFUL
 
 EFFORT = ("num_iters", "num_images", "train_seconds")
 
@@ -110,7 +111,8 @@ def evaluation(ladder: LadderRun) -> Table:
     told = []
     for row in rows:
         own = [Path(row.checkpoint).name, row.weights, row.sampler, row.grid, whole(row.num_steps)]
-        own += [figure(row.evaluations), whole(row.n), str(row.seed), figure(row.ms_per_image)]
+        own += [figure(row.evaluations), whole(row.n), str(row.seed)]
+        own.append(figure(row.ms_per_image) + DOUBTFUL * row.is_time_doubtful)
         told.append([*own, *(_bounded(row.metrics.get(name)) for name in metrics)])
     return Table(heads, told)
 

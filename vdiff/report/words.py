@@ -108,6 +108,9 @@ def notes(ladder: LadderRun, found: Measured) -> list[str]:
             told.append(f"{model.name} failed its examination: {reason}.")
         if model in ladder.students and finite(model.verdict.get("rmse")) is None and model.verdict:
             told.append(f"{model.name} draws values that are not finite.")
+    doubtful = [f"{line.name} in {steps_text(line.steps)}" for line in ladder.compared if line.is_time_doubtful]
+    if doubtful:
+        told.append(f"The times of {', '.join(doubtful)} cannot be: more evaluations took less time, measured twice.")
     if found.left_out:
         rows = f"{found.left_out} row{'s' if found.left_out > 1 else ''}"
         told.append(f"{rows} of the evaluation are of other weights than those here, and left out.")

@@ -15,7 +15,7 @@ from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text, write_json
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.drawing import draw
+from vdiff.models.drawing import draw, squared_errors
 from vdiff.reporting import Reporter
 
 VERDICT = "verdict.json"
@@ -38,7 +38,8 @@ class Verdict:
     """What was found of a student after its stage.
 
     Attributes:
-        rmse_before, rmse: from its teacher's images of the same noise, before and after the stage; pixels in [−1, 1].
+        rmse_before, rmse: `vdiff.models.drawing.rmse` from its teacher's images of the same noise, before and after the
+            stage; DDIM, the teacher in the steps that it taught with.
         distance, teacher_distance: from the data; None where it was not measured.
         num_images: that the distances rest on.
         attempts: how often the stage was done.
@@ -243,14 +244,3 @@ def warning(found: Verdict) -> str:
     if found.reason or far is None or not teachers or far <= WORTH_A_WORD * teachers:
         return ""
     return f"its distance to the data is {far / teachers:.1f} times its teacher's: more --num_iters may help"
-
-
-def squared_errors(a: Tensor, b: Tensor) -> Tensor:
-    """Mean (a − b)² of each image that both have: (B,) float64."""
-    count = min(len(a), len(b))
-    return (a[:count] - b[:count]).double().square().flatten(1).mean(1)
-
-
-def rmse(a: Tensor, b: Tensor) -> float:
-    """√ mean (a − b)² over the images that both have."""
-    return float(squared_errors(a, b).mean().sqrt())
