@@ -293,7 +293,7 @@ def test_the_reason_is_that_of_the_numbers(tmp_path):
     base, student = pair(tmp_path)
     unchanged = load_checkpoint(student)[0]
     fair = examine(examiner(images=5, far=7, distance=mean_of), base, student, start=unchanged)
-    assert fair.rmse == fair.rmse_before
+    assert fair.rmse == pytest.approx(fair.rmse_before, rel=1e-5)  # which were drawn in batches of another size
     assert fair.reason == ""
     far = examine(examiner(distance=mean_of), base, student, start=unchanged, max_regression=0.5)
     assert far.reason == why_failed(far, 0.5)
@@ -328,13 +328,16 @@ def test_a_student_s_images_are_kept_for_the_next_stage(tmp_path, monkeypatch):
     next_stage = {"base": student, "teacher_steps": 4, "num_steps": 2, "start": start(tmp_path / "base_1")}
     for measured, again in (((True, True), False), ((True, False), False), ((False, True), True)):
         watcher = Watcher()
-        of = examiner(watcher, distance=mean_of)
+        of = examiner(watcher, images=64, far=70, distance=mean_of)
         first = examine(of, base, student, measure_distance=measured[0])
         del watcher.bars[:]
         folder = tmp_path / "base_1"
         kept = examine(of, **{**next_stage, "folder": folder, "measure_distance": measured[1]})
-        assert (("checking base_0", 4, 0) in watcher.bars) == again
-        fresh = examine(examiner(distance=mean_of), **{**next_stage, "folder": folder, "measure_distance": measured[1]})
+        assert any(name == "checking base_0" for name, *_ in watcher.bars) == again
+        fresh = examine(
+            examiner(images=64, far=70, distance=mean_of),
+            **{**next_stage, "folder": folder, "measure_distance": measured[1]},
+        )
         assert kept == fresh
         if measured == (True, True):
             assert kept.teacher_distance == first.distance

@@ -163,9 +163,9 @@ class Examiner:
         return replace(found, reason=why_failed(found, max_regression))
 
     def _images(self, folder: Path, num_steps: int, count: int, weight: float) -> Tensor:
-        """A teacher's images, those kept if they are enough."""
+        """A teacher's images, those kept if they are enough, and were drawn in the same batches: to the same bits."""
         kept = self._kept.get((folder, num_steps))
-        if kept is not None and len(kept) >= count:
+        if kept is not None and (len(kept) == count or (len(kept) > count and count % BATCH == 0)):
             return kept[:count]
         denoiser, model = load_checkpoint(folder, self.device)
         return self._draw(denoiser, model.image_size, num_steps, count, weight, folder.name)
