@@ -212,7 +212,7 @@ BAD = [
     ("s.onnx --guided", "--guided is for samplers"),
     ("s.onnx --sampler_graph --no_clip --clipping_value 1", "exclude each other"),
     ("s.onnx --sampler_graph --guided", "takes a weight of guidance as it is"),
-    ("s.onnx --num_timesteps 3", "--num_timesteps 3: the ddpm_cosine schedule has 16 levels"),
+    ("s.onnx --num_timesteps 17", "--num_timesteps 17: the ddpm_cosine schedule has 16 levels"),
     ("s.onnx --card False --license mit", "--license stands in the card"),
     ("s.onnx --license 'as you like'", "--license 'as you like' is no identifier"),
     ("s.onnx --output w", "'w' is unknown"),

@@ -250,7 +250,8 @@ def graph_options(
     try:
         config.check_num_steps(steps)
     except ValueError as error:
-        raise OptionError(f"--num_timesteps {steps}: {error}", "give a number that does") from None
+        hint = "give a number that does" if config.is_distilled else "give fewer"
+        raise OptionError(f"--num_timesteps {steps}: {error}", hint) from None
     if sampler_graph and steps > MAX_STEPS:
         raise OptionError(
             f"a graph of {steps} steps has {steps} copies of the network, and {MAX_STEPS} are the most",
