@@ -186,6 +186,18 @@ def test_what_is_saved_is_the_average_of_the_weights(data, tmp_path):
     assert differs > len(saved) / 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"ema": 0.9}, True), ({"ema": 0.1}, False), ({"ema_remainder": 0.5}, False)]
+)
+def test_an_average_over_the_whole_training_is_reported(data, tmp_path, monkeypatch, changes, said):
+    """The first weights count 0.9⁶ = 0.53 of the last ones: more than a tenth."""
+    monkeypatch.setattr("vdiff.training.loop.SHORT_RUN", 6)
+    watcher = Watcher()
+    fit_run(run_of(train_config(data, num_iters=6, **changes), tmp_path / "run"), watcher)
+    line = "the average spans all 6 updates, the first too: --ema 0.3 forgets them"
+    assert (line in watcher.lines) == said
+
+
 def test_without_an_average_the_weights_themselves_are_saved(data, tmp_path):
     run = run_of(train_config(data, ema=0.0), tmp_path / "run")
     answer = fit_run(run)
