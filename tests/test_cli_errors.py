@@ -106,36 +106,36 @@ CASES = [
     ("prepare_data.py empty", FAILED, "no images in empty; give a folder or an archive with image files"),
     ("prepare_data.py photos", FAILED, "no images in photos; it holds 1 .txt; give a folder or an archive"),
     ("prepare_data.py file", FAILED, "file is no folder, zip, tar or dataset; give a folder of images"),
-    ("prepare_data.py --out file", FAILED, "file exists and is not a dataset; choose another --out"),
-    ("prepare_data.py --out file/set --num_workers 0", FAILED, "cannot write file/set.partial: Not a directory; "),
+    ("prepare_data.py --out file", FAILED, "file exists and is no dataset that vdiff wrote; choose another --out"),
+    ("prepare_data.py --out file/set --num_workers 0", FAILED, "cannot write file/set: Not a directory; "),
     ("prepare_data.py --out data/toy_4", FAILED, "data/toy_4 exists already; give --overwrite to replace it, or "),
-    ("prepare_data.py --out photos --overwrite", FAILED, "photos exists and is not a dataset; choose another --out"),
+    ("prepare_data.py --out photos --overwrite", FAILED, "photos exists and is no dataset that vdiff wrote; "),
     (f"{TRAIN} --data nowhere", FAILED, "nowhere: no such dataset; give the folder that prepare_data.py wrote"),
     (f"{TRAIN} --data empty", FAILED, "empty is not a dataset: it holds no data.mdb; make one of your images: python"),
     (f"{TRAIN} --data file", FAILED, "file is not a dataset: it holds no data.mdb; "),
     ("train.py --config nowhere.toml", USAGE, "nowhere.toml cannot be read: No such file or directory; give --config"),
     ("train.py --config photos", USAGE, "photos cannot be read: Is a directory; give --config a TOML file"),
     ("train.py --config file", USAGE, "file is no TOML: …; mend the file"),
-    (f"{TRAIN}/x --out file", FAILED, "file is a file, not a folder; choose another --out"),
+    (f"{TRAIN}/x --out file", FAILED, "file exists and is no run that vdiff wrote; choose another --out"),
     (f"{TRAIN} --out file/x", FAILED, "cannot write file/x: Not a directory; "),
-    (f"{TRAIN} --out photos", FAILED, "photos is not empty and holds no run; choose another --out"),
-    (f"{TRAIN} --out photos --overwrite", FAILED, "photos is not empty and holds no run; choose another --out"),
+    (f"{TRAIN} --out photos", FAILED, "photos exists and is no run that vdiff wrote; choose another --out"),
+    (f"{TRAIN} --out photos --overwrite", FAILED, "photos exists and is no run that vdiff wrote; choose another --out"),
     (f"{DISTILL}/nowhere", FAILED, "checkpoints/nowhere: no such checkpoint; checkpoints holds base_0, base_5, "),
     ("distill.py --base nowhere/x", FAILED, "nowhere/x: no such checkpoint; run `python train.py` first"),
     ("distill.py --base empty", FAILED, "empty holds no config.json; give a folder that train.py or distill.py wrote"),
     ("distill.py --base file", FAILED, "file is a file; give the checkpoint's folder, the one that holds config.json"),
-    (f"{DISTILL}/base_5 --out file", FAILED, "file is a file, not a folder; choose another --out"),
+    (f"{DISTILL}/base_5 --out file", FAILED, "file exists and is no run that vdiff wrote; choose another --out"),
     (f"{DISTILL}/base_5 --out file/x", FAILED, "cannot write file/x: Not a directory; "),
-    (f"{DISTILL}/base_5 --out photos", FAILED, "photos is not empty and holds no run; choose another --out"),
+    (f"{DISTILL}/base_5 --out photos", FAILED, "photos exists and is no run that vdiff wrote; choose another --out"),
     (f"{DISTILL}/base_5 --data nowhere", FAILED, "nowhere: no such dataset; "),
     (f"{SAMPLE}/nowhere", FAILED, "checkpoints/nowhere: no such checkpoint; checkpoints holds base_0, "),
     ("sample.py --checkpoint empty", FAILED, "empty holds no config.json; give a folder that train.py or distill.py"),
     ("sample.py --checkpoint file", FAILED, "file is a file; give the checkpoint's folder"),
     ("sample.py --checkpoint checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: base_"),
     ("vdiff inspect checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: base_0, base_"),
-    (f"{SAMPLE}/base_5 --out file", FAILED, "file is a file, not a folder; choose another --out"),
+    (f"{SAMPLE}/base_5 --out file", FAILED, "file exists and is no set of samples that vdiff wrote; "),
     (f"{SAMPLE}/base_5 --out file/x", FAILED, "cannot write file/x: Not a directory; "),
-    (f"{SAMPLE}/base_5 --out photos --overwrite", FAILED, "photos is not empty and holds no samples.json; choose "),
+    (f"{SAMPLE}/base_5 --out photos --overwrite", FAILED, "photos exists and is no set of samples that vdiff wrote; "),
     # existing output
     ("train.py --config tiny.toml", FAILED, "checkpoints/original exists already (4 of 4 updates); give --overwrite, "),
     (f"{TRAIN} --out checkpoints/half", FAILED, "checkpoints/half exists already (2 of 4 updates); give --resume to "),
@@ -395,7 +395,9 @@ def test_damaged_leftovers():
     Path("samples/mine/00001.png").unlink()
     done(again)
     Path("samples/mine/samples.json").write_text("{")
-    assert error(again, FAILED) == "samples/mine/samples.json cannot be read; give --overwrite, or another --out"
+    assert error(again, FAILED) == (
+        "samples/mine exists and is no set of samples that vdiff wrote; choose another --out"
+    )
     state = Path("checkpoints/half/state/state.safetensors")
     state.write_bytes(state.read_bytes()[:-9])
     resume = "train.py --resume --out checkpoints/half"
@@ -424,12 +426,12 @@ def test_a_disk_without_room(line, monkeypatch):
 
 @pytest.mark.usefixtures("place")
 def test_what_the_file_system_refuses_elsewhere_is_one_line_too(monkeypatch):
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, **_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     assert error("train.py --config tiny.toml --overwrite", FAILED) == (
-        "checkpoints/original: Permission denied; mend that, then give the same command again"
+        "cannot write checkpoints/original: Permission denied; free space, mend the permissions or choose another --out"
     )
 
 

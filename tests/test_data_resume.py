@@ -266,7 +266,7 @@ def test_what_a_finished_run_left_behind_is_not_another_run(source: Path, tmp_pa
 
 def test_one_at_a_time(source: Path, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "out")
-    with journal.lock(), pytest.raises(VdiffError, match=r"another process prepares .*wait for it"):
+    with journal.lock(), pytest.raises(VdiffError, match=r"another process is writing .*out; wait for it"):
         prepare(Folder(source), tmp_path / "out", CONFIG)
     assert prepare(Folder(source), tmp_path / "out", CONFIG).images == COUNT
 
@@ -276,7 +276,7 @@ def test_a_folder_of_that_name_that_is_something_else_is_left_alone(source: Path
     letters.mkdir()
     (letters / "dear.txt").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(VdiffError, match=r"out\.partial is in the way: it holds no preparation; move it"):
+        with pytest.raises(VdiffError, match=r"out\.partial exists and is no preparation that vdiff wrote"):
             prepare(Folder(source), tmp_path / "out", CONFIG, overwrite=overwrite)
     assert os.listdir(letters) == ["dear.txt"]
 

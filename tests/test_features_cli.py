@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import re
@@ -195,10 +196,10 @@ BAD = [
         "--kind classifier: small has no classes; give --kind autoencoder",
     ),
     ("--data one --out f.pt2 --kind classifier", 2, "--kind classifier: one has 1 class; give"),
-    ("--data digits --out old.pt2", 1, "old.pt2 exists already; give --overwrite"),
+    ("--data digits --out old.pt2", 1, "old.pt2 exists and is no program that vdiff wrote; choose"),
     ("--data digits --out folder.pt2 --overwrite", 2, "folder.pt2 is a folder; give"),
     ("--data digits --out f.onnx", 2, "--out f.onnx: the file is a torch.export program; give FILE.pt2"),
-    ("--data digits --out old.pt2/f.pt2", 1, "cannot write old.pt2: "),
+    ("--data digits --out old.pt2/f.pt2", 1, "cannot write old.pt2/f.pt2: "),
     ("--data digits --out /proc/f.pt2", 1, "cannot write /proc/f.pt2: "),
     ("--data digits", 2, "Missing option '--out'"),
     ("--out f.pt2", 1, "no dataset under data/; make one"),
@@ -230,6 +231,16 @@ def test_of_several_sizes_one_is_chosen(tmp_path, folder):
     assert about(tmp_path / "f.pt2").image_size == 10
 
 
+def program() -> bytes:
+    """A file that claims to be one of ours."""
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        archive.writestr("model/extra/vdiff.json", "{}")
+    return buffer.getvalue()
+
+
+OLD = program()
+
+
 @pytest.fixture
 def ready(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A command that has trained and exported its network already, and would replace a file."""
@@ -238,14 +249,14 @@ def ready(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     answer = train_features(ImageStore(folder / "digits"), SIDE, training, reporter=Silent())
     monkeypatch.setattr(feature_network_training, "train_features", lambda *_, **__: answer)
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: program)
-    (tmp_path / "f.pt2").write_bytes(b"old")
+    (tmp_path / "f.pt2").write_bytes(OLD)
     return f"vdiff features --data {folder / 'digits'} --out {tmp_path / 'f.pt2'} --overwrite {QUICK}"
 
 
 def test_a_program_that_answers_wrongly_leaves_the_old_file(ready, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_network_file, "TOLERANCE", -1.0)
     assert "the exported features differ by " in error(ready, 1)
-    assert contents(tmp_path) == {"f.pt2": b"old"}
+    assert contents(tmp_path) == {"f.pt2": OLD}
 
 
 def test_a_full_disk_leaves_the_old_file(ready, tmp_path, monkeypatch):
@@ -255,7 +266,7 @@ def test_a_full_disk_leaves_the_old_file(ready, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert f"cannot write {tmp_path / 'f.pt2'}: No space left on device" in error(ready, 1)
-    assert contents(tmp_path) == {"f.pt2": b"old"}
+    assert contents(tmp_path) == {"f.pt2": OLD}
 
 
 def test_with_overwrite_the_file_is_replaced(ready, tmp_path, folder):

@@ -17,8 +17,6 @@ from vdiff.files import (
     check_regular,
     fsync_folder,
     make_folder,
-    make_temporary_folder,
-    new_folder,
     parse,
     read_json,
     read_text,
@@ -27,6 +25,7 @@ from vdiff.files import (
     write_whole,
 )
 from vdiff.models.checkpoint import write_tensors
+from vdiff.replacing import Kind, make_temporary_folder, new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -55,7 +54,7 @@ def test_files_and_folders_have_the_mode_that_the_umask_leaves(tmp_path, umask):
         write_whole(tmp_path / "private", private)
         write_text(tmp_path / "text", "")
         write_tensors(tmp_path / "weights", {"a": torch.zeros(1)}, {})
-        with new_folder(tmp_path / "folder") as folder:
+        with new_folder(tmp_path / "folder", Kind("thing", str)) as folder:
             write_text(folder / "text", "")
     finally:
         os.umask(before)
@@ -103,82 +102,6 @@ def test_a_missing_parent_or_a_folder_in_the_way_is_said(tmp_path):
     with pytest.raises(VdiffError, match=r"cannot write .*folder"):
         write_text(tmp_path / "folder", "x")
     assert names(tmp_path) == ["folder"]
-
-
-def test_new_folder_appears_at_the_end_with_all_it_holds(tmp_path):
-    path = tmp_path / "parent" / "data"
-    with new_folder(path) as folder:
-        assert not path.exists()
-        assert folder.parent == path.parent
-        (folder / "deep").mkdir()
-        (folder / "deep" / "a.txt").write_text("a")
-        assert folder.name.startswith(".")
-    assert (path / "deep" / "a.txt").read_text() == "a"
-    assert names(path.parent) == ["data"]
-    assert path.stat().st_mode & 0o777 == 0o755
-
-
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), FileNotFoundError(2, "mine")])
-@pytest.mark.parametrize("exists", [False, True])
-def test_new_folder_vanishes_when_the_block_fails(tmp_path, error, exists):
-    path = tmp_path / "data"
-    if exists:
-        path.mkdir()
-        (path / "old.txt").write_text("old")
-
-    def work() -> None:
-        with new_folder(path, overwrite=True) as folder:
-            (folder / "a.txt").write_text("a")
-            raise error
-
-    with pytest.raises(type(error)) as caught:
-        work()
-    assert caught.value is error
-    assert names(tmp_path) == (["data"] if exists else [])
-    assert not exists or names(path) == ["old.txt"]
-
-
-def test_new_folder_refuses_to_overwrite_unasked(tmp_path):
-    path = tmp_path / "data"
-    path.mkdir()
-    (path / "old.txt").write_text("old")
-    with pytest.raises(VdiffError, match="data exists already; give --overwrite"), new_folder(path):
-        raise AssertionError("the block must not run")
-    assert names(tmp_path) == ["data"]
-    with new_folder(path, overwrite=True) as folder:
-        (folder / "new.txt").write_text("new")
-    assert names(path) == ["new.txt"]
-    assert names(tmp_path) == ["data"]
-
-
-def test_new_folder_replaces_a_file_too(tmp_path):
-    path = tmp_path / "data"
-    path.write_text("a file")
-    with new_folder(path, overwrite=True) as folder:
-        (folder / "new.txt").write_text("new")
-    assert names(path) == ["new.txt"]
-    assert names(tmp_path) == ["data"]
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_the_old_folder_is_there_until_the_new_one_can_take_its_place(tmp_path, monkeypatch, exists):
-    """The last rename fails: the old data must be back under its name."""
-    path = tmp_path / "data"
-    if exists:
-        path.mkdir()
-        (path / "old.txt").write_text("old")
-    real_replace = os.replace
-
-    def fails_on_the_new(source, target):
-        if str(source).endswith(".tmp") and Path(target) == path:
-            raise OSError(5, "Input/output error")
-        real_replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fails_on_the_new)
-    with pytest.raises(VdiffError, match="Input/output error"), new_folder(path, overwrite=True) as folder:
-        (folder / "new.txt").write_text("new")
-    assert names(tmp_path) == (["data"] if exists else [])
-    assert not exists or names(path) == ["old.txt"]
 
 
 def test_a_refusal_while_making_folders_is_one_line(tmp_path):

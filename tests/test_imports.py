@@ -15,7 +15,7 @@ MODULES = {
     for path in sorted((ROOT / "vdiff").rglob("*.py"))
 }
 
-BASE = ["vdiff.errors", "vdiff.files", "vdiff.reporting"]
+BASE = ["vdiff.errors", "vdiff.files", "vdiff.replacing", "vdiff.reporting"]
 DIFFUSION = [
     f"vdiff.diffusion.{name}"
     for name in (
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "vdiff.errors": [],
     "vdiff.reporting": ["vdiff.errors"],
     "vdiff.files": ["vdiff.errors"],
+    "vdiff.replacing": ["vdiff.errors", "vdiff.files"],
     "vdiff.diffusion": [],
     "vdiff.diffusion.schedules": [],
     "vdiff.diffusion.weighting": [],

@@ -182,7 +182,10 @@ def test_a_full_disk_leaves_no_file(folder, tmp_path, monkeypatch):
 def test_existing_files_stay_without_overwrite(folder, tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"old")
     (tmp_path / "folder.pt2").mkdir()
-    for name, message in (("model.pt2", "exists already; give --overwrite"), ("folder.pt2", "is a folder; give")):
+    for name, message in (
+        ("model.pt2", "exists and is no program that vdiff"),
+        ("folder.pt2", "is a folder; give"),
+    ):
         assert message in error(f"vdiff export torch {folder / 'plain'} {tmp_path / name}", 1)
     (tmp_path / "README.md").write_text("about something else")
     line = error(f"vdiff export torch {folder / 'plain'} {tmp_path / 'new.pt2'}", 1)

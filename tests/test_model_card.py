@@ -287,11 +287,11 @@ def test_exported_weights_are_a_checkpoint_without_paths(tmp_path):
 def test_only_earlier_exports_are_replaced(tmp_path):
     folder = student(tmp_path / "base_1")
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
     before = contents(tmp_path)
     for out in ("base_1", "mine"):
-        assert "; give another folder" in error(
-            f"vdiff export weights {folder} {tmp_path / out} --overwrite --license mit", 1
-        )
+        line = error(f"vdiff export weights {folder} {tmp_path / out} --overwrite --license mit", 1)
+        assert line.endswith(("is the checkpoint itself; give another folder", "vdiff wrote; choose another folder"))
     (folder / "model.safetensors").write_bytes(b"damaged")
     error(f"vdiff export weights {folder} {tmp_path / 'new'}", 1)
     assert set(contents(tmp_path)) == set(before)

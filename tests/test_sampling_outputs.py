@@ -263,9 +263,9 @@ def test_what_others_made_is_left_alone(models, tmp_path, overwrite):
     (tmp_path / "new.npz.partial" / "x").write_text("mine")
     before = contents(tmp_path)
     for name in ("mine.zip", "photos.zip", "data.lmdb"):
-        with pytest.raises(VdiffError, match=r" exists and sample\.py did not draw it; choose another --out"):
+        with pytest.raises(VdiffError, match="exists and is no set of samples that vdiff wrote; choose another --out"):
             run(order(models["rgb"]), tmp_path / name, form=name[-4:].strip("."), overwrite=overwrite)
-    with pytest.raises(VdiffError, match=r"new\.npz\.partial is not empty and holds no samples\.json; choose another"):
+    with pytest.raises(VdiffError, match=r"new\.npz\.partial exists and is no set of samples that vdiff wrote"):
         run(order(models["rgb"]), tmp_path / "new.npz", form="npz", overwrite=overwrite)
     assert contents(tmp_path) == before
 

@@ -14,6 +14,7 @@ from tests.toy import (
     COUNT,
     UNET,
     Watcher,
+    assert_equal_bits,
     assert_same_run,
     contents,
     fit_run,
@@ -26,6 +27,7 @@ from tests.toy import (
 )
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_metadata, read_tensors, write_tensors
+from vdiff.training import history, loop
 from vdiff.training.config import TrainConfig
 from vdiff.training.folder import check_same_run
 from vdiff.training.objectives import Draws, Example, Pupil
@@ -58,6 +60,37 @@ def crash(config: TrainConfig, folder: Path, at: int) -> None:
 
     with pytest.raises(RuntimeError, match="killed"):
         run_training(config, folder, reporter=Watcher(act))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("place", ["save_checkpoint", "take"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_kill_before_a_checkpoint_is_kept_costs_none(data, tmp_path, monkeypatch, schedule, place, number):
+    """Killed after the state was written or after the checkpoint was, also the last one: `--resume` keeps it."""
+    folder, calls = tmp_path / "original", []
+    config = train_config(data, ckpt_interval=2, keep_every=2, lr_schedule=schedule, sample_interval=9)
+    owner = history if place == "take" else loop
+
+    def killed(*_: object, **__: object) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            raise RuntimeError("killed")
+        real(*_, **__)
+
+    real = getattr(owner, place)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, place, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_training(config, folder)
+    run_training(config, folder, resume=True)
+    assert sorted(path.name for path in (folder / "history").iterdir()) == ["000000002", "000000004", "000000006"]
+    for step in (2, 4, 6):
+        assert read_config(folder / "history" / f"{step:09d}").num_iters == step
+    run_training(config, tmp_path / "whole")
+    for step in (2, 4, 6):
+        kept = Path("history", f"{step:09d}", WEIGHTS)
+        assert_equal_bits(folder / kept, tmp_path / "whole" / kept)
+    assert state_path(folder).exists() == (schedule == "constant")
 
 
 def test_a_state_has_all_that_a_run_needs(whole):
@@ -279,9 +312,9 @@ def test_what_exists_is_replaced_only_when_told_to(data, whole, tmp_path):
 def test_a_folder_that_is_no_run_is_left_alone(data, tmp_path, overwrite):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("meow")
-    with pytest.raises(VdiffError, match="not empty and holds no run"):
+    with pytest.raises(VdiffError, match="exists and is no run that vdiff wrote"):
         run_training(train_config(data), tmp_path / "photos", overwrite=overwrite)
-    with pytest.raises(VdiffError, match="is a file"):
+    with pytest.raises(VdiffError, match=r"cat\.txt exists and is no run"):
         run_training(train_config(data), tmp_path / "photos" / "cat.txt", overwrite=overwrite)
     assert (tmp_path / "photos" / "cat.txt").read_text() == "meow"
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import stat
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,58 +150,6 @@ def json_text(values: Mapping[str, Any]) -> str:
 def checksum(values: Any) -> str:
     """CRC-32 of values that JSON can hold, whatever the order of their keys."""
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary neighbour of `path` that becomes `path` when the block ends well and vanishes when it does not.
-
-    Raises:
-        VdiffError: `path` exists and `overwrite` is off, or the file system refuses.
-    """
-    if path.exists() and not overwrite:
-        raise VdiffError(f"{path} exists already", "give --overwrite to replace it, or another --out")
-    temporary = make_temporary_folder(path)
-    try:
-        yield temporary
-        try:
-            take_place(temporary, path)
-        except OSError as error:
-            raise refusal(path, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def take_place(folder: Path, path: Path) -> None:
-    """Make `folder` durable and rename it over `path`; if that fails, `path` is what it was."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-    old = None
-    if path.exists():
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        os.replace(path, old)
-    try:
-        os.replace(folder, path)
-    except OSError:
-        if old is not None:
-            os.replace(old, path)
-        raise
-    fsync_folder(path.parent)
-    if old is not None:
-        remove(old)
-
-
-def make_temporary_folder(path: Path) -> Path:
-    """Create a hidden, empty folder beside `path` (and the parents that are missing)."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        folder.mkdir()
-    except OSError as error:
-        raise refusal(path, error) from None
-    return folder
 
 
 def make_folder(path: Path) -> Path:

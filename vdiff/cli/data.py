@@ -79,22 +79,25 @@ def verify(dataset: str | None, num_workers: int | None, json: bool) -> int:
     type=click.Path(path_type=Path),
     metavar="FILE.png",
     show_default="DATASET.png",
-    help="The picture; an existing one is replaced.",
+    help="The picture; an earlier sheet is replaced.",
 )
 @option("--image_size", group="Output", type=click.IntRange(min=1), show_default="the largest", help="Which size.")
 @option("--columns", group="Output", type=click.IntRange(1, 100), default=10, help="Images in a row.")
 @option("--rows", group="Output", type=click.IntRange(1, 99), default=20, help="Rows at most.")
 def show(dataset: str | None, out: Path | None, image_size: int | None, columns: int, rows: int) -> None:
     """Draw a contact sheet of DATASET, a row for each class."""
-    from vdiff.data.images import save_png
+    from vdiff.data.images import PICTURE, save_png
     from vdiff.data.inspection import sheet
+    from vdiff.replacing import check_free, locked
 
     opened = _open(dataset)
     if out is None:
         out = Path(f"{Path(str(opened.path)).name}.png") if "://" in str(opened.path) else Path(f"{opened.path}.png")
     if out.suffix.lower() != ".png":
         raise VdiffError(f"{out} is no name for a PNG file", "give --out FILE.png")
-    save_png(sheet(opened, size=image_size, columns=columns, max_rows=rows), out)
+    with locked(out):
+        check_free(out, PICTURE, overwrite=True)
+        save_png(sheet(opened, size=image_size, columns=columns, max_rows=rows), out)
     Console().result(str(out))
 
 
@@ -115,15 +118,12 @@ def show(dataset: str | None, out: Path | None, image_size: int | None, columns:
 def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     """Join all PARTS that --shard prepared into the dataset that one run would have written."""
     from vdiff.data.merging import merge as join
-    from vdiff.data.store import is_dataset
 
     if out is None:
         name, dot, suffix = parts[0].name.rpartition(".")
         if not (dot and "of" in suffix):
             raise VdiffError(f"{parts[0]} is not called NAME.IofN", "say where the dataset goes with --out")
         out = parts[0].with_name(name)
-    if overwrite and out.exists() and not is_dataset(out):
-        raise VdiffError(f"{out} exists and is not a dataset", "choose another --out; only datasets are ever replaced")
     console = Console()
     meta = join(parts, out, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {meta.counts['images']} images of {len(parts)} parts")

@@ -70,8 +70,10 @@ def command(
     the students tells all of it in one page; images up to 32 × 32 are measured for it. All this costs about a tenth of
     the training: where that is short, fewer images are drawn, in fewer steps.
     """
+    from vdiff.replacing import locked
     from vdiff.training.comparison import PICTURE, compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
+    from vdiff.training.folder import RUN
     from vdiff.training.ladder import climb
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 
@@ -99,7 +101,9 @@ def command(
         return
     table = None if trained else known_rows(stages, seed=config.seed)
     budget = sum(stage.budget(config) for stage in stages)
-    table = table or compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)
+    if table is None:
+        with locked(stages[-1].folder, kind=RUN):
+            table = compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     if any(row.kept_start for row in table):
         console.result(f"{KEPT}    training made the model worse: its start, what it has of its teacher, is kept")

@@ -76,7 +76,8 @@ def command(
     (Karras et al. 2024). Each goes to a folder that sample.py and distill.py take like any other checkpoint, with
     average.json to say how it was made.
     """
-    from vdiff.models.checkpoint import read_config
+    from vdiff.models.checkpoint import AVERAGED, read_config
+    from vdiff.replacing import check_free
     from vdiff.training.averages import gamma_of
     from vdiff.training.posthoc import find_snapshots, read_exponential, reconstruct, snapshot_at
 
@@ -98,7 +99,9 @@ def command(
     suffixes = [*(f"_ema{_digits(length)}" for length in lengths), *(f"_decay{value}" for value in decays)]
     folders = _folders(run, suffixes, at, out)
     for folder in folders:
-        _check_free(folder, run, overwrite=overwrite)
+        if folder.resolve() == run.resolve():
+            raise OptionError(f"--out {folder} is the run itself", "choose another --out")
+        check_free(folder, AVERAGED, overwrite=overwrite)
     origin = {"run": run.as_posix(), "update": end.step}
     made: list[tuple[dict[str, Any], Mapping[str, Tensor]]] = []
     for found in reconstruct(run, lengths, at) if lengths else []:
@@ -184,24 +187,6 @@ def _folders(run: Path, suffixes: list[str], at: int | None, out: Path | None) -
     return [base.with_name(f"{base.name}{suffix}{when}") for suffix in suffixes]
 
 
-def _check_free(folder: Path, run: Path, *, overwrite: bool) -> None:
-    """See before anything is read that the folder may be written; only what this command wrote is ever replaced.
-
-    Raises:
-        VdiffError: something is in the way.
-    """
-    from vdiff.models.checkpoint import AVERAGE
-
-    if folder.resolve() == run.resolve():
-        raise OptionError(f"--out {folder} is the run itself", "choose another --out")
-    if not folder.exists():
-        return
-    if not (folder / AVERAGE).is_file():
-        raise VdiffError(f"{folder} exists and was not written by `vdiff ema`", "choose another --out")
-    if not overwrite:
-        raise VdiffError(f"{folder} exists already", "give --overwrite to replace it, or another --out")
-
-
 def _write(
     folder: Path,
     note: dict[str, Any],
@@ -218,8 +203,9 @@ def _write(
     """
     from dataclasses import replace
 
-    from vdiff.files import new_folder, write_text
-    from vdiff.models.checkpoint import AVERAGE, save_checkpoint
+    from vdiff.files import write_text
+    from vdiff.models.checkpoint import AVERAGE, AVERAGED, save_checkpoint
+    from vdiff.replacing import new_folder
 
     try:
         config.build().load_state_dict(weights)
@@ -229,6 +215,6 @@ def _write(
         ) from None
     seconds = round(config.train_seconds * end.step / max(config.num_iters, 1), 1)
     described = replace(config, weights="ema", num_iters=end.step, num_images=end.images, train_seconds=seconds)
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(folder, AVERAGED, overwrite=overwrite) as temporary:
         save_checkpoint(temporary, weights, described)
         write_text(temporary / AVERAGE, jsonlib.dumps(note, indent=2, ensure_ascii=False) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from vdiff.errors import OptionError, VdiffError, shell
 if TYPE_CHECKING:
     from vdiff.interop.graphs import GraphOptions
     from vdiff.models.checkpoint import CheckpointConfig
+    from vdiff.replacing import Kind
 
 OUTPUTS = ["v", "x", "eps"]
 LICENSE_HELP = "An identifier for the model card, such as mit or cc-by-4.0."
@@ -97,11 +98,11 @@ def onnx_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     ONNX Runtime must give vdiff's own answers from the same noise to 1e-4, or nothing is written. Needs
     `pip install 'vdiff[onnx]'`.
     """
-    from vdiff.interop.onnx import export_onnx, require_packages
+    from vdiff.interop.onnx import GRAPH, export_onnx, require_packages
     from vdiff.interop.usage import onnx_usage
 
     require_packages()
-    _export(checkpoint, file, ".onnx", write=export_onnx, usage=onnx_usage, program="ONNX Runtime", **flags)
+    _export(checkpoint, file, ".onnx", GRAPH, write=export_onnx, usage=onnx_usage, program="ONNX Runtime", **flags)
 
 
 @command.command(
@@ -121,8 +122,9 @@ def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     """
     from vdiff.interop.torch_export import export_torch
     from vdiff.interop.usage import torch_usage
+    from vdiff.models.program import PROGRAM
 
-    _export(checkpoint, file, ".pt2", write=export_torch, usage=torch_usage, program="torch.export", **flags)
+    _export(checkpoint, file, ".pt2", PROGRAM, write=export_torch, usage=torch_usage, program="torch.export", **flags)
 
 
 @command.command(
@@ -152,6 +154,7 @@ def _export(
     checkpoint: Path,
     file: Path,
     suffix: str,
+    kind: Kind,
     *,
     write: Callable[..., float],
     usage: Callable[[str, CheckpointConfig, GraphOptions], str],
@@ -166,45 +169,38 @@ def _export(
         raise OptionError(f"{file} is no name for an export of this kind", f"give FILE{suffix}")
     if file.is_dir():
         raise VdiffError(f"{file} is a folder", f"give the name of a file in it: {file / ('model' + suffix)}")
-    if file.exists() and not overwrite:
-        raise VdiffError(f"{file} exists already", "give --overwrite to replace it, or another file")
     if license_name is not None and not card:
         raise OptionError("--license stands in the card that --card False leaves out", "leave one of them out")
 
-    from vdiff.files import make_folder
     from vdiff.interop.agreement import check_exportable
-    from vdiff.interop.card import card_beside
+    from vdiff.interop.card import CARD, PICTURE, card_beside
     from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
+    from vdiff.replacing import check_free, locked
 
     console = Console()
     denoiser, config = load_checkpoint(checkpoint)
     check_exportable(denoiser)
     options = graph_options(config, **flags)
-    beside = (
-        card_beside(
-            file.parent,
-            checkpoint,
-            usage={file.name: usage(file.name, config, options)},
-            license_name=license_name,
-            anew=overwrite,
-            tags=[suffix.strip(".")],
-        )
-        if card
-        else None
-    )
-    is_new = not file.parent.exists()
-    make_folder(file.parent)
-    what = f"{options.num_steps} steps of the sampler" if options.sampler else "one evaluation"
-    console.line(f"exporting {what}; on a large network this takes minutes")
-    try:
+    with ExitStack() as locks:
+        locks.enter_context(locked(file))
+        check_free(file, kind, overwrite=overwrite, flag="another file")
+        beside = None
+        if card:
+            # other exports into this folder add their sections to the same card
+            locks.enter_context(locked(file.parent / CARD, file.parent / PICTURE))
+            beside = card_beside(
+                file.parent,
+                checkpoint,
+                usage={file.name: usage(file.name, config, options)},
+                license_name=license_name,
+                anew=overwrite,
+                tags=[suffix.strip(".")],
+            )
+        what = f"{options.num_steps} steps of the sampler" if options.sampler else "one evaluation"
+        console.line(f"exporting {what}; on a large network this takes minutes")
         difference = write(denoiser, config, options, file, fingerprint=weights_fingerprint(checkpoint))
         if beside is not None:
             beside.write(file.parent)
-    except BaseException:
-        if is_new:
-            with suppress(OSError):  # not empty: the export was written before
-                file.parent.rmdir()
-        raise
     console.result(f"{file}: {options.results} by {program} differ from vdiff's by at most {difference:.1e}")
 
 

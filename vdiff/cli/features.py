@@ -128,18 +128,22 @@ def command(
     from vdiff.evaluation.feature_network_file import check_out, describe, write_features
     from vdiff.evaluation.feature_network_training import FeatureTraining, network_config, train_features
     from vdiff.models.device import pick_device
+    from vdiff.replacing import locked
 
     console = Console()
     store, size = open_sized(data or find_dataset(), image_size)
     training = FeatureTraining(kind, dim, num_iters, batch_size, seed, num_workers)
     config = network_config(store, size, training)
     where = pick_device(device)
-    check_out(out, overwrite=overwrite)
-    classes = f" of {len(store.meta.class_names)} classes" if config.num_classes else ""
-    console.line(f"{plural(len(store), 'image')} of {size} × {size} pixels: {config.kind}{classes}, on {where.type}")
-    network, found = train_features(store, size, training, device=where, reporter=console)
-    metadata = describe(network, store, training, found)
-    write_features(network, metadata, out)
+    with locked(out):
+        check_out(out, overwrite=overwrite)
+        classes = f" of {len(store.meta.class_names)} classes" if config.num_classes else ""
+        console.line(
+            f"{plural(len(store), 'image')} of {size} × {size} pixels: {config.kind}{classes}, on {where.type}"
+        )
+        network, found = train_features(store, size, training, device=where, reporter=console)
+        metadata = describe(network, store, training, found)
+        write_features(network, metadata, out)
     if learned(metadata) < LITTLE:
         console.line(f"warning: {told(metadata)}: distances on such features may mean little; give more --num_iters")
     if json:

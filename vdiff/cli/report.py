@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="FILE.html",
     show_default="RUN_DIR/report.html",
-    help="The page; an existing one is replaced.",
+    help="The page; an earlier report is replaced, any other file refused.",
 )
 @switch("--open", "open_it", group="Output", help="Show it in the browser.")
 @switch("--json", group="Output", help="Print one JSON object: where the page is, and what it tells of each model.")

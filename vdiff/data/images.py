@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vdiff.data.labels import MARK
 from vdiff.files import write_whole
+from vdiff.replacing import Kind
 
 CELL_PIXELS = 72
 GAP = 4
@@ -63,6 +64,17 @@ def save_png(image: Tensor | PIL.Image.Image, path: Path) -> None:
     """Write one picture, or one (C, H, W) tensor in [−1, 1], as a PNG file with `own_mark`: whole or not at all."""
     picture = to_pil(image) if isinstance(image, Tensor) else image
     write_whole(path, lambda temporary: picture.save(temporary, format="PNG", exif=own_mark()))
+
+
+def _is_picture(path: Path) -> str:
+    try:
+        with PIL.Image.open(path) as picture:
+            return "picture" if MARK in picture.getexif().tobytes() else ""
+    except (OSError, SyntaxError, ValueError):
+        return ""
+
+
+PICTURE = Kind("picture", _is_picture)
 
 
 def cell_scale(images: Tensor) -> int:

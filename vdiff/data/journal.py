@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sqlite3
 import zlib
 from collections import Counter
@@ -14,14 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from vdiff.data.store import JOB_FILE, partial_folder
 from vdiff.errors import VdiffError, printable
 from vdiff.files import make_folder, parse, read_json, refusal, write_text
+from vdiff.replacing import Kind, check_free, discard, holds_keys, locked
 
 REJECTED_FILE = "rejected.jsonl"
 DATASET_FOLDER = "dataset"
+
+
+FILES = (
+    r"lock|job\.json|(listing|journal)\.sqlite(-\w+)?|unpacked\.tar|arr_0\.npy"
+    r"|dataset/((data|lock)\.mdb|rejected\.jsonl|index\.json|[^/]+-\d{6,}\.tar)"
+)
+PREPARATION = Kind("preparation", lambda folder: FILES if holds_keys(folder / JOB_FILE, "job", "command") else "")
 
 
 @dataclass(frozen=True)
@@ -82,26 +87,12 @@ class Journal:
         Raises:
             VdiffError: another one does, or the folder holds something else.
         """
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        # what there may be before there is a job
-        others = [
-            name for name in names if name not in ("lock", DATASET_FOLDER) and not name.startswith(f".{JOB_FILE}")
-        ]
-        if others and self._job() is None:
-            raise VdiffError(
-                f"{self.folder} is in the way: it holds no preparation", "move it, or choose another --out"
-            )
-        make_folder(self.folder)
-        lock = FileLock(self.folder / "lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise VdiffError(f"another process prepares {self.out}", "wait for it, or choose another --out") from None
-        try:
-            yield
-        finally:
-            lock.release()
-            self.close()
+        with locked(self.out, self.folder):
+            check_free(self.folder, PREPARATION, overwrite=True)
+            try:
+                yield
+            finally:
+                self.close()
 
     def is_over(self, job: Mapping[str, Any]) -> bool:
         """Whether this very job was finished and put in its place by a run that died before it could leave."""
@@ -124,7 +115,7 @@ class Journal:
                 f"go on with it: {before['command']}; or give --overwrite to begin anew",
             )
         if before and before["job"] != job:
-            self.clear()
+            self.remove()
         self._is_new = before is None or before["job"] != job
         make_folder(self.dataset)  # before the job: `is_over` relies on it
         write_text(self.folder / JOB_FILE, json.dumps({"job": job, "command": command}, indent=1))
@@ -180,15 +171,6 @@ class Journal:
         self._execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", number, f"{text}\n{_check_of(number, text)}")
         self.kept = self.tally.position
 
-    def clear(self) -> None:
-        """Forget all that was done, but keep the lock."""
-        self.close()
-        for path in self.folder.iterdir() if self.folder.exists() else ():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
-
     @property
     def is_worthless(self) -> bool:
         """Whether this run began it and has kept nothing yet."""
@@ -197,7 +179,7 @@ class Journal:
     def remove(self) -> None:
         """Take the folder away."""
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard(self.folder)
 
     def close(self) -> None:
         """Let go of the files."""

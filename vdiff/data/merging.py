@@ -13,12 +13,13 @@ from typing import Any
 
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.journal import REJECTED_FILE
-from vdiff.data.shard_store import ShardStore
+from vdiff.data.shard_store import DATASET, ShardStore
 from vdiff.data.shards import Shard, fingerprint_of, write_index
 from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
-from vdiff.files import new_folder, write_whole
+from vdiff.files import write_whole
+from vdiff.replacing import new_folder
 from vdiff.reporting import Reporter, Silent
 
 
@@ -37,7 +38,7 @@ def merge(
     first = parts[0].meta
     counts = _sum([part.meta.counts for part in parts])
     reporter = reporter or Silent()
-    with new_folder(out, overwrite=overwrite) as folder:
+    with new_folder(out, DATASET, overwrite=overwrite) as folder:
         whole = replace(first, shard="", counts={}, fingerprint="")
         stores = [part for part in parts if isinstance(part, ImageStore)]
         shards = [part for part in parts if isinstance(part, ShardStore)]

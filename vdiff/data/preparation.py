@@ -18,15 +18,16 @@ from vdiff.data.conversion import ConversionConfig, Converted, convert
 from vdiff.data.image_files import UnreadableImageError
 from vdiff.data.journal import REJECTED_FILE, Journal, Rejected
 from vdiff.data.listing import Item, Listing, few, open_listing
-from vdiff.data.shard_store import ShardStore
+from vdiff.data.shard_store import DATASET, ShardStore
 from vdiff.data.shards import IMAGES_PER_SHARD, ShardWriter
 from vdiff.data.source import Source
 from vdiff.data.sources import build_listing
-from vdiff.data.store import DatasetMeta, ImageStore, is_dataset
+from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.workers import ordered_map
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import Interrupted, VdiffError
-from vdiff.files import parse, take_place
+from vdiff.files import parse
+from vdiff.replacing import check_free, take_place
 from vdiff.reporting import Reporter, Silent
 
 CHUNK_ITEMS = 8
@@ -170,12 +171,12 @@ def prepare(
     }
     began = time.monotonic()
     journal = Journal(folder)
-    if journal.is_over(job):
-        journal.remove()
-        meta = (ShardStore(str(folder)) if tars else ImageStore(folder)).meta
-        return _report(meta, folder, meta.counts["images"], began)
-    check_output(folder, source, overwrite=overwrite)
     with journal.lock():
+        if journal.is_over(job):
+            journal.remove()
+            meta = (ShardStore(str(folder)) if tars else ImageStore(folder)).meta
+            return _report(meta, folder, meta.counts["images"], began)
+        check_output(folder, source, overwrite=overwrite)
         try:
             journal.begin(job, command, overwrite=overwrite)
             preparation = _Preparation(source, folder, config, part or Part(), tars, journal, reporter)
@@ -371,15 +372,9 @@ def check_output(out: Path, source: Source, *, overwrite: bool) -> None:
     Raises:
         VdiffError: `out` exists and `overwrite` is off; it is no dataset; or the images to be read lie in it.
     """
-    if not out.exists():
-        return
     if source.path is not None and source.path.resolve().is_relative_to(out.resolve()):
         raise VdiffError(f"the images lie in the output folder {out}", "choose another --out")
-    empty = out.is_dir() and not any(out.iterdir())
-    if not (empty or is_dataset(out)):
-        raise VdiffError(f"{out} exists and is not a dataset", "choose another --out; only datasets are ever replaced")
-    if not overwrite:
-        raise VdiffError(f"{out} exists already", "give --overwrite to replace it, or another --out")
+    check_free(out, DATASET, overwrite=overwrite)
 
 
 def _convert_all(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import mmap
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,12 +26,16 @@ from vdiff.data.shard_files import (
     shown,
 )
 from vdiff.data.shards import LABEL, Shard, fingerprint_of, parse_index, suffix_of
-from vdiff.data.store import INDEX_FILE, DatasetMeta, incomplete, partial_folder
+from vdiff.data.store import DATA_FILE, INDEX_FILE, DatasetMeta, incomplete, partial_folder
 from vdiff.errors import VdiffError
 from vdiff.files import MAX_TEXT_BYTES, read_text
+from vdiff.replacing import Kind
 
 PREPARE = "make a dataset of the tar: python prepare_data.py TAR"
 MAX_CLASSES = 100_000
+OTHER_FILES = r"index\.json|rejected\.jsonl"
+LMDB_FILES = r"(data|lock)\.mdb|rejected\.jsonl|samples\.json"
+MARK_OF_META = b'"vdiff_version": "'
 
 
 class ShardStore:
@@ -189,6 +195,20 @@ class ShardStore:
     def _read_index(self, text: str | bytes, place: str) -> None:
         self.meta, self.shards = parse_index(text, place)
         self._suffixes = {size: (suffix_of(self.meta, size),) for size in self.meta.sizes}
+
+
+def _files_of_dataset(folder: Path) -> str:
+    """Both kinds, whole or damaged; an LMDB is told by the description in it."""
+    try:
+        if (index := folder / INDEX_FILE).is_file():
+            return "|".join([*(re.escape(shard.file) for shard in parse_index(index.read_bytes(), "")[1]), OTHER_FILES])
+        with open(folder / DATA_FILE, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return LMDB_FILES if data.find(MARK_OF_META) >= 0 else ""
+    except (OSError, ValueError, VdiffError):
+        return ""
+
+
+DATASET = Kind("dataset", _files_of_dataset)
 
 
 def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int, tuple[str, ...]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from vdiff.data.datasets import AnyStore
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.feature_network import FeatureNet
 from vdiff.evaluation.feature_network_training import FeatureTraining, HeldOut
-from vdiff.files import make_folder, parse, refusal
-from vdiff.models.program import write_program
+from vdiff.files import parse
+from vdiff.models.program import PROGRAM, write_program
+from vdiff.replacing import check_free
 
 SUFFIX = ".pt2"
 FORMAT = 1
@@ -80,24 +80,17 @@ def describe(network: FeatureNet, store: AnyStore, training: FeatureTraining, fo
 
 
 def check_out(path: Path, *, overwrite: bool) -> None:
-    """Find out before the work whether the file can be written at its end; make its folder.
+    """Find out before the work whether the file may be written at its end.
 
     Raises:
         OptionError: the name does not end with .pt2, or is that of a folder.
-        VdiffError: the file exists and `overwrite` is off, or the file system refuses.
+        VdiffError: the file exists, and `overwrite` is off or vdiff did not write it.
     """
     if path.suffix != SUFFIX:
         raise OptionError(f"--out {path}: the file is a torch.export program", f"give FILE{SUFFIX}")
     if path.is_dir():
         raise OptionError(f"--out {path} is a folder", f"give FILE{SUFFIX}")
-    if path.exists() and not overwrite:
-        raise VdiffError(f"{path} exists already", "give --overwrite to replace it, or another --out")
-    make_folder(path.parent)
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise refusal(path, error) from None
+    check_free(path, PROGRAM, overwrite=overwrite)
 
 
 def write_features(network: FeatureNet, metadata: FeatureMetadata, path: Path) -> float:

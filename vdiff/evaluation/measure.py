@@ -6,12 +6,13 @@ import datetime
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from vdiff.data.images import PICTURE
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.evaluation.drawn import STATE
 from vdiff.evaluation.features import PIXELS, Features, load_features
@@ -28,12 +29,12 @@ from vdiff.evaluation.plan import (
     shared_kind,
 )
 from vdiff.evaluation.reference import Images, cache_folder, statistics
-from vdiff.evaluation.results import Evaluation
+from vdiff.evaluation.results import EVALUATION, Evaluation
 from vdiff.evaluation.rows import RowMaker, Style, finished_rows
-from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
 from vdiff.models.device import pick_device
 from vdiff.models.speed import pick_precision
+from vdiff.replacing import check_free, check_ours, discard, is_free, locked
 from vdiff.reporting import DOUBTFUL_TIMES, Reporter, Silent
 
 FORMAT = 2
@@ -140,14 +141,22 @@ def measure(
     reporter = reporter or Silent()
     if not requests:
         raise ValueError("no requests")
-    with processes.together():
-        job = _prepare(requests, dataset, order, features, weights, processes)
-        finished = _finished(out, job.key, overwrite)
-    if finished is not None:
-        return finished
     if out is None and processes.count > 1:
         raise OptionError("several processes need a file that all of them see", "give --out FILE")
-    with _place(out) as place, _said_when_stopped(out):
+    with _place(out) as place, ExitStack() as lock, _said_when_stopped(out):
+        with processes.together():
+            job = _prepare(requests, dataset, order, features, weights, processes)
+            pairs = out.with_name(f"{out.stem}-nearest.png") if out is not None and "nearest" in job.metrics else None
+            if out is not None:
+                lock.enter_context(locked(out, place, *([pairs] if pairs else []), mine=processes.is_first))
+                if pairs is not None and not place.exists() and not EVALUATION.files(out):
+                    check_free(pairs, PICTURE, overwrite=True)
+        with processes.together():
+            finished = _finished(out, job.key, overwrite)
+            if finished is not None and processes.is_first:
+                discard(place)
+        if finished is not None:
+            return finished
         work = WorkFolder(place, job.key, processes)
         known = statistics(
             job.images,
@@ -164,10 +173,9 @@ def measure(
         for number, request in enumerate(requests):
             maker.make(number, request, job.configs[request.checkpoint], job.fingerprints[request])
         networks = [json.dumps(job.configs[request.checkpoint].unet, sort_keys=True) for request in requests]
-        rows, pairs = maker.time_again(finished_rows(work, len(requests)), requests, networks), None
+        rows = maker.time_again(finished_rows(work, len(requests)), requests, networks)
         if "nearest" in job.metrics:
             rows = with_nearest(rows, job.images, work, processes, reporter)
-            pairs = f"{out.stem}-nearest.png" if out is not None else None
         evaluation = Evaluation(
             features=job.features.name,
             device=_device_name(processes),
@@ -175,7 +183,7 @@ def measure(
             command=command,
             reference=job.images.describe(),
             rows=tuple(rows),
-            pairs=pairs,
+            pairs=pairs.name if pairs else None,
             teacher=order.teacher.as_posix() if order.teacher else "",
             teacher_steps=job.teacher.num_steps if job.teacher else None,
             notes=(
@@ -186,8 +194,8 @@ def measure(
         )
         with processes.together():
             if processes.is_first:
-                if out is not None and pairs is not None:
-                    save_pairs(rows, job.images, work, out.parent / pairs)
+                if pairs is not None:
+                    save_pairs(rows, job.images, work, pairs)
                 if out is not None:
                     evaluation.write(out)
                 work.remove()
@@ -263,12 +271,12 @@ def _weights_of(request: Request) -> str:
 
 def _finished(out: Path | None, key: str, overwrite: bool) -> Evaluation | None:
     """What lies in `out` already, if it is this evaluation."""
-    if out is None or not out.exists() or overwrite:
+    if out is None or is_free(out):
         return None
-    try:
-        found = Evaluation.read(out)
-    except VdiffError:
-        raise VdiffError(f"{out} exists and is no evaluation", "give another --out, or --overwrite") from None
+    check_ours(out, EVALUATION)
+    if overwrite:
+        return None
+    found = Evaluation.read(out)
     if found.job != key:
         raise VdiffError(f"{out} holds another evaluation", "give --overwrite to replace it, or another --out")
     return found
@@ -281,7 +289,6 @@ def _place(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="vdiff-") as folder:
             yield Path(folder) / "work"
         return
-    make_folder(out.parent)
     yield out.with_name(f".{out.name}{WORK}")
 
 

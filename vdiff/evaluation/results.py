@@ -12,6 +12,7 @@ from typing import Any
 import vdiff
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text, write_text
+from vdiff.replacing import Kind, holds_keys
 
 FORMAT = 1
 FILE, PAIRS = "evaluation.json", "evaluation-nearest.png"
@@ -174,6 +175,9 @@ class Evaluation:
             return cls.from_json(text)
         except VdiffError as error:
             raise VdiffError(f"{path}: {error.cause}", error.hint) from None
+
+
+EVALUATION = Kind("evaluation", lambda path: FILE if holds_keys(path, "reference", "rows", "vdiff_version") else "")
 
 
 def row_from(values: Any) -> Row:

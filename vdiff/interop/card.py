@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from vdiff.data import images as image_files
 from vdiff.data.images import cell_scale, make_grid, save_png, to_pil
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError, printable
@@ -25,8 +26,10 @@ from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, weights_f
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import parameter_count
+from vdiff.replacing import check_free
 
 CARD, PICTURE = "README.md", "samples.png"
+FILES_OF_CARD = r"README\.md|samples\.png"
 UNKNOWN = "unknown"
 LADDER = "ladder.json"
 USE = "\n## Use\n"
@@ -94,6 +97,7 @@ def card_beside(
     """
     path = folder / CARD
     if not path.exists():
+        check_free(folder / PICTURE, image_files.PICTURE, overwrite=True, flag="another folder, or give --card False")
         return new_card(checkpoint, usage=usage, license_name=license_name or UNKNOWN, tags=tags)
     text = _text(path)
     if MARK.format(weights_fingerprint(checkpoint)) not in text:

@@ -8,30 +8,18 @@ from pathlib import Path
 from torch import Tensor
 
 from vdiff.errors import VdiffError
-from vdiff.files import new_folder
-from vdiff.models.checkpoint import WEIGHTS, CheckpointConfig, read_config, save_checkpoint
+from vdiff.models.checkpoint import FILES, CheckpointConfig, read_config, save_checkpoint
+from vdiff.replacing import Kind, new_folder
 
 
-def check_free(folder: Path, *, overwrite: bool) -> None:
-    """See, before a large file is read, that `folder` may be written; only imported models are ever replaced.
-
-    Raises:
-        VdiffError: something is in the way.
-    """
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise VdiffError(f"{folder} exists already", "give --overwrite to replace it, or another --out")
-    if not _is_imported(folder):
-        raise VdiffError(f"{folder} exists and is no imported model", "choose another --out")
-
-
-def _is_imported(folder: Path) -> bool:
-    """Whether a checkpoint of an imported model lies in `folder`; programs of all kinds write a config.json."""
+def _files_of_model(folder: Path) -> str:
     try:
-        return read_config(folder).is_imported and (folder / WEIGHTS).is_file()
+        return FILES if read_config(folder).is_imported else ""
     except VdiffError:
-        return False
+        return ""
+
+
+IMPORTED_MODEL = Kind("imported model", _files_of_model)
 
 
 def write_model(folder: Path, weights: Mapping[str, Tensor], description: CheckpointConfig, *, overwrite: bool) -> None:
@@ -44,6 +32,5 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], description: Checkp
     Raises:
         VdiffError: something is in the way, or the file system refuses.
     """
-    check_free(folder, overwrite=overwrite)
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(folder, IMPORTED_MODEL, overwrite=overwrite) as temporary:
         save_checkpoint(temporary, {f"network.{name}": tensor for name, tensor in weights.items()}, description)

@@ -21,6 +21,7 @@ from vdiff.interop.agreement import check, inputs
 from vdiff.interop.graphs import Evaluation, GraphOptions, Step, grid, metadata
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
+from vdiff.replacing import Kind
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +31,18 @@ OPSET = 18
 MAX_BYTES = 2**31 - 2**24
 """A protocol buffer, which an ONNX file is, ends at 2 GiB."""
 BATCH = "batch"
+
+
+def _is_graph(path: Path) -> str:
+    """The producer's name comes first in the file."""
+    try:
+        with open(path, "rb") as file:
+            return BATCH if b"\x12\x05vdiff" in file.read(64) else ""
+    except OSError:
+        return ""
+
+
+GRAPH = Kind("ONNX file", _is_graph)
 
 
 def require_packages() -> None:

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from vdiff.diffusion.schedules import MAX_LEVELS, DdpmCosineSchedule
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.imported import check_free, write_model
+from vdiff.interop.imported import IMPORTED_MODEL, write_model
 from vdiff.interop.pickles import check_backed, read_pt
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig
 from vdiff.models.unet import Attention, Stage, UNet, UNetConfig
+from vdiff.replacing import check_free
 
 KEYS = ("G", "n_timesteps", "time_scale")
 BGR, RGB = "bgr", "rgb"
@@ -57,7 +58,7 @@ def import_reference(
     Raises:
         VdiffError: the file is none of this kind, the flags do not fit it, or `out` exists.
     """
-    check_free(out, overwrite=overwrite)
+    check_free(out, IMPORTED_MODEL, overwrite=overwrite)
     tensors, num_levels, time_scale = _read(path)
     unet = unet_config(path, tensors, attention_heads=attention_heads, image_channels=image_channels)
     if image_size % unet.size_multiple:

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vdiff.errors import VdiffError
-from vdiff.files import new_folder, write_json
-from vdiff.interop.card import CARD, is_card, write_card
+from vdiff.files import write_json
+from vdiff.interop.card import CARD, FILES_OF_CARD, is_card, write_card
 from vdiff.interop.sharing import public
 from vdiff.interop.usage import weights_usage
-from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config
+from vdiff.models.checkpoint import CONFIG, FILES, WEIGHTS, is_checkpoint, read_config
+from vdiff.replacing import Kind, new_folder
 
 
 def describe(checkpoint: Path, folder: Path, *, license_name: str) -> None:
@@ -25,17 +26,21 @@ def describe(checkpoint: Path, folder: Path, *, license_name: str) -> None:
     write_json(folder / CONFIG, public(asdict(read_config(checkpoint))))
 
 
+def _files_of_export(folder: Path) -> str:
+    return f"{FILES}|{FILES_OF_CARD}" if is_checkpoint(folder) and is_card(folder / CARD) else ""
+
+
+EXPORT = Kind("export", _files_of_export)
+
+
 def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwrite: bool) -> None:
     """Write `folder`, which is a checkpoint itself, with the weights of `checkpoint` bit for bit; whole or not at all.
 
     Raises:
         VdiffError: the checkpoint cannot be used, or the folder exists; only folders of this function are replaced.
     """
-    if folder.exists():
-        if folder.resolve() == checkpoint.resolve():
-            raise VdiffError(f"{folder} is the checkpoint itself", "give another folder")
-        if not (is_card(folder / CARD) and (folder / WEIGHTS).is_file()):
-            raise VdiffError(f"{folder} exists and was not written by this command", "give another folder")
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    if folder.resolve() == checkpoint.resolve():
+        raise VdiffError(f"{folder} is the checkpoint itself", "give another folder")
+    with new_folder(folder, EXPORT, overwrite=overwrite, flag="another folder") as temporary:
         describe(checkpoint, temporary, license_name=license_name)
         shutil.copyfile(checkpoint / WEIGHTS, temporary / WEIGHTS)

@@ -32,9 +32,12 @@ from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whol
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
 from vdiff.models.unet import UNet, UNetConfig
+from vdiff.replacing import Kind, holds_keys
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, AVERAGE = "model.safetensors", "config.json", "average.json"
+FILES = r"model\.safetensors|config\.json|average\.json"
+"""A regular expression of their names."""
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 IMPORTED = "imported:"
 MAX_IMAGE_SIZE = 2**13
@@ -229,6 +232,18 @@ def read_config(folder: str | Path) -> CheckpointConfig:
             raise VdiffError(f"{path}: 'teacher' must be an object or null, all the way back", advice)
         teacher = teacher.get("teacher")
     return CheckpointConfig(**values)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the `config.json` in `folder` is one of vdiff's, of any version; many programs write that name."""
+    return holds_keys(folder / CONFIG, "unet", "schedule", "prediction", "num_timesteps")
+
+
+def _files_of_averaged(folder: Path) -> str:
+    return FILES if is_checkpoint(folder) and holds_keys(folder / AVERAGE, "run", "update", "profile") else ""
+
+
+AVERAGED = Kind("average of a run", _files_of_averaged)
 
 
 def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, CheckpointConfig]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.files import write_whole
+from vdiff.replacing import Kind
 
 METADATA = "vdiff.json"
 """The extra file in a program that says what it is."""
+
+
+def _is_program(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return METADATA if any(Path(name).name == METADATA for name in archive.namelist()) else ""
+    except (OSError, zipfile.BadZipFile):
+        return ""
+
+
+PROGRAM = Kind("program", _is_program)
 
 
 def write_program(

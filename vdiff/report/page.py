@@ -12,7 +12,8 @@ from typing import Any
 
 import vdiff
 from vdiff.errors import printable
-from vdiff.files import make_folder, write_text
+from vdiff.files import write_text
+from vdiff.replacing import Kind, check_free, locked
 from vdiff.report import plots, tables
 from vdiff.report.figures import figure, steps_text, whole
 from vdiff.report.losses import read_losses
@@ -22,6 +23,7 @@ from vdiff.report.run import LadderRun
 from vdiff.report.words import evaluate_command, facts, notes, recipes, sample_command, summary
 
 NAME = "report.html"
+GENERATOR = "vdiff"
 EVALUATIONS = "network evaluations an image"
 
 
@@ -45,19 +47,30 @@ class Losses:
     drawing: str
 
 
+def _is_report(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return GENERATOR if f'content="{GENERATOR} '.encode() in file.read(4096) else ""
+    except OSError:
+        return ""
+
+
+REPORT = Kind("report", _is_report)
+
+
 def write_report(ladder: LadderRun, out: Path | None = None) -> Path:
     """Write the report on a ladder, whole or not at all; answer where it is.
 
     Args:
-        out: the file; `report.html` in the ladder's folder by default. What it held is replaced: it can be made again.
+        out: the file; `report.html` in the ladder's folder by default. An earlier report is replaced.
 
     Raises:
-        VdiffError: a picture cannot be read, or the file system refuses.
+        VdiffError: a picture cannot be read, the file is no report, or the file system refuses.
     """
     path = out or ladder.folder / NAME
-    text = render(ladder)
-    make_folder(path.parent)
-    write_text(path, text)
+    with locked(path):
+        check_free(path, REPORT, overwrite=True)
+        write_text(path, render(ladder))
     return path
 
 

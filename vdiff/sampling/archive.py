@@ -5,7 +5,6 @@ The same command fills it up; then it is packed, and put in the place of OUT in 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from vdiff.data.images import from_uint8
 from vdiff.errors import VdiffError
-from vdiff.files import fsync_folder, make_folder, refusal, remove, take_place, write_text
+from vdiff.files import make_folder, refusal, remove, write_text
+from vdiff.replacing import check_free, check_ours, discard, is_free, sweep_inside, take_place
 from vdiff.sampling.codecs import from_png, pixels, png
 from vdiff.sampling.order import RECORD, Order
 from vdiff.sampling.outputs import PICTURES, ImageKind, Output, State, check_form, is_ours
-from vdiff.sampling.packing import PACKERS, Contents, check_record, read_packed_record, write_packed
+from vdiff.sampling.packing import PACKERS, SAMPLES, Contents, check_record, read_packed_record, write_packed
 from vdiff.sampling.spool import Spool, Spooled
 
 
@@ -41,11 +41,12 @@ class Archive(Output):
     def check(self, order: Order, num: int, *, overwrite: bool) -> State:
         """Finished: the whole is in its place, with as many images."""
         check_record(self.form, order.to_json(format=self.form, num=num))
-        if self.path.exists():
-            record = read_packed_record(self.path)
-            if record is None:
-                raise VdiffError(f"{self.path} exists and sample.py did not draw it", "choose another --out")
-            if not overwrite:
+        if not is_free(self.path):
+            check_ours(self.path, SAMPLES)
+            if overwrite:
+                check_free(self.path, SAMPLES, overwrite=True)
+            else:
+                record = read_packed_record(self.path) or {}
                 check_form(record, self.form, self.path)
                 order.check_same(record, self.path)
                 if record.get("num") == num:
@@ -57,11 +58,11 @@ class Archive(Output):
 
     def begin(self, order: Order, state: State) -> None:
         """Make the partial folder; what is at OUT stays until it is replaced."""
-        if state != "going on" and self.place.exists():
-            remove(self.place)
+        if state != "going on":
+            discard(self.place)
         if state == "anew":
             write_text(make_folder(self.place) / RECORD, order.to_json(format=self.form))
-        self.sweep()
+        sweep_inside(self.place, SAMPLES)
 
     def held(self, num: int) -> np.ndarray:
         """What lies in the partial folder: all of it is read, and where each image is, is kept in mind."""
@@ -109,23 +110,11 @@ class Archive(Output):
                 remove(self.picture(name))  # also that of an earlier output, which this one need not have
                 if (self.place / name).exists():
                     shutil.move(self.place / name, self.picture(name))
-            _take_place(packed, self.path)
-            remove(self.place)
+            take_place(packed, self.path)
+            discard(self.place)
         except OSError as error:
             raise refusal(self.path, error) from None
 
     def picture_in_work(self, name: str) -> Path:
         """In the partial folder; beside OUT where all else is done."""
         return self.place / name if self.place.exists() else self.picture(name)
-
-
-def _take_place(packed: Path, path: Path) -> None:
-    """Make a file or a folder durable, and move it over `path`."""
-    if packed.is_file():
-        with open(packed, "rb+") as file:
-            os.fsync(file.fileno())
-    if packed.is_file() and not path.is_dir():
-        os.replace(packed, path)
-        fsync_folder(path.parent)
-    else:
-        take_place(packed, path)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vdiff.data.labels import LABELS_FILE
 from vdiff.errors import VdiffError
-from vdiff.files import fsync_folder, make_folder, refusal, remove, write_text
+from vdiff.files import fsync_folder, refusal, remove, write_text
+from vdiff.replacing import start_folder, sweep_inside
 from vdiff.sampling.codecs import from_png, png
 from vdiff.sampling.order import RECORD, Order
 from vdiff.sampling.outputs import GRID, PICTURES, Output, State, is_ours
-from vdiff.sampling.packing import labels_json
+from vdiff.sampling.packing import SAMPLES, labels_json
 
 FSYNCS_AT_ONCE = 16
 """File systems make several files durable in the time of one: 500 in 0.3 s instead of 4 (ext4)."""
@@ -33,8 +34,6 @@ class PngFolder(Output):
 
     def check(self, order: Order, num: int, *, overwrite: bool) -> State:
         """Finished: all images, their classes and the grid are there."""
-        if self.path.exists() and not self.path.is_dir():
-            raise VdiffError(f"{self.path} is a file, not a folder", "choose another --out")
         if not is_ours(self.path, order, "png", overwrite=overwrite):
             return "anew"
         is_finished = bool(self.held(num).all()) and any(path.exists() for path in self._places(GRID))
@@ -44,16 +43,16 @@ class PngFolder(Output):
     def begin(self, order: Order, state: State) -> None:
         """Write the record; remove grid and classes, as those of fewer images must not pass for those of all."""
         if state == "anew":
-            for place in (*make_folder(self.path).iterdir(), *map(self.picture, PICTURES)):
-                remove(place)
-            write_text(self.path / RECORD, order.to_json(format="png"))
+            for name in PICTURES:
+                remove(self.picture(name))
+            start_folder(self.path, RECORD, order.to_json(format="png"))
         for now, before in map(self._places, PICTURES):
             if before.exists():
                 os.replace(before, now)
         if state != "finished":
             remove(self.picture(GRID))
             remove(self._labels)
-        self.sweep()
+        sweep_inside(self.path, SAMPLES)
 
     def held(self, num: int) -> np.ndarray:
         """Which files are there."""

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from
 from vdiff.models.speed import FastNetwork, memory_errors_named, ready_to_draw
+from vdiff.replacing import is_free
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.order import Order
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
@@ -94,9 +95,18 @@ def draw_images(order: Order, output: Output, work: Work, *, processes: Processe
         Interrupted: a signal came; what was drawn is kept.
         VdiffError: the output holds something else, the model cannot be read or draws no finite image.
     """
+    with ExitStack() as lock:
+        with processes.together():
+            lock.enter_context(output.locked(mine=processes.is_first))
+        return _draw_images(order, output, work, processes, reporter)
+
+
+def _draw_images(order: Order, output: Output, work: Work, processes: Processes, reporter: Reporter) -> Report:
     began = time.monotonic()
     with processes.together():
         state = output.check(order, work.num, overwrite=work.overwrite)
+        if is_free(output.path) and is_free(output.place):
+            output.check_pictures()
         has_path = state != "anew" and all(output.picture_in_work(name).exists() for name in PATH)
         wants_path = work.trajectory and not has_path
     if state == "finished" and not wants_path:

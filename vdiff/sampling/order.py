@@ -68,30 +68,27 @@ class Order:
         """Refuse to go on with images in `place` that were drawn in another way, as their record says.
 
         Raises:
-            VdiffError: another way, or a record that is none.
+            VdiffError: they were.
         """
-        known = {item.name: _default(item) for item in fields(self)}
-        try:
-            said = {**known, **before}
-            if isinstance(options := said["options"], dict):  # "clip" in earlier versions
-                said["options"] = {"clipping_value" if key == "clip" else key: value for key, value in options.items()}
-            differing = [
-                (key, said[key], value)
-                for key, value in asdict(self).items()
-                if key != "checkpoint" and said[key] != value
-            ]
-        except TypeError:
-            differing = [("", MISSING, MISSING)]
-        if any(was is MISSING for _, was, _ in differing):
-            raise VdiffError(f"{place / RECORD} cannot be read", "give --overwrite, or another --out")
-        if differing:
-            key, was, now = differing[0]
+        said = {item.name: _default(item) for item in fields(self)} | before
+        if isinstance(options := said["options"], dict):  # "clip" in earlier versions
+            said["options"] = {"clipping_value" if key == "clip" else key: value for key, value in options.items()}
+        for key, now in asdict(self).items():
+            was = said[key]
+            if key == "checkpoint" or was == now:
+                continue
             shown = "other weights" if key == "fingerprint" else f"{key} {was}, not {now}"
             raise VdiffError(f"{place} holds images drawn with {shown}", "give --overwrite, or another --out")
 
     def to_json(self, **more: Any) -> str:
         """The record."""
         return json_text({**asdict(self), **more})
+
+
+def is_record(record: object) -> bool:
+    """Whether it is a record of an order, perhaps of another version of vdiff."""
+    needed = {item.name for item in fields(Order) if _default(item) is MISSING}
+    return isinstance(record, dict) and record.keys() >= needed
 
 
 def _default(item: Any) -> Any:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from glob import escape
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
+from vdiff.data.images import PICTURE
 from vdiff.errors import VdiffError
-from vdiff.files import remove
+from vdiff.replacing import check_free, check_ours, is_free, locked
 from vdiff.sampling.order import RECORD, Order, read_record
+from vdiff.sampling.packing import SAMPLES
 
 GRID, STRIP, ANIMATION = PICTURES = ("grid.png", "trajectory.png", "trajectory.webp")
-LEFTOVERS = ".*.tmp"
-"""What `write_whole` leaves behind where it is killed."""
 State = Literal["anew", "going on", "finished"]
 
 
@@ -100,12 +99,18 @@ class Output(ABC):
         """Where the picture called `name` is until all is done."""
         return self.picture(name)
 
-    def sweep(self) -> None:
-        """Remove what a killed process left half-written."""
-        beside = (self.picture(name) for name in PICTURES)
-        found = [picture.parent.glob(f".{escape(picture.name)}{LEFTOVERS}") for picture in beside]
-        for path in chain(self.place.glob(LEFTOVERS), *found):
-            remove(path)
+    def check_pictures(self) -> None:
+        """See that no picture that another program drew lies where those of a new output go.
+
+        Raises:
+            VdiffError: one does.
+        """
+        for name in PICTURES:
+            check_free(self.picture(name), PICTURE, overwrite=True)
+
+    def locked(self, *, mine: bool) -> AbstractContextManager[None]:
+        """Keep other commands from writing here; `mine`: whether this is the first process."""
+        return locked(self.path, self.place, *map(self.picture, PICTURES), mine=mine)
 
 
 def check_form(record: object, form: str, place: Path) -> None:
@@ -125,11 +130,12 @@ def is_ours(place: Path, order: Order, form: str, *, overwrite: bool) -> bool:
     Raises:
         VdiffError: it holds something else.
     """
-    if not place.is_dir() or set(place.iterdir()) == set(place.glob(LEFTOVERS)):
+    if is_free(place):
         return False
-    if not (place / RECORD).is_file():
-        raise VdiffError(f"{place} is not empty and holds no {RECORD}", "choose another --out")
-    if not overwrite:
+    if overwrite:
+        check_free(place, SAMPLES, overwrite=True)
+    else:
+        check_ours(place, SAMPLES)
         record = read_record(place / RECORD)
         check_form(record, form, place)
         order.check_same(record, place)

@@ -19,9 +19,15 @@ from vdiff.data.store import DatasetMeta
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
 from vdiff.files import make_folder, parse, write_text
-from vdiff.sampling.order import RECORD, read_record
+from vdiff.replacing import Kind
+from vdiff.sampling.order import RECORD, is_record, read_record
 
 BLOCK = 4096
+FILES = (
+    r"(samples|dataset)\.json|\d{5,}\.png|grid\.png|trajectory\.(png|webp)|(packed\.lmdb/)?(data|lock)\.mdb"
+    r"|part-\d{5,}\.images|packed\.(zip|npz|lmdb/samples\.json)"
+)
+"""A regular expression of the names in a folder of samples, and of those that wait to be packed."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def check_record(form: str, record: str) -> None:
 
 
 def read_packed_record(path: Path) -> dict[str, Any] | None:
-    """The record in a zip, an npz or an LMDB folder; None where it is none of ours."""
+    """The record in a zip, an npz or a folder; None where it is none of ours."""
     if path.is_dir():
         record = read_record(path / RECORD)
     else:
@@ -143,7 +149,14 @@ def read_packed_record(path: Path) -> dict[str, Any] | None:
                 record = parse(file.read(RECORD) if RECORD in file.namelist() else file.comment)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
-    return record if isinstance(record, dict) else None
+    return record if is_record(record) else None
+
+
+def _files_of_samples(path: Path) -> str:
+    return FILES if read_packed_record(path) is not None else ""
+
+
+SAMPLES = Kind("set of samples", _files_of_samples)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

@@ -14,12 +14,13 @@ from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import UNetConfig
+from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.training.config import COMMAND_LINE, TrainConfig, resolve
 from vdiff.training.dataset import Images, open_images
-from vdiff.training.engine import build_engine, effective_batch
-from vdiff.training.folder import check_resumable, check_same_run, recorded, start_anew
-from vdiff.training.loop import Run, fit
+from vdiff.training.engine import Engine, build_engine, effective_batch
+from vdiff.training.folder import RUN, check_resumable, check_same_run, recorded, start_anew
+from vdiff.training.loop import Run, fit, settle
 from vdiff.training.objectives import DenoisingObjective
 from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings, write_run
 
@@ -170,11 +171,27 @@ def train(
     """
     description = describe(config, images)
     engine = build_engine(config)
+    with locked(folder, kind=RUN, mine=engine.is_main):
+        return _train(config, images, description, engine, folder, resume, overwrite, reporter)
+
+
+def _train(
+    config: TrainConfig,
+    images: Images,
+    description: CheckpointConfig,
+    engine: Engine,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    reporter: Reporter,
+) -> CheckpointConfig:
     if resume:
         check_same_run(folder, config, resolve(TrainConfig, {str(folder / RUN_FILE): _settings_of(folder)}))
         found = recorded(folder)
         if found and found.is_finished and found.num_iters >= config.num_iters:
             reporter.line(f"{folder} is finished already: {found.num_iters} updates")
+            if engine.is_main:
+                settle(folder, config, found.num_iters)
             return found
         check_resumable(folder, images)
     engine.wait()  # until every process has seen the folder as it was

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import fields
-from fnmatch import fnmatch
 from pathlib import Path
 
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import OptionError, VdiffError, shell
-from vdiff.files import make_folder, remove
-from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config
+from vdiff.files import parse, read_text
+from vdiff.models.checkpoint import CONFIG, FILES, CheckpointConfig, is_checkpoint, read_config
+from vdiff.replacing import Kind, check_free, is_free, start_folder
 from vdiff.training.config import DistillConfig, TrainConfig
 from vdiff.training.dataset import Images
-from vdiff.training.presets import RUN_FILE, write_run
+from vdiff.training.presets import RUN_FILE, run_text
 from vdiff.training.state import state_path
+
+FILES_OF_RUN = "|".join(
+    [
+        *(FILES, r"run\.toml", r"verdict\.json", r"ladder(_images)?\.(png|json)", r"state/state\.safetensors"),
+        *(r"samples/\d{7,}\.png", r"log/events\.out\.tfevents\.[^/]+", r"averages/\d{9,}\.safetensors"),
+        r"history/\d{9,}/(model\.safetensors|config\.json)",
+    ]
+)
+"""A regular expression of the names of all that training writes."""
 
 
 def recorded(folder: Path) -> CheckpointConfig | None:
@@ -26,39 +36,41 @@ def is_run(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file() or (folder / CONFIG).is_file()
 
 
+def _files_of_run(folder: Path) -> str:
+    try:
+        table = parse(read_text(folder / RUN_FILE), tomllib.loads)
+    except (OSError, ValueError, VdiffError):
+        table = {}
+    settings = table.get("distill", table)
+    is_ours = isinstance(settings, dict) and settings.keys() >= {"num_iters", "batch_size", "ckpt_interval"}
+    return FILES_OF_RUN if is_ours or is_checkpoint(folder) else ""
+
+
+RUN = Kind("run", _files_of_run)
+
+
 def start_anew(folder: Path, config: TrainConfig | DistillConfig, *, overwrite: bool) -> None:
-    """Make the folder of a new run and record its settings there.
+    """Make the folder of a new run, with its settings, in the place of an earlier run.
 
     Raises:
         VdiffError: something is there already (and `overwrite` is off, or it is no run), or the disk refuses.
     """
-    clear(folder, overwrite=overwrite)
-    write_run(make_folder(folder), config)
+    check_new(folder, overwrite=overwrite)
+    start_folder(folder, RUN_FILE, run_text(config))
 
 
-def clear(folder: Path, *, overwrite: bool) -> None:
-    """Make room for a new run in `folder`.
+def check_new(folder: Path, *, overwrite: bool) -> None:
+    """See that a new run may begin in `folder`.
 
     Raises:
-        VdiffError: something is there already, and `overwrite` is off, or it is no run.
+        VdiffError: something is there already, and `overwrite` is off, or vdiff did not write all of it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise VdiffError(f"{folder} is a file, not a folder", "choose another --out")
-    if not folder.is_dir():
-        return
-    there = list(folder.iterdir())
-    if all(fnmatch(path.name, f".{RUN_FILE}.*.tmp") for path in there):  # killed while the settings were written
-        for path in there:
-            path.unlink()
-        return
-    if not is_run(folder):
-        raise VdiffError(f"{folder} is not empty and holds no run", "choose another --out")
-    if not overwrite:
+    if not overwrite and not is_free(folder) and RUN.files(folder):
         found = recorded(folder)
         done = f"{found.num_iters} of {found.target_iters} updates" if found else "no checkpoint yet"
         resume = "" if found and found.is_finished else "--resume to go on, "
         raise VdiffError(f"{folder} exists already ({done})", f"give {resume}--overwrite, or another --out")
-    remove(folder)
+    check_free(folder, RUN, overwrite=True)
 
 
 def check_resumable(folder: Path, images: Images) -> None:

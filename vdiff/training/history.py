@@ -12,21 +12,19 @@ from vdiff.models.checkpoint import CONFIG, WEIGHTS
 HISTORY_FOLDER = "history"
 
 
-def keep(folder: Path, step: int, *, last: int, every: int) -> None:
-    """Take the checkpoint in `folder`, of update `step`, into `history/STEP/`, and drop what is not to be kept.
+def take(folder: Path, step: int, *, last: int, every: int) -> None:
+    """Take the checkpoint in `folder`, of update `step`, into `history/STEP/`, if it is to be kept.
 
-    The files are linked, not copied, where the file system can; the next checkpoint replaces them by others. What lies
-    beyond `step`, from a run that was resumed before it, goes too.
+    The files are linked, not copied, where the file system can; the next checkpoint replaces them by others.
 
     Args:
         last: checkpoints to keep besides that of `step`.
         every: updates between those that are kept for good; 0: none.
     """
     root = folder / HISTORY_FOLDER
-    if last or (every and step % every == 0):
-        target, unfinished = root / f"{step:09d}", root / f".{step:09d}.tmp"
+    target, unfinished = root / f"{step:09d}", root / f".{step:09d}.tmp"
+    if (last or (every and step % every == 0)) and not target.exists():
         remove(unfinished)
-        remove(target)
         make_folder(unfinished)
         try:
             for name in (WEIGHTS, CONFIG):
@@ -35,6 +33,11 @@ def keep(folder: Path, step: int, *, last: int, every: int) -> None:
             fsync_folder(root)
         except OSError as error:
             raise refusal(target, error) from None
+
+
+def drop(folder: Path, step: int, *, last: int, every: int) -> None:
+    """Remove the checkpoints that are not to be kept after update `step`, and those beyond it."""
+    root = folder / HISTORY_FOLDER
     if not root.is_dir():
         return
     kept = sorted(path for path in root.iterdir() if path.name.isdigit())

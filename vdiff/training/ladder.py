@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from vdiff.errors import Interrupted, OptionError, VdiffError, shell
-from vdiff.files import remove
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
+from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
 from vdiff.training.attempts import failed_attempts, finish_keeping, keep_best, set_aside, times_failed
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import Images
 from vdiff.training.engine import Engine
 from vdiff.training.folder import (
+    RUN,
     changed_setting,
+    check_new,
     check_resumable,
     check_same_run,
-    clear,
     is_run,
     recorded,
     said,
     start_anew,
 )
-from vdiff.training.loop import fit
+from vdiff.training.loop import fit, settle
 from vdiff.training.presets import RUN_FILE, read_run
 from vdiff.training.stages import Stage
 from vdiff.training.state import remove_state
@@ -62,15 +64,37 @@ def climb(
         Interrupted: a signal came; the same command goes on.
         VdiffError: a student's folder holds something else, the training fails, or a student collapsed.
     """
+    with ExitStack() as locks:
+        for stage in stages:
+            locks.enter_context(locked(stage.folder, kind=RUN, mine=engine.is_main))
+        return _climb(stages, config, images, engine, overwrite=overwrite, reporter=reporter, distance=distance)
+
+
+def _climb(
+    stages: list[Stage],
+    config: DistillConfig,
+    images: Images,
+    engine: Engine,
+    *,
+    overwrite: bool,
+    reporter: Reporter,
+    distance: Distance | None,
+) -> bool:
     if overwrite:
         load_checkpoint(stages[0].base)  # before anything is removed: it may be damaged
         engine.wait()
-        for stage in stages if engine.is_main else ():
-            clear(stage.folder, overwrite=True)
-            for attempt in failed_attempts(stage.folder):
-                remove(attempt)
+        if engine.is_main:
+            old = [(path, stage.folder) for stage in stages for path in (*failed_attempts(stage.folder), stage.folder)]
+            for path, _ in old:
+                check_new(path, overwrite=True)
+            for path, folder in old:
+                discard(path, folder)
         engine.wait()
     else:
+        for stage in stages:
+            if not is_free(stage.folder):
+                check_ours(stage.folder, RUN)
+        engine.wait()
         for stage in stages if engine.is_main else ():
             finish_keeping(stage.folder, config.retries)
         engine.wait()
@@ -108,6 +132,8 @@ def _do(stage: Stage, config: DistillConfig, images: Images, engine: Engine, rep
     if is_run(stage.folder):
         if (found := found_student(stage, config)) and found.is_finished:
             reporter.line(f"{stage.folder} is finished already: {steps_text(found.num_timesteps)}")
+            if engine.is_main:
+                settle(stage.folder, halved, found.num_iters)
             return False
         check_same_run(stage.folder, halved, _settings_of(stage.folder))
         check_resumable(stage.folder, images)

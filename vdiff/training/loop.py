@@ -101,16 +101,23 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     def save() -> None:
         position, write = meter.position, engine.is_main
         save_state(run.folder, position, denoiser, averages, optimizer, scaler, statistics=statistics, write=write)
+        keep_checkpoint()
+
+    def keep_checkpoint() -> None:
+        position = meter.position
         weights = {name: whole(tensor) for name, tensor in averages.model.state_dict().items()}
         if engine.is_main:
-            save_checkpoint(run.folder, weights, _describe(run, meter.position))
-            history.keep(run.folder, meter.position.step, last=config.keep_last, every=config.keep_every)
+            save_checkpoint(run.folder, weights, _describe(run, position))
+            history.take(run.folder, position.step, last=config.keep_last, every=config.keep_every)
+            history.drop(run.folder, position.step, last=config.keep_last, every=config.keep_every)
         engine.wait()  # or a process that leaves first takes the others with it, before all is written
 
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
         if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
             records.pictures(preview(averages.model, run.description, seed=config.seed, on_step=on_step), done)
 
+    if start.step:
+        keep_checkpoint()  # a kill may have come after the state was written, and before the checkpoint was kept
     tracker = config.tracker if engine.is_main else "none"
     with (
         stop_requests(alone=engine.world_size == 1) as stop,
@@ -143,8 +150,8 @@ def _fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
                 if code is not None and not is_last:
                     raise Interrupted(f"stopped after update {done} of {config.num_iters}, {run.folder} is saved", code)
         save()
-        if config.lr_schedule != "constant" and engine.is_main:
-            remove_state(run.folder)  # the learning rate ended at 0: there is no going on from here
+        if engine.is_main:
+            settle(run.folder, config, config.num_iters)
         with reporter.progress(f"samples of {run.folder.name}", preview_steps(run.description), "steps") as bar:
             draw_preview(config.num_iters, bar.update)
         if stop.exit_code is not None:
@@ -167,6 +174,13 @@ def diverged(folder: Path, meter: Meter) -> VdiffError:
         "the training diverged",
         f"{kept}; train again with a lower --lr or a longer --warmup_iters",
     )
+
+
+def settle(folder: Path, config: LoopConfig, step: int) -> None:
+    """What follows the last checkpoint, of update `step`; again where a run was killed in between."""
+    history.take(folder, step, last=config.keep_last, every=config.keep_every)
+    if config.lr_schedule != "constant":
+        remove_state(folder)  # the learning rate ended at 0: there is no going on from here
 
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:

@@ -90,11 +90,15 @@ def _settings(text: str, origin: str) -> Settings:
 
 
 def write_run(folder: Path, config: TrainConfig | DistillConfig) -> None:
-    """Record the resolved settings in `folder`; `--config folder/run.toml` runs them again."""
+    """Record the resolved settings in `folder`."""
+    write_text(folder / RUN_FILE, run_text(config))
+
+
+def run_text(config: TrainConfig | DistillConfig) -> str:
+    """The resolved settings, as `run.toml` holds them: `--config folder/run.toml` runs them again."""
     values = {key: value for key, value in asdict(config).items() if value is not None}
-    table = {"distill": values} if isinstance(config, DistillConfig) else values
-    text = tomli_w.dumps(table)
-    write_text(folder / RUN_FILE, f"{text}{CHECKSUM_MARK}{checksum(text)}\n")
+    text = tomli_w.dumps({"distill": values} if isinstance(config, DistillConfig) else values)
+    return f"{text}{CHECKSUM_MARK}{checksum(text)}\n"
 
 
 def read_run(folder: Path) -> Settings:

@@ -31,11 +31,12 @@ from vdiff.interop.diffusers.unet import (
     unet_shapes,
     write_unet_config,
 )
-from vdiff.interop.imported import check_free, write_model
+from vdiff.interop.imported import IMPORTED_MODEL, write_model
 from vdiff.interop.json_file import JsonFile
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config, read_tensors
 from vdiff.models.reading import read_shapes
 from vdiff.models.unet import UNetConfig
+from vdiff.replacing import check_free
 
 PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
 NOT_THEIRS = "give a folder that diffusers' save_pretrained wrote, or OWNER/NAME of the hub"
@@ -66,7 +67,7 @@ def import_pipeline(
             written.
         OptionError: a number of steps that the model has no levels for.
     """
-    check_free(folder, overwrite=overwrite)
+    check_free(folder, IMPORTED_MODEL, overwrite=overwrite)
     root, name = _find(source)
     scheduler, unet = _open(root)
     notes, config = remarks(scheduler) + unet.unknown(ONLY.keys() | READ), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,18 +13,28 @@ import torch
 from torch import Tensor
 
 from vdiff.errors import OptionError, VdiffError, suggestion
-from vdiff.files import make_folder, new_folder, write_json, write_text
-from vdiff.interop.card import write_card
+from vdiff.files import make_folder, write_json, write_text
+from vdiff.interop.card import CARD, FILES_OF_CARD, is_card, write_card
 from vdiff.interop.diffusers.layout import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
 from vdiff.interop.diffusers.scheduler import write_scheduler_config
 from vdiff.interop.diffusers.unet import write_unet_config, write_unet_weights
 from vdiff.interop.sharing import public
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, write_tensors
+from vdiff.models.checkpoint import CheckpointConfig, is_checkpoint, load_checkpoint, write_tensors
 from vdiff.models.unet import GUIDANCE_SCALE, UNet, timestep_embedding
+from vdiff.replacing import Kind, check_free, new_folder
 
 DIFFUSERS_VERSION = "0.32.0"
 """The oldest version that the written folders are meant for."""
 NO_CLASS = "none"
+
+
+def _files_of_pipeline(folder: Path) -> str:
+    written = "|".join(map(re.escape, (INDEX, f"scheduler/{SCHEDULER}", f"unet/{CONFIG}", f"unet/{WEIGHTS}", NOTE)))
+    card = f"|{FILES_OF_CARD}" if is_card(folder / CARD) else ""
+    return written + card if is_checkpoint((folder / NOTE).parent) else ""
+
+
+PIPELINE = Kind("pipeline", _files_of_pipeline)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def export_pipeline(
             exists or cannot be written.
         OptionError: a class or a weight that the network does not know.
     """
-    _check_free(folder, overwrite=overwrite)
+    check_free(folder, PIPELINE, overwrite=overwrite, flag="another folder")
     denoiser, config = load_checkpoint(checkpoint)
     levels = denoiser.schedule.label_scale
     if not config.takes_any_num_steps and levels % config.num_timesteps:
@@ -78,7 +89,7 @@ def export_pipeline(
     unet = write_unet_config(network.config, config.image_size)
     steps = {"num_inference_steps": config.num_timesteps}
     call = {} if unet["num_class_embeds"] else steps | ({"use_clipped_model_output": True} if clip else {})
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(folder, PIPELINE, overwrite=overwrite, flag="another folder") as temporary:
         for file in (f"unet/{CONFIG}", f"scheduler/{SCHEDULER}", NOTE):
             make_folder((temporary / file).parent)
         _write_json(temporary / INDEX, "DDIMPipeline", _parts("DDIMScheduler", "UNet2DModel"))
@@ -123,20 +134,6 @@ def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any]
         ]
     words = "With diffusers; vdiff is not needed. Any number of steps that divides the model's will do."
     return f"{words}\n\n```python\n" + "\n".join(lines) + "\n```\n"
-
-
-def _check_free(folder: Path, *, overwrite: bool) -> None:
-    """See, before a large file is read, that `folder` may be written; only exports of ours are ever replaced.
-
-    Raises:
-        VdiffError: something is in the way.
-    """
-    if not folder.exists():
-        return
-    if not (folder / NOTE).is_file():
-        raise VdiffError(f"{folder} exists and was not written by `vdiff export`", "choose another folder")
-    if not overwrite:
-        raise VdiffError(f"{folder} exists already", "give --overwrite to replace it, or choose another folder")
 
 
 def _parts(scheduler: str, unet: str) -> dict[str, list[str]]:
