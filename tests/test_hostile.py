@@ -14,6 +14,7 @@ import signal
 import socket
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from vdiff.data import disk_sources, image_files, shard_files, store, writer
 from vdiff.data.batches import ImageBatches
 from vdiff.data.datasets import open_dataset
 from vdiff.data.inspection import facts
+from vdiff.data.shard_batches import ShardBatches
 from vdiff.data.shard_store import ShardStore
 from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
@@ -690,3 +692,43 @@ def test_a_changed_index_gives_an_error_or_what_was_written():
         else:
             assert (opened.meta, opened.shards) == (whole.meta, whole.shards)
     assert errors > len(text) // 10
+
+
+def test_a_changed_image_in_a_shard_is_found_while_training():
+    Path("photos").mkdir()
+    for index in range(8):
+        Path(f"photos/{index}.png").write_bytes(png(f"#{index}00000"))
+    run(PREPARE.format("photos").replace("--out out", "--out set.tar --format jpeg"))
+    shard = next(Path("set").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"\xff\xda") + 16] ^= 1  # among the pixels: it decodes to another picture
+    shard.write_bytes(data)
+    batches = ShardBatches(ShardStore("set"), image_size=8, batch_size=4, seed=0, flip=False, window=8)
+    with closing(batches.start_at(0)) as found, pytest.raises(VdiffError, match="its checksum is another one"):
+        list(islice(found, 60))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to know its memory")
+def test_the_worst_need_little_memory(database):
+    """In a child of its own, which may take 256 MiB more than it has; the sizes that are said are up to petabytes."""
+    import resource
+
+    child = os.fork()
+    if child == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * os.sysconf("SC_PAGE_SIZE") + 2**28
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        try:
+            for name, data in {**TARS, **{n: GOOD + data + END for n, data in BAD_MEMBERS.items()}}.items():
+                if any(word in name for word in ("GiB", "huge", "petabyte", "end", "digits", "negative")):
+                    Path("x.tar").write_bytes(data)
+                    assert run(PREPARE.format("x.tar") + " --overwrite").exit_code in (1, 3)
+            for data in (*ZIPS.values(), *BAD_ZIP_MEMBERS.values()):
+                Path("x.zip").write_bytes(data)
+                assert run(PREPARE.format("x.zip") + " --overwrite").exit_code in (1, 3)
+            rewritten(Path("set"), database, b"length", b"1000000000000000000")
+            assert run("vdiff data info set").exit_code == 1
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

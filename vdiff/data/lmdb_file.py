@@ -25,6 +25,7 @@ HEADER_BYTES, NODE_BYTES, SMALLEST_ENTRY = 16, 8, 10
 BRANCH, LEAF, OVERFLOW, KINDS = 1, 2, 4, 0x6F
 NO_PAGE = 2**64 - 1
 MAX_LEVELS = 32
+KNOWN_PAGES = 1024
 # magic, version, address, size of the map; the free pages' tree, of which the first word is the size of a page; the
 # main tree's entries and root; the last page, the transaction
 _META = struct.Struct("=IIQQ I44x 32xQQ QQ")
@@ -42,6 +43,7 @@ class LmdbFile:
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._file)
         self._page_bytes = 0
+        self._known: dict[int, tuple[bool, bytes, tuple[int, ...]]] = {}
         metas = [self._meta(0), self._meta(1)]
         _, self.entries, self._root, self.last_page = max(metas)
         needed, size = (self.last_page + 1) * self._page_bytes, os.fstat(self._file).st_size
@@ -108,6 +110,8 @@ class LmdbFile:
 
     def _nodes(self, number: int) -> tuple[bool, bytes, tuple[int, ...]]:
         """Whether a page of the tree is a leaf, the page, and where its nodes begin."""
+        if number in self._known:
+            return self._known[number]
         page = self._page(number, self._page_bytes)
         flags, end = struct.unpack_from("=HH", page, 10)
         count = (end - HEADER_BYTES) // 2
@@ -116,7 +120,10 @@ class LmdbFile:
         nodes = struct.unpack_from(f"={count}H", page, HEADER_BYTES)
         if max(nodes) > len(page) - NODE_BYTES:
             raise self._damaged(f"page {number} has a node beyond its end")
-        return flags & LEAF != 0, page, nodes
+        if len(self._known) >= KNOWN_PAGES:
+            self._known.clear()
+        self._known[number] = flags & LEAF != 0, page, nodes
+        return self._known[number]
 
     def _key(self, page: bytes, node: int) -> bytes:
         (length,) = struct.unpack_from("=H", page, node + 6)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from vdiff.data.shard_files import (
@@ -102,20 +103,25 @@ class ShardStore:
         """(key, {size: encoded}, class) of the images of shard `number` in order, without the first `skip`.
 
         Raises:
-            VdiffError: the shard cannot be read, is damaged, or lacks something.
+            VdiffError: the shard cannot be read, is damaged (its checksum is known at its end), or lacks something.
         """
         shard = self.shards[number]
         place = self.place(shard)
         wanted = {LABEL, *(suffix for size in sizes for suffix in self._suffixes[size])}
         count = skip
-        mode = "r|" if scheme_of(place) else "r:"
-        with opened(place, shard.bytes) as file:
+        # what is read from beginning to end anyway is compared with its checksum
+        is_whole = bool(shard.sha256) and not skip and set(sizes) == set(self.meta.sizes)
+        mode = "r|" if scheme_of(place) or is_whole else "r:"
+        with opened(place, shard.bytes) as stream:
+            file: Any = _Hashed(stream) if is_whole else stream
             for key, contents in read_samples(file, wanted.__contains__, mode=mode, skip=skip):
                 where = f"{shown(place)}: image {key}"
                 yield key, {size: self._image(contents, size, where) for size in sizes}, self._label(contents, where)
                 count += 1
-        if count != shard.images:
-            raise damaged(shown(place), f"{count} images, not {shard.images}")
+            if count != shard.images:
+                raise damaged(shown(place), f"{count} images, not {shard.images}")
+            if is_whole and file.sha256() != shard.sha256:
+                raise damaged(shown(place), "its checksum is another one")
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """The dataset in pieces that may be read by different processes: the images of each shard."""
@@ -209,6 +215,25 @@ def _files_of_dataset(folder: Path) -> str:
 
 
 DATASET = Kind("dataset", _files_of_dataset)
+
+
+class _Hashed:
+    """A file that is read once from its beginning, and the SHA-256 of what was read."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes."""
+        data: bytes = self._file.read(size)
+        self._hash.update(data)
+        return data
+
+    def sha256(self) -> str:
+        """The SHA-256 (hex) of the whole file, of which the rest is read now."""
+        while self.read(BUFFER_BYTES):
+            pass
+        return self._hash.hexdigest()
 
 
 def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int, tuple[str, ...]]]:
