@@ -26,7 +26,7 @@ from vdiff.report.measured import measured, time_curve
 from vdiff.report.page import content, render, write_report
 from vdiff.report.pictures import inlined, strips
 from vdiff.report.run import read_ladder
-from vdiff.report.tables import models, stages
+from vdiff.report.tables import evaluation, models, stages
 from vdiff.report.words import notes, summary
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use"}
@@ -241,6 +241,21 @@ def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_no
     assert [row[1] for row in stages(ladder, measured(ladder)).rows] == [
         "base", "progressive", "progressive", "progressive, kept start"
     ]  # fmt: skip
+
+
+def test_times_that_cannot_be_are_named_and_marked(root, tmp_path):
+    folder = without_logs(root, tmp_path)
+    path = folder / "base_2" / "ladder.json"
+    lines = json.loads(path.read_text())
+    path.write_text(json.dumps([lines[0], {**lines[1], "is_time_doubtful": True}, *lines[2:]]))
+    values = json.loads((folder / "evaluation.json").read_text())
+    values["rows"][0]["is_time_doubtful"] = True
+    (folder / "evaluation.json").write_text(json.dumps(values))
+    ladder = read_ladder(folder)
+    told = " ".join(notes(ladder, measured(ladder)))
+    assert "The times of base_0 in 4 steps cannot be: more evaluations took less time, measured twice." in told
+    times = [row[8] for row in evaluation(ladder).rows]
+    assert [text.endswith(" ?") for text in times] == [True] + [False] * (len(times) - 1)
 
 
 @pytest.mark.parametrize(
