@@ -12,13 +12,15 @@ import time
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from vdiff.data import pixel_cache
+from tests.toy import Watcher
+from vdiff.data import batches, pixel_cache
 from vdiff.data.batches import Batch, BatchPlan, ImageBatches, decode
 from vdiff.data.pixel_cache import cache_limit
 from vdiff.data.store import DatasetMeta, ImageStore
@@ -387,3 +389,27 @@ def test_decode_is_what_pillow_says(image_format: str, channels: int, stored: in
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="nothing to compare with")
 def test_the_cache_takes_a_quarter_of_what_is_available() -> None:
     assert 0 < cache_limit() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def test_without_room_in_shared_memory_this_process_decodes_and_says_so(
+    colour_store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_cache, "ALONE_BYTES", 0)
+    monkeypatch.setattr(batches, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: SimpleNamespace(free=700))
+    watcher, want = Watcher(), take(make(colour_store), 6)
+    for num_workers in (1, 2):  # rings of 3 and 5 batches of 192 bytes
+        found = make(colour_store, num_workers=num_workers, reporter=watcher)  # type: ignore[arg-type]
+        assert found.num_workers == (1 if num_workers == 1 else 0)
+    (line,) = watcher.lines
+    assert "MiB free, so this process decodes images, as with --num_workers 0; docker: --shm-size" in line
+    assert all(torch.equal(a.images, b.images) for a, b in zip(take(found, 6), want, strict=True))
+
+
+def test_shared_memory_that_others_fill_is_one_line(colour_store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(VdiffError, match="shared memory is full; give --num_workers 0, or docker run a larger --shm-"):
+        take(make(colour_store, num_workers=2, cache_bytes=0), 1)

@@ -152,6 +152,55 @@ def test_floating_point_is_scaled_by_its_convention_or_rejected() -> None:
             decode(tiff(values), GREY)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 4095), (1000, 5000), (-1024, 3071), (0, 255)])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_a_range_of_values_is_scaled_to_whole_levels(kind: type, low: int, high: int) -> None:
+    """floor((255 (v − low) + (high − low)/2) / (high − low)) in whole numbers, clipped."""
+    values = np.arange(65536).reshape(256, 256) + (min(low, 0) if kind is not np.uint16 else 0)
+    data = file_bytes(PIL.Image.fromarray(values.astype(kind)), "TIFF")
+    picture = decode(data, dataclasses.replace(GREY, value_range=(low, high)))
+    wanted = np.clip((510 * (values - low) + (high - low)) // (2 * (high - low)), 0, 255)
+    np.testing.assert_array_equal(np.asarray(picture.image), wanted)
+    assert picture.kinds == ("float" if kind is np.float32 else "16-bit", "clipped")
+
+
+def test_values_that_fill_little_of_the_range_are_counted() -> None:
+    def kinds(values: list[float], kind: type = np.uint16, **options: object) -> tuple[str, ...]:
+        config = dataclasses.replace(GREY, **options)  # type: ignore[arg-type]
+        return decode(file_bytes(PIL.Image.fromarray(np.array([values], kind)), "TIFF"), config).kinds
+
+    assert kinds([0, 16383]) == kinds([50000, 50010]) == ("16-bit", colour.NARROW)
+    assert kinds([0, 16384]) == kinds([10, 1034], value_range=(0.0, 4095.0)) == ("16-bit",)
+    assert kinds([0, 0.2], np.float32) == kinds([0, 60], np.float32) == ("float", colour.NARROW)
+    with pytest.raises(UnreadableImageError, match="floating-point pixels from nan"):
+        kinds([0, float("nan")], np.float32, value_range=(0.0, 1.0))
+
+
+def test_colours_of_16_bits_are_counted_too_and_not_scaled() -> None:
+    data = png_file(2, 16, 2, struct.pack(">6H", *[4095, 0, 17, 80, 900, 4000]))
+    assert decode(data, RGB).kinds == (colour.NARROW,)
+    with pytest.raises(UnreadableImageError, match=r"colours of 16 bits.*--range cannot scale them"):
+        decode(data, dataclasses.replace(RGB, value_range=(0.0, 4095.0)))
+    assert decode(file_bytes(PIL.Image.new("RGB", (2, 2))), RGB).kinds == ()
+
+
+@pytest.mark.parametrize(
+    ("found", "limits"),
+    [
+        ([], None),
+        ([(5, 900, True), (0, 4000, True)], (0, 4095)),
+        ([(5, 200, True)], (0, 255)),
+        ([(0, 4096, True)], (0, 8191)),
+        ([(0, 65535, True)], (0, 65535)),
+        ([(-1000, 3000, True), (0, 10, True)], (-1000, 3000)),
+        ([(0.5, 0.75, False), (0, float("nan"), False)], (0.5, 0.75)),
+        ([(2, 2, False)], (2, 3)),
+    ],
+)
+def test_the_common_range(found: list[tuple[float, float, bool]], limits: tuple[float, float] | None) -> None:
+    assert colour.common_range(found) == limits
+
+
 def test_32_bit_integers_outside_16_bits_are_rejected() -> None:
     for low in (-1, 65536):
         data = file_bytes(PIL.Image.fromarray(np.array([[0, low]], np.int32)), "TIFF")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import PIL.Image
 import pytest
 
 from tests.commands import ROOT, tree
+from tests.toy import Watcher
 from vdiff.data import preparation, writer
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder
@@ -371,3 +373,48 @@ class OneSlow(Folder):
     def read(self, item: Item) -> Sample:
         time.sleep(4 if item.name == "000.png" else 0.006)
         return super().read(item)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_one_range_for_all_images_that_a_run_goes_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """12 bits in the second image make 12 bits of all; a run that was cut short does not look at all again."""
+    monkeypatch.setattr(writer, "BATCH_IMAGES", 1)
+    folder, out, greys = tmp_path / "ct", tmp_path / "out", []
+    folder.mkdir()
+    for k, most in enumerate([900, 4000, 1000]):
+        greys.append(np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16))
+        PIL.Image.fromarray(greys[-1]).save(folder / f"{k}.png")
+    PIL.Image.new("L", (8, 8), 77).save(folder / "3.png")
+    config = ConversionConfig(sizes=(8,), channels=1, image_format="png", value_range="auto")
+    read, seen = Folder.read, []
+
+    def cut(self: Folder, item: Item) -> Sample:
+        seen.append(item)
+        if len(seen) == 6:  # after a look at four and the conversion of one
+            raise KeyboardInterrupt
+        return read(self, item)
+
+    monkeypatch.setattr(Folder, "read", cut)
+    with pytest.raises(Interrupted):
+        prepare(Folder(folder), out, config)
+    monkeypatch.setattr(Folder, "read", read)
+    monkeypatch.setattr(preparation, "value_extremes", None)
+    with pytest.raises(VdiffError, match="unfinished preparation with another conversion"):
+        prepare(Folder(folder), out, dataclasses.replace(config, value_range=(0.0, 4095.0)))
+    prepare(Folder(folder), out, config, num_workers=num_workers)
+    store = ImageStore(out)
+    assert store.meta.value_range == "0,4095"
+    for k, grey in enumerate(greys):
+        wanted = (510 * grey.astype(int) + 4095) // 8190
+        np.testing.assert_array_equal(np.asarray(store.image(8, k)), wanted)
+    assert set(np.asarray(store.image(8, 3)).flat) == {77}
+    said = tmp_path / "said"
+    prepare(Folder(folder), said, dataclasses.replace(config, value_range=(0.0, 4095.0)))
+    assert ImageStore(said).meta == store.meta
+    watcher = Watcher()
+    prepare(Folder(folder), tmp_path / "dark", dataclasses.replace(config, value_range="full"), reporter=watcher)
+    assert [line.partition(";")[0] for line in watcher.lines] == [
+        "3 images fill less than a quarter of the range of values, so they are dark or flat"
+    ]

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.toy import SIZE, distill_config, train_config, write_dataset
+from tests.toy import SIZE, Watcher, distill_config, train_config, write_dataset
 from vdiff.data.store import DatasetMeta
 from vdiff.data.writer import StoreWriter
 from vdiff.diffusion.weighting import WEIGHTINGS
@@ -453,6 +453,27 @@ def test_classes_are_told_where_the_data_have_them(data, classes, tmp_path):
     assert conditional({"data": str(data)}) == (False, 0)
     with pytest.raises(OptionError, match="toy_4 has no classes; give --class_conditional False"):
         conditional({"data": str(data), "class_conditional": True})
+
+
+def test_a_preset_that_leaves_classes_unused_says_so(data, classes, tmp_path):
+    def told(flags, place=classes, file=None):
+        watcher = Watcher()
+        config, _ = resolve_training(
+            {"data": str(place), **flags}, file, folder=tmp_path, resume=False, reporter=watcher
+        )
+        return config.class_conditional, watcher.lines
+
+    line = "2 classes, not told to the network (preset {}); --class_conditional True tells them"
+    assert told({}) == (False, [line.format("digits")])
+    for name in ("cifar10", "lsun128", "celebahq256"):
+        assert told({"preset": name}) == (False, [line.format(name)])
+    for name in ("toy", "imagenet64"):
+        assert told({"preset": name}) == (True, [])
+    assert told({}, data) == (False, [])
+    assert told({"class_conditional": True}) == (True, [])
+    assert told({"class_conditional": False}) == (False, [])
+    (tmp_path / "my.toml").write_text("class_conditional = false")
+    assert told({}, file=tmp_path / "my.toml") == (False, [])
 
 
 def test_one_of_several_sizes_must_be_chosen(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,24 @@ class PartType(click.ParamType):
         if not (is_pair and 1 <= int(number) <= int(count)):
             self.fail(f"it takes I/N with I from 1 to N, such as 1/4, not {value!r}", param, ctx)
         return int(number), int(count)
+
+
+class RangeType(click.ParamType):
+    """`full`, `auto`, or two numbers."""
+
+    name = "full|auto|LOW,HIGH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a word or two numbers."""
+        if value in ("full", "auto") or isinstance(value, tuple):
+            return value
+        try:
+            low, high = (float(word) for word in str(value).split(","))
+        except ValueError:
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:
+            self.fail(f"it takes full, auto or two numbers such as 0,4095, not {value!r}", param, ctx)
+        return low, high
 
 
 @click.command(
@@ -139,6 +158,15 @@ class PartType(click.ParamType):
     show_default="0",
     help="Other random parts with another number; for random_resized.",
 )
+@option(
+    "--range",
+    "value_range",
+    group="Conversion",
+    type=RangeType(),
+    default="full",
+    help="Values of grey of more than 8 bits that become black and white: all that can be, what all images together "
+    "hold (in whole bits; looks at each one first), or two numbers.",
+)
 @option("--resample", group="Conversion", type=OneOf(RESAMPLES), default="lanczos", help="How images are resized.")
 @option(
     "--min_size",
@@ -188,6 +216,7 @@ def command(
     crop: str,
     crop_scale: float | None,
     seed: int | None,
+    value_range: str | tuple[float, float],
     resample: str,
     min_size: int,
     background: str,
@@ -232,6 +261,7 @@ def command(
         crop=crop,
         crop_scale=0.25 if crop_scale is None else crop_scale,
         seed=seed or 0,
+        value_range=value_range,
         resample=resample,
         min_size=min_size,
         background=parse_colour(background),

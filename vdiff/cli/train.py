@@ -59,7 +59,9 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
     from vdiff.training.records import preview_steps
 
     console = Console()
-    config, images = resolve_training(given(flags), config_file, folder=out, resume=resume, assume=dry_run)
+    config, images = resolve_training(
+        given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console
+    )
     console.line(f"preset {config.preset}, {images.name}: {images.image_size}×{images.image_size}×{images.channels}")
     description = describe(config, images)
     if dry_run:

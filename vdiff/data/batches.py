@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import atexit
 import io
+import math
+import shutil
 import signal
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 from vdiff.data.pixel_cache import PixelCache, cache_limit
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
+from vdiff.reporting import Reporter, Silent
 
+SHARED_MEMORY = Path("/dev/shm")
 # the first word of each random stream, so that order and flips never share numbers
 _ORDER, _FLIPS = 0, 1
-_PREFETCH = 2  # batches that each worker is asked for in advance
+PREFETCH = 2  # batches that each worker is asked for in advance
 # slot of the ring, indices, flips
 _Request = tuple[int, np.ndarray, np.ndarray]
 _PREPARE_AGAIN = "prepare the images again with prepare_data.py"
@@ -130,6 +135,28 @@ def closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, No
     return batches
 
 
+def workers_with_room(num_workers: int, num_bytes: int, reporter: Reporter | None) -> int:
+    """`num_workers`, or 0, and a line, where shared memory, by which their images travel, has not `num_bytes` free."""
+    if not num_workers or not SHARED_MEMORY.is_dir() or (free := shutil.disk_usage(SHARED_MEMORY).free) >= num_bytes:
+        return num_workers
+    (reporter or Silent()).line(
+        f"shared memory: {free / 2**20:.0f} of {num_bytes / 2**20:.0f} MiB free, so this process decodes images, "
+        "as with --num_workers 0; docker: --shm-size"
+    )
+    return 0
+
+
+@contextmanager
+def shared_memory_named() -> Iterator[None]:
+    """Say in one line that others filled the shared memory meanwhile."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise VdiffError("shared memory is full", "give --num_workers 0, or docker run a larger --shm-size") from None
+
+
 def share_of(batch_size: int, rank: int, world_size: int) -> slice:
     """The images of a global batch that process `rank` of `world_size` takes.
 
@@ -153,7 +180,8 @@ class ImageBatches:
     Images are decoded when they are first needed, by `num_workers` processes (0 = in this one), and kept in up to
     `cache_bytes` of memory (default: a quarter of what is available, shared by the `world_size` processes; 0 = none).
     Once every image is there the workers end. Neither changes a batch by a bit, nor touches the global random
-    generators. `pin_memory` puts images and classes into page-locked memory, for copies to a GPU.
+    generators. `pin_memory` puts images and classes into page-locked memory, for copies to a GPU. Where shared memory
+    has no room for what workers decode, this process decodes, and `reporter` is told.
 
     Raises:
         VdiffError: the dataset lacks `image_size`, or the batch cannot be shared equally.
@@ -172,15 +200,19 @@ class ImageBatches:
         world_size: int = 1,
         cache_bytes: int | None = None,
         pin_memory: bool = False,
+        reporter: Reporter | None = None,
     ) -> None:
         store.check_size(image_size)
         self._share = share_of(batch_size, rank, world_size)
         self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip)
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.pin_memory = pin_memory
         share = self._share.stop - self._share.start
         self._store, self._shape = store, (share, store.meta.channels, image_size, image_size)
         limit = cache_limit() // world_size if cache_bytes is None else cache_bytes
         self._cache = PixelCache(store, self._shape[1:], limit)
+        # a loader asks for so many batches in advance, and for one more before it hands out the first of them
+        ring_bytes = (PREFETCH * num_workers + 1) * math.prod(self._shape) * world_size
+        self.num_workers = 0 if self._cache.is_small else workers_with_room(num_workers, ring_bytes, reporter)
 
     def start_at(self, step: int) -> Generator[Batch, None, None]:
         """The batches of optimiser steps `step`, `step` + 1, … without end; closing the generator ends the workers.
@@ -199,11 +231,10 @@ class ImageBatches:
 
     def _decoded(self, step: int) -> Generator[Batch, None, int]:
         """Batches of images that are decoded unless they are in the cache; ends, with the next step, when all are."""
-        num_workers = 0 if self._cache.is_small else self.num_workers
-        # a loader asks for so many batches in advance, and for one more before it hands out the first of them
-        ahead = _PREFETCH * num_workers
-        ring = torch.empty((ahead + 1, *self._shape), dtype=torch.uint8)
-        decoder = _Decoder(self._store, ring.share_memory_() if num_workers else ring)
+        num_workers = self.num_workers
+        ring = torch.empty((PREFETCH * num_workers + 1, *self._shape), dtype=torch.uint8)
+        with shared_memory_named():
+            decoder = _Decoder(self._store, ring.share_memory_() if num_workers else ring)
         under_way: deque[_Wanted] = deque()
 
         def requests(first: int) -> Iterator[_Request]:
@@ -217,7 +248,7 @@ class ImageBatches:
             batch_size=None,
             sampler=requests(step),
             num_workers=num_workers,
-            prefetch_factor=_PREFETCH if num_workers else None,
+            prefetch_factor=PREFETCH if num_workers else None,
             collate_fn=_as_it_is,
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # a loader draws a seed, by default from the global generator

@@ -7,7 +7,7 @@ or grey: Pillow's L of the sRGB colours, (19595 R + 38470 G + 7471 B + 2¹⁵) /
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 
 import numpy as np
@@ -21,19 +21,31 @@ from PIL.ImageFile import ImageFile
 SAME_LEVELS = 2
 
 
+# a kind of conversion: values that fill so little of what they are scaled from that the picture is dark or flat
+NARROW = "in under a quarter of the range"
+
+
 class UnsupportedValuesError(Exception):
     """Numbers whose scale nobody can know."""
 
 
-def to_8_bit_srgb(image: Image, mode: str, background: tuple[int, int, int]) -> tuple[Image, list[str]]:
+def to_8_bit_srgb(
+    image: Image, mode: str, background: tuple[int, int, int], value_range: tuple[float, float] | None = None
+) -> tuple[Image, list[str]]:
     """A loaded picture in `mode` (RGB or L), and the kinds of conversion it took.
+
+    `value_range`: the values of integer and floating-point grey that become 0 and 255; None: all that there can be.
 
     Raises:
         UnsupportedValuesError: numbers whose scale nobody can know.
     """
     kinds = [KINDS_OF_MODES[image.mode]] if image.mode in KINDS_OF_MODES else []
     profile = image.info.get("icc_profile")
-    image, opacity = _split(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image, opacity, more = _to_8_bit(image, value_range)
+        kinds += more
+    else:
+        image, opacity = _split(image)
     grey = image.mode == "L"
     if profile:
         image, kind = _apply_profile(image, profile)
@@ -79,8 +91,6 @@ def scale_transparency(image: ImageFile) -> None:
 
 def _split(image: Image) -> tuple[Image, Image | None]:
     """The picture in L, RGB, CMYK or LAB, and its opacity as L, if it has any."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _to_8_bit(image)
     grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data and image.mode not in ("CMYK", "LAB"):
         image = image.convert("LA" if grey else "RGBA")
@@ -90,27 +100,49 @@ def _split(image: Image) -> tuple[Image, Image | None]:
     return image.convert("L" if grey else "RGB"), None
 
 
-def _to_8_bit(image: Image) -> tuple[Image, Image | None]:
-    """Integer and floating-point grey to L, and the opacity where one grey value stands for transparency."""
+def _to_8_bit(image: Image, value_range: tuple[float, float] | None) -> tuple[Image, Image | None, list[str]]:
+    """Integer and floating-point grey to L: round(255 (v − low)/(high − low)), clipped to 0 … 255.
+
+    Also the opacity, where one grey value stands for transparency, and the kinds of conversion.
+    """
     values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F":
-        # written so that NaN fails every comparison
-        if low >= 0 and high <= 1:
-            scaled = np.floor(values * 255.0 + 0.5)
-        elif low >= 0 and high <= 255:
-            scaled = np.floor(values + 0.5)
-        else:
-            raise UnsupportedValuesError(f"floating-point pixels from {low:g} to {high:g}")
-    else:
-        if low < 0 or high > 65535:
-            raise UnsupportedValuesError(f"integer pixels from {low} to {high}")
-        scaled = (values.astype(np.int64) + 128) // 257  # exactly round(v / 257): 257 is odd, so there are no ties
+    least, most = values.min(), values.max()
+    low, high = value_range or ((0, 65535) if image.mode != "F" else (0, 1) if most <= 1 else (0, 255))
+    # written so that NaN fails every comparison
+    if not (np.isfinite(least) and np.isfinite(most) if value_range else low <= least and most <= high):
+        what = "floating-point" if image.mode == "F" else "integer"
+        raise UnsupportedValuesError(f"{what} pixels from {least:g} to {most:g}")
+    exact = values if image.mode == "F" and value_range is None else values.astype(np.float64)
+    scaled = np.floor(np.clip((exact - low) * (255 / (high - low)), 0, 255) + 0.5)
+    kinds = ["clipped"] if least < low or most > high else []
+    kinds += [NARROW] if 4 * (float(most) - float(least)) < high - low else []
     grey = PIL.Image.fromarray(scaled.astype(np.uint8))
     transparent = image.info.get("transparency")
     if not isinstance(transparent, int):
-        return grey, None
-    return grey, PIL.Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+        return grey, None, kinds
+    return grey, PIL.Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)), kinds
+
+
+def extremes(image: Image) -> tuple[float, float, bool] | None:
+    """The least and the largest value of integer or floating-point grey, and whether it is integer; None: no such."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return None
+    values = np.asarray(image)
+    return float(values.min()), float(values.max()), image.mode != "F"
+
+
+def common_range(found: Iterable[tuple[float, float, bool]]) -> tuple[float, float] | None:
+    """The values that become 0 and 255 in all pictures alike, by `extremes` of each; None: there are none.
+
+    Integers from 0 on: 0 … 2^b − 1 with the fewest bits b ≥ 8 that hold the largest; others: the least … the largest.
+    """
+    finite = [each for each in found if np.isfinite(each[0]) and np.isfinite(each[1])]
+    if not finite:
+        return None
+    low, high = min(least for least, _, _ in finite), max(most for _, most, _ in finite)
+    if low >= 0 and all(is_integer for _, _, is_integer in finite):
+        return 0.0, float(2 ** max(8, int(high).bit_length()) - 1)
+    return low, high if high > low else low + 1
 
 
 def _apply_profile(image: Image, profile: bytes) -> tuple[Image, str]:

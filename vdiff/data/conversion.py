@@ -6,7 +6,8 @@ composited on the background; RGB or grey; crop; resize; encode. All sizes come 
 | file | becomes |
 |---|---|
 | 16-bit grey (also 32-bit integers within 0 … 65535) | round(v / 257), never clipped; outside 0 … 65535: rejected |
-| 16 bits a channel, otherwise | the high byte, as Pillow reads it |
+| the same and floating point with `value_range` (l, h) | round(255 (v − l)/(h − l)), clipped to 0 … 255 |
+| 16 bits a channel, otherwise | the high byte, as Pillow reads it; with a `value_range` rejected |
 | floating point | values in [0, 1]: round(255 v); in [0, 255]: round(v); others: rejected, as no scale is known |
 | 1-bit | 0 and 255 |
 | palette | its colours, with their transparency |
@@ -44,7 +45,7 @@ import PIL.Image
 from PIL.Image import Image, Resampling, Transpose
 from PIL.ImageFile import ImageFile
 
-from vdiff.data.colour import UnsupportedValuesError, to_8_bit_srgb
+from vdiff.data.colour import NARROW, UnsupportedValuesError, extremes, to_8_bit_srgb
 from vdiff.data.image_files import UnreadableImageError, is_image, open_file
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -63,7 +64,9 @@ class ConversionConfig:
 
     `background` is `(R, G, B)`; `quality` (1 … 100) is for jpeg alone. Choices: `CROPS`, `RESAMPLES`, `FORMATS`.
     `crop_scale` in (0, 1] is the smallest part of the area that `random_resized` takes, and `seed` its randomness.
-    Images whose shorter side (for pad the longer) has less than `min_size` pixels are rejected.
+    Images whose shorter side (for pad the longer) has less than `min_size` pixels are rejected. `value_range`: the
+    values of grey of more than 8 bits that become 0 and 255; `full`: all that there can be; `auto`: those of
+    `colour.common_range`, by which `preparation` replaces it.
     """
 
     sizes: tuple[int, ...] = (64,)
@@ -76,6 +79,7 @@ class ConversionConfig:
     crop_scale: float = 0.25
     seed: int = 0
     min_size: int = 0
+    value_range: str | tuple[float, float] = "full"
 
     def __post_init__(self) -> None:
         choices: list[tuple[str, object, list[str] | list[int]]] = [
@@ -101,6 +105,12 @@ class ConversionConfig:
             raise ValueError(f"seed {self.seed}; need 0 or more")
         if self.min_size < 0:
             raise ValueError(f"min_size {self.min_size}; need 0 or more")
+        limits = self.value_range
+        is_known = (
+            limits in ("full", "auto") if isinstance(limits, str) else -math.inf < limits[0] < limits[1] < math.inf
+        )
+        if not is_known:
+            raise ValueError(f"value_range {limits}; need full, auto or two finite numbers, the smaller first")
 
     @property
     def mode(self) -> str:
@@ -191,6 +201,7 @@ def _upright(
     """Decode, turn, crop on paper, and make the colours those of `config`; `full` = the stored size if scale > 1."""
     # only the formats that can be animated have the attribute
     kinds = ["animation"] if getattr(image, "is_animated", False) else []
+    colours_of_16_bits = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     image.load()
     if scale == 1:
         full = image.size  # only now: a TIFF turns itself when it is loaded
@@ -205,8 +216,28 @@ def _upright(
         offset = (left * turn.flips_x, top * turn.flips_y)
     _check_size(*full, config)
     box = CROPS[config.crop].box(*full, config, key)
-    image, colour_kinds = to_8_bit_srgb(image, config.mode, config.background)
+    limits = None if isinstance(config.value_range, str) else config.value_range
+    if colours_of_16_bits:
+        colours = np.asarray(image)[..., : 3 if image.mode != "LA" else 1]
+        kinds += [NARROW] if int(colours.max()) - int(colours.min()) < 64 else []
+        if limits:
+            raise UnsupportedValuesError("colours of 16 bits, of which the upper 8 are read; --range cannot scale them")
+    image, colour_kinds = to_8_bit_srgb(image, config.mode, config.background, limits)
     return Picture(image, full, box, scale, offset, (*kinds, *colour_kinds))
+
+
+def value_extremes(data: bytes | Image) -> tuple[float, float, bool] | None:
+    """`colour.extremes` of an image file or a picture; None also for what cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        try:
+            if isinstance(data, Image):
+                return extremes(data)
+            with open_file(data) as image:
+                return extremes(image)
+        except Exception:  # whoever converts it says what is wrong with it
+            return None
 
 
 def _check_size(width: int, height: int, config: ConversionConfig) -> None:

@@ -8,13 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from vdiff import __version__
-from vdiff.data.conversion import ConversionConfig, Converted, convert
+from vdiff.data.colour import NARROW, common_range
+from vdiff.data.conversion import ConversionConfig, Converted, convert, value_extremes
 from vdiff.data.image_files import UnreadableImageError
 from vdiff.data.journal import REJECTED_FILE, Journal, Rejected
 from vdiff.data.listing import Item, Listing, few, open_listing
@@ -26,9 +27,11 @@ from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.workers import ordered_map
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import Interrupted, VdiffError
-from vdiff.files import parse
+from vdiff.files import parse, write_text
 from vdiff.replacing import check_free, take_place
 from vdiff.reporting import Reporter, Silent
+
+T = TypeVar("T")
 
 CHUNK_ITEMS = 8
 # about the time that a pool takes to start: a job that ends within it is quicker without
@@ -110,6 +113,22 @@ class Writer(Protocol):
 
 
 Result = tuple[Converted, int | None] | Rejected
+
+
+@dataclass(frozen=True)
+class _Extremes:
+    """The least and the largest values of some items; a function that can be pickled."""
+
+    source: Source
+
+    def __call__(self, items: Sequence[Item]) -> list[tuple[float, float, bool] | None]:
+        return [self._of(item) for item in items]
+
+    def _of(self, item: Item) -> tuple[float, float, bool] | None:
+        try:
+            return value_extremes(self.source.read(item).data)
+        except UnreadableImageError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -217,6 +236,8 @@ class _Preparation:
                 raise self._no_images(listing)
             for remark in listing.remarks:
                 self.reporter.line(remark)
+            if self.config.value_range == "auto":
+                self.config = replace(self.config, value_range=self._common_range(listing, num_workers))
             meta = self._describe(listing)
             writer: Writer = (
                 ShardWriter(
@@ -235,6 +256,7 @@ class _Preparation:
                 self.journal.record(writer.num_committed + 1)
                 self._check_any(listing)
                 self._say_empty_classes(listing, start, stop)
+                self._say_narrow()
                 writer.finish(self.journal.tally.counts(listing.ignored))
         take_place(self.journal.dataset, self.out)
         self.journal.remove()
@@ -247,6 +269,25 @@ class _Preparation:
             return build_listing(self.source, file, shuffled=self.tars)
         return open_listing(file)
 
+    def _common_range(self, listing: Listing, num_workers: int) -> str | tuple[float, float]:
+        """The range of values of all images, by a look at every one; kept in the journal for a run that goes on."""
+        file = self.journal.folder / "range.json"
+        if not file.exists():
+            found: list[tuple[float, float, bool]] = []
+            with (
+                self.reporter.progress("range", len(listing), "images") as progress,
+                closing(_convert_all(_Extremes(self.source), listing.items(), num_workers, len)) as results,
+            ):
+                for done, extremes in enumerate(results, start=1):
+                    found += [extremes] if extremes else []
+                    progress.update(done)
+            write_text(file, json.dumps(common_range(found) or "full"))
+        limits = parse(file.read_text(encoding="utf-8"))
+        if isinstance(limits, str):
+            return limits
+        self.reporter.line(f"range of values: {limits[0]:g},{limits[1]:g}")
+        return limits[0], limits[1]
+
     def _convert(
         self, listing: Listing, writer: Writer, start: int, stop: int, num_workers: int, *, strict: bool
     ) -> None:
@@ -255,7 +296,7 @@ class _Preparation:
         self._check_space(work, listing, first, stop)
         with (
             self.reporter.progress("prepare", stop - start, "images", start=first - start) as progress,
-            closing(_convert_all(work, listing.items(first, stop), num_workers)) as results,
+            closing(_convert_all(work, listing.items(first, stop), num_workers, _num_bytes)) as results,
         ):
             for result in results:
                 if isinstance(result, Rejected):
@@ -308,6 +349,7 @@ class _Preparation:
             crop=config.crop,
             resample=config.resample,
             background="#{:02x}{:02x}{:02x}".format(*config.background),
+            value_range="" if isinstance(config.value_range, str) else "{:g},{:g}".format(*config.value_range),
             class_names=listing.class_names,
             origin=hashlib.sha256(settings.encode()).hexdigest(),
             shard=f"{self.part.number}/{self.part.count}" if self.part.count > 1 else "",
@@ -330,6 +372,13 @@ class _Preparation:
             except (OSError, ValueError, TypeError) as error:
                 first = f"{REJECTED_FILE} cannot be read: {error}"
             raise VdiffError(f"none of {len(listing)} images could be read", f"the first: {first}")
+
+    def _say_narrow(self) -> None:
+        """Say that most pictures of more than 8 bits are dark or flat."""
+        converted = self.journal.tally.converted
+        if (narrow := converted[NARROW]) * 2 > converted["16-bit"] + converted["float"]:
+            what = f"{narrow} image{'' if narrow == 1 else 's'} fill less than a quarter of the range of values"
+            self.reporter.line(f"{what}, so they are dark or flat; spread them with --range auto --overwrite")
 
     def _say_empty_classes(self, listing: Listing, start: int, stop: int) -> None:
         """Name the classes of which no image could be read: they keep their numbers, which other parts share."""
@@ -378,15 +427,15 @@ def check_output(out: Path, source: Source, *, overwrite: bool) -> None:
 
 
 def _convert_all(
-    work: Callable[[Sequence[Item]], list[Result]], items: Iterator[Item], num_workers: int
-) -> Generator[Result, None, None]:
+    work: Callable[[Sequence[Item]], list[T]], items: Iterator[Item], num_workers: int, size: Callable[[list[T]], int]
+) -> Generator[T, None, None]:
     """The results in the order of `items`; a pool takes over from this process when the work proves long."""
     chunks = iter(lambda: list(islice(items, CHUNK_ITEMS)), [])
     alone_until = time.monotonic() + SECONDS_ALONE
     while (num_workers == 0 or time.monotonic() < alone_until) and (chunk := next(chunks, None)):
         yield from work(chunk)
     if num_workers and (chunk := next(chunks, None)):
-        with closing(ordered_map(work, chain([chunk], chunks), num_workers, _num_bytes)) as mapped:
+        with closing(ordered_map(work, chain([chunk], chunks), num_workers, size)) as mapped:
             for results in mapped:
                 yield from results
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vdiff.data.batches import (
+    PREFETCH,
     Batch,
     BatchPlan,
     answers_of,
@@ -19,9 +20,12 @@ from vdiff.data.batches import (
     decode,
     leave_signals_to_the_parent,
     share_of,
+    shared_memory_named,
+    workers_with_room,
 )
 from vdiff.data.shard_store import ShardStore
 from vdiff.errors import VdiffError
+from vdiff.reporting import Reporter
 
 NUM_LANES = 16
 WINDOW_IMAGES = 2048
@@ -105,6 +109,7 @@ class ShardBatches:
         world_size: int = 1,
         pin_memory: bool = False,
         window: int = WINDOW_IMAGES,
+        reporter: Reporter | None = None,
     ) -> None:
         store.check_size(image_size)
         share = share_of(batch_size, rank, world_size)
@@ -113,6 +118,8 @@ class ShardBatches:
         self.order = LaneOrder(counts, num_lanes=world_size * NUM_LANES, window=window, seed=seed)
         self.store, self.image_size, self.pin_memory = store, image_size, pin_memory
         self.rank, self.share = rank, share.stop - share.start
+        batch_bytes = self.share * (store.meta.channels * image_size**2 + 8)
+        num_workers = workers_with_room(num_workers, (PREFETCH * num_workers + 1) * batch_bytes * world_size, reporter)
         # a power of two divides the number of lanes, so that each lane stays with one worker
         self.num_workers = 1 << (min(num_workers, NUM_LANES).bit_length() - 1) if num_workers else 0
 
@@ -130,11 +137,12 @@ class ShardBatches:
             batch_size=None,
             sampler=count(step),
             num_workers=self.num_workers,
+            prefetch_factor=PREFETCH if self.num_workers else None,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # a loader draws a seed, by default from the global generator
         )
-        with closing(answers_of(loader)) as answers:
+        with shared_memory_named(), closing(answers_of(loader)) as answers:
             for answer in answers:
                 if isinstance(answer, VdiffError):
                     raise answer

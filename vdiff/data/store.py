@@ -88,6 +88,7 @@ class DatasetMeta:
     crop: str = ""
     resample: str = ""
     background: str = ""
+    value_range: str = ""
     class_names: tuple[str, ...] = ()
     counts: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
@@ -133,6 +134,7 @@ class DatasetMeta:
                 f"the dataset has format version {version}, this vdiff reads version {FORMAT_VERSION}",
                 f"update vdiff, or {PREPARE_AGAIN}",
             )
+        values.setdefault("value_range", "")  # earlier datasets have none
         known = {item.name for item in fields(cls)}
         wrong = [f"lacks {key!r}" for key in sorted(known - set(values))]
         wrong += [f"has the unknown key {key!r}" for key in sorted(set(values) - known)]

@@ -28,7 +28,13 @@ DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout"
 
 
 def resolve_training(
-    flags: Mapping[str, Any], config_file: Path | None, *, folder: Path, resume: bool, assume: bool = False
+    flags: Mapping[str, Any],
+    config_file: Path | None,
+    *,
+    folder: Path,
+    resume: bool,
+    assume: bool = False,
+    reporter: Reporter | None = None,
 ) -> tuple[TrainConfig, Images]:
     """The settings of a base run, and its images.
 
@@ -36,6 +42,7 @@ def resolve_training(
         flags: what the command line and the environment said.
         resume: begin from the settings recorded in `folder` instead of a preset.
         assume: where a preset is named and no dataset, take the images that the preset is made for.
+        reporter: who is told that the preset leaves the data's classes unused.
 
     Raises:
         VdiffError: settings or dataset cannot be used.
@@ -56,6 +63,9 @@ def resolve_training(
     config = resolve(TrainConfig, {**layers, COMMAND_LINE: flags})
     if config.class_conditional and not images.class_names:
         raise OptionError(f"--class_conditional: {images.name} has no classes", "give --class_conditional False")
+    if reporter and images.class_names and config.class_conditional is False and "class_conditional" not in chosen:
+        unused = f"{len(images.class_names)} classes, not told to the network (preset {preset})"
+        reporter.line(f"{unused}; --class_conditional True tells them")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     if config.class_dropout and not conditional:
         raise OptionError(f"--class_dropout {config.class_dropout}: the network is told no classes", "leave it out")
@@ -206,7 +216,7 @@ def _train(
     run = Run(
         denoiser=denoiser,
         objective=DenoisingObjective(denoiser.schedule),
-        batches=images.batches(config, engine),
+        batches=images.batches(config, engine, reporter),
         config=config,
         description=description,
         folder=folder,

@@ -230,7 +230,10 @@ class TrainConfig(LoopConfig):
         group=MODEL, default=1024, low=1, high=2**16, unit="STEPS",
     )  # fmt: skip
     class_conditional: bool | None = setting(
-        "Tell the network the class.", group=MODEL, default=None, shown="if the data have classes"
+        "Tell the network the class.",
+        group=MODEL,
+        default=None,
+        shown="if the data have classes, but not with the presets digits, cifar10, lsun128, celebahq256",
     )
     unet: dict[str, Any] = field(default_factory=dict)
 

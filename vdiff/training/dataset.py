@@ -13,6 +13,7 @@ from vdiff.data.datasets import AnyStore, Batches, open_batches, open_dataset
 from vdiff.data.store import find_dataset
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 
@@ -43,7 +44,7 @@ class Images:
         """SHA-256 of the dataset's content."""
         return self.store.meta.fingerprint if self.store else ""
 
-    def batches(self, config: LoopConfig, engine: Engine) -> Batches:
+    def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
         """This process's share of the batches, in the order that the seed gives."""
         if self.none_needed:
             shape = (self.channels, self.image_size, self.image_size)
@@ -60,6 +61,7 @@ class Images:
             rank=engine.rank,
             world_size=engine.world_size,
             pin_memory=engine.device.type == "cuda",
+            reporter=reporter,
         )
 
 

@@ -137,9 +137,9 @@ def _do(stage: Stage, config: DistillConfig, images: Images, engine: Engine, rep
             return False
         check_same_run(stage.folder, halved, _settings_of(stage.folder))
         check_resumable(stage.folder, images)
-        run = stage_run(stage, halved, images, engine, lineage)
+        run = stage_run(stage, halved, images, engine, lineage, reporter)
     else:
-        run = stage_run(stage, halved, images, engine, lineage)  # first of all: the teacher may be damaged
+        run = stage_run(stage, halved, images, engine, lineage, reporter)  # first of all: the teacher may be damaged
         engine.wait()  # until every process has seen that there is nothing yet
         if engine.is_main:
             start_anew(stage.folder, halved, overwrite=False)

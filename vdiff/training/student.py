@@ -17,6 +17,7 @@ from vdiff.errors import OptionError
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
+from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import Images
 from vdiff.training.engine import Engine
@@ -81,7 +82,14 @@ def begin_student(stage: Stage, config: DistillConfig, description: CheckpointCo
     return student, inherited
 
 
-def stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engine, lineage: Mapping[str, str]) -> Run:
+def stage_run(
+    stage: Stage,
+    config: DistillConfig,
+    images: Images,
+    engine: Engine,
+    lineage: Mapping[str, str],
+    reporter: Reporter | None = None,
+) -> Run:
     """The run of one stage: the student starts from its teacher, which takes its dropout off."""
     teacher, before = load_checkpoint(stage.base)
     description = replace(
@@ -105,7 +113,7 @@ def stage_run(stage: Stage, config: DistillConfig, images: Images, engine: Engin
             # of steps between the levels of a table none is on the grid: then the teacher is asked at any time
             levels=None if before.levels and before.levels % stage.teacher_steps else before.levels,
         ),
-        batches=images.batches(config, engine),
+        batches=images.batches(config, engine, reporter),
         config=replace(config, num_iters=stage.updates(config)),
         description=description,
         folder=stage.folder,
