@@ -18,7 +18,7 @@ from vdiff.data.labels import LABELS_FILE
 from vdiff.data.store import DatasetMeta
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
-from vdiff.files import make_folder, parse, write_text
+from vdiff.files import json_text, make_folder, parse, write_text
 from vdiff.replacing import Kind
 from vdiff.sampling.order import RECORD, is_record, read_record
 
@@ -102,7 +102,7 @@ def pack_npz(contents: Contents, path: Path) -> None:
             with file.open(_entry("arr_1.npy"), "w", force_zip64=True) as stream:
                 npy.write_array(stream, labels, version=(1, 0), allow_pickle=False)
         names = {"class_names": list(contents.class_names)} if labels is not None else {}
-        record, named = contents.record, json.dumps({**json.loads(contents.record), **names}, indent=2)
+        record, named = contents.record, json_text({**parse(contents.record), **names})
         file.comment = (record if len(named) > zipfile.ZIP_MAX_COMMENT else named).encode()
 
 
