@@ -281,6 +281,11 @@ def test_a_zip_with_one_bad_member(name):
     tells_of_one_bad_image(PREPARE.format("x.zip"))
 
 
+def test_a_zip_with_a_file_of_no_name():
+    Path("x.zip").write_bytes(changed(CENTRAL, 28, b"\0\0\0\0\5\0"))
+    assert run(PREPARE.format("x.zip")).exit_code == 0
+
+
 # databases
 
 META = DatasetMeta("toy", (4, 8), 3, "jpeg", class_names=("cat", "dog"), counts={"images": 20})

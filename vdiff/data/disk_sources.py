@@ -192,7 +192,7 @@ class Zip(_Files):
 
     def _files(self) -> Iterator[tuple[str, str]]:
         for info in self._archive().infolist():
-            if not info.is_dir():
+            if not info.filename.endswith("/"):
                 yield info.filename, ""
 
     def _edge_of(self, item: Item) -> bytes:
