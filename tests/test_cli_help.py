@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import os
 import re
 import runpy
@@ -33,6 +32,7 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import SCHEDULES
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError
+from vdiff.files import parse
 from vdiff.models.checkpoint import read_config
 from vdiff.models.device import pick_device
 from vdiff.models.speed import DTYPES
@@ -383,7 +383,7 @@ def test_every_flag_of_sample_reaches_the_images(words, changed, tmp_path, monke
     for more in ("", words):
         out = "usual" if not more else "other"
         done(f"sample.py --num 3 --out {out} {more}")
-        records.append(json.loads(Path(out, "samples.json").read_text()))
+        records.append(parse(Path(out, "samples.json").read_text()))
         images.append([path.read_bytes() for path in sorted(Path(out).glob("0*.png"))])
     assert records[1] == {**records[0], **changed}
     assert len(images[1]) == 3

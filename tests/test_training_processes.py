@@ -17,6 +17,7 @@ import torch
 
 from tests.commands import ROOT, TINY
 from tests.toy import assert_equal_bits, scalars, write_dataset
+from vdiff.files import parse
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint
 from vdiff.training.state import state_path
 
@@ -89,7 +90,7 @@ def test_two_processes_train_as_one(whole):
         assert list(two[name].values()) == pytest.approx(list(one[name].values()), rel=0.02)
     assert one.keys() == two.keys()
     assert close(whole / "one", whole / "two")
-    configs = [json.loads((whole / name / CONFIG).read_text()) for name in ("one", "two")]
+    configs = [parse((whole / name / CONFIG).read_text()) for name in ("one", "two")]
     for config in configs:
         config.pop("train_seconds")
     assert configs[0] == configs[1]
