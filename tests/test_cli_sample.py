@@ -240,11 +240,14 @@ def test_outputs_of_others_are_refused_in_one_line(place):
     Path("photos.npz").write_text("mine")
     before = tree(place)
     for line, words in [
-        ("plain --out photos.npz", "photos.npz exists and sample.py did not draw it; choose another --out"),
-        ("plain --out photos.npz --overwrite", "photos.npz exists and sample.py did not draw it; choose another --out"),
+        ("plain --out photos.npz", "photos.npz exists and is no set of samples that vdiff wrote; choose another"),
+        (
+            "plain --out photos.npz --overwrite",
+            "photos.npz exists and is no set of samples that vdiff wrote; choose another",
+        ),
         ("plain --out mine.zip --num 3", "mine.zip holds 2 images, not 3; give --overwrite, or another --out"),
         ("plain --out mine.zip --seed 1", "mine.zip holds images drawn with seed 0, not 1; give --overwrite, or anoth"),
-        ("plain --out photos.npz/x.zip", "cannot write photos.npz/x.zip.partial: Not a directory; "),
+        ("plain --out photos.npz/x.zip", "cannot write photos.npz/x.zip: Not a directory; "),
     ]:
         assert error(f"{SAMPLE}/{line}", FAILED).startswith(words)
     assert tree(place) == before
