@@ -109,7 +109,7 @@ def test_preparing_and_looking_at_hostile_names(photos):
     rejected = Path("set/rejected.jsonl").read_text()
     assert commands_in(rejected) == []
     assert len([json.loads(line) for line in rejected.splitlines()]) == 2
-    assert EVIL.replace("/", "") in json.loads(outputs[3].stdout)["class_names"]
+    assert any("[31m[red]a" in name for name in json.loads(outputs[3].stdout)["class_names"])
     done("vdiff data show set --out sheet.png")
 
 
