@@ -23,7 +23,7 @@ DATASET_FOLDER = "dataset"
 
 
 FILES = (
-    r"lock|job\.json|(listing|journal)\.sqlite(-\w+)?|unpacked\.tar|arr_0\.npy"
+    r"lock|job\.json|(listing|journal)\.sqlite(-\w+)?|unpacked\.tar|arr_0\.npy|range\.json"
     r"|dataset/((data|lock)\.mdb|rejected\.jsonl|index\.json|[^/]+-\d{6,}\.tar)"
 )
 PREPARATION = Kind("preparation", lambda folder: FILES if holds_keys(folder / JOB_FILE, "job", "command") else "")

@@ -88,7 +88,6 @@ class DatasetMeta:
     crop: str = ""
     resample: str = ""
     background: str = ""
-    value_range: str = ""
     class_names: tuple[str, ...] = ()
     counts: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
@@ -97,6 +96,7 @@ class DatasetMeta:
     shard: str = ""
     vdiff_version: str = ""
     format_version: int = FORMAT_VERSION
+    value_range: str = ""
 
     def check_size(self, size: int, path: Path | str) -> None:
         """Do nothing if the dataset at `path` has images of `size`.

@@ -102,8 +102,8 @@ def pack_npz(contents: Contents, path: Path) -> None:
             with file.open(_entry("arr_1.npy"), "w", force_zip64=True) as stream:
                 npy.write_array(stream, labels, version=(1, 0), allow_pickle=False)
         names = {"class_names": list(contents.class_names)} if labels is not None else {}
-        record, named = contents.record, json_text({**parse(contents.record), **names})
-        file.comment = (record if len(named) > zipfile.ZIP_MAX_COMMENT else named).encode()
+        record, named = contents.record.encode(), json_text({**parse(contents.record), **names}).encode()
+        file.comment = record if len(named) > zipfile.ZIP_MAX_COMMENT else named
 
 
 def pack_lmdb(contents: Contents, path: Path) -> None:
