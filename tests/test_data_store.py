@@ -229,7 +229,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
 
 def test_meta_round_trip_and_its_errors() -> None:
     meta = DatasetMeta(
-        "toy", (4, 8), 1, "jpeg", 90, "pad", "box", "#ffffff", ("a",), {"images": 2}, True, "f", "o", "1/2", "0.1.0"
+        "toy",
+        (4, 8),
+        1,
+        "jpeg",
+        90,
+        "pad",
+        "box",
+        "#ffffff",
+        class_names=("a",),
+        counts={"images": 2},
+        complete=True,
+        fingerprint="f",
+        origin="o",
+        shard="1/2",
+        vdiff_version="0.1.0",
     )
     assert DatasetMeta.from_json(meta.to_json()) == meta
     text = meta.to_json()
