@@ -167,6 +167,11 @@ def test_a_folder_that_cannot_be_moved_is_emptied(tmp_path, monkeypatch):
     assert Path("old.txt").read_text() == "new"
 
 
+def test_the_root_of_a_file_system_is_no_output():
+    with pytest.raises(VdiffError, match="/ is the root of a file system; choose another place"), locked(Path("/")):
+        pass
+
+
 def test_deleting_takes_one_moment(tmp_path, monkeypatch):
     """Killed while files are deleted, none of them is in the way."""
     (tmp_path / "out").mkdir()
@@ -286,6 +291,26 @@ def test_only_what_vdiff_wrote_is_replaced(place, name):
     assert tree(place) == {name: data for name, data in before.items() if name != "out/thesis.txt"}
     done(f"{line} --overwrite")
     assert tree(place).keys() - {"cache"} == before.keys() - {"out/thesis.txt"} or name in ("train", "distill")
+
+
+@pytest.mark.parametrize("out", [".", "link"])
+def test_a_student_is_replaced_where_it_is(place, monkeypatch, out):
+    """In the working folder and behind a link, with what macOS and `vdiff report` put into it."""
+    shutil.rmtree("proj")
+    Path("work").mkdir()
+    Path("link").symlink_to("work")
+    monkeypatch.chdir(place / "work" if out == "." else place)
+    line = f"{FOLDERS['distill'].format(out)} --data {place}/data/toy".replace("checkpoints", f"{place}/checkpoints")
+    line = line.replace("tiny.toml", f"{place}/tiny.toml")
+    done(line)
+    done(f"vdiff report {out}")
+    Path(out, ".DS_Store").touch()
+    before = (place / "work" / "model.safetensors").read_bytes()
+    assert Path(out, "report.html").exists()
+    done(f"{line} --overwrite --seed 5")
+    assert (place / "link").is_symlink() and (place / "work" / "model.safetensors").read_bytes() != before
+    assert not Path(out, ".DS_Store").exists() and not Path(out, "report.html").exists()
+    assert not list(place.glob(".*"))
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("out.pt2", "f.pt2")])

@@ -20,6 +20,8 @@ from vdiff.files import fsync_folder, make_folder, read_text, refusal, remove, w
 MARK = r"(?:\d+|[0-9a-f]{32}|[a-z0-9_]{8})"
 INNER = re.compile(rf"\.(.+?)(?:\.{MARK})?\.tmp")
 """Temporary files, with or without the number of their process; they become what the first group says."""
+OF_SYSTEM = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)")
+"""Files that macOS and Windows make by themselves in a folder that is looked at."""
 SHOWN = 3
 """Foreign files that an error names."""
 
@@ -58,6 +60,8 @@ def locked(path: Path, *beside: Path, kind: Kind | None = None, mine: bool = Tru
     from filelock import FileLock, Timeout
 
     whole = path.resolve()
+    if not whole.name:
+        raise VdiffError(f"{path} is the root of a file system", "choose another place")
     made = [parent for parent in whole.parents if not parent.exists()]
     place = whole.with_name(f".{whole.name}.lock")
     if not made and not os.access(whole.parent, os.W_OK):  # a mounted folder, say
@@ -127,7 +131,8 @@ def check_free(path: Path, kind: Kind, *, overwrite: bool, flag: str = "another 
     known = check_ours(path, kind, flag=flag)
     if not overwrite:
         raise VdiffError(f"{path} exists already", f"give --overwrite to replace it, or {flag}")
-    if foreign := sorted(name for name in _names(path) if not re.fullmatch(known, _plain(name))):
+    names = (name for name in _names(path) if not OF_SYSTEM.fullmatch(name))
+    if foreign := sorted(name for name in names if not re.fullmatch(known, _plain(name))):
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
         raise VdiffError(
             f"{path} also holds {', '.join(foreign[:SHOWN])}{more}, which vdiff did not write",
@@ -194,7 +199,7 @@ def start_folder(path: Path, name: str, text: str) -> None:
     if is_free(path):
         _sweep(make_folder(path) / name)
         write_text(path / name, text)
-    elif path.is_mount() or Path.cwd().is_relative_to(path.resolve()):  # it cannot be moved
+    elif _is_fixed(path):
         for each in path.iterdir():
             if each.name != name:  # which says until the end what the folder is
                 remove(each)
@@ -202,6 +207,11 @@ def start_folder(path: Path, name: str, text: str) -> None:
     else:
         with _replacement(_named(path)) as folder:
             write_text(folder / name, text)
+
+
+def _is_fixed(path: Path) -> bool:
+    """Whether a folder cannot be moved: a disk is mounted there, or this process works in it."""
+    return path.is_mount() or Path.cwd().is_relative_to(path.resolve())
 
 
 def _named(path: Path) -> Path:
@@ -263,9 +273,15 @@ def _remove_empty(path: Path) -> None:
         path.rmdir()
 
 
-def discard(old: Path, path: Path | None = None) -> None:
-    """Delete a file or folder: it vanishes at once, and the next `locked` of `path` deletes what a kill leaves."""
-    if os.path.lexists(old):
+def discard(old: Path, path: Path | None = None, *, last: str = "") -> None:
+    """Delete a file or folder: it vanishes at once, and the next `locked` of `path` deletes what a kill leaves.
+
+    With `last`, a folder that a link points to or that cannot be moved is emptied instead; `last` goes last.
+    """
+    if last and old.is_dir() and (old.is_symlink() or _is_fixed(old)):
+        for each in sorted(old.iterdir(), key=lambda each: each.name == last):
+            remove(each)
+    elif os.path.lexists(old):
         path = path or old
         trash = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         os.replace(old, trash)

@@ -21,9 +21,10 @@ FILES_OF_RUN = "|".join(
         *(FILES, r"run\.toml", r"verdict\.json", r"ladder(_images)?\.(png|json)", r"state/state\.safetensors"),
         *(r"samples/\d{7,}\.png", r"log/events\.out\.tfevents\.[^/]+", r"averages/\d{9,}\.safetensors"),
         r"history/\d{9,}/(model\.safetensors|config\.json)",
+        r"report\.html|evaluation\.json|evaluation-nearest\.png",  # vdiff report FOLDER puts them there
     ]
 )
-"""A regular expression of the names of all that training writes."""
+"""A regular expression of the names of all that vdiff writes into a run."""
 
 
 def recorded(folder: Path) -> CheckpointConfig | None:

@@ -88,7 +88,7 @@ def _climb(
             for path, _ in old:
                 check_new(path, overwrite=True)
             for path, folder in old:
-                discard(path, folder)
+                discard(path, folder, last=RUN_FILE)
         engine.wait()
     else:
         for stage in stages:

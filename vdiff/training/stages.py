@@ -164,6 +164,8 @@ def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | No
     base = Path(config.base)
     if base.name in ("", ".."):  # students go beside the teacher, so its folder must have a name
         base = base.resolve()
+    if out is not None and out.name in ("", ".."):
+        out = out.resolve()
     steps = list(_steps(config, teacher))
     if out is not None and len(steps) > 1:
         raise OptionError(f"--out names one student, and this ladder has {len(steps)}", "leave --out out")
