@@ -122,7 +122,8 @@ def test_classes_survive(tmp_path):
     described = config(unet=dataclasses.replace(UNET, num_classes=3).to_dict())
     denoiser = saved(tmp_path, described)
     z, t, classes = torch.ones(2, 3, 4, 4), torch.tensor([0.25, 0.9]), torch.tensor([0, 2])
-    loaded, _ = load_checkpoint(tmp_path)
+    loaded, model = load_checkpoint(tmp_path)
+    assert model.class_names == ["0", "1", "2"]  # those of a file without names
     assert torch.equal(loaded(z, t, classes).v, denoiser(z, t, classes).v)
     assert not torch.equal(loaded(z, t, classes).v, loaded(z, t, classes.flip(0)).v)
 
@@ -241,7 +242,12 @@ def test_newer_format(tmp_path):
     ("changes", "words"),
     [
         ({"unet": {"chanels": 4}}, ["describes no model", "unknown UNet option chanels"]),
-        ({"unet": {"channels": "4"}}, ["describes no model"]),
+        ({"unet": {"channels": "4"}}, ["describes no model", "channels must be a whole number, got '4'"]),
+        (
+            {"unet": {"in_channels": float("nan")}},
+            ["describes no model", "in_channels must be a whole number, got nan"],
+        ),
+        ({"unet": {"num_classes": 3}, "class_names": ["a"]}, ["describes no model", "names 1 of 3 classes"]),
         ({"schedule": {"name": "sine"}}, ["describes no model", "unknown schedule 'sine'"]),
         ({"prediction": "both"}, ["describes no model", "needs 6 output channels"]),
         ({"prediction": "w"}, ["unknown prediction type 'w'"]),

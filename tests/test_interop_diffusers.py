@@ -835,7 +835,7 @@ def test_nothing_is_replaced_unasked(place, tmp_path, monkeypatch):
     export = f"vdiff export diffusers {place}/ours/v"
     Path("mine").mkdir()
     Path("mine/model_index.json").write_text("{}")
-    assert "mine exists and was not written by `vdiff export`" in error(f"{export} mine --overwrite", 1)
+    assert "mine exists and is no pipeline that vdiff wrote" in error(f"{export} mine --overwrite", 1)
     assert error(f"{export} ours", 1) if Path("ours").exists() else done(f"{export} ours")
     before = tree(Path("ours"))
     assert "ours exists already; give --overwrite" in error(f"{export} ours", 1)

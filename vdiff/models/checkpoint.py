@@ -73,7 +73,7 @@ class CheckpointConfig:
         num_images: images seen by this model's own training.
         train_seconds: spent on those updates.
         kept_start: whether its weights are those that its training began with, because the training made them worse.
-        class_names: of a class-conditional model.
+        class_names: of a class-conditional model; where a file has none, the numbers of the classes.
         guidance_range: the least and the largest weight w of guidance that the network was taught to take as an input;
             empty where it was taught none.
         dataset, dataset_fingerprint: what it was trained on; "imported:…" says where an imported model came from.
@@ -217,7 +217,10 @@ def read_config(folder: str | Path) -> CheckpointConfig:
             raise VdiffError(f"{path}: {key!r} must be {' or '.join(JSON_KINDS[kind] for kind in kinds)}", advice)
     try:
         build_schedule(values["schedule"])
-        UNetConfig.from_dict(values["unet"])
+        num_classes = UNetConfig.from_dict(values["unet"]).num_classes
+        values["class_names"] = values.get("class_names") or [str(k) for k in range(num_classes)]
+        if num_classes and len(values["class_names"]) != num_classes:
+            raise ValueError(f"'class_names' names {len(values['class_names'])} of {num_classes} classes")
     except (ValueError, TypeError, OverflowError) as error:
         raise VdiffError(f"{path} describes no model: {error}", advice) from None
     for key, (low, high) in RANGES.items():

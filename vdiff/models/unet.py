@@ -86,12 +86,13 @@ class UNetConfig:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention_strides", tuple(self.attention_strides))
         counts = ("in_channels", "out_channels", "channels", "embedding_channels", "num_blocks", "num_heads", "fold")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_classes", "head_channels", "num_groups", "freq_shift"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        rest = ("num_classes", "head_channels", "num_groups", "freq_shift")
+        for names, least in ((counts, 1), (rest, 0)):
+            for name in names:
+                if type(value := getattr(self, name)) is not int:
+                    raise ValueError(f"{name} must be a whole number, got {value!r}")
+                if value < least:
+                    raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, limit in LIMITS.items():
             if getattr(self, name) > limit:
                 raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
