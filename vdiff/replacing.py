@@ -210,8 +210,9 @@ def start_folder(path: Path, name: str, text: str) -> None:
 
 
 def _is_fixed(path: Path) -> bool:
-    """Whether a folder cannot be moved: a disk is mounted there, or this process works in it."""
-    return path.is_mount() or Path.cwd().is_relative_to(path.resolve())
+    """Whether a folder cannot be moved: a mounted disk, the working folder, or in a folder where nothing may be made."""
+    whole = path.resolve()
+    return path.is_mount() or Path.cwd().is_relative_to(whole) or not os.access(whole.parent, os.W_OK)
 
 
 def _named(path: Path) -> Path:
