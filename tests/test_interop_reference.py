@@ -237,14 +237,17 @@ def test_an_import_replaces_only_imports(tmp_path, monkeypatch):
     assert contents(Path("checkpoints/digits")) != before
     write_checkpoint(Path("checkpoints/own"))
     Path("notes").mkdir()
+    Path("notes/thesis.txt").write_text("years of work")
     Path("theirs").mkdir()
     Path("theirs/config.json").write_text('{"model_type": "bert"}')
     shutil.copytree("checkpoints/digits", "half")
     Path("half/model.safetensors").unlink()
-    for folder in ("checkpoints/own", "notes", "theirs", "half"):
+    done(f"vdiff import reference digits.pt {flags} --overwrite --out half")
+    assert contents(Path("half")) == contents(Path("checkpoints/digits"))  # an import that lost its weights is mended
+    for folder in ("checkpoints/own", "notes", "theirs"):
         held = contents(Path(folder))
         told = error(f"vdiff import reference digits.pt {flags} --overwrite --out {folder}", 1)
-        assert told == f"{folder} exists and is no imported model; choose another --out"
+        assert told == f"{folder} exists and is no imported model that vdiff wrote; choose another --out"
         assert contents(Path(folder)) == held
 
 

@@ -173,7 +173,7 @@ def test_a_folder_in_one_that_may_only_be_read_is_emptied(tmp_path, monkeypatch)
     (folder / "old.txt").touch()
     (folder / "state").touch()
     before = folder.stat().st_ino
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
     start_folder(folder, "old.txt", "new")
     assert contents(folder) == {"old.txt": b"new"}
     assert folder.stat().st_ino == before

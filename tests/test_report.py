@@ -19,6 +19,7 @@ from tests.commands import done, error
 from tests.ladders import COLUMNS, DISTANCES, verdict, write_evaluation, write_ladder
 from tests.toy import SIZE, write_checkpoint
 from vdiff.errors import VdiffError
+from vdiff.files import parse, write_json
 from vdiff.report import plots
 from vdiff.report.figures import figure, milliseconds_text, seconds_text, times_text
 from vdiff.report.losses import MAX_POINTS, read_losses, thinned
@@ -226,7 +227,7 @@ def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_no
     folder = without_logs(root, tmp_path)
     (folder / "evaluation.json").unlink(missing_ok=True)
     path = folder / "base_2" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "kept_start": True}))
+    write_json(path, {**parse(path.read_text()), "kept_start": True})
     (folder / "base_1" / "verdict.json").write_text(json.dumps(verdict(2, every=2, rmse=0.7)))
     path = folder / "base_2" / "ladder.json"
     lines = json.loads(path.read_text())

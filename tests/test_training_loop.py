@@ -511,8 +511,9 @@ def test_what_was_trained_is_saved_before_samples_are_drawn(data, whole, tmp_pat
         ({"num_timesteps": 1024}, 32, Dpmpp2m),
         ({"num_timesteps": 1024, "method": "guided", "teacher": {"method": "base", "teacher": None}}, 32, Dpmpp2m),
         ({"num_timesteps": 8}, 8, Dpmpp2m),
-        ({"num_timesteps": 48, "schedule": {"name": "ddpm_cosine", "num_levels": 48}}, 24, Dpmpp2m),
+        ({"num_timesteps": 48, "schedule": {"name": "ddpm_cosine", "num_levels": 48}}, 32, Dpmpp2m),
         ({"num_timesteps": 512, "method": "progressive"}, 32, Dpmpp2m),
+        ({"num_timesteps": 48, "method": "progressive"}, 24, Dpmpp2m),
         ({"num_timesteps": 4, "method": "progressive"}, 4, Ddim),
     ],
 )

@@ -210,7 +210,7 @@ def start_folder(path: Path, name: str, text: str) -> None:
 
 
 def _is_fixed(path: Path) -> bool:
-    """Whether a folder cannot be moved: a mounted disk, the working folder, or in a folder where nothing may be made."""
+    """Whether a folder cannot be moved: a mounted disk, the working folder, or inside a read-only folder."""
     whole = path.resolve()
     return path.is_mount() or Path.cwd().is_relative_to(whole) or not os.access(whole.parent, os.W_OK)
 
