@@ -244,6 +244,20 @@ def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_no
     ]  # fmt: skip
 
 
+def test_a_student_with_the_weights_of_its_teacher_is_another_model(root, tmp_path):
+    """One whose start was kept: known by its steps."""
+    folder = without_logs(root, tmp_path)
+    shutil.copyfile(folder / "base_1" / "model.safetensors", folder / "base_2" / "model.safetensors")
+    ladder = read_ladder(folder)
+    names = ["original", "base_0", "base_1", "base_2"]
+    assert [(model.name, model.folder) for model in ladder.models] == [(name, folder / name) for name in names]
+    assert ladder.models[-1].fingerprint == ladder.models[-2].fingerprint
+    assert not ladder.others
+    before, found = measured(read_ladder(root)), measured(ladder)
+    assert found.students[ladder.models[2].key] == before.students[ladder.models[2].key]
+    assert found.students[ladder.models[-1].key].x == 1
+
+
 def test_times_that_cannot_be_are_named_and_marked(root, tmp_path):
     folder = without_logs(root, tmp_path)
     path = folder / "base_2" / "ladder.json"

@@ -28,7 +28,7 @@ class Measured:
     Attributes:
         name: of the distance, with the features that it compares.
         basis: n and the like, in words.
-        students: by the fingerprint of their weights.
+        students: by the fingerprint of their weights and their steps.
         student_curve: the same over the evaluations an image.
         samplers: each of the training-free samplers on the first teacher, over the evaluations an image.
         teacher: the first teacher in the most steps that it was measured in.
@@ -37,7 +37,7 @@ class Measured:
 
     name: str = ""
     basis: str = ""
-    students: dict[str, Point] = field(default_factory=dict)
+    students: dict[tuple[str, int], Point] = field(default_factory=dict)
     student_curve: Curve = NO_CURVE
     samplers: tuple[Curve, ...] = ()
     teacher: Point | None = None
@@ -57,17 +57,17 @@ def measured(ladder: LadderRun) -> Measured:
 
 def _evaluated(ladder: LadderRun, evaluation: Evaluation) -> Measured | None:
     """What the evaluation tells of this ladder; None where it tells no distance."""
-    models = {model.fingerprint: model for model in ladder.models if model.fingerprint}
-    rows = [row for row in evaluation.rows if row.checkpoint_fingerprint in models]
+    known = {model.fingerprint for model in ladder.models}
+    rows = [row for row in evaluation.rows if row.checkpoint_fingerprint in known]
     metric = next((name for name in DISTANCES if any(_value(row, name) for row in rows)), None)
     if metric is None:
         return None
     rows = [row for row in rows if _value(row, metric)]
-    students: dict[str, Point] = {}
+    students: dict[tuple[str, int], Point] = {}
     for model in ladder.students:
-        own = [row for row in rows if models[row.checkpoint_fingerprint] is model and row.num_steps == model.steps]
+        own = [row for row in rows if (row.checkpoint_fingerprint, row.num_steps) == model.key]
         if own:
-            students[model.fingerprint] = _point(next((row for row in own if row.sampler == PLAIN), own[0]), metric)
+            students[model.key] = _point(next((row for row in own if row.sampler == PLAIN), own[0]), metric)
     of_teacher = [row for row in rows if row.checkpoint_fingerprint == ladder.first.fingerprint]
     samplers: dict[str, list[Point]] = {}
     for row in of_teacher:
@@ -81,7 +81,7 @@ def _evaluated(ladder: LadderRun, evaluation: Evaluation) -> Measured | None:
         student_curve=Curve("students", _ordered(students.values())),
         samplers=tuple(sorted(curves, key=lambda curve: (curve.label != f"teacher, {PLAIN}", curve.label))),
         teacher=max((_point(row, metric) for row in of_teacher), key=lambda point: point.x, default=None),
-        left_out=sum(row.checkpoint_fingerprint not in models for row in evaluation.rows),
+        left_out=sum(row.checkpoint_fingerprint not in known for row in evaluation.rows),
     )
 
 
@@ -99,13 +99,13 @@ def basis(rows: Iterable[Row], evaluation: Evaluation) -> str:
 
 def _judged(ladder: LadderRun) -> Measured:
     """The distances of the verdicts: few images, and no other sampler."""
-    students: dict[str, Point] = {}
+    students: dict[tuple[str, int], Point] = {}
     teacher, counts = None, set()
     for model in ladder.students:
         own = finite(model.verdict.get("distance"))
         if own is None or in_fewer_steps(model):
             continue
-        students[model.fingerprint] = Point(model.steps, own)
+        students[model.key] = Point(model.steps, own)
         counts.add(int(finite(model.verdict.get("num_images")) or 0))
     first = ladder.students[0] if ladder.students else None
     if (
@@ -135,10 +135,10 @@ def milliseconds(ladder: LadderRun) -> dict[tuple[str, int], float]:
     """Milliseconds an image by the name of a model and its steps: as compared, else as evaluated."""
     times: dict[tuple[str, int], float] = {}
     if ladder.evaluation:
-        names = {model.fingerprint: model.name for model in ladder.models}
-        for row in ladder.evaluation.rows:
-            if row.sampler == PLAIN and row.checkpoint_fingerprint in names:
-                times[names[row.checkpoint_fingerprint], row.num_steps] = row.ms_per_image
+        rows = [row for row in ladder.evaluation.rows if row.sampler == PLAIN]
+        for model in ladder.models:
+            own = [row for row in rows if row.checkpoint_fingerprint == model.fingerprint]
+            times |= {(model.name, row.num_steps): row.ms_per_image for row in own}
     compared = {(line.name, line.steps): line.ms_per_image for line in ladder.compared}
     return times | {key: ms for key, ms in compared.items() if ms is not None}
 

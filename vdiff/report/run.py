@@ -45,6 +45,11 @@ class Model:
         """The steps that it samples with by default."""
         return int(self.description["num_timesteps"])
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells it from the others: a student that stays as it began has its teacher's weights."""
+        return self.fingerprint, self.steps
+
     def number(self, key: str) -> float:
         """A number of its description, 0 where there is none."""
         value = self.description.get(key)
@@ -164,8 +169,10 @@ def _checkpoints(root: Path) -> list[Path]:
 
 def _ends(found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]) -> list[Path]:
     """The checkpoints that no other was distilled from, in the order of their time; students after all base models."""
-    teachers = {str((config.teacher or {}).get("fingerprint")) for config in found.values()}
-    ends = [path for path in found if fingerprints[path] not in teachers]
+    teachers = [config.teacher or {} for config in found.values()]
+    # a student that stays as it began has its teacher's weights, and other steps
+    known = {(str(teacher.get("fingerprint")), teacher.get("num_timesteps")) for teacher in teachers}
+    ends = [path for path in found if (fingerprints[path], found[path].num_timesteps) not in known]
 
     def age(path: Path) -> tuple[bool, int, str]:
         return found[path].teacher is not None, (path / CONFIG).stat().st_mtime_ns, str(path)
@@ -178,14 +185,16 @@ def _same(path: Path, among: Sequence[Path]) -> Path | None:
 
 
 def _lineage(last: Path, found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]) -> tuple[Model, ...]:
-    """The models from the first teacher to `last`; a teacher is known by its weights, wherever it lies."""
+    """The models from the first teacher to `last`; a teacher is known by its weights and steps, wherever it lies."""
     config = found[last] if last in found else read_config(last)
     fingerprint = fingerprints[last] if last in found else weights_fingerprint(last)
     models = [_model(last.name, last, vars(config), fingerprint)]
     teacher = config.teacher
     while teacher:
         wanted, path = str(teacher.get("fingerprint") or ""), Path(str(teacher.get("path") or "?"))
-        folder = next((other for other in found if wanted and fingerprints[other] == wanted), None)
+        same = [other for other in found if wanted and fingerprints[other] == wanted]
+        steps = teacher.get("num_timesteps")
+        folder = next((other for other in same if found[other].num_timesteps == steps), same[0] if same else None)
         if folder is None and wanted and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
             folder = path if weights_fingerprint(path) == wanted else None
         models.append(_model(folder.name if folder else path.name, folder, teacher, wanted))

@@ -39,7 +39,7 @@ def models(ladder: LadderRun, found: Measured) -> list[dict[str, Any]]:
     for model, steps, is_again in entries:
         line = lines.get((model.name, steps))
         error = None if is_again or in_fewer_steps(model) else finite(model.verdict.get("rmse"))
-        point = _teacher_at(found, steps) if model is first else found.students.get(model.fingerprint)
+        point = _teacher_at(found, steps) if model is first else found.students.get(model.key)
         told.append(
             {
                 "name": model.name,
@@ -119,12 +119,12 @@ def evaluation(ladder: LadderRun) -> Table:
 
 def nearest(ladder: LadderRun) -> Table:
     """How near samples of each model, in its own steps, and of the teacher in the most that were measured, come."""
-    steps = {model.fingerprint: model.steps for model in ladder.students if model.fingerprint}
+    students = {model.key for model in ladder.students}
     every = ladder.evaluation.rows if ladder.evaluation else ()
     rows = [row for row in every if "nearest" in row.metrics and row.sampler == PLAIN]
     of_teacher = [row for row in rows if row.checkpoint_fingerprint == ladder.first.fingerprint]
     chosen = sorted(of_teacher, key=lambda row: row.num_steps)[-1:]
-    chosen += [row for row in rows if steps.get(row.checkpoint_fingerprint) == row.num_steps]
+    chosen += [row for row in rows if (row.checkpoint_fingerprint, row.num_steps) in students]
     told = []
     for row in chosen:
         label = f"{Path(row.checkpoint).name}, {steps_text(row.num_steps)}"

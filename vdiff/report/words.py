@@ -48,7 +48,7 @@ def summary(ladder: LadderRun, found: Measured) -> list[str]:
             f"An image takes {milliseconds_text(after)} instead of {milliseconds_text(before)}: "
             f"it is {times_text(ratio)} as fast."
         )
-    mine = found.students.get(last.fingerprint)
+    mine = found.students.get(last.key)
     if mine and found.teacher and found.teacher.y > 0:
         times = mine.y / found.teacher.y
         lost = f"{times_text(times)} the teacher's" if times >= 1.005 else "no more than the teacher's"
@@ -69,7 +69,7 @@ def facts(ladder: LadderRun, found: Measured) -> list[Fact]:
     told = [Fact(steps_text(last.steps), "to draw an image", f"teacher {first.steps:,}" if ladder.students else "")]
     if (gain := speed_up(ladder)) is not None:
         told.append(Fact(milliseconds_text(gain[1]), "an image", f"{times_text(gain[2])} as fast"))
-    if mine := found.students.get(last.fingerprint):
+    if mine := found.students.get(last.key):
         against = f"teacher {figure(found.teacher.y)}" if found.teacher else ""
         told.append(Fact(figure(mine.y), "distance to the data", against))
     own = seconds_text(sum(model.number("train_seconds") for model in ladder.students))
