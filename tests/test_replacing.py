@@ -329,6 +329,17 @@ def test_a_student_is_replaced_where_it_is(place, monkeypatch, out):
     assert not list(place.glob(".*"))
 
 
+def test_a_dataset_goes_where_a_link_points(place):
+    Path("disk").mkdir()
+    Path("disk/empty").mkdir()
+    Path("link").symlink_to("disk/empty")
+    for switch in ("", " --overwrite"):
+        done(f"{FOLDERS['prepare'].format('link')}{switch}")
+        assert Path("link").is_symlink()
+        assert "data.mdb" in tree(place / "disk" / "empty")
+        assert [path.name for path in Path("disk").iterdir()] == ["empty"]
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("out.pt2", "f.pt2")])
 def test_only_a_file_that_vdiff_wrote_is_replaced(place, name):
     line = FILES[name].format(name)

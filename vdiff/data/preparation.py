@@ -181,6 +181,8 @@ def prepare(
     reporter = reporter or Silent()
     tars = out.suffix == TAR_SUFFIX
     folder = out.with_suffix("") if tars else out
+    if folder.is_symlink():  # to another disk, say: the unfinished dataset must lie on it, too
+        folder = folder.resolve()
     job = {
         "source": source.identity(),
         "conversion": asdict(config),
