@@ -130,8 +130,18 @@ def test_a_path_that_leads_elsewhere_has_the_lock_of_its_end(tmp_path, monkeypat
 @pytest.mark.parametrize("new", [False, True])
 def test_what_a_kill_left_is_put_back_or_removed(tmp_path, new):
     """The old goes back where nothing took its place; files of other outputs and other programs stay."""
-    kept = {".out.txt", ".out.1.2.tmp", ".out.notes.old", ".outer.7.tmp", ".other.7.old", "out.7.tmp", ".out.tmp"}
-    left = {".out.7.tmp", f".out.{'a' * 32}.tmp", ".out.x1_y2z3w.tmp", ".out.partial.7.tmp"}
+    kept = {
+        ".out.txt",
+        ".out.1.2.tmp",
+        ".out.notes.old",
+        ".out.settings.tmp",
+        ".out.thesis_2.old",
+        ".outer.7.tmp",
+        ".other.7.old",
+        "out.7.tmp",
+        ".out.tmp",
+    }
+    left = {".out.7.tmp", f".out.{'a' * 32}.tmp", ".out.partial.7.tmp"}
     for name in kept | left:
         (tmp_path / name).write_text(name)
     (tmp_path / ".out.8.old").mkdir()
@@ -327,6 +337,15 @@ def test_a_student_is_replaced_where_it_is(place, monkeypatch, out):
     assert (place / "work" / "model.safetensors").read_bytes() != before
     assert {".DS_Store", "report.html"}.isdisjoint(tree(place / "work"))
     assert not list(place.glob(".*"))
+
+
+def test_samples_go_where_a_link_points(place):
+    Path("disk").mkdir()
+    Path("link.lmdb").symlink_to("disk")
+    done(f"{SAMPLE} --out link.lmdb")
+    assert Path("link.lmdb").is_symlink()
+    assert "data.mdb" in tree(place / "disk")
+    assert not list(place.glob("*.partial"))
 
 
 def test_a_dataset_goes_where_a_link_points(place):

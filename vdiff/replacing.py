@@ -17,7 +17,7 @@ from pathlib import Path
 from vdiff.errors import VdiffError
 from vdiff.files import fsync_folder, make_folder, read_text, refusal, remove, write_text
 
-MARK = r"(?:\d+|[0-9a-f]{32}|[a-z0-9_]{8})"
+MARK = r"(?:\d+|[0-9a-f]{32})"
 INNER = re.compile(rf"\.(.+?)(?:\.{MARK})?\.tmp")
 """Temporary files, with or without the number of their process; they become what the first group says."""
 OF_SYSTEM = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)")
@@ -254,6 +254,7 @@ def take_place(new: Path, path: Path) -> None:
         if file.is_file():
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
+    path = _named(path)
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if is_free(path):
         _remove_empty(path)
