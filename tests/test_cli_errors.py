@@ -63,7 +63,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def describe(folder: str | Path, change: Callable[[str], str]) -> None:
     """Change the text of a checkpoint's config.json, as somebody who deletes its checksum."""
     path = Path(folder, CONFIG)
-    before = re.sub(rf',\s+"{CHECKSUM}": "\w+"', "", path.read_text())
+    before = re.sub(rf'\s+"{CHECKSUM}": "\w+",', "", path.read_text())
     path.write_text(change(before))
     assert path.read_text() != before
 

@@ -363,7 +363,7 @@ def test_folders_that_are_no_utf8(tmp_path: Path, container: Any, crop: str) -> 
     assert (report.images, report.rejected) == (2, 0)
     if container is not CONTAINERS["zip"]:
         assert report.class_names == (r"caf\xe9", "the")
-        assert watcher.lines == [r"class names that are no UTF-8 are written as caf\xe9"]
+        assert watcher.lines == [r"class names that cannot be printed are written as caf\xe9"]
     json.dumps(report.to_dict(), ensure_ascii=False).encode()
     assert len(report.class_names) == 2
 

@@ -143,8 +143,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def json_text(values: Mapping[str, Any]) -> str:
-    """A JSON object with its checksum, a value a line."""
-    return json.dumps({**values, CHECKSUM: checksum(values)}, indent=2, ensure_ascii=False) + "\n"
+    """A JSON object with its checksum, which has the second line, so that JSON is left when that line is deleted."""
+    return json.dumps({CHECKSUM: checksum(values), **values}, indent=2, ensure_ascii=False) + "\n"
 
 
 def checksum(values: Any) -> str:

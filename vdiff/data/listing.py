@@ -237,16 +237,16 @@ class ListingWriter:
         wanted = self.split or "train"
         kept = [b for b in folders if wanted in ("all", _decode(b)) or splits[b] == SPLITS.get(wanted.lower())]
         if not kept:
-            raise OptionError(f"--split {wanted}: there are only {there}", f"choose one of them with --split {there}")
+            raise OptionError(f"--split {wanted}: there are only {there}", "choose one of them, or all")
         before = self._count()
         if wanted != "all":
             self._database.create_function("folder_of", 1, lambda key: _folder(key, depth), deterministic=True)
             marks = ", ".join("?" * len(kept))
             self._execute(f"DELETE FROM found WHERE folder_of(key) NOT IN ({marks})", tuple(kept))
-        taken = ", ".join(clean_name(_decode(folder)) for folder in kept)
-        self._remarks.append(
-            f"split {taken}: {self._count()} of {before} images; there are {there}; --split chooses, all takes all"
-        )
+            taken = ", ".join(clean_name(_decode(folder)) for folder in kept)
+            self._remarks.append(
+                f"split {taken}: {self._count()} of {before} images; there are {there}; --split chooses, all takes all"
+            )
         return self._folders(depth + 1)
 
     def _used_classes(self, class_names: tuple[str, ...]) -> list[str]:
@@ -292,7 +292,7 @@ class ListingWriter:
         names = list(dict.fromkeys(cleaned.values()))
         changed = [name for folder, name in cleaned.items() if name != _decode(folder)]
         if changed:
-            self._remarks.append(f"class names that are no UTF-8 are written as {few(changed)}")
+            self._remarks.append(f"class names that cannot be printed are written as {few(changed)}")
         numbers = {folder: names.index(name) for folder, name in cleaned.items()}
         self._database.create_function("label_of", 1, lambda key: numbers[_folder(key, depth)], deterministic=True)
         self._execute("UPDATE found SET label = label_of(key)")
