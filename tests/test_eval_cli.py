@@ -83,7 +83,11 @@ WRONG = {
     "model --data tiny": ("--metrics kd", 1, "tiny holds 4 images, fewer than 10"),
     "model --data cut": ("", 1, "cut is an incomplete dataset"),
     "model --data colour": ("", 1, "4×4 with 1 channel, colour holds 4×4 with 3 channels"),
-    "model --num 15": ("--data data", 2, "--num 15 is fewer than the 16 dimensions .* --num 16 or more, or --metrics"),
+    "model --num 15": (
+        "--data data",
+        2,
+        "is fewer than the 16 dimensions .* --num 16 or more, or vdiff evaluate --metrics",
+    ),
     "model --features text.pt2": ("--data data", 1, "text.pt2 is not a network"),
     "model --features none.pt2": ("--data data", 1, "none.pt2: No such file"),
     "model --features inception --weights text.pt2": ("--data data", 1, "text.pt2.*weights|torch-fidelity"),

@@ -163,7 +163,7 @@ def check_numbers(n: int, num_images: int, features: Features, metrics: Sequence
     least = max(MIN_IMAGES, features.dim if "fd" in metrics else 0)
     why = f"the {features.dim} dimensions of the features {features.name}" if least > MIN_IMAGES else f"{MIN_IMAGES}"
     others = ",".join(name for name in metrics if name not in ("fd", "isc")) or "kd"
-    without = f", or --metrics {others}" if least > MIN_IMAGES else ""
+    without = f", or vdiff evaluate --metrics {others}" if least > MIN_IMAGES else ""
     if n < least:
         raise OptionError(f"--num {n} is fewer than {why}", f"give --num {least} or more{without}")
     if num_images < least:
