@@ -1,5 +1,6 @@
 # make quickstart    set up, then digits in 1 to 1024 steps, and a page about it: checkpoints/report.html
-# make test          set up, then all checks and tests
+# make test          set up, then all checks and the tests but the slow ones
+# make test_all      the slow tests too: kills at many points, launched processes, exports
 # make rounding      numeric tests with the rounding of a processor without vector instructions
 # make check         lint, format and types alone
 # make docs          docs/commands.md from --help; the README's pictures and table from the quickstart's report
@@ -8,12 +9,12 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-PYTEST := -m pytest -rs --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -rs --durations=30 --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 NUMERIC := unet distillation methods methods_ladder method_objectives trajectory self_teacher \
 	training_objectives training_optimisation verdict interop_reference noise_and_drawing conditioning
 DIGITS := --data data/digits_8 --preset digits
 
-.PHONY: quickstart test rounding check docs benchmarks clean
+.PHONY: quickstart test test_all slow rounding check docs benchmarks clean
 
 quickstart: .venv/ready
 	test -d data/digits_8 || $(RUN) prepare_data.py
@@ -21,7 +22,12 @@ quickstart: .venv/ready
 	$(RUN) distill.py --base checkpoints/original --teacher_steps 128 --to_steps 1 $(DIGITS)
 
 test: check
-	$(RUN) $(PYTEST)
+	$(RUN) $(PYTEST) -m "not slow"
+
+test_all: test slow rounding
+
+slow: .venv/ready
+	$(RUN) $(PYTEST) -m slow
 
 rounding: .venv/ready
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(RUN) $(PYTEST) $(NUMERIC:%=tests/test_%.py)
