@@ -38,7 +38,7 @@ from vdiff.models.checkpoint import read_config
 from vdiff.training.base import resolve_training, train
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
-from vdiff.training.ladder import climb
+from vdiff.training.ladder import run_stages
 from vdiff.training.stages import plan_stages, resolve_distillation
 
 
@@ -114,7 +114,9 @@ def run(
         }
         config, described = resolve_distillation(flags, settings)
         images = open_images(config.data, described.image_size)
-        climb(plan_stages(config, described), config, images, build_engine(config), overwrite=False, reporter=console)
+        run_stages(
+            plan_stages(config, described), config, images, build_engine(config), overwrite=False, reporter=console
+        )
 
 
 @dataclass(frozen=True)

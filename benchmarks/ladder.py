@@ -30,7 +30,7 @@ from vdiff.training.base import resolve_training, train
 from vdiff.training.comparison import PICTURE, compare, known_rows
 from vdiff.training.engine import build_engine
 from vdiff.training.folder import is_run
-from vdiff.training.ladder import climb
+from vdiff.training.ladder import run_stages
 from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
 
 MOST_OF_A_SOLVER = 64
@@ -67,7 +67,7 @@ def main(data: str, file: Path | None, teacher_steps: int, num: int, work: Path,
     config, described = resolve_distillation(flags, file)
     stages = plan_stages(config, described)
     engine = build_engine(config)
-    climb(stages, config, teachers_images(config, described), engine, overwrite=False, reporter=console)
+    run_stages(stages, config, teachers_images(config, described), engine, overwrite=False, reporter=console)
     if known_rows(stages, seed=config.seed) is None:
         budget = sum(stage.budget(config) for stage in stages)
         compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdiff.diffusion.distillation import Example
+from vdiff.diffusion.distillation import TrainTarget
 from vdiff.diffusion.samplers import SAMPLERS, Denoise, sample
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.weighting import WEIGHTINGS
@@ -23,9 +23,9 @@ from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LoopConfig
 from vdiff.training.objectives import (
     LOSSES,
-    Draws,
     Objective,
-    Pupil,
+    StudentState,
+    TrainBatch,
     stratified,
     weighted_losses,
 )
@@ -158,7 +158,7 @@ def new_denoiser(config: MlpsConfig, like: Denoiser | None = None) -> Denoiser:
 # The loop
 
 
-def draw(data: Sequence[str], known: MlpsConfig, size: int) -> Draws:
+def draw(data: Sequence[str], known: MlpsConfig, size: int) -> TrainBatch:
     """What an update is given: `size` rows for each network, which are for one data set after the other."""
     seeds = known.count // len(data)
     found = [DATA[name](size * seeds, None) for name in data]
@@ -169,14 +169,14 @@ def draw(data: Sequence[str], known: MlpsConfig, size: int) -> Draws:
         classes = drop_classes(classes, torch.rand(len(x)), CLASS_DROPOUT, known.num_classes)
     if known.guidance_input:
         guidance = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(x))
-    return Draws(x, torch.randn_like(x), stratified(len(x)), classes, guidance)
+    return TrainBatch(x, torch.randn_like(x), stratified(len(x)), classes, guidance)
 
 
-def sorted_out(example: Example, draws: Draws, count: int) -> tuple[Example, Draws]:
+def sorted_out(example: TrainTarget, draws: TrainBatch, count: int) -> tuple[TrainTarget, TrainBatch]:
     """The rows of an example in an order in which row r is for network r mod S again, and the draws they belong to."""
     assert example.rows is not None
     order = (example.rows % count).argsort(stable=True).reshape(count, -1).T.flatten()
-    return Example(example.z[order], example.t[order], example.x[order]), draws[example.rows[order]]
+    return TrainTarget(example.z[order], example.t[order], example.x[order]), draws[example.rows[order]]
 
 
 def clip_each(network: nn.Module, most: float) -> None:
@@ -208,7 +208,7 @@ def learn(
     known = denoiser.network.config
     for step in range(config.num_iters):
         draws = draw(data, known, config.batch_size)
-        example = objective(draws, Pupil(denoiser, averages.teacher, step / config.num_iters))
+        example = objective(draws, StudentState(denoiser, averages.teacher, step / config.num_iters))
         if example.rows is not None:
             example, draws = sorted_out(example, draws, known.count)
         prediction = denoiser(example.z, example.t, draws.classes, draws.guidance)

@@ -59,7 +59,7 @@ def stages_of(config: DistillConfig, steps: int, updates: int) -> list[tuple[int
 
 
 @dataclass
-class School:
+class TeacherPool:
     """A teacher for each data set and seed, and the students that learn from it; each stage is trained once.
 
     Attributes:
@@ -93,17 +93,17 @@ class School:
         return self.students[key]
 
 
-def open_school(data: Sequence[str], scale: Scale, *, num_classes: int = 0) -> School:
+def open_school(data: Sequence[str], scale: Scale, *, num_classes: int = 0) -> TeacherPool:
     """Teachers of all times, trained on the data."""
     torch.manual_seed(0)
     teacher = new_denoiser(MlpsConfig(len(data) * scale.seeds, num_classes=num_classes))
     config = TrainConfig(
         num_iters=scale.teacher, batch_size=scale.teacher_batch_size, lr=TEACHER_LR, lr_schedule="cosine", ema=0.0
     )
-    return School(learn(teacher, DenoisingObjective(teacher.schedule), config, data, 0), data, scale)
+    return TeacherPool(learn(teacher, DenoisingObjective(teacher.schedule), config, data, 0), data, scale)
 
 
-def guided_school(school: School) -> School:
+def guided_school(school: TeacherPool) -> TeacherPool:
     """A school whose teachers take guidance as an input, as they learned from those of another, told classes."""
     first = school.teacher
     config = settings_of("guided", {}, school.scale)
@@ -113,4 +113,4 @@ def guided_school(school: School) -> School:
         GuidedDenoiser(first), method, num_steps=TEACHER_STEPS, teacher_steps=TEACHER_STEPS
     )
     pupil = new_denoiser(replace(first.network.config, guidance_input=True), first)
-    return School(learn(pupil, objective, config, school.data, 0), school.data, school.scale)
+    return TeacherPool(learn(pupil, objective, config, school.data, 0), school.data, school.scale)

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.plane import DATA, MODES, points_of, rms, shadows
 from benchmarks.plane_picture import data_panel, map_panel, noise_panel
-from benchmarks.plane_school import PARTS, TEACHER_STEPS, Scale, School, guided_school, open_school, settings_of
+from benchmarks.plane_school import PARTS, TEACHER_STEPS, Scale, TeacherPool, guided_school, open_school, settings_of
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.data.images import captioned_grid, save_png
 from vdiff.diffusion.samplers import Denoise
@@ -123,7 +123,7 @@ class Row:
         self.errors[steps] = rms(points - examination.target)
 
 
-def examine(school: School) -> Examination:
+def examine(school: TeacherPool) -> Examination:
     """Noise, data and the teacher's map for the networks of a school."""
     scale = school.scale
     generator = torch.Generator().manual_seed(1)
@@ -134,7 +134,9 @@ def examine(school: School) -> Examination:
     return Examination(z, shadows(real, scale.directions), target)
 
 
-def sampler_rows(school: School, examination: Examination, samplers: Sequence[str] = SAMPLERS_TRIED) -> Iterator[Row]:
+def sampler_rows(
+    school: TeacherPool, examination: Examination, samplers: Sequence[str] = SAMPLERS_TRIED
+) -> Iterator[Row]:
     """Other data, and the teacher with every sampler."""
     scale = school.scale
     generator = torch.Generator().manual_seed(2)
@@ -148,12 +150,12 @@ def sampler_rows(school: School, examination: Examination, samplers: Sequence[st
         yield row
 
 
-def student_of(school: School, method: str, changes: dict[str, Any], steps: int) -> tuple[Denoiser, int]:
+def student_of(school: TeacherPool, method: str, changes: dict[str, Any], steps: int) -> tuple[Denoiser, int]:
     """The students of a method with changed parameters, and the evaluations that one of them took."""
     return school.student(settings_of(method, changes, school.scale), steps)
 
 
-def method_row(school: School, examination: Examination, method: str, changes: dict[str, Any]) -> Row:
+def method_row(school: TeacherPool, examination: Examination, method: str, changes: dict[str, Any]) -> Row:
     """The students of a method."""
     said = ", ".join(f"{name} {value}" for name, value in changes.items())
     row = Row(f"{method}, {said}" if said else method, is_method=True)
@@ -238,7 +240,7 @@ def blocks(rows: Sequence[Row], data: Sequence[str]) -> list[list[str]]:
     return table + lines("mean", rows, lambda values: values.reshape(len(data), -1).mean(0))
 
 
-def compare(school: School, examination: Examination, variants: Sequence[tuple[str, dict[str, Any]]]) -> list[Row]:
+def compare(school: TeacherPool, examination: Examination, variants: Sequence[tuple[str, dict[str, Any]]]) -> list[Row]:
     """The students of methods, with the time of each on stderr."""
     rows = []
     for method, changes in variants:
@@ -248,7 +250,7 @@ def compare(school: School, examination: Examination, variants: Sequence[tuple[s
     return rows
 
 
-def picture(school: School, examination: Examination) -> Image:
+def picture(school: TeacherPool, examination: Examination) -> Image:
     """The maps of each data set's first networks: rows in 1 and 4 steps, columns the teacher and the methods."""
     seeds, count = school.scale.seeds, min(PICTURED, school.scale.points)
     noise = apart(examination.z, len(examination.real))[0, :count]

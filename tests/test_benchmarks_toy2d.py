@@ -25,7 +25,7 @@ from benchmarks.plane import (
 from benchmarks.plane_school import PARTS, TEACHER_STEPS, Scale, guided_school, open_school, settings_of, stages_of
 from benchmarks.toy2d import COMPARED, examine, sampler_rows, student_of, told
 from tests.oracles import randn
-from vdiff.diffusion.distillation import Lesson, Trajectory
+from vdiff.diffusion.distillation import DistillContext, Trajectory
 from vdiff.models.denoiser import GuidedDenoiser
 
 TINY = Scale(seeds=1, batch_size=64, teacher=250, part=20, points=256, directions=16)
@@ -81,7 +81,7 @@ def test_examples_of_paths_are_brought_back_to_their_networks():
         return denoiser(z, t, draws.classes[: len(z)], draws.guidance[: len(z)])
 
     with torch.no_grad():
-        lesson = Lesson(denoise, denoiser.schedule, num_steps=4, teacher_steps=16, student=denoise)
+        lesson = DistillContext(denoise, denoiser.schedule, num_steps=4, teacher_steps=16, student=denoise)
         example = Trajectory()(lesson, draws.images, draws.noise, draws.u)
     ours, told = sorted_out(example, draws, 2)
     assert sorted(ours.z.flatten().tolist()) == sorted(example.z.flatten().tolist())

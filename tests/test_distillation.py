@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, gaussian, mixture, no_noise, randn, random_teacher
-from vdiff.diffusion.distillation import METHODS, Lesson
+from vdiff.diffusion.distillation import METHODS, DistillContext
 from vdiff.diffusion.phases import fitting_phases, halving_plan, halving_start
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim, ddim_step, sample
@@ -216,7 +216,7 @@ def test_two_steps_of_the_formula_are_the_paper_s():
     exact = invert_ddim(z, z_end, angle_t, angle_s)
     found = progressive_target(teacher, schedule, z=z, t=t, num_steps=4)
     torch.testing.assert_close(found.v, exact.v, rtol=1e-10, atol=1e-10)
-    lesson = Lesson(teacher, schedule, 4, 32)
+    lesson = DistillContext(teacher, schedule, 4, 32)
     example = METHODS["progressive"]()(
         lesson, 0 * z, z / column(angle_t.sin(), z), (torch.arange(4) + 0.5).double() / 4
     )
@@ -259,7 +259,7 @@ def test_float32_does_not_drown_the_targets_of_segments(name, settings, num_step
     schedule, fine = ALL_SCHEDULES["cosine"], 4096
     teacher = as_network_of("v", mixture(schedule), schedule)
     student = as_network_of("v", mixture(schedule, c=0.2), schedule)
-    lesson = Lesson(teacher, schedule, num_steps, fine, student=student, average=student, progress=1.0)
+    lesson = DistillContext(teacher, schedule, num_steps, fine, student=student, average=student, progress=1.0)
     x, noise = randn(8, 2, 3, 2).tanh(), randn(8, 2, 3, 2, seed=1)
     u = torch.tensor([0, 1, 3, 900, 2047, 2050, 3000, 4095], dtype=torch.float64).add(0.5) / fine
     method = METHODS[name](**settings)
@@ -275,7 +275,7 @@ def test_float32_does_not_drown_the_targets_of_a_long_path(path_sampler):
     schedule, steps = ALL_SCHEDULES["cosine"], 256
     teacher, student = random_teacher(schedule), random_teacher(schedule, seed=5)
     noise, u = randn(steps, 2, 3, 2), torch.zeros(steps, dtype=torch.float64)
-    lesson = Lesson(teacher, schedule, steps, steps, student=student)
+    lesson = DistillContext(teacher, schedule, steps, steps, student=student)
     method = METHODS["trajectory"](path_sampler=path_sampler)
     exact = method(lesson, noise, noise, u)
     found = method(lesson, noise.float(), noise.float(), u)

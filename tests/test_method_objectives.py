@@ -16,13 +16,13 @@ from tests.written_out import (
     middles,
     walk,
 )
-from vdiff.diffusion.distillation import METHODS, Consistency, Example, Guided, Lesson, Match, Trajectory
+from vdiff.diffusion.distillation import METHODS, Consistency, DistillContext, Guided, Match, TrainTarget, Trajectory
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.unet import UNet, UNetConfig
 from vdiff.training.config import LOSSES
-from vdiff.training.objectives import HUBER, DistillationObjective, Draws, Pupil, told
+from vdiff.training.objectives import HUBER, DistillationObjective, StudentState, TrainBatch, bind_condition
 from vdiff.training.objectives import LOSSES as LOSS_FUNCTIONS
 
 
@@ -41,15 +41,17 @@ def network(seed: int, *, scale: float = 0.3, **more) -> Denoiser:
 CLASSES = torch.tensor([2, 0, 1, 3, 1, 2, 0, 3])
 
 
-def draws(count: int = 8, guidance: Tensor | None = None) -> Draws:
+def draws(count: int = 8, guidance: Tensor | None = None) -> TrainBatch:
     x, noise = randn(count, 2, 4, 4, seed=5).tanh(), randn(count, 2, 4, 4, seed=6)
-    return Draws(x, noise, middles(count), CLASSES[:count], guidance)
+    return TrainBatch(x, noise, middles(count), CLASSES[:count], guidance)
 
 
-def taught(method, teacher, student=None, given: Draws | None = None, *, num_steps: int = 4, **more) -> Example:
+def taught(
+    method, teacher, student=None, given: TrainBatch | None = None, *, num_steps: int = 4, **more
+) -> TrainTarget:
     student = student or network(90)
     objective = DistillationObjective(teacher, method, num_steps, 2 * num_steps, **more)
-    return objective(given or draws(), Pupil(student, student, 1.0))
+    return objective(given or draws(), StudentState(student, student, 1.0))
 
 
 def test_guided_with_no_weight_is_a_match():
@@ -98,7 +100,7 @@ def test_paths_are_of_the_classes_of_their_rows():
     teacher, student = Classed((0.2, 0.5, 0.9, 1.2)), Classed((0.3, 0.6, 1.1, 1.4))
     weights = torch.arange(8.0)
     given = draws(guidance=weights)
-    found = DistillationObjective(teacher, Trajectory(12, "ddim"), 3, 12)(given, Pupil(student, student, 0.0))
+    found = DistillationObjective(teacher, Trajectory(12, "ddim"), 3, 12)(given, StudentState(student, student, 0.0))
     assert found.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     assert teacher.asked == [([2, 0, 1], [0.0, 1, 2])] * 12
     assert student.asked == [([2, 0, 1], [0.0, 1, 2])] * 2
@@ -122,7 +124,7 @@ def test_every_row_is_of_its_own_class(name):
     kinds = [Classed((0.2, 0.5, 0.9, 1.2)) for _ in range(3)]
     teacher, student, average = kinds
     given = draws(guidance=torch.arange(8.0))
-    found = DistillationObjective(teacher, METHODS[name](), 2, 4)(given, Pupil(student, average, 0.0))
+    found = DistillationObjective(teacher, METHODS[name](), 2, 4)(given, StudentState(student, average, 0.0))
     assert found.rows is None
     for each in kinds:
         assert all(asked == (CLASSES.tolist(), list(range(8))) for asked in each.asked)
@@ -133,13 +135,15 @@ def test_every_row_is_of_its_own_class(name):
 def test_what_an_objective_tells_its_method():
     lessons = []
 
-    def method(lesson: Lesson, _: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def method(lesson: DistillContext, _: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
         lessons.append((lesson, torch.is_grad_enabled(), student.training))
         z, t = randn(2, 2, 4, 4, seed=9), torch.full((2,), 0.5, dtype=torch.float64)
-        return Example(noise, u, torch.cat([getattr(lesson, who)(z, t).x for who in ("teacher", "student", "average")]))
+        return TrainTarget(
+            noise, u, torch.cat([getattr(lesson, who)(z, t).x for who in ("teacher", "student", "average")])
+        )
 
     teacher, student, average = network(1).eval(), network(60, dropout=0.5), network(120).eval()
-    given, pupil = draws(), Pupil(student.train(), average, 0.25)
+    given, pupil = draws(), StudentState(student.train(), average, 0.25)
     found = DistillationObjective(teacher, method, 4, 32, 16)(given, pupil)
     ((told_lesson, with_grad, was_training),) = lessons
     assert (told_lesson.num_steps, told_lesson.teacher_steps, told_lesson.levels) == (4, 32, 16)
@@ -160,7 +164,7 @@ def test_what_an_objective_tells_its_method():
 def test_a_student_is_left_in_the_mode_that_it_was_in(mode):
     student = network(1).train(mode)
 
-    def fail(*_: object) -> Example:
+    def fail(*_: object) -> TrainTarget:
         raise RuntimeError("stopped")
 
     taught(Consistency(), network(2).eval(), student)
@@ -174,8 +178,8 @@ def test_of_whom_nothing_is_learned_no_gradient_is_kept():
     """The teacher answers in inference mode; what a student says of itself has no gradient, but could be trained on."""
     teacher, student = network(1), network(2)
     z, t = randn(3, 2, 4, 4), torch.full((3,), 0.5, dtype=torch.float64)
-    asked = told(teacher, draws(), torch.inference_mode)(z, t).x
-    mine = told(student, draws())(z, t).x
+    asked = bind_condition(teacher, draws(), torch.inference_mode)(z, t).x
+    mine = bind_condition(student, draws())(z, t).x
     assert asked.is_inference()
     assert not mine.is_inference()
     assert not mine.requires_grad
@@ -186,9 +190,9 @@ def test_draws_are_cut_row_by_row():
     given = draws(guidance=torch.arange(8.0))
     rows = torch.tensor([3, 3, 0])
     for cut, index in ((given[2:4], [2, 3]), (given[rows], [3, 3, 0])):
-        for field in dataclasses.fields(Draws):
+        for field in dataclasses.fields(TrainBatch):
             assert torch.equal(getattr(cut, field.name), getattr(given, field.name)[index])
-    bare = Draws(given.images, given.noise, given.u)[1:]
+    bare = TrainBatch(given.images, given.noise, given.u)[1:]
     assert (bare.classes, bare.guidance, len(bare.u)) == (None, None, 7)
 
 

@@ -28,7 +28,7 @@ from tests.written_out import (
     segment_end,
     walk,
 )
-from vdiff.diffusion.distillation import Consistency, Example, Match, Progressive, Tract
+from vdiff.diffusion.distillation import Consistency, Match, Progressive, Tract, TrainTarget
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import ddim_step
 from vdiff.diffusion.schedules import CosineSchedule
@@ -59,7 +59,7 @@ def test_progressive_of_a_gaussian_has_a_closed_form(schedule, num_steps):
 # Segments
 
 
-def segmented(method, asked: str, schedule, teacher: Answer, jump: Answer, num_steps: int, fine: int) -> Example:
+def segmented(method, asked: str, schedule, teacher: Answer, jump: Answer, num_steps: int, fine: int) -> TrainTarget:
     """The example at every fine level, k = 1 … n; `asked` is who jumps."""
     x, noise = images(fine)
     given = lesson(schedule, teacher, num_steps, fine, progress=1.0, **{asked: jump})

@@ -42,7 +42,7 @@ from vdiff.training import ladder, student
 from vdiff.training.averages import Exponential
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
-from vdiff.training.ladder import climb
+from vdiff.training.ladder import run_stages
 from vdiff.training.loop import averages_of, build_update
 from vdiff.training.objectives import LOSSES
 from vdiff.training.optimisation import build_optimizer
@@ -282,7 +282,7 @@ def test_a_trajectory_needs_no_dataset(tmp_path, monkeypatch):
         )
         images = teachers_images(config, described)
         assert (images.none_needed, config.loss, config.data) == (True, "l1", "")
-        assert climb(
+        assert run_stages(
             plan_stages(config, described), config, images, build_engine(config), overwrite=False, reporter=Watcher()
         )
         found = read_config(base.parent / "base_0")
@@ -563,7 +563,7 @@ def test_verdicts_of_a_ladder_hold_what_its_models_draw(data, trained, tmp_path,
         return 10 + float(pictures.double().mean())
 
     def climbed(reporter: Watcher) -> bool:
-        return climb(
+        return run_stages(
             stages, config, images, build_engine(config), overwrite=False, reporter=reporter, distance=far
         )  # fmt: skip
 

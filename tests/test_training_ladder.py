@@ -45,7 +45,7 @@ from vdiff.training import ladder
 from vdiff.training.comparison import PICTURE, TABLE, compare, known_rows, plan_comparison
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
-from vdiff.training.ladder import climb
+from vdiff.training.ladder import run_stages
 from vdiff.training.presets import RUN_FILE, preset_for, read_preset
 from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
@@ -291,7 +291,7 @@ def test_a_student_starts_as_its_teacher(data, teacher, monkeypatch, settings):
     """The same answers at every level it will be asked, with the same labels; only steps and dropout are its own."""
     runs = []
     monkeypatch.setattr(ladder, "fit", lambda run, *_: runs.append(run))
-    monkeypatch.setattr(ladder, "_judge", lambda *_, **__: True)
+    monkeypatch.setattr(ladder, "check_student", lambda *_, **__: True)
     run_ladder(distill_config(data, teacher, **settings), read_config(teacher))
     (run,) = runs
     taught, described = load_checkpoint(teacher)
@@ -423,7 +423,7 @@ def test_finished_stages_are_left_alone(data, whole):
     watcher = Watcher()
     config = distill_config(data, base, to_steps=1)
     stages, images = plan_stages(config, read_config(base)), open_images(config.data, SIZE)
-    assert not climb(stages, config, images, build_engine(config), overwrite=False, reporter=watcher)
+    assert not run_stages(stages, config, images, build_engine(config), overwrite=False, reporter=watcher)
     assert times(whole) == before
     assert watcher.lines == [
         f"{whole / name} is finished already: {n}"
@@ -610,7 +610,7 @@ def test_a_damaged_teacher_costs_no_student(data, teacher):
 def test_out_puts_the_student_elsewhere(data, teacher, tmp_path, whole):
     config = distill_config(data, teacher)
     stages, images = plan_stages(config, read_config(teacher), tmp_path / "mine"), open_images(config.data, SIZE)
-    assert climb(stages, config, images, build_engine(config), overwrite=False, reporter=Watcher())
+    assert run_stages(stages, config, images, build_engine(config), overwrite=False, reporter=Watcher())
     assert_equal_bits(tmp_path / "mine" / WEIGHTS, whole / "base_0" / WEIGHTS)
     assert not (teacher.parent / "base_0").exists()
 

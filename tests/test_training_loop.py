@@ -41,7 +41,7 @@ from vdiff.models.drawing import draw
 from vdiff.training.config import TrainConfig
 from vdiff.training.engine import build_engine
 from vdiff.training.loop import Run, averages_of, build_update, seed_update
-from vdiff.training.objectives import DenoisingObjective, Draws, Example, Pupil
+from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, TrainTarget
 from vdiff.training.optimisation import build_optimizer
 from vdiff.training.records import preview, preview_steps
 from vdiff.training.state import state_path
@@ -67,7 +67,7 @@ class Recorder:
         self.objective = objective
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, draws: Draws, pupil: Pupil) -> Example:
+    def __call__(self, draws: TrainBatch, pupil: StudentState) -> TrainTarget:
         exact = dataclasses.replace(draws, images=draws.images.double(), noise=draws.noise.double())
         self.calls.append((exact.images, exact.noise, exact.u))
         return self.objective(exact, pupil)
@@ -230,7 +230,7 @@ def test_a_diverged_run_leaves_the_previous_checkpoint_as_it_was(data, tmp_path,
     run = run_of(train_config(data, ckpt_interval=2, num_iters=8, max_bad_steps=0), folder)
     calls, before = itertools.count(1), {}
 
-    def spoil(draws: Draws, pupil: Pupil) -> Example:
+    def spoil(draws: TrainBatch, pupil: StudentState) -> TrainTarget:
         example, number = run.objective(draws, pupil), next(calls)
         if number == 5:
             before.update(contents(folder))
@@ -255,7 +255,7 @@ def spoiled(run: Run, updates: set[int]) -> Run:
     """The run whose images are no numbers in some updates (from 1)."""
     calls = itertools.count(load_position(run.folder) + 1)
 
-    def spoil(draws: Draws, pupil: Pupil) -> Example:
+    def spoil(draws: TrainBatch, pupil: StudentState) -> TrainTarget:
         example = run.objective(draws, pupil)
         return dataclasses.replace(example, x=example.x * (math.nan if next(calls) in updates else 1.0))
 
@@ -351,8 +351,8 @@ def test_where_memory_ends_is_said_with_what_helps(data, tmp_path, failure, mess
         fit_run(dataclasses.replace(run, objective=raising(RuntimeError("something else"))))
 
 
-def raising(error: Exception) -> Callable[..., Example]:
-    def objective(*_: object) -> Example:
+def raising(error: Exception) -> Callable[..., TrainTarget]:
+    def objective(*_: object) -> TrainTarget:
         raise error
 
     return objective
@@ -601,7 +601,7 @@ def test_network_and_objective_are_told_the_classes_of_their_images(tmp_path):
     told, taught = [], []
     run.denoiser.register_forward_pre_hook(lambda _, arguments: told.append(arguments[2]))
 
-    def teach(draws: Draws, pupil: Pupil) -> Example:
+    def teach(draws: TrainBatch, pupil: StudentState) -> TrainTarget:
         taught.append(draws.classes)
         return run.objective(draws, pupil)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.oracles import ALL_SCHEDULES, TABLES, Z_SHAPE, column, gaussian, randn, random_teacher
-from vdiff.diffusion.distillation import METHODS, Example
+from vdiff.diffusion.distillation import METHODS, TrainTarget
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule
 from vdiff.diffusion.targets import progressive_target
@@ -18,8 +18,8 @@ from vdiff.models.unet import UNet, UNetConfig
 from vdiff.training.objectives import (
     DenoisingObjective,
     DistillationObjective,
-    Draws,
-    Pupil,
+    StudentState,
+    TrainBatch,
     stratified,
     weighted_losses,
 )
@@ -29,10 +29,10 @@ ALMOST_ONE = 1 - 2**-53
 UNIFORM = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.75, 0.999, ALMOST_ONE], dtype=torch.float64)
 
 
-def learn(objective, x, noise, u, classes=None) -> Example:
+def learn(objective, x, noise, u, classes=None) -> TrainTarget:
     """The example of an objective that asks nothing of its student."""
     student = network(0)
-    return objective(Draws(x, noise, u, classes), Pupil(student, student, 0.0))
+    return objective(TrainBatch(x, noise, u, classes), StudentState(student, student, 0.0))
 
 
 def distil(teacher, num_steps: int) -> DistillationObjective:
@@ -226,7 +226,7 @@ def test_loss_is_the_weighted_mean_square_written_out(schedule, name):
     t = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     x, said = randn(*Z_SHAPE), randn(*Z_SHAPE, seed=1)
     nothing = torch.full_like(x, math.nan)
-    loss = weighted_loss(Prediction(said, nothing, nothing), Example(nothing, t, x), schedule, WEIGHTINGS[name])
+    loss = weighted_loss(Prediction(said, nothing, nothing), TrainTarget(nothing, t, x), schedule, WEIGHTINGS[name])
     expected = 0.0
     for k, angle in enumerate(schedule.angle(t).tolist()):
         squares = [(a - b) ** 2 for a, b in zip(x[k].flatten().tolist(), said[k].flatten().tolist(), strict=True)]
@@ -248,7 +248,7 @@ def test_weights_turn_the_x_error_into_the_error_of_v_and_eps(schedule, name, cu
     output = randn(b, c * PREDICTION_TYPES[prediction].channel_factor, *Z_SHAPE[2:], seed=2)
     said = PREDICTION_TYPES[prediction].read(z, output, angle)
     truth = {"x": x, "eps": eps, "v": alpha * eps - sigma * x}[currency]
-    loss = weighted_loss(said, Example(z, t, x), schedule, WEIGHTINGS[name])
+    loss = weighted_loss(said, TrainTarget(z, t, x), schedule, WEIGHTINGS[name])
     torch.testing.assert_close(loss, (truth - getattr(said, currency)).square().mean(), rtol=1e-9, atol=0)
 
 
@@ -256,7 +256,7 @@ def test_a_loss_of_low_precision_has_the_weight_of_high_precision():
     """The SNR is taken in float64: near t = 0, float32 angles would be several percent off."""
     t = torch.tensor([1e-3], dtype=torch.float64)
     x = torch.ones(1, 1, 2, 2)
-    loss = weighted_loss(Prediction(0 * x, x, x), Example(x, t, x), CosineSchedule(), WEIGHTINGS["snr"])
+    loss = weighted_loss(Prediction(0 * x, x, x), TrainTarget(x, t, x), CosineSchedule(), WEIGHTINGS["snr"])
     low, high = math.atan(math.exp(-10)), math.atan(math.exp(10))
     angle = low + 1e-3 * (high - low)
     assert loss.dtype == torch.float32
@@ -268,7 +268,7 @@ def test_the_gradient_is_that_of_the_weighted_square():
     t = torch.tensor([0.2, 0.6, 0.9], dtype=torch.float64)
     x, said = randn(*Z_SHAPE), randn(*Z_SHAPE, seed=1).requires_grad_()
     schedule = CosineSchedule()
-    weighted_loss(Prediction(said, x, x), Example(x, t, x), schedule, WEIGHTINGS["truncated_snr"]).backward()
+    weighted_loss(Prediction(said, x, x), TrainTarget(x, t, x), schedule, WEIGHTINGS["truncated_snr"]).backward()
     snr = column(schedule.angle(t), x).tan() ** -2
     torch.testing.assert_close(said.grad, 2 * snr.clamp(min=1) * (said.detach() - x) / x.numel(), rtol=1e-9, atol=0)
 

@@ -30,7 +30,7 @@ from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_metadata,
 from vdiff.training import history, loop
 from vdiff.training.config import TrainConfig
 from vdiff.training.folder import check_same_run
-from vdiff.training.objectives import Draws, Example, Pupil
+from vdiff.training.objectives import StudentState, TrainBatch, TrainTarget
 from vdiff.training.presets import RUN_FILE
 from vdiff.training.state import state_path
 
@@ -348,7 +348,7 @@ def disturb(objective, at: int, act):
     """An objective that does something in update `at` (from 0)."""
     calls = itertools.count()
 
-    def answer(draws: Draws, pupil: Pupil) -> Example:
+    def answer(draws: TrainBatch, pupil: StudentState) -> TrainTarget:
         if next(calls) == at:
             act()
         return objective(draws, pupil)

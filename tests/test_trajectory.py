@@ -23,14 +23,14 @@ from tests.written_out import (
     still,
     walk,
 )
-from vdiff.diffusion.distillation import Lesson, Trajectory
+from vdiff.diffusion.distillation import DistillContext, Trajectory
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS, sample
 from vdiff.training.config import PATH_SAMPLERS
 from vdiff.training.objectives import stratified
 
 
-def path_lesson(schedule, teacher, student, num_steps: int, **more) -> Lesson:
+def path_lesson(schedule, teacher, student, num_steps: int, **more) -> DistillContext:
     return lesson(schedule, teacher, num_steps, 999, student=student, **more)
 
 

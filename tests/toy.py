@@ -34,7 +34,7 @@ from vdiff.training.base import describe, train
 from vdiff.training.config import DistillConfig, TrainConfig
 from vdiff.training.dataset import Images, open_images
 from vdiff.training.engine import build_engine
-from vdiff.training.ladder import climb
+from vdiff.training.ladder import run_stages
 from vdiff.training.loop import Run, fit
 from vdiff.training.objectives import DenoisingObjective
 from vdiff.training.stages import Stage, plan_stages
@@ -184,10 +184,10 @@ def run_ladder(
     reporter: Watcher | None = None,
     overwrite: bool = False,
 ) -> list[Stage]:
-    """`plan_stages`, then `climb`."""
+    """`plan_stages`, then `run_stages`."""
     stages = plan_stages(config, teacher, out)
     images: Images = open_images(config.data, teacher.image_size)
-    climb(stages, config, images, build_engine(config), overwrite=overwrite, reporter=reporter or Watcher())
+    run_stages(stages, config, images, build_engine(config), overwrite=overwrite, reporter=reporter or Watcher())
     return stages
 
 

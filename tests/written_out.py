@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.oracles import column, randn
-from vdiff.diffusion.distillation import Lesson
+from vdiff.diffusion.distillation import DistillContext
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule, Schedule
 
@@ -43,10 +43,10 @@ def still(z: Tensor, _: Tensor) -> Prediction:
     return Prediction(z, z, 0 * z)
 
 
-def lesson(schedule: Schedule, teacher: Answer, num_steps: int, fine: int, **more) -> Lesson:
+def lesson(schedule: Schedule, teacher: Answer, num_steps: int, fine: int, **more) -> DistillContext:
     """A lesson in which nobody but the teacher may be asked, unless they are given."""
     given = {"student": nobody, "average": nobody, "levels": None, **more}
-    return Lesson(teacher, schedule, num_steps, fine, **given)
+    return DistillContext(teacher, schedule, num_steps, fine, **given)
 
 
 # The formulas written out

@@ -74,7 +74,7 @@ def command(
     from vdiff.training.comparison import PICTURE, compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.folder import RUN
-    from vdiff.training.ladder import climb
+    from vdiff.training.ladder import run_stages
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 
     console = Console()
@@ -96,7 +96,7 @@ def command(
             console.line("the time is that of updates that are left; checking and comparing students comes on top")
         return
     distance = distance_to(images, config, engine)
-    trained = climb(stages, config, images, engine, overwrite=overwrite, reporter=console, distance=distance)
+    trained = run_stages(stages, config, images, engine, overwrite=overwrite, reporter=console, distance=distance)
     if not engine.is_main:
         return
     table = None if trained else known_rows(stages, seed=config.seed)

@@ -1,6 +1,6 @@
 """Distillation: what a student should answer, so that few of its steps lead where many steps of its teacher lead.
 
-A method turns images and noise into an `Example`: noisy images z, their times t, and the image x* that the student
+A method turns images and noise into a `TrainTarget`: noisy images z, their times t, and the image x* that the student
 should see in them. Most methods pick z_t = α x + σ ε of real images, find the place z_s where the student's one step
 from t should end, and invert the step (`targets`); they differ in how z_s is found.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainTarget:
     """What is learned from: noisy images `z` (B, C, H, W) at times `t` (B,), and the images `x` to see in them.
 
     `rows` (B,) int64 tells to which of the given images (their class, their weight of guidance) each belongs; None: in
@@ -36,7 +36,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillContext:
     """What a method may ask.
 
     Attributes:
@@ -108,7 +108,7 @@ class Method(Protocol):
             ValueError: there is no way.
         """
 
-    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
         """An example for images x (B, C, H, W), noise N(0, I) like them, and u (B,) uniform in [0, 1)."""
 
 
@@ -123,13 +123,15 @@ class Progressive(Method):
         """`halving_plan`."""
         return halving_plan(num_steps, to_steps)
 
-    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
         """Noisy images on the student's grid."""
-        t = grid_times_of(u, lesson.num_steps)
-        z = diffuse(x, noise, lesson.schedule.angle(t))
-        ratio = lesson.teacher_steps // lesson.num_steps
-        target = progressive_target(lesson.teacher, lesson.schedule, z=z, t=t, num_steps=lesson.num_steps, ratio=ratio)
-        return Example(z, t, target.x)
+        t = grid_times_of(u, context.num_steps)
+        z = diffuse(x, noise, context.schedule.angle(t))
+        ratio = context.teacher_steps // context.num_steps
+        target = progressive_target(
+            context.teacher, context.schedule, z=z, t=t, num_steps=context.num_steps, ratio=ratio
+        )
+        return TrainTarget(z, t, target.x)
 
 
 @dataclass(frozen=True)
@@ -157,23 +159,23 @@ class Tract(Method):
         """`two_phase_plan`."""
         return two_phase_plan(num_steps, to_steps)
 
-    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
         """Noisy images on the teacher's grid."""
-        assert lesson.average is not None
+        assert context.average is not None
 
-        fine = lesson.teacher_steps
+        fine = context.teacher_steps
         level = (u * fine).floor() + 1
-        z = diffuse(x, noise, lesson.schedule.angle(level / fine))
+        z = diffuse(x, noise, context.schedule.angle(level / fine))
         target = segment_target(
-            lambda z, t, *_: lesson.teacher(z, t).v,
-            lesson.average,
-            lesson.schedule,
+            lambda z, t, *_: context.teacher(z, t).v,
+            context.average,
+            context.schedule,
             z=z,
             level=level,
-            num_steps=lesson.num_steps,
+            num_steps=context.num_steps,
             fine_steps=fine,
         )
-        return Example(z, level / fine, target.x)
+        return TrainTarget(z, level / fine, target.x)
 
 
 @dataclass(frozen=True)
@@ -207,27 +209,27 @@ class Consistency(Method):
         """`single_plan`."""
         return single_plan(num_steps, to_steps)
 
-    def steps_at(self, lesson: Lesson) -> int:
-        """n at the lesson's progress: first^(1 − p) · last^p, rounded to what the grids allow."""
-        last = lesson.teacher_steps
+    def steps_at(self, context: DistillContext) -> int:
+        """n at the context's progress: first^(1 − p) · last^p, rounded to what the grids allow."""
+        last = context.teacher_steps
         begin = min(self.first_steps or min(64, last / 8), last)
-        return lesson.fine_steps(begin ** (1 - lesson.progress) * last**lesson.progress)
+        return context.fine_steps(begin ** (1 - context.progress) * last**context.progress)
 
-    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
         """Noisy images on the grid of now."""
-        assert lesson.student is not None
+        assert context.student is not None
 
         def first(z: Tensor, t: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
-            prediction = lesson.teacher(z, t)
+            prediction = context.teacher(z, t)
             return addim_velocity(z, prediction, x, angle_t, angle_s, self.addim) if self.addim else prediction.v
 
-        fine = self.steps_at(lesson)
+        fine = self.steps_at(context)
         level = (u * fine).floor() + 1
-        z = diffuse(x, noise, lesson.schedule.angle(level / fine))
+        z = diffuse(x, noise, context.schedule.angle(level / fine))
         target = segment_target(
-            first, lesson.student, lesson.schedule, z=z, level=level, num_steps=lesson.num_steps, fine_steps=fine
+            first, context.student, context.schedule, z=z, level=level, num_steps=context.num_steps, fine_steps=fine
         )
-        return Example(z, level / fine, target.x)
+        return TrainTarget(z, level / fine, target.x)
 
 
 @dataclass(frozen=True)
@@ -248,19 +250,19 @@ class Match(Method):
             raise ValueError(f"this method keeps the {num_steps} steps of the teacher, and does not lead to {to_steps}")
         return [num_steps]
 
-    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
         """Noisy images at every time that the teacher knows; above the first level of a table."""
-        if lesson.levels is None:
-            t = (1 - u).clamp(min=1 / (lesson.schedule.num_levels or math.inf))
+        if context.levels is None:
+            t = (1 - u).clamp(min=1 / (context.schedule.num_levels or math.inf))
         else:
-            t = grid_times_of(u, lesson.levels)
-        angle = lesson.schedule.angle(t)
+            t = grid_times_of(u, context.levels)
+        angle = context.schedule.angle(t)
         z = diffuse(x, noise, angle)
-        if not lesson.predicts_noise:
-            return Example(z, t, lesson.teacher(z, t).x)
+        if not context.predicts_noise:
+            return TrainTarget(z, t, context.teacher(z, t).x)
         # α² x̂ = α (z − σ ε̂): nothing is divided, and α may be 0
         alpha, sigma = alpha_sigma(angle, z)
-        return Example(z, t, alpha * (z - sigma * lesson.teacher(z, t).eps) + sigma**2 * x)
+        return TrainTarget(z, t, alpha * (z - sigma * context.teacher(z, t).eps) + sigma**2 * x)
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ class Guided(Match):
     """A student takes the weight w of classifier-free guidance as an input and answers in one evaluation what its
     teacher answers in two: x̂_w = (1 + w) x̂_c − w x̂_∅, w uniform in the range it is taught.
 
-    Then a second method shortens it, w kept as an input. The teacher that a lesson brings is the guided one.
+    Then a second method shortens it, w kept as an input. The teacher that a context brings is the guided one.
     Source: Meng et al. 2023, *On Distillation of Guided Diffusion Models*, algorithm 1.
     """
 
@@ -306,21 +308,21 @@ class Trajectory(Method):
         """`single_plan`."""
         return single_plan(num_steps, to_steps)
 
-    def __call__(self, lesson: Lesson, x: Tensor, noise: Tensor, u: Tensor) -> Example:
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
         """As many states as there are images, of whole paths; the paths start from the first rows of the noise."""
         import torch
 
         del x
-        assert lesson.student is not None
-        steps, size = lesson.num_steps, len(noise)
+        assert context.student is not None
+        steps, size = context.num_steps, len(noise)
         z = noise[: -(-size // steps)]
         # states in float64, where the device has it: x* divides their difference by the sine of the step
         z = z if z.device.type == "mps" else z.double()
-        teacher, student = lesson.teacher, lesson.student
-        lesson = replace(lesson, teacher=lambda z, t: teacher(z.to(noise), t))
+        teacher, student = context.teacher, context.student
+        context = replace(context, teacher=lambda z, t: teacher(z.to(noise), t))
         times = grid_times(steps)
-        angles = grid_angles(lesson.schedule, times)
-        ends = self.walk(lesson, z)
+        angles = grid_angles(context.schedule, times)
+        ends = self.walk(context, z)
         states, targets = [], []
         for i in range(steps, 0, -1):
             t, angle_t, angle_s = (values.expand(len(z)) for values in (times[i], angles[i], angles[i - 1]))
@@ -335,16 +337,16 @@ class Trajectory(Method):
         rows = torch.arange(len(noise[: -(-size // steps)]), device=u.device).repeat_interleave(steps)[:size]
         which = order.repeat(-(-size // steps))[:size]
         t = times.flip(0).to(u)[which]
-        return Example(torch.stack(states)[which, rows], t, torch.stack(targets)[which, rows], rows)
+        return TrainTarget(torch.stack(states)[which, rows], t, torch.stack(targets)[which, rows], rows)
 
-    def walk(self, lesson: Lesson, z: Tensor) -> list[Tensor]:
+    def walk(self, context: DistillContext, z: Tensor) -> list[Tensor]:
         """The teacher's states z̃_0 … z̃_N at the student's times, from z at t = 1."""
-        fine = lesson.fine_steps(max(self.path_steps, 2 * lesson.num_steps))
-        own = "ddim" if lesson.teacher_is_distilled else "dpmpp_3m"
+        fine = context.fine_steps(max(self.path_steps, 2 * context.num_steps))
+        own = "ddim" if context.teacher_is_distilled else "dpmpp_3m"
         states: list[Tensor] = []
         end = sample(
-            lesson.teacher,
-            lesson.schedule,
+            context.teacher,
+            context.schedule,
             SAMPLERS[own if self.path_sampler == "auto" else self.path_sampler](clipping_value=None),
             z=z,
             num_steps=fine,
@@ -352,7 +354,7 @@ class Trajectory(Method):
             on_state=lambda _, state, __: states.append(state),
             check=False,  # an update must not wait for the device; one that is not finite changes nothing
         )
-        return [*states, end][:: -(fine // lesson.num_steps)]
+        return [*states, end][:: -(fine // context.num_steps)]
 
 
 def _no_noise() -> Tensor:

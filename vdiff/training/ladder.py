@@ -45,7 +45,7 @@ from vdiff.training.verdict import (
 )
 
 
-def climb(
+def run_stages(
     stages: list[Stage],
     config: DistillConfig,
     images: Images,
@@ -114,8 +114,8 @@ def _climb(
         measured = config.distance_every > 0 and (len(stages) - 1 - k) % config.distance_every == 0
         while True:
             try:
-                trained |= _do(stage, mine, images, engine, reporter)
-                is_good = not config.check_images or _judge(
+                trained |= train_stage(stage, mine, images, engine, reporter)
+                is_good = not config.check_images or check_student(
                     stage, mine, engine, examiner, reporter, measure_distance=measured
                 )
             except Interrupted as stop:
@@ -125,7 +125,7 @@ def _climb(
     return trained
 
 
-def _do(stage: Stage, config: DistillConfig, images: Images, engine: Engine, reporter: Reporter) -> bool:
+def train_stage(stage: Stage, config: DistillConfig, images: Images, engine: Engine, reporter: Reporter) -> bool:
     """Do what is left of a stage; answer whether there was anything."""
     halved = replace(config, lr=config.lr / 2 ** times_failed(stage.folder))
     lineage = {"path": stage.base.as_posix(), "fingerprint": weights_fingerprint(stage.base)}
@@ -148,7 +148,7 @@ def _do(stage: Stage, config: DistillConfig, images: Images, engine: Engine, rep
     return True
 
 
-def _judge(
+def check_student(
     stage: Stage,
     config: DistillConfig,
     engine: Engine,

@@ -26,7 +26,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, memory_errors_named
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.meter import Meter, Outcome
-from vdiff.training.objectives import LOSSES, Draws, Objective, Pupil, stratified, weighted_losses
+from vdiff.training.objectives import LOSSES, Objective, StudentState, TrainBatch, stratified, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
 from vdiff.training.records import open_records, preview, preview_steps
@@ -232,8 +232,8 @@ def build_update(
         if engine.rank:
             seed_update(config.seed, step, engine.rank)  # dropout differs from process to process
         u, counts = (u, None) if importance is None else importance.draw(u)
-        draws = Draws(images, noise, u, classes, guidance)
-        pupil = Pupil(denoiser, averages.teacher, step / config.num_iters)
+        draws = TrainBatch(images, noise, u, classes, guidance)
+        pupil = StudentState(denoiser, averages.teacher, step / config.num_iters)
         losses, times = [], []
         for part in parts:
             mine = draws[part]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdiff.diffusion.distillation import Example, Lesson, Method
+from vdiff.diffusion.distillation import DistillContext, Method, TrainTarget
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Denoise
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
@@ -21,7 +21,7 @@ from vdiff.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
-class Draws:
+class TrainBatch:
     """What an update is given: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), and, for a
     network that takes them, classes (B,) int64 and weights of guidance (B,)."""
 
@@ -31,15 +31,15 @@ class Draws:
     classes: Tensor | None = None
     guidance: Tensor | None = None
 
-    def __getitem__(self, rows: slice | Tensor) -> Draws:
+    def __getitem__(self, rows: slice | Tensor) -> TrainBatch:
         """Some of the rows."""
         classes = None if self.classes is None else self.classes[rows]
         guidance = None if self.guidance is None else self.guidance[rows]
-        return Draws(self.images[rows], self.noise[rows], self.u[rows], classes, guidance)
+        return TrainBatch(self.images[rows], self.noise[rows], self.u[rows], classes, guidance)
 
 
 @dataclass(frozen=True)
-class Pupil:
+class StudentState:
     """Who learns: the network as it is now, its moving average (itself where there is none), and the part of its
     updates that is done."""
 
@@ -48,7 +48,7 @@ class Pupil:
     progress: float
 
 
-Objective = Callable[[Draws, Pupil], Example]
+Objective = Callable[[TrainBatch, StudentState], TrainTarget]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class DenoisingObjective:
 
     schedule: Schedule
 
-    def __call__(self, draws: Draws, pupil: Pupil) -> Example:
-        del pupil
+    def __call__(self, batch: TrainBatch, student: StudentState) -> TrainTarget:
+        del student
         levels = self.schedule.num_levels
-        t = 1 - draws.u if levels is None else grid_times_of(draws.u, levels)
-        return Example(diffuse(draws.images, draws.noise, self.schedule.angle(t)), t, draws.images)
+        t = 1 - batch.u if levels is None else grid_times_of(batch.u, levels)
+        return TrainTarget(diffuse(batch.images, batch.noise, self.schedule.angle(t)), t, batch.images)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DistillationObjective:
     """What `method` makes of a teacher.
 
     Attributes:
-        num_steps, teacher_steps, levels: see `Lesson`.
+        num_steps, teacher_steps, levels: see `DistillContext`.
     """
 
     teacher: Denoiser
@@ -81,37 +81,37 @@ class DistillationObjective:
     teacher_steps: int
     levels: int | None = None
 
-    def __call__(self, draws: Draws, pupil: Pupil) -> Example:
-        training = pupil.now.training
-        lesson = Lesson(
-            teacher=told(self.teacher, draws, torch.inference_mode),
+    def __call__(self, batch: TrainBatch, student: StudentState) -> TrainTarget:
+        training = student.now.training
+        context = DistillContext(
+            teacher=bind_condition(self.teacher, batch, torch.inference_mode),
             schedule=self.teacher.schedule,
             num_steps=self.num_steps,
             teacher_steps=self.teacher_steps,
             levels=self.levels,
-            student=told(pupil.now, draws),
-            average=told(pupil.average, draws),
-            progress=pupil.progress,
+            student=bind_condition(student.now, batch),
+            average=bind_condition(student.average, batch),
+            progress=student.progress,
             predicts_noise=self.teacher.prediction_type == "eps",
         )
         with torch.no_grad():
-            pupil.now.eval()
+            student.now.eval()
             try:
-                return self.method(lesson, draws.images, draws.noise, draws.u)
+                return self.method(context, batch.images, batch.noise, batch.u)
             finally:
-                pupil.now.train(training)
+                student.now.train(training)
 
 
-def told(
-    denoiser: Denoiser, draws: Draws, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
+def bind_condition(
+    denoiser: Denoiser, batch: TrainBatch, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
 ) -> Denoise:
-    """The denoiser, told classes and guidance of the first rows of the batch, as many as it is given.
+    """The denoiser with classes and guidance of the first rows of the batch, as many as z has.
 
     Weights that are still to be trained must not be seen under `inference_mode`, which FSDP would not forget.
     """
 
     def denoise(z: Tensor, t: Tensor) -> Prediction:
-        first = draws[: len(z)]
+        first = batch[: len(z)]
         with mode():
             prediction: Prediction = denoiser(z, t, first.classes, first.guidance)
         return prediction
@@ -143,7 +143,7 @@ their root mean square."""
 
 def weighted_losses(
     prediction: Prediction,
-    example: Example,
+    example: TrainTarget,
     logsnr: Tensor,
     weighting: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor], Tensor] = LOSSES["l2"],
