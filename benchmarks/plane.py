@@ -114,7 +114,7 @@ class Linears(nn.Module):
 
 
 class Mlps(nn.Module):
-    """Points (B, 2), waves of t = (label + 1)/L, classes and guidance → (B, 2); row r by network r mod S."""
+    """Points (B, 2), waves of t = (timestep + 1)/L, classes and guidance → (B, 2); row r by network r mod S."""
 
     def __init__(self, config: MlpsConfig, tally: Tally) -> None:
         super().__init__()
@@ -128,13 +128,13 @@ class Mlps(nn.Module):
             self.guidance = nn.Parameter(torch.zeros(config.count, 1, config.width))
 
     def forward(
-        self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+        self, z: Tensor, timestep: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         def split(rows: Tensor) -> Tensor:
             return rows.reshape(-1, self.config.count, rows.shape[-1]).transpose(0, 1)
 
         self.tally.rows += len(z)
-        waves = (label[:, None] + 1) / LABELS * self.frequencies
+        waves = (timestep[:, None] + 1) / LABELS * self.frequencies
         told = [z, waves.sin(), waves.cos()]
         if classes is not None:
             told.append(nn.functional.one_hot(classes, self.config.num_classes + 1).to(z))

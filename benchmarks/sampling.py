@@ -98,11 +98,11 @@ def ours(checkpoint: Path, device: str, precision: str, *, compiled: bool, batch
     asked = "auto" if precision == "fp32" else precision
     model = vdiff.load(checkpoint, device=device, precision=asked, compiled=compiled)
     z = torch.randn(batch_size, *model.shape, device=model.device)
-    label = torch.full((batch_size,), 511.0, device=model.device)
+    timestep = torch.full((batch_size,), 511.0, device=model.device)
 
     def evaluate() -> None:
         with torch.inference_mode():
-            model.denoiser.network(z, label)
+            model.denoiser.network(z, timestep)
 
     def draw() -> Tensor:
         return model.sample(batch_size, steps=steps, clipping_value=None, batch_size=batch_size)

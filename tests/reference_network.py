@@ -94,8 +94,8 @@ class Shape:
         layer("out.2", outputs, c * self.multipliers[0], 3, 3)
         return found
 
-    def forward(self, weights: Mapping[str, Tensor], z: Tensor, label: Tensor) -> Tensor:
-        """v̂ of z (B, C, H, W), told `label` (B,)."""
+    def forward(self, weights: Mapping[str, Tensor], z: Tensor, timestep: Tensor) -> Tensor:
+        """v̂ of z (B, C, H, W), told `timestep` (B,)."""
 
         def conv(name: str, h: Tensor, stride: int = 1) -> Tensor:
             kernel = weights[f"{name}.weight"]
@@ -139,7 +139,7 @@ class Shape:
             h = block(f"{at}.resblocks", h)
             return attend(f"{at}.attention", h) if attends else h
 
-        angles = label.float()[:, None] * weights["time.0.inv_freq"]
+        angles = timestep.float()[:, None] * weights["time.0.inv_freq"]
         time = F.linear(torch.cat([angles.sin(), angles.cos()], 1), weights["time.1.weight"], weights["time.1.bias"])
         time = F.linear(swish(time), weights["time.3.weight"], weights["time.3.bias"])
         f = self.fold
@@ -184,8 +184,8 @@ def clipped_sampling(
     bars = alpha_bars(n_timesteps)
     x = noise.double()
     for index in reversed(range(n_timesteps)):
-        label = torch.full((len(x),), index * time_scale)
-        v = shape.forward(weights, x.float(), label).double()
+        timestep = torch.full((len(x),), index * time_scale)
+        v = shape.forward(weights, x.float(), timestep).double()
         alpha, sigma = bars[index] ** 0.5, (1 - bars[index]) ** 0.5
         image = (alpha * x - sigma * v).clamp(-clip, clip)
         eps = ((x - alpha * image) / sigma).clamp(-clip, clip)

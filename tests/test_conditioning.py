@@ -48,10 +48,10 @@ class Perfect(nn.Module):
         self.schedule, self.kind = schedule, kind
         self.calls: list[list[int] | None] = []
 
-    def forward(self, z: Tensor, label: Tensor, classes: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, timestep: Tensor, classes: Tensor | None = None) -> Tensor:
         self.calls.append(None if classes is None else classes.tolist())
         classes = torch.full((len(z),), NONE) if classes is None else classes
-        known = truth(self.schedule, z, (label + 1) / self.schedule.label_scale, classes)
+        known = truth(self.schedule, z, (timestep + 1) / self.schedule.label_scale, classes)
         said = {"x": [known.x], "eps": [known.eps], "v": [known.v], "both": [known.x, known.eps]}
         return torch.cat(said[self.kind], dim=1)
 
@@ -129,13 +129,13 @@ def test_no_class_has_a_row_of_its_own_behind_the_classes():
 
 def test_a_network_is_told_no_class_where_it_is_given_none():
     network = small_network(num_classes=3, null_class=True)
-    z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
-    without = network(z, label)
-    assert torch.equal(without, network(z, label, torch.tensor([3, 3])))
+    z, timestep = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    without = network(z, timestep)
+    assert torch.equal(without, network(z, timestep, torch.tensor([3, 3])))
     for k in range(3):
-        assert (without - network(z, label, torch.tensor([k, k]))).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+        assert (without - network(z, timestep, torch.tensor([k, k]))).abs().amax(dim=(1, 2, 3)).min() > 1e-3
     with pytest.raises(ValueError, match="needs classes, 0 to 2"):
-        small_network(num_classes=3)(z, label)
+        small_network(num_classes=3)(z, timestep)
 
 
 @pytest.mark.parametrize(("classes", "rows"), [([0, 2], {0, 2}), ([1, 3], {1, 3}), (None, {3})])

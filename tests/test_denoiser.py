@@ -18,7 +18,7 @@ every_kind = pytest.mark.parametrize("kind", PREDICTION_TYPES)
 
 
 class Stub(nn.Module):
-    """Answers what `answer(z, label)` says, and remembers what it was told."""
+    """Answers what `answer(z, timestep)` says, and remembers what it was told."""
 
     def __init__(self, kind: str = "v", answer=None, channels: int = 2) -> None:
         super().__init__()
@@ -27,22 +27,22 @@ class Stub(nn.Module):
         self.answer = answer or (lambda z, _: torch.zeros_like(z).repeat(1, factor, 1, 1))
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def forward(self, z: Tensor, label: Tensor, classes: Tensor | None = None) -> Tensor:
-        self.calls.append((z, label, classes))
-        return self.answer(z, label)
+    def forward(self, z: Tensor, timestep: Tensor, classes: Tensor | None = None) -> Tensor:
+        self.calls.append((z, timestep, classes))
+        return self.answer(z, timestep)
 
 
 @every_schedule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_network_is_told_the_level_s_number(schedule, dtype):
-    """label = L t − 1: at level k of a grid of L it is k − 1, exactly, in float32 too; classes pass untouched."""
+    """timestep = L t − 1: at level k of a grid of L it is k − 1, exactly, in float32 too; classes pass untouched."""
     stub, size = Stub(), schedule.label_scale
     levels = torch.tensor([1, size // 2, size])
     z, classes = randn(*Z_SHAPE, dtype=dtype), torch.tensor([4, 0, 7])
     Denoiser(stub, schedule, "v")(z, grid_times(size)[levels], classes)
-    seen_z, label, seen_classes = stub.calls[0]
-    assert label.dtype == dtype
-    assert label.tolist() == [0, size // 2 - 1, size - 1]
+    seen_z, timestep, seen_classes = stub.calls[0]
+    assert timestep.dtype == dtype
+    assert timestep.tolist() == [0, size // 2 - 1, size - 1]
     assert seen_z is z
     assert seen_classes is classes
 
@@ -60,8 +60,8 @@ def test_labels_are_not_rounded_with_images_of_half_precision(dtype):
     stub = Stub()
     t = torch.tensor([1022.5 / 1024, 1.0], dtype=torch.float64)
     Denoiser(stub, CosineSchedule(), "v")(torch.zeros(2, 2, 1, 1, dtype=dtype), t)
-    z, label, _ = stub.calls[0]
-    assert (z.dtype, label.dtype, label.tolist()) == (dtype, torch.float32, [1021.5, 1023.0])
+    z, timestep, _ = stub.calls[0]
+    assert (z.dtype, timestep.dtype, timestep.tolist()) == (dtype, torch.float32, [1021.5, 1023.0])
 
 
 def test_mixed_precision_ends_at_the_network():
@@ -88,7 +88,7 @@ def test_the_same_noise_level_has_the_same_label_in_every_stage(schedule):
         sample(
             Denoiser(stub, schedule, "v"), schedule, Ddim(), z=randn(1, 2, 1, 1), num_steps=num_steps, noise=no_noise
         )
-        told.append([label.item() for _, label, _ in stub.calls])
+        told.append([timestep.item() for _, timestep, _ in stub.calls])
     size = schedule.label_scale
     assert told[0] == [k * size / 8 - 1 for k in range(8, 0, -1)]
     assert told[1:] == [told[0][::2], told[0][::4], told[0][::8]]
@@ -98,11 +98,11 @@ def test_the_same_noise_level_has_the_same_label_in_every_stage(schedule):
 @every_kind
 @pytest.mark.parametrize("oracle", [gaussian, mixture], ids=["gaussian", "mixture"])
 def test_a_perfect_network_of_any_type_is_the_perfect_denoiser(schedule, kind, oracle):
-    """A network that knows only z and its label gives the closed-form x̂, ε̂ and v̂."""
+    """A network that knows only z and its timestep gives the closed-form x̂, ε̂ and v̂."""
     perfect = oracle(schedule, c=0.5)
 
-    def answer(z: Tensor, label: Tensor) -> Tensor:
-        known = perfect(z, (label + 1) / schedule.label_scale)
+    def answer(z: Tensor, timestep: Tensor) -> Tensor:
+        known = perfect(z, (timestep + 1) / schedule.label_scale)
         said = {"x": [known.x], "eps": [known.eps], "v": [known.v], "both": [known.x, known.eps]}
         return torch.cat(said[kind], dim=1)
 

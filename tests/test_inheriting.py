@@ -39,9 +39,9 @@ def fresh(**changes: object) -> UNet:
 
 def answer(of: UNet, **told: Tensor) -> Tensor:
     size = 4 * of.config.fold
-    z, label = randn(3, 3, size, size, seed=5), torch.tensor([0.0, 400.5, 1023.0], dtype=torch.float64)
+    z, timestep = randn(3, 3, size, size, seed=5), torch.tensor([0.0, 400.5, 1023.0], dtype=torch.float64)
     with torch.no_grad():
-        out: Tensor = of(z, label, **told)
+        out: Tensor = of(z, timestep, **told)
     return out
 
 
@@ -205,19 +205,19 @@ def test_a_narrow_network_is_found_inside_a_wide_one(shape, monkeypatch):
 
 
 def test_frequencies_between_two_are_shared_out():
-    """A function of the label that is smooth in the frequency is kept, though no frequency but the first is common."""
+    """A function of the timestep that is smooth in the frequency is kept, though only the first is common."""
     teacher, student = network(channels=96), fresh(channels=64)
-    label = torch.linspace(-1, 5, 50, dtype=torch.float64)  # so small that all but the first frequencies are slow
+    timestep = torch.linspace(-1, 5, 50, dtype=torch.float64)  # so small that all but the first frequencies are slow
     with torch.no_grad():
         ours, their = teacher.embed[0], student.embed[0]
         ours.weight[:] = torch.exp(-((torch.arange(96) % 48 - 24.0) ** 2) / 50)  # no weight at the fastest
         inherit(student, teacher)
-        expected = ours(unet.timestep_embedding(label, 96).double())
-        found = their(unet.timestep_embedding(label, 64).double())
+        expected = ours(unet.timestep_embedding(timestep, 96).double())
+        found = their(unet.timestep_embedding(timestep, 64).double())
     assert (found - expected).abs().max() < 0.02 * expected.std()
     with torch.no_grad():
         their.weight[:] = torch.cat([ours.weight[:, :32], ours.weight[:, 48:80]], dim=1)  # leading ones
-        assert (their(unet.timestep_embedding(label, 64).double()) - expected).abs().max() > expected.std()
+        assert (their(unet.timestep_embedding(timestep, 64).double()) - expected).abs().max() > expected.std()
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -606,7 +606,7 @@ def test_noise_levels_and_labels_are_theirs(name, tmp_path):
         torch.testing.assert_close(theirs.sigmas[:-1].double(), tangents[levels + 1], rtol=1e-3, atol=0)
     if takes_spacing and not name.startswith("KDPM2"):
         t = (levels.double() + 1) / schedule.label_scale
-        torch.testing.assert_close(schedule.label(t), theirs.timesteps.double(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(schedule.timestep(t), theirs.timesteps.double(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["fp16", "parts", "fp16 in parts"])

@@ -103,7 +103,7 @@ def test_noise_levels_are_their_table_and_labels_index_times_time_scale(num_step
     schedule = build_schedule(read_config(tmp_path / "out").schedule)
     t = grid_times(num_steps)[1:]
     expected = [index * time_scale + time_scale - 1 for index in range(num_steps)]
-    assert schedule.label(t).tolist() == expected
+    assert schedule.timestep(t).tolist() == expected
     bars = torch.tensor(alpha_bars(num_steps), dtype=torch.float64)
     torch.testing.assert_close(schedule.angle(t).cos() ** 2, bars, rtol=1e-9, atol=1e-15)
     assert schedule.label_scale == num_steps * time_scale
@@ -176,7 +176,7 @@ def test_import_sample_and_distil_as_typed(tmp_path, monkeypatch):
     with torch.no_grad():
         for k in range(1, 5):
             t = torch.full((3,), k / 4, dtype=torch.float64)
-            assert torch.equal(student.schedule.label(t), teacher.schedule.label(t))
+            assert torch.equal(student.schedule.timestep(t), teacher.schedule.timestep(t))
             torch.testing.assert_close(student(noise, t).v, teacher(noise, t).v, rtol=0, atol=1e-4)
     done("sample.py --checkpoint checkpoints/base_3 --num 2 --out student")
 

@@ -15,7 +15,7 @@ from vdiff.diffusion.multistep import difference_weights, moments
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Ddim, Dpmpp2m, Dpmpp3m, Heun, Ipndm, UniPc, sample
 from vdiff.diffusion.schedules import CosineSchedule, grid_angles, grid_times
-from vdiff.diffusion.stepping import Note, Run
+from vdiff.diffusion.stepping import PastStep, SolverState
 
 COSINE = CosineSchedule()
 INNER, WHOLE = (0.1, 0.8), (0.0, 1.0)
@@ -125,17 +125,17 @@ def test_one_step_after_an_exact_past_errs_by_its_order_and_one(sampler, order):
         times = torch.tensor([0.5 + place * width for place in places], dtype=torch.float64)
         angles = COSINE.angle(times)
         path = (angles.cos() ** 2 * 0.25 + angles.sin() ** 2).sqrt()
-        run = Run(num_steps=100, denoise=denoise)
+        state = SolverState(num_steps=100, denoise=denoise)
         for i in (3, 2, 1):  # z is put back on the path at each step
             z = path[i].reshape(1, 1, 1, 1)
-            run.t_s = times[i - 1 : i]
+            state.t_s = times[i - 1 : i]
             found = sampler.step(
                 z=z, prediction=denoise(z, times[i : i + 1]), angle_t=angles[i : i + 1], angle_s=angles[i - 1 : i],
-                noise=no_noise, run=run,
+                noise=no_noise, state=state,
             )  # fmt: skip
             if isinstance(sampler, UniPc):  # the z that it goes on from is the corrected one: put back as well
-                corrected = run.notes[0].z
-                run.notes[0] = Note(run.notes[0].angle, run.notes[0].value, z)
+                corrected = state.history[0].z
+                state.history[0] = PastStep(state.history[0].angle, state.history[0].value, z)
                 found = found + angles[i - 1].sin() / angles[i].sin() * (z - corrected)
         errors.append(abs(found.item() - path[0].item()))
     assert order + 0.7 < slopes(errors)[-1] < order + 1.3, (errors, slopes(errors))
@@ -149,7 +149,7 @@ def test_the_corrector_gains_an_order(order):
         angles = COSINE.angle(times)
         path = (angles.cos() ** 2 * 0.25 + angles.sin() ** 2).sqrt().reshape(4, 1, 1, 1)
         x = denoise(path, times).x
-        notes = [Note(angles[i : i + 1], x[i : i + 1], path[i : i + 1]) for i in range(1, order + 1)]
+        notes = [PastStep(angles[i : i + 1], x[i : i + 1], path[i : i + 1]) for i in range(1, order + 1)]
         found = UniPc(order=order).correct(x[:1], angles[:1], notes)
         errors.append(abs(found.item() - path[0].item()))
     assert order + 1.7 < slopes(errors)[-1] < order + 2.3
@@ -181,9 +181,9 @@ def test_heun_averages_the_velocities_as_seen_from_the_start():
     first = denoise(z, times[3].expand(3))
     tried = cos * z - sin * first.v
     turned = cos * denoise(tried, times[2].expand(3)).v - sin * tried
-    run = Run(denoise=denoise, t_s=times[2].expand(3))
+    state = SolverState(denoise=denoise, t_s=times[2].expand(3))
     found = Heun(clipping_value=None).step(
-        z=z, prediction=first, angle_t=angle_t, angle_s=angle_s, noise=no_noise, run=run
+        z=z, prediction=first, angle_t=angle_t, angle_s=angle_s, noise=no_noise, state=state
     )
     torch.testing.assert_close(found, cos * z - sin * (first.v + turned) / 2, rtol=1e-12, atol=1e-12)
 

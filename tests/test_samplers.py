@@ -423,7 +423,7 @@ def test_a_table_is_sampled_between_its_levels(schedule):
     asked = []
 
     def teacher(z, t):
-        asked.append(schedule.label(t[0]).item())
+        asked.append(schedule.timestep(t[0]).item())
         return denoise(z, t)
 
     found = sample(teacher, schedule, Ddim(clipping_value=None), z=z, num_steps=7, noise=no_noise)

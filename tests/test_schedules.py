@@ -136,18 +136,18 @@ def test_angle_of_a_table_is_linear_between_levels(schedule):
 def test_label_of_level_k_is_k_minus_1_in_every_stage(schedule):
     size = schedule.label_scale
     assert size == (schedule.num_levels or 1024)
-    assert schedule.label(grid_times(size)).tolist() == [k - 1 for k in range(size + 1)]
+    assert schedule.timestep(grid_times(size)).tolist() == [k - 1 for k in range(size + 1)]
     num_steps = size
     while num_steps % 2 == 0:
         num_steps //= 2
         stride = size // num_steps
         coarse, fine = grid_times(num_steps), grid_times(size)[::stride]
-        torch.testing.assert_close(schedule.label(coarse), schedule.label(fine), rtol=0, atol=0)
+        torch.testing.assert_close(schedule.timestep(coarse), schedule.timestep(fine), rtol=0, atol=0)
         torch.testing.assert_close(schedule.angle(coarse), schedule.angle(fine), rtol=0, atol=0)
 
 
 def test_label_is_float64_whatever_the_time_is():
-    label = CosineSchedule().label(torch.tensor([0.5], dtype=torch.float32))
+    label = CosineSchedule().timestep(torch.tensor([0.5], dtype=torch.float32))
     assert label.dtype == torch.float64
     assert label.item() == 511
 

@@ -299,7 +299,7 @@ def test_a_student_starts_as_its_teacher(data, teacher, monkeypatch, settings):
     started = run.denoiser.eval()
     t = (torch.arange(4, dtype=torch.float64) + 1) / 4
     z = randn(4, 1, SIZE, SIZE, dtype=torch.float32)
-    assert torch.equal(started.schedule.label(t), torch.tensor([255.0, 511, 767, 1023]).double())
+    assert torch.equal(started.schedule.timestep(t), torch.tensor([255.0, 511, 767, 1023]).double())
     assert torch.equal(started(z, t).v, taught(z, t).v)
     assert run.objective.num_steps == 4
     assert not run.objective.teacher.training

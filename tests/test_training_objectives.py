@@ -81,7 +81,7 @@ def test_tables_are_trained_at_their_levels_only_and_at_each_of_them(schedule):
     kept = torch.tensor([1 - beta for beta in schedule.betas()], dtype=torch.float64).cumprod(0).repeat_interleave(4)
     expected = kept.sqrt()[:, None, None, None] * x + (1 - kept).sqrt()[:, None, None, None] * noise
     torch.testing.assert_close(example.z, expected, rtol=1e-9, atol=1e-9)
-    labels = schedule.label(example.t)
+    labels = schedule.timestep(example.t)
     torch.testing.assert_close(labels, labels.round(), rtol=0, atol=1e-9)
 
 

@@ -164,9 +164,9 @@ def test_unet_is_diffusers_unet(shape, resample, time_affine):
     classes = torch.tensor([0, 4, 2]) if config.num_classes else None
     height, width = (4, 12) if config.size_multiple == 4 else (2, 6)
     z = randn(3, config.in_channels, height, width)
-    label = torch.tensor([0, 1.5, 1023], dtype=torch.float64)
-    expected = their(z, label, class_labels=classes).sample
-    found = ours(z, label, classes)
+    timestep = torch.tensor([0, 1.5, 1023], dtype=torch.float64)
+    expected = their(z, timestep, class_labels=classes).sample
+    found = ours(z, timestep, classes)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
@@ -177,8 +177,8 @@ def test_unet_is_diffusers_unet_in_float32(resample):
     ours, their = UNet(config), theirs(config)
     randomise(ours, seed=1)
     copy_weights(ours, their)
-    z, label = randn(2, 3, 6, 2, dtype=torch.float32), torch.tensor([-1.0, 511.0])
-    torch.testing.assert_close(ours(z, label), their(z, label).sample, rtol=1e-4, atol=1e-4)
+    z, timestep = randn(2, 3, 6, 2, dtype=torch.float32), torch.tensor([-1.0, 511.0])
+    torch.testing.assert_close(ours(z, timestep), their(z, timestep).sample, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 3, 1, 1), (3, 3, 5, 7)])
@@ -197,31 +197,31 @@ def test_upsample_conv_is_a_convolution_of_the_upsampled(shape):
 
 
 def test_timestep_embedding_is_cos_and_sin_of_falling_frequencies():
-    label = torch.tensor([-1.0, 0.0, 10.25, 1023.0])
-    found = timestep_embedding(label, 7)
-    for i, value in enumerate(label.tolist()):
+    timestep = torch.tensor([-1.0, 0.0, 10.25, 1023.0])
+    found = timestep_embedding(timestep, 7)
+    for i, value in enumerate(timestep.tolist()):
         frequencies = [10_000 ** (-k / 3) for k in range(3)]
         expected = [math.cos(f * value) for f in frequencies] + [math.sin(f * value) for f in frequencies] + [0.0]
         assert found[i].tolist() == pytest.approx(expected, abs=2e-4)
-    assert timestep_embedding(label.double(), 6, max_period=100.0)[2, 1].item() == pytest.approx(
+    assert timestep_embedding(timestep.double(), 6, max_period=100.0)[2, 1].item() == pytest.approx(
         math.cos(10.25 * 100 ** (-1 / 3)), abs=1e-5
     )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 64])
 def test_timestep_embedding_is_diffusers_bit_for_bit(channels):
-    label = torch.tensor([-1.0, 0.0, 10.25, 1023.0])
-    found = timestep_embedding(label, channels)
+    timestep = torch.tensor([-1.0, 0.0, 10.25, 1023.0])
+    found = timestep_embedding(timestep, channels)
     assert found.shape == (4, channels)
     if channels > 1:
-        expected = get_timestep_embedding(label, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        expected = get_timestep_embedding(timestep, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         assert torch.equal(found, expected)
 
 
 def test_fresh_network_answers_zero_and_its_residual_branches_are_closed():
     config = UNetConfig(**BASE)
-    z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
-    assert not UNet(config)(z, label).any()
+    z, timestep = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    assert not UNet(config)(z, timestep).any()
     h, embedding = randn(2, 32, 4, 4, dtype=torch.float32), randn(2, 24, dtype=torch.float32)
     assert torch.equal(ResBlock(32, 32, config)(h, embedding), h)
     assert torch.equal(Attention(32, 2)(h), h)
@@ -236,10 +236,10 @@ def test_groups_of_a_norm(channels, groups):
 def test_dropout_acts_in_training_only():
     network = UNet(UNetConfig(**BASE, dropout=0.5))
     randomise(network)
-    z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
-    assert not torch.equal(network(z, label), network(z, label))
+    z, timestep = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    assert not torch.equal(network(z, timestep), network(z, timestep))
     network.eval()
-    assert torch.equal(network(z, label), network(z, label))
+    assert torch.equal(network(z, timestep), network(z, timestep))
     dropped = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     assert {module.p for module in dropped} == {0.5}
 
@@ -368,10 +368,10 @@ def test_folding_is_a_network_of_squares(fold, out_factor):
     ours, squares = UNet(config), UNet(plain)
     randomise(ours)
     squares.load_state_dict(ours.state_dict())
-    z, label = randn(2, 3, 4 * fold, 6 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
-    found = ours(z, label)
+    z, timestep = randn(2, 3, 4 * fold, 6 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    found = ours(z, timestep)
     assert found.shape == (2, 3 * out_factor, 4 * fold, 6 * fold)
-    assert torch.equal(found, unfold_by_hand(squares(fold_by_hand(z, fold), label), fold))
+    assert torch.equal(found, unfold_by_hand(squares(fold_by_hand(z, fold), timestep), fold))
 
 
 @pytest.mark.parametrize("fold", [2, 4])
@@ -407,7 +407,7 @@ def test_folding_costs_what_the_network_of_squares_costs():
 # Memory
 
 
-def gradients(network: UNet, z: Tensor, label: Tensor, seed: int = 0) -> tuple[list[Tensor], int]:
+def gradients(network: UNet, z: Tensor, timestep: Tensor, seed: int = 0) -> tuple[list[Tensor], int]:
     """Output and all gradients, and the bytes that were kept for the backward pass beside the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept: dict[int, Tensor] = {}
@@ -421,7 +421,7 @@ def gradients(network: UNet, z: Tensor, label: Tensor, seed: int = 0) -> tuple[l
     z = z.clone().requires_grad_()
     torch.manual_seed(seed)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = network(z, label)
+        out = network(z, timestep)
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     out.square().sum().backward()
     return [out, z.grad, *(parameter.grad for parameter in network.parameters())], size
@@ -434,14 +434,14 @@ def test_checkpointing_changes_memory_and_no_bit(resample, fold):
     options = {"num_blocks": 2, "attention_strides": (2 * fold,), "resample": resample, "fold": fold}
     network = UNet(UNetConfig(**BASE | options, dropout=0.3))
     randomise(network)
-    z, label = randn(2, 3, 16 * fold, 16 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
-    expected, usual = gradients(network, z, label)
+    z, timestep = randn(2, 3, 16 * fold, 16 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    expected, usual = gradients(network, z, timestep)
     after = torch.rand(1)
     network.checkpointing = True
-    found, less = gradients(network, z, label)
+    found, less = gradients(network, z, timestep)
     assert torch.equal(torch.rand(1), after)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not torch.equal(gradients(network, z, label, seed=1)[0][0], found[0])
+    assert not torch.equal(gradients(network, z, timestep, seed=1)[0][0], found[0])
     assert 3 * less <= usual
 
 
@@ -451,12 +451,12 @@ def test_checkpointing_repeats_each_stage_once_and_only_for_gradients():
     calls = []
     for stage in [*network.down, *network.middle, *network.up]:
         stage.register_forward_pre_hook(lambda *_: calls.append(1))
-    z, label = randn(1, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0])
+    z, timestep = randn(1, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0])
     count = len(network.down) + len(network.middle) + len(network.up)
     with torch.no_grad():
-        network(z, label)
+        network(z, timestep)
     assert len(calls) == count
-    network(z, label).sum().backward()
+    network(z, timestep).sum().backward()
     assert len(calls) == count + 2 * count
 
 
@@ -473,12 +473,12 @@ def test_without_gradients_the_answer_is_the_same_bits():
     """And what the caller gave is left alone."""
     network = UNet(UNetConfig(**BASE))
     randomise(network)
-    z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    z, timestep = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
     before = z.clone()
-    expected = network(z, label)
+    expected = network(z, timestep)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert torch.equal(network(z, label), expected)
+            assert torch.equal(network(z, timestep), expected)
     assert torch.equal(z, before)
 
 
@@ -511,8 +511,8 @@ def test_channels_last_stays_channels_last(fold, resample):
     """Every image-shaped tensor inside, and the numbers are the same."""
     network = UNet(UNetConfig(**BASE | {"attention_strides": (fold, 2 * fold), "fold": fold, "resample": resample}))
     randomise(network)
-    z, label = randn(2, 3, 8 * fold, 4 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
-    expected = network(z, label)
+    z, timestep = randn(2, 3, 8 * fold, 4 * fold, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    expected = network(z, timestep)
     network = network.to(memory_format=torch.channels_last)
     strayed = []
 
@@ -522,7 +522,7 @@ def test_channels_last_stays_channels_last(fold, resample):
 
     for module in network.modules():
         module.register_forward_hook(look)
-    found = network(z.to(memory_format=torch.channels_last), label)
+    found = network(z.to(memory_format=torch.channels_last), timestep)
     assert strayed == []
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -534,14 +534,14 @@ def test_mixed_precision_is_close_and_tells_the_time_in_full():
     """bfloat16 has 8 bits: an error of 2⁻⁸ an operation; time and class reach the blocks in float32 all the same."""
     network = UNet(UNetConfig(**BASE, num_classes=3, null_class=True))
     randomise(network)
-    z, label = randn(4, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 500.0, 1022.25, -0.5])
+    z, timestep = randn(4, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 500.0, 1022.25, -0.5])
     classes = torch.tensor([0, 3, 1, 2])
-    expected = network(z, label, classes)
+    expected = network(z, timestep, classes)
     told: list[Tensor] = []
     network.down[0].block.register_forward_pre_hook(lambda _, inputs: told.append(inputs[1]))
-    network(z, label, classes)
+    network(z, timestep, classes)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = network(z, label, classes)
+        found = network(z, timestep, classes)
     assert found.dtype == torch.bfloat16
     assert (found - expected).norm() < 0.03 * expected.norm()
     assert told[1].dtype == torch.float32
@@ -553,12 +553,12 @@ def test_mixed_precision_is_close_and_tells_the_time_in_full():
 def test_full_precision_goes_before_mixed_precision():
     network = UNet(UNetConfig(**BASE))
     randomise(network)
-    z, label = randn(2, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 500.0])
-    expected = network(z, label)
+    z, timestep = randn(2, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    expected = network(z, timestep)
     for full in (False, True):
         network.full_precision = full
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(network(z, label), expected) is full
+            assert torch.equal(network(z, timestep), expected) is full
 
 
 def test_norms_in_mixed_precision_sum_in_float32():
@@ -571,13 +571,13 @@ def test_norms_in_mixed_precision_sum_in_float32():
 
 
 def test_networks_of_half_precision_are_told_the_time_in_full():
-    """Whole networks in bfloat16: the sinusoids are taken of the float32 label, which bfloat16 would round to 1024."""
+    """In bfloat16 the sinusoids are taken of the float32 timestep, which bfloat16 would round to 1024."""
     network = UNet(UNetConfig(**BASE)).bfloat16()
     seen: list[Tensor] = []
     network.embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    label = torch.tensor([1021.0])
-    assert network(randn(1, 3, 4, 4).bfloat16(), label).dtype == torch.bfloat16
-    assert torch.equal(seen[0], timestep_embedding(label, 32).bfloat16())
+    timestep = torch.tensor([1021.0])
+    assert network(randn(1, 3, 4, 4).bfloat16(), timestep).dtype == torch.bfloat16
+    assert torch.equal(seen[0], timestep_embedding(timestep, 32).bfloat16())
 
 
 # Compiling
@@ -588,12 +588,12 @@ def test_a_network_is_one_graph(told):
     """Nothing in the forward pass makes the compiler break the graph; "eager" runs the captured graph as it is."""
     network = UNet(UNetConfig(**BASE, num_classes=0 if told == "nothing" else 3, null_class=told == "no class"))
     randomise(network)
-    z, label = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
+    z, timestep = randn(2, 3, 4, 4, dtype=torch.float32), torch.tensor([3.0, 500.0])
     classes = torch.tensor([0, 2]) if told == "classes" else None
     torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(z, label, classes), network(z, label, classes))
+    assert torch.equal(compiled(z, timestep, classes), network(z, timestep, classes))
     if told == "no class":
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(compiled(z, label, classes), network(z, label, classes))
+            assert torch.equal(compiled(z, timestep, classes), network(z, timestep, classes))
     torch._dynamo.reset()

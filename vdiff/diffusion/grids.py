@@ -25,7 +25,7 @@ cosine schedules. Further up steps would be spent on what is noise alone."""
 
 
 def uniform(schedule: Schedule, num_steps: int) -> Tensor:
-    """t_i = i/N; between the levels of a table labels are fractions, where other libraries round to whole ones.
+    """t_i = i/N; between the levels of a table timesteps are fractions, where other libraries round to whole ones.
 
     Raises:
         ValueError: fewer than one step, or more than a table has levels.
@@ -35,10 +35,10 @@ def uniform(schedule: Schedule, num_steps: int) -> Tensor:
 
 
 def trailing(schedule: Schedule, num_steps: int) -> Tensor:
-    """t_i = round(L·i/N)/L, L = the schedule's `label_scale`: whole labels, and any N up to L.
+    """t_i = round(L·i/N)/L, L = the schedule's `label_scale`: whole timesteps, and any N up to L.
 
     Equals `uniform` where N divides L. Halves are rounded to even; diffusers' trailing spacing, whose
-    timesteps are the labels L·t_i − 1.
+    timesteps are L·t_i − 1.
 
     Raises:
         ValueError: fewer than one step, or more than L.
@@ -52,7 +52,7 @@ def trailing(schedule: Schedule, num_steps: int) -> Tensor:
 
 
 def logsnr(schedule: Schedule, num_steps: int) -> Tensor:
-    """λ evenly spaced from t = 1 (or `MOST_NOISE`) to the first label t = 1/L, then one step to 0.
+    """λ evenly spaced from t = 1 (or `MOST_NOISE`) to the first timestep t = 1/L, then one step to 0.
 
     On a table the nearest levels are taken, each once. Source: Lu et al. 2022, *DPM-Solver*.
 
@@ -63,7 +63,7 @@ def logsnr(schedule: Schedule, num_steps: int) -> Tensor:
 
 
 def karras(schedule: Schedule, num_steps: int) -> Tensor:
-    """(σ/α)^(1/ρ), ρ = 7, evenly spaced from t = 1 (or `MOST_NOISE`) to the first label t = 1/L, then one step to 0.
+    """(σ/α)^(1/ρ), ρ = 7, evenly spaced from t = 1 (or `MOST_NOISE`) to the first timestep t = 1/L, then one step to 0.
 
     On a table the nearest levels are taken, each once. Source: Karras et al. 2022, eq. 5.
 

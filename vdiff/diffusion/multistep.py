@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import coefficient
-from vdiff.diffusion.stepping import Note, Run, RunSampler, ddim_step
+from vdiff.diffusion.stepping import PastStep, SolverState, StatefulSampler, ddim_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +55,11 @@ def moments(h: Tensor, count: int) -> list[Tensor]:
     return found
 
 
-def places(notes: list[Note], angle_t: Tensor, angle_s: Tensor) -> list[Tensor]:
+def places(history: list[PastStep], angle_t: Tensor, angle_s: Tensor) -> list[Tensor]:
     """u_j = (λ'_j − λ'_t)/h of earlier steps: negative."""
     here = half_logsnr(angle_t)
     h = half_logsnr(angle_s) - here
-    return [(half_logsnr(note.angle) - here) / h for note in notes]
+    return [(half_logsnr(past.angle) - here) / h for past in history]
 
 
 def difference_weights(u: Tensor, h: Tensor) -> Tensor:
@@ -74,24 +74,24 @@ def difference_weights(u: Tensor, h: Tensor) -> Tensor:
     return torch.linalg.solve(powers, torch.stack(moments(h, u.shape[1]), 1))
 
 
-def differences(x: Tensor, notes: list[Note], angle_t: Tensor, angle_s: Tensor) -> Tensor:
+def differences(x: Tensor, history: list[PastStep], angle_t: Tensor, angle_s: Tensor) -> Tensor:
     """Σ_j ρ_j (x̂_j − x̂_t)/u_j; ρ = 1/2 for a single one; 0 for none."""
     import torch
 
-    if not notes:
+    if not history:
         return torch.zeros_like(x)
-    u = torch.stack(places(notes, angle_t, angle_s), 1)
+    u = torch.stack(places(history, angle_t, angle_s), 1)
     rho = torch.full_like(u, 0.5)
-    if len(notes) > 1:
+    if len(history) > 1:
         rho = difference_weights(u, half_logsnr(angle_s) - half_logsnr(angle_t))
     total = torch.zeros_like(x)
-    for weight, note in zip((rho / u).unbind(1), notes, strict=True):
-        total = total + coefficient(weight, x) * (note.value - x)
+    for weight, past in zip((rho / u).unbind(1), history, strict=True):
+        total = total + coefficient(weight, x) * (past.value - x)
     return total
 
 
 @dataclass(frozen=True)
-class Dpmpp2m(RunSampler):
+class Dpmpp2m(StatefulSampler):
     """DPM-Solver++(2M): a line through the present x̂ and the one before, at the middle of the step.
 
     z_s = (σ_s/σ_t) z_t + g (x̂_t + D/2), D = (h/h₋)(x̂_t − x̂₋), where h₋ is the step before.
@@ -99,18 +99,20 @@ class Dpmpp2m(RunSampler):
     The first step and the last are DDIM. Source: Lu et al. 2022, *DPM-Solver++*, algorithm 2.
     """
 
-    def advance(self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, run: Run) -> Tensor:
+    def advance(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
+    ) -> Tensor:
         """`data_step` with x̂_t + D/2."""
         x = mean = prediction.x
-        if run.notes and run.steps_left > 1:
-            (u,) = places(run.notes[:1], angle_t, angle_s)
-            mean = x + coefficient(0.5 / u, z) * (run.notes[0].value - x)
-        run.notes = [Note(angle_t, x)]
+        if state.history and state.steps_left > 1:
+            (u,) = places(state.history[:1], angle_t, angle_s)
+            mean = x + coefficient(0.5 / u, z) * (state.history[0].value - x)
+        state.history = [PastStep(angle_t, x)]
         return data_step(z, mean, angle_t, angle_s)
 
 
 @dataclass(frozen=True)
-class Dpmpp3m(RunSampler):
+class Dpmpp3m(StatefulSampler):
     """DPM-Solver++(3M), the third-order multistep rule of the code of Lu et al. 2022: a parabola through three x̂.
 
     z_s = (σ_s/σ_t) z_t + g (x̂_t + m_1 D₁ + w m_2 D₂), D₁ and D₂ the slope and the curvature at u = 0 of the parabola
@@ -124,14 +126,16 @@ class Dpmpp3m(RunSampler):
 
     curvature: float = 0.5
 
-    def advance(self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, run: Run) -> Tensor:
+    def advance(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
+    ) -> Tensor:
         """`data_step` with the parabola's mean."""
         x = mean = prediction.x
-        order = min(3, len(run.notes) + 1)
-        if run.steps_left <= (2 if run.num_steps < FEW_STEPS else 1):
-            order = min(order, int(run.steps_left))
-        u = places(run.notes[: order - 1], angle_t, angle_s)
-        slopes = [coefficient(1 / at, z) * (note.value - x) for note, at in zip(run.notes, u, strict=False)]
+        order = min(3, len(state.history) + 1)
+        if state.steps_left <= (2 if state.num_steps < FEW_STEPS else 1):
+            order = min(order, int(state.steps_left))
+        u = places(state.history[: order - 1], angle_t, angle_s)
+        slopes = [coefficient(1 / at, z) * (past.value - x) for past, at in zip(state.history, u, strict=False)]
         if order == 2:
             mean = x + 0.5 * slopes[0]
         elif order == 3:
@@ -140,12 +144,12 @@ class Dpmpp3m(RunSampler):
             bend = coefficient(1 / (near - far), z) * (slopes[0] - slopes[1])
             slope = slopes[0] - coefficient(near, z) * bend
             mean = x + coefficient(m_1, z) * slope + coefficient(self.curvature * m_2, z) * bend
-        run.notes = [Note(angle_t, x), *run.notes[:1]]
+        state.history = [PastStep(angle_t, x), *state.history[:1]]
         return data_step(z, mean, angle_t, angle_s)
 
 
 @dataclass(frozen=True)
-class UniPc(RunSampler):
+class UniPc(StatefulSampler):
     """UniPC with B₂(h), data prediction: a polynomial through the last x̂, and z corrected with the new one.
 
     Predictor of order p, from the corrected z_t:
@@ -171,21 +175,26 @@ class UniPc(RunSampler):
         if self.order not in (1, 2, 3):
             raise ValueError(f"order is 1, 2 or 3, got {self.order}")
 
-    def advance(self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, run: Run) -> Tensor:
+    def advance(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
+    ) -> Tensor:
         """Correct z_t, then predict z_s."""
-        x, notes = prediction.x, run.notes
-        if notes:
-            z = self.correct(x, angle_t, notes)
-        order = int(min(self.order, len(notes) + 1, run.steps_left))
-        mean = x + differences(x, notes[: order - 1], angle_t, angle_s)
-        run.notes = [Note(angle_t, x, z), *(Note(note.angle, note.value) for note in notes[: self.order - 1])]
+        x, history = prediction.x, state.history
+        if history:
+            z = self.correct(x, angle_t, history)
+        order = int(min(self.order, len(history) + 1, state.steps_left))
+        mean = x + differences(x, history[: order - 1], angle_t, angle_s)
+        state.history = [
+            PastStep(angle_t, x, z),
+            *(PastStep(past.angle, past.value) for past in history[: self.order - 1]),
+        ]
         return data_step(z, mean, angle_t, angle_s)
 
-    def correct(self, x: Tensor, angle: Tensor, notes: list[Note]) -> Tensor:
+    def correct(self, x: Tensor, angle: Tensor, history: list[PastStep]) -> Tensor:
         """z_t anew, from the corrected z of the step before, the earlier x̂ and now x̂_t."""
-        last = notes[0]
+        last = history[0]
         assert last.z is not None
-        mean = last.value + differences(last.value, [*notes[1:], Note(angle, x)], last.angle, angle)
+        mean = last.value + differences(last.value, [*history[1:], PastStep(angle, x)], last.angle, angle)
         return data_step(last.z, mean, last.angle, angle)
 
 
@@ -199,7 +208,7 @@ ADAMS_BASHFORTH = {
 
 
 @dataclass(frozen=True)
-class Ipndm(RunSampler):
+class Ipndm(StatefulSampler):
     """iPNDM: the DDIM step with ε̂ carried on by an Adams-Bashforth sum of the last ones.
 
     ε̃ = Σ_j b_j ε̂_j; z_s = α_s (z_t − σ_t ε̃)/α_t + σ_s ε̃ = ddim + sin(φ_t − φ_s)/α_t · (ε̂_t − ε̃).
@@ -223,23 +232,25 @@ class Ipndm(RunSampler):
         if self.order not in ADAMS_BASHFORTH:
             raise ValueError(f"order is 1, 2, 3 or 4, got {self.order}")
 
-    def advance(self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, run: Run) -> Tensor:
+    def advance(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
+    ) -> Tensor:
         """The rotation, plus what ε̃ differs from ε̂."""
         eps = prediction.eps
         end = ddim_step(z, prediction.v, angle_t, angle_s)
-        earlier = run.notes[: self.order - 1]
+        earlier = state.history[: self.order - 1]
         if earlier:
             weights = ADAMS_BASHFORTH[len(earlier) + 1][1:]
-            change = sum(weight * (note.value - eps) for weight, note in zip(weights, earlier, strict=True))
+            change = sum(weight * (past.value - eps) for weight, past in zip(weights, earlier, strict=True))
             end = end - coefficient((angle_t - angle_s).sin() / angle_t.cos(), z) * change
-            if run.steps_left == 1:
+            if state.steps_left == 1:
                 end = self.limit(end)
-        run.notes = [Note(angle_t, eps), *earlier]
+        state.history = [PastStep(angle_t, eps), *earlier]
         return end
 
 
 @dataclass(frozen=True)
-class Heun(RunSampler):
+class Heun(StatefulSampler):
     """Heun's method: the mean of the slopes at both ends of a step; two evaluations a step, one at the last.
 
     Slopes are compared as seen from one angle ψ: the line z = α x̂ + σ ε̂ through a prediction has, over
@@ -267,12 +278,14 @@ class Heun(RunSampler):
         """2N − 1."""
         return 2 * num_steps - 1
 
-    def advance(self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, run: Run) -> Tensor:
+    def advance(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
+    ) -> Tensor:
         """The rotation; then, above φ_s = 0, the trapezoid over it."""
         end = ddim_step(z, prediction.v, angle_t, angle_s)
-        if run.steps_left <= 1:
+        if state.steps_left <= 1:
             return end
-        second = self.limited(run.at_end(end), end, angle_s)
+        second = self.limited(state.at_end(end), end, angle_s)
         seen_from = angle_t if self.frame == "v" else 0 * angle_t
         slope = coefficient(seen_from.cos(), z) * (prediction.eps - second.eps)
         slope = slope - coefficient(seen_from.sin(), z) * (prediction.x - second.x)

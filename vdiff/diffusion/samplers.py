@@ -16,7 +16,15 @@ from vdiff.diffusion.grids import check_times
 from vdiff.diffusion.multistep import Dpmpp2m, Dpmpp3m, Heun, Ipndm, UniPc
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import Schedule, alpha_sigma, coefficient, grid_angles, grid_times
-from vdiff.diffusion.stepping import Denoise, Limits, Run, RunSampler, Sampler, check_clipping_value, ddim_step
+from vdiff.diffusion.stepping import (
+    Denoise,
+    Limits,
+    Sampler,
+    SolverState,
+    StatefulSampler,
+    check_clipping_value,
+    ddim_step,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +146,7 @@ def sample(
 ) -> Tensor:
     """Draw images: walk the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W).
 
-    The network is asked `sampler.evaluations(num_steps)` times for each image; all of a run's memory ends with it.
+    The network is asked `sampler.evaluations(num_steps)` times for each image; the state of a solver ends with it.
 
     Args:
         denoise: the network's prediction at (z, t).
@@ -163,8 +171,8 @@ def sample(
         check_times(times, num_steps)
     angles = grid_angles(schedule, times)
     ends_clean = not times[0] > 0
-    run = Run(num_steps=num_steps, denoise=denoise)
-    step = partial(sampler.step, run=run) if isinstance(sampler, RunSampler) else sampler.step
+    state = SolverState(num_steps=num_steps, denoise=denoise)
+    step = partial(sampler.step, state=state) if isinstance(sampler, StatefulSampler) else sampler.step
     finite = []
     for i in range(num_steps, 0, -1):
         t, s, angle_t, angle_s = (
@@ -173,7 +181,7 @@ def sample(
         prediction = denoise(z, t)
         if on_state is not None:
             on_state(num_steps - i, z, prediction)
-        run.t_s, run.steps_left = s, i if ends_clean else math.inf
+        state.t_s, state.steps_left = s, i if ends_clean else math.inf
         z = step(z=z, prediction=prediction, angle_t=angle_t, angle_s=angle_s, noise=noise)
         finite.append(
             z.isfinite().all()

@@ -35,7 +35,7 @@ class Schedule(ABC):
     """A map of time to angle, and what the network is told about the time.
 
     Attributes:
-        label_scale: L in label(t) = L·t − 1.
+        label_scale: L in timestep(t) = L·t − 1.
     """
 
     name: ClassVar[str]
@@ -54,11 +54,11 @@ class Schedule(ABC):
     def time(self, angle: Tensor) -> Tensor:
         """t(φ), float64: the inverse of `angle`."""
 
-    def label(self, t: Tensor) -> Tensor:
+    def timestep(self, t: Tensor) -> Tensor:
         """What the network is told: L·t − 1, a real number.
 
         Level k of an L-step grid is k − 1, the integer timestep of other libraries, and equal noise levels carry equal
-        labels whatever the number of steps, so a student starts exactly aligned with its teacher.
+        timesteps whatever the number of steps, so a student starts exactly aligned with its teacher.
         """
         return self.label_scale * t.double() - 1
 
@@ -69,7 +69,7 @@ class Schedule(ABC):
     def check_num_steps(self, num_steps: int, levels: int | None = None) -> None:
         """Refuse fewer than one step, or more than `levels`, which are those of a table where they are not given.
 
-        Steps need not divide the levels: between two of them angles are interpolated, and labels are fractions.
+        Steps need not divide the levels: between two of them angles are interpolated, and timesteps are fractions.
 
         Raises:
             ValueError: as said.

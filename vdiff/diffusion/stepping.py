@@ -1,6 +1,6 @@
-"""What samplers are made of: the rule for one step, the DDIM rotation, limits of predicted images, a run's memory.
+"""What samplers are made of: the rule for one step, the DDIM rotation, limits of predicted images, a solver's state.
 
-A sampler is frozen. What it must know of earlier steps lies in the `Run` that the loop makes anew for every batch.
+A sampler is frozen. What it must know of earlier steps is in a `SolverState`, which the loop makes for every batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sampler(ABC):
 
 
 @dataclass(frozen=True)
-class Note:
+class PastStep:
     """What a sampler keeps of one step for later ones: its angle (B,), something predicted there, and perhaps z."""
 
     angle: Tensor
@@ -45,7 +45,7 @@ class Note:
 
 
 @dataclass
-class Run:
+class SolverState:
     """One walk down a grid, as seen by a sampler that looks back or asks the network twice a step.
 
     Attributes:
@@ -53,14 +53,14 @@ class Run:
         denoise: the network.
         t_s: where the present step ends, (B,) float64.
         steps_left: steps until the clean image, the present one counted; ∞ on a grid that ends above it.
-        notes: what the sampler noted at earlier steps, newest first.
+        history: what the sampler keeps of earlier steps, newest first.
     """
 
     num_steps: float = math.inf
     denoise: Denoise | None = None
     t_s: Tensor | None = None
     steps_left: float = math.inf
-    notes: list[Note] = field(default_factory=list)
+    history: list[PastStep] = field(default_factory=list)
 
     def at_end(self, z: Tensor) -> Prediction:
         """What the network says of another z at the end of the present step.
@@ -150,8 +150,8 @@ def ddim_step(z: Tensor, v: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RunSampler(Limits, Sampler):
-    """A deterministic sampler whose step is also told the run."""
+class StatefulSampler(Limits, Sampler):
+    """A deterministic sampler whose step also gets the state of the solver."""
 
     def step(
         self,
@@ -161,16 +161,18 @@ class RunSampler(Limits, Sampler):
         angle_t: Tensor,
         angle_s: Tensor,
         noise: Callable[[], Tensor],  # noqa: ARG002 - every sampler is given it
-        run: Run | None = None,
+        state: SolverState | None = None,
     ) -> Tensor:
-        """`advance`; without a run the first step of a long one.
+        """`advance`; without a state the first step of a long one.
 
         Raises:
-            ValueError: the rule asks the network twice a step, and there is no run.
+            ValueError: the rule asks the network twice a step, and there is no state.
         """
         limited = self.limited(prediction, z, angle_t)
-        return self.advance(z=z, prediction=limited, angle_t=angle_t, angle_s=angle_s, run=run or Run())
+        return self.advance(z=z, prediction=limited, angle_t=angle_t, angle_s=angle_s, state=state or SolverState())
 
     @abstractmethod
-    def advance(self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, run: Run) -> Tensor:
-        """z_s from z_t and the limited prediction; what later steps need of this one goes into `run.notes`."""
+    def advance(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
+    ) -> Tensor:
+        """z_s from z_t and the limited prediction; what later steps need of this one goes into `state.history`."""

@@ -140,7 +140,7 @@ def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
     """What each of the steps t = 1, (N−1)/N, … is told: label (1,) float32, angle_t and angle_s (1,) float64."""
     times = grid_times(num_steps)
     angles = grid_angles(denoiser.schedule, times)
-    labels = denoiser.schedule.label(times).float()
+    labels = denoiser.schedule.timestep(times).float()
     return [
         {"label": labels[i : i + 1], "angle_t": angles[i : i + 1], "angle_s": angles[i - 1 : i]}
         for i in range(num_steps, 0, -1)

@@ -63,7 +63,7 @@ class CheckpointConfig:
     """What a checkpoint says of itself.
 
     Attributes:
-        unet, schedule, prediction: the denoiser; `schedule` holds the label convention.
+        unet, schedule, prediction: the denoiser; `schedule` holds the timestep convention.
         num_timesteps: steps it samples with by default; for a distilled model the only grid it was trained on.
         image_size: pixels of a side; channels are in `unet`.
         method: "base", or the distillation method.

@@ -16,7 +16,7 @@ class Denoiser(nn.Module):
     z (B, C, H, W), t ∈ (0, 1] (B,) float64, classes (B,) int64, guidance (B,) the weights w of a network that has
     learned what they mean (`guidance_input`).
 
-    The network is told label(t), in float32 at least, which half precision would round; its output is brought to the
+    The network is told timestep(t), in float32 at least, which half precision would round; its output is brought to the
     precision of z before it is read, so that mixed precision ends at the network.
 
     Raises:
@@ -41,9 +41,9 @@ class Denoiser(nn.Module):
         self, z: Tensor, t: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Prediction:
         precision = torch.promote_types(z.dtype, torch.float32)
-        label = self.schedule.label(t).to(precision).to(z.device)
+        timestep = self.schedule.timestep(t).to(precision).to(z.device)
         told = () if guidance is None else (guidance.to(precision).to(z.device),)
-        output = self.network(z, label, classes, *told).to(z.dtype)
+        output = self.network(z, timestep, classes, *told).to(z.dtype)
         return PREDICTION_TYPES[self.prediction_type].read(z, output, grid_angles(self.schedule, t))
 
 

@@ -111,13 +111,13 @@ def draw_from(
     parameter = next(denoiser.parameters())
     z = noise()
     z = z if start is None else start.to(z)
-    labels = None if classes is None else classes.to(parameter.device)
+    given = None if classes is None else classes.to(parameter.device)
     told = torch.full((len(z),), guidance, device=z.device) if denoiser.network.config.guidance_input else None
     is_plain = told is not None or not guidance
     guided = denoiser if is_plain else GuidedDenoiser(denoiser, guidance, guidance_interval)
 
     def denoise(z: Tensor, t: Tensor) -> Prediction:
-        prediction: Prediction = guided(z, t, labels, told)
+        prediction: Prediction = guided(z, t, given, told)
         return prediction
 
     times = grid_of(grid, denoiser.schedule, num_steps)

@@ -76,14 +76,14 @@ class FastNetwork(nn.Module):
             self.network.compile(dynamic=False, mode="reduce-overhead" if self.is_graph else None)
 
     def forward(
-        self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+        self, z: Tensor, timestep: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         self.evaluations += len(z)
         if self.is_graph:
             torch.compiler.cudagraph_mark_step_begin()
         given = z.to(self.dtype).contiguous(memory_format=self.layout)
         try:
-            output: Tensor = self.network(given, label, classes, guidance)
+            output: Tensor = self.network(given, timestep, classes, guidance)
         except Exception as error:
             if not self.is_compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise

@@ -1,6 +1,6 @@
-"""The DDPM UNet (Ho et al. 2020, with the options of Dhariwal & Nichol 2021): network(z, label) → output.
+"""The DDPM UNet (Ho et al. 2020, with the options of Dhariwal & Nichol 2021): network(z, timestep) → output.
 
-It knows no schedule: `label` is a real number that the denoiser derives from the time.
+It knows no schedule: `timestep` is a real number that the denoiser derives from the time.
 """
 
 from __future__ import annotations
@@ -172,14 +172,14 @@ def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
     return module
 
 
-def timestep_embedding(label: Tensor, channels: int, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
+def timestep_embedding(timestep: Tensor, channels: int, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
     """(cos ω_i l, sin ω_i l), ω_i = max_period^(−i/(half − freq_shift)), half = channels/2: (B,) → (B, channels).
 
     Source: Vaswani et al. 2017; the order and the frequencies are diffusers' for `UNet2DModel`.
     """
     half = channels // 2
-    index = torch.arange(half, dtype=torch.float32, device=label.device)
-    angles = label.float()[:, None] * torch.exp(-math.log(max_period) * index / (half - freq_shift))
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angles = timestep.float()[:, None] * torch.exp(-math.log(max_period) * index / (half - freq_shift))
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, channels % 2))
 
@@ -282,7 +282,7 @@ class Resample(nn.Module):
 
 
 class UNet(nn.Module):
-    """z (B, in_channels, H, W), label (B,) [, classes (B,) int64][, guidance (B,)] → (B, out_channels, H, W).
+    """z (B, in_channels, H, W), timestep (B,) [, classes (B,) int64][, guidance (B,)] → (B, out_channels, H, W).
 
     H and W must be multiples of `config.size_multiple`. With `config.null_class` class number `num_classes` is "no
     class", and so are all where none are given. With `config.guidance_input` guidance is w, and 0 where none is given;
@@ -335,13 +335,13 @@ class UNet(nn.Module):
         self.conv_out = zero_init(conv3x3(c, config.out_channels * config.fold**2))
 
     def forward(
-        self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+        self, z: Tensor, timestep: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         with _without_autocast(z.device) if self.full_precision else nullcontext():
-            return self._forward(z, label, classes, guidance)
+            return self._forward(z, timestep, classes, guidance)
 
-    def _forward(self, z: Tensor, label: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
-        embedding = self._embedding(label, classes, guidance)
+    def _forward(self, z: Tensor, timestep: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
+        embedding = self._embedding(timestep, classes, guidance)
         h = self.conv_in(_folded(z, self.config.fold))
         skips = [h]
         for module in self.down:
@@ -354,21 +354,21 @@ class UNet(nn.Module):
             h = self._run(module, embedding, *joined)
         return _unfolded(self.conv_out(F.silu(self.norm_out(h))), self.config.fold)
 
-    def _embedding(self, label: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
+    def _embedding(self, timestep: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
         """What the residual blocks are told of time, class and guidance: (B, embedding_channels)."""
         config, dtype = self.config, self.conv_in.weight.dtype
-        with _without_autocast(label.device):  # some thousand multiplications an image: rounding them gains no time
-            told = timestep_embedding(label, config.channels, freq_shift=config.freq_shift).to(dtype)
+        with _without_autocast(timestep.device):  # some thousand multiplications an image: rounding them gains no time
+            told = timestep_embedding(timestep, config.channels, freq_shift=config.freq_shift).to(dtype)
             embedding = self.embed(told)
             if self.embed_guidance is not None:
-                w = torch.zeros_like(label) if guidance is None else guidance
+                w = torch.zeros_like(timestep) if guidance is None else guidance
                 told = timestep_embedding(GUIDANCE_SCALE * w, config.channels).to(dtype)
                 embedding = embedding + self.embed_guidance(told)
         if self.embed_class is not None:
             if classes is None:
                 if not config.null_class:
                     raise ValueError(f"a class-conditional network needs classes, 0 to {config.num_classes - 1}")
-                classes = torch.full_like(label, config.num_classes, dtype=torch.int64)
+                classes = torch.full_like(timestep, config.num_classes, dtype=torch.int64)
             embedding = embedding + self.embed_class(classes)
         return F.silu(embedding)
 
