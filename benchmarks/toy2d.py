@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.plane import DATA, MODES, points_of, rms, shadows
 from benchmarks.plane_picture import data_panel, map_panel, noise_panel
-from benchmarks.plane_school import PARTS, TEACHER_STEPS, Scale, TeacherPool, guided_school, open_school, settings_of
+from benchmarks.plane_teachers import PARTS, TEACHER_STEPS, Scale, TeacherPool, guided_pool, open_pool, settings_of
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.data.images import captioned_grid, save_png
 from vdiff.diffusion.samplers import Denoise
@@ -76,7 +76,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 @dataclass
 class Examination:
-    """What all networks of a school are measured by.
+    """What all networks of a pool are measured by.
 
     Attributes:
         z: the same noise for each, (n·S, 2), row r for network r mod S.
@@ -123,44 +123,44 @@ class Row:
         self.errors[steps] = rms(points - examination.target)
 
 
-def examine(school: TeacherPool) -> Examination:
-    """Noise, data and the teacher's map for the networks of a school."""
-    scale = school.scale
+def examine(pool: TeacherPool) -> Examination:
+    """Noise, data and the teacher's map for the networks of a pool."""
+    scale = pool.scale
     generator = torch.Generator().manual_seed(1)
-    real = torch.stack([DATA[name](scale.points, generator)[0] for name in school.data for _ in range(scale.seeds)])
+    real = torch.stack([DATA[name](scale.points, generator)[0] for name in pool.data for _ in range(scale.seeds)])
     noise = torch.randn(scale.points, 2, generator=generator)
     z = noise.repeat_interleave(len(real), 0)
-    target = apart(points_of(school.teacher, TEACHER_STEPS, z), len(real))
+    target = apart(points_of(pool.teacher, TEACHER_STEPS, z), len(real))
     return Examination(z, shadows(real, scale.directions), target)
 
 
 def sampler_rows(
-    school: TeacherPool, examination: Examination, samplers: Sequence[str] = SAMPLERS_TRIED
+    pool: TeacherPool, examination: Examination, samplers: Sequence[str] = SAMPLERS_TRIED
 ) -> Iterator[Row]:
     """Other data, and the teacher with every sampler."""
-    scale = school.scale
+    scale = pool.scale
     generator = torch.Generator().manual_seed(2)
-    other = torch.stack([DATA[name](scale.points, generator)[0] for name in school.data for _ in range(scale.seeds)])
+    other = torch.stack([DATA[name](scale.points, generator)[0] for name in pool.data for _ in range(scale.seeds)])
     yield Row("other data", {TEACHER_STEPS: examination.distance(other)})
     for sampler in samplers:
         row = Row(f"teacher, {sampler}")
         for evaluations in (*STEPS, TEACHER_STEPS):
             steps = (evaluations + 1) // 2 if sampler == "heun" else evaluations
-            row.add(evaluations, examination, examination.points(school.teacher, steps, sampler))
+            row.add(evaluations, examination, examination.points(pool.teacher, steps, sampler))
         yield row
 
 
-def student_of(school: TeacherPool, method: str, changes: dict[str, Any], steps: int) -> tuple[Denoiser, int]:
+def student_of(pool: TeacherPool, method: str, changes: dict[str, Any], steps: int) -> tuple[Denoiser, int]:
     """The students of a method with changed parameters, and the evaluations that one of them took."""
-    return school.student(settings_of(method, changes, school.scale), steps)
+    return pool.student(settings_of(method, changes, pool.scale), steps)
 
 
-def method_row(school: TeacherPool, examination: Examination, method: str, changes: dict[str, Any]) -> Row:
+def method_row(pool: TeacherPool, examination: Examination, method: str, changes: dict[str, Any]) -> Row:
     """The students of a method."""
     said = ", ".join(f"{name} {value}" for name, value in changes.items())
     row = Row(f"{method}, {said}" if said else method, is_method=True)
     for steps in sorted(STEPS, reverse=True):
-        student, row.evaluations = student_of(school, method, changes, steps)
+        student, row.evaluations = student_of(pool, method, changes, steps)
         row.add(steps, examination, examination.points(student, steps))
     return row
 
@@ -172,14 +172,14 @@ def told(denoiser: Denoiser, classes: Tensor, weight: float) -> Denoise:
 
 def guided_rows(scale: Scale) -> Iterator[tuple[str, list[Row]]]:
     """For each weight of guidance: the guided teacher with DDIM, and the students of `guided`."""
-    plain = open_school(["ring"], scale, num_classes=MODES)
-    school = guided_school(plain)
+    plain = open_pool(["ring"], scale, num_classes=MODES)
+    pool = guided_pool(plain)
     teacher = GuidedDenoiser(plain.teacher)
     generator = torch.Generator().manual_seed(3)
     classes = torch.randint(MODES, (scale.points,), generator=generator).repeat_interleave(scale.seeds)
     z, other = (torch.randn(scale.points, 2, generator=generator).repeat_interleave(scale.seeds, 0) for _ in range(2))
     students = {
-        (method, steps): student_of(school, method, {}, steps)
+        (method, steps): student_of(pool, method, {}, steps)
         for method in SHORTENED
         for steps in sorted(STEPS, reverse=True)
     }
@@ -240,27 +240,27 @@ def blocks(rows: Sequence[Row], data: Sequence[str]) -> list[list[str]]:
     return table + lines("mean", rows, lambda values: values.reshape(len(data), -1).mean(0))
 
 
-def compare(school: TeacherPool, examination: Examination, variants: Sequence[tuple[str, dict[str, Any]]]) -> list[Row]:
+def compare(pool: TeacherPool, examination: Examination, variants: Sequence[tuple[str, dict[str, Any]]]) -> list[Row]:
     """The students of methods, with the time of each on stderr."""
     rows = []
     for method, changes in variants:
         began = time.monotonic()
-        rows.append(method_row(school, examination, method, changes))
+        rows.append(method_row(pool, examination, method, changes))
         print(f"{rows[-1].name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 
-def picture(school: TeacherPool, examination: Examination) -> Image:
+def picture(pool: TeacherPool, examination: Examination) -> Image:
     """The maps of each data set's first networks: rows in 1 and 4 steps, columns the teacher and the methods."""
-    seeds, count = school.scale.seeds, min(PICTURED, school.scale.points)
+    seeds, count = pool.scale.seeds, min(PICTURED, pool.scale.points)
     noise = apart(examination.z, len(examination.real))[0, :count]
     generator = torch.Generator().manual_seed(1)
     rows, names = [], []
-    for k, name in enumerate(school.data):
+    for k, name in enumerate(pool.data):
         data, target = DATA[name](count, generator)[0], examination.target[k * seeds, :count]
         for steps, first in ((1, noise_panel(noise)), (4, data_panel(data))):
             drawn = [first, map_panel(noise, target)]
-            for denoiser in (school.teacher, *(student_of(school, method, {}, steps)[0] for method in COMPARED)):
+            for denoiser in (pool.teacher, *(student_of(pool, method, {}, steps)[0] for method in COMPARED)):
                 drawn.append(map_panel(noise, examination.points(denoiser, steps)[k * seeds, :count]))
             rows.append(drawn)
             names.append(f"{name}\n{steps} step{'s' if steps > 1 else ''}")
@@ -275,17 +275,17 @@ def picture(school: TeacherPool, examination: Examination) -> Image:
 def main(quick: bool, defaults: bool, seeds: int) -> None:
     """Print the table, and write it and the picture to benchmarks/results."""
     scale = QUICK if quick else Scale(seeds=seeds)
-    school = open_school(list(DATA), scale)
-    examination = examine(school)
+    pool = open_pool(list(DATA), scale)
+    examination = examine(pool)
     if defaults:
         variants = [(method, changes) for method, each in VARIANTS.items() for changes in each]
         table = lines(
-            "mean", compare(school, examination, variants), lambda values: values.reshape(len(DATA), -1).mean(0)
+            "mean", compare(pool, examination, variants), lambda values: values.reshape(len(DATA), -1).mean(0)
         )
     else:
-        rows = list(sampler_rows(school, examination))
-        rows += compare(school, examination, [(method, {}) for method in COMPARED])
-        table = blocks(rows, school.data)
+        rows = list(sampler_rows(pool, examination))
+        rows += compare(pool, examination, [(method, {}) for method in COMPARED])
+        table = blocks(rows, pool.data)
         for title, guided in guided_rows(scale):
             table += lines(title, guided)
     if quick:
@@ -297,7 +297,7 @@ def main(quick: bool, defaults: bool, seeds: int) -> None:
     )
     write_report("toy2d_defaults" if defaults else "toy2d", title, HEAD, table, machine())
     if not defaults:
-        few = picture(school, examination).quantize(COLOURS, dither=Dither.NONE)
+        few = picture(pool, examination).quantize(COLOURS, dither=Dither.NONE)
         save_png(few, RESULTS / "toy2d.png")
 
 

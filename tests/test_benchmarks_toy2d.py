@@ -22,7 +22,7 @@ from benchmarks.plane import (
     shadows,
     sorted_out,
 )
-from benchmarks.plane_school import PARTS, TEACHER_STEPS, Scale, guided_school, open_school, settings_of, stages_of
+from benchmarks.plane_teachers import PARTS, TEACHER_STEPS, Scale, guided_pool, open_pool, settings_of, stages_of
 from benchmarks.toy2d import COMPARED, examine, sampler_rows, student_of, told
 from tests.oracles import randn
 from vdiff.diffusion.distillation import DistillContext, Trajectory
@@ -129,16 +129,16 @@ def test_every_method_has_the_updates_of_the_halving_ladder(method, steps):
 
 
 @pytest.fixture(scope="module")
-def school():
-    return open_school(list(DATA), TINY)
+def pool():
+    return open_pool(list(DATA), TINY)
 
 
 @pytest.mark.parametrize("method", COMPARED)
-def test_every_method_brings_students_nearer_to_the_teachers_map(school, method):
-    examination = examine(school)
-    untrained = next(row for row in sampler_rows(school, examination, ["ddim"]) if row.errors)
+def test_every_method_brings_students_nearer_to_the_teachers_map(pool, method):
+    examination = examine(pool)
+    untrained = next(row for row in sampler_rows(pool, examination, ["ddim"]) if row.errors)
     for steps in (1, 4):
-        student, evaluations = student_of(school, method, {}, steps)
+        student, evaluations = student_of(pool, method, {}, steps)
         errors = rms(examination.points(student, steps) - examination.target)
         assert (errors < 0.7 * untrained.errors[steps]).all(), (steps, errors, untrained.errors[steps])
         updates = sum(stage[2] for stage in stages_of(settings_of(method, {}, TINY), steps, PARTS[steps] * TINY.part))
@@ -148,15 +148,15 @@ def test_every_method_brings_students_nearer_to_the_teachers_map(school, method)
 
 
 def test_a_guided_student_learns_what_the_weight_means():
-    plain = open_school(["ring"], replace(TINY, part=100), num_classes=MODES)
-    school = guided_school(plain)
-    assert school.teacher.network.config == replace(plain.teacher.network.config, guidance_input=True)
+    plain = open_pool(["ring"], replace(TINY, part=100), num_classes=MODES)
+    pool = guided_pool(plain)
+    assert pool.teacher.network.config == replace(plain.teacher.network.config, guidance_input=True)
     z, t, classes = randn(256, 2).float(), torch.full((256,), 0.7), torch.arange(256) % MODES
     errors = {}
     with torch.inference_mode():
         for weight in (0.0, 2.0, 4.0):
             guided = told(GuidedDenoiser(plain.teacher), classes, weight)(z, t).x
             untold = rms(guided[None] - plain.teacher(z, t, classes).x)
-            errors[weight] = float(untold), float(rms(guided[None] - told(school.teacher, classes, weight)(z, t).x))
+            errors[weight] = float(untold), float(rms(guided[None] - told(pool.teacher, classes, weight)(z, t).x))
     assert errors[0.0][0] < 1e-6
     assert all(learned < 0.2 * errors[4.0][0] for _, learned in errors.values()), errors

@@ -67,7 +67,7 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     """Do the updates that are left, and return the denoiser with the averaged weights, which are the ones saved.
 
     Update n takes its learning rate, images, noise and dropout from (seed, n) alone, so a run that is cut and resumed
-    ends with the same bits as one that was not. All processes of the engine call this; the main one logs, draws and
+    ends with the same bits as one that was not. All processes of the engine call this; the main one logs, given and
     saves, and all leave together.
 
     Raises:
@@ -232,13 +232,13 @@ def build_update(
         if engine.rank:
             seed_update(config.seed, step, engine.rank)  # dropout differs from process to process
         u, counts = (u, None) if importance is None else importance.draw(u)
-        draws = TrainBatch(images, noise, u, classes, guidance)
-        pupil = StudentState(denoiser, averages.teacher, step / config.num_iters)
+        given = TrainBatch(images, noise, u, classes, guidance)
+        student = StudentState(denoiser, averages.teacher, step / config.num_iters)
         losses, times = [], []
         for part in parts:
-            mine = draws[part]
+            mine = given[part]
             with accelerator.autocast():
-                example = run.objective(mine, pupil)
+                example = run.objective(mine, student)
             told = mine if example.rows is None else mine[example.rows]
             with engine.synchronised(model, part is parts[-1]):
                 with accelerator.autocast():
@@ -266,7 +266,7 @@ def build_update(
 
 
 def seed_update(seed: int, step: int, rank: int = 0) -> None:
-    """Make everything that update `step` draws (noise, times, dropout) a function of (seed, step[, rank])."""
+    """Make everything that update `step` given (noise, times, dropout) a function of (seed, step[, rank])."""
     words = [seed, step, rank] if rank else [seed, step]
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 

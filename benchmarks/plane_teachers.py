@@ -93,7 +93,7 @@ class TeacherPool:
         return self.students[key]
 
 
-def open_school(data: Sequence[str], scale: Scale, *, num_classes: int = 0) -> TeacherPool:
+def open_pool(data: Sequence[str], scale: Scale, *, num_classes: int = 0) -> TeacherPool:
     """Teachers of all times, trained on the data."""
     torch.manual_seed(0)
     teacher = new_denoiser(MlpsConfig(len(data) * scale.seeds, num_classes=num_classes))
@@ -103,14 +103,14 @@ def open_school(data: Sequence[str], scale: Scale, *, num_classes: int = 0) -> T
     return TeacherPool(learn(teacher, DenoisingObjective(teacher.schedule), config, data, 0), data, scale)
 
 
-def guided_school(school: TeacherPool) -> TeacherPool:
-    """A school whose teachers take guidance as an input, as they learned from those of another, told classes."""
-    first = school.teacher
-    config = settings_of("guided", {}, school.scale)
-    config = replace(config, num_iters=GUIDED_PARTS * school.scale.part)
+def guided_pool(pool: TeacherPool) -> TeacherPool:
+    """A pool whose teachers take guidance as an input, as they learned from those of another, told classes."""
+    first = pool.teacher
+    config = settings_of("guided", {}, pool.scale)
+    config = replace(config, num_iters=GUIDED_PARTS * pool.scale.part)
     method = build_method("guided", asdict(config))
     objective = DistillationObjective(
         GuidedDenoiser(first), method, num_steps=TEACHER_STEPS, teacher_steps=TEACHER_STEPS
     )
     pupil = new_denoiser(replace(first.network.config, guidance_input=True), first)
-    return TeacherPool(learn(pupil, objective, config, school.data, 0), school.data, school.scale)
+    return TeacherPool(learn(pupil, objective, config, pool.data, 0), pool.data, pool.scale)
