@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.toy import UNET, Watcher, contents, write_checkpoint
+from vdiff.distributed import Processes
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
@@ -16,7 +17,6 @@ from vdiff.sampling.formats import open_output
 from vdiff.sampling.job import Report, Work, draw_images
 from vdiff.sampling.order import Order
 from vdiff.sampling.outputs import PICTURES, ImageKind
-from vdiff.sampling.processes import Processes
 
 
 def write_guided(folder: Path, *, told: bool = False, **changes: Any) -> None:
@@ -57,7 +57,7 @@ def run(
     processes = processes or Processes(torch.device("cpu"))
     return draw_images(
         order,
-        open_output(form, out, kind, processes.number),
+        open_output(form, out, kind, processes.rank),
         Work(num, batch_size, **work),
         processes=processes,
         reporter=reporter or Watcher(),

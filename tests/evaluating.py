@@ -45,7 +45,7 @@ def figures(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """One of several processes."""
-    from vdiff.sampling.processes import join
+    from vdiff.distributed import join
 
     measured(Path(), processes=join("cpu"), reporter=Watcher())
 

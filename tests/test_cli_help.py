@@ -31,10 +31,10 @@ from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import SCHEDULES
 from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.distributed import pick_device
 from vdiff.errors import OptionError
 from vdiff.files import parse
 from vdiff.models.checkpoint import read_config
-from vdiff.models.device import pick_device
 from vdiff.models.speed import DTYPES
 from vdiff.sampling.formats import FORMATS
 from vdiff.training import config

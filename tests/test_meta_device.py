@@ -64,14 +64,6 @@ class Descent(torch.optim.SGD):
                 parameter.add_(parameter.grad, alpha=-group["lr"])
 
 
-class MetaEngine(Engine):
-    """An engine on the meta device."""
-
-    @property
-    def device(self) -> torch.device:
-        return DEVICE
-
-
 def denoiser_of(description: CheckpointConfig) -> Denoiser:
     """The denoiser of a description, on the meta device."""
     with DEVICE:
@@ -86,7 +78,7 @@ def described(tmp_path: Path, *, classes: int = 0, **changes: Any) -> tuple[Trai
 
 def update_once(run: Run, importance: bool = False) -> None:
     """One update and what the meter makes of it, without a value of the device being read."""
-    engine = MetaEngine(Accelerator(cpu=True, device_placement=False), compile=False)
+    engine = Engine(DEVICE, accelerator=Accelerator(cpu=True, device_placement=False), compile=False)
     denoiser = run.denoiser.train()
     averages = averages_of(run.config, denoiser, engine, run.self_ema)
     sampling = ImportanceSampling(num_bins(run.step_bins), DEVICE) if importance else None

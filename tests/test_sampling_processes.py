@@ -12,8 +12,8 @@ import pytest
 
 from tests.commands import ROOT, done
 from tests.toy import contents, write_checkpoint
+from vdiff.distributed import join
 from vdiff.errors import VdiffError
-from vdiff.sampling.processes import join
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
@@ -64,6 +64,6 @@ def test_one_process_needs_no_launcher(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     alone = join("cpu")
     with alone.together():
-        assert (alone.count, alone.is_first, alone.share([1, 2])) == (1, True, [1, 2])
+        assert (alone.world_size, alone.is_main, alone.share([1, 2])) == (1, True, [1, 2])
     with pytest.raises(VdiffError, match="cause; hint"), alone.together():
         raise VdiffError("cause", "hint")

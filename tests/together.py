@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from vdiff.cli import sample
+from vdiff.distributed import join
 from vdiff.errors import OptionError, VdiffError
-from vdiff.sampling.processes import join
 
 
 def main() -> None:
@@ -21,11 +21,11 @@ def main() -> None:
     for failing in (1, 0, None):
         try:
             with processes.together():
-                if processes.number == failing:
+                if processes.rank == failing:
                     raise OptionError(f"process {failing} fails", "mend it")
         except VdiffError as error:
             heard.append([type(error).__name__, error.cause, error.hint])
-    Path(f"heard_{processes.number}.json").write_text(json.dumps([os.environ["RANK"], processes.count, heard]))
+    Path(f"heard_{processes.rank}.json").write_text(json.dumps([os.environ["RANK"], processes.world_size, heard]))
 
 
 if __name__ == "__main__":

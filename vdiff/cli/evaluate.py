@@ -204,10 +204,10 @@ def command(
         raise OptionError(f"--out {out} is no name for a JSON file", "give --out FILE.json")
 
     from vdiff.data.store import dataset_of
+    from vdiff.distributed import join
     from vdiff.evaluation.measure import evaluate
     from vdiff.evaluation.results import FILE
     from vdiff.models.checkpoint import newest_checkpoint, read_config
-    from vdiff.sampling.processes import join
 
     console = Console()
     folders = list(dict.fromkeys(checkpoints)) or [newest_checkpoint()]

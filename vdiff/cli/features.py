@@ -124,10 +124,10 @@ def command(
         raise OptionError("vdiff features trains in one process", "start it without a launcher")
 
     from vdiff.data.store import find_dataset
+    from vdiff.distributed import pick_device
     from vdiff.evaluation.feature_network_data import open_sized
     from vdiff.evaluation.feature_network_file import check_out, describe, write_features
     from vdiff.evaluation.feature_network_training import FeatureTraining, network_config, train_features
-    from vdiff.models.device import pick_device
     from vdiff.replacing import locked
 
     console = Console()

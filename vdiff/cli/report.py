@@ -94,11 +94,10 @@ def command(
     ladder = read_ladder(run_dir)
     if evaluate:
         from vdiff.data.store import dataset_of
-        from vdiff.evaluation.pieces import Alone
-        from vdiff.models.device import pick_device
+        from vdiff.distributed import Processes, pick_device
         from vdiff.report.measuring import Wish, evaluate_ladder
 
-        wish, place = Wish(num=num, features=features), Alone(pick_device(device))
+        wish, place = Wish(num=num, features=features), Processes(pick_device(device))
         images = data or dataset_of(str(ladder.first.description.get("dataset", "")))
         evaluate_ladder(
             ladder, images, wish, processes=place, overwrite=True, reporter=console, command=typed_command()
@@ -158,7 +157,7 @@ def report_at_the_end(
 
 
 def _measure_quickly(ladder: LadderRun, data: str, budget: int, device: torch.device, console: Console) -> None:
-    from vdiff.evaluation.pieces import Alone
+    from vdiff.distributed import Processes
     from vdiff.report.measuring import QUICK_SIZE, evaluate_ladder, quick_wish, tells_of
 
     students = [model.fingerprint for model in ladder.students]
@@ -168,7 +167,7 @@ def _measure_quickly(ladder: LadderRun, data: str, budget: int, device: torch.de
     if wish is None:
         raise VdiffError("the training was short", "")
     evaluate_ladder(
-        ladder, data, wish, processes=Alone(device), overwrite=True, reporter=console, command=typed_command()
+        ladder, data, wish, processes=Processes(device), overwrite=True, reporter=console, command=typed_command()
     )
 
 

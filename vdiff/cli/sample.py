@@ -224,6 +224,7 @@ def command(
     path = path_of(interpolate, num)
     form = image_format(out, image_store)
 
+    from vdiff.distributed import join
     from vdiff.models.checkpoint import newest_checkpoint, read_config, weights_fingerprint
     from vdiff.models.speed import pick_precision
     from vdiff.sampling import checks
@@ -231,7 +232,6 @@ def command(
     from vdiff.sampling.job import Work, draw_images
     from vdiff.sampling.order import Order
     from vdiff.sampling.outputs import ImageKind
-    from vdiff.sampling.processes import join
 
     console = Console()
     folder = checkpoint or newest_checkpoint()
@@ -268,14 +268,14 @@ def command(
     console.line(f"{folder}{progress}")
     report = draw_images(
         order,
-        open_output(form, target, kind, processes.number),
+        open_output(form, target, kind, processes.rank),
         Work(num, batch_size, precision, compile, overwrite, trajectory),
         processes=processes,
         reporter=console,
     )
     if json:
         values = report_values(
-            order, config, report, form=form, device=processes.device.type, processes=processes.count
+            order, config, report, form=form, device=processes.device.type, processes=processes.world_size
         )
         console.result(jsonlib.dumps(values, ensure_ascii=False))
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vdiff.data.images import to_uint8
 from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.distributed import memory_errors_named
 from vdiff.errors import VdiffError
 from vdiff.evaluation.features import Classifier, Features
 from vdiff.evaluation.moments import Moments
@@ -23,7 +24,7 @@ from vdiff.evaluation.reference import MAX_KEPT, arrays_of
 from vdiff.evaluation.score import Answers
 from vdiff.models.checkpoint import load_checkpoint, read_tensors
 from vdiff.models.drawing import draw, squared_errors
-from vdiff.models.speed import FastNetwork, memory_errors_named, ready_to_draw
+from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.reporting import Progress
 
 MAX_PAIRED = 256

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from vdiff.data.images import PICTURE
+from vdiff.distributed import Processes, pick_device
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.evaluation.drawn import STATE
 from vdiff.evaluation.features import PIXELS, Features, load_features
 from vdiff.evaluation.memorisation import save_pairs, with_nearest
 from vdiff.evaluation.notes import notes_for
-from vdiff.evaluation.pieces import Alone, Processes, WorkFolder, key_of
+from vdiff.evaluation.pieces import WorkFolder, key_of
 from vdiff.evaluation.plan import (
     Request,
     check_guidance,
@@ -32,7 +33,6 @@ from vdiff.evaluation.reference import Images, cache_folder, statistics
 from vdiff.evaluation.results import EVALUATION, Evaluation
 from vdiff.evaluation.rows import RowMaker, Style, finished_rows
 from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
-from vdiff.models.device import pick_device
 from vdiff.models.speed import pick_precision
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked
 from vdiff.reporting import DOUBTFUL_TIMES, Reporter, Silent
@@ -109,7 +109,7 @@ def evaluate(
         out=out,
         overwrite=overwrite,
         cache=cache,
-        processes=processes or Alone(pick_device(device)),
+        processes=processes or Processes(pick_device(device)),
         reporter=reporter,
         command=command,
     )
@@ -141,19 +141,19 @@ def measure(
     reporter = reporter or Silent()
     if not requests:
         raise ValueError("no requests")
-    if out is None and processes.count > 1:
+    if out is None and processes.world_size > 1:
         raise OptionError("several processes need a file that all of them see", "give --out FILE")
     with _place(out) as place, ExitStack() as lock, _said_when_stopped(out):
         with processes.together():
             job = _prepare(requests, dataset, order, features, weights, processes)
             pairs = out.with_name(f"{out.stem}-nearest.png") if out is not None and "nearest" in job.metrics else None
             if out is not None:
-                lock.enter_context(locked(out, place, *([pairs] if pairs else []), mine=processes.is_first))
+                lock.enter_context(locked(out, place, *([pairs] if pairs else []), mine=processes.is_main))
                 if pairs is not None and not place.exists() and not EVALUATION.files(out):
                     check_free(pairs, PICTURE, overwrite=True)
         with processes.together():
             finished = _finished(out, job.key, overwrite)
-            if finished is not None and processes.is_first:
+            if finished is not None and processes.is_main:
                 discard(place)
         if finished is not None:
             return finished
@@ -193,7 +193,7 @@ def measure(
             job=job.key,
         )
         with processes.together():
-            if processes.is_first:
+            if processes.is_main:
                 if pairs is not None:
                     save_pairs(rows, job.images, work, pairs)
                 if out is not None:
@@ -306,4 +306,4 @@ def _said_when_stopped(out: Path | None) -> Iterator[None]:
 def _device_name(processes: Processes) -> str:
     device = processes.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return name if processes.count == 1 else f"{processes.count} × {name}"
+    return name if processes.world_size == 1 else f"{processes.world_size} × {name}"

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from vdiff.data.images import save_png
+from vdiff.distributed import Processes
 from vdiff.evaluation.intervals import of_median
 from vdiff.evaluation.nearest import BANDS, COLUMNS, MAX_QUERIES, Search, merged, pairs_picture, search_vectors
-from vdiff.evaluation.pieces import Arrays, Processes, WorkFolder
+from vdiff.evaluation.pieces import Arrays, WorkFolder
 from vdiff.evaluation.reference import Images, chosen
 from vdiff.evaluation.results import Metric, Row
 from vdiff.evaluation.rows import small_file

@@ -10,60 +10,19 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from vdiff.distributed import Processes
 from vdiff.errors import VdiffError
 from vdiff.files import make_folder, parse, read_text, remove, write_text, write_whole
 
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
 JOB = "job.json"
-
-
-class Processes(Protocol):
-    """This process among those that a launcher started."""
-
-    @property
-    def device(self) -> torch.device:
-        """What this process computes on."""
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one that speaks."""
-
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Those items that are for this process."""
-
-    def together(self) -> AbstractContextManager[None]:
-        """Leave the block when all processes do; what fails in one fails in all."""
-
-
-@dataclass(frozen=True)
-class Alone:
-    """The only process there is."""
-
-    device: torch.device
-    count: int = 1
-    is_first: bool = True
-
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """All of them."""
-        return items
-
-    def together(self) -> AbstractContextManager[None]:
-        """Nobody to wait for."""
-        return nullcontext()
 
 
 def key_of(values: Any) -> str:
@@ -81,7 +40,7 @@ class WorkFolder:
     def __init__(self, path: Path, job: str, processes: Processes) -> None:
         self.path, self.processes = path, processes
         with processes.together():
-            if processes.is_first:
+            if processes.is_main:
                 if path.exists() and self._job() != job:
                     remove(path)
                 make_folder(path)

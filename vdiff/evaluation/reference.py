@@ -20,10 +20,11 @@ from torch import Tensor
 from vdiff.data.batches import decode
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.store import DATA_FILE, ImageStore
+from vdiff.distributed import Processes
 from vdiff.errors import VdiffError
 from vdiff.evaluation.features import Features
 from vdiff.evaluation.moments import Moments, total
-from vdiff.evaluation.pieces import Arrays, Processes, WorkFolder, key_of, read_arrays, write_arrays
+from vdiff.evaluation.pieces import Arrays, WorkFolder, key_of, read_arrays, write_arrays
 from vdiff.evaluation.results import Reference
 from vdiff.files import make_folder
 from vdiff.reporting import Progress, Reporter
@@ -178,7 +179,7 @@ def statistics(
     lock = FileLock(path.with_suffix(".lock"))
     try:
         with processes.together():
-            if processes.is_first:
+            if processes.is_main:
                 _wait_for(lock, reporter)
         with processes.together():
             found = _cached(path, features.dim)  # another evaluation may have put it there by now
@@ -227,7 +228,7 @@ def _compute(
         counter = _Counter(bar)
         work.do(names, lambda name: _part(images, features, parts[names.index(name)], indices, counter))
     with processes.together():
-        if processes.is_first:
+        if processes.is_main:
             pieces = [work.read(name) for name in names]
             merged = total(moments_in(piece)[0] for piece in pieces)
             kept = np.concatenate([piece["kept"] for piece in pieces])

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdiff.distributed import Processes
 from vdiff.errors import VdiffError
 from vdiff.evaluation.drawn import MAX_PAIRED, Artist, Division, draw_piece
 from vdiff.evaluation.features import Features
 from vdiff.evaluation.figures import Figures
-from vdiff.evaluation.pieces import Arrays, Processes, WorkFolder, write_arrays
+from vdiff.evaluation.pieces import Arrays, WorkFolder, write_arrays
 from vdiff.evaluation.plan import Request
 from vdiff.evaluation.reference import Statistics
 from vdiff.evaluation.results import Row, plain, row_from
@@ -104,7 +105,7 @@ class RowMaker:
 
             self.work.do(names, compute)
         with self.processes.together():
-            if self.processes.is_first:
+            if self.processes.is_main:
                 self._finish(number, request, config, fingerprint, [self.work.read(name) for name in names])
                 for name in names:
                     self.work.file(name).unlink()
@@ -142,7 +143,7 @@ class RowMaker:
             return impossible_times([((name, row.sampler), row.evaluations, row.ms_per_image) for name, row in each])
 
         with self.processes.together():
-            if self.processes.is_first:
+            if self.processes.is_main:
                 for k in doubtful():
                     artist, batch = self._artist(requests[k]), range(min(self.style.batch_size, self.style.n))
                     with self.reporter.progress("timing again", 2 * len(batch), "images") as bar:
@@ -180,7 +181,7 @@ class RowMaker:
 
     def _done(self, names: Sequence[str], ranges: Sequence[range]) -> int:
         """Images that need no more drawing, as this process's bar counts them."""
-        if self.processes.count > 1:
+        if self.processes.world_size > 1:
             return 0
         missing = set(self.work.missing(names))
         return sum(len(drawn) for name, drawn in zip(names, ranges, strict=True) if name not in missing)

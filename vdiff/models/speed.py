@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from itertools import permutations
 from typing import cast
 
@@ -105,21 +104,3 @@ def impossible_times(times: Sequence[tuple[Hashable, float, float]]) -> list[int
         if a == b and more > fewer and less < longer
     ]
     return sorted({k for pair in pairs for k in pair})
-
-
-@contextmanager
-def memory_errors_named() -> Iterator[None]:
-    """Say in one line that memory ran out, and what needs less.
-
-    Raises:
-        VdiffError: it did.
-    """
-    remedy = "give a smaller --batch_size, or --precision bf16"
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise VdiffError("out of GPU memory", remedy) from None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise VdiffError("out of memory", remedy) from None

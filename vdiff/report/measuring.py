@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vdiff.distributed import Processes
 from vdiff.errors import VdiffError
 from vdiff.evaluation.measure import Order, measure
-from vdiff.evaluation.pieces import Processes
 from vdiff.evaluation.plan import Request, why_not
 from vdiff.evaluation.results import FILE, Evaluation
 from vdiff.models.checkpoint import CheckpointConfig, read_config

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from vdiff.data.images import save_png
 from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.distributed import Processes, memory_errors_named
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from
-from vdiff.models.speed import FastNetwork, memory_errors_named, ready_to_draw
+from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.replacing import is_free
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.order import Order
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
 from vdiff.sampling.pictures import MAX_GRID, Trajectory, grid_picture, num_shown, path_picture, spread
-from vdiff.sampling.processes import Processes
 
 PATH = (STRIP, ANIMATION)
 MAX_ENCODERS = 8
@@ -97,7 +97,7 @@ def draw_images(order: Order, output: Output, work: Work, *, processes: Processe
     """
     with ExitStack() as lock:
         with processes.together():
-            lock.enter_context(output.locked(mine=processes.is_first))
+            lock.enter_context(output.locked(mine=processes.is_main))
         return _draw_images(order, output, work, processes, reporter)
 
 
@@ -110,14 +110,14 @@ def _draw_images(order: Order, output: Output, work: Work, processes: Processes,
         has_path = state != "anew" and all(output.picture_in_work(name).exists() for name in PATH)
         wants_path = work.trajectory and not has_path
     if state == "finished" and not wants_path:
-        if processes.is_first:
+        if processes.is_main:
             output.begin(order, state)
         return _report(output, work, drawn=0, evaluations=None, seconds=0.0)
     with processes.together():  # before anything is replaced: it may be damaged
         denoiser, config = load_checkpoint(Path(order.checkpoint), processes.device)
         denoiser = ready_to_draw(denoiser, precision=work.precision, compiled=work.compiled)
     with processes.together():
-        if processes.is_first:
+        if processes.is_main:
             output.begin(order, state)
     with processes.together():
         held = np.ones(work.num, bool) if state == "finished" else output.held(work.num)
@@ -125,8 +125,8 @@ def _draw_images(order: Order, output: Output, work: Work, processes: Processes,
     missing = int((~held).sum())
     with _said_when_stopped(output, work.num):
         with processes.together():
-            job.draw(held, wants_path=wants_path and processes.is_first, reporter=reporter)
-        if processes.is_first and state != "finished":
+            job.draw(held, wants_path=wants_path and processes.is_main, reporter=reporter)
+        if processes.is_main and state != "finished":
             job.finish()
     seconds = max(time.monotonic() - began, 1e-9)
     return _report(output, work, drawn=missing, evaluations=job.evaluations, seconds=seconds)
@@ -158,7 +158,7 @@ class _Job:
         mine = list(self.processes.share([batch for batch in batches if not held[batch.start : batch.stop].all()]))
         if wants_path and batches[0] not in mine:
             mine.insert(0, batches[0])
-        before = num if self.processes.count == 1 else sum(len(batch) for batch in mine)
+        before = num if self.processes.world_size == 1 else sum(len(batch) for batch in mine)
         done = before - sum(int((~held[batch.start : batch.stop]).sum()) for batch in mine)
         with (
             reporter.progress(self.output.path.name, before, "images", start=done) as bar,

@@ -48,7 +48,7 @@ class Images:
         """This process's share of the batches, in the order that the seed gives."""
         if self.none_needed:
             shape = (self.channels, self.image_size, self.image_size)
-            share = engine.share(config.batch_size)
+            share = engine.part(config.batch_size)
             return ClassesOnly(shape, len(self.class_names), config.seed, config.batch_size, share)
         assert self.store is not None, "images that are only assumed cannot be read"
         return open_batches(

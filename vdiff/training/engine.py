@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +15,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vdiff.errors import OptionError, VdiffError
+from vdiff.distributed import Processes, leave_at_exit, pick_device
+from vdiff.errors import OptionError
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.device import pick_device
 from vdiff.training.config import LoopConfig
 from vdiff.training.sharding import is_sharded, shard, whole
 
@@ -31,33 +29,12 @@ UPDATES_BETWEEN_QUESTIONS = {"cpu": 1, "cuda": 10}
 REMEDIES = "give --grad_accum 2 (or more), --checkpointing True, --precision bf16 or a smaller --batch_size"
 
 
-@dataclass(frozen=True)
-class Engine:
-    """An accelerator, and what its device is best given."""
+@dataclass(frozen=True, kw_only=True)
+class Engine(Processes):
+    """The processes that train together, their accelerator, and whether networks are compiled."""
 
     accelerator: Accelerator
     compile: bool
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
-
-    @property
-    def rank(self) -> int:
-        """The number of this process, 0 … `world_size` − 1."""
-        return int(self.accelerator.process_index)
-
-    @property
-    def world_size(self) -> int:
-        """How many processes train together."""
-        return int(self.accelerator.num_processes)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that logs, draws and saves."""
-        return self.rank == 0
 
     def place(self, denoiser: Denoiser) -> Denoiser:
         """Move a denoiser to the device, in the memory format that its convolutions are fastest in."""
@@ -97,11 +74,6 @@ class Engine:
             return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
         norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
         return norm
-
-    def share(self, size: int) -> slice:
-        """This process's part of a batch of `size`."""
-        part = size // self.world_size
-        return slice(self.rank * part, (self.rank + 1) * part)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in each of them."""
@@ -171,13 +143,14 @@ def build_engine(config: LoopConfig) -> Engine:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes never change
     if accelerator.num_processes > 1:
-        atexit.register(_leave)
-    return Engine(accelerator, compile=on_cuda if config.compile is None else config.compile)
-
-
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        leave_at_exit()
+    return Engine(
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator=accelerator,
+        compile=on_cuda if config.compile is None else config.compile,
+    )
 
 
 def effective_batch(config: LoopConfig, engine: Engine) -> str:
@@ -187,22 +160,3 @@ def effective_batch(config: LoopConfig, engine: Engine) -> str:
         return f"batch {config.batch_size}"
     factors = [f"{processes} processes"] * (processes > 1) + [f"{parts} parts"] * (parts > 1)
     return f"batch {config.batch_size} = {' × '.join(factors)} × {config.batch_size // (processes * parts)} images"
-
-
-@contextmanager
-def memory_errors_named() -> Iterator[None]:
-    """Say in one line that memory ran out, and which settings need less.
-
-    Raises:
-        VdiffError: it did.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which …"
-        capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
-        raise VdiffError(f"out of GPU memory{f' (it has {capacity[1]})' if capacity else ''}", REMEDIES) from None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise VdiffError("out of memory", REMEDIES) from None

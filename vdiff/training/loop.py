@@ -16,6 +16,7 @@ from vdiff.data.batches import Batch
 from vdiff.data.datasets import Batches
 from vdiff.data.images import from_uint8
 from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.distributed import memory_errors_named
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser, drop_classes
@@ -23,7 +24,7 @@ from vdiff.reporting import Progress, Reporter
 from vdiff.training import history
 from vdiff.training.averages import Averages, Exponential, profiles_of
 from vdiff.training.config import LoopConfig
-from vdiff.training.engine import Engine, memory_errors_named
+from vdiff.training.engine import REMEDIES, Engine
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.meter import Meter, Outcome
 from vdiff.training.objectives import LOSSES, Objective, StudentState, TrainBatch, stratified, weighted_losses
@@ -75,7 +76,7 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
         VdiffError: too many updates in a row were bad (and nothing was overwritten), memory ran out, or the disk
             refuses.
     """
-    with memory_errors_named():
+    with memory_errors_named(REMEDIES):
         return _fit(run, engine, reporter)
 
 
@@ -212,7 +213,7 @@ def build_update(
     low, high = run.description.guidance_range or (0.0, 0.0)
     model = engine.wrapped(engine.compiled(denoiser))
     prepared = accelerator.prepare(optimizer)
-    share = engine.share(config.batch_size)
+    share = engine.part(config.batch_size)
     size = (share.stop - share.start) // config.grad_accum
     parts = [slice(start, start + size) for start in range(0, share.stop - share.start, size)]
 

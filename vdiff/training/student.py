@@ -145,7 +145,7 @@ def _seconds(stage: Stage, config: DistillConfig, images: Images, engine: Engine
     denoiser = engine.place(run.denoiser).train()
     averages = averages_of(run.config, denoiser, engine, run.self_ema)
     update = build_update(run, engine, denoiser, averages, build_optimizer(denoiser, run.config))
-    share = engine.share(config.batch_size)
+    share = engine.part(config.batch_size)
     size = (share.stop - share.start, images.channels, images.image_size, images.image_size)
     batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))
     times = []

@@ -1,0 +1,145 @@
+"""Where a command computes: its device, and this process among those that a launcher started."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from vdiff.errors import OptionError, VdiffError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+"""How long one process waits for the others: shares are equal in number, not in time."""
+SECONDS_BETWEEN_LOOKS = 0.02
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world_size`.
+
+    Attributes:
+        device: what this process computes on.
+        rank: its number, 0 … `world_size` − 1.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints, and writes what is written once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's items: every `world_size`-th."""
+        return items[self.rank :: self.world_size]
+
+    def part(self, batch_size: int) -> slice:
+        """This process's contiguous part of a batch."""
+        size = batch_size // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave the block when all processes do; a `VdiffError` in one of them is raised in all.
+
+        Raises:
+            VdiffError: raised inside the block, here or elsewhere.
+        """
+        failure: VdiffError | None = None
+        try:
+            yield
+        except VdiffError as error:
+            failure = error
+        if self.world_size > 1:
+            failure = self._first_failure(failure)
+        if failure is not None:
+            raise failure
+
+    def _first_failure(self, failure: VdiffError | None) -> VdiffError | None:
+        from torch import distributed
+
+        failed = torch.tensor([int(failure is not None)], device=self.device)
+        work = distributed.all_reduce(failed, async_op=True)
+        while not work.is_completed():  # a blocking wait would ignore Ctrl-C
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        work.wait()
+        if not failed.item():
+            return None
+        failures: list[tuple[type[VdiffError], str, str] | None] = [None] * self.world_size
+        said = (type(failure), failure.cause, failure.hint) if failure else None
+        distributed.all_gather_object(failures, said)
+        kind, cause, hint = next(found for found in failures if found)
+        return kind(cause, hint)
+
+
+def join(device: str) -> Processes:
+    """This process, with those that a launcher (torchrun, accelerate) started beside it.
+
+    Args:
+        device: auto, cpu, cuda or mps; several processes on CUDA take a GPU each.
+
+    Raises:
+        OptionError: this machine has no such device.
+    """
+    picked = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(picked)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=picked.type == "cpu", timeout=PATIENCE)
+    leave_at_exit()
+    return Processes(state.device, state.process_index, state.num_processes)
+
+
+def leave_at_exit() -> None:
+    """Have the group of processes closed when this process ends; torch warns otherwise."""
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    atexit.register(leave)
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `mps`; `auto` takes the first of cuda, mps and cpu that this machine has.
+
+    Raises:
+        OptionError: this machine has no such device.
+    """
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, is_there in has.items() if is_there))
+    if not has[name]:
+        raise OptionError(f"--device {name}: this machine has no {name} device", "give --device auto")
+    return torch.device(name)
+
+
+@contextmanager
+def memory_errors_named(remedy: str = "give a smaller --batch_size, or --precision bf16") -> Iterator[None]:
+    """Turn running out of memory into an error of one line that names the settings which need less.
+
+    Raises:
+        VdiffError: memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which …"
+        capacity = re.search(r"total capacity of ([\d.]+ \w+)", str(error))
+        raise VdiffError(f"out of GPU memory{f' (it has {capacity[1]})' if capacity else ''}", remedy) from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise VdiffError("out of memory", remedy) from None
