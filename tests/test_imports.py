@@ -15,7 +15,7 @@ MODULES = {
     for path in sorted((ROOT / "vdiff").rglob("*.py"))
 }
 
-WITHOUT_TORCH = ["vdiff.errors", "vdiff.files", "vdiff.replacing", "vdiff.reporting"]
+WITHOUT_TORCH = ["vdiff.errors", "vdiff.files", "vdiff.records", "vdiff.replacing", "vdiff.reporting"]
 BASE = [*WITHOUT_TORCH, "vdiff.distributed"]
 DIFFUSION = [
     f"vdiff.diffusion.{name}"
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "vdiff.distributed": ["vdiff.errors"],
     "vdiff.reporting": ["vdiff.errors"],
     "vdiff.files": ["vdiff.errors"],
+    "vdiff.records": ["vdiff.errors", "vdiff.files"],
     "vdiff.replacing": ["vdiff.errors", "vdiff.files"],
     "vdiff.diffusion": [],
     "vdiff.diffusion.schedules": [],

@@ -1,0 +1,102 @@
+"""What rooms leave on the disk for each other: a JSON object becomes a dataclass whose keys and values were checked."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vdiff.errors import VdiffError, suggestion
+from vdiff.files import read_json
+
+T = TypeVar("T")
+KINDS = {
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "a truth value",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+"""What msgspec calls the kinds of JSON, and how an error does."""
+BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
+MISMATCH = re.compile(r"Expected `(?P<kinds>.+?)`(?: (?P<sign>[<>]=?) (?P<bound>\S+))?(?:, got .*)?")
+
+
+def read_record(path: Path, kind: type[T], advice: str) -> T:
+    """The dataclass that a JSON file of somebody who may not be trusted describes.
+
+    Raises:
+        VdiffError: the file cannot be read, see `files.read_json`, or is of another kind, see `record_of`.
+    """
+    return record_of(kind, read_json(path, advice), str(path), advice)
+
+
+def record_of(kind: type[T], values: object, where: str, advice: str) -> T:
+    """The dataclass `kind` of the object `values`, as JSON or TOML gives it; nothing is converted but lists and floats.
+
+    Bounds are annotations: `Annotated[int, msgspec.Meta(ge=1)]`.
+
+    Args:
+        where: the file, as an error names it.
+        advice: what to do where the values are wrong.
+
+    Raises:
+        VdiffError: a key is unknown or missing, or a value has the wrong kind or lies outside its bounds.
+    """
+    import msgspec
+
+    if not isinstance(values, dict):
+        raise VdiffError(f"{where} is no JSON object", advice)
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            hint = suggestion(str(key), known, only_near=True) or advice
+            raise VdiffError(f"{where} has an unknown key {key!r}", hint)
+    required = {key for key, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
+    if missing := sorted(required - values.keys()):
+        raise VdiffError(f"{where} lacks the key {', '.join(map(repr, missing))}", advice)
+    try:
+        record = msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise VdiffError(f"{where}: {_reason(str(error), values)}", advice) from None
+    if unknown := next(_unknown(values, record), ""):
+        raise VdiffError(f"{where} has an unknown key {unknown!r}", advice)
+    return record
+
+
+def _reason(message: str, values: Any) -> str:
+    """What msgspec found, in words: `'image_size' must be at least 1, not -8`."""
+    reason, _, place = message.partition(" - at `$.")
+    place = place.rstrip("`")
+    found = MISMATCH.fullmatch(reason)
+    if found is None:
+        return f"{place!r}: {reason}"
+    if found["sign"]:
+        for part in re.findall(r"[^.\[\]]+", place):
+            values = values[int(part) if isinstance(values, list) else part] if part != "..." else next(iter(values))
+        bound = float(found["bound"])
+        shown = f"{bound:.0f}" if bound.is_integer() else f"{bound:g}"
+        return f"{place!r} must be {BOUNDS[found['sign']]} {shown}, not {reprlib.repr(values)}"
+    kinds = " or ".join(KINDS.get(name, name) for name in found["kinds"].split(" | "))
+    if item := re.fullmatch(r"(.*)\[\d+\]", place):
+        place, kinds = item[1], f"a list of {kinds.removeprefix('a ').removeprefix('an ')}s"
+    return f"{place!r} must be {kinds}"
+
+
+def _unknown(values: Any, record: Any) -> Iterator[str]:
+    """The keys of objects within `values` that the dataclasses in their place do not have; msgspec passes them over."""
+    if is_dataclass(record):
+        yield from values.keys() - {item.name for item in fields(record)}
+        for key, value in values.items():
+            yield from _unknown(value, getattr(record, key, None))
+    elif isinstance(record, dict):
+        for key, value in values.items():
+            yield from _unknown(value, record[key])
+    elif isinstance(record, list | tuple):
+        for value, item in zip(values, record, strict=True):
+            yield from _unknown(value, item)
