@@ -22,6 +22,7 @@ WORDS = (
 )
 
 
+@pytest.mark.slow
 def test_a_ladder_of_tract_in_two_processes(tmp_path, monkeypatch):
     """The batch, the statistics of all its losses, the self-teacher and the verdict are those of one process."""
     monkeypatch.chdir(tmp_path)

@@ -103,6 +103,7 @@ def test_two_processes_resume_to_the_same_bits(whole):
     assert_equal_bits(state_path(whole / "two"), state_path(whole / "cut"))
 
 
+@pytest.mark.slow
 def test_a_ladder_in_two_processes(whole):
     words = "--config tiny.toml --teacher_steps 16 --to_steps 4"
     stderr = done(f"distill.py --base two {words}", whole)
@@ -115,6 +116,7 @@ def test_a_ladder_in_two_processes(whole):
     assert (whole / "base_1" / "ladder.png").exists()
 
 
+@pytest.mark.slow
 def test_weights_shared_out_over_the_processes(whole):
     """FSDP: the same training, resumed to the same bits, with averages, parts and samples; readable without it."""
     words = "--config tiny.toml --fsdp True --grad_accum 2 --ema_profiles True --ema_interval 2 --sample_interval 3"
@@ -146,7 +148,9 @@ def test_one_process_has_nothing_to_share(whole):
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_to_one_process_stops_both_after_the_same_update(whole, number, code):
     out = f"stopped_{code}"
     process = launch(f"train.py --config tiny.toml --num_iters 100000 --ckpt_interval 100000 --out {out}", whole)
@@ -173,6 +177,7 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared(whole):
     process = launch("train.py --config tiny.toml --batch_size 5 --out odd", whole)
     _, stderr = process.communicate(timeout=900)
@@ -184,7 +189,6 @@ def test_a_batch_that_cannot_be_shared(whole):
     assert not (whole / "odd").exists()
 
 
-KILLS = 30
 KILLER = """
 import os, random, signal, sys, time
 import torch
@@ -237,12 +241,13 @@ print(kills, rounds)
 """
 
 
-def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tmp_path):
-    """Training and a ladder, killed 30 times in all: original and students are those of a run that never was."""
+@pytest.mark.parametrize("least", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tmp_path, least):
+    """Training and a ladder, killed so often in all: original and students are those of a run that never was."""
     shutil.copytree(place / "data", tmp_path / "data")
     shutil.copy(place / "tiny.toml", tmp_path)
     process = subprocess.run(
-        [sys.executable, "-c", KILLER, str(KILLS)],
+        [sys.executable, "-c", KILLER, str(least)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         text=True,
@@ -251,7 +256,7 @@ def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tm
     )
     assert process.returncode == 0, process.stderr[-3000:]
     kills, rounds = map(int, process.stdout.split())
-    assert kills >= KILLS
+    assert kills >= least
     for number in range(1, rounds + 1):
         for name in ("original", "base_0", "base_1"):
             assert_equal_bits(tmp_path / "whole" / name / WEIGHTS, tmp_path / f"round_{number}" / name / WEIGHTS)
