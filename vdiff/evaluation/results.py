@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import vdiff
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text, write_text
+from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
 
 FORMAT = 1
@@ -139,17 +140,15 @@ class Evaluation:
         """
         try:
             values = parse(text)
-            if not isinstance(values, dict):
-                raise TypeError("it is no JSON object")
-            if values.get("format") != FORMAT:
-                raise TypeError(f"its format is {values.get('format')!r}, this vdiff reads {FORMAT}")
-            values["reference"] = _build(Reference, values.get("reference"))
-            values["rows"] = tuple(row_from(row) for row in _list(values.get("rows"), "rows"))
-            values["notes"] = tuple(str(note) for note in _list(values.get("notes", []), "notes"))
-            built: Evaluation = _build(cls, values)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise VdiffError(f"no evaluation: {error or 'nested too deep'}", AGAIN) from None
-        return built
+            if isinstance(values, dict):
+                if values.get("format") != FORMAT:
+                    raise ValueError(f"its format is {values.get('format')!r}, this vdiff reads {FORMAT}")
+                if isinstance(values.get("rows"), list):
+                    values["rows"] = list(map(_with_infinite, values["rows"]))
+            return record_of(cls, values, "it", AGAIN)
+        except (ValueError, VdiffError) as error:
+            cause = error.cause if isinstance(error, VdiffError) else error
+            raise VdiffError(f"no evaluation: {cause}", AGAIN) from None
 
     def write(self, path: Path) -> None:
         """Write it to `path`, whole or not at all.
@@ -184,47 +183,9 @@ def row_from(values: Any) -> Row:
     """A row from its JSON object.
 
     Raises:
-        TypeError: keys that are missing, unknown or of the wrong kind.
+        VdiffError: keys that are missing, unknown or of the wrong kind.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
-        raise TypeError("a row without metrics")
-    metrics = {str(name): _build(Metric, _infinite(metric)) for name, metric in values["metrics"].items()}
-    closest = tuple((int(k), int(i), float(far)) for k, i, far in _list(values.get("closest", []), "closest"))
-    built: Row = _build(Row, {**values, "metrics": metrics, "closest": closest})
-    return built
-
-
-KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "int | None": (int, type(None)),
-    "str | None": (str, type(None)),
-}
-
-
-def _build(cls: Any, values: Any) -> Any:
-    """An instance of a dataclass from a JSON object, its keys and the kinds of its plain values checked."""
-    if not isinstance(values, dict):
-        raise TypeError(f"{cls.__name__.lower()} is no object")
-    known = {item.name: item for item in fields(cls)}
-    needed = {name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
-    if wrong := sorted(needed - set(values)):
-        raise TypeError(f"{cls.__name__.lower()} lacks {wrong[0]!r}")
-    if wrong := sorted(set(values) - set(known)):
-        raise TypeError(f"{cls.__name__.lower()} has the unknown key {wrong[0]!r}")
-    for name, value in values.items():
-        kinds = KINDS.get(str(known[name].type))
-        if kinds and (type(value) not in kinds):
-            raise TypeError(f"{name!r} cannot be {value!r}")
-    return cls(**values)
-
-
-def _list(values: Any, name: str) -> list[Any]:
-    if not isinstance(values, list):
-        raise TypeError(f"{name!r} is no list")
-    return values
+    return record_of(Row, _with_infinite(values), "a row", AGAIN)
 
 
 def plain(value: Any) -> Any:
@@ -236,8 +197,12 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _infinite(metric: Any) -> Any:
-    """A metric's value that JSON could not say was infinite: PSNR of equal images."""
-    if isinstance(metric, dict) and metric.get("value", 0) is None:
-        return {**metric, "value": math.inf}
-    return metric
+def _with_infinite(row: Any) -> Any:
+    """The JSON object of a row whose metrics were infinite where JSON could only say null: PSNR of equal images."""
+    if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
+        return row
+    metrics = {
+        name: {**metric, "value": math.inf} if isinstance(metric, dict) and metric.get("value", 0) is None else metric
+        for name, metric in row["metrics"].items()
+    }
+    return {**row, "metrics": metrics}

@@ -198,7 +198,7 @@ def finished_rows(work: WorkFolder, count: int) -> list[Row]:
         path = work.file(row_file(number))
         try:
             found.append(row_from(parse(read_text(path))))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, VdiffError):
             raise VdiffError(f"{path} cannot be read", f"remove {work.path}, then give the command again") from None
     return found
 
