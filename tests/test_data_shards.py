@@ -565,7 +565,7 @@ def test_the_name_given_to_out_opens_the_folder(folder: Path) -> None:
     [
         (lambda index: index["meta"].update(format_version=999), r"index\.json: the dataset has format version 999"),
         (lambda index: index["meta"].update(complete=False), "incomplete dataset"),
-        (lambda index: index["meta"].pop("sizes"), "lacks 'sizes'"),
+        (lambda index: index["meta"].pop("sizes"), "lacks the key 'sizes'"),
         (lambda index: index.pop("meta"), "is no index of tar shards"),
         (lambda index: index["shards"][0].update(images=0), "is no index of tar shards"),
         (lambda index: index["shards"][0].update(images="8"), "is no index of tar shards"),

@@ -250,7 +250,7 @@ def test_meta_round_trip_and_its_errors() -> None:
     for wrong, message in [
         ("[]", "not a JSON object"),
         ("{", "not a JSON object"),
-        (text.replace('"crop"', '"corp"'), "lacks 'crop', has the unknown key 'corp'"),
+        (text.replace('"crop"', '"corp"'), "has an unknown key 'corp'; did you mean 'crop'?"),
         (replace(meta, format_version=3).to_json(), "format version 3"),
     ]:
         with pytest.raises(VdiffError, match=re.escape(message)):

@@ -7,8 +7,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from vdiff.data.labels import clean_name
 from vdiff.data.lmdb_file import LmdbFile
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text
+from vdiff.records import record_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,16 +135,8 @@ class DatasetMeta:
                 f"the dataset has format version {version}, this vdiff reads version {FORMAT_VERSION}",
                 f"update vdiff, or {PREPARE_AGAIN}",
             )
-        values.setdefault("value_range", "")  # earlier datasets have none
-        known = {item.name for item in fields(cls)}
-        wrong = [f"lacks {key!r}" for key in sorted(known - set(values))]
-        wrong += [f"has the unknown key {key!r}" for key in sorted(set(values) - known)]
-        if wrong:
-            raise VdiffError(f"the dataset's description {', '.join(wrong)}", PREPARE_AGAIN)
-        if wrong := [item.name for item in fields(cls) if not _IS_KIND[str(item.type)](values[item.name])]:
-            raise VdiffError(f"the dataset's description has another kind of {', '.join(wrong)}", PREPARE_AGAIN)
-        names = tuple(clean_name(name) for name in values["class_names"])
-        meta = cls(**{**values, "sizes": tuple(values["sizes"]), "class_names": names})
+        meta = record_of(cls, values, "the dataset's description", PREPARE_AGAIN)
+        meta = replace(meta, class_names=tuple(map(clean_name, meta.class_names)))
         counts = [meta.counts.get(key, {}) for key in ("skipped", "ignored", "converted")]
         if not (
             meta.sizes == tuple(sorted(set(meta.sizes)))
@@ -156,21 +149,6 @@ class DatasetMeta:
         ):
             raise VdiffError("the dataset's description says what no dataset is", PREPARE_AGAIN)
         return meta
-
-
-def _is_list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda value: type(value) is list and all(type(item) is kind for item in value)
-
-
-_IS_KIND: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: type(value) is str,
-    "int": lambda value: type(value) is int,
-    "int | None": lambda value: value is None or type(value) is int,
-    "bool": lambda value: type(value) is bool,
-    "tuple[int, ...]": _is_list_of(int),
-    "tuple[str, ...]": _is_list_of(str),
-    "Mapping[str, Any]": lambda value: type(value) is dict,
-}
 
 
 class ImageStore:
