@@ -14,9 +14,9 @@ from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
 from vdiff.sampling.checks import class_numbers
 from vdiff.sampling.formats import open_output
-from vdiff.sampling.job import Report, Work, draw_images
-from vdiff.sampling.order import Order
+from vdiff.sampling.job import RunOptions, SampleReport, draw_images
 from vdiff.sampling.outputs import PICTURES, ImageKind
+from vdiff.sampling.spec import SampleSpec
 
 
 def write_guided(folder: Path, *, told: bool = False, **changes: Any) -> None:
@@ -26,7 +26,7 @@ def write_guided(folder: Path, *, told: bool = False, **changes: Any) -> None:
     write_checkpoint(folder, classes=3, unet=UNetConfig.from_dict({**UNET, **shape}).to_dict(), **values | changes)
 
 
-def order(model: Path, **changes: Any) -> Order:
+def spec(model: Path, **changes: Any) -> SampleSpec:
     """Four steps of DDIM, seed 3, with all classes that the model has."""
     values: dict[str, Any] = {
         "checkpoint": model.as_posix(),
@@ -37,11 +37,11 @@ def order(model: Path, **changes: Any) -> Order:
         "seed": 3,
         "classes": class_numbers(read_config(model), None),
     }
-    return Order(**values | changes)
+    return SampleSpec(**values | changes)
 
 
 def run(
-    order: Order,
+    spec: SampleSpec,
     out: Path,
     *,
     form: str = "png",
@@ -50,15 +50,15 @@ def run(
     reporter: Reporter | None = None,
     processes: Processes | None = None,
     **work: Any,
-) -> Report:
+) -> SampleReport:
     """`draw_images` on the CPU."""
-    config = read_config(Path(order.checkpoint))
+    config = read_config(Path(spec.checkpoint))
     kind = ImageKind(config.image_size, config.unet["in_channels"], config.class_names)
     processes = processes or Processes(torch.device("cpu"))
     return draw_images(
-        order,
+        spec,
         open_output(form, out, kind, processes.rank),
-        Work(num, batch_size, **work),
+        RunOptions(num, batch_size, **work),
         processes=processes,
         reporter=reporter or Watcher(),
     )

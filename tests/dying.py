@@ -20,19 +20,19 @@ from typing import Any
 
 import torchvision.utils  # noqa: F401 - once, not in every fork
 
-from tests.drawing import order, run
+from tests.drawing import run, spec
 from tests.sudden_end import die_at
 from tests.toy import contents
-from vdiff.sampling import archive, folder, job, spool
+from vdiff.sampling import archive, folder, job, record_log
 from vdiff.sampling.formats import FORMATS
 
 NUM, BATCH_SIZE = 11, 4
 POINTS: dict[str, tuple[Any, str]] = {
-    "append": (spool.Spool, "append"),
+    "append": (record_log.RecordLog, "append"),
     "file": (folder.PngFolder, "encode"),
     "batch": (folder.PngFolder, "commit"),
     "grid": (job, "save_png"),
-    "path": (job.Trajectory, "save"),
+    "path": (job.TrajectoryRecorder, "save"),
     "packer": (archive, "write_packed"),
     "move": (shutil, "move"),
     "replace": (os, "replace"),
@@ -69,7 +69,7 @@ def draw(place: Path, form: str, prepare: Callable[[], None] = no_death, seconds
     if pid == 0:
         os.chdir(place)
         prepare()
-        wanted = order(Path("../model"), sampler="ddpm")
+        wanted = spec(Path("../model"), sampler="ddpm")
         run(wanted, Path(f"out.{form}"), form=form, num=NUM, batch_size=BATCH_SIZE, trajectory=True)
         os._exit(0)
     if seconds:

@@ -29,7 +29,7 @@ from vdiff.models.checkpoint import (
     write_tensors,
 )
 from vdiff.models.reading import read_shapes
-from vdiff.sampling.order import Order, read_record
+from vdiff.sampling.spec import SampleSpec, read_record
 from vdiff.training.presets import RUN_FILE, read_run, read_settings
 from vdiff.training.verdict import Verdict, read_verdict, write_verdict
 
@@ -56,7 +56,7 @@ def entries(path: Path) -> Any:
 def order(path: Path) -> Any:
     """What is compared with the next command; None where that is refused."""
     found = read_record(path)
-    return found and {item.name: found[item.name] for item in fields(Order)}
+    return found and {item.name: found[item.name] for item in fields(SampleSpec)}
 
 
 READERS: dict[str, Callable[[Path], Any]] = {

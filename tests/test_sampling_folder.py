@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.drawing import order, run, written
+from tests.drawing import run, spec, written
 from tests.toy import SIZE, Watcher, contents, write_checkpoint
 from vdiff.diffusion.samplers import Clipped, Ddim
 from vdiff.errors import Interrupted, VdiffError
@@ -25,8 +25,8 @@ from vdiff.models.checkpoint import (
 )
 from vdiff.models.drawing import draw
 from vdiff.sampling.folder import image_path
-from vdiff.sampling.order import RECORD
 from vdiff.sampling.outputs import GRID, PICTURES
+from vdiff.sampling.spec import RECORD
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def images(num: int) -> list[str]:
 
 
 def test_a_folder_holds_images_grid_and_record(model, tmp_path):
-    wanted = order(model)
+    wanted = spec(model)
     report = run(wanted, tmp_path / "out")
     assert (report.num, report.drawn, report.evaluations, report.out) == (7, 7, 4, tmp_path / "out")
     assert report.images_per_second == pytest.approx(7 / report.seconds)
@@ -81,7 +81,7 @@ def test_a_folder_holds_images_grid_and_record(model, tmp_path):
 def test_images_are_those_that_the_model_draws(request, tmp_path, name, changes, sampler):
     """round(127.5 (x + 1)), as `draw` gives them."""
     model = request.getfixturevalue(name)
-    run(order(model, **changes), tmp_path / "out", batch_size=2)
+    run(spec(model, **changes), tmp_path / "out", batch_size=2)
     denoiser, _ = load_checkpoint(model)
     expected = draw(denoiser, sampler, indices=range(7), image_size=SIZE, num_steps=4, seed=3)
     for k in range(7):
@@ -97,7 +97,7 @@ def test_images_are_those_that_the_model_draws(request, tmp_path, name, changes,
 )
 def test_grid_shows_the_first_images_from_their_files(request, tmp_path, name, num, columns):
     model = request.getfixturevalue(name)
-    run(order(model, num_steps=1), tmp_path / "out", num=num, batch_size=64)
+    run(spec(model, num_steps=1), tmp_path / "out", num=num, batch_size=64)
     grid, shown = pixels(tmp_path / f"out.{GRID}"), min(num, 64)
     scale = -(-72 // SIZE)
     side = scale * SIZE
@@ -130,14 +130,14 @@ def stop_at(completed: int, error: BaseException, *, calls: int = 1) -> Watcher:
 def test_what_was_cut_is_filled_up(model, tmp_path, error, code, completed, calls, kept):
     """At the beginning, between batches, inside one, after the last: only what is missing is drawn, and alike."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(order(model), whole)
+    run(spec(model), whole)
     with pytest.raises(Interrupted, match=rf"stopped: {cut} holds {kept} of 7 images; the same command") as caught:
-        run(order(model), cut, reporter=stop_at(completed, error, calls=calls))
+        run(spec(model), cut, reporter=stop_at(completed, error, calls=calls))
     assert caught.value.exit_code == code
     assert names(cut) == [*images(kept), RECORD]
     before = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
     watcher = Watcher()
-    report = run(order(model), cut, batch_size=2, reporter=watcher)
+    report = run(spec(model), cut, batch_size=2, reporter=watcher)
     assert report.drawn == 7 - kept
     assert watcher.bars == [("cut", 7, kept)]
     after = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
@@ -146,17 +146,17 @@ def test_what_was_cut_is_filled_up(model, tmp_path, error, code, completed, call
 
 
 def test_single_missing_images_are_drawn_again(model, tmp_path):
-    run(order(model), tmp_path / "out")
+    run(spec(model), tmp_path / "out")
     before = written(tmp_path / "out")
     for k in (0, 4):
         image_path(tmp_path / "out", k).unlink()
-    assert run(order(model), tmp_path / "out").drawn == 2
+    assert run(spec(model), tmp_path / "out").drawn == 2
     assert written(tmp_path / "out") == before
 
 
 def test_tools_that_read_a_folder_find_the_images_alone(model, tmp_path):
     """EDM's `dataset_tool.py` and `fid.py`, clean-fid and pytorch-fid take every file with a picture's suffix."""
-    run(order(model), tmp_path / "out", trajectory=True)
+    run(spec(model), tmp_path / "out", trajectory=True)
     suffixes = PIL.Image.registered_extensions()
     assert [path.name for path in sorted((tmp_path / "out").rglob("*")) if path.suffix in suffixes] == images(7)
     assert {path.name for path in tmp_path.iterdir()} == {"out", *(f"out.{name}" for name in PICTURES)}
@@ -165,48 +165,48 @@ def test_tools_that_read_a_folder_find_the_images_alone(model, tmp_path):
 @pytest.mark.parametrize("num", [7, 9])
 def test_a_folder_of_an_earlier_version_goes_on(model, tmp_path, num):
     """Its pictures lay among the images; they are moved where they belong, or drawn again of more images."""
-    run(order(model), tmp_path / "whole", trajectory=True)
-    run(order(model), tmp_path / "out", trajectory=True)
+    run(spec(model), tmp_path / "whole", trajectory=True)
+    run(spec(model), tmp_path / "out", trajectory=True)
     for name in PICTURES:
         (tmp_path / f"out.{name}").rename(tmp_path / "out" / name)
-    assert run(order(model), tmp_path / "out", num=num).drawn == num - 7
+    assert run(spec(model), tmp_path / "out", num=num).drawn == num - 7
     if num > 7:
-        run(order(model), tmp_path / "whole", num=num)
+        run(spec(model), tmp_path / "whole", num=num)
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 def test_the_current_folder_may_be_filled(model, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert run(order(model), Path(), num=2).picture == tmp_path / f"here.{GRID}"
+    assert run(spec(model), Path(), num=2).picture == tmp_path / f"here.{GRID}"
     assert names(tmp_path / "here") == [*images(2), RECORD]
 
 
 def test_a_complete_folder_is_left_alone(model, tmp_path):
-    run(order(model), tmp_path / "out")
+    run(spec(model), tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     for num in (7, 3):
-        report = run(order(model), tmp_path / "out", num=num)
+        report = run(spec(model), tmp_path / "out", num=num)
         assert (report.drawn, report.evaluations, report.images_per_second) == (0, None, None)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_folder_can_be_extended(model, tmp_path):
-    run(order(model), tmp_path / "whole", num=11)
-    run(order(model), tmp_path / "out", num=4)
+    run(spec(model), tmp_path / "whole", num=11)
+    run(spec(model), tmp_path / "out", num=4)
     watcher = Watcher()
-    assert run(order(model), tmp_path / "out", num=11, reporter=watcher).drawn == 7
+    assert run(spec(model), tmp_path / "out", num=11, reporter=watcher).drawn == 7
     assert watcher.bars == [("out", 11, 4)]
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 def test_a_cut_extension_leaves_no_old_grid(model, tmp_path):
     """All images are there when it stops: the grid of the first four must not pass for that of all."""
-    run(order(model), tmp_path / "whole")
-    run(order(model), tmp_path / "out", num=4)
+    run(spec(model), tmp_path / "whole")
+    run(spec(model), tmp_path / "out", num=4)
     with pytest.raises(Interrupted, match="holds 7 of 7 images"):
-        run(order(model), tmp_path / "out", reporter=stop_at(7, KeyboardInterrupt()))
-    run(order(model), tmp_path / "out")
+        run(spec(model), tmp_path / "out", reporter=stop_at(7, KeyboardInterrupt()))
+    run(spec(model), tmp_path / "out")
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
@@ -222,10 +222,10 @@ def test_a_cut_extension_leaves_no_old_grid(model, tmp_path):
     ],
 )
 def test_images_of_another_order_are_not_mixed(model, tmp_path, changes, words):
-    run(order(model), tmp_path / "out", num=2)
+    run(spec(model), tmp_path / "out", num=2)
     before = written(tmp_path / "out")
     with pytest.raises(VdiffError) as caught:
-        run(order(model, **changes), tmp_path / "out")
+        run(spec(model, **changes), tmp_path / "out")
     assert str(caught.value) == (
         f"{tmp_path / 'out'} holds images drawn with {words}; give --overwrite, or another --out"
     )
@@ -237,25 +237,25 @@ def test_the_same_model_in_another_place_goes_on(model, tmp_path):
     moved.mkdir()
     for name in (WEIGHTS, CONFIG):
         (moved / name).write_bytes((model / name).read_bytes())
-    run(order(model), tmp_path / "out", num=2)
-    assert run(order(moved), tmp_path / "out", num=3).drawn == 1
+    run(spec(model), tmp_path / "out", num=2)
+    assert run(spec(moved), tmp_path / "out", num=3).drawn == 1
 
 
 def test_a_record_of_an_earlier_version_goes_on(model, tmp_path):
     """It said `clip` where records now say `clipping_value`."""
-    run(order(model, options={"clipping_value": 0.9}), tmp_path / "out", num=1)
+    run(spec(model, options={"clipping_value": 0.9}), tmp_path / "out", num=1)
     record = tmp_path / "out" / RECORD
     before = parse(record.read_text()) | {"options": {"clip": 0.9}}
     record.write_text(json.dumps(before))
-    assert run(order(model, options={"clipping_value": 0.9}), tmp_path / "out", num=2).drawn == 1
+    assert run(spec(model, options={"clipping_value": 0.9}), tmp_path / "out", num=2).drawn == 1
     with pytest.raises(VdiffError, match=r"options \{'clipping_value': 0.9\}, not \{\}"):
-        run(order(model), tmp_path / "out", num=3)
+        run(spec(model), tmp_path / "out", num=3)
 
 
 def test_overwriting_begins_anew(model, tmp_path):
-    run(order(model), tmp_path / "out")
-    run(order(model, seed=4), tmp_path / "whole", num=2)
-    run(order(model, seed=4), tmp_path / "out", num=2, overwrite=True)
+    run(spec(model), tmp_path / "out")
+    run(spec(model, seed=4), tmp_path / "whole", num=2)
+    run(spec(model, seed=4), tmp_path / "out", num=2, overwrite=True)
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
@@ -266,34 +266,34 @@ def test_other_folders_are_left_alone(model, tmp_path, overwrite):
     with pytest.raises(
         VdiffError, match=r"photos exists and is no set of samples that vdiff wrote; choose another --out"
     ):
-        run(order(model), tmp_path / "photos", overwrite=overwrite)
+        run(spec(model), tmp_path / "photos", overwrite=overwrite)
     with pytest.raises(VdiffError, match=r"00000\.png exists and is no set of samples"):
-        run(order(model), tmp_path / "photos" / "00000.png", overwrite=overwrite)
+        run(spec(model), tmp_path / "photos" / "00000.png", overwrite=overwrite)
     assert contents(tmp_path / "photos") == {"00000.png": b"mine"}
 
 
 def test_an_empty_folder_is_filled(model, tmp_path):
     (tmp_path / "out").mkdir()
-    run(order(model), tmp_path / "out", num=1)
+    run(spec(model), tmp_path / "out", num=1)
     assert names(tmp_path / "out") == [*images(1), RECORD]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"seed": 3}'])
 def test_a_damaged_record_proves_nothing(model, tmp_path, text):
-    run(order(model), tmp_path / "out", num=1)
+    run(spec(model), tmp_path / "out", num=1)
     (tmp_path / "out" / RECORD).write_text(text)
     before = contents(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(VdiffError, match="out exists and is no set of samples that vdiff wrote; choose another"):
-            run(order(model), tmp_path / "out", num=2, overwrite=overwrite)
+            run(spec(model), tmp_path / "out", num=2, overwrite=overwrite)
     assert contents(tmp_path) == before
 
 
 def test_a_damaged_image_is_named(model, tmp_path):
-    run(order(model), tmp_path / "out", num=2)
+    run(spec(model), tmp_path / "out", num=2)
     image_path(tmp_path / "out", 1).write_bytes(image_path(tmp_path / "out", 1).read_bytes()[:40])
     with pytest.raises(VdiffError, match=r"00001\.png is damaged; delete it"):
-        run(order(model), tmp_path / "out", num=3)
+        run(spec(model), tmp_path / "out", num=3)
 
 
 def test_a_damaged_model_costs_no_images(model, tmp_path):
@@ -302,12 +302,12 @@ def test_a_damaged_model_costs_no_images(model, tmp_path):
     broken.mkdir()
     for name in (WEIGHTS, CONFIG):
         (broken / name).write_bytes((model / name).read_bytes())
-    run(order(broken), tmp_path / "out", num=2)
+    run(spec(broken), tmp_path / "out", num=2)
     before = written(tmp_path / "out")
     with open(broken / WEIGHTS, "rb+") as file:
         file.truncate(100)
     with pytest.raises(VdiffError, match="truncated or damaged"):
-        run(order(broken, seed=5), tmp_path / "out", overwrite=True)
+        run(spec(broken, seed=5), tmp_path / "out", overwrite=True)
     assert written(tmp_path / "out") == before
 
 
@@ -316,13 +316,13 @@ def test_a_model_that_draws_nothing_finite_writes_no_image(tmp_path):
     weights = {name: tensor * float("nan") for name, tensor in denoiser.state_dict().items()}
     save_checkpoint(tmp_path / "model", weights, read_config(tmp_path / "model"))
     with pytest.raises(VdiffError, match=r"step 1 of 4 produced non-finite values in torch\.float32"):
-        run(order(tmp_path / "model"), tmp_path / "out")
+        run(spec(tmp_path / "model"), tmp_path / "out")
     assert names(tmp_path / "out") == [RECORD]
 
 
 def test_classes_are_drawn_in_turn(tmp_path):
     write_checkpoint(tmp_path / "model", classes=3)
-    wanted = order(tmp_path / "model", classes=[2, 0])
+    wanted = spec(tmp_path / "model", classes=[2, 0])
     run(wanted, tmp_path / "out", num=5)
     denoiser, _ = load_checkpoint(tmp_path / "model")
     for k, label in enumerate((2, 0, 2, 0, 2)):
@@ -333,7 +333,7 @@ def test_classes_are_drawn_in_turn(tmp_path):
 
 def test_progress_counts_images_and_steps(model, tmp_path):
     watcher = Watcher()
-    run(order(model), tmp_path / "out", reporter=watcher)
+    run(spec(model), tmp_path / "out", reporter=watcher)
     assert [done for _, done in watcher.seen] == [0] * 4 + [3] * 5 + [6] * 5 + [7]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.commands import ROOT, error
-from tests.drawing import order, run
+from tests.drawing import run, spec
 from tests.toy import SIZE, Watcher, contents, train_config, write_checkpoint
 from vdiff.data.inspection import verify
 from vdiff.data.store import ImageStore
@@ -27,9 +27,9 @@ from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.speed import ready_to_draw
 from vdiff.sampling.formats import FORMATS
-from vdiff.sampling.order import RECORD
 from vdiff.sampling.outputs import GRID
-from vdiff.sampling.spool import HEAD, Spool, Spooled
+from vdiff.sampling.record_log import HEAD, RecordLog, RecordReader
+from vdiff.sampling.spec import RECORD
 from vdiff.training.base import train
 from vdiff.training.dataset import open_images
 
@@ -82,7 +82,7 @@ def unpacked(path: Path) -> np.ndarray:
 def test_every_format_holds_the_images_of_the_model(models, tmp_path, name, form):
     """round(127.5 (x + 1)) of what `draw` gives, and the grid beside them."""
     out = tmp_path / f"out.{form}"
-    report = run(order(models[name]), out, form=form)
+    report = run(spec(models[name]), out, form=form)
     found = unpacked(out)
     assert found.dtype == np.uint8
     assert np.abs(found - exact(models[name])).max() <= 0.501
@@ -93,7 +93,7 @@ def test_every_format_holds_the_images_of_the_model(models, tmp_path, name, form
 
 def test_npz_is_what_evaluation_suites_read(models, tmp_path):
     """`arr_0` (N, H, W, C) uint8 as ADM's evaluator takes it from the zip, and the classes as `arr_1`."""
-    run(order(models["grey"], classes=[2, 0]), tmp_path / "out.npz", form="npz")
+    run(spec(models["grey"], classes=[2, 0]), tmp_path / "out.npz", form="npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
         assert file.files == ["arr_0", "arr_1"]
         assert file["arr_0"].shape == (NUM, SIZE, SIZE, 1)
@@ -103,22 +103,22 @@ def test_npz_is_what_evaluation_suites_read(models, tmp_path):
         assert np.lib.format.read_magic(stream) == (1, 0)
         assert np.lib.format.read_array_header_1_0(stream) == ((NUM, SIZE, SIZE, 1), False, np.dtype(np.uint8))
         assert len(stream.read()) == NUM * SIZE * SIZE
-    run(order(models["rgb"]), tmp_path / "plain.npz", form="npz")
+    run(spec(models["rgb"]), tmp_path / "plain.npz", form="npz")
     assert np.load(tmp_path / "plain.npz").files == ["arr_0"]
 
 
 def test_an_npz_of_too_many_classes_is_refused_before_it_is_drawn(models, tmp_path):
     """Its record, the comment of a zip file, has 64 KiB; more than 5,000 classes fit."""
     with pytest.raises(VdiffError, match="an npz cannot record so many classes; name fewer with --classes, or give"):
-        run(order(models["grey"], classes=[0] * 20_000), tmp_path / "out.npz", form="npz")
+        run(spec(models["grey"], classes=[0] * 20_000), tmp_path / "out.npz", form="npz")
     assert list(tmp_path.iterdir()) == []
-    run(order(models["grey"], classes=[1] * 5_000), tmp_path / "out.npz", form="npz")
-    assert run(order(models["grey"], classes=[1] * 5_000), tmp_path / "out.npz", form="npz").drawn == 0
+    run(spec(models["grey"], classes=[1] * 5_000), tmp_path / "out.npz", form="npz")
+    assert run(spec(models["grey"], classes=[1] * 5_000), tmp_path / "out.npz", form="npz").drawn == 0
 
 
 def test_an_npz_of_an_earlier_version_is_known(models, tmp_path):
     """Its record was a file in it."""
-    out, wanted = tmp_path / "out.npz", order(models["rgb"])
+    out, wanted = tmp_path / "out.npz", spec(models["rgb"])
     run(wanted, out, form="npz")
     with zipfile.ZipFile(out, "a") as file:
         record, file.comment = file.comment, b""
@@ -126,21 +126,21 @@ def test_an_npz_of_an_earlier_version_is_known(models, tmp_path):
     before = contents(tmp_path)
     assert run(wanted, out, form="npz").drawn == 0
     with pytest.raises(VdiffError, match="drawn with seed 3, not 4; give --overwrite"):
-        run(order(models["rgb"], seed=4), out, form="npz")
+        run(spec(models["rgb"], seed=4), out, form="npz")
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_picture_of_what_was_replaced_is_left(models, tmp_path, form):
     out = tmp_path / f"out.{form}"
-    run(order(models["rgb"]), out, form=form, trajectory=True)
+    run(spec(models["rgb"]), out, form=form, trajectory=True)
     assert len(list(tmp_path.glob("out.*.trajectory.*"))) == 2
-    run(order(models["rgb"], seed=4), out, form=form, overwrite=True)
+    run(spec(models["rgb"], seed=4), out, form=form, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {out.name, f"out.{form}.{GRID}"}
 
 
 def test_zip_holds_files_record_and_classes(models, tmp_path):
-    wanted = order(models["grey"])
+    wanted = spec(models["grey"])
     run(wanted, tmp_path / "out.zip", form="zip")
     with zipfile.ZipFile(tmp_path / "out.zip") as file:
         assert file.testzip() is None
@@ -151,7 +151,7 @@ def test_zip_holds_files_record_and_classes(models, tmp_path):
 
 
 def test_lmdb_is_a_dataset_that_training_reads(models, tmp_path):
-    run(order(models["grey"]), tmp_path / "out.lmdb", form="lmdb", num=9)
+    run(spec(models["grey"]), tmp_path / "out.lmdb", form="lmdb", num=9)
     store = ImageStore(tmp_path / "out.lmdb")
     assert (len(store), store.meta.sizes, store.meta.channels) == (9, (SIZE,), 1)
     assert store.meta.class_names == ("cat", "dog", "owl")
@@ -169,7 +169,7 @@ def test_lmdb_is_a_dataset_that_training_reads(models, tmp_path):
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_equal_images_make_equal_bytes_in_any_batches(models, tmp_path, form):
     for size in (1, 3, 64):
-        run(order(models["grey"], sampler="ddpm"), tmp_path / str(size) / f"out.{form}", form=form, batch_size=size)
+        run(spec(models["grey"], sampler="ddpm"), tmp_path / str(size) / f"out.{form}", form=form, batch_size=size)
     assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "64")
     assert np.abs(unpacked(tmp_path / "1" / f"out.{form}") - exact(models["grey"], Ddpm())).max() <= 0.501
 
@@ -199,55 +199,55 @@ def stop_at(completed: int) -> Watcher:
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_what_was_stopped_is_gone_on_with(models, tmp_path, form):
     """Only what is missing is drawn; until then there is a partial folder and nothing else."""
-    run(order(models["rgb"]), tmp_path / "whole" / f"out.{form}", form=form)
+    run(spec(models["rgb"]), tmp_path / "whole" / f"out.{form}", form=form)
     out = tmp_path / "cut" / f"out.{form}"
     with pytest.raises(Interrupted, match=rf"stopped: {out}\.partial holds 3 of 7 images; the same command") as caught:
-        run(order(models["rgb"]), out, form=form, reporter=stop_at(3))
+        run(spec(models["rgb"]), out, form=form, reporter=stop_at(3))
     assert caught.value.exit_code == 130
     assert [path.name for path in out.parent.iterdir()] == [f"out.{form}.partial"]
     watcher = Watcher()
-    assert run(order(models["rgb"]), out, form=form, reporter=watcher).drawn == 4
+    assert run(spec(models["rgb"]), out, form=form, reporter=watcher).drawn == 4
     assert watcher.bars == [(out.name, 7, 3)]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_a_partial_output_may_grow(models, tmp_path):
-    run(order(models["rgb"]), tmp_path / "whole" / "out.zip", form="zip", num=9)
+    run(spec(models["rgb"]), tmp_path / "whole" / "out.zip", form="zip", num=9)
     with pytest.raises(Interrupted):
-        run(order(models["rgb"]), tmp_path / "cut" / "out.zip", form="zip", reporter=stop_at(3))
-    assert run(order(models["rgb"]), tmp_path / "cut" / "out.zip", form="zip", num=9).drawn == 6
+        run(spec(models["rgb"]), tmp_path / "cut" / "out.zip", form="zip", reporter=stop_at(3))
+    assert run(spec(models["rgb"]), tmp_path / "cut" / "out.zip", form="zip", num=9).drawn == 6
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_a_finished_output_is_left_alone(models, tmp_path, form):
     out = tmp_path / f"out.{form}"
-    run(order(models["rgb"]), out, form=form)
+    run(spec(models["rgb"]), out, form=form)
     before = contents(tmp_path)
-    assert run(order(models["rgb"]), out, form=form).drawn == 0
+    assert run(spec(models["rgb"]), out, form=form).drawn == 0
     for changes, num, words in [
         ({}, 5, "holds 7 images, not 5"),
         ({"seed": 4}, NUM, "holds images drawn with seed 3, not 4"),
         ({"guidance": 1.0}, NUM, r"holds images drawn with guidance 0\.0, not 1\.0"),
     ]:
         with pytest.raises(VdiffError, match=f"{words}; give --overwrite, or another --out"):
-            run(order(models["rgb"], **changes), out, form=form, num=num)
+            run(spec(models["rgb"], **changes), out, form=form, num=num)
     other = {"zip": "npz", "npz": "zip", "lmdb": "zip"}[form]
     with pytest.raises(VdiffError, match=f"holds images as {form}, not {other}; give --overwrite"):
-        run(order(models["rgb"]), out, form=other)
+        run(spec(models["rgb"]), out, form=other)
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("form", ARCHIVES)
 def test_overwriting_keeps_the_old_until_the_new_is_whole(models, tmp_path, form):
     out = tmp_path / f"out.{form}"
-    run(order(models["rgb"]), out, form=form)
+    run(spec(models["rgb"]), out, form=form)
     before = contents(tmp_path)
     with pytest.raises(Interrupted):
-        run(order(models["rgb"], seed=4), out, form=form, overwrite=True, reporter=stop_at(3))
+        run(spec(models["rgb"], seed=4), out, form=form, overwrite=True, reporter=stop_at(3))
     assert {name: data for name, data in contents(tmp_path).items() if ".partial" not in name} == before
-    run(order(models["rgb"], seed=4), out, form=form, num=5, overwrite=True)
-    run(order(models["rgb"], seed=4), tmp_path / "new" / out.name, form=form, num=5)
+    run(spec(models["rgb"], seed=4), out, form=form, num=5, overwrite=True)
+    run(spec(models["rgb"], seed=4), tmp_path / "new" / out.name, form=form, num=5)
     new = {name.removeprefix("new/"): data for name, data in contents(tmp_path).items() if name.startswith("new/")}
     assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("new/")} == new != before
 
@@ -264,24 +264,24 @@ def test_what_others_made_is_left_alone(models, tmp_path, overwrite):
     before = contents(tmp_path)
     for name in ("mine.zip", "photos.zip", "data.lmdb"):
         with pytest.raises(VdiffError, match="exists and is no set of samples that vdiff wrote; choose another --out"):
-            run(order(models["rgb"]), tmp_path / name, form=name[-4:].strip("."), overwrite=overwrite)
+            run(spec(models["rgb"]), tmp_path / name, form=name[-4:].strip("."), overwrite=overwrite)
     with pytest.raises(VdiffError, match=r"new\.npz\.partial exists and is no set of samples that vdiff wrote"):
-        run(order(models["rgb"]), tmp_path / "new.npz", form="npz", overwrite=overwrite)
+        run(spec(models["rgb"]), tmp_path / "new.npz", form="npz", overwrite=overwrite)
     assert contents(tmp_path) == before
 
 
 def test_a_folder_of_files_is_not_filled_with_something_else(models, tmp_path):
-    run(order(models["rgb"]), tmp_path / "out.lmdb", form="lmdb")
+    run(spec(models["rgb"]), tmp_path / "out.lmdb", form="lmdb")
     with pytest.raises(VdiffError, match="holds images as lmdb, not png; give --overwrite"):
-        run(order(models["rgb"]), tmp_path / "out.lmdb", form="png")
-    run(order(models["rgb"]), tmp_path / "out.lmdb", form="png", overwrite=True)
+        run(spec(models["rgb"]), tmp_path / "out.lmdb", form="png")
+    run(spec(models["rgb"]), tmp_path / "out.lmdb", form="png", overwrite=True)
     names = sorted(path.name for path in (tmp_path / "out.lmdb").iterdir())
     assert names == [*(f"{k:05d}.png" for k in range(NUM)), RECORD]
 
 
 def test_a_full_disk_is_said_in_one_line_and_gone_on_from(models, tmp_path, monkeypatch):
     out = tmp_path / "cut" / "out.npz"
-    real, calls = Spool.append, []
+    real, calls = RecordLog.append, []
 
     def full(self, images):
         calls.append(1)
@@ -289,12 +289,12 @@ def test_a_full_disk_is_said_in_one_line_and_gone_on_from(models, tmp_path, monk
             monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         real(self, images)
 
-    monkeypatch.setattr(Spool, "append", full)
+    monkeypatch.setattr(RecordLog, "append", full)
     with pytest.raises(VdiffError, match=r"part-00000\.images: No space left on device; free space"):
-        run(order(models["rgb"]), out, form="npz")
+        run(spec(models["rgb"]), out, form="npz")
     monkeypatch.undo()
-    assert run(order(models["rgb"]), out, form="npz").drawn <= 4
-    run(order(models["rgb"]), tmp_path / "whole" / "out.npz", form="npz")
+    assert run(spec(models["rgb"]), out, form="npz").drawn <= 4
+    run(spec(models["rgb"]), tmp_path / "whole" / "out.npz", form="npz")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -302,26 +302,26 @@ def test_a_full_disk_is_said_in_one_line_and_gone_on_from(models, tmp_path, monk
 
 
 def spooled(folder: Path, num: int = 9) -> dict[int, bytes]:
-    found = Spooled(folder, num)
+    found = RecordReader(folder, num)
     there = np.flatnonzero(found.held).tolist()
     return dict(zip(there, found.read(there), strict=True))
 
 
 def test_a_spool_of_several_processes(tmp_path):
-    Spool(tmp_path, 0).append([(4, b"four"), (0, b"")])
-    Spool(tmp_path, 3).append([(2, b"two"), (99, b"beyond")])
+    RecordLog(tmp_path, 0).append([(4, b"four"), (0, b"")])
+    RecordLog(tmp_path, 3).append([(2, b"two"), (99, b"beyond")])
     assert spooled(tmp_path) == {0: b"", 2: b"two", 4: b"four"}
-    assert list(Spooled(tmp_path, 5).read([4, 2, 4])) == [b"four", b"two", b"four"]
+    assert list(RecordReader(tmp_path, 5).read([4, 2, 4])) == [b"four", b"two", b"four"]
     with pytest.raises(VdiffError, match="image 1 is not there"):
-        list(Spooled(tmp_path, 5).read([1]))
+        list(RecordReader(tmp_path, 5).read([1]))
 
 
 def test_a_spool_ends_before_what_is_not_whole(tmp_path):
     """Cut at every byte of its second record, or with any byte of it changed: the first is kept, and it goes on."""
-    Spool(tmp_path, 0).append([(1, b"one")])
+    RecordLog(tmp_path, 0).append([(1, b"one")])
     path = next(tmp_path.iterdir())
     first = path.read_bytes()
-    Spool(tmp_path, 0).append([(2, b"second")])
+    RecordLog(tmp_path, 0).append([(2, b"second")])
     both = path.read_bytes()
     damaged = [both[:length] for length in range(len(first), len(both))]
     damaged += [both[:k] + bytes([both[k] ^ 1]) + both[k + 1 :] for k in [*range(len(first), len(first) + 4)]]
@@ -329,14 +329,14 @@ def test_a_spool_ends_before_what_is_not_whole(tmp_path):
     for data in damaged:
         path.write_bytes(data)
         assert spooled(tmp_path) == {1: b"one"}
-        Spool(tmp_path, 0).append([(3, b"three")])
+        RecordLog(tmp_path, 0).append([(3, b"three")])
         assert spooled(tmp_path) == {1: b"one", 3: b"three"}
         assert path.read_bytes()[: len(first)] == first
 
 
 def test_a_million_images_take_little_memory(tmp_path):
-    Spool(tmp_path, 0).append([(999_999, b"last")])
-    found = Spooled(tmp_path, 10**6)
+    RecordLog(tmp_path, 0).append([(999_999, b"last")])
+    found = RecordReader(tmp_path, 10**6)
     assert found.file.nbytes + found.offset.nbytes + found.length.nbytes <= 16 * 10**6
     assert spooled(tmp_path, 10**6) == {999_999: b"last"}
 
@@ -352,18 +352,18 @@ def test_a_compiled_network_is_asked_for_one_number_of_images(models, tmp_path, 
         return fast
 
     monkeypatch.setattr("vdiff.sampling.job.ready_to_draw", compiled)
-    run(order(models["grey"]), tmp_path / "out.npz", form="npz", compiled=True)
+    run(spec(models["grey"]), tmp_path / "out.npz", form="npz", compiled=True)
     assert sizes == [3] * 3 * 4
     assert np.abs(unpacked(tmp_path / "out.npz") - exact(models["grey"])).max() <= 0.501
     sizes.clear()
-    run(order(models["grey"]), tmp_path / "small.npz", form="npz", num=2, compiled=True)
+    run(spec(models["grey"]), tmp_path / "small.npz", form="npz", num=2, compiled=True)
     assert sizes == [2] * 4
 
 
 def test_precision_and_grid_reach_the_network(models, tmp_path):
-    run(order(models["rgb"]), tmp_path / "plain.npz", form="npz")
-    run(order(models["rgb"], grid="logsnr"), tmp_path / "grid.npz", form="npz")
-    run(order(models["rgb"], precision="bf16"), tmp_path / "half.npz", form="npz", precision="bf16")
+    run(spec(models["rgb"]), tmp_path / "plain.npz", form="npz")
+    run(spec(models["rgb"], grid="logsnr"), tmp_path / "grid.npz", form="npz")
+    run(spec(models["rgb"], precision="bf16"), tmp_path / "half.npz", form="npz", precision="bf16")
     plain, grid, half = (unpacked(tmp_path / f"{name}.npz").astype(int) for name in ("plain", "grid", "half"))
     assert np.abs(grid - exact(models["rgb"], grid="logsnr")).max() <= 0.501
     assert np.abs(plain - grid).max() > 2

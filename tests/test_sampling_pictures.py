@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.drawing import order, run
+from tests.drawing import run, spec
 from tests.oracles import randn
 from tests.toy import SIZE, contents, write_checkpoint
 from vdiff.data.images import labelled_grid, to_uint8
@@ -23,7 +23,7 @@ from vdiff.models.checkpoint import load_checkpoint
 from vdiff.sampling.folder import image_path
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP
 from vdiff.sampling.paths import PathNoise, nearer_end, slerp
-from vdiff.sampling.pictures import Trajectory, full_columns, grid_picture, num_shown, spread
+from vdiff.sampling.pictures import TrajectoryRecorder, full_columns, grid_picture, num_shown, spread
 
 SHAPE = (3, 4, 4)
 
@@ -78,8 +78,8 @@ def test_noise_on_the_way_is_noise_at_every_draw():
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_ends_of_a_path_are_the_two_images(model, tmp_path, sampler):
     """Bit for bit, with their classes, also where noise is added; each image between is drawn from noise between."""
-    run(order(model, sampler=sampler), tmp_path / "images", num=8)
-    run(order(model, sampler=sampler, path=[6, 3, 5]), tmp_path / "way", num=5)
+    run(spec(model, sampler=sampler), tmp_path / "images", num=8)
+    run(spec(model, sampler=sampler, path=[6, 3, 5]), tmp_path / "way", num=5)
     for k, image in ((0, 6), (4, 3)):
         assert (image_path(tmp_path / "way", k)).read_bytes() == image_path(tmp_path / "images", image).read_bytes()
     shown = [pixels(image_path(tmp_path / "way", k)).astype(int) for k in range(5)]
@@ -105,7 +105,7 @@ def test_an_image_on_the_way_has_the_class_of_the_nearer_end():
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_the_trajectory_ends_in_the_image(model, tmp_path, sampler):
     """Its last column and its last frame are the images; the others are x̂ as the network predicts it on the way."""
-    run(order(model, sampler=sampler), tmp_path / "out", num=3, trajectory=True)
+    run(spec(model, sampler=sampler), tmp_path / "out", num=3, trajectory=True)
     assert (tmp_path / f"out.{STRIP}").exists()
     images = [pixels(image_path(tmp_path / "out", k)) for k in range(3)]
     with PIL.Image.open(tmp_path / f"out.{ANIMATION}") as animation:
@@ -122,7 +122,7 @@ def test_the_trajectory_ends_in_the_image(model, tmp_path, sampler):
 
 
 def test_frames_are_what_the_network_predicts():
-    seen = Trajectory(3)
+    seen = TrajectoryRecorder(3)
     for step in range(3):
         x = randn(9, 3, 4, 4, seed=step)
         seen(step, x, type("P", (), {"x": x})())
@@ -136,17 +136,17 @@ def test_steps_are_spread_evenly_with_both_ends(count, most, expected):
 
 
 def test_long_ways_are_shown_in_at_most_64_frames():
-    assert len(Trajectory(1000).steps) == len(set(Trajectory(1000).steps)) == 64
-    assert (Trajectory(1000).steps[0], Trajectory(1000).steps[-1]) == (0, 999)
-    assert Trajectory(5).steps == [0, 1, 2, 3, 4]
+    assert len(TrajectoryRecorder(1000).steps) == len(set(TrajectoryRecorder(1000).steps)) == 64
+    assert (TrajectoryRecorder(1000).steps[0], TrajectoryRecorder(1000).steps[-1]) == (0, 999)
+    assert TrajectoryRecorder(5).steps == [0, 1, 2, 3, 4]
 
 
 def test_a_trajectory_may_be_asked_for_later(model, tmp_path):
     """Of a finished output: nothing else is drawn or changed, and the pictures are those of a whole run."""
     for form in ("png", "zip"):
-        run(order(model), tmp_path / "both" / f"out.{form}", form=form, trajectory=True)
-        run(order(model), tmp_path / "later" / f"out.{form}", form=form)
-        assert run(order(model), tmp_path / "later" / f"out.{form}", form=form, trajectory=True).drawn == 0
+        run(spec(model), tmp_path / "both" / f"out.{form}", form=form, trajectory=True)
+        run(spec(model), tmp_path / "later" / f"out.{form}", form=form)
+        assert run(spec(model), tmp_path / "later" / f"out.{form}", form=form, trajectory=True).drawn == 0
     assert contents(tmp_path / "later") == contents(tmp_path / "both")
 
 
@@ -155,7 +155,7 @@ def test_a_trajectory_may_be_asked_for_later(model, tmp_path):
 
 def test_a_grid_has_a_column_for_each_class(model, tmp_path):
     """White, the names above, and image k in column k mod 2."""
-    run(order(model), tmp_path / "out", num=5)
+    run(spec(model), tmp_path / "out", num=5)
     grid = pixels(tmp_path / f"out.{GRID}")
     head = grid.shape[0] - 16 - (3 * 76 - 4)
     assert (grid[16:head] < 128).any()  # the names
@@ -194,7 +194,7 @@ def test_a_way_is_shown_from_end_to_end(model, tmp_path):
     """In rows under a title; of more images than are shown, both ends are among those that are."""
     for num, rows, columns in ((5, 1, 5), (21, 2, 11), (70, 4, 16)):
         out = tmp_path / str(num)
-        run(order(model, num_steps=1, path=[6, 3, num]), out, num=num, batch_size=64)
+        run(spec(model, num_steps=1, path=[6, 3, num]), out, num=num, batch_size=64)
         grid, last = pixels(tmp_path / f"{num}.{GRID}"), (min(num, 64) - 1) % columns
         bottom, left = grid.shape[0] - 16 - 72, (grid.shape[1] - columns * 76 + 4) // 2
         head = bottom - (rows - 1) * 76
@@ -210,7 +210,7 @@ def test_a_trajectory_names_the_classes_of_its_rows(tmp_path):
     images = randn(3, 1, 4, 4, dtype=torch.float32).clamp(-1, 1)
     strips = []
     for names in ([], ["a", "b", "a"], ["kind", "an owl", "x" * 200]):
-        trajectory = Trajectory(6)
+        trajectory = TrajectoryRecorder(6)
         for step in range(6):
             trajectory(step, images, Prediction(images, images, images))
         trajectory.save(images, tmp_path / STRIP, tmp_path / ANIMATION, names)

@@ -13,8 +13,8 @@ from vdiff.errors import OptionError, VdiffError
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
-    from vdiff.sampling.job import Report
-    from vdiff.sampling.order import Order
+    from vdiff.sampling.job import SampleReport
+    from vdiff.sampling.spec import SampleSpec
 
 SUFFIXES = {"png": "", "zip": ".zip", "npz": ".npz", "lmdb": ".lmdb"}
 
@@ -79,7 +79,7 @@ def sampler_options(
 
 
 def path_of(interpolate: tuple[int, int] | None, num: int) -> list[int]:
-    """`Order.path`: empty, or both ends and the number of images.
+    """`SampleSpec.path`: empty, or both ends and the number of images.
 
     Raises:
         OptionError: no way between the ends.
@@ -107,49 +107,49 @@ def image_format(out: Path | None, asked: str | None) -> str:
     return asked or said or "png"
 
 
-def default_name(folder: Path, order: Order, form: str) -> str:
+def default_name(folder: Path, spec: SampleSpec, form: str) -> str:
     """The name of an output: what most of its looks depend on."""
-    parts = [folder.resolve().name, order.sampler]
-    parts += [order.grid] if order.grid != "uniform" else []
-    parts += [f"{order.num_steps}steps"]
-    parts += [f"guidance{order.guidance:g}"] if order.guidance else []
-    parts += [f"seed{order.seed}"]
-    parts += [f"{order.path[0]}to{order.path[1]}"] if order.path else []
+    parts = [folder.resolve().name, spec.sampler]
+    parts += [spec.grid] if spec.grid != "uniform" else []
+    parts += [f"{spec.num_steps}steps"]
+    parts += [f"guidance{spec.guidance:g}"] if spec.guidance else []
+    parts += [f"seed{spec.seed}"]
+    parts += [f"{spec.path[0]}to{spec.path[1]}"] if spec.path else []
     return "-".join(parts) + SUFFIXES[form]
 
 
-def report_line(order: Order, report: Report) -> str:
+def report_line(spec: SampleSpec, report: SampleReport) -> str:
     """What was done, in one line."""
     if not report.drawn:
         return f"{report.out} holds all {report.num} images already"
-    evaluations = report.evaluations or order.num_steps
+    evaluations = report.evaluations or spec.num_steps
     each = f"{evaluations:.4g} evaluation{'s' if evaluations > 1 else ''} each"
     return (
         f"{report.drawn} images in {report.seconds:.1f} s ({report.images_per_second:.3g}/s), "
-        f"{order.sampler}, {each}, to {report.out}"
+        f"{spec.sampler}, {each}, to {report.out}"
     )
 
 
 def report_values(
-    order: Order, config: CheckpointConfig, report: Report, *, form: str, device: str, processes: int
+    spec: SampleSpec, config: CheckpointConfig, report: SampleReport, *, form: str, device: str, processes: int
 ) -> dict[str, Any]:
     """The result as one JSON object: how and how fast the images were drawn, from what, and where they are."""
     return {
         **report.to_dict(),
         "format": form,
-        "checkpoint": order.checkpoint,
-        "fingerprint": order.fingerprint,
+        "checkpoint": spec.checkpoint,
+        "fingerprint": spec.fingerprint,
         "weights": config.weights,
-        "sampler": order.sampler,
-        "options": order.options,
-        "grid": order.grid,
-        "steps": order.num_steps,
-        "guidance": order.guidance,
-        "guidance_interval": order.guidance_interval,
-        "classes": [config.class_names[k] for k in order.classes],
-        "interpolate": order.path[:2],
-        "seed": order.seed,
-        "precision": order.precision,
+        "sampler": spec.sampler,
+        "options": spec.options,
+        "grid": spec.grid,
+        "steps": spec.num_steps,
+        "guidance": spec.guidance,
+        "guidance_interval": spec.guidance_interval,
+        "classes": [config.class_names[k] for k in spec.classes],
+        "interpolate": spec.path[:2],
+        "seed": spec.seed,
+        "precision": spec.precision,
         "device": device,
         "processes": processes,
     }

@@ -229,9 +229,9 @@ def command(
     from vdiff.models.speed import pick_precision
     from vdiff.sampling import checks
     from vdiff.sampling.formats import open_output
-    from vdiff.sampling.job import Work, draw_images
-    from vdiff.sampling.order import Order
+    from vdiff.sampling.job import RunOptions, draw_images
     from vdiff.sampling.outputs import ImageKind
+    from vdiff.sampling.spec import SampleSpec
 
     console = Console()
     folder = checkpoint or newest_checkpoint()
@@ -248,7 +248,7 @@ def command(
     with asked_by("--classes"):
         numbers = checks.class_numbers(config, classes)
     processes = join(device)
-    order = Order(
+    spec = SampleSpec(
         checkpoint=folder.as_posix(),
         fingerprint=weights_fingerprint(folder),
         sampler=name,
@@ -262,24 +262,24 @@ def command(
         precision=pick_precision(precision, processes.device),
         path=path,
     )
-    target = out or Path("samples") / default_name(folder, order, form)
+    target = out or Path("samples") / default_name(folder, spec, form)
     kind = ImageKind(config.image_size, int(config.unet.get("in_channels", 3)), config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
     console.line(f"{folder}{progress}")
     report = draw_images(
-        order,
+        spec,
         open_output(form, target, kind, processes.rank),
-        Work(num, batch_size, precision, compile, overwrite, trajectory),
+        RunOptions(num, batch_size, precision, compile, overwrite, trajectory),
         processes=processes,
         reporter=console,
     )
     if json:
         values = report_values(
-            order, config, report, form=form, device=processes.device.type, processes=processes.world_size
+            spec, config, report, form=form, device=processes.device.type, processes=processes.world_size
         )
         console.result(jsonlib.dumps(values, ensure_ascii=False))
         return
-    console.result(report_line(order, report))
+    console.result(report_line(spec, report))
     console.result(f"picture    {report.picture}")
     for picture in report.trajectory:
         console.result(f"trajectory {picture}")

@@ -18,10 +18,10 @@ from vdiff.errors import VdiffError
 from vdiff.files import make_folder, refusal, remove, write_text
 from vdiff.replacing import check_free, check_ours, discard, is_free, sweep_inside, take_place
 from vdiff.sampling.codecs import from_png, pixels, png
-from vdiff.sampling.order import RECORD, Order
 from vdiff.sampling.outputs import PICTURES, ImageKind, Output, State, check_form, is_ours
 from vdiff.sampling.packing import PACKERS, SAMPLES, Contents, check_record, read_packed_record, write_packed
-from vdiff.sampling.spool import Spool, Spooled
+from vdiff.sampling.record_log import RecordLog, RecordReader
+from vdiff.sampling.spec import RECORD, SampleSpec
 
 
 class Archive(Output):
@@ -30,17 +30,17 @@ class Archive(Output):
     def __init__(self, path: Path, kind: ImageKind, form: str, process: int = 0) -> None:
         super().__init__(path, kind)
         self.form, self.packer = form, PACKERS[form]
-        self.spool = Spool(self.place, process)
-        self.spooled: Spooled | None = None
+        self.log = RecordLog(self.place, process)
+        self.reader: RecordReader | None = None
 
     @property
     def place(self) -> Path:
         """`OUT.partial`."""
         return self.path.with_name(f"{self.path.name}.partial")
 
-    def check(self, order: Order, num: int, *, overwrite: bool) -> State:
+    def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
         """Finished: the whole is in its place, with as many images."""
-        check_record(self.form, order.to_json(format=self.form, num=num))
+        check_record(self.form, spec.to_json(format=self.form, num=num))
         if not is_free(self.path):
             check_ours(self.path, SAMPLES)
             if overwrite:
@@ -48,26 +48,26 @@ class Archive(Output):
             else:
                 record = read_packed_record(self.path) or {}
                 check_form(record, self.form, self.path)
-                order.check_same(record, self.path)
+                spec.check_same(record, self.path)
                 if record.get("num") == num:
                     return "finished"
                 raise VdiffError(
                     f"{self.path} holds {record.get('num')} images, not {num}", "give --overwrite, or another --out"
                 )
-        return "going on" if is_ours(self.place, order, self.form, overwrite=overwrite) else "anew"
+        return "going on" if is_ours(self.place, spec, self.form, overwrite=overwrite) else "anew"
 
-    def begin(self, order: Order, state: State) -> None:
+    def begin(self, spec: SampleSpec, state: State) -> None:
         """Make the partial folder; what is at OUT stays until it is replaced."""
         if state != "going on":
             discard(self.place)
         if state == "anew":
-            write_text(make_folder(self.place) / RECORD, order.to_json(format=self.form))
+            write_text(make_folder(self.place) / RECORD, spec.to_json(format=self.form))
         sweep_inside(self.place, SAMPLES)
 
     def held(self, num: int) -> np.ndarray:
         """What lies in the partial folder: all of it is read, and where each image is, is kept in mind."""
-        self.spooled = Spooled(self.place, num)
-        return self.spooled.held
+        self.reader = RecordReader(self.place, num)
+        return self.reader.held
 
     def encode(self, index: int, image: Tensor) -> bytes:
         """PNG, or plain pixels, as the packer wants them."""
@@ -76,12 +76,12 @@ class Archive(Output):
 
     def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
         """Append them to this process's file."""
-        self.spool.append(images)
+        self.log.append(images)
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """From the partial folder."""
-        spooled = self.spooled or Spooled(self.place, max(indices) + 1)
-        return torch.stack([self._image(data) for data in spooled.read(indices)])
+        reader = self.reader or RecordReader(self.place, max(indices) + 1)
+        return torch.stack([self._image(data) for data in reader.read(indices)])
 
     def _image(self, data: bytes) -> Tensor:
         if self.packer.takes_png:
@@ -89,19 +89,19 @@ class Archive(Output):
         shape = (self.kind.size, self.kind.size, self.kind.channels)
         return from_uint8(torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(shape).permute(2, 0, 1))
 
-    def finish(self, order: Order, num: int) -> None:
+    def finish(self, spec: SampleSpec, num: int) -> None:
         """Pack, then move the pictures and the whole to their places, and take the partial folder away."""
         packed = self.place / f"packed.{self.form}"
-        spooled = self.spooled or Spooled(self.place, num)
+        reader = self.reader or RecordReader(self.place, num)
         contents = Contents(
             name=self.path.stem,
             num=num,
             size=self.kind.size,
             channels=self.kind.channels,
             class_names=self.kind.class_names,
-            labels=order.labels,
-            images=lambda: spooled.read(range(num)),
-            record=order.to_json(format=self.form, num=num),
+            labels=spec.labels,
+            images=lambda: reader.read(range(num)),
+            record=spec.to_json(format=self.form, num=num),
         )
         try:
             remove(packed)

@@ -16,9 +16,9 @@ from vdiff.errors import VdiffError
 from vdiff.files import fsync_folder, refusal, remove, write_text
 from vdiff.replacing import start_folder, sweep_inside
 from vdiff.sampling.codecs import from_png, png
-from vdiff.sampling.order import RECORD, Order
 from vdiff.sampling.outputs import GRID, PICTURES, Output, State, is_ours
 from vdiff.sampling.packing import SAMPLES, labels_json
+from vdiff.sampling.spec import RECORD, SampleSpec
 
 FSYNCS_AT_ONCE = 16
 """File systems make several files durable in the time of one: 500 in 0.3 s instead of 4 (ext4)."""
@@ -32,20 +32,20 @@ class PngFolder(Output):
         """The folder itself."""
         return self.path
 
-    def check(self, order: Order, num: int, *, overwrite: bool) -> State:
+    def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
         """Finished: all images, their classes and the grid are there."""
-        if not is_ours(self.path, order, "png", overwrite=overwrite):
+        if not is_ours(self.path, spec, "png", overwrite=overwrite):
             return "anew"
         is_finished = bool(self.held(num).all()) and any(path.exists() for path in self._places(GRID))
-        is_finished &= self._labels.exists() or not order.classes
+        is_finished &= self._labels.exists() or not spec.classes
         return "finished" if is_finished else "going on"
 
-    def begin(self, order: Order, state: State) -> None:
+    def begin(self, spec: SampleSpec, state: State) -> None:
         """Write the record; remove grid and classes, as those of fewer images must not pass for those of all."""
         if state == "anew":
             for name in PICTURES:
                 remove(self.picture(name))
-            start_folder(self.path, RECORD, order.to_json(format="png"))
+            start_folder(self.path, RECORD, spec.to_json(format="png"))
         for now, before in map(self._places, PICTURES):
             if before.exists():
                 os.replace(before, now)
@@ -88,9 +88,9 @@ class PngFolder(Output):
         except (OSError, SyntaxError):  # Pillow's word for a broken PNG is SyntaxError
             raise VdiffError(f"{path} is damaged", "delete it, then give the same command again") from None
 
-    def finish(self, order: Order, num: int) -> None:
+    def finish(self, spec: SampleSpec, num: int) -> None:
         """Write the classes; all else is where it belongs."""
-        if (labels := order.labels(range(num))) is not None:
+        if (labels := spec.labels(range(num))) is not None:
             files = [image_path(self.path, k).name for k in range(num)]
             write_text(self._labels, labels_json(files, labels.tolist(), self.kind.class_names))
 

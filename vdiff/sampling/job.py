@@ -1,4 +1,4 @@
-"""Drawing the images 0 … n − 1 of an order into an output: what is missing, batch by batch, in all processes.
+"""Drawing the images 0 … n − 1 of a specification into an output: what is missing, batch by batch, in all processes.
 
 Batch j holds the images j·B … j·B + B − 1, whatever is there already and whichever process draws it, so an image comes
 out of the same arithmetic after any interruption.
@@ -29,22 +29,22 @@ from vdiff.models.drawing import EVERYWHERE, draw_from
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.replacing import is_free
 from vdiff.reporting import Progress, Reporter
-from vdiff.sampling.order import Order
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
-from vdiff.sampling.pictures import MAX_GRID, Trajectory, grid_picture, num_shown, path_picture, spread
+from vdiff.sampling.pictures import MAX_GRID, TrajectoryRecorder, grid_picture, num_shown, path_picture, spread
+from vdiff.sampling.spec import SampleSpec
 
 PATH = (STRIP, ANIMATION)
 MAX_ENCODERS = 8
 
 
 @dataclass(frozen=True)
-class Work:
+class RunOptions:
     """How images are drawn, apart from what they look like.
 
     Attributes:
         num: images in all.
         batch_size: drawn at once by each process.
-        precision: as it was asked for; the order holds what it means.
+        precision: as it was asked for; the specification holds what it means.
         compiled: whether to compile the network.
         overwrite: whether to replace what an earlier call left.
         trajectory: whether to keep the path of the first images too.
@@ -59,7 +59,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Report:
+class SampleReport:
     """What a call did.
 
     Attributes:
@@ -88,7 +88,9 @@ class Report:
         return {**asdict(self), **paths, "images_per_second": self.images_per_second}
 
 
-def draw_images(order: Order, output: Output, work: Work, *, processes: Processes, reporter: Reporter) -> Report:
+def draw_images(
+    spec: SampleSpec, output: Output, options: RunOptions, *, processes: Processes, reporter: Reporter
+) -> SampleReport:
     """Draw images 0 … num − 1 that are not in `output` yet, then its pictures, and finish it.
 
     Raises:
@@ -98,47 +100,49 @@ def draw_images(order: Order, output: Output, work: Work, *, processes: Processe
     with ExitStack() as lock:
         with processes.together():
             lock.enter_context(output.locked(mine=processes.is_main))
-        return _draw_images(order, output, work, processes, reporter)
+        return _draw_images(spec, output, options, processes, reporter)
 
 
-def _draw_images(order: Order, output: Output, work: Work, processes: Processes, reporter: Reporter) -> Report:
+def _draw_images(
+    spec: SampleSpec, output: Output, options: RunOptions, processes: Processes, reporter: Reporter
+) -> SampleReport:
     began = time.monotonic()
     with processes.together():
-        state = output.check(order, work.num, overwrite=work.overwrite)
+        state = output.check(spec, options.num, overwrite=options.overwrite)
         if is_free(output.path) and is_free(output.place):
             output.check_pictures()
         has_path = state != "anew" and all(output.picture_in_work(name).exists() for name in PATH)
-        wants_path = work.trajectory and not has_path
+        wants_path = options.trajectory and not has_path
     if state == "finished" and not wants_path:
         if processes.is_main:
-            output.begin(order, state)
-        return _report(output, work, drawn=0, evaluations=None, seconds=0.0)
+            output.begin(spec, state)
+        return _report(output, options, drawn=0, evaluations=None, seconds=0.0)
     with processes.together():  # before anything is replaced: it may be damaged
-        denoiser, config = load_checkpoint(Path(order.checkpoint), processes.device)
-        denoiser = ready_to_draw(denoiser, precision=work.precision, compiled=work.compiled)
+        denoiser, config = load_checkpoint(Path(spec.checkpoint), processes.device)
+        denoiser = ready_to_draw(denoiser, precision=options.precision, compiled=options.compiled)
     with processes.together():
         if processes.is_main:
-            output.begin(order, state)
+            output.begin(spec, state)
     with processes.together():
-        held = np.ones(work.num, bool) if state == "finished" else output.held(work.num)
-    job = _Job(order, output, work, processes, denoiser, config)
+        held = np.ones(options.num, bool) if state == "finished" else output.held(options.num)
+    job = _Job(spec, output, options, processes, denoiser, config)
     missing = int((~held).sum())
-    with _said_when_stopped(output, work.num):
+    with _said_when_stopped(output, options.num):
         with processes.together():
             job.draw(held, wants_path=wants_path and processes.is_main, reporter=reporter)
         if processes.is_main and state != "finished":
             job.finish()
     seconds = max(time.monotonic() - began, 1e-9)
-    return _report(output, work, drawn=missing, evaluations=job.evaluations, seconds=seconds)
+    return _report(output, options, drawn=missing, evaluations=job.evaluations, seconds=seconds)
 
 
 @dataclass
 class _Job:
     """The part of one process."""
 
-    order: Order
+    spec: SampleSpec
     output: Output
-    work: Work
+    options: RunOptions
     processes: Processes
     denoiser: Denoiser
     config: CheckpointConfig
@@ -153,7 +157,7 @@ class _Job:
 
     def draw(self, held: np.ndarray, *, wants_path: bool, reporter: Reporter) -> None:
         """This process's share of the batches with images that are not `held`, each encoded while the next is drawn."""
-        size, num = self.work.batch_size, self.work.num
+        size, num = self.options.batch_size, self.options.num
         batches = [range(first, min(first + size, num)) for first in range(0, num, size)]
         mine = list(self.processes.share([batch for batch in batches if not held[batch.start : batch.stop].all()]))
         if wants_path and batches[0] not in mine:
@@ -162,10 +166,10 @@ class _Job:
         done = before - sum(int((~held[batch.start : batch.stop]).sum()) for batch in mine)
         with (
             reporter.progress(self.output.path.name, before, "images", start=done) as bar,
-            _Keeper(self.output) as keeper,
+            AsyncWriter(self.output) as keeper,
         ):
             for batch in mine:
-                trajectory = Trajectory(self.order.num_steps) if wants_path and batch == batches[0] else None
+                trajectory = TrajectoryRecorder(self.spec.num_steps) if wants_path and batch == batches[0] else None
                 images = self._draw_batch(batch, bar, done, trajectory)
                 if trajectory is not None:
                     strip, animation = (self.output.picture_in_work(name) for name in PATH)
@@ -175,25 +179,29 @@ class _Job:
                 done += len(new)
                 bar.update(done)
 
-    def _draw_batch(self, batch: range, bar: Progress, done: int, trajectory: Trajectory | None) -> Tensor:
+    def _draw_batch(self, batch: range, bar: Progress, done: int, trajectory: TrajectoryRecorder | None) -> Tensor:
         network = self.denoiser.network
         assert isinstance(network, FastNetwork)
         # it is compiled for one shape: the last batch is filled up, unless there is but one
-        full = self.work.batch_size if network.is_compiled and self.work.num > self.work.batch_size else len(batch)
+        full = (
+            self.options.batch_size
+            if network.is_compiled and self.options.num > self.options.batch_size
+            else len(batch)
+        )
         indices = [*batch, *[batch[-1]] * (full - len(batch))]
         shape = (network.config.in_channels, self.config.image_size, self.config.image_size)
-        interval = self.order.guidance_interval
+        interval = self.spec.guidance_interval
         with memory_errors_named():
             images = draw_from(
                 self.denoiser,
-                SAMPLERS[self.order.sampler](**self.order.options),
-                noise=self.order.noise(indices, shape, self.processes.device),
-                classes=self.order.labels(indices),
-                num_steps=self.order.num_steps,
-                guidance=self.order.guidance,
+                SAMPLERS[self.spec.sampler](**self.spec.options),
+                noise=self.spec.noise(indices, shape, self.processes.device),
+                classes=self.spec.labels(indices),
+                num_steps=self.spec.num_steps,
+                guidance=self.spec.guidance,
                 guidance_interval=(interval[0], interval[1]) if interval else EVERYWHERE,
-                grid=self.order.grid,
-                on_step=lambda step: bar.update(done, f"step {step}/{self.order.num_steps}"),
+                grid=self.spec.grid,
+                on_step=lambda step: bar.update(done, f"step {step}/{self.spec.num_steps}"),
                 on_state=trajectory,
             )
         self.asked += full
@@ -201,18 +209,18 @@ class _Job:
 
     def finish(self) -> None:
         """The grid, then the whole in its place; every image is looked for once more."""
-        held = self.output.held(self.work.num)
+        held = self.output.held(self.options.num)
         if not held.all():
             raise VdiffError(
-                f"{int((~held).sum())} of {self.work.num} images are missing in {self.output.place}",
+                f"{int((~held).sum())} of {self.options.num} images are missing in {self.output.place}",
                 "give the same command again",
             )
         save_png(self._grid(), self.output.picture_in_work(GRID))
-        self.output.finish(self.order, self.work.num)
+        self.output.finish(self.spec, self.options.num)
 
     def _grid(self) -> Tensor | PIL.Image.Image:
         """The first images; of a path images from its whole length."""
-        num, path, of_classes = self.work.num, self.order.path, len(self.order.classes)
+        num, path, of_classes = self.options.num, self.spec.path, len(self.spec.classes)
         if path:
             ends = [f"image {end}" for end in path[:2]]
             if names := self._class_names([0, num - 1]):
@@ -223,11 +231,11 @@ class _Job:
 
     def _class_names(self, indices: Sequence[int]) -> list[str]:
         """Of images number `indices`; none of an unconditional model."""
-        labels = self.order.labels(indices)
+        labels = self.spec.labels(indices)
         return [] if labels is None else [self.config.class_names[label] for label in labels]
 
 
-class _Keeper:
+class AsyncWriter:
     """Keeps images while others are drawn; on leaving, all that were handed over are kept, whatever happened."""
 
     def __init__(self, output: Output) -> None:
@@ -236,7 +244,7 @@ class _Keeper:
         self.committer = ThreadPoolExecutor(1)
         self.last: Future[None] | None = None
 
-    def __enter__(self) -> _Keeper:
+    def __enter__(self) -> AsyncWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -272,13 +280,15 @@ def _said_when_stopped(output: Output, num: int) -> Iterator[None]:
         ) from None
 
 
-def _report(output: Output, work: Work, *, drawn: int, evaluations: float | None, seconds: float) -> Report:
-    return Report(
+def _report(
+    output: Output, options: RunOptions, *, drawn: int, evaluations: float | None, seconds: float
+) -> SampleReport:
+    return SampleReport(
         out=output.path,
-        num=work.num,
+        num=options.num,
         drawn=drawn,
         evaluations=evaluations,
         seconds=seconds,
         picture=output.picture(GRID),
-        trajectory=tuple(output.picture(name) for name in PATH) if work.trajectory else (),
+        trajectory=tuple(output.picture(name) for name in PATH) if options.trajectory else (),
     )

@@ -15,8 +15,8 @@ from torch import Tensor
 from vdiff.data.images import PICTURE
 from vdiff.errors import VdiffError
 from vdiff.replacing import check_free, check_ours, is_free, locked
-from vdiff.sampling.order import RECORD, Order, read_record
 from vdiff.sampling.packing import SAMPLES
+from vdiff.sampling.spec import RECORD, SampleSpec, read_record
 
 GRID, STRIP, ANIMATION = PICTURES = ("grid.png", "trajectory.png", "trajectory.webp")
 State = Literal["anew", "going on", "finished"]
@@ -55,7 +55,7 @@ class Output(ABC):
         """The folder where images are until all are there."""
 
     @abstractmethod
-    def check(self, order: Order, num: int, *, overwrite: bool) -> State:
+    def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
         """How far an earlier call came; nothing is changed.
 
         Raises:
@@ -63,7 +63,7 @@ class Output(ABC):
         """
 
     @abstractmethod
-    def begin(self, order: Order, state: State) -> None:
+    def begin(self, spec: SampleSpec, state: State) -> None:
         """Make the place, emptied where it begins anew; where all is finished, take leftovers away."""
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Output(ABC):
         """
 
     @abstractmethod
-    def finish(self, order: Order, num: int) -> None:
+    def finish(self, spec: SampleSpec, num: int) -> None:
         """Put the whole in its place, where that is still to be done."""
 
     def picture(self, name: str) -> Path:
@@ -124,7 +124,7 @@ def check_form(record: object, form: str, place: Path) -> None:
         raise VdiffError(f"{place} holds images as {found}, not {form}", "give --overwrite, or another --out")
 
 
-def is_ours(place: Path, order: Order, form: str, *, overwrite: bool) -> bool:
+def is_ours(place: Path, spec: SampleSpec, form: str, *, overwrite: bool) -> bool:
     """Whether the folder is to be gone on with; False: to be made, or replaced.
 
     Raises:
@@ -138,5 +138,5 @@ def is_ours(place: Path, order: Order, form: str, *, overwrite: bool) -> bool:
         check_ours(place, SAMPLES)
         record = read_record(place / RECORD)
         check_form(record, form, place)
-        order.check_same(record, place)
+        spec.check_same(record, place)
     return not overwrite

@@ -20,7 +20,7 @@ from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
 from vdiff.files import json_text, make_folder, parse, write_text
 from vdiff.replacing import Kind
-from vdiff.sampling.order import RECORD, is_record, read_record
+from vdiff.sampling.spec import RECORD, is_record, read_record
 
 BLOCK = 4096
 FILES = (

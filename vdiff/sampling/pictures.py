@@ -41,7 +41,7 @@ def grid_picture(images: Tensor, names: Sequence[str] = (), num_classes: int = 0
 
     Args:
         names: of the class of each image.
-        num_classes: images take so many classes in turn, which then become columns; 0: in no such order.
+        num_classes: images take so many classes in turn, which then become columns; 0: in no such spec.
     """
     columns = full_columns(len(images))
     if not names:
@@ -67,7 +67,7 @@ def _rows(images: Tensor, columns: int) -> list[list[Tensor]]:
     return [cells[first : first + columns] for first in range(0, len(cells), columns)]
 
 
-class Trajectory:
+class TrajectoryRecorder:
     """What the model makes of the first images after each step: x̂ as it was predicted, at the end the image itself.
 
     It is an `on_state` of the sampling loop.

@@ -21,7 +21,7 @@ RECORD = SAMPLES_FILE
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleSpec:
     """All that decides what image k looks like.
 
     Attributes:
@@ -86,8 +86,8 @@ class Order:
 
 
 def is_record(record: object) -> bool:
-    """Whether it is a record of an order, perhaps of another version of vdiff."""
-    needed = {item.name for item in fields(Order) if _default(item) is MISSING}
+    """Whether it is a record of an spec, perhaps of another version of vdiff."""
+    needed = {item.name for item in fields(SampleSpec) if _default(item) is MISSING}
     return isinstance(record, dict) and record.keys() >= needed
 
 

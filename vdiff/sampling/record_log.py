@@ -1,4 +1,4 @@
-"""Where images wait until all are there: files that only grow, one of each process, of any images in any order.
+"""Where images wait until all are there: files that only grow, one of each process, of any images in any spec.
 
 A record is a mark, the image's number, its length, a checksum and its bytes. Whatever a kill leaves behind, reading
 ends before the first record that is not whole; the process that goes on with a file cuts the rest off.
@@ -22,7 +22,7 @@ MARK = b"img\n"
 NAME, PATTERN = "part-{:05d}.images", "part-*.images"
 
 
-class Spool:
+class RecordLog:
     """The file of process `number` in `folder`, which it alone writes."""
 
     def __init__(self, folder: Path, number: int) -> None:
@@ -50,7 +50,7 @@ class Spool:
             raise refusal(self.path, error) from None
 
 
-class Spooled:
+class RecordReader:
     """The images 0 … `num` − 1 that lie in the files of all processes in `folder`."""
 
     def __init__(self, folder: Path, num: int) -> None:
