@@ -25,7 +25,7 @@ import pytest
 from tests.commands import TINY, run, the_error
 from tests.test_names import commands_in
 from tests.toy import write_checkpoint, write_dataset
-from vdiff.data import disk_sources, image_files, shard_files, store, writer
+from vdiff.data import disk_sources, image_files, store, tar_files, writer
 from vdiff.data.batches import ImageBatches
 from vdiff.data.datasets import open_dataset
 from vdiff.data.inspection import facts
@@ -196,7 +196,7 @@ def test_packed_tars_that_unpack_without_end(monkeypatch):
 
 def test_a_file_that_is_too_large_is_skipped(monkeypatch):
     monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(shard_files, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(tar_files, "MAX_FILE_BYTES", 1000)
     Path("x.tar").write_bytes(GOOD + member(b"b.png", bytes(1001)) + END)
     with zipfile.ZipFile("x.zip", "w") as archive:
         archive.writestr("good.png", png())

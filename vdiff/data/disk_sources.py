@@ -32,9 +32,9 @@ from vdiff.data.labels import (
     record_of_samples,
 )
 from vdiff.data.listing import OWN_PICTURES, SPLITS, Item, ListingWriter, key_of
-from vdiff.data.shard_files import is_tar, members
 from vdiff.data.source import Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import DATA_FILE, JOB_FILE, PARTIAL_SUFFIX, ImageStore, is_lmdb
+from vdiff.data.tar_files import is_tar, members
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import write_whole
 

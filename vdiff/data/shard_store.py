@@ -13,21 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from vdiff.data.shard_files import (
-    BUFFER_BYTES,
-    COPY_AGAIN,
-    check_place,
-    damaged,
-    is_image,
-    opened,
-    read_samples,
-    require_webdataset,
-    scan,
-    scheme_of,
-    shown,
-)
+from vdiff.data.remote_files import BUFFER_BYTES, COPY_AGAIN, check_place, damaged, opened, scheme_of, shown
 from vdiff.data.shards import LABEL, Shard, fingerprint_of, parse_index, suffix_of
 from vdiff.data.store import DATA_FILE, INDEX_FILE, DatasetMeta, incomplete, partial_folder
+from vdiff.data.tar_files import is_image, read_samples, require_webdataset
 from vdiff.errors import VdiffError
 from vdiff.files import MAX_TEXT_BYTES, read_text
 from vdiff.replacing import Kind
@@ -95,7 +84,8 @@ class ShardStore:
         if not scheme_of(self._base):
             return str(Path(self._base, shard.file))
         parts = urlsplit(self._base)  # a query, such as a token, is for every file there
-        return urlunsplit(parts._replace(path=f"{parts.path}/{quote(shard.file)}"))
+        name = quote(shard.file) if parts.scheme in ("http", "https") else shard.file
+        return urlunsplit(parts._replace(path=f"{parts.path}/{name}"))
 
     def samples(
         self, number: int, sizes: Sequence[int], skip: int = 0
@@ -141,11 +131,8 @@ class ShardStore:
         """What `meta.fingerprint` is if every shard is what was written; reads them all."""
         digests = []
         for shard in self.shards:
-            digest = hashlib.sha256()
             with opened(self.place(shard), shard.bytes) as file:
-                while data := file.read(BUFFER_BYTES):
-                    digest.update(data)
-            digests.append(digest.hexdigest())
+                digests.append(_Hashed(file).sha256())
         return fingerprint_of(digests)
 
     def _image(self, contents: Mapping[str, bytes | None], size: int, where: str) -> bytes:
@@ -242,48 +229,52 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
     from braceexpand import braceexpand
 
     try:
-        places = list(braceexpand(pattern, escape=False))
+        paths = [Path(place) for place in braceexpand(pattern, escape=False)]
     except ValueError as error:
         raise VdiffError(f"{pattern} is no pattern: {error}", "write it as x-{000000..000009}.tar") from None
     shards: list[Shard] = []
-    images: dict[str, tuple[int, int]] = {}  # the width and height of the first image of each suffix
+    sizes: dict[str, tuple[int, int]] = {}  # the width and height of the first image of each suffix
     modes: set[str] = set()
-    num_images, num_labels, max_label = 0, 0, -1
-    for place in places:
-        path, before = Path(place), num_images
-        for key, contents in scan(path, lambda suffix: suffix == LABEL or (is_image(suffix) and suffix not in images)):
-            num_images += 1
-            for suffix, content in contents.items():
-                if content is None:
-                    continue
-                if suffix == LABEL:
-                    if not (content.strip().isdigit() and int(content) < MAX_CLASSES):
-                        raise VdiffError(f"{place}: the class of {key} is no number below {MAX_CLASSES}", PREPARE)
-                    num_labels, max_label = num_labels + 1, max(max_label, int(content))
-                    continue
-                try:
-                    with PIL.Image.open(io.BytesIO(content)) as image:
-                        images[suffix] = image.size
-                        modes.add(image.mode)
-                except OSError:
-                    raise VdiffError(f"{place}: {key}.{suffix} is no image", PREPARE) from None
+    labels: list[int] = []
+    num_images = 0
+
+    def is_wanted(suffix: str) -> bool:
+        return suffix == LABEL or (is_image(suffix) and suffix not in sizes)
+
+    for path in paths:
+        before = num_images
+        with opened(path) as file:
+            for key, contents in read_samples(file, is_wanted):
+                num_images += 1
+                if (text := contents.pop(LABEL, None)) is not None:
+                    if not (text.strip().isdigit() and int(text) < MAX_CLASSES):
+                        raise VdiffError(f"{path}: the class of {key} is no number below {MAX_CLASSES}", PREPARE)
+                    labels.append(int(text))
+                for suffix, content in contents.items():
+                    if content is not None:
+                        try:
+                            with PIL.Image.open(io.BytesIO(content)) as image:
+                                sizes[suffix] = image.size
+                                modes.add(image.mode)
+                        except OSError:
+                            raise VdiffError(f"{path}: {key}.{suffix} is no image", PREPARE) from None
         if num_images > before:
-            shards.append(Shard(place, num_images - before, path.stat().st_size))
+            shards.append(Shard(str(path), num_images - before, path.stat().st_size))
     suffixes: dict[int, tuple[str, ...]] = {}
-    for suffix in sorted(images, key=lambda suffix: (suffix.count("."), suffix)):
-        width, height = images[suffix]
+    for suffix in sorted(sizes, key=lambda suffix: (suffix.count("."), suffix)):
+        width, height = sizes[suffix]
         if width == height:
             suffixes[width] = (*suffixes.get(width, ()), suffix)
     if not suffixes:
-        found = next((f"its first is {width}×{height}" for width, height in images.values()), "it has no images")
+        found = next((f"its first is {width}×{height}" for width, height in sizes.values()), "it has no images")
         raise VdiffError(f"{pattern} holds no square images: {found}", PREPARE)
-    if num_labels not in (0, num_images):
-        raise VdiffError(f"{pattern}: {num_images - num_labels} of {num_images} images have no class", PREPARE)
+    if len(labels) not in (0, num_images):
+        raise VdiffError(f"{pattern}: {num_images - len(labels)} of {num_images} images have no class", PREPARE)
     meta = DatasetMeta(
-        name=Path(places[0]).stem,
+        name=paths[0].stem,
         sizes=tuple(sorted(suffixes)),
         channels=1 if modes <= {"1", "L"} else 3,
-        class_names=tuple(map(str, range(max_label + 1))),
+        class_names=tuple(map(str, range(max(labels, default=-1) + 1))),
         counts={"images": num_images},
         complete=True,
     )

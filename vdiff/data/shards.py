@@ -11,11 +11,11 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
-from vdiff.data.shard_files import require_webdataset, scan
+from vdiff.data.remote_files import opened
 from vdiff.data.store import INDEX_FILE, PREPARE_AGAIN, DatasetMeta
+from vdiff.data.tar_files import read_samples, require_webdataset
 from vdiff.errors import VdiffError
 from vdiff.files import fsync_folder, make_folder, parse, refusal, write_text
 
@@ -90,15 +90,13 @@ def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard
     return meta, shards
 
 
-def describe(path: Path) -> Shard:
-    """Count and hash a shard on disk."""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            num_bytes = file.tell()
-    except OSError as error:
-        raise VdiffError(f"cannot read {path}: {error.strerror or error}", PREPARE_AGAIN) from None
-    return Shard(path.name, sum(1 for _ in scan(path, lambda _: False)), num_bytes, digest)
+def describe(path: Path, images: int | None = None) -> Shard:
+    """A shard on disk with its SHA-256; its images are counted where their number is not given."""
+    with opened(path) as file:
+        if images is None:
+            images = sum(1 for _ in read_samples(file, lambda _: False))
+            file.seek(0)
+        return Shard(path.name, images, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 class ShardWriter:
@@ -127,21 +125,18 @@ class ShardWriter:
         self._shards: list[Shard | Path] = list(self._tidy_up())
         self.num_committed = len(self._shards)
         if self._shards:
-            last = Path(str(self._shards[-1])).stem.rpartition("-")[2]
-            start = (int(last) + 1) * images_per_shard
+            start = (int(Path(str(self._shards[-1])).stem.rpartition("-")[2]) + 1) * images_per_shard
         if (folder / INDEX_FILE).exists():
             self.meta, _ = parse_index((folder / INDEX_FILE).read_bytes(), str(folder))
         self.position = self._begun_at = start
         self._waiting = 0
         self._tar: Any = None
-        self._file: _HashedFile | None = None
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -155,14 +150,18 @@ class ShardWriter:
             raise ValueError(f"images of sizes {sorted(images)}; need {sorted(self.meta.sizes)}")
         if (label is not None) != bool(self.meta.class_names):
             raise ValueError(f"label {label} in a set with the classes {self.meta.class_names}")
-        if self.is_due:
-            raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
+        self._check_room()
         sample: dict[str, Any] = {suffix_of(self.meta, size): encoded for size, encoded in images.items()}
         if label is not None:
             sample[LABEL] = str(label).encode()
         try:
             if self._tar is None:
-                self._open()
+                if self.meta.complete or self._path.exists():
+                    raise ValueError(f"{self._path} is written already")
+                self._file = open(self._temporary, "wb")  # noqa: SIM115
+                # the clock and the user's name would make equal images differ in bytes
+                options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+                self._tar = self._tar_writer(self._file, **options)
             self._tar.write({"__key__": f"{self.position:09d}", **sample})
         except OSError as error:
             raise refusal(self._path, error) from None
@@ -172,8 +171,7 @@ class ShardWriter:
 
     def skip(self) -> None:
         """Pass over an image that was rejected: the images after it keep their positions, whoever writes them."""
-        if self.is_due:
-            raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
+        self._check_room()
         self.position += 1
 
     def commit(self) -> None:
@@ -181,13 +179,14 @@ class ShardWriter:
         if self._file is not None:
             try:
                 self._tar.close()
-                self._file.make_durable()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
                 os.replace(self._temporary, self._path)
                 fsync_folder(self.folder)
             except OSError as error:
                 raise refusal(self._path, error) from None
-            file = self._file
-            self._shards.append(Shard(self._path.name, self._waiting, file.num_bytes, file.hash.hexdigest()))
+            self._shards.append(describe(self._path, self._waiting))
             self.num_committed += 1
             self._tar = self._file = None
             self._waiting = 0
@@ -201,18 +200,17 @@ class ShardWriter:
         self.commit()
         shards = [shard if isinstance(shard, Shard) else describe(shard) for shard in self._shards]
         fingerprint = fingerprint_of(shard.sha256 for shard in shards) if fingerprint is None else fingerprint
-        meta = replace(self.meta, counts=counts, complete=True, fingerprint=fingerprint)
-        write_index(self.folder, meta, shards)
-        self.meta = meta
-        return meta
+        self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=fingerprint)
+        write_index(self.folder, self.meta, shards)
+        return self.meta
 
     def close(self) -> None:
         """Drop the open shard."""
         if self._file is None:
             return
-        with contextlib.suppress(OSError):  # a full disk refuses the last bytes of a file that goes anyway
-            self._tar.close()
-        self._file.close()
+        for file in (self._tar, self._file):
+            with contextlib.suppress(OSError):  # a full disk refuses the last bytes of a file that goes anyway
+                file.close()
         self._temporary.unlink(missing_ok=True)
         self._tar = self._file = None
         self.position, self._waiting = self._begun_at, 0
@@ -225,12 +223,9 @@ class ShardWriter:
     def _temporary(self) -> Path:
         return self.folder / f".{self._path.name}.tmp"
 
-    def _open(self) -> None:
-        if self.meta.complete or self._path.exists():
-            raise ValueError(f"{self._path} is written already")
-        self._file = _HashedFile(self._temporary)
-        # the clock and the user's name would make equal images differ in bytes
-        self._tar = self._tar_writer(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
+    def _check_room(self) -> None:
+        if self.is_due:
+            raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
 
     def _tidy_up(self) -> list[Path]:
         """Remove what a writer that was killed left unfinished; returns the whole shards in order."""
@@ -240,26 +235,3 @@ class ShardWriter:
             if path.name[:1] == "." and path.suffix == ".tmp" and name.fullmatch(path.name[1:-4]):
                 path.unlink()
         return sorted((path for path in paths if name.fullmatch(path.name)), key=lambda path: (len(path.name), path))
-
-
-class _HashedFile:
-    """A new file that knows the length and the SHA-256 of what was written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115
-        self.hash = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        self.num_bytes += len(data)
-        return self._file.write(data)
-
-    def make_durable(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()

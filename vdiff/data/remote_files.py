@@ -1,0 +1,198 @@
+"""Files at paths and URLs, read once from the beginning."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from vdiff.data.store import PREPARE_AGAIN
+from vdiff.errors import VdiffError
+from vdiff.files import check_regular
+
+COPY_AGAIN = f"copy the shard again, or {PREPARE_AGAIN}"
+BUFFER_BYTES = 2**18
+TIMEOUT_SECONDS = 60.0
+RETRIES = 3
+RETRY_SECONDS = 1.0
+PACKAGES = {
+    "http": "vdiff[webdataset]",
+    "https": "vdiff[webdataset]",
+    "hf": "vdiff[hub]",
+    "s3": "vdiff[s3]",
+    "gs": "vdiff[gs]",
+    "gcs": "vdiff[gs]",
+}
+"""What `fsspec` needs for the addresses of a scheme."""
+
+
+def damaged(where: str | Path, reason: object) -> VdiffError:
+    """The error of a file that is not what was written."""
+    return VdiffError(f"{where} is damaged or truncated: {reason}", COPY_AGAIN)
+
+
+def scheme_of(place: str) -> str:
+    """`https`, `s3`, `pipe` …; empty for a path, also for one that begins with a drive letter."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", place)
+    return match[1].lower() if match and (match[1].lower() == "pipe" or place[match.end() :].startswith("//")) else ""
+
+
+def shown(place: str) -> str:
+    """A URL without the passwords that it may hold; a path as it is."""
+    if not scheme_of(place):
+        return place
+    parts = urlsplit(place)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def check_place(place: str) -> None:
+    """Raise VdiffError if `place` is a command (`pipe:`), which a dataset's name must never run, or no URL."""
+    if scheme_of(place) == "pipe":
+        raise VdiffError(f"{place} would run a command", "give a path or a URL; for a command's output, save it first")
+    try:
+        urlsplit(place)
+    except ValueError as error:
+        raise VdiffError(f"{place} is no URL: {error}", "check the place given to --data") from None
+
+
+@contextlib.contextmanager
+def opened(place: str | Path, num_bytes: int | None = None) -> Iterator[Any]:
+    """The file at a path or URL (text; a Path is always one on disk), to be read once from its beginning.
+
+    Raises:
+        VdiffError: it cannot be read; it is a command (`pipe:`).
+    """
+    try:
+        if isinstance(place, str) and scheme_of(place):
+            with contextlib.closing(RemoteFile(place, num_bytes)) as remote:
+                yield remote
+        else:
+            check_regular(Path(place))
+            with open(place, "rb") as file:
+                yield file
+    except tarfile.TarError as error:
+        raise damaged(shown(str(place)), error) from None
+    except OSError as error:
+        reason = " ".join(str(error.strerror or error).split())
+        raise VdiffError(f"cannot read {shown(str(place))}: {reason}", "check the place given to --data") from None
+
+
+class RemoteFile:
+    """A file at a URL of any scheme that `fsspec` knows, read once from its beginning.
+
+    A connection that breaks is opened again at the byte where it broke: over HTTP by a range, or from the beginning
+    where the server knows no ranges.
+
+    Raises:
+        VdiffError: the server refuses, has a file of another length than `num_bytes` (None: whatever it says), or fails
+            `RETRIES` times after one another; a package for the scheme is missing.
+    """
+
+    def __init__(self, url: str, num_bytes: int | None = None) -> None:
+        check_place(url)
+        self.url, self.num_bytes, self.position = url, num_bytes, 0
+        self._is_http = scheme_of(url) in ("http", "https")
+        self._file: Any = None
+        if self._is_http and re.search(r"\s", urlsplit(url).netloc):
+            raise self._refusal("a server's name has no spaces")
+        try:
+            import fsspec.core
+
+            self._system, self._path = fsspec.core.url_to_fs(url, **(_http_options() if self._is_http else {}))
+        except ImportError as error:
+            package = PACKAGES.get(scheme_of(url))
+            hint = f"pip install '{package}'" if package else str(error)
+            raise VdiffError(f"{scheme_of(url)}:// addresses need a package that is not installed", hint) from None
+        except Exception as error:  # unknown schemes, and whatever a scheme's own library refuses: no credentials, …
+            raise self._refusal(str(error)) from None
+
+    def read(self, size: int = 2**20) -> bytes:
+        """Up to `size` bytes; none at the end."""
+        failures = 0
+        while self.position != self.num_bytes:
+            try:
+                if self._file is None:
+                    self._file = self._open()
+                data: bytes = self._file.read(
+                    size if self.num_bytes is None else min(size, self.num_bytes - self.position)
+                )
+                if data or self.num_bytes is None:
+                    self.position += len(data)
+                    return data
+                raise ConnectionError
+            except VdiffError:
+                raise
+            except Exception as error:  # each scheme's library raises its own
+                self.close()
+                status = 404 if isinstance(error, FileNotFoundError) else getattr(error, "status", None)
+                failures += 1
+                is_final = isinstance(error, FileNotFoundError | PermissionError | ValueError) or (
+                    isinstance(status, int) and status < 500 and status not in (408, 429)
+                )
+                if is_final or failures > RETRIES:
+                    raise self._refusal(self._reason(error, status)) from None
+                time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
+        return b""
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> Any:
+        """The file, to be read from `position` on."""
+        if not self._is_http:
+            file = self._system.open(self._path, "rb")
+            self._check_length(file.size)
+            file.seek(self.position)
+            return file
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={self.position}-"} if self.position else {})
+        # no blocks: one answer that is read as it comes; a size, so that nobody asks the server for it
+        file = self._system.open(self._path, "rb", block_size=0, size=1, headers=headers)
+        with contextlib.ExitStack() as stack:
+            stack.callback(file.close)
+            skipped = self.position if file.r.status == 206 else 0
+            if file.r.content_length is not None:
+                self._check_length(skipped + file.r.content_length)
+            while skipped < self.position:  # the server cannot begin in the middle
+                if not (data := file.read(min(2**20, self.position - skipped))):
+                    raise ConnectionError
+                skipped += len(data)
+            stack.pop_all()
+        return file
+
+    def _check_length(self, num_bytes: int | None) -> None:
+        if num_bytes is not None and self.num_bytes not in (None, num_bytes):
+            raise damaged(shown(self.url), f"it has {num_bytes} bytes, not {self.num_bytes}")
+        self.num_bytes = num_bytes if self.num_bytes is None else self.num_bytes
+
+    def _reason(self, error: Exception, status: int | None) -> str:
+        """What an error says, in words that are the same for all libraries where they can be."""
+        if self._is_http and status:
+            return f"HTTP status {status}"
+        if isinstance(error, FileNotFoundError):
+            return "no such file"
+        if not str(error) or type(error).__name__ == "ClientPayloadError":  # of aiohttp
+            return f"the connection ended after {self.position} of {self.num_bytes} bytes"
+        number = getattr(error, "errno", None)
+        return os.strerror(number) if isinstance(number, int) and number > 0 else str(error)
+
+    def _refusal(self, reason: str) -> VdiffError:
+        # the address in it may hold a token
+        reason = " ".join(reason.replace(self.url, shown(self.url)).split())
+        return VdiffError(f"cannot read {shown(self.url)}: {reason}", "check the URL and the server, then go on")
+
+
+def _http_options() -> dict[str, Any]:
+    """Proxies of the environment; a limit for silence, and none for the time that a whole shard takes."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS)
+    return {"client_kwargs": {"trust_env": True, "timeout": timeout}}

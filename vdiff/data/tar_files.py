@@ -1,0 +1,128 @@
+"""Members and samples of a tar that may be damaged or made up."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from types import ModuleType
+from typing import IO, Any, Self
+
+from vdiff.data.image_files import MAX_FILE_BYTES
+from vdiff.data.remote_files import BUFFER_BYTES
+from vdiff.errors import VdiffError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+NAME_TYPES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+MAX_NAME_BYTES = 2**20
+
+
+def require_webdataset() -> ModuleType:
+    """The library webdataset.
+
+    Raises:
+        VdiffError: it is not installed.
+    """
+    try:
+        import webdataset
+    except ImportError:
+        raise VdiffError("tar shards need the package webdataset", "pip install webdataset") from None
+    module: ModuleType = webdataset
+    return module
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose size is checked before anything of that size is read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in NAME_TYPES and header.size > MAX_NAME_BYTES):
+            raise tarfile.ReadError(f"a header says that {header.size:,} bytes follow")
+        return header
+
+
+def is_tar(file: IO[bytes]) -> bool:
+    """Whether a file begins with the header of a tar."""
+    try:
+        tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
+
+
+def members(file: IO[bytes], mode: str = "r:") -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """All members of a tar, each with the archive that it can be read from.
+
+    Args:
+        mode: `r:`, or `r|` where the file cannot be read twice.
+
+    Raises:
+        TarError: damaged: a header that is wrong, a size that cannot be, or (`r:`) an end that is missing.
+    """
+    with _tar_errors(tarfile.open, fileobj=file, mode=mode, bufsize=BUFFER_BYTES, tarinfo=_Header) as tar:
+        while (member := _tar_errors(tar.next)) is not None:
+            tar.members.clear()  # or every header stays in memory
+            if member.size < 0 or tar.offset <= member.offset:  # it would be read again without end
+                raise tarfile.ReadError(f"the size of {member.name} is {member.size:,}")
+            yield tar, member
+        if mode == "r:":
+            # tarfile takes a header that is cut or wrong for the end of the tar, which is a block of zeros
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it ends in the middle")
+
+
+def _tar_errors(read: Callable[..., Any], **arguments: Any) -> Any:
+    """The result of `read`; any error that a damaged header causes in tarfile becomes a TarError."""
+    try:
+        return read(**arguments)
+    except (tarfile.TarError, OSError, VdiffError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(" ".join(f"{type(error).__name__}: {error}".split())) from None
+
+
+def read_samples(
+    file: IO[bytes], wanted: Callable[[str], bool], *, mode: str = "r:", skip: int = 0
+) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """(key, {suffix: content}) of the samples of a tar that have an image, from number `skip` on.
+
+    As in WebDataset, a sample is a run of members whose names are equal up to the first dot of the base name. Only
+    what is `wanted` by its suffix is read, other contents are None; skipped samples are passed over by their headers.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    files = (
+        (*base_plus_ext(member.name), tar, member)
+        for tar, member in members(file, mode)
+        if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name)
+    )
+    number = 0
+    for key, group in groupby((each for each in files if each[0] is not None), key=lambda each: each[0]):
+        contents = {
+            suffix.lower(): _content(tar, member) if number >= skip and wanted(suffix.lower()) else None
+            for _, suffix, tar, member in group
+        }
+        if any(map(is_image, contents)):
+            if number >= skip:
+                yield key, contents
+            number += 1
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.issparse() or member.size > MAX_FILE_BYTES:
+        raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes, or holes")
+    content = tar.extractfile(member)
+    assert content is not None
+    return content.read()
+
+
+def is_image(suffix: str) -> bool:
+    """Whether a member with this suffix is an image."""
+    return suffix.rpartition(".")[2] in IMAGE_EXTENSIONS
