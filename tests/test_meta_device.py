@@ -29,7 +29,7 @@ from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.training.base import describe
 from vdiff.training.config import TrainConfig
-from vdiff.training.dataset import Images
+from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.loop import Run, averages_of, build_update
@@ -73,7 +73,7 @@ def denoiser_of(description: CheckpointConfig) -> Denoiser:
 def described(tmp_path: Path, *, classes: int = 0, **changes: Any) -> tuple[TrainConfig, CheckpointConfig]:
     """The settings of a run and what its checkpoint says."""
     config = train_config(tmp_path, **{"class_conditional": classes > 0, **changes})
-    return config, describe(config, Images(SIZE, 1, [str(k) for k in range(classes)]))
+    return config, describe(config, TrainingData(SIZE, 1, [str(k) for k in range(classes)]))
 
 
 def update_once(run: Run, importance: bool = False) -> None:

@@ -22,7 +22,7 @@ from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.drawing import rmse
 from vdiff.models.unet import UNetConfig
-from vdiff.training.dataset import Images, no_images, open_images
+from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.verdict import (
     HELD_OUT,
@@ -141,7 +141,7 @@ def test_the_data_are_as_many_images_as_there_are(tmp_path):
     images = open_images(str(data), SIZE)
     every = from_uint8(torch.cat([batch.images for batch in batches_of(images, COUNT)]))
 
-    def far(images: Images = images, **settings) -> PixelDistance | None:
+    def far(images: TrainingData = images, **settings) -> PixelDistance | None:
         config = distill_config(data, tmp_path, **{"batch_size": 4, "flip": False, **settings})
         return distance_to(images, config, build_engine(config))
 
@@ -157,7 +157,7 @@ def test_the_data_are_as_many_images_as_there_are(tmp_path):
     assert far(open_images(str(write_dataset(tmp_path / "one_4", count=1)), SIZE)) is None
 
 
-def batches_of(images: Images, count: int) -> list[Batch]:
+def batches_of(images: TrainingData, count: int) -> list[Batch]:
     """The first epoch, in one batch."""
     config = distill_config(Path(images.name), Path(), batch_size=count, flip=False)
     return [next(images.batches(config, build_engine(config)).start_at(0))]

@@ -32,7 +32,7 @@ from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNetConfig
 from vdiff.training.base import describe, train
 from vdiff.training.config import DistillConfig, TrainConfig
-from vdiff.training.dataset import Images, open_images
+from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
 from vdiff.training.loop import Run, fit
@@ -186,7 +186,7 @@ def run_ladder(
 ) -> list[Stage]:
     """`plan_stages`, then `run_stages`."""
     stages = plan_stages(config, teacher, out)
-    images: Images = open_images(config.data, teacher.image_size)
+    images: TrainingData = open_images(config.data, teacher.image_size)
     run_stages(stages, config, images, build_engine(config), overwrite=overwrite, reporter=reporter or Watcher())
     return stages
 

@@ -14,11 +14,11 @@ from vdiff.cli.prepare import counted, cpu_cores, megabytes
 from vdiff.errors import VdiffError, shell
 
 
-class Group(Program, click.Group):
+class DatasetCommands(Program, click.Group):
     """Commands about datasets."""
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+@click.group(cls=DatasetCommands, context_settings=CONTEXT)
 def command() -> None:
     """Look at datasets, check them, join parts of them.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vdiff.training.comparison import Row
-    from vdiff.training.dataset import Images
+    from vdiff.training.dataset import TrainingData
     from vdiff.training.engine import Engine
     from vdiff.training.stages import Stage
 
@@ -119,7 +119,13 @@ def command(
 
 
 def planned(
-    stages: list[Stage], config: DistillConfig, images: Images, engine: Engine, console: Console, *, overwrite: bool
+    stages: list[Stage],
+    config: DistillConfig,
+    images: TrainingData,
+    engine: Engine,
+    console: Console,
+    *,
+    overwrite: bool,
 ) -> list[list[str]]:
     """The rows of --plan; an update is timed wherever it costs something else."""
     from vdiff.training.ladder import found_student
@@ -151,7 +157,7 @@ def planned(
     return rows
 
 
-def distance_to(images: Images, config: DistillConfig, engine: Engine) -> Callable[[Tensor], float] | None:
+def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> Callable[[Tensor], float] | None:
     """The distance of samples to the data, in the process that examines students; None where there are no data."""
     import torch
 

@@ -45,7 +45,7 @@ def facts(dataset: AnyStore) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """What `verify` found: `problems` says what is wrong where (the first 20); `checked` images were decoded.
 
     `fingerprint` is "equal", "unequal", or "none" in a dataset that another program wrote.
@@ -63,7 +63,7 @@ class Verdict:
         return not self.num_problems and self.fingerprint != "unequal"
 
 
-def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None = None) -> Verdict:
+def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None = None) -> Verification:
     """Decode every image in every size, and compare the checksums with those of the description."""
     reporter = reporter or Silent()
     link, checked, num_problems = FIRST_LINK, 0, 0
@@ -86,7 +86,7 @@ def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None
     recorded = dataset.meta.fingerprint
     actual = link.hex() if isinstance(dataset, ImageStore) else dataset.fingerprint()
     state = "none" if not recorded else "equal" if recorded == actual else "unequal"
-    return Verdict(str(dataset.path), checked, num_problems, tuple(problems), state)
+    return Verification(str(dataset.path), checked, num_problems, tuple(problems), state)
 
 
 @dataclass(frozen=True)

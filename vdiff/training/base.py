@@ -17,7 +17,7 @@ from vdiff.models.unet import UNetConfig
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.training.config import COMMAND_LINE, TrainConfig, resolve
-from vdiff.training.dataset import Images, open_images
+from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import Engine, build_engine, effective_batch
 from vdiff.training.folder import RUN, check_resumable, check_same_run, recorded, start_anew
 from vdiff.training.loop import Run, fit, settle
@@ -35,7 +35,7 @@ def resolve_training(
     resume: bool,
     assume: bool = False,
     reporter: Reporter | None = None,
-) -> tuple[TrainConfig, Images]:
+) -> tuple[TrainConfig, TrainingData]:
     """The settings of a base run, and its images.
 
     Args:
@@ -90,14 +90,14 @@ def _settings_of(folder: Path) -> Mapping[str, Any]:
     return settings.train
 
 
-def _assumed(preset: str, image_size: int | None) -> Images:
+def _assumed(preset: str, image_size: int | None) -> TrainingData:
     """The images that a preset is made for, or others of its kind."""
     assumed = read_preset(preset).assumed
     names = [str(k) for k in range(assumed.get("num_classes", 0))]
-    return Images(image_size or assumed["image_size"], assumed["image_channels"], names)
+    return TrainingData(image_size or assumed["image_size"], assumed["image_channels"], names)
 
 
-def describe(config: TrainConfig, images: Images) -> CheckpointConfig:
+def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
     """The checkpoint that a run will write.
 
     Raises:
@@ -171,7 +171,7 @@ def schedule_of(config: TrainConfig) -> Schedule:
 
 
 def train(
-    config: TrainConfig, images: Images, *, folder: Path, resume: bool, overwrite: bool, reporter: Reporter
+    config: TrainConfig, images: TrainingData, *, folder: Path, resume: bool, overwrite: bool, reporter: Reporter
 ) -> CheckpointConfig:
     """Train a base model into `folder`.
 
@@ -187,7 +187,7 @@ def train(
 
 def _train(
     config: TrainConfig,
-    images: Images,
+    images: TrainingData,
     description: CheckpointConfig,
     engine: Engine,
     folder: Path,

@@ -19,7 +19,7 @@ from vdiff.training.engine import Engine
 
 
 @dataclass(frozen=True)
-class Images:
+class TrainingData:
     """The images of a run.
 
     Without a `store` they are only assumed, to see what a preset would cost, or there are none, since the method needs
@@ -85,12 +85,14 @@ class ClassesOnly:
             step += 1
 
 
-def no_images(teacher: CheckpointConfig) -> Images:
+def no_images(teacher: CheckpointConfig) -> TrainingData:
     """No images at all, of the teacher's kind."""
-    return Images(teacher.image_size, int(teacher.unet["in_channels"]), list(teacher.class_names), none_needed=True)
+    return TrainingData(
+        teacher.image_size, int(teacher.unet["in_channels"]), list(teacher.class_names), none_needed=True
+    )
 
 
-def open_images(path: str, image_size: int | None) -> Images:
+def open_images(path: str, image_size: int | None) -> TrainingData:
     """The dataset at `path` (empty: the only one under `data/`), at one of its sizes.
 
     Raises:
@@ -105,4 +107,4 @@ def open_images(path: str, image_size: int | None) -> Images:
     store.check_size(size)
     if not len(store):
         raise VdiffError(f"{store.path} holds no images", "prepare it again")
-    return Images(size, store.meta.channels, list(store.meta.class_names), store)
+    return TrainingData(size, store.meta.channels, list(store.meta.class_names), store)

@@ -12,7 +12,7 @@ from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CONFIG, FILES, CheckpointConfig, is_checkpoint, read_config
 from vdiff.replacing import Kind, check_free, is_free, start_folder
 from vdiff.training.config import DistillConfig, TrainConfig
-from vdiff.training.dataset import Images
+from vdiff.training.dataset import TrainingData
 from vdiff.training.presets import RUN_FILE, run_text
 from vdiff.training.state import state_path
 
@@ -74,7 +74,7 @@ def check_new(folder: Path, *, overwrite: bool) -> None:
     check_free(folder, RUN, overwrite=True)
 
 
-def check_resumable(folder: Path, images: Images) -> None:
+def check_resumable(folder: Path, images: TrainingData) -> None:
     """Refuse to go on with a checkpoint whose state is gone (that would silently begin anew), or with other images.
 
     Raises:

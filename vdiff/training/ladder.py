@@ -14,7 +14,7 @@ from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
 from vdiff.training.attempts import failed_attempts, finish_keeping, keep_best, set_aside, times_failed
 from vdiff.training.config import DistillConfig, resolve
-from vdiff.training.dataset import Images
+from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
 from vdiff.training.folder import (
     RUN,
@@ -48,7 +48,7 @@ from vdiff.training.verdict import (
 def run_stages(
     stages: list[Stage],
     config: DistillConfig,
-    images: Images,
+    images: TrainingData,
     engine: Engine,
     *,
     overwrite: bool,
@@ -73,7 +73,7 @@ def run_stages(
 def _climb(
     stages: list[Stage],
     config: DistillConfig,
-    images: Images,
+    images: TrainingData,
     engine: Engine,
     *,
     overwrite: bool,
@@ -125,7 +125,7 @@ def _climb(
     return trained
 
 
-def train_stage(stage: Stage, config: DistillConfig, images: Images, engine: Engine, reporter: Reporter) -> bool:
+def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine, reporter: Reporter) -> bool:
     """Do what is left of a stage; answer whether there was anything."""
     halved = replace(config, lr=config.lr / 2 ** times_failed(stage.folder))
     lineage = {"path": stage.base.as_posix(), "fingerprint": weights_fingerprint(stage.base)}

@@ -17,7 +17,7 @@ from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.training.base import check_unet
 from vdiff.training.config import COMMAND_LINE, SHORTENING, DistillConfig, resolve
-from vdiff.training.dataset import Images, no_images, open_images
+from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings
 
 DEFAULT_BASE = "checkpoints/original"
@@ -131,7 +131,7 @@ def _preset_of(base: Path) -> str:
     return str(settings.train.get("preset") or settings.distill.get("preset") or "")
 
 
-def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> Images:
+def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> TrainingData:
     """The dataset of a ladder, which must be of the teacher's kind; a method that needs none does without.
 
     Raises:

@@ -19,7 +19,7 @@ from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
 from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
-from vdiff.training.dataset import Images
+from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
 from vdiff.training.loop import Run, averages_of, build_update
 from vdiff.training.objectives import DistillationObjective
@@ -85,7 +85,7 @@ def begin_student(stage: Stage, config: DistillConfig, description: CheckpointCo
 def stage_run(
     stage: Stage,
     config: DistillConfig,
-    images: Images,
+    images: TrainingData,
     engine: Engine,
     lineage: Mapping[str, str],
     reporter: Reporter | None = None,
@@ -124,7 +124,7 @@ def stage_run(
     )
 
 
-def seconds_per_update(stage: Stage, config: DistillConfig, images: Images, engine: Engine) -> float:
+def seconds_per_update(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
     """How long an update of a stage takes, measured on a few of them.
 
     The stage's own teacher need not be there yet: its cost is that of the ladder's first teacher, `config.base`, or of
@@ -140,7 +140,7 @@ def seconds_per_update(stage: Stage, config: DistillConfig, images: Images, engi
         return _seconds(replace(stage, base=Path(folder)), stage.settings(alone), images, engine)
 
 
-def _seconds(stage: Stage, config: DistillConfig, images: Images, engine: Engine) -> float:
+def _seconds(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
     run = stage_run(stage, config, images, engine, {})
     denoiser = engine.place(run.denoiser).train()
     averages = averages_of(run.config, denoiser, engine, run.self_ema)
