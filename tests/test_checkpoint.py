@@ -270,7 +270,7 @@ def test_config_that_describes_no_model(tmp_path, changes, words):
         ("format_version", True, "a whole number"),
         ("num_iters", 3.5, "a whole number"),
         ("dataset", None, "a text"),
-        ("class_names", "ab", "a list of texts"),
+        ("class_names", "ab", "a list"),
         ("class_names", ["a", 3], "a list of texts"),
         ("guidance_range", [0.0, "4"], "a list of numbers"),
     ],

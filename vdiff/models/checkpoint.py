@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,11 +26,12 @@ import vdiff
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
-from vdiff.errors import VdiffError, suggestion
+from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
 from vdiff.models.unet import UNet, UNetConfig
+from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
 
 FORMAT_VERSION = 1
@@ -41,21 +41,7 @@ FILES = r"model\.safetensors|config\.json|average\.json"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 IMPORTED = "imported:"
 MAX_IMAGE_SIZE = 2**13
-RANGES: dict[str, tuple[int, float]] = {
-    "num_timesteps": (1, 2**20),
-    "image_size": (1, MAX_IMAGE_SIZE),
-    **dict.fromkeys(["num_iters", "target_iters", "num_images", "train_seconds"], (0, 2.0**63)),
-}
-JSON_KINDS: dict[Any, str] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "a truth value",
-    list[str]: "a list of texts",
-    list[float]: "a list of numbers",
-    dict[str, Any]: "an object",
-    NoneType: "null",
-}
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True)
@@ -82,16 +68,16 @@ class CheckpointConfig:
     unet: dict[str, Any]
     schedule: dict[str, Any]
     prediction: str
-    num_timesteps: int
-    image_size: int
+    num_timesteps: Annotated[int, Meta(ge=1, le=2**20)]
+    image_size: Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)]
     method: str
     weights: str
-    num_iters: int
-    target_iters: int
-    num_images: int
+    num_iters: Count
+    target_iters: Count
+    num_images: Count
     dataset: str
     dataset_fingerprint: str
-    train_seconds: float = 0.0
+    train_seconds: Annotated[float, Meta(ge=0, le=2.0**63)] = 0.0
     kept_start: bool = False
     class_names: list[str] = field(default_factory=list)
     guidance_range: list[float] = field(default_factory=list)
@@ -203,38 +189,23 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise VdiffError(f"{path} has format {version}, newer than {FORMAT_VERSION}", "update vdiff")
-    known = {f.name: f for f in fields(CheckpointConfig)}
-    for key in values:
-        if key not in known:
-            raise VdiffError(f"{path} has an unknown key {key!r}", suggestion(key, known, only_near=True) or advice)
-    required = {f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING}
-    if missing := sorted(required - set(values)):
-        raise VdiffError(f"{path} lacks the key {', '.join(map(repr, missing))}", advice)
-    hints = get_type_hints(CheckpointConfig)
-    for key, value in values.items():
-        kinds = get_args(hints[key]) if isinstance(hints[key], UnionType) else (hints[key],)
-        if not any(_is_of_kind(value, kind) for kind in kinds):
-            raise VdiffError(f"{path}: {key!r} must be {' or '.join(JSON_KINDS[kind] for kind in kinds)}", advice)
+    config = record_of(CheckpointConfig, values, str(path), advice)
     try:
-        build_schedule(values["schedule"])
-        num_classes = UNetConfig.from_dict(values["unet"]).num_classes
-        values["class_names"] = values.get("class_names") or [str(k) for k in range(num_classes)]
-        if num_classes and len(values["class_names"]) != num_classes:
-            raise ValueError(f"'class_names' names {len(values['class_names'])} of {num_classes} classes")
+        build_schedule(config.schedule)
+        num_classes = UNetConfig.from_dict(config.unet).num_classes
+        config = replace(config, class_names=config.class_names or [str(k) for k in range(num_classes)])
+        if num_classes and len(config.class_names) != num_classes:
+            raise ValueError(f"'class_names' names {len(config.class_names)} of {num_classes} classes")
     except (ValueError, TypeError, OverflowError) as error:
         raise VdiffError(f"{path} describes no model: {error}", advice) from None
-    for key, (low, high) in RANGES.items():
-        if not low <= (value := values.get(key, low)) <= high:  # not so of NaN either
-            bound = f"at most {high:.0f}" if value > high else f"at least {low}"
-            raise VdiffError(f"{path}: {key!r} must be {bound}, not {reprlib.repr(value)}", advice)
-    if not all(math.isfinite(weight) for weight in values.get("guidance_range", [])):
+    if not all(math.isfinite(weight) for weight in config.guidance_range):
         raise VdiffError(f"{path}: 'guidance_range' must be finite", advice)
-    teacher = values.get("teacher")
+    teacher = config.teacher
     while teacher is not None:
         if not isinstance(teacher, dict):
             raise VdiffError(f"{path}: 'teacher' must be an object or null, all the way back", advice)
         teacher = teacher.get("teacher")
-    return CheckpointConfig(**values)
+    return config
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -345,14 +316,6 @@ def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
     if not found:
         raise VdiffError(f"no checkpoint under {root}/", "run `python train.py` first, or give --checkpoint")
     return found[-1].parent
-
-
-def _is_of_kind(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is what an annotation says."""
-    if type(value) is not (get_origin(kind) or kind):
-        return False
-    of_items = get_args(kind)[0] if get_origin(kind) is list else None
-    return of_items is None or all(type(item) is of_items for item in value)
 
 
 def _plain_name(name: str) -> str:
