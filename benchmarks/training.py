@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -44,13 +43,11 @@ from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import METHODS
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import parameter_count, timestep_embedding
-from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, build_engine
-from vdiff.training.loop import Run, build_update
 from vdiff.training.objectives import DenoisingObjective, DistillationObjective
-from vdiff.training.optimisation import build_optimizer
 from vdiff.training.presets import read_preset
+from vdiff.training.step import Task, TrainStep
 
 SIZE, STUDENT_STEPS = 32, 4
 UNET = {
@@ -66,14 +63,12 @@ def ours(engine: Engine, config: LoopConfig, unet: dict[str, Any], *, distil: bo
         unet=unet, schedule={"name": "cosine"}, prediction="v", num_timesteps=1024, image_size=SIZE, method="base",
         weights="ema", num_iters=0, target_iters=1, num_images=0, dataset="", dataset_fingerprint="",
     )  # fmt: skip
-    denoiser = engine.place(description.build()).train()
-    average, optimizer = Averages(denoiser, Exponential(config.ema)), build_optimizer(denoiser, config)
+    denoiser = description.build()
     objective: DenoisingObjective | DistillationObjective = DenoisingObjective(denoiser.schedule)
     if distil:
         teacher = engine.compiled(engine.place(description.build())).requires_grad_(False).eval()
         objective = DistillationObjective(teacher, METHODS["progressive"](), STUDENT_STEPS, 2 * STUDENT_STEPS)
-    run = Run(denoiser, objective, None, config, description, Path(tempfile.gettempdir()))  # type: ignore[arg-type]
-    update = build_update(run, engine, denoiser, average, optimizer)
+    update = TrainStep(Task(denoiser, objective, config), engine)
     return lambda step, images: update(step, Batch(images, None)), denoiser.network
 
 

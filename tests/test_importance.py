@@ -28,10 +28,9 @@ from vdiff.errors import Interrupted, OptionError
 from vdiff.models.checkpoint import WEIGHTS, read_config, read_metadata, read_tensors, write_tensors
 from vdiff.training.engine import Engine, build_engine
 from vdiff.training.importance import ImportanceSampling, num_bins
-from vdiff.training.loop import averages_of, build_update
 from vdiff.training.objectives import stratified
-from vdiff.training.optimisation import build_optimizer
 from vdiff.training.state import state_path
+from vdiff.training.step import TrainStep
 
 ALONE: Engine = SimpleNamespace(sum=lambda values: values)
 ROOTS = [0.5, 3.0, 0.01, 1.2, 0.0]
@@ -242,7 +241,7 @@ class Fixed:
 
 
 def one_update(data, tmp_path, importance, **settings):
-    """The gradient and outcome of one update, and the importance sampling's reports."""
+    """The gradient and result of one update, and the importance sampling's reports."""
     run = run_of(train_config(data, dropout=0.0, clip_norm=1e9, warmup_iters=0, **settings), tmp_path / "run")
     seen, plain = [], run.objective
 
@@ -251,16 +250,16 @@ def one_update(data, tmp_path, importance, **settings):
         return plain(draws, pupil)
 
     run, engine = dataclasses.replace(run, objective=objective), build_engine(run.config)
-    denoiser = run.denoiser.train()
-    for i, parameter in enumerate(denoiser.parameters()):
+    weights = list(run.denoiser.parameters())
+    for i, parameter in enumerate(weights):
         parameter.data.copy_(0.3 * randn(*parameter.shape, seed=i))
-    optimizer = build_optimizer(denoiser, run.config)
     gradient: list[Tensor] = []
-    update = build_update(run, engine, denoiser, averages_of(run.config, denoiser, engine), optimizer, importance)
-    optimizer.register_step_pre_hook(lambda *_: gradient.extend(each.grad.clone() for each in denoiser.parameters()))
+    update = TrainStep(run, engine)
+    update.importance = importance
+    update.optimizer.register_step_pre_hook(lambda *_: gradient.extend(each.grad.clone() for each in weights))
     images = torch.arange(4 * 16, dtype=torch.uint8).reshape(4, 1, 4, 4) * 3
-    outcome = update(0, Batch(images, None))
-    return gradient, outcome, torch.cat(seen), engine
+    result = update(0, Batch(images, None))
+    return gradient, result, torch.cat(seen), engine
 
 
 @pytest.fixture(scope="module")
@@ -275,18 +274,18 @@ def test_a_loss_counts_as_often_as_it_is_weighted(data, tmp_path):
     rows = [one_update(data, tmp_path, each)[0] for each in plain]
     for parts in (1, 2):
         importance = Fixed(counts)
-        gradient, outcome, asked, engine = one_update(data, tmp_path, importance, grad_accum=parts)
+        gradient, result, asked, engine = one_update(data, tmp_path, importance, grad_accum=parts)
         for found, *single in zip(gradient, *rows, strict=True):
             expected = sum(count * each for count, each in zip(counts.tolist(), single, strict=True))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         ((u, losses, told_engine),) = importance.learned
         assert torch.equal(u, asked)
         assert (u.diff() < 0).all()
-        assert torch.equal(losses, outcome.losses)
+        assert torch.equal(losses, result.losses)
         assert told_engine is engine
-        assert torch.equal(outcome.counts, counts)
-    unweighted, outcome, _, _ = one_update(data, tmp_path, None)
-    assert outcome.counts is None
+        assert torch.equal(result.counts, counts)
+    unweighted, result, _, _ = one_update(data, tmp_path, None)
+    assert result.counts is None
     assert len(unweighted) == len(rows[0])
 
 

@@ -31,11 +31,9 @@ from vdiff.training.base import describe
 from vdiff.training.config import TrainConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
-from vdiff.training.importance import ImportanceSampling, num_bins
-from vdiff.training.loop import Run, averages_of, build_update
-from vdiff.training.meter import Meter
+from vdiff.training.meter import Meter, Position
 from vdiff.training.objectives import LOSSES, DenoisingObjective, DistillationObjective
-from vdiff.training.state import Position
+from vdiff.training.step import Task, TrainStep
 
 DEVICE = torch.device("meta")
 BATCH = 4
@@ -76,19 +74,16 @@ def described(tmp_path: Path, *, classes: int = 0, **changes: Any) -> tuple[Trai
     return config, describe(config, TrainingData(SIZE, 1, [str(k) for k in range(classes)]))
 
 
-def update_once(run: Run, importance: bool = False) -> None:
+def update_once(task: Task) -> None:
     """One update and what the meter makes of it, without a value of the device being read."""
     engine = Engine(DEVICE, accelerator=Accelerator(cpu=True, device_placement=False), compile=False)
-    denoiser = run.denoiser.train()
-    averages = averages_of(run.config, denoiser, engine, run.self_ema)
-    sampling = ImportanceSampling(num_bins(run.step_bins), DEVICE) if importance else None
-    update = build_update(run, engine, denoiser, averages, Descent(denoiser.parameters()), sampling)
-    meter = Meter(Position(0, 0.0), run.config, engine, run.step_bins)
-    size = run.config.batch_size
-    outcome = update(0, Batch(torch.zeros((size, 1, SIZE, SIZE), dtype=torch.uint8), torch.zeros(size).long()))
+    update = TrainStep(task, engine, lambda denoiser, _: Descent(denoiser.parameters()))
+    meter = Meter(Position(0, 0.0), task.config, engine, task.step_bins)
+    size = task.config.batch_size
+    result = update(0, Batch(torch.zeros((size, 1, SIZE, SIZE), dtype=torch.uint8), torch.zeros(size).long()))
     with patch.object(Meter, "_read_late", return_value=0.0):  # CUDA's own way of reading without a wait
-        meter.add(outcome, 0.0)
-    for tensor in (outcome.losses, outcome.t, outcome.logsnr, outcome.norm, outcome.is_bad):
+        meter.add(result, 0.0)
+    for tensor in (result.losses, result.t, result.logsnr, result.norm, result.is_bad):
         assert tensor.device == DEVICE
 
 
@@ -110,8 +105,7 @@ def test_an_update_of_a_base_model_stays_on_the_device(tmp_path: Path, name: str
     config, description = described(tmp_path, **BASES[name])
     with OneDevice():
         denoiser = denoiser_of(description)
-        run = Run(denoiser, DenoisingObjective(denoiser.schedule), [], config, description, tmp_path, 0.1)  # type: ignore[arg-type]
-        update_once(run, importance=config.times == "importance")
+        update_once(Task(denoiser, DenoisingObjective(denoiser.schedule), config, class_dropout=0.1))
 
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -148,8 +142,9 @@ def test_an_update_of_a_student_stays_on_the_device(tmp_path: Path, name: str) -
             teacher_steps=8,
         )
         bins = None if METHODS[method].keeps_steps else 4
-        run = Run(denoiser_of(student), objective, [], config, student, tmp_path, 0.1, built.self_ema, bins)  # type: ignore[arg-type]
-        update_once(run, importance=config.times == "importance")
+        update_once(
+            Task(denoiser_of(student), objective, config, 0.1, student.guidance_range, built.self_ema, bins, bins)
+        )
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -43,11 +43,11 @@ from vdiff.training.averages import Exponential
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
-from vdiff.training.loop import averages_of, build_update
 from vdiff.training.objectives import LOSSES
 from vdiff.training.optimisation import build_optimizer
 from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
+from vdiff.training.step import TrainStep, averages_of
 from vdiff.training.student import begin_student, describe_student, seconds_per_update, stage_run
 from vdiff.training.verdict import VERDICT
 
@@ -109,15 +109,13 @@ class Learner:
         """Losses and gradient norms of two updates of the optimiser that `build` makes, and all weights after them."""
         run = dataclasses.replace(self.run, config=dataclasses.replace(self.run.config, **settings))
         run.denoiser.load_state_dict(self.start)
-        denoiser, engine = run.denoiser.train(), build_engine(run.config)
-        averages = averages_of(run.config, denoiser, engine, run.self_ema)
-        update = build_update(run, engine, denoiser, averages, build(denoiser, run.config))
+        update = TrainStep(run, build_engine(run.config), build)
         numbers: list[float] = []
         for step in range(2):
             pixels = torch.randint(0, 256, (6, 1, SIZE, SIZE), generator=torch.Generator().manual_seed(step))
-            outcome = update(step, Batch(pixels.byte(), torch.arange(6) % 2))
-            numbers += [*outcome.losses.tolist(), outcome.norm.item()]
-            assert not outcome.is_bad
+            result = update(step, Batch(pixels.byte(), torch.arange(6) % 2))
+            numbers += [*result.losses.tolist(), result.norm.item()]
+            assert not result.is_bad
         return numbers, self.weights()
 
     def weights(self) -> torch.Tensor:
@@ -260,10 +258,7 @@ def test_progress_is_the_part_of_the_updates_that_is_done(data, teacher):
     engine = build_engine(config)
     run = stage_run(stage, dataclasses.replace(stage.settings(config), num_iters=4), images, engine, {})
     run = dataclasses.replace(run, objective=Telling(run.objective))
-    denoiser = run.denoiser.train()
-    update = build_update(
-        run, engine, denoiser, averages_of(run.config, denoiser, engine), build_optimizer(denoiser, run.config)
-    )
+    update = TrainStep(run, engine)
     pixels = torch.zeros(4, 1, SIZE, SIZE, dtype=torch.uint8)
     for step in range(4):
         update(step, Batch(pixels, None))

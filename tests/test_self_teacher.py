@@ -17,9 +17,8 @@ from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig
 from vdiff.training.averages import Averages, Exponential
 from vdiff.training.engine import build_engine
-from vdiff.training.loop import averages_of
-from vdiff.training.meter import MAX_STEPS, Meter, Outcome
-from vdiff.training.state import Position
+from vdiff.training.meter import MAX_STEPS, Meter, Position, StepResult
+from vdiff.training.step import averages_of
 
 
 def network(seed: int = 0) -> Denoiser:
@@ -149,9 +148,11 @@ def meter(steps: int | None) -> Meter:
     return Meter(Position(), config, build_engine(config), steps)
 
 
-def outcome(losses: list[float], t: list[float], *, bad: bool = False, counts: list[float] | None = None) -> Outcome:
+def result_of(
+    losses: list[float], t: list[float], *, bad: bool = False, counts: list[float] | None = None
+) -> StepResult:
     times = torch.tensor(t, dtype=torch.float64)
-    return Outcome(
+    return StepResult(
         torch.tensor(losses),
         times,
         torch.zeros(len(losses)),
@@ -169,13 +170,13 @@ def test_losses_are_told_for_each_step_of_the_student():
     """Step i is (i − 1)/N < t ≤ i/N: the mean over its images since the last reading; steps without images are left
     out."""
     found = meter(4)
-    found.add(outcome([1.0, 3.0, 5.0, 7.0], [0.25, 0.5, 0.75, 1.0]), 0.0)
-    found.add(outcome([2.0, 4.0, 10.0, 20.0], [0.25 + 1 / 4096, 0.3, 1.0, 0.76]), 0.0)
-    found.add(outcome([math.nan, 9.0, 9.0, 9.0], [0.25, 0.5, 0.75, 1.0], bad=True), 0.0)
+    found.add(result_of([1.0, 3.0, 5.0, 7.0], [0.25, 0.5, 0.75, 1.0]), 0.0)
+    found.add(result_of([2.0, 4.0, 10.0, 20.0], [0.25 + 1 / 4096, 0.3, 1.0, 0.76]), 0.0)
+    found.add(result_of([math.nan, 9.0, 9.0, 9.0], [0.25, 0.5, 0.75, 1.0], bad=True), 0.0)
     scalars = found.read()
     assert by_step(scalars) == pytest.approx({"1": 1, "2": 3, "3": 5, "4": 37 / 3})
     assert scalars["loss"] == pytest.approx(52 / 8)
-    found.add(outcome([6.0], [2 / 3]), 0.0)
+    found.add(result_of([6.0], [2 / 3]), 0.0)
     assert by_step(found.read()) == {"3": 6}
 
 
@@ -184,17 +185,17 @@ def test_grid_times_belong_to_their_own_step_whatever_they_round_to(steps):
     """Also those of a fine grid just above them, which belong to the next."""
     for k in range(1, steps + 1):
         found = meter(steps)
-        found.add(outcome([1.0], [k / steps]), 0.0)
+        found.add(result_of([1.0], [k / steps]), 0.0)
         assert list(by_step(found.read())) == [str(k)]
         if k < steps:
-            found.add(outcome([1.0], [k / steps + 1 / (1024 * steps)]), 0.0)
+            found.add(result_of([1.0], [k / steps + 1 / (1024 * steps)]), 0.0)
             assert list(by_step(found.read())) == [str(k + 1)]
 
 
 def test_only_models_of_few_steps_tell_their_steps():
     for steps, told in ((None, False), (MAX_STEPS, True), (MAX_STEPS + 1, False)):
         found = meter(steps)
-        found.add(outcome([1.0, 2.0], [0.5, 1.0]), 0.0)
+        found.add(result_of([1.0, 2.0], [0.5, 1.0]), 0.0)
         assert bool(by_step(found.read())) == told
     assert MAX_STEPS == 32
 
@@ -202,7 +203,7 @@ def test_only_models_of_few_steps_tell_their_steps():
 def test_losses_that_count_more_often_do_so_in_the_means():
     """Σ w l / Σ w, over all and in each step and noise level."""
     found = meter(2)
-    found.add(outcome([1.0, 5.0, 7.0], [0.5, 0.5, 1.0], counts=[3.0, 0.5, 0.25]), 0.0)
+    found.add(result_of([1.0, 5.0, 7.0], [0.5, 0.5, 1.0], counts=[3.0, 0.5, 0.25]), 0.0)
     scalars = found.read()
     assert by_step(scalars) == pytest.approx({"1": (3 + 2.5) / 3.5, "2": 7})
     assert scalars["loss"] == pytest.approx((3 + 2.5 + 1.75) / 3.75)

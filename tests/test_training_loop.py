@@ -40,11 +40,11 @@ from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_confi
 from vdiff.models.drawing import draw
 from vdiff.training.config import TrainConfig
 from vdiff.training.engine import build_engine
-from vdiff.training.loop import Run, averages_of, build_update, seed_update
+from vdiff.training.loop import Run
 from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, TrainTarget
-from vdiff.training.optimisation import build_optimizer
 from vdiff.training.records import preview, preview_steps
 from vdiff.training.state import state_path
+from vdiff.training.step import TrainStep, seed_update
 
 
 @pytest.fixture(scope="module")
@@ -568,8 +568,7 @@ def test_every_combination_trains(data, tmp_path, prediction, schedule, weightin
     run = run_of(config, tmp_path)
     before = {name: w.detach().clone() for name, w in run.denoiser.named_parameters()}
     engine = build_engine(config)
-    averages = averages_of(config, run.denoiser.train(), engine)
-    update = build_update(run, engine, run.denoiser, averages, build_optimizer(run.denoiser, config))
+    update = TrainStep(run, engine)
     answers = [update(step, batch) for step, batch in zip(range(2), run.batches.start_at(0), strict=False)]
     for answer in answers:
         assert answer.losses.shape == answer.logsnr.shape == (config.batch_size,)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vdiff.errors import OptionError
 from vdiff.models.denoiser import Denoiser
-from vdiff.training.sharding import like, local
+from vdiff.training.weights import frozen, like, load_without, local, state_without, trainable
 
 MODEL, TEACHER = "ema", "self_teacher"
 TRACKED = (0.05, 0.10)
@@ -125,7 +125,7 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 class Averages:
-    """The averages of a denoiser's weights: the one that is the model, and further ones of other lengths.
+    """The averages of a denoiser's weights that learn: the one that is the model, and further ones of other lengths.
 
     The denoiser is the bare one, not what DDP or an optimiser make of it; its parameters are read where they are, so
     wrapping it or compiling it in place before or after makes no difference. Every average keeps the memory format of
@@ -156,8 +156,10 @@ class Averages:
         if len({other.name for other in further}) < len(further):
             raise ValueError("two averages have the same name")
         self.profile, self.further = profile, tuple(further)
-        self.model, self.teacher = (
-            denoiser if each is None else copy.deepcopy(denoiser).eval().requires_grad_(False)
+        fixed = frozen(denoiser)
+        self._frozen = fixed.keys()
+        self.model, self.teacher = (  # frozen weights are in memory once
+            denoiser if each is None else _copy(denoiser, fixed.values()).eval().requires_grad_(False)
             for each in (profile, of_teacher)
         )
         self._modules = [
@@ -166,16 +168,18 @@ class Averages:
         if prepare is not None:  # after the copies: what is shared out cannot be copied
             for module in (denoiser, *(module for _, module in self._modules)):
                 prepare(module)
-        self._names = [name for name, _ in denoiser.named_parameters()]
-        self._raw: list[Tensor] = [local(tensor) for tensor in denoiser.parameters()]
+        learning = trainable(denoiser)
+        self._names = list(learning)
+        self._raw: list[Tensor] = [local(tensor) for tensor in learning.values()]
         self._buffers: list[Tensor] = list(denoiser.buffers())
         self._copied: list[list[Tensor]] = [list(module.buffers()) for _, module in self._modules]
-        self._others = [[tensor.detach().clone() for tensor in denoiser.parameters()] for _ in self.further]
+        self._others = [[tensor.detach().clone() for tensor in learning.values()] for _ in self.further]
         averages = zip(self.further, self._others, strict=True)
         self._tracked = [(other, [local(tensor) for tensor in tensors]) for other, tensors in averages]
         for each, module in ((of_teacher, self.teacher), (profile, self.model)):
             if each is not None:
-                self._tracked.insert(0, (each, [local(tensor) for tensor in module.parameters()]))
+                weights = dict(module.named_parameters())
+                self._tracked.insert(0, (each, [local(weights[name]) for name in self._names]))
 
     def decay_at(self, step: int) -> float:
         """β of the model's average at update `step` (from 0); 0 where there is none."""
@@ -191,7 +195,9 @@ class Averages:
 
     def named(self) -> dict[str, Mapping[str, Tensor]]:
         """Name of an average → name of a weight → tensor: what resuming needs. They are views, not copies."""
-        values: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in self._modules}
+        values: dict[str, Mapping[str, Tensor]] = {
+            name: state_without(module, self._frozen) for name, module in self._modules
+        }
         for profile, average in zip(self.further, self._others, strict=True):
             values[profile.name] = dict(zip(self._names, average, strict=True))
         return values
@@ -204,15 +210,18 @@ class Averages:
             KeyError, ValueError, RuntimeError: one is missing, or of another model.
         """
         for module_name, module in self._modules:
-            weights = dict(module.named_parameters())
-            found = values[module_name].items()
-            module.load_state_dict({name: like(tensor, weights.get(name, tensor)) for name, tensor in found})
+            load_without(module, values[module_name], self._frozen)
         for profile, average in zip(self.further, self._others, strict=True):
             for name, tensor in zip(self._names, average, strict=True):
                 kept = values[profile.name][name]
                 if kept.shape != tensor.shape:  # copy_ would repeat a smaller one
                     raise ValueError(f"{name} is {tuple(kept.shape)} where {tuple(tensor.shape)} is due")
                 tensor.copy_(like(kept, tensor))
+
+
+def _copy(denoiser: Denoiser, shared: Iterable[Tensor]) -> Denoiser:
+    """A copy that has the tensors `shared` in common with the denoiser."""
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in shared})
 
 
 def profiles_of(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,7 @@ from vdiff.distributed import Processes, leave_at_exit, pick_device
 from vdiff.errors import OptionError
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.config import LoopConfig
-from vdiff.training.sharding import is_sharded, shard, whole
+from vdiff.training.weights import is_sharded, whole
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # while one process draws and saves, the others wait for it
@@ -46,10 +45,6 @@ class Engine(Processes):
         if self.compile:
             denoiser.network.compile(dynamic=False)
         return denoiser
-
-    def shared_out(self, config: LoopConfig) -> Callable[[Denoiser], None] | None:
-        """What shares a denoiser's weights out over the processes, where that is asked for."""
-        return partial(shard, device=self.device, world_size=self.world_size) if config.fsdp else None
 
     def wrapped(self, denoiser: Denoiser) -> nn.Module:
         """What is called in training: with its precision, and gradients that are the mean over all processes."""
@@ -82,11 +77,12 @@ class Engine(Processes):
         total: Tensor = self.accelerator.reduce(values, reduction="sum")
         return total
 
-    def agreed(self, code: int | None, step: int) -> int | None:
-        """The exit code that any process was asked to stop with; all learn of it after the same update."""
+    def agreed(self, code: int | None, done: int) -> int | None:
+        """The exit code that any process was asked to stop with; all learn of it after the same update,
+        `done` being the number of updates done."""
         if self.world_size == 1:
             return code
-        if (step + 1) % UPDATES_BETWEEN_QUESTIONS.get(self.device.type, 1):
+        if done % UPDATES_BETWEEN_QUESTIONS.get(self.device.type, 1):
             return None
         codes: Tensor = self.accelerator.gather(torch.tensor([code or 0], device=self.device))
         return int(codes.max()) or None

@@ -12,7 +12,6 @@ from torch import Tensor
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 from vdiff.training.optimisation import learning_rate
-from vdiff.training.state import Position
 
 LOGSNR_EDGES = (-20, -15, -10, -5, 0, 5, 10, 15, 20)
 NUM_BINS = len(LOGSNR_EDGES) - 1
@@ -20,7 +19,15 @@ MAX_STEPS = 32
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Position:
+    """How far a run is: updates done, and seconds spent on them."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
     """What one update answers, on the device: nothing here was waited for.
 
     `losses` (b,) are the weighted errors of this process's images, `t` (b,) their times, `logsnr` (b,) their noise
@@ -66,30 +73,35 @@ class Meter:
         self.bad_in_a_row = 0
         self._late: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def add(self, outcome: Outcome, waited: float) -> None:
+    def add(self, result: StepResult, waited: float) -> None:
         """Take in one update, and the seconds it waited for its images."""
-        good = ~outcome.is_bad
+        good = ~result.is_bad
         low, high = LOGSNR_EDGES[0], LOGSNR_EDGES[-1]
         width = (high - low) / NUM_BINS
-        bins = ((outcome.logsnr.to(self._sums) - low) / width).floor().clamp(0, NUM_BINS - 1).long()
+        bins = ((result.logsnr.to(self._sums) - low) / width).floor().clamp(0, NUM_BINS - 1).long()
         # a loss that is no number would stay one when multiplied by 0
-        counts = good.to(self._sums).expand_as(outcome.losses)
-        counts = counts if outcome.counts is None else counts * outcome.counts.to(self._sums)
-        losses = torch.where(good, outcome.losses.to(self._sums), 0) * counts
+        counts = good.to(self._sums).expand_as(result.losses)
+        counts = counts if result.counts is None else counts * result.counts.to(self._sums)
+        losses = torch.where(good, result.losses.to(self._sums), 0) * counts
         groups = [bins]
         if self.steps:  # t = i/N is told exactly, and t in between belongs to the step that begins above it
-            step = (outcome.t.to(self._sums) * self.steps - 1e-5).ceil().clamp(1, self.steps).long() - 1
+            step = (result.t.to(self._sums) * self.steps - 1e-5).ceil().clamp(1, self.steps).long() - 1
             groups.append(NUM_BINS + step)
         for group in groups:
             self._sums.index_add_(0, group, losses)
             self._sums.index_add_(0, group + NUM_BINS + self.steps, counts)
-        self._norms += torch.where(good, outcome.norm, 0)
-        self._bad += outcome.is_bad
-        self._row = (self._row + 1) * outcome.is_bad
+        self._norms += torch.where(good, result.norm, 0)
+        self._bad += result.is_bad
+        self._row = (self._row + 1) * result.is_bad
         self.bad_in_a_row = int(self._read_late())
         self._updates += 1
         self.waited += waited
         self.position = Position(self.position.step + 1, self.before + time.monotonic() - self.began)
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether too many bad updates followed each other."""
+        return self.bad_in_a_row >= max(self.config.max_bad_steps, 1)
 
     def _read_late(self) -> float:
         """The row of bad updates: as it is, on CUDA as it was an update ago (the same in every process)."""

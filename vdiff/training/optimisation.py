@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vdiff.training.config import LoopConfig
+from vdiff.training.weights import trainable
 
 BETAS = (0.9, 0.999)
 
@@ -27,8 +28,7 @@ def learning_rate(config: LoopConfig, step: int) -> float:
 
 
 def build_optimizer(network: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.999), fused into one kernel where the device has one."""
-    fused = next(network.parameters()).device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(
-        network.parameters(), lr=config.lr, betas=BETAS, weight_decay=config.weight_decay, fused=fused
-    )
+    """AdamW (0.9, 0.999) of the weights that learn, fused into one kernel where the device has one."""
+    weights = list(trainable(network).values())
+    fused = weights[0].device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(weights, lr=config.lr, betas=BETAS, weight_decay=config.weight_decay, fused=fused)

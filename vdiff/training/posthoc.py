@@ -20,7 +20,7 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
 from vdiff.training.averages import MAX_SIGMA_REL, Averages, Exponential, PowerFunction, gamma_of
-from vdiff.training.sharding import whole
+from vdiff.training.weights import whole
 
 SNAPSHOT_FOLDER, SNAPSHOT_SUFFIX = "averages", ".safetensors"
 NUM_SNAPSHOTS = 40

@@ -1,13 +1,11 @@
 """What resuming needs: weights, their averages, the optimiser's moments and the update, in one file without pickle.
 
-All randomness of update n is a function of seed and n (`loop.py`, `data/batches.py`), so no generator is stored.
+All randomness of update n is a function of seed and n (`step.py`, `data/batches.py`), so no generator is stored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +14,10 @@ from torch import Tensor
 from vdiff.errors import VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
-from vdiff.models.denoiser import Denoiser
-from vdiff.training.averages import Averages, Exponential
-from vdiff.training.sharding import like, whole
+from vdiff.training.averages import Exponential
+from vdiff.training.meter import Position
+from vdiff.training.step import TrainStep
+from vdiff.training.weights import frozen, like, load_without, state_without, trainable, whole
 
 STATE_FOLDER, STATE_FILE = "state", "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,67 +25,43 @@ STATISTICS = "statistics"
 AVERAGING = {"averaging": "bias-corrected"}  # states without this mark averaged with a warm-up
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far a run is: updates done, and seconds spent on them."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-
 def state_path(folder: Path) -> Path:
     """The state file of the run in `folder`."""
     return folder / STATE_FOLDER / STATE_FILE
 
 
-def save_state(
-    folder: Path,
-    position: Position,
-    denoiser: Denoiser,
-    averages: Averages,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None = None,
-    *,
-    statistics: Mapping[str, Tensor] | None = None,
-    write: bool = True,
-) -> None:
-    """Write the state of a run, whole or not at all; `scaler` is that of fp16, `statistics` what else was learned.
+def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool = True) -> None:
+    """Write the state of a run, whole or not at all: of the weights, those that learn.
 
     Every process calls this, since weights may be shared out over them; those with `write` write.
     """
-    tensors = {f"raw.{name}": whole(tensor) for name, tensor in denoiser.state_dict().items()}
-    for average, values in averages.named().items():
+    raw = state_without(step.denoiser, frozen(step.denoiser).keys())
+    tensors = {f"raw.{name}": whole(tensor) for name, tensor in raw.items()}
+    for average, values in step.averages.named().items():
         tensors |= {f"{average}.{name}": whole(tensor) for name, tensor in values.items()}
-    for name, parameter in denoiser.named_parameters():
+    learning = trainable(step.denoiser)
+    for name, parameter in learning.items():
         for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = whole(optimizer.state[parameter][moment])
-    tensors |= {f"{STATISTICS}.{name}": tensor for name, tensor in (statistics or {}).items()}
+            tensors[f"{moment}.{name}"] = whole(step.optimizer.state[parameter][moment])
+    tensors |= {f"{STATISTICS}.{name}": tensor for name, tensor in _statistics(step).items()}
     # bad updates count as updates of the run, but not of the optimiser
-    steps = [float(optimizer.state[parameter]["step"]) for parameter in denoiser.parameters()]
+    steps = [float(step.optimizer.state[parameter]["step"]) for parameter in learning.values()]
     metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
     metadata |= AVERAGING
-    if scaler is not None:
+    if (scaler := step.engine.accelerator.scaler) is not None:
         metadata["scaler"] = json.dumps(scaler.state_dict())
     if write:
         make_folder(folder / STATE_FOLDER)
         write_tensors(state_path(folder), tensors, metadata)
 
 
-def load_state(
-    folder: Path,
-    denoiser: Denoiser,
-    averages: Averages,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None = None,
-    *,
-    statistics: Mapping[str, Tensor] | None = None,
-) -> Position:
-    """Bring them back to where `save_state` left them; without a state file they stay as they are, at update 0.
+def load_state(folder: Path, step: TrainStep) -> Position:
+    """Bring a step back to where `save_state` left it; without a state file it stays as it is, at update 0.
 
     Raises:
         VdiffError: the file is damaged, of another model, or its exponential averages had a warm-up.
     """
-    path = state_path(folder)
+    path, denoiser, averages, optimizer = state_path(folder), step.denoiser, step.averages, step.optimizer
     if not path.exists():
         return Position()
     metadata, tensors = read_metadata(path), read_tensors(path)
@@ -98,25 +73,23 @@ def load_state(
         )
     try:
         position = Position(int(metadata["step"]), float(metadata["seconds"]))
-        parameters = dict(denoiser.named_parameters())
-        raw = _part(tensors, "raw.")
-        denoiser.load_state_dict({name: like(tensor, parameters.get(name, tensor)) for name, tensor in raw.items()})
+        load_without(denoiser, _part(tensors, "raw."), frozen(denoiser).keys())
         averages.load({name: _part(tensors, f"{name}.") for name in averages.named()})
-        for name, tensor in (statistics or {}).items():
+        for name, tensor in _statistics(step).items():
             saved = tensors[f"{STATISTICS}.{name}"]
             if saved.shape == tensor.shape:  # an earlier version had fewer bins: those are learned anew
                 tensor.copy_(saved)
-        step = torch.tensor(float(metadata["optimizer_step"]))
-        if scaler is not None:
+        updates = torch.tensor(float(metadata["optimizer_step"]))
+        if (scaler := step.engine.accelerator.scaler) is not None:
             scaler.load_state_dict(json.loads(metadata["scaler"]))
         moments = [
             {moment: like(tensors[f"{moment}.{name}"], parameter) for moment in MOMENTS}
-            for name, parameter in parameters.items()
+            for name, parameter in trainable(denoiser).items()
         ]
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise VdiffError(f"{path} does not belong to this run ({reason})", "start anew with --overwrite") from None
-    state = {i: {"step": step.clone(), **values} for i, values in enumerate(moments)} if position.step else {}
+    state = {i: {"step": updates.clone(), **values} for i, values in enumerate(moments)} if position.step else {}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return position
 
@@ -124,6 +97,11 @@ def load_state(
 def remove_state(folder: Path) -> None:
     """Free the space of a run that has nothing left to resume."""
     remove(folder / STATE_FOLDER)
+
+
+def _statistics(step: TrainStep) -> dict[str, Tensor]:
+    """What importance sampling learned."""
+    return {} if step.importance is None else {"moments": step.importance.moments}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

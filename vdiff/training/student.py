@@ -21,10 +21,10 @@ from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
-from vdiff.training.loop import Run, averages_of, build_update
+from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
-from vdiff.training.optimisation import build_optimizer
 from vdiff.training.stages import Stage, student_network
+from vdiff.training.step import TrainStep
 
 TIMED_UPDATES = 3
 
@@ -118,6 +118,7 @@ def stage_run(
         description=description,
         folder=stage.folder,
         class_dropout=config.class_dropout,
+        guidance_range=description.guidance_range,
         self_ema=method.self_ema,
         step_bins=None if method.keeps_steps else stage.num_steps,
         time_bins=None if method.keeps_steps else stage.teacher_steps if method.has_fine_times else stage.num_steps,
@@ -142,9 +143,7 @@ def seconds_per_update(stage: Stage, config: DistillConfig, images: TrainingData
 
 def _seconds(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
     run = stage_run(stage, config, images, engine, {})
-    denoiser = engine.place(run.denoiser).train()
-    averages = averages_of(run.config, denoiser, engine, run.self_ema)
-    update = build_update(run, engine, denoiser, averages, build_optimizer(denoiser, run.config))
+    update = TrainStep(run, engine)
     share = engine.part(config.batch_size)
     size = (share.stop - share.start, images.channels, images.image_size, images.image_size)
     batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))

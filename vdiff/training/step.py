@@ -1,0 +1,172 @@
+"""One optimiser update: a batch in, losses and metrics out. Folders, signals and logs belong to `loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from vdiff.data.batches import Batch
+from vdiff.data.images import from_uint8
+from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.errors import VdiffError
+from vdiff.models.denoiser import Denoiser, drop_classes
+from vdiff.training.averages import Averages, Exponential, profiles_of
+from vdiff.training.config import LoopConfig
+from vdiff.training.engine import Engine
+from vdiff.training.importance import ImportanceSampling, num_bins
+from vdiff.training.meter import StepResult
+from vdiff.training.objectives import LOSSES, Objective, StudentState, TrainBatch, stratified, weighted_losses
+from vdiff.training.optimisation import build_optimizer, learning_rate
+from vdiff.training.weights import frozen, shard, trainable
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, from what, and by which settings.
+
+    Attributes:
+        class_dropout: the part of the images whose class the network is not told, where it knows "no class".
+        guidance_range: the weights of guidance that a network with `guidance_input` learns.
+        self_ema: decay of the average that the network learns from; None: it learns from none.
+        step_bins: the steps of a model of few steps, each of which gets its own loss in the log; None: none does.
+        time_bins: the number of times that targets can have, all equally likely; None: any time in (0, 1].
+    """
+
+    denoiser: Denoiser
+    objective: Objective
+    config: LoopConfig
+    class_dropout: float = 0.0
+    guidance_range: Sequence[float] = ()
+    self_ema: float | None = None
+    step_bins: int | None = None
+    time_bins: int | None = None
+
+
+class TrainStep:
+    """(n, batch) → `StepResult`: update n of a task, and everything that an update changes.
+
+    Update n takes its learning rate, noise, times and dropout from (seed, n) alone, so that a resumed run ends with the
+    same bits. Every process draws noise and times of the whole batch and takes its share: the batch is the same however
+    many processes and parts it is computed in. An update whose gradient is not finite changes nothing; the optimiser
+    gets this as a flag on the device, so that the host does not wait.
+
+    Attributes:
+        denoiser: in training mode on the engine's device, its weights shared out over processes with FSDP.
+        averages, optimizer: of its weights.
+        importance: which times are drawn, None where all are equally likely.
+
+    Args:
+        build: makes the optimiser of a network.
+
+    Raises:
+        VdiffError: none of the weights learns.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        engine: Engine,
+        build: Callable[[Denoiser, LoopConfig], torch.optim.Optimizer] = build_optimizer,
+    ) -> None:
+        config = task.config
+        if not trainable(task.denoiser):
+            raise VdiffError("no weight of the network learns", "set requires_grad of some of its parameters")
+        self.task, self.config, self.engine = task, config, engine
+        self.denoiser = engine.place(task.denoiser).train()
+        self.denoiser.network.checkpointing = config.checkpointing
+        self.averages = averages_of(config, self.denoiser, engine, task.self_ema)
+        is_uniform = config.times == "uniform"
+        self.importance = None if is_uniform else ImportanceSampling(num_bins(task.time_bins), engine.device)
+        self.optimizer = build(self.denoiser, config)
+        self._model = engine.wrapped(engine.compiled(self.denoiser))
+        self._prepared = engine.accelerator.prepare(self.optimizer)
+        self._share = engine.part(config.batch_size)
+        count = self._share.stop - self._share.start
+        size = count // config.grad_accum
+        self._parts = [slice(start, start + size) for start in range(0, count, size)]
+
+    def __call__(self, step: int, batch: Batch) -> StepResult:
+        """Update `step` (from 0) with this process's share of its batch; nothing here waits for the device."""
+        config, engine, schedule = self.config, self.engine, self.denoiser.schedule
+        accelerator = engine.accelerator
+        given = self._draw(step, batch)
+        counts = None
+        if self.importance is not None:
+            u, counts = self.importance.draw(given.u)
+            given = TrainBatch(given.images, given.noise, u, given.classes, given.guidance)
+        student = StudentState(self.denoiser, self.averages.teacher, step / config.num_iters)
+        losses, times = [], []
+        for part in self._parts:
+            mine = given[part]
+            with accelerator.autocast():
+                target = self.task.objective(mine, student)
+            condition = mine if target.rows is None else mine[target.rows]
+            with engine.synchronised(self._model, part is self._parts[-1]):
+                with accelerator.autocast():
+                    prediction = self._model(target.z, target.t, condition.classes, condition.guidance)
+                each = weighted_losses(
+                    prediction, target, schedule.logsnr(target.t), WEIGHTINGS[config.weighting], LOSSES[config.loss]
+                )
+                counted = each if counts is None else each * counts[part].to(each)
+                accelerator.backward(counted.mean() / len(self._parts))
+            losses.append(each.detach())
+            times.append(target.t)
+        if self.importance is not None:
+            self.importance.learn(given.u, torch.cat(losses), engine)
+        norm = engine.clip(self._model, config.clip_norm)
+        is_bad = ~torch.isfinite(norm)
+        self._descend(step, is_bad)
+        t = torch.cat(times).to(engine.device)
+        return StepResult(torch.cat(losses), t, schedule.logsnr(t), norm, is_bad, counts)
+
+    def _draw(self, step: int, batch: Batch) -> TrainBatch:
+        """This process's images, noise, u, classes and weights of guidance of update `step`."""
+        size, device, share = self.config.batch_size, self.engine.device, self._share
+        known = self.denoiser.network.config
+        seed_update(self.config.seed, step)
+        images = from_uint8(batch.images.to(device, non_blocking=True))
+        classes = batch.classes if known.num_classes else None
+        classes = classes if classes is None else classes.to(device, non_blocking=True)
+        noise = torch.randn((size, *images.shape[1:]), device=device)[share]
+        u = stratified(size, device)[share]
+        guidance = None
+        if classes is not None and known.null_class:
+            left_out = torch.rand(size, device=device)[share]
+            classes = drop_classes(classes, left_out, self.task.class_dropout, known.num_classes)
+        if known.guidance_input:
+            low, high = self.task.guidance_range or (0.0, 0.0)
+            guidance = low + (high - low) * torch.rand(size, device=device)[share]
+        if self.engine.rank:
+            seed_update(self.config.seed, step, self.engine.rank)  # dropout differs from process to process
+        return TrainBatch(images, noise, u, classes, guidance)
+
+    def _descend(self, step: int, is_bad: torch.Tensor) -> None:
+        """Change the weights by the gradient that is there, then the averages."""
+        for group in self._prepared.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        if self.engine.accelerator.scaler is None:  # which skips bad updates itself
+            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+        self._prepared.step()
+        self._prepared.zero_grad(set_to_none=True)
+        self.averages.update(step)
+
+
+def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:
+    """The averages that a run keeps; the weights are shared out first, where that is asked for."""
+    profile, further = profiles_of(
+        ema=config.average_decay, ema_more=config.further_decays(), ema_profiles=config.ema_profiles
+    )
+    fixed = set(frozen(denoiser).values())
+    prepare = partial(shard, device=engine.device, world_size=engine.world_size, whole_ones=fixed)
+    of_teacher = None if self_ema is None else Exponential(self_ema)
+    return Averages(denoiser, profile, further, prepare=prepare if config.fsdp else None, of_teacher=of_teacher)
+
+
+def seed_update(seed: int, step: int, rank: int = 0) -> None:
+    """Make everything that update `step` draws (noise, times, dropout) a function of (seed, step[, rank])."""
+    words = [seed, step, rank] if rank else [seed, step]
+    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
