@@ -1,31 +1,42 @@
-"""A small network whose answer to an image is a vector: what `vdiff features` trains on the user's own images."""
+"""A small network that maps images to feature vectors, and its file: a `torch.export` program with a description."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vdiff.errors import OptionError, VdiffError
+from vdiff.files import parse
+from vdiff.models.program import PROGRAM, write_program
+from vdiff.replacing import check_free
 
 KINDS = ("classifier", "autoencoder")
 MIN_SIZE, MAX_SIZE = 8, 256
 LAST_SIDE = 4
 FULL_SIDE = 64
-"""The largest side that the first convolution keeps: larger images are brought down to it by its stride."""
+"""The largest side that the first convolution keeps: larger images are reduced to it by its stride."""
 GROUPS = 8
+SUFFIX = ".pt2"
+FORMAT = 1
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class FeatureNetConfig:
-    """Which network.
+    """The shape of a feature network.
 
     Attributes:
-        kind: "classifier" or "autoencoder": what it is trained to be.
-        image_size, channels: of the images, 8 to 256 pixels of a side.
-        dim: numbers in a vector of features.
-        num_classes: of a classifier.
-        width: channels at full resolution; twice as many after each halving, up to `max_width`.
+        kind: what it is trained as, "classifier" or "autoencoder".
+        image_size, channels: of the images, 8 to 256 pixels a side.
+        dim: of a feature vector.
+        num_classes: of a classifier; 0 for an autoencoder.
+        width: channels at full resolution; doubled by each halving of the side, up to `max_width`.
     """
 
     kind: str
@@ -79,10 +90,10 @@ def _block(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
 class FeatureNet(nn.Module):
     """(n, C, S, S) images in [−1, 1] → (n, dim) features.
 
-    Blocks of convolutions halve the side until it is at most 4. A classifier then takes the mean over places, as
-    Inception does; an autoencoder keeps them, since pictures are drawn again from its vector. One linear layer follows
-    and an affine map that `standardise` sets. What is beyond [−1, 1] is clipped, as when a picture is saved. Nothing in
-    it mixes images, so an image's features are the same in every batch.
+    Blocks of convolutions halve the side until it is at most 4. A classifier then takes the mean over positions, as
+    Inception does; an autoencoder keeps the positions, which its decoder needs. One linear layer follows, with an
+    affine map that `standardise` sets. Images are clipped to [−1, 1], as when a picture is saved. No layer mixes
+    images, so an image's features are the same in every batch.
     """
 
     def __init__(self, config: FeatureNetConfig) -> None:
@@ -103,14 +114,14 @@ class FeatureNet(nn.Module):
         return features
 
     def standardise(self, mean: Tensor, scale: Tensor) -> None:
-        """From now on answer (features − `mean`) / `scale`: (dim,) and () tensors, folded into the linear layer."""
+        """Make the output (features − `mean`) / `scale`, (dim,) and () tensors, by changing the linear layer."""
         weight, bias = self.linear.weight.data, self.linear.bias.data
         weight.div_(scale.to(weight))
         bias.sub_(mean.to(bias)).div_(scale.to(bias))
 
 
-class Classifier(nn.Module):
-    """(n, C, S, S) images → (n, num_classes) logits, by way of the `features`."""
+class FeatureClassifier(nn.Module):
+    """(n, C, S, S) images → (n, num_classes) logits, computed from the `features`."""
 
     def __init__(self, config: FeatureNetConfig) -> None:
         super().__init__()
@@ -122,8 +133,8 @@ class Classifier(nn.Module):
         return logits
 
 
-class Autoencoder(nn.Module):
-    """(n, C, S, S) images → the same images drawn again from their `features` alone."""
+class FeatureAutoencoder(nn.Module):
+    """(n, C, S, S) images → reconstructions of them from the `features` alone."""
 
     def __init__(self, config: FeatureNetConfig) -> None:
         super().__init__()
@@ -141,5 +152,95 @@ class Autoencoder(nn.Module):
             hidden = block(hidden)
             if side != hidden.shape[-1]:
                 hidden = F.interpolate(hidden, size=(side, side), mode="nearest")
-        drawn = F.pixel_shuffle(self.last(hidden), self.config.stride)
-        return drawn[:, :, :size, :size]
+        return F.pixel_shuffle(self.last(hidden), self.config.stride)[:, :, :size, :size]
+
+
+@dataclass(frozen=True)
+class FeatureMetadata:
+    """The description in a feature network's file: JSON in the extra file `vdiff.json`.
+
+    Attributes:
+        features: the format's version; the key marks a program that computes features.
+        kind: "classifier" or "autoencoder".
+        image_size, channels: of the images (n, channels, image_size, image_size) in [−1, 1] that it takes.
+        dim: of a feature vector.
+        dataset, dataset_fingerprint, class_names: the training data.
+        num_iters, batch_size, seed: of the training.
+        metric, held_out, baseline, num_held_out: "accuracy" or "psnr", its value on held-out images, the value of the
+            most common class or the mean image, and the number of those images.
+    """
+
+    features: int
+    kind: str
+    image_size: int
+    channels: int
+    dim: int
+    dataset: str
+    dataset_fingerprint: str
+    class_names: list[str]
+    num_iters: int
+    batch_size: int
+    seed: int
+    metric: str
+    held_out: float
+    baseline: float
+    num_held_out: int
+    vdiff_version: str
+
+
+def check_out(path: Path, *, overwrite: bool) -> None:
+    """Check before the training that the file may be written after it.
+
+    Raises:
+        OptionError: the name does not end with .pt2, or is that of a folder.
+        VdiffError: the file exists, and `overwrite` is off or vdiff did not write it.
+    """
+    if path.suffix != SUFFIX:
+        raise OptionError(f"--out {path}: the file is a torch.export program", f"give FILE{SUFFIX}")
+    if path.is_dir():
+        raise OptionError(f"--out {path} is a folder", f"give FILE{SUFFIX}")
+    check_free(path, PROGRAM, overwrite=overwrite)
+
+
+def write_features(network: FeatureNet, metadata: FeatureMetadata, path: Path) -> float:
+    """Write the program, whole or not at all; return the largest difference of its features after reloading.
+
+    It takes images (n, C, S, S), float32 in [−1, 1], for any n.
+
+    Raises:
+        VdiffError: the features differ, or the file system refuses.
+    """
+
+    def compare(program: nn.Module) -> float:
+        difference = 0.0
+        for count in (3, 1):
+            images = _probe(network, count)
+            due, found = network(images), program(images)
+            scale = due.abs().max().clamp(min=1)
+            difference = max(difference, float((found - due).abs().max() / scale))
+        if not difference <= TOLERANCE:
+            raise VdiffError(
+                f"the exported features differ by {difference:.1e}, more than {TOLERANCE:g}",
+                "nothing was written; please report this",
+            )
+        return difference
+
+    return write_program(network, (_probe(network, 2),), asdict(metadata), path, compare)
+
+
+def _probe(network: FeatureNet, count: int) -> Tensor:
+    """Random images, the same in every call."""
+    size, channels = network.config.image_size, network.config.channels
+    return torch.rand((count, channels, size, size), generator=torch.Generator().manual_seed(count)) * 2 - 1
+
+
+def parse_metadata(text: str | bytes) -> FeatureMetadata | None:
+    """The description in a program's extra file; None if it is empty or not that of features."""
+    try:
+        values: Any = parse(text or "null")
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or values.get("features") != FORMAT:
+        return None
+    names = {item.name for item in fields(FeatureMetadata)}
+    return FeatureMetadata(**values) if values.keys() == names else None

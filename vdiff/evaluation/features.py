@@ -1,4 +1,4 @@
-"""What images are compared by: a vector for each, from their pixels, from a file with a network, or from Inception."""
+"""Features, the vectors that images are compared by: small pictures, a network in a file, or Inception."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from vdiff.data.images import from_uint8
 from vdiff.errors import OptionError, VdiffError
-from vdiff.evaluation.feature_network_file import parse_metadata
-from vdiff.evaluation.pixels import SIDE, pixel_vectors
+from vdiff.evaluation.feature_network import parse_metadata
+from vdiff.evaluation.metrics import frechet_distance
 from vdiff.files import check_regular
 from vdiff.models.program import METADATA
 
 PIXELS, INCEPTION = "pixels", "inception"
+SIDE = 8
 MAKE_ONE = "give a torch.export file (vdiff features makes one), a TorchScript file, pixels or inception"
 
 
 class Features(Protocol):
-    """Images in, vectors out.
+    """A function from images to vectors.
 
     Attributes:
         name: how results call it.
         dim: d.
-        fingerprint: differs where the vectors do: results are kept under it.
+        fingerprint: differs where the vectors do; results are cached under it.
     """
 
     name: str
@@ -45,20 +47,45 @@ class Features(Protocol):
 
 
 @runtime_checkable
-class Classifier(Protocol):
-    """Features that answer classes too."""
+class FeaturesWithLogits(Protocol):
+    """Features of a classifier."""
 
     def with_logits(self, images: Tensor) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
         """Vectors (n, d), and the logits (n, c) of the same images."""
 
 
 def as_unit(images: Tensor) -> Tensor:
-    """Images as float32 in [−1, 1], whether they are bytes or numbers already."""
+    """Images as float32 in [−1, 1], from uint8 or floating-point numbers."""
     return from_uint8(images) if images.dtype == torch.uint8 else images.float().clamp(-1, 1)
 
 
+def pixel_vectors(images: Tensor, side: int = SIDE) -> NDArray[np.float64]:
+    """The mean colours of `side` × `side` equal parts of each image (its pixels, if it is smaller), clipped to [−1, 1]:
+    (n, C, H, W) → (n, C·side²)."""
+    images = images.clamp(-1, 1).double()
+    if max(images.shape[-2:]) > side:
+        images = F.adaptive_avg_pool2d(images, side)
+    vectors: NDArray[np.float64] = images.flatten(1).cpu().numpy()
+    return vectors
+
+
+class PixelDistance:
+    """The Fréchet distance of images to a reference, both as `pixel_vectors`: to compare a student with its teacher.
+
+    Args:
+        reference: real images (n, C, H, W) in [−1, 1], n at least 2.
+    """
+
+    def __init__(self, reference: Tensor) -> None:
+        self.reference = pixel_vectors(reference)
+
+    def __call__(self, images: Tensor) -> float:
+        """The distance of `images` (n, C, H, W)."""
+        return frechet_distance(pixel_vectors(images), self.reference)
+
+
 class Pixels:
-    """The mean colours of 8 × 8 equal parts of an image (its pixels, where it has no more)."""
+    """`pixel_vectors` as features."""
 
     name = PIXELS
 
@@ -72,35 +99,33 @@ class Pixels:
 
 
 class FileFeatures:
-    """A feature network in a file: a `torch.export` program, or TorchScript.
+    """A feature network in a file: a `torch.export` program, or TorchScript. Such a file is code: use trusted ones.
 
-    It is called with (n, C, H, W) float32 in [−1, 1] for any n and answers (n, d); more axes are flattened. It is tried
-    at once. Such a file is code: take it from those whom you would take a program from.
+    It is called with (n, C, H, W) float32 in [−1, 1] for any n and returns (n, d); more axes are flattened. Loading
+    runs it once.
 
     Raises:
         VdiffError: no such file, not a network, or one that such images cannot be given to.
     """
 
     def __init__(self, path: Path, *, image_size: int, channels: int, device: torch.device | str = "cpu") -> None:
-        self.name = path.as_posix()
-        self.path, self.device = path, torch.device(device)
-        self.fingerprint = _digest(path)
-        self.network, told = _load(path, self.device)
-        known = parse_metadata(told)
+        self.name, self.device = path.as_posix(), torch.device(device)
+        self.fingerprint = _sha256(path)
+        self.network, description = _load(path, self.device)
+        known = parse_metadata(description)
         if known and (known.image_size, known.channels) != (image_size, channels):
             raise VdiffError(
                 f"{path} takes images of {_kind(known.image_size, known.channels)}, not {_kind(image_size, channels)}",
                 "train one on images such as yours: vdiff features",
             )
         noise = torch.rand((3, channels, image_size, image_size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        with _said(path, f"it cannot be given images of {_kind(image_size, channels)}"):
-            both = self(noise)
-            one = self(noise[:1])
-        if both.ndim != 2 or len(both) != 3 or one.shape != both[:1].shape or not both.shape[1]:
-            raise VdiffError(f"{path} answers {both.shape} for 3 images; need (3, d)", MAKE_ONE)
-        if not np.isfinite(both).all():
+        with _one_line_errors(path, f"it cannot be given images of {_kind(image_size, channels)}"):
+            three, one = self(noise), self(noise[:1])
+        if three.ndim != 2 or len(three) != 3 or one.shape != three[:1].shape or not three.shape[1]:
+            raise VdiffError(f"{path} answers {three.shape} for 3 images; need (3, d)", MAKE_ONE)
+        if not np.isfinite(three).all():
             raise VdiffError(f"{path} answers numbers that are not finite", MAKE_ONE)
-        self.dim = both.shape[1]
+        self.dim = three.shape[1]
 
     def __call__(self, images: Tensor) -> NDArray[np.floating]:
         """(n, C, H, W) → (n, d)."""
@@ -115,10 +140,7 @@ class FileFeatures:
 def load_features(
     wanted: str, *, image_size: int, channels: int, device: torch.device | str = "cpu", weights: Path | None = None
 ) -> Features:
-    """The features `pixels`, `inception` or those of a file.
-
-    Args:
-        weights: a local file with Inception's weights.
+    """The features `pixels`, `inception` (with the weights in a local file, if one is given) or those of a file.
 
     Raises:
         OptionError: weights for features that have none.
@@ -131,8 +153,7 @@ def load_features(
     if wanted == INCEPTION:
         from vdiff.evaluation.inception import inception_features
 
-        found: Features = inception_features(weights, device)
-        return found
+        return inception_features(weights, device)
     return FileFeatures(Path(wanted), image_size=image_size, channels=channels, device=device)
 
 
@@ -140,53 +161,48 @@ def _kind(image_size: int, channels: int) -> str:
     return f"{image_size}×{image_size} pixels and {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def _sha256(path: Path) -> str:
     check_regular(path)
     try:
         with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise VdiffError(f"--features {path}: {error.strerror}", MAKE_ONE) from None
-    return digest.hexdigest()
 
 
 def _load(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Any], str]:
-    """The network in a file, and the metadata in it, if any."""
+    """The network in a file, and the text of its metadata, if any."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile):
         raise VdiffError(f"{path} is not a network", MAKE_ONE) from None
     extra = {METADATA: ""}
-    with _said(path, "it cannot be loaded"), _quiet():
+    with _one_line_errors(path, "it cannot be loaded"), _quiet():
         if "archive_format" in names or "serialized_exported_program.json" in names:
             with open(path, "rb") as file:
                 program = torch.export.load(file, extra_files=extra)
-            network: Callable[[Tensor], Any] = program.module().to(device)
-            return network, str(extra[METADATA])
+            return program.module().to(device), str(extra[METADATA])
         if any(name.startswith("code/") for name in names):
-            script: Callable[[Tensor], Any] = torch.jit.load(path, map_location=device).eval()
-            return script, ""
+            return torch.jit.load(path, map_location=device).eval(), ""
     raise VdiffError(f"{path} holds no network, perhaps weights alone", MAKE_ONE)
 
 
 @contextmanager
-def _said(path: Path, what: str) -> Iterator[None]:
-    """One line for whatever a network in a file makes torch stumble over."""
+def _one_line_errors(path: Path, problem: str) -> Iterator[None]:
+    """Turn whatever error a network in a file causes in torch into one line."""
     try:
         yield
     except VdiffError:
         raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise VdiffError(f"{path}: {what} ({reason})", MAKE_ONE) from None
+        raise VdiffError(f"{path}: {problem} ({reason})", MAKE_ONE) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on the file: they are a traceback, or that TorchScript is old."""
+    """Suppress torch's remarks on the file: tracebacks, and that TorchScript is deprecated."""
     logger = logging.getLogger("torch.export")
     before, logger.disabled = logger.disabled, True
     try:

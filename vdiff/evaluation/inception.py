@@ -20,16 +20,16 @@ from vdiff.files import check_regular
 NAME = "inception-v3-compat"
 DIM = 2048
 MAX_BATCH = 32
-"""Images at once: each takes 20 MB on its way."""
+"""Images in a forward pass: each takes 20 MB of activations."""
 DOWNLOAD = "leave --weights out to download them, or give torch-fidelity's weights-inception-….pth"
 
 
 class InceptionFeatures:
     """The 2048 features of torch-fidelity's Inception v3, and its logits without their bias.
 
-    Images become bytes as when they are saved, grey ones three equal channels, and are resized to 299 × 299 as
-    TensorFlow 1 did. FID and KID by torch-fidelity rest on the same features, its Inception score on the same logits;
-    for precision and recall it takes VGG-16 unless it is told otherwise.
+    Images become uint8 as when they are saved, grey ones three equal channels, and are resized to 299 × 299 as
+    TensorFlow 1 did. torch-fidelity computes FID and KID on the same features and its Inception score on the same
+    logits; for precision and recall its default is VGG-16.
 
     Args:
         state: torch-fidelity's weights by name.
@@ -65,21 +65,32 @@ class InceptionFeatures:
 def inception_features(weights: Path | None, device: str | torch.device = "cpu") -> InceptionFeatures:
     """Inception with the weights in a local file, or with those that torch-fidelity downloads and keeps.
 
-    No pickled code is run.
+    The file is read by `torch.load(weights_only=True)`: no pickled code is run.
 
     Raises:
         VdiffError: torch-fidelity is not installed, the file is not its Inception's weights, or no download.
     """
-    _require()
+    _require_torch_fidelity()
     path = weights or _download()
-    state, fingerprint = _read(path)
+    check_regular(path)
     try:
-        return InceptionFeatures(state, fingerprint, device)
+        contents = path.read_bytes()
+    except OSError as error:
+        raise VdiffError(f"--weights {path}: {error.strerror or error}", DOWNLOAD) from None
+    try:
+        state: Any = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged files
+        kind = type(error).__name__
+        raise VdiffError(f"{path} is no file of weights ({kind}: it cannot be read safely)", DOWNLOAD) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise VdiffError(f"{path} is no file of weights: it holds no tensors by name", DOWNLOAD)
+    try:
+        return InceptionFeatures(state, hashlib.sha256(contents).hexdigest(), device)
     except VdiffError as error:
         raise VdiffError(f"{path}: {error.cause}", error.hint) from None
 
 
-def _require() -> None:
+def _require_torch_fidelity() -> None:
     try:
         import torch_fidelity  # noqa: F401
     except ImportError as error:
@@ -101,7 +112,7 @@ def _download() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             prefix = name.removesuffix(".pth").rpartition("-")[2]
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
-        except (OSError, RuntimeError) as error:  # the second: another checksum
+        except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
             raise VdiffError(
                 f"Inception's weights cannot be downloaded from {url}: {error}",
                 f"put them at {path}, or give --weights FILE",
@@ -109,44 +120,26 @@ def _download() -> Path:
     return path
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors in a file that `torch.save` wrote, and its SHA-256."""
-    check_regular(path)
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise VdiffError(f"--weights {path}: {error.strerror or error}", DOWNLOAD) from None
-    try:
-        state: Any = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the file makes torch stumble over
-        kind = type(error).__name__
-        raise VdiffError(f"{path} is no file of weights ({kind}: it cannot be read safely)", DOWNLOAD) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise VdiffError(f"{path} is no file of weights: it holds no tensors by name", DOWNLOAD)
-    return {str(name): value for name, value in state.items()}, hashlib.sha256(contents).hexdigest()
-
-
 def _network(state: Mapping[str, Tensor]) -> nn.Module:
     """torch-fidelity's Inception with these weights: images → (features, logits)."""
-    _require()
+    _require_torch_fidelity()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Inception(FeatureExtractorInceptionV3):
-        """Takes the tensors that were read safely, not what its constructor would unpickle."""
+        """Loads the tensors that were read safely, in place of the file that its constructor would unpickle."""
 
         def load_state_dict(self, *_: object, **__: object) -> None:
-            """Take `state`, if it is that of this network."""
+            """Load `state`, if it is that of this network."""
             due, given = {k: v.shape for k, v in self.state_dict().items()}, {k: v.shape for k, v in state.items()}
             if due != given:
                 lacking, unknown = sorted(due.keys() - given.keys()), sorted(given.keys() - due.keys())
                 unlike = sorted(name for name in due.keys() & given.keys() if due[name] != given[name])
                 parts = ((lacking, "missing"), (unknown, "unknown"), (unlike, "of another shape"))
-                told = ", ".join(f"{len(some)} tensors {what} ({some[0]})" for some, what in parts if some)
-                raise VdiffError(f"these are not torch-fidelity's weights of Inception: {told}", DOWNLOAD)
+                differences = ", ".join(f"{len(some)} tensors {what} ({some[0]})" for some, what in parts if some)
+                raise VdiffError(f"these are not torch-fidelity's weights of Inception: {differences}", DOWNLOAD)
             super().load_state_dict(dict(state))
 
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
+    torch.save({}, nothing := io.BytesIO())
     nothing.seek(0)
     network: nn.Module = Inception(NAME, [str(DIM), "logits_unbiased"], feature_extractor_weights_path=nothing)
     return network

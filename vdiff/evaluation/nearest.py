@@ -1,25 +1,29 @@
-"""Memorisation: how far samples are from the nearest image of the data, beside how far data are from other data."""
+"""Memorisation: distances of samples to the nearest image of the data, beside those of data to other data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vdiff.data.images import captioned_grid, from_uint8, to_uint8
+from vdiff.data.images import captioned_grid, from_uint8, save_png, to_uint8
 from vdiff.evaluation.features import as_unit
-from vdiff.evaluation.kernel import on_device
-from vdiff.evaluation.manifolds import squared_distances
+from vdiff.evaluation.metrics import Arrays, median_metric, on_device, squared_distances
+from vdiff.evaluation.reference import ReferenceImages, random_subset
+from vdiff.evaluation.results import EvalRow, Metric
+from vdiff.evaluation.work import WorkFolder
+from vdiff.reporting import Progress
 
 MAX_QUERIES = 1_000
-"""Samples, and images of the data, whose nearest images are looked for, at most."""
+"""Samples, and images of the data, whose nearest images are searched, at most."""
 SEARCH_SIDE, SHOWN_SIDE = 32, 64
 """Images are compared at 32 × 32 at most, and shown at 64 × 64."""
 COLUMNS, BANDS = 8, 6
@@ -34,19 +38,19 @@ def thumbnails(images: Tensor) -> Tensor:
 
 def search_vectors(images: Tensor) -> NDArray[np.float32]:
     """(n, C, H, W) uint8 → (n, D) float32: pixels in [−1, 1], or the mean colours of 32 × 32 parts."""
-    x = as_unit(thumbnails(as_unit(images)))  # samples and data lose the same by it
+    x = as_unit(thumbnails(as_unit(images)))  # the data lose the same precision as the samples
     if max(x.shape[-2:]) > SEARCH_SIDE:
         x = F.adaptive_avg_pool2d(x, SEARCH_SIDE)
     vectors: NDArray[np.float32] = x.flatten(1).cpu().numpy()
     return vectors
 
 
-class Search:
-    """The nearest of many vectors that come in batches, for each of some queries.
+class NearestSearch:
+    """The nearest vector to each of some queries, among vectors that come in batches.
 
     Args:
         queries: (q, d).
-        own: (q,) the number that a query has itself among the vectors, where it must not be found; −1: it is none.
+        own: (q,) the number of a query among the vectors, where it must not find itself; −1: it is none of them.
     """
 
     def __init__(
@@ -58,8 +62,8 @@ class Search:
         self.squares = torch.full((len(queries),), math.inf, dtype=torch.float64, device=place)
         self.indices = torch.full((len(queries),), -1, dtype=torch.int64, device=place)
 
-    def look(self, first: int, vectors: NDArray[Any]) -> None:
-        """Look among (n, d) vectors with the numbers `first` …; of equals the first found is kept."""
+    def add(self, first: int, vectors: NDArray[Any]) -> None:
+        """Search (n, d) vectors with the numbers `first` …; of equally near ones the first is kept."""
         found = on_device(vectors, self.queries.device)
         numbers = torch.arange(first, first + len(found), device=found.device)
         for part, squares, _ in squared_distances(self.queries, found):
@@ -71,32 +75,79 @@ class Search:
 
     @property
     def distances(self) -> NDArray[np.float64]:
-        """(q,) root mean square differences of the entries of a query and its nearest vector: √(‖a − b‖²/d)."""
+        """(q,) root mean square differences of a query and its nearest vector: √(‖a − b‖²/d)."""
         found: NDArray[np.float64] = (self.squares / self.queries.shape[1]).sqrt().cpu().numpy()
         return found
 
 
 def merged(parts: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The (distances, indices) of searches of the same queries in several parts, in the order of the parts."""
-    distances = np.stack([distance for distance, _ in parts])
-    indices = np.stack([index for _, index in parts])
-    best = distances.argmin(0)
-    columns = np.arange(distances.shape[1])
+    """The (distances, indices) of all parts, from those of the same queries in each part, in order."""
+    distances, indices = (np.stack(each) for each in zip(*parts, strict=True))
+    best, columns = distances.argmin(0), np.arange(distances.shape[1])
     return distances[best, columns], indices[best, columns]
 
 
-def pairs_picture(bands: Sequence[tuple[str, Sequence[tuple[Tensor, Tensor, float]]]]) -> PIL.Image.Image:
-    """For each band (title, [(sample, nearest image, distance), …]) two rows: samples, and below them the nearest.
+def add_nearest(
+    rows: Sequence[EvalRow], thumbs: Sequence[NDArray[np.uint8]], images: ReferenceImages, work: WorkFolder
+) -> list[EvalRow]:
+    """The rows with `nearest`, `nearest_data`, `closest` and their closest pairs: one pass through the data for all.
 
-    Images are (C, H, W) uint8.
+    Args:
+        thumbs: the `thumbnails` of each row's samples.
+
+    Raises:
+        VdiffError: an image cannot be read.
     """
-    columns = max(len(pairs) for _, pairs in bands)
-    rows, titles = [], []
-    for title, pairs in bands:
+    own = random_subset(len(images), MAX_QUERIES, 1)
+    sizes, parts = images.parts("nearest")
+    queries: NDArray[Any] | None = None
+
+    def compute(number: int, bar: Progress, done: int) -> Arrays:
+        nonlocal queries
+        if queries is None:
+            of_data = [search_vectors(image[None]) for image in images.some(own)]
+            queries = np.concatenate([*of_data, *(search_vectors(torch.from_numpy(each)) for each in thumbs)])
+        numbers = np.concatenate([own, np.full(len(queries) - len(own), -1)])
+        search = NearestSearch(queries, numbers, work.processes.device)
+        for first, pixels in images.batches(parts[number]):
+            search.add(first, search_vectors(pixels))
+            done += len(pixels)
+            bar.update(done)
+        return {"distances": search.distances, "indices": search.indices.cpu().numpy()}
+
+    work.compute("nearest images", sizes, compute)
+    found = [work.read(name) for name in sizes]
+    distances, indices = merged([(each["distances"], each["indices"]) for each in found])
+    of_data, start, result = median_metric(distances[: len(own)]), len(own), []
+    for row, pictures in zip(rows, thumbs, strict=True):
+        part = slice(start, start + len(pictures))
+        start = part.stop
+        far, where = distances[part], indices[part]
+        order = np.argsort(far, kind="stable")[:COLUMNS]
+        closest = tuple((int(k), int(where[k]), float(far[k])) for k in order)
+        more = {"nearest": median_metric(far), "nearest_data": of_data, "closest": Metric(float(far.min()))}
+        result.append(replace(row, metrics={**row.metrics, **more}, closest=closest))
+    return result
+
+
+def save_pairs(
+    rows: Sequence[EvalRow], thumbs: Sequence[NDArray[np.uint8]], images: ReferenceImages, path: Path
+) -> None:
+    """Write a picture of each row's samples closest to the data, and below each its nearest image.
+
+    Of more than `BANDS` rows, so many are shown: evenly spread, the first and the last among them.
+    """
+    shown = range(len(rows)) if len(rows) <= BANDS else [(len(rows) - 1) * k // (BANDS - 1) for k in range(BANDS)]
+    columns = max(len(rows[k].closest) for k in shown)
+    lines, titles = [], []
+    for number in shown:
+        row, samples = rows[number], thumbs[number]
+        pairs = [(torch.from_numpy(samples[k]), images.image(index)) for k, index, _ in row.closest]
         filler = [from_uint8(torch.full_like(pairs[-1][0], 255))] * (columns - len(pairs))
-        rows.append([*(from_uint8(sample) for sample, _, _ in pairs), *filler])
-        rows.append([*(as_unit(thumbnails(as_unit(image[None])))[0] for _, image, _ in pairs), *filler])
-        distances = [distance for _, _, distance in pairs]
-        titles += [title, f"nearest data\n{distances[0]:.3f} to {distances[-1]:.3f}"]
+        lines.append([*(from_uint8(sample) for sample, _ in pairs), *filler])
+        lines.append([*(as_unit(thumbnails(as_unit(image[None])))[0] for _, image in pairs), *filler])
+        steps = f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}"
+        titles.append(f"{Path(row.checkpoint).name}\n{row.sampler}, {steps}")
+        titles.append(f"nearest data\n{row.closest[0][2]:.3f} to {row.closest[-1][2]:.3f}")
     heading = "The samples closest to an image of the data, and that image"
-    return captioned_grid(rows, [""] * columns, titles, heading)
+    save_png(captioned_grid(lines, [""] * columns, titles, heading), path)

@@ -1,15 +1,17 @@
-"""What is asked of an evaluation, held against what the checkpoints, the data and the features can answer."""
+"""What an evaluation is asked for, checked against the checkpoints, the data and the features."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError, suggestion
-from vdiff.evaluation.features import INCEPTION, Classifier, Features
+from vdiff.evaluation.features import INCEPTION, PIXELS, Features, FeaturesWithLogits
+from vdiff.evaluation.nearest import MAX_QUERIES
+from vdiff.evaluation.reference import MAX_KEPT, ReferenceImages
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 
 METRICS = ("fd", "kd", "precision", "recall", "isc", "rmse", "psnr", "nearest")
@@ -17,12 +19,14 @@ OF_INCEPTION = {"fid": "fd", "kid": "kd"}
 MIN_IMAGES = 10
 UNBIASED_FROM = 10_000
 EXTRAPOLATED_FROM = 5
-"""Samples for each dimension from which `fd_inf` is told: with 1.5 it is negative more often than not."""
+"""Samples per dimension from which `fd_inf` is given: with 1.5 it is negative more often than not."""
+MAX_PAIRED = 256
+"""Samples that are compared with the teacher's from the same noise, at most."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """One row: a checkpoint, drawn with a sampler in a number of steps on a grid; `raw`: not with its average."""
+class RowSpec:
+    """One row: a checkpoint, drawn with a sampler in a number of steps on a grid; `raw`: without its average."""
 
     checkpoint: Path
     sampler: str = "ddim"
@@ -30,18 +34,50 @@ class Request:
     grid: str = "uniform"
     raw: bool = False
 
+    @property
+    def steps(self) -> str:
+        """`1 step`, `8 steps`."""
+        return f"{self.num_steps} step{'s' if self.num_steps > 1 else ''}"
 
-def requests_for(
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """How all rows are drawn and measured.
+
+    Attributes:
+        n, seed: samples 0 … n − 1 of the seed.
+        features, weights: see `features.load_features`.
+        metrics: names from `METRICS`; empty: all that are possible.
+        teacher, teacher_steps: the checkpoint whose images from the same noise samples are compared with, drawn by ddim
+            in so many steps (None: its own).
+        guidance: the weight w of classifier-free guidance.
+        batch_size: drawn at once by each process.
+        precision: what networks compute in.
+    """
+
+    n: int = 2000
+    seed: int = 0
+    features: str = PIXELS
+    weights: Path | None = None
+    metrics: tuple[str, ...] = ()
+    teacher: Path | None = None
+    teacher_steps: int | None = None
+    guidance: float = 0.0
+    batch_size: int = 64
+    precision: str = "auto"
+
+
+def plan_rows(
     checkpoints: Sequence[Path],
     *,
     num_timesteps: Sequence[int] = (),
     samplers: Sequence[str] = ("ddim",),
     grid: str = "uniform",
     raw: bool = False,
-) -> tuple[list[Request], list[str]]:
-    """A request for each checkpoint, number of steps (none given: its own) and sampler; and those left out, in words.
+) -> tuple[list[RowSpec], list[str]]:
+    """A row for each checkpoint, number of steps (none given: its own) and sampler; and a line for each one left out.
 
-    What is left out is a number of steps that a distilled model was not made for, where it can take another one.
+    A number of steps that a distilled model was not made for is left out, where the model can take another one.
 
     Raises:
         VdiffError: a checkpoint that cannot be read, or can take none of what is asked.
@@ -50,7 +86,7 @@ def requests_for(
     for name in samplers:
         if name not in SAMPLERS:
             raise OptionError(f"--samplers {name}: no such sampler", suggestion(name, SAMPLERS))
-    requests: list[Request] = []
+    rows: list[RowSpec] = []
     left_out: list[str] = []
     for folder in checkpoints:
         config = read_config(folder)
@@ -60,8 +96,8 @@ def requests_for(
             raise VdiffError(f"{folder} cannot be drawn in {steps} steps: {reason}", "give other --num_timesteps")
         left_out += [f"{folder} in {steps} steps is left out: {reason}" for steps, reason in reasons.items() if reason]
         known = [steps for steps, reason in reasons.items() if not reason]
-        requests += [Request(folder, name, steps, grid, raw) for name in samplers for steps in known]
-    return requests, left_out
+        rows += [RowSpec(folder, name, steps, grid, raw) for name in samplers for steps in known]
+    return rows, left_out
 
 
 def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
@@ -77,7 +113,7 @@ def check_guidance(folder: Path, config: CheckpointConfig, weight: float) -> Non
     """Refuse a weight w of guidance that a model cannot be drawn with.
 
     Raises:
-        OptionError: as said.
+        OptionError: no finite number, outside of the model's range, or a model without guidance.
     """
     if not math.isfinite(weight):
         raise OptionError(f"--guidance {weight}: no weight", "give a number such as 1.5")
@@ -92,10 +128,10 @@ def check_guidance(folder: Path, config: CheckpointConfig, weight: float) -> Non
 
 
 def shared_kind(configs: dict[Path, CheckpointConfig]) -> tuple[int, int]:
-    """Image size and channels, which all models share.
+    """Image size and channels of all models.
 
     Raises:
-        VdiffError: they do not.
+        VdiffError: they differ.
     """
     kinds = {folder: (config.image_size, int(config.unet["in_channels"])) for folder, config in configs.items()}
     first, kind = next(iter(kinds.items()))
@@ -109,10 +145,10 @@ def shared_kind(configs: dict[Path, CheckpointConfig]) -> tuple[int, int]:
 
 
 def check_kind(models: tuple[int, int], data: tuple[int, int], path: Path | str) -> None:
-    """Refuse data of another size or with other channels than what the models draw, each told as (size, channels).
+    """Refuse data of another size or with other channels than the models draw, each given as (size, channels).
 
     Raises:
-        VdiffError: as said.
+        VdiffError: they differ.
     """
     if models != data:
         raise VdiffError(
@@ -126,8 +162,8 @@ def _shown(kind: tuple[int, int]) -> str:
     return f"{size}×{size} with {channels} channel{'s' if channels > 1 else ''}"
 
 
-def chosen_metrics(wanted: Sequence[str], features: Features, has_teacher: bool) -> tuple[str, ...]:
-    """The metrics that are asked for, in the order of `METRICS`; without a wish, all that there can be.
+def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool) -> tuple[str, ...]:
+    """The metrics that are asked for, in the order of `METRICS`; if none are, all that are possible.
 
     Raises:
         OptionError: an unknown one, or one that these features or the lack of a teacher cannot give.
@@ -136,7 +172,7 @@ def chosen_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
     possible = [
         name
         for name in METRICS
-        if (name != "isc" or isinstance(features, Classifier)) and (name not in ("rmse", "psnr") or has_teacher)
+        if (name != "isc" or isinstance(features, FeaturesWithLogits)) and (name not in ("rmse", "psnr") or has_teacher)
     ]
     if not wanted:
         return tuple(possible)
@@ -155,7 +191,7 @@ def chosen_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
 
 
 def check_numbers(n: int, num_images: int, features: Features, metrics: Sequence[str], data: Path | str) -> None:
-    """Refuse fewer images than figures can rest on.
+    """Refuse fewer images than the metrics need.
 
     Raises:
         VdiffError: fewer than `MIN_IMAGES`, or for a Fréchet distance than the features have dimensions.
@@ -168,3 +204,45 @@ def check_numbers(n: int, num_images: int, features: Features, metrics: Sequence
         raise OptionError(f"--num {n} is fewer than {why}", f"give --num {least} or more{without}")
     if num_images < least:
         raise VdiffError(f"{data} holds {num_images} images, fewer than {why}", f"give more data{without}")
+
+
+def notes_for(
+    images: ReferenceImages, configs: Mapping[Path, CheckpointConfig], features: Features, n: int, metrics: Sequence[str]
+) -> tuple[str, ...]:
+    """What a reader must know of the metrics, a sentence each."""
+    notes: list[str] = []
+    fd, kd = ("fid", "kid") if features.name == INCEPTION else ("fd", "kd")
+    enough = EXTRAPOLATED_FROM * features.dim
+    if "fd" in metrics and n < UNBIASED_FROM:
+        others = [f"{kd}, which has no bias" if "kd" in metrics else "", f"{fd}_inf" if n >= enough else ""]
+        instead = " or ".join(filter(None, others)) or f"{kd}, which can be asked for"
+        notes.append(
+            f"n = {n:,} is below {UNBIASED_FROM:,}: {fd}@{n} is biased upwards; compare it at equal n alone, or take "
+            f"{instead}."
+        )
+    if "fd" in metrics and n < enough:
+        notes.append(
+            f"{fd}_inf is left out: it needs {enough:,} samples, {EXTRAPOLATED_FROM} for each of the {features.dim:,} "
+            "dimensions of the features."
+        )
+    pairs = [name for name in ("kd", "precision", "recall") if name in metrics]
+    if pairs and max(n, len(images)) > MAX_KEPT:
+        sides = f"{min(n, MAX_KEPT):,} samples and {min(len(images), MAX_KEPT):,} images of the data"
+        notes.append(f"{', '.join(pairs)} rest on {sides}.")
+    if "nearest" in metrics and n > MAX_QUERIES:
+        notes.append(f"Nearest images are those of the first {MAX_QUERIES:,} samples.")
+    if "rmse" in metrics and n > MAX_PAIRED:
+        notes.append(f"The teacher is compared on the first {MAX_PAIRED} samples.")
+    if features.name == PIXELS and images.image_size > 32:
+        notes.append("Pixels say little of images of this size: give --features inception, or a network's file.")
+    if images.store.meta.shard:
+        notes.append(f"The data are part {images.store.meta.shard} of a dataset.")
+    if any(config.class_names for config in configs.values()):
+        notes.append("Samples take the classes in turn, each as often as any other.")
+    for folder, config in configs.items():
+        theirs, ours = config.dataset_fingerprint, images.store.meta.fingerprint
+        if theirs and ours and theirs != ours:
+            notes.append(f"{folder} was trained on other images than these.")
+        if not config.is_finished:
+            notes.append(f"{folder} is unfinished: {config.num_iters} of {config.target_iters} updates.")
+    return tuple(notes)

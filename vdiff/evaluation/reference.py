@@ -1,4 +1,4 @@
-"""The data that samples are compared with: streamed once, and what was found of it kept for the next evaluation."""
+"""The dataset that samples are compared with: read once, its statistics cached for the next evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,24 +19,24 @@ from torch import Tensor
 from vdiff.data.batches import decode
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.store import DATA_FILE, ImageStore
-from vdiff.distributed import Processes
 from vdiff.errors import VdiffError
 from vdiff.evaluation.features import Features
-from vdiff.evaluation.moments import Moments, total
-from vdiff.evaluation.pieces import Arrays, WorkFolder, key_of, read_arrays, write_arrays
+from vdiff.evaluation.metrics import Arrays, Moments, from_arrays, to_arrays, total
 from vdiff.evaluation.results import Reference
+from vdiff.evaluation.work import WorkFolder, key_of, read_arrays, write_arrays
 from vdiff.files import make_folder
 from vdiff.reporting import Progress, Reporter
 
 PARTS = 16
 MAX_KEPT = 10_000
-"""Vectors that pairs are made of, at most: for the kernel distance, for precision and recall."""
+"""Vectors in the kernel distance and in precision and recall, at most."""
 BATCH = 128
 MAX_DECODERS = 8
 FORMAT = 1
+MOMENTS = ("counts", "means", "scatters")
 
 
-class Images:
+class ReferenceImages:
     """A dataset at one size, in order, decoded by threads.
 
     Raises:
@@ -57,7 +56,7 @@ class Images:
 
     @property
     def identity(self) -> str:
-        """What tells these images from others: their fingerprint, or where there is none, file, length and time."""
+        """A key of these images: their fingerprint, or where there is none, the file's path, length and time."""
         fingerprint = self.store.meta.fingerprint
         if not fingerprint:
             place = Path(str(self.store.path)).resolve()
@@ -68,7 +67,7 @@ class Images:
         return key_of([fingerprint, self.image_size, self.channels, len(self)])
 
     def describe(self) -> Reference:
-        """What results say of it."""
+        """Its description in the results."""
         meta = self.store.meta
         how = [meta.resample, f"crop {meta.crop}" if meta.crop else ""]
         quality = f" quality {meta.quality}" if meta.quality is not None else ""
@@ -83,11 +82,15 @@ class Images:
             format=f"{meta.image_format}{quality}",
         )
 
-    def parts(self) -> list[Sequence[tuple[int, int]]]:
-        """At most `PARTS` parts, each of some stretches; the same for any number of processes."""
+    def parts(self, name: str) -> tuple[dict[str, int], list[Sequence[tuple[int, int]]]]:
+        """At most `PARTS` parts for `WorkFolder.compute`: their names and sizes, and the stretches of each.
+
+        They are the same for any number of processes.
+        """
         count = min(PARTS, len(self.stretches))
         edges = [len(self.stretches) * k // count for k in range(count + 1)]
-        return [self.stretches[start:stop] for start, stop in pairwise(edges)]
+        parts = [self.stretches[start:stop] for start, stop in pairwise(edges)]
+        return {f"{name}-{k:02d}.npz": sum(stop - start for start, stop in part) for k, part in enumerate(parts)}, parts
 
     def batches(self, stretches: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
         """The number of the first image, and (B, C, H, W) uint8, of all images of some stretches.
@@ -108,7 +111,7 @@ class Images:
         return torch.from_numpy(np.array(self._decoded(sample)))
 
     def some(self, indices: NDArray[np.int64]) -> Iterator[Tensor]:
-        """Those images, in order, (C, H, W) uint8 each; the stretches that hold them are read once."""
+        """Those images, in order, (C, H, W) uint8 each; a stretch that holds some of them is read once."""
         for start, stop in self.stretches:
             low, high = np.searchsorted(indices, [start, stop])
             if isinstance(self.store, ImageStore):
@@ -124,8 +127,8 @@ class Images:
         return decode(encoded[self.image_size], self.channels, self.image_size, f"{self.store.path}: image {name}")
 
 
-def chosen(count: int, most: int, stream: int = 0) -> NDArray[np.int64]:
-    """At most `most` of 0 … count − 1, in order, each as likely as any; the same in every call."""
+def random_subset(count: int, most: int, stream: int = 0) -> NDArray[np.int64]:
+    """At most `most` of 0 … count − 1, in order, uniformly at random; the same in every call."""
     if count <= most:
         return np.arange(count)
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([count, most, stream])))
@@ -133,8 +136,8 @@ def chosen(count: int, most: int, stream: int = 0) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What is known of the data by one kind of features.
+class DataStats:
+    """Statistics of a dataset on one kind of features.
 
     Attributes:
         moments: of all images.
@@ -147,7 +150,7 @@ class Statistics:
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept by default: `vdiff` in the user's folder for caches, or for temporary files."""
+    """The default cache: `vdiff` in the user's cache folder, or in that of temporary files."""
     home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     try:
         return (Path(home) if home else Path.home() / ".cache") / "vdiff"
@@ -155,27 +158,25 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "vdiff"
 
 
-def statistics(
-    images: Images, features: Features, *, cache: Path, spare: Path, processes: Processes, reporter: Reporter
-) -> Statistics:
-    """Those of a dataset: from the cache if they are there, else computed, by all processes, and put there.
+def data_stats(images: ReferenceImages, features: Features, *, cache: Path, work: WorkFolder) -> DataStats:
+    """The statistics of a dataset: from the cache, or computed by all processes and put there.
 
-    What a killed process found lies in the cache too, part by part.
+    A killed computation goes on: its parts lie in the cache too.
 
     Args:
-        spare: a folder that is used instead of a cache that cannot be written.
+        work: its folder is used instead of a cache that cannot be written.
 
     Raises:
         VdiffError: an image cannot be read, or the disk refuses.
     """
     key = key_of([FORMAT, images.identity, features.fingerprint, features.dim, MAX_KEPT, PARTS])
-    name = f"reference-{key[:32]}.npz"
+    name, processes, reporter = f"reference-{key[:32]}.npz", work.processes, work.reporter
     with processes.together():
         found = _cached(cache / name, features.dim)
     if found is not None:
         return found
     with processes.together():
-        path = _writable(cache, spare, reporter) / name
+        path = _writable(cache, work.path, reporter) / name
     lock = FileLock(path.with_suffix(".lock"))
     try:
         with processes.together():
@@ -184,7 +185,7 @@ def statistics(
         with processes.together():
             found = _cached(path, features.dim)  # another evaluation may have put it there by now
         if found is None:
-            _compute(path, key, images, features, processes, reporter)
+            _compute(path, images, features, WorkFolder(path.with_suffix(".partial"), key, processes, reporter))
             found = _cached(path, features.dim)
     finally:
         lock.release()
@@ -205,7 +206,7 @@ def _writable(cache: Path, spare: Path, reporter: Reporter) -> Path:
 
 
 def _wait_for(lock: FileLock, reporter: Reporter) -> None:
-    """Take the lock, when another evaluation of the same data is done with them."""
+    """Take the lock, when another evaluation of the same data releases it."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -215,77 +216,40 @@ def _wait_for(lock: FileLock, reporter: Reporter) -> None:
         raise VdiffError(f"cannot write {lock.lock_file}: {error.strerror}", "give another --cache") from None
 
 
-def _compute(
-    path: Path, key: str, images: Images, features: Features, processes: Processes, reporter: Reporter
-) -> None:
-    """Read all the data, and put what was found in `path`."""
-    work = WorkFolder(path.with_suffix(".partial"), key, processes)
-    parts, indices = images.parts(), chosen(len(images), MAX_KEPT)
-    names = [f"part-{k:02d}.npz" for k in range(len(parts))]
-    mine = list(processes.share(work.missing(names)))
-    number = sum(stop - start for name in mine for start, stop in parts[names.index(name)])
-    with reporter.progress("reference", number, "images") as bar:
-        counter = _Counter(bar)
-        work.do(names, lambda name: _part(images, features, parts[names.index(name)], indices, counter))
-    with processes.together():
-        if processes.is_main:
-            pieces = [work.read(name) for name in names]
-            merged = total(moments_in(piece)[0] for piece in pieces)
-            kept = np.concatenate([piece["kept"] for piece in pieces])
-            write_arrays(path, {**arrays_of([merged]), "kept": kept, "indices": indices})
+def _compute(path: Path, images: ReferenceImages, features: Features, work: WorkFolder) -> None:
+    """Read all the data, and write their statistics to `path`."""
+    sizes, parts = images.parts("part")
+    indices = random_subset(len(images), MAX_KEPT)
+
+    def compute(number: int, bar: Progress, done: int) -> Arrays:
+        moments = Moments.none(features.dim)
+        kept = [np.empty((0, features.dim), np.float32)]
+        for first, pixels in images.batches(parts[number]):
+            vectors = features(pixels)
+            moments = moments + Moments.of(vectors)
+            low, high = np.searchsorted(indices, [first, first + len(pixels)])
+            kept.append(vectors[indices[low:high] - first].astype(np.float32))
+            done += len(pixels)
+            bar.update(done)
+        return {**to_arrays([moments], MOMENTS), "kept": np.concatenate(kept)}
+
+    work.compute("reference", sizes, compute)
+    with work.processes.together():
+        if work.processes.is_main:
+            found = [work.read(name) for name in sizes]
+            merged = total(from_arrays(Moments, each, MOMENTS)[0] for each in found)
+            kept = np.concatenate([each["kept"] for each in found])
+            write_arrays(path, {**to_arrays([merged], MOMENTS), "kept": kept, "indices": indices})
             work.remove()
 
 
-def arrays_of(moments: Sequence[Moments]) -> dict[str, NDArray[Any]]:
-    """Some moments as arrays."""
-    return {
-        "counts": np.array([each.count for each in moments]),
-        "means": np.stack([each.mean for each in moments]),
-        "scatters": np.stack([each.scatter for each in moments]),
-    }
-
-
-def moments_in(arrays: Arrays) -> list[Moments]:
-    """The inverse of `arrays_of`."""
-    names = ("counts", "means", "scatters")
-    return [
-        Moments(int(count), mean, scatter)
-        for count, mean, scatter in zip(*(arrays[name] for name in names), strict=True)
-    ]
-
-
-class _Counter:
-    """Counts what was done in all parts."""
-
-    def __init__(self, bar: Progress) -> None:
-        self.bar, self.done = bar, 0
-
-    def add(self, number: int) -> None:
-        self.done += number
-        self.bar.update(self.done)
-
-
-def _part(
-    images: Images, features: Features, stretches: Sequence[tuple[int, int]], indices: NDArray[np.int64], done: _Counter
-) -> dict[str, NDArray[Any]]:
-    moments = Moments.none(features.dim)
-    kept = [np.empty((0, features.dim), np.float32)]
-    for first, pixels in images.batches(stretches):
-        vectors = features(pixels)
-        moments = moments + Moments.of(vectors)
-        low, high = np.searchsorted(indices, [first, first + len(pixels)])
-        kept.append(vectors[indices[low:high] - first].astype(np.float32))
-        done.add(len(pixels))
-    return {**arrays_of([moments]), "kept": np.concatenate(kept)}
-
-
-def _cached(path: Path, dim: int) -> Statistics | None:
-    """What lies in the cache; None if there is nothing, or something else."""
-    arrays = read_arrays(path)
+def _cached(path: Path, dim: int) -> DataStats | None:
+    """The statistics in the cache; None if there are none, or they do not fit."""
+    arrays = read_arrays(path) or {}
     try:
-        (moments,) = moments_in(arrays or {})
-        found = Statistics(moments, (arrays or {})["kept"], (arrays or {})["indices"])
+        (moments,) = from_arrays(Moments, arrays, MOMENTS)
+        found = DataStats(moments, arrays["kept"], arrays["indices"])
     except (KeyError, ValueError, TypeError):
         return None
-    is_whole = moments.dim == dim and found.kept.shape == (len(found.indices), dim)
+    is_whole = moments.mean.shape == (dim,) and found.kept.shape == (len(found.indices), dim)
     return found if is_whole else None

@@ -1,4 +1,4 @@
-"""What an evaluation found: plain figures with their bounds, what they rest on, and the file that keeps them."""
+"""The results of an evaluation: metrics with their intervals, what was compared with what, and the file of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vdiff.replacing import Kind, holds_keys
 
 FORMAT = 1
 FILE, PAIRS = "evaluation.json", "evaluation-nearest.png"
-"""What a ladder's evaluation and its picture are called, in the folder that holds the ladder."""
+"""Names of a ladder's evaluation and its picture, in the folder that holds the ladder."""
 AGAIN = "evaluate again: vdiff evaluate"
 
 
@@ -28,10 +28,9 @@ class Reference:
     Attributes:
         name: the dataset's path.
         fingerprint: SHA-256 of its content; empty where another program wrote it.
-        num_images: that its statistics rest on.
-        image_size, channels: of the images.
-        split: which part of the dataset it is: `all`, or `i/n` of a set prepared in parts.
-        resize, format: how the images were made smaller and stored; empty where the dataset does not say.
+        num_images: the images in its statistics.
+        split: `all`, or `i/n` for part i of a dataset prepared in n parts.
+        resize, format: how the images were resized and encoded; empty where the dataset does not say.
     """
 
     name: str
@@ -46,14 +45,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure and the bounds of its 95 % interval, None where there is none."""
+    """A value and the bounds of its 95 % interval, None where there is none."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
+    @classmethod
+    def around(cls, value: float, half: float) -> Metric:
+        """The interval value ± half."""
+        return cls(value, value - half, value + half)
+
     def __str__(self) -> str:
-        """`0.208 ± 0.012`, half of the interval, with digits that it bears out."""
+        """`0.208 ± 0.012`: the value and half of its interval, to two significant digits of the half."""
         half = math.nan if self.low is None or self.high is None else (self.high - self.low) / 2
         if not math.isfinite(half) or half <= 0:
             return f"{self.value:.4g}"
@@ -62,24 +66,24 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One checkpoint, drawn with one sampler in one number of steps.
+class EvalRow:
+    """The metrics of one checkpoint, drawn with one sampler in one number of steps.
 
     Attributes:
         checkpoint, checkpoint_fingerprint: its folder, and the SHA-256 of its weights.
         weights: "ema" or "raw".
-        evaluations: network calls an image, as counted.
-        n: images drawn.
+        evaluations: network evaluations per image, as counted.
+        n: number of samples.
         seconds: spent on this row, measuring included.
         ms_per_image: of drawing alone.
-        is_time_doubtful: more evaluations of the same network took less time, also when they were measured again.
-        metrics: by name: `fd` and `kd`, the Fréchet and the kernel distance on the chosen features (`fid` and `kid` on
-            Inception's); `fd_inf` (`fid_inf`), the first freed of its bias; `precision`, `recall`; `isc`, the Inception
-            score; `rmse`, `psnr` to the teacher, same noise; `nearest`, the median distance of a sample to the nearest
-            image of the data, beside `nearest_data`, the same of the data's images to their nearest other one, both
-            with `_features` too; `closest`, the smallest distance of any sample.
+        metrics: by name: `fd` and `kd`, Fréchet and kernel distance on the chosen features (`fid` and `kid` on
+            Inception's); `fd_inf` (`fid_inf`), the first without its bias; `precision`, `recall`; `isc`, the Inception
+            score; `rmse`, `psnr` to the teacher from the same noise; `nearest`, the median distance of a sample to the
+            nearest image of the data, beside `nearest_data`, the same of the data's images to their nearest other
+            one, both with `_features` too; `closest`, the smallest distance of any sample.
         guidance: the weight w of classifier-free guidance.
         closest: the samples nearest to an image of the data: number of the sample, of the image, distance.
+        is_time_doubtful: more evaluations of the same network took less time, in a second measurement too.
     """
 
     checkpoint: str
@@ -100,17 +104,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Rows that one command measured against one reference.
+class EvalResults:
+    """Rows measured by one command against one dataset.
 
     Attributes:
         features: what images were compared by: `pixels`, `inception`, or a feature network's file.
-        device, date, command: where, when (ISO 8601) and how it was made.
-        pairs: name of the picture of samples beside their nearest images, in the folder of this file; None: no picture.
-        teacher: the checkpoint that `rmse` and `psnr` compare with; empty where none is.
+        device, date, command: where, when (ISO 8601) and by which command the rows were measured.
+        pairs: file name of the picture of samples beside their nearest images, in the folder of this file, or None.
+        teacher: the checkpoint that `rmse` and `psnr` compare with; empty where there is none.
         teacher_steps: the steps that it was drawn in.
-        job: the key of all that decides the figures.
-        notes: what a reader must know of the figures, a sentence each.
+        notes: what a reader must know of the metrics, a sentence each.
+        job: the key of everything that determines the metrics.
     """
 
     features: str
@@ -118,7 +122,7 @@ class Evaluation:
     date: str
     command: str
     reference: Reference
-    rows: tuple[Row, ...]
+    rows: tuple[EvalRow, ...]
     pairs: str | None = None
     teacher: str = ""
     teacher_steps: int | None = None
@@ -128,15 +132,15 @@ class Evaluation:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """One JSON object; a figure that is not finite becomes null, which JSON can say."""
+        """One JSON object; a value that is not finite becomes null."""
         return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Evaluation:
+    def from_json(cls, text: str) -> EvalResults:
         """The inverse of `to_json`.
 
         Raises:
-            VdiffError: not JSON, another format, or keys that are missing, unknown or of the wrong kind.
+            VdiffError: not JSON, another format, or keys that are missing, unknown or of the wrong type.
         """
         try:
             values = parse(text)
@@ -144,7 +148,7 @@ class Evaluation:
                 if values.get("format") != FORMAT:
                     raise ValueError(f"its format is {values.get('format')!r}, this vdiff reads {FORMAT}")
                 if isinstance(values.get("rows"), list):
-                    values["rows"] = list(map(_with_infinite, values["rows"]))
+                    values["rows"] = list(map(_with_infinity, values["rows"]))
             return record_of(cls, values, "it", AGAIN)
         except (ValueError, VdiffError) as error:
             cause = error.cause if isinstance(error, VdiffError) else error
@@ -159,8 +163,8 @@ class Evaluation:
         write_text(path, self.to_json())
 
     @classmethod
-    def read(cls, path: Path) -> Evaluation:
-        """What `write` wrote.
+    def read(cls, path: Path) -> EvalResults:
+        """Read what `write` wrote.
 
         Raises:
             VdiffError: no such file, or none that can be read.
@@ -179,13 +183,13 @@ class Evaluation:
 EVALUATION = Kind("evaluation", lambda path: FILE if holds_keys(path, "reference", "rows", "vdiff_version") else "")
 
 
-def row_from(values: Any) -> Row:
+def row_from(values: Any) -> EvalRow:
     """A row from its JSON object.
 
     Raises:
-        VdiffError: keys that are missing, unknown or of the wrong kind.
+        VdiffError: keys that are missing, unknown or of the wrong type.
     """
-    return record_of(Row, _with_infinite(values), "a row", AGAIN)
+    return record_of(EvalRow, _with_infinity(values), "a row", AGAIN)
 
 
 def plain(value: Any) -> Any:
@@ -197,8 +201,8 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _with_infinite(row: Any) -> Any:
-    """The JSON object of a row whose metrics were infinite where JSON could only say null: PSNR of equal images."""
+def _with_infinity(row: Any) -> Any:
+    """The JSON object of a row, with infinity for metrics that are null there: the PSNR of equal images."""
     if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
         return row
     metrics = {

@@ -1,0 +1,385 @@
+"""Training a feature network: a classifier where the images have classes, else a denoising autoencoder."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vdiff
+from vdiff.data.batches import Batch, decode
+from vdiff.data.datasets import AnyStore, open_batches
+from vdiff.data.images import from_uint8
+from vdiff.data.shard_batches import Sample
+from vdiff.data.shard_store import ShardStore
+from vdiff.data.store import ImageStore
+from vdiff.errors import OptionError, VdiffError
+from vdiff.evaluation.feature_network import (
+    FORMAT,
+    MAX_SIZE,
+    MIN_SIZE,
+    FeatureAutoencoder,
+    FeatureClassifier,
+    FeatureMetadata,
+    FeatureNet,
+    FeatureNetConfig,
+)
+from vdiff.reporting import Reporter
+
+HELD_OUT = 10
+"""One image of so many is held out."""
+MAX_MEASURED = 10_000
+WINDOW_IMAGES = 512
+LR, WEIGHT_DECAY, CLIP_NORM = 2e-3, 0.01, 1.0
+WARMUP = 0.05
+LABEL_SMOOTHING = 0.05
+MAX_NOISE = 0.3
+"""Standard deviation of the strongest noise on an autoencoder's inputs, which lie in [−1, 1]."""
+LEAST_SPREAD = 1e-6
+# the first words of the random streams; batches and shards have others
+_SPLIT, _NOISE = 10, 11
+
+
+# The data: nine tenths to train on, one tenth held out
+
+
+class StorePart(ImageStore):
+    """Some images of a dataset in LMDB, numbered from 0."""
+
+    def __init__(self, whole: ImageStore, indices: NDArray[np.int64]) -> None:
+        self.path, self.meta, self.whole, self.indices = whole.path, whole.meta, whole, indices
+        self._file = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def encoded(self, size: int, index: int) -> bytes:
+        """The bytes of the image file `index` at `size`."""
+        return self.whole.encoded(size, int(self.indices[index]))
+
+    def label(self, index: int) -> int | None:
+        """The class of image `index`, None in a dataset without classes."""
+        return self.whole.label(int(self.indices[index]))
+
+
+class ShardPart(ShardStore):
+    """Some images of each tar shard of a dataset."""
+
+    def __init__(self, whole: ShardStore, places: Sequence[NDArray[np.int64]]) -> None:
+        self.__dict__ = copy.copy(whole.__dict__)
+        self.whole, self.numbers = whole, [number for number, inside in enumerate(places) if len(inside)]
+        self.places = [places[number] for number in self.numbers]
+        self.shards = tuple(replace(whole.shards[number], images=len(places[number])) for number in self.numbers)
+        self._length = sum(map(len, self.places))
+
+    def samples(self, number: int, sizes: Sequence[int], skip: int = 0) -> Generator[Sample, None, None]:
+        """(key, {size: encoded}, class) of the images of shard `number` in order, without the first `skip`."""
+        if skip >= len(self.places[number]):
+            return
+        first, wanted = int(self.places[number][skip]), set(self.places[number][skip:].tolist())
+        with closing(self.whole.samples(self.numbers[number], sizes, first)) as samples:
+            yield from (sample for place, sample in enumerate(samples, first) if place in wanted)
+
+
+def split(store: AnyStore, seed: int) -> tuple[AnyStore, AnyStore]:
+    """The images to train on, and a tenth held out, drawn from the seed (in tar shards, a tenth of each shard).
+
+    Raises:
+        VdiffError: too few images to hold one out.
+    """
+
+    def held_out(count: int, stretch: int) -> NDArray[np.bool_]:
+        return np.random.default_rng([seed, _SPLIT, stretch]).permutation(count) < count // HELD_OUT
+
+    train: AnyStore
+    held: AnyStore
+    if isinstance(store, ShardStore):
+        masks = [held_out(shard.images, k) for k, shard in enumerate(store.shards)]
+        train, held = (ShardPart(store, [np.flatnonzero(m == is_held) for m in masks]) for is_held in (False, True))
+    else:
+        mask = held_out(len(store), 0)
+        train, held = (StorePart(store, np.flatnonzero(mask == is_held)) for is_held in (False, True))
+    if not len(held):
+        raise VdiffError(
+            f"{store.path} holds {len(store)} images, too few to hold some out",
+            f"prepare a dataset of at least {HELD_OUT} images",
+        )
+    return train, held
+
+
+def endless(
+    part: AnyStore, *, image_size: int, batch_size: int, seed: int, num_workers: int
+) -> Generator[Batch, None, None]:
+    """Shuffled batches without end; closing the generator ends the workers."""
+    window = {"window": WINDOW_IMAGES} if isinstance(part, ShardStore) else {}
+    options = {"image_size": image_size, "batch_size": batch_size, "seed": seed, "num_workers": num_workers}
+    return open_batches(part, flip=False, **options, **window).start_at(0)
+
+
+def in_order(part: AnyStore, *, image_size: int, batch_size: int, limit: int = MAX_MEASURED) -> Iterator[Batch]:
+    """The images of a part once, in order, in batches: all of them, or about `limit`, spread over the part."""
+    samples: Iterator[Sample]
+    if isinstance(part, ShardStore):
+        each = -(-limit // len(part.shards))  # the first of each shard: tars are read from the beginning
+        samples = chain.from_iterable(islice(part.samples(k, (image_size,)), each) for k in range(len(part.shards)))
+    else:
+        count = min(len(part), limit)
+        indices = [k * len(part) // count for k in range(count)]
+        samples = ((str(k), {image_size: part.encoded(image_size, k)}, part.label(k)) for k in indices)
+    while some := list(islice(samples, batch_size)):
+        channels, path = part.meta.channels, part.path
+        images = [decode(files[image_size], channels, image_size, f"{path}: image {key}") for key, files, _ in some]
+        labels = torch.tensor([label or 0 for *_, label in some]) if part.meta.class_names else None
+        yield Batch(torch.from_numpy(np.stack(images)), labels)
+
+
+# The training
+
+
+@dataclass(frozen=True)
+class FeatureTraining:
+    """How a feature network is trained.
+
+    Attributes:
+        kind: "classifier", "autoencoder", or "auto": a classifier if the images have two classes or more.
+        dim: of a feature vector.
+        num_iters: optimiser updates.
+        batch_size: images in an update.
+        seed: of the initial weights, the order of the images, the noise, and the choice of held-out images.
+        num_workers: processes that decode images while not all are in memory.
+    """
+
+    kind: str = "auto"
+    dim: int = 64
+    num_iters: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The quality of a network on held-out images.
+
+    Attributes:
+        metric: "accuracy" of the classes, or "psnr" of reconstructions, in dB.
+        value: of the network.
+        baseline: of the most common class, or of the mean image.
+        num_images: measured.
+    """
+
+    metric: str
+    value: float
+    baseline: float
+    num_images: int
+
+
+def choose_kind(kind: str, store: AnyStore) -> str:
+    """The kind that "auto" means for a dataset.
+
+    Raises:
+        OptionError: a classifier is asked for, and there are not two classes.
+    """
+    num_classes = len(store.meta.class_names)
+    if kind == "classifier" and num_classes < 2:
+        raise OptionError(
+            f"--kind classifier: {store.path} has {num_classes or 'no'} class{'es' if not num_classes else ''}",
+            "give --kind autoencoder, or prepare a dataset of two classes or more",
+        )
+    if kind == "auto":
+        return "classifier" if num_classes >= 2 else "autoencoder"
+    return kind
+
+
+def network_config(store: AnyStore, image_size: int, training: FeatureTraining) -> FeatureNetConfig:
+    """The network for a dataset.
+
+    Raises:
+        VdiffError: the images are too small or too large for it.
+        OptionError: a classifier is asked for, and there are not two classes.
+    """
+    kind = choose_kind(training.kind, store)
+    if not MIN_SIZE <= image_size <= MAX_SIZE:
+        raise VdiffError(
+            f"{store.path} has images of {image_size} pixels; a feature network takes {MIN_SIZE} to {MAX_SIZE}",
+            "evaluate on pixels, or prepare the images in such a size",
+        )
+    num_classes = len(store.meta.class_names) if kind == "classifier" else 0
+    return FeatureNetConfig(kind, image_size, store.meta.channels, training.dim, num_classes)
+
+
+def describe(network: FeatureNet, store: AnyStore, training: FeatureTraining, found: HeldOut) -> FeatureMetadata:
+    """The description of a network that was trained on `store`."""
+    config = network.config
+    return FeatureMetadata(
+        features=FORMAT,
+        kind=config.kind,
+        image_size=config.image_size,
+        channels=config.channels,
+        dim=config.dim,
+        dataset=store.meta.name,
+        dataset_fingerprint=store.meta.fingerprint,
+        class_names=list(store.meta.class_names) if config.num_classes else [],
+        num_iters=training.num_iters,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        metric=found.metric,
+        held_out=found.value,
+        baseline=found.baseline,
+        num_held_out=found.num_images,
+        vdiff_version=vdiff.__version__,
+    )
+
+
+def train_features(
+    store: AnyStore,
+    image_size: int,
+    training: FeatureTraining,
+    *,
+    device: str | torch.device = "cpu",
+    reporter: Reporter,
+) -> tuple[FeatureNet, HeldOut]:
+    """Train on nine tenths of the images, measure on the others; return the part that computes features, on the CPU.
+
+    AdamW, learning rate 2e-3 with a warm-up of 5 % and a cosine to 0, gradients clipped to a norm of 1. A classifier
+    minimises the cross entropy (labels smoothed by 0.05); an autoencoder the mean squared error of the clean image,
+    from a noisy one. Over the training images the features have mean 0 and variances that sum to `dim`, so the
+    Fréchet distance of the data to any one of its mean vectors repeated is `dim`: a scale for distances. Equal seeds
+    give equal networks on one machine.
+
+    Raises:
+        VdiffError: too few images, an image that cannot be read, images all alike, or a loss that is not finite.
+        OptionError: a classifier is asked for, and there are not two classes.
+    """
+    config = network_config(store, image_size, training)
+    train_part, held_out_part = split(store, training.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        network = FeatureClassifier(config) if config.kind == "classifier" else FeatureAutoencoder(config)
+    network = network.to(device)
+    size, batch_size = image_size, training.batch_size
+    batches = endless(
+        train_part, image_size=size, batch_size=batch_size, seed=training.seed, num_workers=training.num_workers
+    )
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with exact, closing(batches):
+        _fit(network, batches, training, device, reporter)
+        network.eval().requires_grad_(False)
+        found = measure(network, in_order(held_out_part, image_size=size, batch_size=batch_size), device)
+        features = network.features
+        features.standardise(*_spread(features, batches, min(len(train_part), MAX_MEASURED), device))
+    return features.cpu(), found
+
+
+def _fit(
+    network: FeatureClassifier | FeatureAutoencoder,
+    batches: Iterator[Batch],
+    training: FeatureTraining,
+    device: str | torch.device,
+    reporter: Reporter,
+) -> None:
+    """All updates."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    every = max(1, training.num_iters // 100)
+    with reporter.progress("features", training.num_iters, "updates") as bar:
+        for step in range(training.num_iters):
+            for group in optimizer.param_groups:
+                group["lr"] = LR * _lr_factor(step, training.num_iters)
+            loss = loss_of(network, next(batches), seed=training.seed, step=step, device=device)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
+            optimizer.step()
+            if (step + 1) % every == 0 or step + 1 == training.num_iters:
+                shown = float(loss.detach())
+                if not math.isfinite(shown):
+                    raise VdiffError(f"the loss is {shown} at update {step + 1}", "try another --seed")
+                bar.update(step + 1, f"loss {shown:.4f}")
+
+
+def _lr_factor(step: int, num_iters: int) -> float:
+    """Warm-up, then half a cosine down to 0."""
+    warmup = max(1, round(WARMUP * num_iters))
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / num_iters))
+
+
+def loss_of(network: nn.Module, batch: Batch, *, seed: int, step: int, device: str | torch.device) -> Tensor:
+    """The cross entropy of a classifier, or an autoencoder's mean squared error of the clean image from a noisy one.
+
+    The noise of an image has a standard deviation uniform in [0, `MAX_NOISE`), drawn from (seed, step).
+    """
+    if isinstance(network, FeatureClassifier):
+        assert batch.classes is not None, "a dataset of classes has one for each image"
+        logits = network(from_uint8(batch.images.to(device)))
+        return F.cross_entropy(logits, batch.classes.to(device), label_smoothing=LABEL_SMOOTHING)
+    clean = from_uint8(batch.images)
+    words = np.random.SeedSequence([seed, _NOISE, step]).generate_state(1)
+    generator = torch.Generator().manual_seed(int(words[0]))
+    deviation = MAX_NOISE * torch.rand(len(clean), 1, 1, 1, generator=generator)
+    noisy = clean + deviation * torch.randn(clean.shape, generator=generator)
+    return F.mse_loss(network(noisy.to(device)), clean.to(device))
+
+
+@torch.no_grad()
+def measure(network: nn.Module, batches: Iterator[Batch], device: str | torch.device = "cpu") -> HeldOut:
+    """The accuracy of a classifier, or the PSNR of an autoencoder's reconstructions, on held-out images.
+
+    The PSNR is 10 log₁₀(4 / mean squared error), of pixels in [−1, 1], over all images together.
+    """
+    count, right, error, squares = 0, 0, 0.0, 0.0
+    classes: list[Tensor] = []
+    total: Tensor | float = 0.0
+    for batch in batches:
+        images = from_uint8(batch.images.to(device))
+        answer = network(images)
+        count += len(images)
+        if isinstance(network, FeatureClassifier):
+            assert batch.classes is not None
+            right += int((answer.argmax(1).cpu() == batch.classes).sum())
+            classes.append(batch.classes)
+        else:
+            error += float((answer - images).double().square().flatten(1).mean(1).sum())
+            total = total + images.double().sum(0)
+            squares += float(images.double().square().flatten(1).mean(1).sum())
+    if isinstance(network, FeatureClassifier):
+        return HeldOut("accuracy", right / count, int(torch.cat(classes).bincount().max()) / count, count)
+    variance = squares / count - float((torch.as_tensor(total) / count).square().mean())
+    return HeldOut("psnr", _psnr(error / count), _psnr(variance), count)
+
+
+def _psnr(mean_square: float) -> float:
+    """10 log₁₀(4 / mean square), at most 120 dB."""
+    return 10 * math.log10(4 / max(mean_square, 4e-12))
+
+
+@torch.no_grad()
+def _spread(
+    features: FeatureNet, batches: Iterator[Batch], count: int, device: str | torch.device
+) -> tuple[Tensor, Tensor]:
+    """The mean vector of at least `count` images, and the root of the mean of the variances.
+
+    Raises:
+        VdiffError: all images have the same features.
+    """
+    seen, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    first: Tensor | None = None
+    while seen < count:
+        vectors = features(from_uint8(next(batches).images.to(device))).double().cpu()
+        first = vectors[0] if first is None else first
+        shifted = vectors - first
+        total, squares, seen = total + shifted.sum(0), squares + shifted.square().sum(0), seen + len(vectors)
+    assert first is not None
+    mean = total / seen
+    scale = (squares / seen - mean.square()).mean().clamp(min=0).sqrt()
+    if not float(scale) > LEAST_SPREAD:
+        raise VdiffError("the features of all images are equal: nothing can be told apart by them", "check the images")
+    return first + mean, scale

@@ -1,0 +1,350 @@
+"""Distances between samples and data, each with a 95 % interval: Fréchet and kernel distance, precision, recall, score.
+
+Statistics that can be merged (`Moments`, `ClassStats`) stand for vectors that are never all in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import log_softmax, stdtrit
+from torch import Tensor
+
+from vdiff.evaluation.results import Metric
+
+LEVEL = 0.95
+NORMAL = 1.959963984540054
+TILE = 2**20
+"""Pairs of vectors in memory at once: 8 MiB."""
+NEIGHBOURS = 3
+EQUAL = 1e-12
+"""Squared distances below this part of the vectors' squared lengths are rounding errors: such vectors are equal."""
+SPLITS = 10
+Arrays = Mapping[str, NDArray[Any]]
+T = TypeVar("T")
+
+
+# Intervals
+
+
+def student(degrees: int) -> float:
+    """The quantile of Student's t that 95 % of its absolute values are below."""
+    return float(stdtrit(degrees, (1 + LEVEL) / 2))
+
+
+def mean_metric(values: NDArray[Any]) -> Metric:
+    """The mean of independent values, mean ± t·s/√n; no bounds for one value."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Metric(mean)
+    return Metric.around(mean, student(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values)))
+
+
+def share_metric(successes: int, trials: int) -> Metric:
+    """The share of successes in independent trials, with its score interval. Source: Wilson 1927."""
+    share, z2 = successes / trials, NORMAL**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = NORMAL / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return Metric(share, max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share)))
+
+
+def median_metric(values: NDArray[Any]) -> Metric:
+    """The median of independent values, between the two order statistics that contain it with probability 95 %.
+
+    The number of values below the median is binomial (n, ½), whatever the distribution. No bounds for n < 6.
+    """
+    ordered, n = np.sort(values), len(values)
+    median = float(np.median(ordered))
+    rank = math.floor((n - NORMAL * math.sqrt(n)) / 2)
+    return Metric(median, float(ordered[rank]), float(ordered[n - 1 - rank])) if n >= 6 else Metric(median)
+
+
+def jackknife(value: float, without: Sequence[float]) -> tuple[Metric, Metric]:
+    """A statistic θ of K blocks of equal size, and θ without its bias, from the θ₋ₖ that leave block k out.
+
+    The first is θ ± t·s with s² = (K − 1)/K · Σ (θ₋ₖ − θ̄₋)²: the range for other samples of the same number. The
+    second is K θ − (K − 1) θ̄₋ ± t·s, which has no term in 1/n: the value at infinitely many samples.
+    Source: Quenouille 1956; Tukey 1958; Efron & Tibshirani 1993, ch. 11.
+    """
+    left, count = np.asarray(without, np.float64), len(without)
+    half = student(count - 1) * math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
+    return Metric.around(value, half), Metric.around(count * value - (count - 1) * float(left.mean()), half)
+
+
+# Fréchet distance
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean (d,) and scatter Σ (x − μ)(x − μ)ᵀ (d, d) of n vectors, in float64.
+
+    Scatters about the mean of their own part lose no digits to a large common mean, as sums of x xᵀ would.
+    Source: Chan, Golub & LeVeque 1979 (merging).
+    """
+
+    count: int
+    mean: NDArray[np.float64]
+    scatter: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, vectors: NDArray[Any]) -> Moments:
+        """The moments of (n, d) vectors, n ≥ 1."""
+        x = np.asarray(vectors, np.float64)
+        mean = x.mean(0)
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred)
+
+    @classmethod
+    def none(cls, dim: int) -> Moments:
+        """The moments of no vectors."""
+        return cls(0, np.zeros(dim), np.zeros((dim, dim)))
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets together."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        scatter = self.scatter + other.scatter
+        scatter += np.outer(delta, delta) * (self.count * other.count / count)
+        return Moments(count, self.mean + delta * (other.count / count), scatter)
+
+    def __sub__(self, part: Moments) -> Moments:
+        """The moments of the vectors outside `part`, which is a part of these."""
+        count = self.count - part.count
+        mean = (self.count * self.mean - part.count * part.mean) / count
+        delta = part.mean - mean
+        scatter = self.scatter - part.scatter - np.outer(delta, delta) * (count * part.count / self.count)
+        return Moments(count, mean, scatter)
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """(d, d), by n − 1."""
+        return self.scatter / (self.count - 1)
+
+
+def total(parts: Iterable[Moments]) -> Moments:
+    """The moments of all parts, merged in order: equal parts in equal order give equal bits."""
+    return reduce(Moments.__add__, parts)
+
+
+def to_arrays(items: Sequence[Any], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The fields of equal dataclasses, stacked, under `names`."""
+    pairs = zip(names, fields(items[0]), strict=True)
+    return {name: np.stack([np.asarray(getattr(item, field.name)) for item in items]) for name, field in pairs}
+
+
+def from_arrays(kind: type[T], arrays: Arrays, names: Sequence[str]) -> list[T]:
+    """The inverse of `to_arrays`; empty where the first name is missing."""
+    return [kind(*each) for each in zip(*(arrays[n] for n in names), strict=True)] if names[0] in arrays else []
+
+
+class FrechetDistance:
+    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a^½ Σ_b Σ_a^½)^½) from the moments a of a reference, float64.
+
+    The symmetric form of the root needs eigenvalues of symmetric matrices only, so singular covariances (pixels that
+    are always black) are no special case. The estimate is biased upwards for small n: compare sets of the same size.
+    Source: Dowson & Landau 1982; Heusel et al. 2017.
+
+    Args:
+        reference: of at least two vectors.
+    """
+
+    def __init__(self, reference: Moments) -> None:
+        self.mean, covariance = reference.mean, reference.covariance
+        self.trace = float(np.trace(covariance))
+        values, vectors = np.linalg.eigh(covariance)
+        self.root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+    def __call__(self, moments: Moments) -> float:
+        """The distance of vectors with these moments."""
+        covariance = moments.covariance
+        cross = np.sqrt(np.linalg.eigvalsh(self.root @ covariance @ self.root).clip(min=0)).sum()
+        shift = ((self.mean - moments.mean) ** 2).sum()
+        return float(shift + self.trace + np.trace(covariance) - 2 * cross)
+
+    def measure(self, blocks: Sequence[Moments]) -> tuple[Metric, Metric]:
+        """The distance of all blocks together, and its value at infinitely many samples (`jackknife`).
+
+        Both intervals are for other samples of the same model; the reference is taken as it is.
+        """
+        whole = total(blocks)
+        return jackknife(self(whole), [self(whole - block) for block in blocks])
+
+
+def frechet_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    """The `FrechetDistance` between (n, d) and (m, d) vectors.
+
+    Raises:
+        ValueError: fewer than two vectors, or unlike dimensions.
+    """
+    if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:] or a.ndim != 2:
+        raise ValueError(f"sets of shape {a.shape} and {b.shape}; need (n, d) and (m, d) with n, m >= 2")
+    return FrechetDistance(Moments.of(a))(Moments.of(b))
+
+
+# Pairs of vectors: kernel distance, precision and recall
+
+
+def on_device(vectors: NDArray[Any] | Tensor, device: torch.device | str) -> Tensor:
+    """(n, d) float64 where pairs are computed: on CUDA if that is the device, else on the CPU."""
+    device = torch.device(device)
+    return torch.as_tensor(vectors).to(device if device.type == "cuda" else "cpu").double()
+
+
+def products(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x yᵀ for some rows at a time (`TILE` pairs), and which rows they are.
+
+    All tiles share one memory, which the caller may change: with tiles of their own, glibc would not reuse the freed
+    ones, and memory would grow to that of all pairs.
+    """
+    rows = max(1, min(len(x), TILE // max(len(y), 1)))
+    memory = torch.empty((rows, len(y)), dtype=x.dtype, device=x.device)
+    for start in range(0, len(x), rows):
+        part = slice(start, min(start + rows, len(x)))
+        yield part, torch.mm(x[part], y.T, out=memory[: part.stop - start])
+
+
+class KernelDistance:
+    """MMD² = E k(x, x′) + E k(y, y′) − 2 E k(x, y) to the vectors y of a reference, k(x, y) = (xᵀy/d + 1)³.
+
+    The means are over all pairs of different vectors, so the estimate has no bias and may fall below 0. The kernel
+    inception distance is the mean of the same over random subsets, which has a larger variance.
+    Source: Gretton et al. 2012, eq. 3; Bińkowski et al. 2018, *Demystifying MMD GANs*.
+
+    Args:
+        reference: (m, d), m ≥ 2.
+        device: where pairs are computed.
+    """
+
+    def __init__(self, reference: NDArray[Any], device: torch.device | str = "cpu") -> None:
+        self.y = on_device(reference, device)
+        m = len(self.y)
+        self.within = float(_sums_without_self(self.y).sum()) / (m * (m - 1))
+
+    def __call__(self, vectors: NDArray[Any]) -> Metric:
+        """The distance of (n, d) vectors, n ≥ 3, ± t·s of the jackknife over single vectors; the reference as it is."""
+        x = on_device(vectors, self.y.device)
+        n, m = len(x), len(self.y)
+        own, cross = _sums_without_self(x), _sums(x, self.y)
+        own_sum, cross_sum = float(own.sum()), float(cross.sum())
+        value = own_sum / (n * (n - 1)) + self.within - 2 * cross_sum / (n * m)
+        without = (own_sum - 2 * own) / ((n - 1) * (n - 2)) - 2 * (cross_sum - cross) / ((n - 1) * m)
+        return Metric.around(value, student(n - 1) * math.sqrt((n - 1) * float(without.var(correction=0))))
+
+
+def _sums(x: Tensor, y: Tensor) -> Tensor:
+    """Σ_j k(x_i, y_j): (n,)."""
+    sums = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    for part, product in products(x, y):
+        torch.sum(product.div_(x.shape[1]).add_(1).pow_(3), 1, out=sums[part])
+    return sums
+
+
+def _sums_without_self(x: Tensor) -> Tensor:
+    """Σ_{j≠i} k(x_i, x_j): (n,)."""
+    return _sums(x, x) - (x.square().sum(1) / x.shape[1] + 1) ** 3
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """‖a_i − b_j‖² of (n, d) and (m, d) float64, some rows at a time; exactly 0 for equal vectors.
+
+    Yields the rows, their distances, and a boolean tensor of the same shape that the caller may write to (`products`).
+    """
+    of_a, of_b = a.square().sum(1), b.square().sum(1)
+    lengths, is_less = torch.empty(0), torch.empty(0)
+    for part, squares in products(a, b):
+        if len(lengths) < len(squares):
+            lengths, is_less = torch.empty_like(squares), torch.empty_like(squares, dtype=torch.bool)
+        both, answers = lengths[: len(squares)], is_less[: len(squares)]
+        torch.add(of_a[part, None], of_b, out=both)
+        squares.mul_(-2).add_(both)
+        torch.lt(squares, both.mul_(EQUAL), out=answers)
+        yield part, squares.masked_fill_(answers, 0.0), answers
+
+
+class Manifold:
+    """The union of balls around vectors, each reaching to its centre's `neighbours`-th nearest other vector.
+
+    Args:
+        vectors: (n, d), n > `neighbours`.
+    """
+
+    def __init__(
+        self, vectors: NDArray[Any], device: torch.device | str = "cpu", *, neighbours: int = NEIGHBOURS
+    ) -> None:
+        self.centres = on_device(vectors, device)
+        if len(self.centres) <= neighbours:
+            raise ValueError(f"{len(self.centres)} vectors; need more than {neighbours}")
+        self.radii = torch.empty(len(self.centres), dtype=torch.float64, device=self.centres.device)
+        for part, squares, _ in squared_distances(self.centres, self.centres):
+            # the nearest of all is the vector itself
+            self.radii[part] = squares.topk(neighbours + 1, largest=False).values[:, -1]
+
+    def count_inside(self, vectors: Tensor) -> int:
+        """How many of the vectors lie in one of the balls."""
+        tiles = squared_distances(vectors, self.centres)
+        return sum(int(torch.le(squares, self.radii, out=inside).any(1).sum()) for _, squares, inside in tiles)
+
+
+def precision_recall(samples: NDArray[Any], reference: Manifold) -> tuple[Metric, Metric]:
+    """The share of samples in the manifold of the reference, and the share of the reference in that of the samples.
+
+    Radii depend on the number of vectors: give as many samples as the reference has. The interval of precision is for
+    other samples, that of recall for other images of the data; the other side is taken as it is (Wilson).
+    Source: Kynkäänniemi et al. 2019, *Improved Precision and Recall Metric*, eq. 1 and 2.
+
+    Args:
+        samples: (n, d), n > `NEIGHBOURS`.
+    """
+    own = Manifold(samples, reference.centres.device)
+    inside, reached = reference.count_inside(own.centres), own.count_inside(reference.centres)
+    return share_metric(inside, len(own.centres)), share_metric(reached, len(reference.centres))
+
+
+# Inception score
+
+
+@dataclass(frozen=True)
+class ClassStats:
+    """Of (n, c) logits: n, Σ p (c,), and Σ Σ p log p."""
+
+    count: int
+    sums: NDArray[np.float64]
+    negentropy: float
+
+    @classmethod
+    def of(cls, logits: NDArray[Any]) -> ClassStats:
+        """The statistics of (n, c) logits."""
+        logs = log_softmax(np.asarray(logits, np.float64), axis=1)
+        p = np.exp(logs)
+        return cls(len(p), p.sum(0), float((p * logs).sum()))
+
+    def __add__(self, other: ClassStats) -> ClassStats:
+        """The statistics of both sets together."""
+        return ClassStats(self.count + other.count, self.sums + other.sums, self.negentropy + other.negentropy)
+
+    @property
+    def score(self) -> float:
+        """exp E KL(p(y|x) ‖ p(y)), p(y) being the mean of p(y|x). Source: Salimans et al. 2016, §4."""
+        mean = self.sums / self.count
+        return math.exp(self.negentropy / self.count - float((mean * np.log(mean)).sum()))
+
+
+def inception_score(blocks: Sequence[ClassStats]) -> Metric:
+    """The mean score of `SPLITS` sets of equal size (of all blocks, where there are fewer), ± t·s/√splits."""
+    splits = min(SPLITS, len(blocks))
+    edges = [len(blocks) * k // splits for k in range(splits + 1)]
+    scores = [reduce(ClassStats.__add__, blocks[start:stop]).score for start, stop in pairwise(edges)]
+    mean = sum(scores) / splits
+    if splits < 2:
+        return Metric(mean)
+    return Metric.around(mean, student(splits - 1) * float(np.std(scores, ddof=1)) / math.sqrt(splits))

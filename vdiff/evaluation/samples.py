@@ -1,0 +1,183 @@
+"""The samples of one row: drawn in batches, kept as statistics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vdiff.data.images import to_uint8
+from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.distributed import memory_errors_named
+from vdiff.errors import VdiffError
+from vdiff.evaluation.features import Features, FeaturesWithLogits
+from vdiff.evaluation.metrics import Arrays, ClassStats, Moments, to_arrays
+from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
+from vdiff.evaluation.plan import EvalPlan, RowSpec
+from vdiff.evaluation.reference import MAX_KEPT, MOMENTS
+from vdiff.models.checkpoint import load_checkpoint, read_tensors
+from vdiff.models.drawing import draw, squared_errors
+from vdiff.models.speed import FastNetwork, ready_to_draw
+from vdiff.reporting import Progress
+
+PIECE_IMAGES = 256
+"""Images of a piece, at least, but for the last: a kill loses at most so many."""
+CLASS_STATS = ("answer_counts", "answer_sums", "answer_negentropies")
+STATE, RAW = "state/state.safetensors", "raw."
+
+
+@dataclass(frozen=True)
+class SampleBlocks:
+    """The division of n samples into blocks of equal size (± 1), for the intervals, and of blocks into pieces of work.
+
+    Neither depends on the batch size or the number of processes.
+    """
+
+    n: int
+    dim: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Fewer for features of many dimensions, whose moments take more memory."""
+        most = 50 if self.dim <= 256 else 20 if self.dim <= 1024 else 10
+        return min(most, self.n // 2)
+
+    def block(self, number: int) -> range:
+        """The samples of a block."""
+        return range(self.n * number // self.num_blocks, self.n * (number + 1) // self.num_blocks)
+
+    def pieces(self) -> list[range]:
+        """The blocks of each piece."""
+        of_each = max(1, -(-PIECE_IMAGES * self.num_blocks // self.n))
+        return [range(k, min(k + of_each, self.num_blocks)) for k in range(0, self.num_blocks, of_each)]
+
+    def samples(self, piece: range) -> range:
+        """The samples of a piece."""
+        return range(self.block(piece[0]).start, self.block(piece[-1]).stop)
+
+
+class Generator:
+    """Draws the samples of one row; the model is loaded when the first are drawn."""
+
+    def __init__(self, row: RowSpec, plan: EvalPlan, device: torch.device) -> None:
+        self.row, self.plan, self.device = row, plan, device
+        self.network: FastNetwork | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations so far, counted by images."""
+        return self.network.evaluations if self.network else 0
+
+    def batches(self, samples: range) -> list[range]:
+        """The samples drawn at once."""
+        size = self.plan.batch_size
+        return [range(k, min(k + size, samples.stop)) for k in range(samples.start, samples.stop, size)]
+
+    def draw(self, indices: range, bar: Progress, done: int) -> Tensor:
+        """Samples number `indices`: (B, C, H, W) float32 in [−1, 1].
+
+        Raises:
+            VdiffError: the model cannot be read, or draws images that are not finite.
+        """
+        if self.network is None:
+            self._load()
+        steps = self.row.num_steps
+        with memory_errors_named():
+            return draw(
+                self.denoiser,
+                SAMPLERS[self.row.sampler](),
+                indices=indices,
+                image_size=self.config.image_size,
+                num_steps=steps,
+                seed=self.plan.seed,
+                guidance=self.plan.guidance,
+                grid=self.row.grid,
+                on_step=lambda step: bar.update(done, f"step {step}/{steps}"),
+            ).clamp(-1, 1)
+
+    def _load(self) -> None:
+        folder = self.row.checkpoint
+        denoiser, self.config = load_checkpoint(folder, self.device)
+        if self.row.raw and self.config.weights != "raw":
+            denoiser.load_state_dict(raw_weights(folder, set(denoiser.state_dict())))
+        self.denoiser = ready_to_draw(denoiser, precision=self.plan.precision)
+        assert isinstance(self.denoiser.network, FastNetwork)
+        self.network = self.denoiser.network
+
+
+def raw_weights(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """The weights without average that an unfinished or base training keeps beside its checkpoint.
+
+    Raises:
+        VdiffError: there are none.
+    """
+    path = folder / STATE
+    if not path.exists():
+        raise VdiffError(f"{folder} keeps no raw weights: there is no {STATE}", "leave --raw out")
+    found = {name.removeprefix(RAW): tensor for name, tensor in read_tensors(path).items() if name.startswith(RAW)}
+    if set(found) != names:
+        raise VdiffError(f"{path} does not fit the checkpoint", "leave --raw out, or resume the training")
+    return found
+
+
+def sample_stats(
+    generator: Generator,
+    blocks: SampleBlocks,
+    piece: range,
+    features: Features,
+    of_teacher: Tensor | None,
+    bar: Progress,
+    done: int,
+) -> Arrays:
+    """The statistics of the samples of a piece: moments by block, some vectors, thumbnails, errors, times.
+
+    Args:
+        of_teacher: the teacher's images of the first samples of the piece.
+    """
+    began, samples = time.monotonic(), blocks.samples(piece)
+    before, drawing = generator.evaluations, 0.0
+    moments = [Moments.none(features.dim) for _ in piece]
+    classes: list[ClassStats | None] = [None for _ in piece]
+    kept, thumbs, errors = [np.empty((0, features.dim), np.float32)], [], [np.empty(0)]
+    for batch in generator.batches(samples):
+        start = time.monotonic()
+        images = generator.draw(batch, bar, done + batch.start - samples.start)
+        drawing += time.monotonic() - start
+        pixels = to_uint8(images).to(generator.device)
+        logits: NDArray[Any] | None = None
+        if isinstance(features, FeaturesWithLogits):
+            vectors, logits = features.with_logits(pixels)
+        else:
+            vectors = features(pixels)
+        for k, number in enumerate(piece):
+            block = blocks.block(number)
+            first, last = max(batch.start, block.start), min(batch.stop, block.stop)
+            if first < last:
+                part = slice(first - batch.start, last - batch.start)
+                moments[k] = moments[k] + Moments.of(vectors[part])
+                if logits is not None:
+                    found, known = ClassStats.of(logits[part]), classes[k]
+                    classes[k] = found if known is None else known + found
+        kept.append(vectors[: max(0, MAX_KEPT - batch.start)].astype(np.float32))
+        thumbs.append(thumbnails(images[: max(0, MAX_QUERIES - batch.start)]))
+        if of_teacher is not None:
+            first = batch.start - samples.start
+            errors.append(squared_errors(images, of_teacher[first : first + len(batch)]).numpy())
+        bar.update(done + batch.stop - samples.start)
+    known_classes = [each for each in classes if each is not None]
+    return {
+        **to_arrays(moments, MOMENTS),
+        **(to_arrays(known_classes, CLASS_STATS) if known_classes else {}),
+        "kept": np.concatenate(kept),
+        "small": torch.cat(thumbs).numpy(),
+        "errors": np.concatenate(errors),
+        "evaluations": np.array(generator.evaluations - before),
+        "drawing": np.array(drawing),
+        "seconds": np.array(time.monotonic() - began),
+    }

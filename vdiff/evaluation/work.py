@@ -1,0 +1,125 @@
+"""A job whose results are files: any process may compute any of them, and a killed job goes on with the next.
+
+A result is a function of its number alone, and results are combined in the order of their numbers. So the outcome has
+the same bits however often the job was killed, and whichever process computed what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vdiff.distributed import Processes
+from vdiff.errors import VdiffError
+from vdiff.evaluation.metrics import Arrays
+from vdiff.files import make_folder, parse, read_text, remove, write_text, write_whole
+from vdiff.reporting import Progress, Reporter
+
+JOB = "job.json"
+Compute = Callable[[int, Progress, int], Arrays]
+"""From the number of a result, the progress bar and the images that the bar stands at, to the result."""
+
+
+def key_of(values: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class WorkFolder:
+    """The results of one job, kept until it is done.
+
+    Args:
+        job: the key of everything that determines the results; results of another job are deleted.
+    """
+
+    def __init__(self, path: Path, job: str, processes: Processes, reporter: Reporter) -> None:
+        self.path, self.processes, self.reporter = path, processes, reporter
+        with processes.together():
+            if processes.is_main:
+                if path.exists() and self._job() != job:
+                    remove(path)
+                make_folder(path)
+                write_text(path / JOB, json.dumps({"job": job}) + "\n")
+
+    def _job(self) -> str:
+        try:
+            return str(parse(read_text(self.path / JOB))["job"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def file(self, name: str) -> Path:
+        """Where the result `name` is, or will be."""
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Whether there is a result `name`, asked by all processes before any of them goes on."""
+        with self.processes.together():
+            return self.file(name).exists()
+
+    def compute(self, title: str, sizes: Mapping[str, int], result: Compute) -> None:
+        """Have the missing results computed, each by one process, and wait for all of them.
+
+        Args:
+            title: of the progress bar.
+            sizes: the name of each result, and the number of images behind it.
+            result: computes a result from its number, its place in `sizes`.
+
+        Raises:
+            VdiffError: from `result`, in this process or another one.
+        """
+        names = list(sizes)
+        with self.processes.together():
+            missing = [name for name in names if not self.file(name).exists()]
+        mine = self.processes.share(missing)
+        is_alone = self.processes.world_size == 1
+        done = sum(size for name, size in sizes.items() if name not in missing) if is_alone else 0
+        total = done + sum(sizes[name] for name in mine)
+        with self.reporter.progress(title, total, "images", start=done) as bar, self.processes.together():
+            for name in mine:
+                write_arrays(self.file(name), result(names.index(name), bar, done))
+                done += sizes[name]
+
+    def read(self, name: str) -> dict[str, NDArray[Any]]:
+        """A result.
+
+        Raises:
+            VdiffError: it cannot be read.
+        """
+        found = read_arrays(self.file(name))
+        if found is None:
+            raise VdiffError(f"{self.file(name)} cannot be read", f"remove {self.path}, then give the command again")
+        return found
+
+    def remove(self) -> None:
+        """Delete all results."""
+        remove(self.path)
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write named arrays, whole or not at all.
+
+    Raises:
+        VdiffError: the file system refuses.
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    write_whole(path, write)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
+    """The arrays that `write_arrays` wrote; None where there is no such file, or a damaged one."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
