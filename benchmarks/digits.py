@@ -24,7 +24,7 @@ from vdiff.data.images import from_uint8
 from vdiff.data.store import ImageStore
 from vdiff.diffusion.samplers import Ddim
 from vdiff.distributed import pick_device
-from vdiff.evaluation.frechet import frechet_distance
+from vdiff.evaluation.metrics import frechet_distance
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.drawing import draw
 

@@ -11,7 +11,7 @@ import torch
 
 from vdiff.data.images import from_uint8
 from vdiff.diffusion.samplers import SAMPLERS
-from vdiff.evaluation.pixels import PixelDistance
+from vdiff.evaluation.features import PixelDistance
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.drawing import draw
 from vdiff.models.speed import ready_to_draw

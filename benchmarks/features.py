@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
+from vdiff.data.datasets import open_at_size
 from vdiff.data.images import from_uint8
-from vdiff.evaluation.feature_network_data import in_order, open_sized
-from vdiff.evaluation.feature_network_training import FeatureTraining, train_features
-from vdiff.evaluation.frechet import frechet_distance
+from vdiff.evaluation.feature_training import FeatureTraining, in_order, train_features
+from vdiff.evaluation.metrics import frechet_distance
 
 SEED, REFERENCE = 0, 900
 
@@ -58,7 +58,7 @@ def changes(images: Tensor, classes: Tensor) -> dict[str, Tensor]:
 @click.option("--data", default="data/digits_8", show_default=True, help="A dataset with classes.")
 def main(data: str) -> None:
     """Print the table and write it to benchmarks/results/features.md."""
-    store, size = open_sized(data, None)
+    store, size = open_at_size(data, None)
     batches = list(in_order(store, image_size=size, batch_size=256))
     images = torch.cat([from_uint8(batch.images) for batch in batches])
     classes = torch.cat([batch.classes for batch in batches if batch.classes is not None])
@@ -67,11 +67,11 @@ def main(data: str) -> None:
     given = changes(images[others], classes[others])
     columns: dict[str, list[float]] = {}
     for kind in ("classifier", "autoencoder"):
-        features, held_out = train_features(store, size, FeatureTraining(kind=kind), reporter=Console())
+        features, about = train_features(store, size, FeatureTraining(kind=kind), reporter=Console())
         known = features(images[reference]).numpy()
         distances = [frechet_distance(known, features(spoiled).numpy()) for spoiled in given.values()]
-        told = f"{held_out.value:.1%}" if held_out.metric == "accuracy" else f"{held_out.value:.1f} dB"
-        columns[f"{kind}, held-out {held_out.metric} {told}"] = distances
+        told = f"{about.held_out:.1%}" if about.metric == "accuracy" else f"{about.held_out:.1f} dB"
+        columns[f"{kind}, held-out {about.metric} {told}"] = distances
     rows = [[name, *(f"{column[k]:.3g}" for column in columns.values())] for k, name in enumerate(given)]
     title = f"Fréchet distance of {len(others)} images of {data}, changed, to {REFERENCE} others"
     write_report("features", title, ["", *columns], rows, machine())

@@ -11,7 +11,7 @@ get there: `tract` in two phases (the first takes it to 8 or 4 steps, the second
 asks networks 3 times for each image, and by `trajectory`, in 16 steps, 17 times for students of one step, and about 10,
 6 and 4 times for two, four and eight.
 
-Distances are Fréchet distances between `vdiff.evaluation.pixels.pixel_vectors` of `--num` samples and of all images.
+Distances are Fréchet distances between `vdiff.evaluation.features.pixel_vectors` of `--num` samples and of all images.
 The excess is what a student has over its own teacher of many steps. Runs that are finished are not done again: the same
 command goes on where it was stopped.
 """

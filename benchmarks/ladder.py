@@ -7,7 +7,7 @@
 Settings of teacher and students are those of `--config` over the preset for the image size. The same command goes on
 where it was stopped, and does nothing twice. Beside each student stand DDIM and DPM-Solver++ (2M) of the undistilled
 teacher at as many evaluations, drawn from the same noise in the same run. Distances are Fréchet distances between
-`vdiff.evaluation.pixels.pixel_vectors` of `--num` samples and of all images. The picture beside the table shows every
+`vdiff.evaluation.features.pixel_vectors` of `--num` samples and of all images. The picture beside the table shows every
 model's images of the same noise.
 """
 

@@ -21,7 +21,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine
-from vdiff.evaluation.results import Evaluation, Row
+from vdiff.evaluation.results import EvalRow, Evaluation
 from vdiff.report.figures import figure
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,7 @@ def run(name: str, emoji: Path | None) -> None:
     (place / "machine.txt").write_text(machine() + "\n")
 
 
-def table(rows: tuple[Row, ...]) -> list[str]:
+def table(rows: tuple[EvalRow, ...]) -> list[str]:
     """Markdown: a line for each model and number of steps."""
     names = [name for name in COLUMNS if any(name in row.metrics for row in rows)]
     cells = [["model", "evaluations", *(COLUMNS[name] for name in names), "ms an image"]]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.toy import Watcher, write_checkpoint, write_dataset
-from vdiff.evaluation import drawn
+from vdiff.evaluation import samples
 from vdiff.evaluation.measure import evaluate
-from vdiff.evaluation.results import Evaluation, Row
+from vdiff.evaluation.results import EvalRow, Evaluation
 
 NUM = 60
 
@@ -22,7 +22,7 @@ def write_all(folder: Path) -> None:
 
 def measured(folder: Path, **changes: Any) -> Evaluation:
     """`evaluate` the model in 2 and 4 steps on the CPU, in pieces of 10 samples."""
-    drawn.PIECE_IMAGES = 10
+    samples.PIECE_IMAGES = 10
     values: dict[str, Any] = {
         "num_timesteps": (2, 4),
         "n": NUM,
@@ -38,7 +38,7 @@ def measured(folder: Path, **changes: Any) -> Evaluation:
     return evaluate(checkpoints, data, **values | changes)
 
 
-def figures(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
+def figures(rows: tuple[EvalRow, ...]) -> list[dict[str, Any]]:
     """All of the rows but the time that they took."""
     return [{**vars(row), "seconds": 0, "ms_per_image": 0, "is_time_doubtful": False} for row in rows]
 

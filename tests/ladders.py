@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from tests.toy import SIZE, write_checkpoint
-from vdiff.evaluation.results import FILE, PAIRS, Evaluation, Metric, Reference, Row
+from vdiff.evaluation.results import FILE, PAIRS, EvalRow, Evaluation, Metric, Reference
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 
 COLUMNS = 3
@@ -104,7 +104,7 @@ def metrics(far: float) -> dict[str, Metric]:
     return {"fd": Metric(far, 0.9 * far, 1.1 * far), "nearest": Metric(1.25), "nearest_data": Metric(1.5)}
 
 
-def row(folder: Path, mark: str, steps: int, found: Mapping[str, Metric], **changes: Any) -> Row:
+def row(folder: Path, mark: str, steps: int, found: Mapping[str, Metric], **changes: Any) -> EvalRow:
     """One line of an evaluation."""
     values: dict[str, Any] = {
         "checkpoint": folder.as_posix(),
@@ -120,4 +120,4 @@ def row(folder: Path, mark: str, steps: int, found: Mapping[str, Metric], **chan
         "ms_per_image": 0.4 * steps,
         "metrics": dict(found),
     }
-    return Row(**values | changes)
+    return EvalRow(**values | changes)

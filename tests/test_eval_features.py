@@ -14,10 +14,10 @@ from torch import nn
 
 from tests.toy import write_dataset
 from vdiff.errors import OptionError, VdiffError
-from vdiff.evaluation.feature_network_file import FeatureMetadata
+from vdiff.evaluation.feature_network import FeatureMetadata
 from vdiff.evaluation.features import FileFeatures, Pixels, as_unit, load_features
-from vdiff.evaluation.nearest import Search, merged, search_vectors, thumbnails
-from vdiff.evaluation.reference import Images, chosen
+from vdiff.evaluation.nearest import NearestSearch, merged, search_vectors, thumbnails
+from vdiff.evaluation.reference import ReferenceImages, random_subset
 
 KIND = {"image_size": 4, "channels": 1}
 
@@ -125,21 +125,21 @@ def test_the_search_finds_the_nearest_in_any_batches_and_never_itself():
     data[31] = data[7]
     queries = np.concatenate([data[[7, 20]], rng.standard_normal((5, 6))])
     own = np.array([7, 20, -1, -1, -1, -1, -1])
-    whole = Search(queries, own)
-    whole.look(0, data)
+    whole = NearestSearch(queries, own)
+    whole.add(0, data)
     parts = []
     for start in (0, 13, 26, 39):
-        part = Search(queries, own)
-        part.look(start, data[start : start + 13])
+        part = NearestSearch(queries, own)
+        part.add(start, data[start : start + 13])
         parts.append((part.distances, part.indices.numpy()))
     distances, indices = merged(parts)
     np.testing.assert_array_equal(indices, whole.indices.numpy())
     np.testing.assert_allclose(distances, whole.distances)
     assert indices[0] == 31
     assert distances[0] == 0
-    twice = Search(data[7:8])
+    twice = NearestSearch(data[7:8])
     for start in (0, 25):
-        twice.look(start, data[start : start + 25])
+        twice.add(start, data[start : start + 25])
     assert twice.indices.tolist() == [7]  # of equals the first
     far = np.sqrt(((queries[2:, None] - data) ** 2).mean(2))
     np.testing.assert_array_equal(indices[2:], far.argmin(1))
@@ -156,22 +156,22 @@ def test_large_images_are_searched_small_and_samples_lose_what_data_lose():
 
 
 def test_some_of_many_are_chosen_evenly_and_always_the_same():
-    np.testing.assert_array_equal(chosen(5, 10), np.arange(5))
-    some = chosen(100_000, 1000)
+    np.testing.assert_array_equal(random_subset(5, 10), np.arange(5))
+    some = random_subset(100_000, 1000)
     assert len(set(some.tolist())) == 1000
-    np.testing.assert_array_equal(some, chosen(100_000, 1000))
+    np.testing.assert_array_equal(some, random_subset(100_000, 1000))
     assert abs(some.mean() - 50_000) < 5 * 100_000 / np.sqrt(12 * 1000)
-    assert not np.array_equal(some, chosen(100_000, 1000, 1))
+    assert not np.array_equal(some, random_subset(100_000, 1000, 1))
 
 
 def test_a_dataset_is_read_in_order_in_parts_that_make_the_whole(tmp_path):
-    images = Images(write_dataset(tmp_path / "data", count=300), 4)
+    images = ReferenceImages(write_dataset(tmp_path / "data", count=300), 4)
     whole = torch.cat([pixels for _, pixels in images.batches(images.stretches)])
-    parts = [torch.cat([pixels for _, pixels in images.batches(part)]) for part in images.parts()]
+    parts = [torch.cat([pixels for _, pixels in images.batches(part)]) for part in images.parts("x")[1]]
     assert len(parts) == 2
     assert torch.equal(torch.cat(parts), whole)
-    for first, pixels in images.batches(images.parts()[1]):
+    for first, pixels in images.batches(images.parts("x")[1][1]):
         assert torch.equal(pixels, whole[first : first + len(pixels)])
     indices = np.array([0, 17, 255, 256, 299])
     assert torch.equal(torch.stack(list(images.some(indices))), whole[indices])
-    assert images.identity == Images(tmp_path / "data", 4).identity
+    assert images.identity == ReferenceImages(tmp_path / "data", 4).identity

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from vdiff.evaluation.frechet import frechet_distance
-from vdiff.evaluation.kernel import KernelDistance
-from vdiff.evaluation.manifolds import Manifold, precision_recall
-from vdiff.evaluation.score import Answers, inception_score
+from vdiff.evaluation.metrics import (
+    ClassStats,
+    KernelDistance,
+    Manifold,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -63,5 +67,5 @@ def test_precision_and_recall(sets):
 def test_inception_score():
     logits = np.random.default_rng(1).standard_normal((200, 30)) * 3
     theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
-    found = inception_score([Answers.of(part) for part in np.split(logits, 20)])
+    found = inception_score([ClassStats.of(part) for part in np.split(logits, 20)])
     assert found.value == pytest.approx(theirs["inception_score_mean"], rel=1e-9)

@@ -26,11 +26,10 @@ from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import Interrupted, VdiffError
-from vdiff.evaluation import drawn
-from vdiff.evaluation.frechet import frechet_distance
-from vdiff.evaluation.kernel import KernelDistance
-from vdiff.evaluation.pixels import pixel_vectors
-from vdiff.evaluation.reference import Images
+from vdiff.evaluation import samples
+from vdiff.evaluation.features import pixel_vectors
+from vdiff.evaluation.metrics import KernelDistance, frechet_distance
+from vdiff.evaluation.reference import ReferenceImages
 from vdiff.evaluation.results import Evaluation
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint
 from vdiff.models.drawing import draw
@@ -178,7 +177,7 @@ def test_two_processes_find_what_one_finds(place, tmp_path):
 def test_the_data_are_read_once_for_all_evaluations(place, tmp_path, monkeypatch):
     found = Evaluation.read(place / "out.json")
     (cached,) = (place / "cache").glob("reference-*.npz")
-    monkeypatch.setattr(Images, "batches", lambda *_: pytest.fail("the data are read again"))
+    monkeypatch.setattr(ReferenceImages, "batches", lambda *_: pytest.fail("the data are read again"))
     again = measured(place, out=tmp_path / "out.json", metrics=["fd", "kd"], teacher=None)
     assert again.rows[0].metrics["fd"] == found.rows[0].metrics["fd"]
     monkeypatch.undo()
@@ -239,7 +238,7 @@ def test_raw_weights_come_from_the_state_of_the_training(place, tmp_path):
         measured(place, checkpoints=[tmp_path / "model"], raw=True, out=tmp_path / "out.json")
     (tmp_path / "model" / "state").mkdir()
     raw = {f"raw.{name}": tensor for name, tensor in read_tensors(place / "teacher" / WEIGHTS).items()}
-    write_tensors(tmp_path / "model" / drawn.STATE, raw, {})
+    write_tensors(tmp_path / "model" / samples.STATE, raw, {})
     found = measured(
         place, checkpoints=[tmp_path / "model"], raw=True, num_timesteps=(8,), out=tmp_path / "out.json",
         metrics=["rmse"],
@@ -300,10 +299,10 @@ class Clock:
 def test_times_that_cannot_be_are_measured_again_and_marked(place, tmp_path, monkeypatch, again, is_doubtful):
     """20 images by 2 steps took 100 s and by 4 steps 40: a batch of each is drawn twice, and the second counts."""
     clock = Clock({2: [100.0, 100.0, again], 4: [40.0, 50.0]})
-    monkeypatch.setattr("vdiff.evaluation.drawn.draw", clock.draw)
-    monkeypatch.setattr("vdiff.evaluation.drawn.time", clock)
-    monkeypatch.setattr("vdiff.evaluation.rows.time", clock)
-    monkeypatch.setattr("vdiff.evaluation.drawn.Division.pieces", lambda _: [range(10)])
+    monkeypatch.setattr("vdiff.evaluation.samples.draw", clock.draw)
+    monkeypatch.setattr("vdiff.evaluation.samples.time", clock)
+    monkeypatch.setattr("vdiff.evaluation.measure.time", clock)
+    monkeypatch.setattr("vdiff.evaluation.samples.SampleBlocks.pieces", lambda _: [range(10)])
     watcher = Watcher()
     found = measured(
         place, n=20, batch_size=20, teacher=None, metrics=["kd"], out=tmp_path / "out.json", reporter=watcher
@@ -336,14 +335,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(place, tmp_path, monkeyp
 
 
 def test_work_is_divided_alike_whatever_does_it():
-    division = drawn.Division(1003, 64)
-    pieces = [division.samples(piece) for piece in division.pieces()]
+    blocks = samples.SampleBlocks(1003, 64)
+    pieces = [blocks.samples(piece) for piece in blocks.pieces()]
     assert [k for piece in pieces for k in piece] == list(range(1003))
-    assert min(map(len, pieces[:-1])) >= drawn.PIECE_IMAGES
-    sizes = {len(division.block(k)) for k in range(division.num_blocks)}
+    assert min(map(len, pieces[:-1])) >= samples.PIECE_IMAGES
+    sizes = {len(blocks.block(k)) for k in range(blocks.num_blocks)}
     assert max(sizes) - min(sizes) <= 1
-    assert drawn.Division(50_000, 2048).num_blocks == 10
-    assert drawn.Division(20, 4).num_blocks == 10
+    assert samples.SampleBlocks(50_000, 2048).num_blocks == 10
+    assert samples.SampleBlocks(20, 4).num_blocks == 10
 
 
 def test_files_that_are_no_evaluation(tmp_path, place):

@@ -25,9 +25,9 @@ from tests.toy import contents, write_dataset
 from vdiff.cli.features import learned
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
-from vdiff.evaluation import feature_network_file, feature_network_training
-from vdiff.evaluation.feature_network_file import FeatureMetadata, parse_metadata
-from vdiff.evaluation.feature_network_training import FeatureTraining, train_features
+from vdiff.evaluation import feature_network, feature_training
+from vdiff.evaluation.feature_network import FeatureMetadata, parse_metadata
+from vdiff.evaluation.feature_training import FeatureTraining, train_features
 from vdiff.evaluation.features import load_features
 from vdiff.models.program import METADATA
 from vdiff.reporting import Silent
@@ -170,7 +170,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         pytest.fail("it was trained")
 
-    monkeypatch.setattr(feature_network_training, "train_features", never)
+    monkeypatch.setattr(feature_training, "train_features", never)
 
 
 @pytest.fixture
@@ -247,14 +247,14 @@ def ready(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     program = torch.export.load(folder / "new/c.pt2")
     training = FeatureTraining(dim=DIM, num_iters=ITERS, batch_size=16, seed=4)
     answer = train_features(ImageStore(folder / "digits"), SIDE, training, reporter=Silent())
-    monkeypatch.setattr(feature_network_training, "train_features", lambda *_, **__: answer)
+    monkeypatch.setattr(feature_training, "train_features", lambda *_, **__: answer)
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: program)
     (tmp_path / "f.pt2").write_bytes(OLD)
     return f"vdiff features --data {folder / 'digits'} --out {tmp_path / 'f.pt2'} --overwrite {QUICK}"
 
 
 def test_a_program_that_answers_wrongly_leaves_the_old_file(ready, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_network_file, "TOLERANCE", -1.0)
+    monkeypatch.setattr(feature_network, "TOLERANCE", -1.0)
     assert "the exported features differ by " in error(ready, 1)
     assert contents(tmp_path) == {"f.pt2": OLD}
 
@@ -278,7 +278,7 @@ def test_interrupted_it_leaves_no_file(folder, tmp_path, monkeypatch):
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(feature_network_training, "train_features", stop)
+    monkeypatch.setattr(feature_training, "train_features", stop)
     result = run(f"vdiff features --data {folder / 'digits'} --out {tmp_path / 'f.pt2'}")
     assert result.exit_code == 130
     assert re.search("^interrupted$", result.stderr, re.MULTILINE)
@@ -286,7 +286,7 @@ def test_interrupted_it_leaves_no_file(folder, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_an_error(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_network_training, "LR", math.inf)
+    monkeypatch.setattr(feature_training, "LR", math.inf)
     line = f"vdiff features --data {folder / 'digits'} --out {tmp_path / 'f.pt2'} {QUICK}"
     assert "the loss is nan at update 2; try another --seed" in error(line, 1)
     assert contents(tmp_path) == {}

@@ -19,11 +19,8 @@ from tests.toy import contents, write_checkpoint, write_dataset
 from vdiff.data.images import from_uint8
 from vdiff.errors import VdiffError
 from vdiff.evaluation import inception
-from vdiff.evaluation.frechet import frechet_distance
 from vdiff.evaluation.inception import InceptionFeatures, inception_features
-from vdiff.evaluation.kernel import KernelDistance
-from vdiff.evaluation.manifolds import Manifold, precision_recall
-from vdiff.evaluation.score import Answers
+from vdiff.evaluation.metrics import ClassStats, KernelDistance, Manifold, frechet_distance, precision_recall
 
 fidelity = pytest.importorskip(
     "torch_fidelity", reason="torch-fidelity is not installed: pip install 'vdiff[fidelity]'"
@@ -122,7 +119,7 @@ def test_precision_and_recall_are_torch_fidelitys(both):
 def test_the_inception_score_is_torch_fidelitys(both):
     """It shuffles with its own seed before it splits."""
     logits = both["logits"][np.random.RandomState(2020).permutation(COUNT)]
-    scores = [Answers.of(part).score for part in np.split(logits, SPLITS)]
+    scores = [ClassStats.of(part).score for part in np.split(logits, SPLITS)]
     assert np.mean(scores) == pytest.approx(both["theirs"]["inception_score_mean"], rel=1e-5)
     assert np.std(scores) == pytest.approx(both["theirs"]["inception_score_std"], rel=1e-3)
     assert both["theirs"]["inception_score_mean"] > 1.01

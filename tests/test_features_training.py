@@ -24,17 +24,24 @@ from vdiff.data.shard_store import ShardStore
 from vdiff.data.shards import ShardWriter
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
-from vdiff.evaluation.feature_network import Autoencoder, Classifier, FeatureNet, FeatureNetConfig
-from vdiff.evaluation.feature_network_data import endless, in_order, split
-from vdiff.evaluation.feature_network_training import (
+from vdiff.evaluation.feature_network import (
+    FeatureAutoencoder,
+    FeatureClassifier,
+    FeatureMetadata,
+    FeatureNet,
+    FeatureNetConfig,
+)
+from vdiff.evaluation.feature_training import (
     FeatureTraining,
-    HeldOut,
-    _Denoising,
     choose_kind,
+    endless,
+    in_order,
+    loss_of,
     measure,
+    split,
     train_features,
 )
-from vdiff.evaluation.frechet import frechet_distance
+from vdiff.evaluation.metrics import frechet_distance
 from vdiff.reporting import Silent
 
 KINDS = ["classifier", "autoencoder"]
@@ -48,7 +55,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 
 
 @pytest.fixture(scope="module")
-def trained(digits: ImageStore) -> dict[str, tuple[FeatureNet, HeldOut]]:
+def trained(digits: ImageStore) -> dict[str, tuple[FeatureNet, FeatureMetadata]]:
     """One of each kind, after a few seconds."""
     return {
         kind: train_features(
@@ -112,17 +119,17 @@ def test_the_held_out_figures_are_of_unseen_images(trained, held_out):
     counts = held_out[1].bincount()
     accuracy, psnr = trained["classifier"][1], trained["autoencoder"][1]
     assert accuracy.metric == "accuracy"
-    assert accuracy.num_images == psnr.num_images == len(held_out[0]) == 179
+    assert accuracy.num_held_out == psnr.num_held_out == len(held_out[0]) == 179
     assert accuracy.baseline == int(counts.max()) / int(counts.sum())
-    assert accuracy.value > 0.9
+    assert accuracy.held_out > 0.9
     pixels = held_out[0].double().numpy()
     assert psnr.metric == "psnr"
     assert psnr.baseline == pytest.approx(10 * math.log10(4 / pixels.var(0).mean()), abs=1e-6)
-    assert psnr.value > psnr.baseline + 2
+    assert psnr.held_out > psnr.baseline + 2
 
 
 class Off(nn.Module):
-    """Answers every image with `error` added."""
+    """ClassStats every image with `error` added."""
 
     def __init__(self, error: float) -> None:
         super().__init__()
@@ -132,8 +139,8 @@ class Off(nn.Module):
         return images + self.error
 
 
-class Always(Classifier):
-    """Answers one class."""
+class Always(FeatureClassifier):
+    """ClassStats one class."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.one_hot(torch.full((len(images),), 2), 4).float()
@@ -143,17 +150,17 @@ def test_accuracy_and_psnr_by_their_definitions():
     images = torch.arange(5 * SIDE**2).reshape(5, 1, SIDE, SIDE).remainder(256).to(torch.uint8)
     classes = torch.tensor([2, 0, 3, 2, 3])
     batches = [Batch(images[:2], classes[:2]), Batch(images[2:], classes[2:])]
-    assert measure(Off(0.1), iter(batches)).value == pytest.approx(10 * math.log10(4 / 0.01), abs=1e-4)
+    assert measure(Off(0.1), iter(batches))[1] == pytest.approx(10 * math.log10(4 / 0.01), abs=1e-4)
     one = Always(FeatureNetConfig("classifier", SIDE, 1, num_classes=4))
-    assert measure(one, iter(batches)) == HeldOut("accuracy", 0.4, 0.4, 5)
+    assert measure(one, iter(batches)) == ("accuracy", 0.4, 0.4, 5)
 
 
 def test_an_autoencoder_is_given_noise_and_asked_for_the_clean_image():
     """One that answers what it is given errs by the noise: E σ² = 0.3²/3 for σ from 0 to 0.3."""
     batch = Batch(torch.full((4000, 1, 4, 4), 77, dtype=torch.uint8), None)
-    loss = _Denoising(Off(0.0), "cpu", seed=0)  # type: ignore[arg-type]
-    assert float(loss(batch, 0)) == pytest.approx(0.03, rel=0.05)
-    assert float(loss(batch, 0)) == float(loss(batch, 0)) != float(loss(batch, 1))
+    first, again, second = (float(loss_of(Off(0.0), batch, seed=0, step=step, device="cpu")) for step in (0, 0, 1))
+    assert first == pytest.approx(0.03, rel=0.05)
+    assert first == again != second
 
 
 # What is trained on
@@ -265,7 +272,7 @@ def test_progress_is_told(digits):
 def test_images_of_every_size_become_vectors_and_every_pixel_counts(kind, size):
     config = FeatureNetConfig(kind, size, 3, dim=5, num_classes=2 if kind == "classifier" else 0, width=8, max_width=16)
     torch.manual_seed(0)
-    network = Classifier(config) if kind == "classifier" else Autoencoder(config)
+    network = FeatureClassifier(config) if kind == "classifier" else FeatureAutoencoder(config)
     assert 3 <= config.sides[-1] <= 4
     images = (0.3 * randn(2, 3, size, size, dtype=torch.float32)).clamp(-0.9, 0.9).requires_grad_()
     answer = network(images)
@@ -309,6 +316,6 @@ def test_images_that_are_all_alike_are_refused(digits, monkeypatch):
         while True:
             yield Batch(torch.full((8, 1, SIDE, SIDE), 9, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
 
-    monkeypatch.setattr("vdiff.evaluation.feature_network_training.endless", alike)
+    monkeypatch.setattr("vdiff.evaluation.feature_training.endless", alike)
     with pytest.raises(VdiffError, match="the features of all images are equal"):
         train_features(digits, SIDE, FeatureTraining(dim=4, num_iters=1, batch_size=8), reporter=Silent())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from vdiff.evaluation.frechet import frechet_distance
+from vdiff.evaluation.metrics import frechet_distance
 
 
 def exact(rng, mean, covariance, n=200):

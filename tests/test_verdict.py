@@ -17,7 +17,7 @@ from tests.toy import COUNT, SIZE, UNET, Watcher, distill_config, write_checkpoi
 from vdiff.cli.distill import distance_to
 from vdiff.data.batches import Batch
 from vdiff.data.images import from_uint8
-from vdiff.evaluation.pixels import PixelDistance, pixel_vectors
+from vdiff.evaluation.features import PixelDistance, pixel_vectors
 from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.drawing import rmse

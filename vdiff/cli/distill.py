@@ -162,7 +162,7 @@ def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> 
     import torch
 
     from vdiff.data.images import from_uint8
-    from vdiff.evaluation.pixels import PixelDistance
+    from vdiff.evaluation.features import PixelDistance
 
     is_due = config.distance_every and config.check_images and engine.is_main
     if images.store is None or not is_due or len(images.store) < 2:

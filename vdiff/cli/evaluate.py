@@ -16,7 +16,7 @@ from vdiff.errors import OptionError
 from vdiff.reporting import DOUBTFUL
 
 if TYPE_CHECKING:
-    from vdiff.evaluation.results import Evaluation, Row
+    from vdiff.evaluation.results import EvalRow, Evaluation
 
 SHORT = 12
 HEADINGS = {
@@ -261,7 +261,7 @@ def head(found: Evaluation) -> list[str]:
         f"reference  {reference.name}{split}: {reference.num_images:,} images of {size}, {how}, fingerprint {mark}",
         f"features   {found.features}",
     ]
-    models: dict[str, Row] = {}
+    models: dict[str, EvalRow] = {}
     for row in found.rows:
         models.setdefault(row.checkpoint, row)
     lines += [f"model      {name}: {row.weights}, {row.checkpoint_fingerprint[:SHORT]}" for name, row in models.items()]

@@ -15,7 +15,7 @@ from vdiff.cli.options import Command, OneOf, option, switch
 from vdiff.errors import OptionError, shell
 
 if TYPE_CHECKING:
-    from vdiff.evaluation.feature_network_file import FeatureMetadata
+    from vdiff.evaluation.feature_network import FeatureMetadata
 
 KINDS = ["auto", "classifier", "autoencoder"]
 DEVICES = ["auto", "cpu", "cuda", "mps"]
@@ -123,15 +123,15 @@ def command(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("vdiff features trains in one process", "start it without a launcher")
 
+    from vdiff.data.datasets import open_at_size
     from vdiff.data.store import find_dataset
     from vdiff.distributed import pick_device
-    from vdiff.evaluation.feature_network_data import open_sized
-    from vdiff.evaluation.feature_network_file import check_out, describe, write_features
-    from vdiff.evaluation.feature_network_training import FeatureTraining, network_config, train_features
+    from vdiff.evaluation.feature_network import check_out, write_features
+    from vdiff.evaluation.feature_training import FeatureTraining, network_config, train_features
     from vdiff.replacing import locked
 
     console = Console()
-    store, size = open_sized(data or find_dataset(), image_size)
+    store, size = open_at_size(data or find_dataset(), image_size)
     training = FeatureTraining(kind, dim, num_iters, batch_size, seed, num_workers)
     config = network_config(store, size, training)
     where = pick_device(device)
@@ -141,8 +141,7 @@ def command(
         console.line(
             f"{plural(len(store), 'image')} of {size} × {size} pixels: {config.kind}{classes}, on {where.type}"
         )
-        network, found = train_features(store, size, training, device=where, reporter=console)
-        metadata = describe(network, store, training, found)
+        network, metadata = train_features(store, size, training, device=where, reporter=console)
         write_features(network, metadata, out)
     if learned(metadata) < LITTLE:
         console.line(f"warning: {told(metadata)}: distances on such features may mean little; give more --num_iters")

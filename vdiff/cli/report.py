@@ -17,6 +17,8 @@ from vdiff.errors import OptionError, VdiffError, shell
 if TYPE_CHECKING:
     import torch
 
+    from vdiff.distributed import Processes
+    from vdiff.evaluation.plan import EvalPlan, RowSpec
     from vdiff.report.run import LadderRun
     from vdiff.training.stages import Stage
 
@@ -95,13 +97,12 @@ def command(
     if evaluate:
         from vdiff.data.store import dataset_of
         from vdiff.distributed import Processes, pick_device
-        from vdiff.report.measuring import Wish, evaluate_ladder
+        from vdiff.evaluation.plan import EvalPlan
+        from vdiff.report.measuring import ladder_rows
 
-        wish, place = Wish(num=num, features=features), Processes(pick_device(device))
         images = data or dataset_of(str(ladder.first.description.get("dataset", "")))
-        evaluate_ladder(
-            ladder, images, wish, processes=place, overwrite=True, reporter=console, command=typed_command()
-        )
+        plan = EvalPlan(n=num, features=features)
+        _evaluate(ladder, ladder_rows(ladder), images, plan, Processes(pick_device(device)), console)
         ladder = read_ladder(run_dir)
     path = write_report(ladder, out)
     if json:
@@ -158,16 +159,33 @@ def report_at_the_end(
 
 def _measure_quickly(ladder: LadderRun, data: str, budget: int, device: torch.device, console: Console) -> None:
     from vdiff.distributed import Processes
-    from vdiff.report.measuring import QUICK_SIZE, evaluate_ladder, quick_wish, tells_of
+    from vdiff.report.measuring import QUICK_SIZE, quick_plan, tells_of
 
     students = [model.fingerprint for model in ladder.students]
     if ladder.first.number("image_size") > QUICK_SIZE or tells_of(ladder.evaluation, students[-1:]):
         return
-    wish = quick_wish(ladder, budget)
-    if wish is None:
+    found = quick_plan(ladder, budget)
+    if found is None:
         raise VdiffError("the training was short", "")
-    evaluate_ladder(
-        ladder, data, wish, processes=Processes(device), overwrite=True, reporter=console, command=typed_command()
+    _evaluate(ladder, found[0], data, found[1], Processes(device), console)
+
+
+def _evaluate(
+    ladder: LadderRun, rows: list[RowSpec], data: str, plan: EvalPlan, processes: Processes, console: Console
+) -> None:
+    """Measure a ladder, into `evaluation.json` in the folder that holds it."""
+    from vdiff.evaluation.measure import evaluate_rows
+    from vdiff.evaluation.results import FILE
+
+    evaluate_rows(
+        rows,
+        data,
+        plan,
+        processes=processes,
+        reporter=console,
+        out=ladder.root / FILE,
+        overwrite=True,
+        command=typed_command(),
     )
 
 

@@ -166,23 +166,6 @@ class FeatureTraining:
     num_workers: int = 0
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The quality of a network on held-out images.
-
-    Attributes:
-        metric: "accuracy" of the classes, or "psnr" of reconstructions, in dB.
-        value: of the network.
-        baseline: of the most common class, or of the mean image.
-        num_images: measured.
-    """
-
-    metric: str
-    value: float
-    baseline: float
-    num_images: int
-
-
 def choose_kind(kind: str, store: AnyStore) -> str:
     """The kind that "auto" means for a dataset.
 
@@ -217,29 +200,6 @@ def network_config(store: AnyStore, image_size: int, training: FeatureTraining) 
     return FeatureNetConfig(kind, image_size, store.meta.channels, training.dim, num_classes)
 
 
-def describe(network: FeatureNet, store: AnyStore, training: FeatureTraining, found: HeldOut) -> FeatureMetadata:
-    """The description of a network that was trained on `store`."""
-    config = network.config
-    return FeatureMetadata(
-        features=FORMAT,
-        kind=config.kind,
-        image_size=config.image_size,
-        channels=config.channels,
-        dim=config.dim,
-        dataset=store.meta.name,
-        dataset_fingerprint=store.meta.fingerprint,
-        class_names=list(store.meta.class_names) if config.num_classes else [],
-        num_iters=training.num_iters,
-        batch_size=training.batch_size,
-        seed=training.seed,
-        metric=found.metric,
-        held_out=found.value,
-        baseline=found.baseline,
-        num_held_out=found.num_images,
-        vdiff_version=vdiff.__version__,
-    )
-
-
 def train_features(
     store: AnyStore,
     image_size: int,
@@ -247,8 +207,9 @@ def train_features(
     *,
     device: str | torch.device = "cpu",
     reporter: Reporter,
-) -> tuple[FeatureNet, HeldOut]:
-    """Train on nine tenths of the images, measure on the others; return the part that computes features, on the CPU.
+) -> tuple[FeatureNet, FeatureMetadata]:
+    """Train on nine tenths of the images, measure on the others; return the part that computes features, on the CPU,
+    and the description of it.
 
     AdamW, learning rate 2e-3 with a warm-up of 5 % and a cosine to 0, gradients clipped to a norm of 1. A classifier
     minimises the cross entropy (labels smoothed by 0.05); an autoencoder the mean squared error of the clean image,
@@ -274,10 +235,28 @@ def train_features(
     with exact, closing(batches):
         _fit(network, batches, training, device, reporter)
         network.eval().requires_grad_(False)
-        found = measure(network, in_order(held_out_part, image_size=size, batch_size=batch_size), device)
+        held_out = in_order(held_out_part, image_size=size, batch_size=batch_size)
+        metric, value, baseline, num_held_out = measure(network, held_out, device)
         features = network.features
         features.standardise(*_spread(features, batches, min(len(train_part), MAX_MEASURED), device))
-    return features.cpu(), found
+    return features.cpu(), FeatureMetadata(
+        features=FORMAT,
+        kind=config.kind,
+        image_size=size,
+        channels=config.channels,
+        dim=config.dim,
+        dataset=store.meta.name,
+        dataset_fingerprint=store.meta.fingerprint,
+        class_names=list(store.meta.class_names) if config.num_classes else [],
+        num_iters=training.num_iters,
+        batch_size=batch_size,
+        seed=training.seed,
+        metric=metric,
+        held_out=value,
+        baseline=baseline,
+        num_held_out=num_held_out,
+        vdiff_version=vdiff.__version__,
+    )
 
 
 def _fit(
@@ -330,8 +309,11 @@ def loss_of(network: nn.Module, batch: Batch, *, seed: int, step: int, device: s
 
 
 @torch.no_grad()
-def measure(network: nn.Module, batches: Iterator[Batch], device: str | torch.device = "cpu") -> HeldOut:
-    """The accuracy of a classifier, or the PSNR of an autoencoder's reconstructions, on held-out images.
+def measure(
+    network: nn.Module, batches: Iterator[Batch], device: str | torch.device = "cpu"
+) -> tuple[str, float, float, int]:
+    """The quality on held-out images: "accuracy" of a classifier or "psnr" of an autoencoder, the value, that of the
+    most common class or the mean image, and the number of images.
 
     The PSNR is 10 log₁₀(4 / mean squared error), of pixels in [−1, 1], over all images together.
     """
@@ -351,9 +333,9 @@ def measure(network: nn.Module, batches: Iterator[Batch], device: str | torch.de
             total = total + images.double().sum(0)
             squares += float(images.double().square().flatten(1).mean(1).sum())
     if isinstance(network, FeatureClassifier):
-        return HeldOut("accuracy", right / count, int(torch.cat(classes).bincount().max()) / count, count)
+        return "accuracy", right / count, int(torch.cat(classes).bincount().max()) / count, count
     variance = squares / count - float((torch.as_tensor(total) / count).square().mean())
-    return HeldOut("psnr", _psnr(error / count), _psnr(variance), count)
+    return "psnr", _psnr(error / count), _psnr(variance), count
 
 
 def _psnr(mean_square: float) -> float:

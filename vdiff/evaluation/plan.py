@@ -207,7 +207,11 @@ def check_numbers(n: int, num_images: int, features: Features, metrics: Sequence
 
 
 def notes_for(
-    images: ReferenceImages, configs: Mapping[Path, CheckpointConfig], features: Features, n: int, metrics: Sequence[str]
+    images: ReferenceImages,
+    configs: Mapping[Path, CheckpointConfig],
+    features: Features,
+    n: int,
+    metrics: Sequence[str],
 ) -> tuple[str, ...]:
     """What a reader must know of the metrics, a sentence each."""
     notes: list[str] = []

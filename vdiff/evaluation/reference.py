@@ -82,7 +82,7 @@ class ReferenceImages:
             format=f"{meta.image_format}{quality}",
         )
 
-    def parts(self, name: str) -> tuple[dict[str, int], list[Sequence[tuple[int, int]]]]:
+    def parts(self, name: str) -> tuple[dict[str, int], list[list[tuple[int, int]]]]:
         """At most `PARTS` parts for `WorkFolder.compute`: their names and sizes, and the stretches of each.
 
         They are the same for any number of processes.

@@ -104,7 +104,7 @@ class EvalRow:
 
 
 @dataclass(frozen=True)
-class EvalResults:
+class Evaluation:
     """Rows measured by one command against one dataset.
 
     Attributes:
@@ -136,7 +136,7 @@ class EvalResults:
         return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> EvalResults:
+    def from_json(cls, text: str) -> Evaluation:
         """The inverse of `to_json`.
 
         Raises:
@@ -163,7 +163,7 @@ class EvalResults:
         write_text(path, self.to_json())
 
     @classmethod
-    def read(cls, path: Path) -> EvalResults:
+    def read(cls, path: Path) -> Evaluation:
         """Read what `write` wrote.
 
         Raises:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vdiff.evaluation.results import Evaluation, Metric, Row
+from vdiff.evaluation.results import EvalRow, Evaluation, Metric
 from vdiff.report.plots import Curve, Point
 from vdiff.report.run import LadderRun, Model
 
@@ -85,7 +85,7 @@ def _evaluated(ladder: LadderRun, evaluation: Evaluation) -> Measured | None:
     )
 
 
-def basis(rows: Iterable[Row], evaluation: Evaluation) -> str:
+def basis(rows: Iterable[EvalRow], evaluation: Evaluation) -> str:
     """`n = 2,000 samples each against 1,797 images of data/digits_8, 95 % intervals`."""
     rows = list(rows)
     counts = sorted({row.n for row in rows})
@@ -166,12 +166,12 @@ def attempts(model: Model) -> int:
     return int(finite(model.verdict.get("attempts")) or 1)
 
 
-def _value(row: Row, metric: str) -> Metric | None:
+def _value(row: EvalRow, metric: str) -> Metric | None:
     found = row.metrics.get(metric)
     return found if found is not None and math.isfinite(found.value) else None
 
 
-def _point(row: Row, metric: str) -> Point:
+def _point(row: EvalRow, metric: str) -> Point:
     found = row.metrics[metric]
     return Point(row.evaluations, found.value, found.low, found.high)
 

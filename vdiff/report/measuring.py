@@ -1,54 +1,31 @@
-"""The evaluation that a report on a ladder wants: each student in its steps, the teacher with samplers of few steps."""
+"""The evaluation of a ladder: each student in its steps, and the first teacher with training-free samplers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
-from vdiff.distributed import Processes
 from vdiff.errors import VdiffError
-from vdiff.evaluation.measure import Order, measure
-from vdiff.evaluation.plan import Request, why_not
-from vdiff.evaluation.results import FILE, Evaluation
-from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.evaluation.plan import EvalPlan, RowSpec, why_not
+from vdiff.evaluation.results import Evaluation
+from vdiff.models.checkpoint import read_config
 from vdiff.report.measured import PLAIN, teacher_steps
 from vdiff.report.run import LadderRun
-from vdiff.reporting import Reporter
 
 SAMPLERS = (PLAIN, "dpmpp_2m")
 FEW = (1, 2, 4, 8)
-"""The steps in which the training-free samplers are measured: from where distillation is worth its time."""
-QUICK_IMAGES, QUICK_SIZE = 256, 32
-"""What a ladder does by itself at its end: at most so many samples of each row, of images up to 32 × 32."""
+"""The steps in which the training-free samplers are measured: where distillation competes with them."""
+QUICK_IMAGES, QUICK_SIZE, QUICK_STEPS = 256, 32, 64
+"""The evaluation at the end of `distill.py`: at most so many samples a row, of images up to 32 × 32, in 64 steps."""
 QUICK_LEAST = 64
-"""… and none at all where so many would be too much for a ladder's few updates."""
-QUICK_STEPS = 64
-"""… in at most so many steps."""
+"""No evaluation where the budget allows fewer samples."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """How a ladder is to be measured.
+def ladder_rows(ladder: LadderRun, *, most_steps: int = 2**20) -> list[RowSpec]:
+    """The first teacher in the most steps that it takes, up to those that the ladder began with, and with `SAMPLERS` in
+    few steps; then the students.
 
-    Attributes:
-        num: samples of each row.
-        features: see `vdiff evaluate`.
-        samplers, steps: with which, and in how many steps, the first teacher is drawn.
-        most: nothing is drawn in more steps.
-        batch_size: drawn at once.
-    """
-
-    num: int = 2000
-    features: str = "pixels"
-    samplers: tuple[str, ...] = SAMPLERS
-    steps: tuple[int, ...] = FEW
-    most: int = 2**20
-    batch_size: int = 64
-
-
-def requests(ladder: LadderRun, wish: Wish) -> list[Request]:
-    """The rows: what the first teacher is held against, its samplers of few steps, then the students.
+    Args:
+        most_steps: rows of more steps are left out.
 
     Raises:
         VdiffError: the first teacher is not there.
@@ -57,63 +34,23 @@ def requests(ladder: LadderRun, wish: Wish) -> list[Request]:
     if first is None:
         raise VdiffError(f"{ladder.first.name}, the first teacher, is not there", "give --data and `vdiff evaluate`")
     config = read_config(first)
-    rows = [Request(first, PLAIN, steps) for steps in _reference(config, teacher_steps(ladder), wish.most)]
-    rows += [
-        Request(first, sampler, steps)
-        for sampler in wish.samplers
-        for steps in wish.steps
-        if steps <= wish.most and not why_not(config, "uniform", steps)
-    ]
-    for model in ladder.students:
-        if model.folder and model.steps <= wish.most:
-            rows.append(Request(model.folder, PLAIN, model.steps))
+    began = range(min(teacher_steps(ladder), most_steps), 0, -1)
+    reference = next((steps for steps in began if not why_not(config, "uniform", steps)), None)
+    rows = [RowSpec(first, PLAIN, reference)] if reference else []
+    few = [steps for steps in FEW if steps <= most_steps and not why_not(config, "uniform", steps)]
+    rows += [RowSpec(first, sampler, steps) for sampler in SAMPLERS for steps in few]
+    students = [model for model in ladder.students if model.folder and model.steps <= most_steps]
+    rows += [RowSpec(model.folder, PLAIN, model.steps) for model in students if model.folder]
     return list(dict.fromkeys(rows))
 
 
-def quick_wish(ladder: LadderRun, budget: int) -> Wish | None:
-    """How a ladder is measured at its end by at most `budget` network evaluations; None where these are too few."""
-    wish = Wish(most=QUICK_STEPS)
-    num = min(QUICK_IMAGES, budget // sum(request.num_steps for request in requests(ladder, wish)))
-    return replace(wish, num=num, batch_size=num) if num >= QUICK_LEAST else None
-
-
-def _reference(config: CheckpointConfig, began: int, most: int) -> list[int]:
-    """The most steps, up to those that the ladder began with, that the teacher can be drawn in."""
-    for steps in range(min(began, most), 0, -1):
-        if not why_not(config, "uniform", steps):
-            return [steps]
-    return []
-
-
-def evaluate_ladder(
-    ladder: LadderRun,
-    data: Path | str,
-    wish: Wish,
-    *,
-    processes: Processes,
-    overwrite: bool,
-    reporter: Reporter,
-    command: str,
-) -> Evaluation:
-    """Measure a ladder, into `evaluation.json` in the folder that holds it.
-
-    Raises:
-        Interrupted, VdiffError: see `vdiff.evaluation.measure.measure`.
-    """
-    return measure(
-        requests(ladder, wish),
-        data,
-        Order(n=wish.num, batch_size=wish.batch_size),
-        processes=processes,
-        features=wish.features,
-        out=ladder.root / FILE,
-        overwrite=overwrite,
-        reporter=reporter,
-        command=command,
-    )
+def quick_plan(ladder: LadderRun, budget: int) -> tuple[list[RowSpec], EvalPlan] | None:
+    """An evaluation of at most `budget` network evaluations; None where these are too few."""
+    rows = ladder_rows(ladder, most_steps=QUICK_STEPS)
+    num = min(QUICK_IMAGES, budget // sum(row.num_steps for row in rows))
+    return (rows, EvalPlan(n=num, batch_size=num)) if num >= QUICK_LEAST else None
 
 
 def tells_of(evaluation: Evaluation | None, fingerprints: Sequence[str]) -> bool:
     """Whether an evaluation has rows of all these weights."""
-    found = {row.checkpoint_fingerprint for row in evaluation.rows} if evaluation else set()
-    return evaluation is not None and set(fingerprints) <= found
+    return evaluation is not None and set(fingerprints) <= {row.checkpoint_fingerprint for row in evaluation.rows}

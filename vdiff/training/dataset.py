@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from vdiff.data.batches import Batch
-from vdiff.data.datasets import AnyStore, Batches, open_batches, open_dataset
+from vdiff.data.datasets import AnyStore, Batches, open_at_size, open_batches
 from vdiff.data.store import find_dataset
-from vdiff.errors import OptionError, VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
@@ -99,12 +98,5 @@ def open_images(path: str, image_size: int | None) -> TrainingData:
         VdiffError: no such dataset, or several to choose from.
         OptionError: it has several sizes and none was chosen, or not the one that was.
     """
-    store = open_dataset(path or find_dataset())
-    sizes = store.meta.sizes
-    if image_size is None and len(sizes) > 1:
-        raise OptionError(f"{store.path} has the sizes {', '.join(map(str, sizes))}", "choose one with --image_size")
-    size = image_size or sizes[0]
-    store.check_size(size)
-    if not len(store):
-        raise VdiffError(f"{store.path} holds no images", "prepare it again")
+    store, size = open_at_size(path or find_dataset(), image_size)
     return TrainingData(size, store.meta.channels, list(store.meta.class_names), store)

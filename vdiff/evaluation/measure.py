@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff.data.images import PICTURE
-from vdiff.distributed import Processes
+from vdiff.distributed import Processes, pick_device
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.evaluation.features import INCEPTION, PIXELS, Features, load_features
 from vdiff.evaluation.metrics import (
@@ -59,7 +60,7 @@ from vdiff.evaluation.reference import (
     data_stats,
     random_subset,
 )
-from vdiff.evaluation.results import EVALUATION, EvalResults, EvalRow, Metric, plain, row_from
+from vdiff.evaluation.results import EVALUATION, EvalRow, Evaluation, Metric, plain, row_from
 from vdiff.evaluation.samples import CLASS_STATS, STATE, Generator, SampleBlocks, sample_stats
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
 from vdiff.files import parse, read_text, write_text
@@ -74,17 +75,60 @@ RANGE = 2.0
 
 
 def evaluate(
+    checkpoints: Sequence[Path],
+    dataset: Path | str,
+    *,
+    num_timesteps: Sequence[int] = (),
+    samplers: Sequence[str] = ("ddim",),
+    grid: str = "uniform",
+    raw: bool = False,
+    device: str = "auto",
+    processes: Processes | None = None,
+    reporter: Reporter | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    cache: Path | None = None,
+    command: str = "",
+    **plan: Any,
+) -> Evaluation:
+    """Measure every checkpoint, in every number of steps (none given: its own), with every sampler.
+
+    Args:
+        plan: the attributes of `EvalPlan`, such as `n=10_000`.
+        out, overwrite, cache, command: see `evaluate_rows`.
+
+    Raises:
+        VdiffError, Interrupted: see `plan_rows` and `evaluate_rows`.
+    """
+    reporter = reporter or Silent()
+    rows, left_out = plan_rows(checkpoints, num_timesteps=num_timesteps, samplers=samplers, grid=grid, raw=raw)
+    for line in left_out:
+        reporter.line(line)
+    return evaluate_rows(
+        rows,
+        dataset,
+        EvalPlan(**plan),
+        processes=processes or Processes(pick_device(device)),
+        reporter=reporter,
+        out=out,
+        overwrite=overwrite,
+        cache=cache,
+        command=command,
+    )
+
+
+def evaluate_rows(
     rows: Sequence[RowSpec],
     dataset: Path | str,
     plan: EvalPlan,
     *,
     processes: Processes,
+    reporter: Reporter,
     out: Path | None = None,
     overwrite: bool = False,
     cache: Path | None = None,
-    reporter: Reporter | None = None,
     command: str = "",
-) -> EvalResults:
+) -> Evaluation:
     """Measure all rows from the same noise against one dataset; written to `out` if that is given.
 
     The same call goes on where it was stopped, from the folder `.OUT.work` beside the file; if `out` holds this very
@@ -112,7 +156,7 @@ def evaluate(
                 discard(place)
         if finished is not None:
             return finished
-        work = WorkFolder(place, job.key, processes, reporter or Silent())
+        work = WorkFolder(place, job.key, processes, reporter)
         data = data_stats(job.images, job.features, cache=cache or cache_folder(), work=work)
         run = _Rows(job, MetricCalculator(data, job.features, job.plan, processes.device), work)
         if job.teacher is not None:
@@ -127,7 +171,7 @@ def evaluate(
         device = processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         notes = notes_for(job.images, job.configs, job.features, plan.n, job.plan.metrics)
-        results = EvalResults(
+        results = Evaluation(
             features=job.features.name,
             device=name if processes.world_size == 1 else f"{processes.world_size} × {name}",
             date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -204,14 +248,14 @@ def _weights_of(row: RowSpec) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _finished(out: Path | None, key: str, overwrite: bool) -> EvalResults | None:
+def _finished(out: Path | None, key: str, overwrite: bool) -> Evaluation | None:
     """What lies in `out` already, if it is this evaluation."""
     if out is None or is_free(out):
         return None
     check_ours(out, EVALUATION)
     if overwrite:
         return None
-    found = EvalResults.read(out)
+    found = Evaluation.read(out)
     if found.job != key:
         raise VdiffError(f"{out} holds another evaluation", "give --overwrite to replace it, or another --out")
     return found
