@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.plane import MlpsConfig, learn, new_denoiser
-from vdiff.diffusion.distillation import METHODS, build_method
+from vdiff.diffusion.distillation import METHODS
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
-from vdiff.training.config import DistillConfig, TrainConfig
+from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.objectives import DenoisingObjective, DistillationObjective
 from vdiff.training.stages import Stage
 
@@ -47,12 +47,12 @@ def settings_of(method: str, changes: Mapping[str, Any], scale: Scale) -> Distil
     """The settings of distill.py for a method, all with the same learning rate, then `changes`."""
     same = {"lr": STUDENT_LR, "num_iters": 1000}
     values = {**METHODS[method].settings(same), **same, **changes}
-    return DistillConfig(batch_size=scale.batch_size, method=method, **values)
+    return resolve(DistillConfig, {"a benchmark": {"batch_size": scale.batch_size, "method": method, **values}})
 
 
 def stages_of(config: DistillConfig, steps: int, updates: int) -> list[tuple[int, int, int]]:
     """(teacher's steps, student's steps, updates) of each stage on the way to `steps`, `updates` in all."""
-    students = build_method(config.method, asdict(config)).plan(TEACHER_STEPS, steps)
+    students = config.build_method().plan(TEACHER_STEPS, steps)
     stages = list(zip([TEACHER_STEPS, *students], students, strict=False))
     shares = [Stage(Path(), before, Path(), after, config.method).updates(config) for before, after in stages]
     return [(*stage, round(updates * share / sum(shares))) for stage, share in zip(stages, shares, strict=True)]
@@ -84,7 +84,7 @@ class TeacherPool:
         if key not in self.students:
             teacher, spent = self.learned(config, stages[:-1])
             before, after, updates = stages[-1]
-            method = build_method(config.method, asdict(config))
+            method = config.build_method()
             objective = DistillationObjective(teacher, method, num_steps=after, teacher_steps=before)
             pupil, tally = new_denoiser(teacher.network.config, teacher), teacher.network.tally
             spent -= tally.rows
@@ -108,7 +108,7 @@ def guided_pool(pool: TeacherPool) -> TeacherPool:
     first = pool.teacher
     config = settings_of("guided", {}, pool.scale)
     config = replace(config, num_iters=GUIDED_PARTS * pool.scale.part)
-    method = build_method("guided", asdict(config))
+    method = config.build_method("guided")
     objective = DistillationObjective(
         GuidedDenoiser(first), method, num_steps=TEACHER_STEPS, teacher_steps=TEACHER_STEPS
     )

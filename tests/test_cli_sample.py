@@ -221,6 +221,9 @@ CASES = [
         "--dynamic_threshold has no meaning for the sampler clipped; le",
     ),
     ("plain --sampler heun --eta 1", "--eta has no meaning for the sampler heun; leave it out, or give --sampler ddim"),
+    ("plain --order 2", "--order has no meaning for the sampler ddim; leave it out, or give --sampler unipc"),
+    ("plain --sampler unipc --order 4", "--order 4 is too large; it must be at most 3"),
+    ("plain --sampler heun --frame x", "Invalid value for '--frame': 'x' is unknown; choose from v, eps"),
     (
         "eps_cosine --no_clip",
         "--no_clip: an eps-prediction at zero signal says nothing about the image, so x must be cli",

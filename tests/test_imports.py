@@ -15,7 +15,7 @@ MODULES = {
     for path in sorted((ROOT / "vdiff").rglob("*.py"))
 }
 
-WITHOUT_TORCH = ["vdiff.errors", "vdiff.files", "vdiff.records", "vdiff.replacing", "vdiff.reporting"]
+WITHOUT_TORCH = ["vdiff.errors", "vdiff.settings", "vdiff.files", "vdiff.records", "vdiff.replacing", "vdiff.reporting"]
 BASE = [*WITHOUT_TORCH, "vdiff.distributed"]
 DIFFUSION = [
     f"vdiff.diffusion.{name}"
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "vdiff.errors": [],
     "vdiff.distributed": ["vdiff.errors"],
     "vdiff.reporting": ["vdiff.errors"],
+    "vdiff.settings": ["vdiff.errors"],
     "vdiff.files": ["vdiff.errors"],
     "vdiff.records": ["vdiff.errors", "vdiff.files"],
     "vdiff.replacing": ["vdiff.errors", "vdiff.files"],
@@ -47,12 +48,12 @@ MAY_IMPORT = {
     "vdiff.diffusion.noise": [],
     "vdiff.diffusion.prediction": DIFFUSION[:1],
     "vdiff.diffusion.grids": DIFFUSION[:1],
-    "vdiff.diffusion.stepping": DIFFUSION[:2],
-    "vdiff.diffusion.multistep": [*DIFFUSION[:2], "vdiff.diffusion.stepping"],
-    "vdiff.diffusion.samplers": DIFFUSION[:6],
+    "vdiff.diffusion.stepping": [*DIFFUSION[:2], "vdiff.settings"],
+    "vdiff.diffusion.multistep": [*DIFFUSION[:2], "vdiff.diffusion.stepping", "vdiff.settings"],
+    "vdiff.diffusion.samplers": [*DIFFUSION[:6], "vdiff.settings"],
     "vdiff.diffusion.targets": DIFFUSION[:7],
     "vdiff.diffusion.phases": [],
-    "vdiff.diffusion.distillation": DIFFUSION,
+    "vdiff.diffusion.distillation": [*DIFFUSION, "vdiff.errors", "vdiff.settings"],
     "vdiff.models": [],
     "vdiff.models.unet": [],
     "vdiff.models.reading": ["vdiff.errors", "vdiff.files"],

@@ -5,7 +5,7 @@ A value that is read back to the host raises an error there, as does an operatio
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from tests.toy import SIZE, distill_config, train_config
 from vdiff.data.batches import Batch
-from vdiff.diffusion.distillation import METHODS, build_method
+from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import GRIDS, grid_of
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import SAMPLERS, sample
 from vdiff.diffusion.schedules import SCHEDULES
-from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.training.base import describe
@@ -32,7 +32,7 @@ from vdiff.training.config import TrainConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
 from vdiff.training.meter import Meter, Position
-from vdiff.training.objectives import LOSSES, DenoisingObjective, DistillationObjective
+from vdiff.training.objectives import DenoisingObjective, DistillationObjective
 from vdiff.training.step import Task, TrainStep
 
 DEVICE = torch.device("meta")
@@ -128,7 +128,7 @@ def test_an_update_of_a_student_stays_on_the_device(tmp_path: Path, name: str) -
         tmp_path, classes=classes, prediction=prediction, **({"class_dropout": 0.1} if classes else {})
     )
     config = distill_config(tmp_path, tmp_path, method=method, **changes)
-    built = build_method(method, asdict(config))
+    built = config.build_method()
     guided = (
         {"unet": {**teacher.unet, "guidance_input": True}, "guidance_range": [0.0, 4.0]} if method == "guided" else {}
     )

@@ -19,10 +19,12 @@ from vdiff.diffusion.distillation import (
     Tract,
     Trajectory,
     build_method,
+    shortening,
 )
 from vdiff.diffusion.phases import check_phase, single_plan, two_phase_plan
 from vdiff.diffusion.targets import grid_times_of
-from vdiff.training.config import SHORTENING, DistillConfig, check_value
+from vdiff.settings import check_value
+from vdiff.training.config import DistillConfig, settings_of
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 8, 1000])
@@ -99,7 +101,7 @@ def test_what_methods_say_over_a_preset():
         "consistency": {"lr": 2e-3, **average},
         "trajectory": {"lr": 1e-3, "num_iters": 200, "loss": "l1", "last_factor": 1.0},
     }
-    known = {field.name: field for field in dataclasses.fields(DistillConfig)}
+    known = settings_of(DistillConfig)
     for name, method in METHODS.items():
         said = method.settings({"lr": 3e-4, "num_iters": 50_000, "batch_size": 4})
         assert said == expected.get(name, {})
@@ -112,7 +114,7 @@ def test_what_methods_say_over_a_preset():
     for field in ("self_ema", "first_steps", "addim", "path_steps", "path_sampler"):
         owner = next(kind for kind in METHODS.values() if field in {item.name for item in dataclasses.fields(kind)})
         assert known[field].default == getattr(owner(), field)
-    assert set(SHORTENING) < set(METHODS)
+    assert shortening() == ["progressive", "tract", "consistency", "trajectory"]
 
 
 def test_methods_are_built_from_settings():

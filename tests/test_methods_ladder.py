@@ -32,7 +32,7 @@ from tests.toy import (
 from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.samplers import Ddim
-from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors, save_checkpoint
 from vdiff.models.denoiser import GuidedDenoiser
@@ -43,7 +43,6 @@ from vdiff.training.averages import Exponential
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
-from vdiff.training.objectives import LOSSES
 from vdiff.training.optimisation import build_optimizer
 from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
 from vdiff.training.state import state_path

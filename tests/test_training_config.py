@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 from pathlib import Path
@@ -18,8 +17,9 @@ from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.flops import count_flops
 from vdiff.models.unet import UNetConfig
+from vdiff.settings import COMMAND_LINE
 from vdiff.training.base import describe, resolve_training
-from vdiff.training.config import COMMAND_LINE, DistillConfig, TrainConfig, resolve
+from vdiff.training.config import DistillConfig, TrainConfig, resolve, settings_of, values_of
 from vdiff.training.presets import (
     PRESETS,
     RUN_FILE,
@@ -35,7 +35,7 @@ ENOUGH = {"num_iters": 5, "batch_size": 4, "lr": 1e-3}
 KINDS = (TrainConfig, DistillConfig)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_preset = pytest.mark.parametrize("name", PRESETS)
-FIELDS = [(kind, field) for kind in KINDS for field in dataclasses.fields(kind)]
+FIELDS = [(kind, field) for kind in KINDS for field in settings_of(kind).values()]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ LIMITS = {
 def test_ranges(kind, field):
     low, high, below, above = LIMITS[field.name]
     for value in (low, 10**9 if high is None else high):
-        assert getattr(resolve(kind, {"my.toml": {**ENOUGH, field.name: value}}), field.name) == value
+        assert values_of(resolve(kind, {"my.toml": {**ENOUGH, field.name: value}}))[field.name] == value
     bound = "above 0" if low == 5e-324 else f"at least {low}"
     message = refusal(kind, "my.toml", **{field.name: below})
     assert message.startswith(f"my.toml: {field.name} = ")
@@ -211,7 +211,7 @@ CHOICES = {
     "prediction": {"v", "x", "eps", "both"},
     "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear"},
     "method": {"progressive", "tract", "consistency", "guided", "trajectory", "match"},
-    "then": {"progressive", "tract"},
+    "then": {"progressive", "tract", "consistency", "trajectory"},
     "loss": {"l2", "l1", "huber"},
     "times": {"uniform", "importance"},
     "path_sampler": {"auto", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun"},
@@ -221,7 +221,7 @@ CHOICES = {
 @pytest.mark.parametrize(("kind", "field"), [pair for pair in FIELDS if pair[1].name in CHOICES])
 def test_choices(kind, field):
     for value in CHOICES[field.name]:
-        assert getattr(resolve(kind, {"my.toml": {**ENOUGH, field.name: value}}), field.name) == value
+        assert values_of(resolve(kind, {"my.toml": {**ENOUGH, field.name: value}}))[field.name] == value
     message = refusal(kind, "my.toml", **{field.name: "qqq"})
     assert message.startswith(f"my.toml: {field.name} = 'qqq' is unknown; choose from ")
     assert set(message.partition("choose from ")[2].split(", ")) == CHOICES[field.name]

@@ -31,7 +31,7 @@ from vdiff.models.checkpoint import (
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNetConfig
 from vdiff.training.base import describe, train
-from vdiff.training.config import DistillConfig, TrainConfig
+from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
@@ -144,7 +144,9 @@ def distill_config(data: Path, base: Path, **changes: Any) -> DistillConfig:
         "device": "cpu",
         "num_workers": 0,
     }
-    return DistillConfig(**values | changes)
+    return resolve(
+        DistillConfig, {"a test": {key: value for key, value in (values | changes).items() if value is not None}}
+    )
 
 
 def run_training(

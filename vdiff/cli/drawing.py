@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError
+from vdiff.settings import COMMAND_LINE, check_value, parameters
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
@@ -49,33 +49,26 @@ def sampling_steps(config: CheckpointConfig, num_timesteps: int | None, time_sca
     return num_timesteps or config.num_timesteps // (time_scale or 1)
 
 
-def sampler_options(
-    name: str, *, clipping_value: float | None, no_clip: bool, threshold: float | None, eta: float | None
-) -> dict[str, Any]:
+def sampler_options(name: str, flags: Mapping[str, Any], *, no_clip: bool) -> dict[str, Any]:
     """The parameters of the sampler `name` that the flags ask for.
 
     Raises:
-        OptionError: a flag that this sampler has no use for.
+        OptionError: a flag that this sampler has no use for, or a value that it cannot take.
     """
-    known = {field.name for field in fields(SAMPLERS[name])}  # type: ignore[arg-type]
-    if no_clip and clipping_value is not None:
-        raise OptionError("--no_clip and --clipping_value exclude each other", "give one of them")
-    if no_clip and threshold is not None:
-        raise OptionError("--no_clip and --dynamic_threshold exclude each other", "give one of them")
+    known = parameters(SAMPLERS[name])
+    options = {key: value for key, value in flags.items() if value is not None}
+    for key, value in options.items():
+        readers = {sampler: found[key] for sampler, kind in SAMPLERS.items() if key in (found := parameters(kind))}
+        spelt = next(iter(readers.values())).metadata["flag"] or key
+        if no_clip and key in ("clipping_value", "threshold"):
+            raise OptionError(f"--no_clip and --{spelt} exclude each other", "give one of them")
+        if key not in known:
+            hint = f"leave it out, or give --sampler {next(iter(readers))}"
+            raise OptionError(f"--{spelt} has no meaning for the sampler {name}", hint)
+        check_value(known[key], value, COMMAND_LINE)
     if no_clip and name == "clipped":
         raise OptionError("--no_clip: the clipped sampler is nothing without its clip", "give --sampler ddim")
-    if threshold is not None and "threshold" not in known:
-        raise OptionError(f"--dynamic_threshold has no meaning for the sampler {name}", "leave it out")
-    if eta is not None and "eta" not in known:
-        raise OptionError(f"--eta has no meaning for the sampler {name}", "leave it out, or give --sampler ddim")
-    options: dict[str, Any] = {}
-    if no_clip or clipping_value is not None:
-        options["clipping_value"] = clipping_value
-    if threshold is not None:
-        options["threshold"] = threshold
-    if eta is not None:
-        options["eta"] = eta
-    return options
+    return options | ({"clipping_value": None} if no_clip else {})
 
 
 def path_of(interpolate: tuple[int, int] | None, num: int) -> list[int]:

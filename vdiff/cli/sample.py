@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,8 @@ from vdiff.cli.drawing import (
     sampler_options,
     sampling_steps,
 )
-from vdiff.cli.options import NUM, Command, Names, Number, OneOf, option, switch
+from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch
+from vdiff.cli.settings import sampler_settings
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
@@ -159,30 +161,8 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     default="uniform",
     help="How the steps are spaced; a distilled model has learned the uniform ones alone.",
 )
-@option(
-    "--clipping_value",
-    group="Sampler",
-    type=Number(0, min_open=True),
-    metavar="LIMIT",
-    show_default="1.2 for clipped, else 1",
-    help="Predicted images are clipped to ±LIMIT; by clipped, predicted noise too.",
-)
 @switch("--no_clip", group="Sampler", help="Do not clip predicted images (all but clipped).")
-@option(
-    "--dynamic_threshold",
-    group="Sampler",
-    type=Number(0, 1, min_open=True),
-    metavar="QUANTILE",
-    help="Instead of clipping, scale images down whose QUANTILE of values is beyond the limit (not clipped): 0.995.",
-)
-@option(
-    "--eta",
-    group="Sampler",
-    type=Number(0, 1),
-    metavar="NUMBER",
-    show_default="0",
-    help="Noise added at each step by ddim and clipped: 0 none, 1 as much as ddpm.",
-)
+@sampler_settings
 def command(
     checkpoint: Path | None,
     device: str,
@@ -205,10 +185,8 @@ def command(
     num_timesteps: int | None,
     time_scale: int | None,
     grid: str,
-    clipping_value: float | None,
     no_clip: bool,
-    dynamic_threshold: float | None,
-    eta: float | None,
+    **flags: Any,
 ) -> None:
     """Draw images from a checkpoint, which is all that is needed.
 
@@ -218,9 +196,7 @@ def command(
     if clipped_sampling and sampler not in (None, "clipped"):
         raise OptionError(f"--clipped_sampling and --sampler {sampler} exclude each other", "give one of them")
     name = "clipped" if clipped_sampling else sampler or "ddim"
-    options = sampler_options(
-        name, clipping_value=clipping_value, no_clip=no_clip, threshold=dynamic_threshold, eta=eta
-    )
+    options = sampler_options(name, flags, no_clip=no_clip)
     path = path_of(interpolate, num)
     form = image_format(out, image_store)
 

@@ -1,9 +1,11 @@
-"""Flags made from the fields of a configuration, so that a setting is written once."""
+"""Flags made from the fields of dataclasses, so that a setting is written once."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import click
 
 from vdiff.cli.options import Number, OneOf, option, switch
 from vdiff.diffusion.distillation import METHODS
-from vdiff.training.config import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, DistillConfig, LoopConfig, value_type
+from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.settings import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, choices_of, parameters, value_type
+from vdiff.training.config import DistillConfig, LoopConfig, settings_of
 from vdiff.training.presets import PRESETS
 
 config_option = option(
@@ -24,51 +28,55 @@ config_option = option(
 )
 
 
+def sampler_settings(function: Any) -> Any:
+    """A flag for every parameter of a sampler; what is not given stays None, and is left to the sampler."""
+    found: dict[str, dict[str, Field[Any]]] = {}
+    for sampler, kind in SAMPLERS.items():
+        for name, item in parameters(kind).items():
+            found.setdefault(name, {})[sampler] = item
+    for items in reversed(found.values()):
+        usual = Counter(item.default for item in items.values()).most_common(1)[0][0]
+        others = [f"{item.default} for {sampler}" for sampler, item in items.items() if item.default != usual]
+        shown = "" if usual is None else ", ".join([*others, f"else {usual}" if others else str(usual)])
+        widest = max(items.values(), key=lambda item: item.metadata["high"] or math.inf)
+        function = flag(widest, group="Sampler", shown=shown)(function)
+    return function
+
+
 def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:
     """A flag for every setting of `kind`; what is not given stays None, and is left to preset and defaults."""
     order = (DATA, MODEL, OPTIMISATION, RECORDS, MACHINE)
-    known = [item for item in fields(kind) if "group" in item.metadata]
+    known = [item for item in settings_of(kind).values() if "group" in item.metadata]
     by_method = {name for method in METHODS.values() for name in method.settings({"lr": 1.0, "num_iters": 1})}
-    told = by_method if kind is DistillConfig else set()
-    flags = [
-        flag(item, by_method=item.name in told)
-        for item in sorted(known, key=lambda item: order.index(item.metadata["group"]))
-    ]
+
+    ordered = sorted(known, key=lambda item: order.index(item.metadata["group"]))
 
     def decorate(function: Any) -> Any:
-        for add in reversed(flags):
-            function = add(function)
+        for item in reversed(ordered):
+            shown = item.metadata["shown"] or ("by preset" if item.default is MISSING else str(item.default))
+            said = ", or by method" if kind is DistillConfig and item.name in by_method else ""
+            function = flag(item, group=item.metadata["group"], shown=shown + said)(function)
         return function
 
     return decorate
 
 
-def flag(item: Field[Any], *, by_method: bool = False) -> Callable[[Any], Any]:
-    """The flag of one setting; `by_method`: methods of distillation say otherwise than its default."""
-    rules: Mapping[str, Any] = item.metadata
-    kind = value_type(item)
-    shown = rules["shown"] or ("by preset" if item.default is MISSING else str(item.default))
-    if by_method:
-        shown += ", or by method"
-    attributes: dict[str, Any] = {
-        "group": rules["group"],
-        "default": None,
-        "help": rules["help"],
-        "show_default": shown,
-    }
-    name = f"--{item.name}"
+def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
+    """The flag of one setting, under a heading; `shown` is its default, as the help tells it."""
+    rules, kind, name = item.metadata, value_type(item), item.name
+    names = [f"--{rules['flag'] or name}", name]
+    told: dict[str, Any] = {"group": group, "default": None, "help": rules["help"], "show_default": shown or False}
     if kind is bool:
-        return switch(name, **attributes)
-    choices = rules["choices"] or (PRESETS if item.name == "preset" else ())
-    if choices:
-        return option(name, type=OneOf(choices), **attributes)
-    attributes["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
-    types = {
+        return switch(*names, **told)
+    if choices := choices_of(item) or (PRESETS if name == "preset" else ()):
+        return option(*names, type=OneOf(choices), **told)
+    told["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
+    types: dict[type, click.ParamType] = {
         int: click.IntRange(rules["low"], rules["high"]),
         float: Number(rules["low"], rules["high"], min_open=rules["open_low"]),
         str: click.STRING,
     }
-    return option(name, type=types[kind], **attributes)
+    return option(*names, type=types[kind], **told)
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vdiff.diffusion.phases import halving_plan, single_plan, two_phase_plan
 from vdiff.diffusion.samplers import SAMPLERS, Denoise, ddim_step, sample
 from vdiff.diffusion.schedules import Schedule, alpha_sigma, diffuse, grid_angles, grid_times
 from vdiff.diffusion.targets import addim_velocity, grid_times_of, invert_ddim, progressive_target, segment_target
+from vdiff.errors import OptionError
+from vdiff.settings import parameters, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +148,9 @@ class Tract(Method):
         self_ema: decay of the self-teacher, the bias-corrected average of the student's weights.
     """
 
-    self_ema: float = 0.5
+    self_ema: float = setting(
+        "Decay of the average that a student of tract learns from.", default=0.5, low=0, high=0.9999
+    )
     has_fine_times: ClassVar[bool] = True
 
     @classmethod
@@ -191,8 +195,13 @@ class Consistency(Method):
         addim: η of the teacher's steps; 0: DDIM.
     """
 
-    first_steps: int = 0
-    addim: float = 0.0
+    first_steps: int = setting(
+        "Steps of the teacher at the first update of consistency.",
+        default=0, low=0, unit="STEPS", shown="an eighth of them, at most 64",
+    )  # fmt: skip
+    addim: float = setting(
+        "Variance that the teacher of consistency makes good at each step; 0: DDIM.", default=0.0, low=0, high=2
+    )
     is_annealed: ClassVar[bool] = True
     has_fine_times: ClassVar[bool] = True
 
@@ -270,9 +279,37 @@ class Guided(Match):
     """A student takes the weight w of classifier-free guidance as an input and answers in one evaluation what its
     teacher answers in two: x̂_w = (1 + w) x̂_c − w x̂_∅, w uniform in the range it is taught.
 
-    Then a second method shortens it, w kept as an input. The teacher that a context brings is the guided one.
+    Then a second method shortens it, w kept as an input. The context's teacher is the guided one.
     Source: Meng et al. 2023, *On Distillation of Guided Diffusion Models*, algorithm 1.
+
+    Args:
+        then: the second method.
+        guidance_range: the least and the largest w, "0,4".
+
+    Raises:
+        OptionError: no range.
     """
+
+    then: str = setting(
+        "What --method guided goes on with, once the student takes guidance as an input.",
+        default="progressive", choices=lambda: shortening(),
+    )  # fmt: skip
+    guidance_range: str = setting("Weights of guidance that --method guided teaches.", default="0,4", unit="LOW,HIGH")
+
+    def __post_init__(self) -> None:
+        self.weights()
+
+    def weights(self) -> tuple[float, float]:
+        """`guidance_range` as two numbers."""
+        try:
+            low, high = (float(word) for word in self.guidance_range.split(","))
+        except ValueError:
+            low, high = math.nan, math.nan
+        if not (-1 <= low < high < math.inf):
+            raise OptionError(
+                f"--guidance_range {self.guidance_range}: no range of weights", "give two numbers that rise: 0,4"
+            )
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -289,8 +326,11 @@ class Trajectory(Method):
             student itself, whose answers lead to the ends of its own steps and are no x̂ that a solver may interpolate.
     """
 
-    path_steps: int = 16
-    path_sampler: str = "auto"
+    path_steps: int = setting("Steps of the teacher's path for trajectory.", default=16, low=2, unit="STEPS")
+    path_sampler: str = setting(
+        "How the teacher of trajectory walks. Auto: dpmpp_3m, and ddim where it is a student itself.",
+        default="auto", choices=("auto", *(name for name, kind in SAMPLERS.items() if kind.solves_ode)),
+    )  # fmt: skip
     needs_images: ClassVar[bool] = False
 
     @classmethod
@@ -343,11 +383,12 @@ class Trajectory(Method):
         """The teacher's states z̃_0 … z̃_N at the student's times, from z at t = 1."""
         fine = context.fine_steps(max(self.path_steps, 2 * context.num_steps))
         own = "ddim" if context.teacher_is_distilled else "dpmpp_3m"
+        sampler: Any = SAMPLERS[own if self.path_sampler == "auto" else self.path_sampler]
         states: list[Tensor] = []
         end = sample(
             context.teacher,
             context.schedule,
-            SAMPLERS[own if self.path_sampler == "auto" else self.path_sampler](clipping_value=None),
+            sampler(clipping_value=None),
             z=z,
             num_steps=fine,
             noise=_no_noise,
@@ -377,6 +418,15 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method `name`, with those of the settings that are its parameters."""
+    """The method `name`, with those of the settings that are its parameters.
+
+    Raises:
+        OptionError: one of them has a value that the method cannot use.
+    """
     kind: Any = METHODS[name]
-    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
+    return kind(**{key: settings[key] for key in parameters(kind) if key in settings})
+
+
+def shortening() -> list[str]:
+    """The methods whose students take fewer steps than their teachers."""
+    return [name for name, method in METHODS.items() if not method.keeps_steps]

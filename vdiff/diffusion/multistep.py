@@ -12,15 +12,17 @@ infinite, and they end with x̂ as published: g = 1 and σ_s = 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import coefficient
 from vdiff.diffusion.stepping import PastStep, SolverState, StatefulSampler, ddim_step
+from vdiff.settings import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ORDER = "Order of the rule: 1 to 3 for unipc, 1 to 4 for ipndm."
 FEW_STEPS = 15
 """Below this number of steps the step before the last is of second order at most: the code of Lu et al. 2022."""
 
@@ -124,7 +126,9 @@ class Dpmpp3m(StatefulSampler):
         curvature: w.
     """
 
-    curvature: float = 0.5
+    curvature: float = setting(
+        "Weight of the curvature in dpmpp_3m: 0.5 as published, 1 for third order.", default=0.5, low=0, high=1
+    )
 
     def advance(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
@@ -168,7 +172,7 @@ class UniPc(StatefulSampler):
         ValueError: another order.
     """
 
-    order: int = 3
+    order: int = setting(ORDER, default=3, low=1, high=3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,7 +229,7 @@ class Ipndm(StatefulSampler):
         ValueError: another order.
     """
 
-    order: int = 4
+    order: int = setting(ORDER, default=4, low=1, high=4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,7 +271,10 @@ class Heun(StatefulSampler):
         ValueError: an unknown frame.
     """
 
-    frame: Literal["v", "eps"] = "v"
+    frame: str = setting(
+        "Slopes that heun compares: of v, as seen from the start of a step, or of eps over σ/α (Karras et al. 2022).",
+        default="v", choices=("v", "eps"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vdiff.diffusion.grids import check_times
 from vdiff.diffusion.multistep import Dpmpp2m, Dpmpp3m, Heun, Ipndm, UniPc
@@ -25,6 +25,7 @@ from vdiff.diffusion.stepping import (
     check_clipping_value,
     ddim_step,
 )
+from vdiff.settings import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,9 @@ __all__ = [
     "sample",
     "stochastic_ddim_step",
 ]
+
+
+ETA = "Noise added at each step by ddim and clipped: 0 none, 1 as much as ddpm."
 
 
 class NonFiniteSampleError(ValueError):
@@ -76,7 +80,7 @@ def _added_variance(angle_t: Tensor, angle_s: Tensor) -> Tensor:
 class Ddim(Limits, Sampler):
     """DDIM; deterministic at `eta` 0."""
 
-    eta: float = 0.0
+    eta: float = setting(ETA, default=0.0, low=0, high=1)
 
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
@@ -94,6 +98,8 @@ class Ddpm(Limits, Sampler):
 
     z_s = (α_t/α_s)(σ_s²/σ_t²) z_t + α_s (σ²_{t|s}/σ_t²) x̂ + σ_s (σ_{t|s}/σ_t) n, σ²_{t|s} = σ_t² − (α_t/α_s)² σ_s².
     """
+
+    solves_ode: ClassVar[bool] = False
 
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
@@ -114,8 +120,12 @@ class Clipped(Sampler):
     x̂ ← clamp(x̂, ±c); ε̂ ← clamp((z − α x̂)/σ, ±c); then DDIM with η. c = `clipping_value`.
     """
 
-    clipping_value: float = 1.2
-    eta: float = 0.0
+    clipping_value: float = setting(
+        "Predicted images are clipped to ±LIMIT; by clipped, predicted noise too.",
+        default=1.2, low=0, open_low=True, unit="LIMIT",
+    )  # fmt: skip
+    eta: float = setting(ETA, default=0.0, low=0, high=1)
+    solves_ode: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_clipping_value(self.clipping_value)
@@ -195,7 +205,7 @@ def sample(
     return z
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {
+SAMPLERS: dict[str, type[Sampler]] = {
     "ddim": Ddim,
     "ddpm": Ddpm,
     "clipped": Clipped,

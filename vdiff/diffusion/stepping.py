@@ -9,10 +9,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vdiff.diffusion.prediction import Prediction, from_x
 from vdiff.diffusion.schedules import coefficient
+from vdiff.settings import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,13 @@ Denoise = Callable[["Tensor", "Tensor"], Prediction]
 
 
 class Sampler(ABC):
-    """A rule for one step from φ_t down to φ_s; on a grid's last step φ_s = 0."""
+    """A rule for one step from φ_t down to φ_s; on a grid's last step φ_s = 0.
+
+    Attributes:
+        solves_ode: it follows the probability flow: it draws no noise, and with `clipping_value` None it has no limits.
+    """
+
+    solves_ode: ClassVar[bool] = True
 
     @abstractmethod
     def step(
@@ -97,8 +104,14 @@ class Limits:
         ValueError: a limit that is not positive, a quantile outside (0, 1], a quantile without a limit.
     """
 
-    clipping_value: float | None = 1.0
-    threshold: float | None = None
+    clipping_value: float | None = setting(
+        "Predicted images are clipped to ±LIMIT; by clipped, predicted noise too.",
+        default=1.0, low=0, open_low=True, unit="LIMIT",
+    )  # fmt: skip
+    threshold: float | None = setting(
+        "Instead of clipping, scale images down whose QUANTILE of values is beyond the limit (not clipped): 0.995.",
+        default=None, low=0, high=1, open_low=True, unit="QUANTILE", flag="dynamic_threshold",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.clipping_value is not None:

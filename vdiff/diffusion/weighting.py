@@ -1,4 +1,4 @@
-"""Loss weights w(λ) for the squared error of x̂: loss = E w(λ_t) ‖x − x̂‖².
+"""Loss weights w(λ) for the squared error of x̂, loss = E w(λ_t) ‖x − x̂‖², and other functions of the error.
 
 Since x − x̂ = −σ(v − v̂) = −(σ/α)(ε − ε̂), SNR × x-error = ε-error and (SNR + 1) × x-error = v-error.
 Source: Salimans & Ho 2022, section 4; Hang et al. 2023 for min-SNR.
@@ -47,3 +47,14 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "snr_plus_one": snr_plus_one,
     "min_snr": min_snr,
 }
+
+HUBER = 0.00054
+"""The errors of pixels below which the pseudo-Huber loss is quadratic (Song & Dhariwal 2023)."""
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda error: error.square().flatten(1).mean(1),
+    "l1": lambda error: error.abs().flatten(1).mean(1),
+    "huber": lambda error: (error.square().flatten(1).mean(1) + HUBER**2).sqrt() - HUBER,
+}
+"""The loss of an image from the weighted errors of its pixels, (B, …) → (B,): e², |e|, or √(e² + c²) − c of their root
+mean square."""

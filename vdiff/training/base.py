@@ -16,7 +16,8 @@ from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import UNetConfig
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
-from vdiff.training.config import COMMAND_LINE, TrainConfig, resolve
+from vdiff.settings import COMMAND_LINE
+from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import Engine, build_engine, effective_batch
 from vdiff.training.folder import RUN, check_resumable, check_same_run, recorded, start_anew

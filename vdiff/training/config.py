@@ -1,61 +1,43 @@
-"""What a run is told, and how it is resolved: flags > environment > configuration file > preset > defaults.
+"""The settings of a run, and how they are resolved: flags > environment > configuration file > preset > defaults.
 
-A setting is written once, as a field of the dataclasses below: its default, its range and the help text of its flag.
-Nothing here imports torch.
+A setting is written once: as a field of the dataclasses below, or of the method that it is a parameter of. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.distillation import METHODS, Method, build_method
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import SCHEDULES
-from vdiff.diffusion.weighting import WEIGHTINGS
-from vdiff.errors import MAX_WHOLE, OptionError, suggestion
+from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
+from vdiff.errors import OptionError, suggestion
+from vdiff.settings import (
+    DATA,
+    MACHINE,
+    MODEL,
+    OPTIMISATION,
+    RECORDS,
+    check_value,
+    parameters,
+    parameters_of_all,
+    setting,
+)
 
-LR_SCHEDULES = ("constant", "linear", "cosine")
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+}
+"""Progress n/N ∈ [0, 1) → the part of the learning rate that is left."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-LOSSES = ("l2", "l1", "huber")
 TIMES = ("uniform", "importance")
-SHORTENING = ("progressive", "tract")
-PATH_SAMPLERS = ("auto", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun")
-
-COMMAND_LINE = "the command line"
-DATA, MODEL, OPTIMISATION, RECORDS, MACHINE = "Data", "Model", "Optimisation", "Records", "Machine"
-
-
-def setting(
-    text: str,
-    *,
-    group: str,
-    default: Any = MISSING,
-    low: float | None = None,
-    high: float | None = None,
-    open_low: bool = False,
-    choices: Collection[str] = (),
-    unit: str = "",
-    shown: str = "",
-    free: bool = False,
-) -> Any:
-    """A field that is also a flag and a key of configuration files; without a default, every preset gives it.
-
-    Args:
-        low, high: the range, ends included, unless `open_low`.
-        unit: what stands behind the flag in `--help`.
-        shown: the default as `--help` shows it, where the value itself would not tell.
-        free: whether a run may be resumed with another value, because its result does not depend on it.
-    """
-    metadata = {
-        "help": text, "group": group, "low": low, "high": high, "open_low": open_low, "choices": list(choices),
-        "unit": unit, "shown": shown, "free": free,
-    }  # fmt: skip
-    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,34 +267,9 @@ class DistillConfig(LoopConfig):
         group=MODEL, default="", unit="STEPS", shown="as the method does",
     )  # fmt: skip
     method: str = setting("How students learn.", group=MODEL, default="progressive", choices=METHODS)
-    then: str = setting(
-        "What --method guided goes on with, once the student takes guidance as an input.",
-        group=MODEL, default="progressive", choices=SHORTENING,
-    )  # fmt: skip
-    guidance_range: str = setting(
-        "Weights of guidance that --method guided teaches.", group=MODEL, default="0,4", unit="LOW,HIGH"
-    )
     student_config: str = setting(
         "A TOML file with a table [unet] of what the first student's network has other than its teacher's.",
         group=MODEL, default="", unit="FILE.toml", shown="the teacher's network",
-    )  # fmt: skip
-    self_ema: float = setting(
-        "Decay of the average that a student of tract learns from.", group=MODEL, default=0.5, low=0, high=0.9999
-    )
-    first_steps: int = setting(
-        "Steps of the teacher at the first update of consistency.",
-        group=MODEL, default=0, low=0, unit="STEPS", shown="an eighth of them, at most 64",
-    )  # fmt: skip
-    addim: float = setting(
-        "Variance that the teacher of consistency makes good at each step; 0: DDIM.",
-        group=MODEL, default=0.0, low=0, high=2,
-    )  # fmt: skip
-    path_steps: int = setting(
-        "Steps of the teacher's path for trajectory.", group=MODEL, default=16, low=2, unit="STEPS"
-    )
-    path_sampler: str = setting(
-        "How the teacher of trajectory walks. Auto: dpmpp_3m, and ddim where it is a student itself.",
-        group=MODEL, default="auto", choices=PATH_SAMPLERS,
     )  # fmt: skip
     lr_schedule: str = setting(
         "Linear and cosine fall to 0 at the end of each stage.",
@@ -358,31 +315,30 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, default=1, low=0, unit="TIMES", free=True,
     )  # fmt: skip
 
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    """The parameters of all methods, which lie beside the other settings in flags and files."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.guidance_weights()
+        defaults = {name: item.default for name, item in method_parameters().items()}
+        object.__setattr__(self, "method_settings", {**defaults, **self.method_settings})
+        for name in METHODS:
+            self.build_method(name)
         self.phase_steps()
-        if self.times == "importance" and not METHODS[self.method]().needs_images:
+        if self.times == "importance" and not METHODS[self.method].needs_images:
             raise OptionError(
                 f"--times importance: {self.method} learns from whole paths, in which every step has its part",
                 "leave it out",
             )
 
-    def guidance_weights(self) -> tuple[float, float]:
-        """`guidance_range` as two numbers.
+    def build_method(self, name: str = "") -> Method:
+        """The method `name`, else the one that is asked for, with its parameters."""
+        return build_method(name or self.method, self.method_settings)
 
-        Raises:
-            OptionError: it is no range.
-        """
-        try:
-            low, high = (float(word) for word in self.guidance_range.split(","))
-        except ValueError:
-            low, high = math.nan, math.nan
-        if not (-1 <= low < high < math.inf):
-            raise OptionError(
-                f"--guidance_range {self.guidance_range}: no range of weights", "give two numbers that rise: 0,4"
-            )
-        return low, high
+    @property
+    def shortening(self) -> str:
+        """The method that shortens: the one that is asked for, or what --method guided goes on with."""
+        return str(self.method_settings["then"]) if self.method == "guided" else self.method
 
     def phase_steps(self) -> list[int]:
         """`phases` as numbers; empty where there are none.
@@ -399,6 +355,24 @@ class DistillConfig(LoopConfig):
 Config = TypeVar("Config", TrainConfig, DistillConfig)
 
 
+def method_parameters() -> dict[str, Field[Any]]:
+    """Name → field of the parameters of all methods, which are settings of `distill.py`."""
+    return parameters_of_all(METHODS, taken=parameters(DistillConfig))
+
+
+def settings_of(kind: type[LoopConfig]) -> dict[str, Field[Any]]:
+    """Name → field of everything that a configuration file may say to `kind`."""
+    if issubclass(kind, DistillConfig):
+        return parameters(kind) | method_parameters()
+    return {item.name: item for item in fields(kind)}
+
+
+def values_of(config: LoopConfig) -> dict[str, Any]:
+    """The settings by name, as `settings_of` has them."""
+    values = asdict(config)
+    return values | values.pop("method_settings", {})
+
+
 def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Config:
     """The settings of `layers`, later ones over earlier ones, as a `kind`.
 
@@ -408,7 +382,7 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
     Raises:
         OptionError: an unknown key, a value of the wrong type or outside its range, a missing one; it names the layer.
     """
-    known = {f.name: f for f in fields(kind)}
+    known = settings_of(kind)
     merged: dict[str, Any] = {}
     for origin, values in layers.items():
         for key, stronger in (("ema", ("ema_images", "ema_remainder")), ("ema_images", ("ema_remainder",))):
@@ -424,40 +398,6 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
     missing = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in missing if name not in merged]:
         raise OptionError(f"nothing says {', '.join(missing)}", f"give --{missing[0]}, or a --preset")
+    if kind is DistillConfig:
+        merged["method_settings"] = {name: merged.pop(name) for name in method_parameters() if name in merged}
     return kind(**merged)
-
-
-def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
-    """`value` as the setting's type.
-
-    Raises:
-        OptionError: another type, out of range, or none of the choices.
-    """
-    where = f"{origin}: {setting.name} =" if origin != COMMAND_LINE else f"--{setting.name}"
-    kind = value_type(setting)
-    rules = setting.metadata
-    low, high = rules.get("low"), rules.get("high")
-    if type(value) is int and abs(value) > max(MAX_WHOLE, high or 0):
-        raise OptionError(f"{where} {str(value)[:20]} is too large", f"it must be at most {high or MAX_WHOLE}")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise OptionError(f"{where} {value!r} is no {WORDS[kind]}", f"give a {WORDS[kind]}")
-    if rules.get("choices") and value not in rules["choices"]:
-        raise OptionError(f"{where} {value!r} is unknown", suggestion(str(value), rules["choices"]))
-    if low is not None and (not value >= low or (rules["open_low"] and value == low)):
-        raise OptionError(
-            f"{where} {value} is too small", f"it must be {'above' if rules['open_low'] else 'at least'} {low}"
-        )
-    if high is not None and not value <= high:
-        raise OptionError(f"{where} {value} is too large", f"it must be at most {high}")
-    return value
-
-
-WORDS = {int: "whole number", float: "number", str: "word", bool: "true or false", dict: "table"}
-TYPES = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
-
-
-def value_type(setting: Field[Any]) -> type:
-    """`int`, `float`, `str`, `bool` or `dict`: the type of a setting, whether or not it may be None."""
-    return TYPES[str(setting.type).removesuffix(" | None")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 
 from vdiff.diffusion.distillation import METHODS
@@ -11,7 +10,7 @@ from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CONFIG, FILES, CheckpointConfig, is_checkpoint, read_config
 from vdiff.replacing import Kind, check_free, is_free, start_folder
-from vdiff.training.config import DistillConfig, TrainConfig
+from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
 from vdiff.training.dataset import TrainingData
 from vdiff.training.presets import RUN_FILE, run_text
 from vdiff.training.state import state_path
@@ -110,16 +109,16 @@ def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainC
 
 def changed_setting(now: TrainConfig | DistillConfig, saved: TrainConfig | DistillConfig, but: tuple[str, ...]) -> str:
     """The first setting that makes another run of it, those of `but` left alone; empty where there is none."""
-    for setting in fields(now):
-        is_free = setting.metadata.get("free", False) or setting.name in but
-        if not is_free and getattr(now, setting.name) != getattr(saved, setting.name):
-            return setting.name
+    mine, theirs = values_of(now), values_of(saved)
+    for name, setting in settings_of(type(now)).items():
+        if not setting.metadata.get("free", False) and name not in but and mine[name] != theirs[name]:
+            return name
     return ""
 
 
 def said(config: TrainConfig | DistillConfig, name: str) -> str:
     """A setting as an error names it."""
-    value = getattr(config, name)
+    value = values_of(config)[name]
     return "none" if value in ("", None) else str(value)
 
 

@@ -17,6 +17,7 @@ from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Denoise
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.diffusion.targets import grid_times_of
+from vdiff.diffusion.weighting import LOSSES
 from vdiff.models.denoiser import Denoiser
 
 
@@ -127,18 +128,6 @@ def stratified(size: int, device: torch.device | str = "cpu") -> Tensor:
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     u = (torch.arange(size, device=device) + torch.rand(size, dtype=dtype, device=device)) / size
     return u.clamp(max=1 - torch.finfo(dtype).eps / 2)  # the last one might be rounded up to 1
-
-
-HUBER = 0.00054
-"""The errors of pixels below which the pseudo-Huber loss is quadratic (Song & Dhariwal 2023)."""
-
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "l2": lambda error: error.square().flatten(1).mean(1),
-    "l1": lambda error: error.abs().flatten(1).mean(1),
-    "huber": lambda error: (error.square().flatten(1).mean(1) + HUBER**2).sqrt() - HUBER,
-}
-"""The loss of an image from the weighted errors of its pixels, (B, C, H, W) → (B,): e², |e|, or √(e² + c²) − c of
-their root mean square."""
 
 
 def weighted_losses(

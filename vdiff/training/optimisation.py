@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from vdiff.training.config import LoopConfig
+from vdiff.training.config import LR_SCHEDULES, LoopConfig
 from vdiff.training.weights import trainable
 
 BETAS = (0.9, 0.999)
-
-LR_FACTORS: dict[str, Callable[[float], float]] = {
-    "constant": lambda _: 1.0,
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-}
-"""Progress n/N ∈ [0, 1) → the part of the learning rate that is left."""
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
     """The learning rate of update `step` (from 0): warm-up × schedule × `lr`."""
     warmup = min(1.0, (step + 1) / config.warmup_iters) if config.warmup_iters else 1.0
-    return config.lr * warmup * LR_FACTORS[config.lr_schedule](step / config.num_iters)
+    return config.lr * warmup * LR_SCHEDULES[config.lr_schedule](step / config.num_iters)
 
 
 def build_optimizer(network: nn.Module, config: LoopConfig) -> torch.optim.AdamW:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import tomli_w
 
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import CHECKSUM, checksum, parse, read_text, write_text
-from vdiff.training.config import DistillConfig, TrainConfig, check_value
+from vdiff.settings import check_value
+from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
 
 PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
 RUN_FILE = "run.toml"
@@ -73,7 +74,7 @@ def _check(kind: type[TrainConfig | DistillConfig], values: Any, origin: str) ->
     """Look at keys and values before any of them is used, also at those of the other command."""
     if not isinstance(values, Mapping):
         raise OptionError(f"{origin}: {values!r} is no table", "mend the file")
-    known = {f.name: f for f in fields(kind)}
+    known = settings_of(kind)
     for key, value in values.items():
         if key not in known:
             raise OptionError(f"{origin}: unknown setting {key!r}", suggestion(key, known))
@@ -96,7 +97,7 @@ def write_run(folder: Path, config: TrainConfig | DistillConfig) -> None:
 
 def run_text(config: TrainConfig | DistillConfig) -> str:
     """The resolved settings, as `run.toml` holds them: `--config folder/run.toml` runs them again."""
-    values = {key: value for key, value in asdict(config).items() if value is not None}
+    values = {key: value for key, value in values_of(config).items() if value is not None}
     text = tomli_w.dumps({"distill": values} if isinstance(config, DistillConfig) else values)
     return f"{text}{CHECKSUM_MARK}{checksum(text)}\n"
 

@@ -6,17 +6,18 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.distillation import METHODS, Guided, shortening
 from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
 from vdiff.errors import OptionError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.settings import COMMAND_LINE, parameters
 from vdiff.training.base import check_unet
-from vdiff.training.config import COMMAND_LINE, SHORTENING, DistillConfig, resolve
+from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings
 
@@ -85,9 +86,10 @@ def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> 
     presets = read_preset(preset).distill
     layers: dict[str, Mapping[str, Any]] = {f"preset {preset}": presets}
     method = str(chosen.get("method") or DistillConfig.method)
-    shortening = str(chosen.get("then") or DistillConfig.then) if method == "guided" else method
-    if shortening in METHODS:
-        layers[f"method {method}"] = METHODS[shortening].settings(presets)
+    if method == "guided":
+        method = str(chosen.get("then") or Guided.then)
+    if method in METHODS:
+        layers[f"method {method}"] = METHODS[method].settings(presets)
     if config_file:
         layers[str(config_file)] = settings.distill
     config = resolve(DistillConfig, {**layers, COMMAND_LINE: flags})
@@ -106,21 +108,14 @@ def _check_read(config: DistillConfig, flags: Mapping[str, Any]) -> None:
     Raises:
         OptionError: it names the flag, and a method that reads it.
     """
-    used = [config.method, *([config.then] if config.method == "guided" else [])]
     for name in flags:
-        readers = [method for method in METHODS if name in settings_read_by(method)]
-        if readers and not set(readers) & set(used):
-            flag = "then" if config.method == "guided" and readers[0] in SHORTENING else "method"
+        readers = [method for method, kind in METHODS.items() if name in parameters(kind)]
+        if readers and not {config.method, config.shortening} & set(readers):
+            flag = "then" if config.method == "guided" and readers[0] in shortening() else "method"
             raise OptionError(
                 f"--{name} {flags[name]}: {config.method} does not read it",
                 f"leave it out, or give --{flag} {readers[0]}",
             )
-
-
-def settings_read_by(method: str) -> set[str]:
-    """The settings that are the method's own."""
-    own = {field.name for field in fields(METHODS[method])}  # type: ignore[arg-type]
-    return own | ({"then", "guidance_range"} if method == "guided" else set())
 
 
 def _preset_of(base: Path) -> str:
@@ -197,7 +192,7 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
         steps.append(("guided", first, first))
     is_shortened = phases or config.to_steps is not None or config.stages is not None
     if config.method != "match" and (is_shortened or not steps):
-        method = config.then if config.method == "guided" else config.method
+        method = config.shortening
         students = _student_steps(config, method, first)
         steps += [(method, before, after) for before, after in zip([first, *students], students, strict=False)]
     elif config.method == "match" and is_shortened:
@@ -213,8 +208,7 @@ def starting_steps(config: DistillConfig, teacher: CheckpointConfig) -> int:
     if config.teacher_steps or config.phases:
         return config.teacher_steps or config.phase_steps()[0]
     own, to_steps = teacher.num_timesteps, config.to_steps or 0
-    halves = (config.then if config.method == "guided" else config.method) == "progressive"
-    if not halves or not teacher.takes_any_num_steps or not 0 < 2 * to_steps <= own:
+    if config.shortening != "progressive" or not teacher.takes_any_num_steps or not 0 < 2 * to_steps <= own:
         return own
     return halving_start(own, to_steps)
 

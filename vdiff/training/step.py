@@ -11,7 +11,7 @@ import torch
 
 from vdiff.data.batches import Batch
 from vdiff.data.images import from_uint8
-from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import VdiffError
 from vdiff.models.denoiser import Denoiser, drop_classes
 from vdiff.training.averages import Averages, Exponential, profiles_of
@@ -19,7 +19,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.meter import StepResult
-from vdiff.training.objectives import LOSSES, Objective, StudentState, TrainBatch, stratified, weighted_losses
+from vdiff.training.objectives import Objective, StudentState, TrainBatch, stratified, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
 from vdiff.training.weights import frozen, shard, trainable
 

@@ -12,7 +12,7 @@ import torch
 
 import vdiff
 from vdiff.data.batches import Batch
-from vdiff.diffusion.distillation import build_method
+from vdiff.diffusion.distillation import Guided
 from vdiff.errors import OptionError
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
@@ -39,8 +39,9 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     """
     unet = {**student_network(config, teacher), "dropout": config.dropout}
     taught = list(teacher.guidance_range)
-    if stage.method == "guided":
-        unet["guidance_input"], taught = True, list(config.guidance_weights())
+    method = config.build_method(stage.method)
+    if isinstance(method, Guided):
+        unet["guidance_input"], taught = True, list(method.weights())
     description = replace(
         teacher,
         unet=unet,
@@ -102,11 +103,11 @@ def stage_run(
     for network in (student.network, teacher.network):
         network.full_precision = config.precision == "auto" and stage.is_fine
     teacher = engine.compiled(engine.place(teacher)).requires_grad_(False)
-    method = build_method(stage.method, asdict(config))
+    method = config.build_method(stage.method)
     return Run(
         denoiser=student,
         objective=DistillationObjective(
-            GuidedDenoiser(teacher) if stage.method == "guided" else teacher,
+            GuidedDenoiser(teacher) if isinstance(method, Guided) else teacher,
             method,
             num_steps=stage.num_steps,
             teacher_steps=stage.teacher_steps,
