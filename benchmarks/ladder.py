@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.distances import SOLVERS, Distances, reference_of
 from benchmarks.report import RESULTS, machine, write_report
-from vdiff.cli.console import Console, duration
+from vdiff.cli.console import Console
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
+from vdiff.text import duration
 from vdiff.training.base import resolve_training, train
 from vdiff.training.comparison import PICTURE, compare, known_rows
 from vdiff.training.engine import build_engine

@@ -15,7 +15,10 @@ MODULES = {
     for path in sorted((ROOT / "vdiff").rglob("*.py"))
 }
 
-WITHOUT_TORCH = ["vdiff.errors", "vdiff.settings", "vdiff.files", "vdiff.records", "vdiff.replacing", "vdiff.reporting"]
+WITHOUT_TORCH = [
+    *("vdiff.errors", "vdiff.text", "vdiff.settings", "vdiff.files"),
+    *("vdiff.records", "vdiff.replacing", "vdiff.reporting"),
+]
 BASE = [*WITHOUT_TORCH, "vdiff.distributed"]
 DIFFUSION = [
     f"vdiff.diffusion.{name}"
@@ -36,6 +39,7 @@ MAY_IMPORT = {
     "vdiff.api": ["vdiff.sampling", "vdiff.models", "vdiff.diffusion", *BASE],
     "vdiff.__main__": ["vdiff.cli"],
     "vdiff.errors": [],
+    "vdiff.text": [],
     "vdiff.distributed": ["vdiff.errors"],
     "vdiff.reporting": ["vdiff.errors"],
     "vdiff.settings": ["vdiff.errors"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,26 +11,9 @@ from typing import Any
 from vdiff.cli.options import speaks
 from vdiff.errors import printable
 from vdiff.reporting import Progress, Silent
+from vdiff.text import duration
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
-def duration(seconds: float) -> str:
-    """`75` → `1:15`; `4000` → `1:06:40`."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def quantity(number: float) -> str:
-    """`1234567` → `1.23 M`."""
-    power = 0 if abs(number) < 1000 else min(int(math.log10(abs(number))) // 3, 5)
-    return f"{number / 1000**power:.3g} {' kMGTP'[power]}".rstrip()
-
-
-def plural(number: int, thing: str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def aligned(facts: Mapping[str, str]) -> list[str]:

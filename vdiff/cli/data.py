@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from vdiff.cli.console import Console, aligned, quantity
+from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import CONTEXT, Command, Program, option, switch
-from vdiff.cli.prepare import counted, cpu_cores, megabytes
+from vdiff.cli.prepare import counted, cpu_cores
 from vdiff.errors import VdiffError, shell
+from vdiff.text import megabytes, plural, quantity
 
 
 class DatasetCommands(Program, click.Group):
@@ -63,7 +64,7 @@ def verify(dataset: str | None, num_workers: int | None, json: bool) -> int:
         console.line(problem)
     if not verdict.is_good:
         count = verdict.num_problems
-        what = f"{count} problem{'' if count == 1 else 's'} in {verdict.checked} images, {checksum}"
+        what = f"{plural(count, 'problem')} in {verdict.checked} images, {checksum}"
         raise VdiffError(f"{verdict.path}: {what}", "copy it again, or prepare it again with --overwrite")
     console.result(f"{verdict.path}: {verdict.checked} images decoded in every size, {checksum}")
     return 0

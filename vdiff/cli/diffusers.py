@@ -10,6 +10,7 @@ import click
 from vdiff.cli.console import Console
 from vdiff.cli.options import Command, option, switch
 from vdiff.errors import shell
+from vdiff.text import plural
 
 
 @click.command(
@@ -81,7 +82,7 @@ def export_command(
         overwrite=overwrite,
     )
     steps = made.config.num_timesteps
-    console.result(f"{folder}: DDIMPipeline, {steps} step{'s' if steps > 1 else ''}")
+    console.result(f"{folder}: DDIMPipeline, {plural(steps, 'step')}")
     if not made.call:
         console.line(
             "DDIMPipeline asks for no class: README.md says how to draw, or give --class to write the network for one"
@@ -136,7 +137,7 @@ def import_command(source: str, num_timesteps: int | None, out: Path | None, ove
     unet, size, steps = config.unet, config.image_size, config.num_timesteps
     console.result(
         f"{target}: predicts {config.prediction}, schedule {config.schedule['name']}, "
-        f"{steps} step{'s' if steps > 1 else ''}, {size} × {size} × {unet['in_channels']}, "
+        f"{plural(steps, 'step')}, {size} × {size} × {unet['in_channels']}, "
         f"{unet['channels']} channels × {unet['multipliers']}"
     )
     console.result(f"next       python sample.py {shell('--checkpoint', target)}")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vdiff.cli.console import Console, duration
+from vdiff.cli.console import Console
 from vdiff.cli.options import Command, option, switch
 from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import shell
 from vdiff.reporting import DOUBTFUL, DOUBTFUL_TIMES
+from vdiff.text import duration
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:

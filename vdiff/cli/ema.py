@@ -12,6 +12,7 @@ import click
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Command, Names, option, switch
 from vdiff.errors import OptionError, VdiffError, shell
+from vdiff.text import plural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +139,7 @@ def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:
 
 def _rows(facts: dict[str, Any]) -> list[str]:
     """Facts as aligned lines for people."""
-    from vdiff.cli.prepare import megabytes
+    from vdiff.text import megabytes
 
     updates, tracked = facts["updates"], facts["tracked"]
     span = (
@@ -162,7 +163,7 @@ def _told(note: dict[str, Any]) -> str:
         return f"decay {note['decay']} {when}"
     count = note["snapshots"]
     return (
-        f"σ_rel {note['sigma_rel']} (γ {note['gamma']:.2f}) {when}, from {count} snapshot{'' if count == 1 else 's'}, "
+        f"σ_rel {note['sigma_rel']} (γ {note['gamma']:.2f}) {when}, from {plural(count, 'snapshot')}, "
         f"profile {note['misfit']:.2%} off"
     )
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vdiff.cli.console import Console, plural
+from vdiff.cli.console import Console
 from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch, typed_command
 from vdiff.cli.sample import DEVICES, PRECISIONS
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
 from vdiff.reporting import DOUBTFUL
+from vdiff.text import plural
 
 if TYPE_CHECKING:
     from vdiff.evaluation.results import EvalRow, Evaluation

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vdiff.cli.console import Console, plural
+from vdiff.cli.console import Console
 from vdiff.cli.options import Command, OneOf, option, switch
 from vdiff.errors import OptionError, shell
+from vdiff.text import plural
 
 if TYPE_CHECKING:
     from vdiff.evaluation.feature_network import FeatureMetadata

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from vdiff.cli.console import Console, plural
+from vdiff.cli.console import Console
 from vdiff.cli.diffusers import import_command
 from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, switch
 from vdiff.errors import shell
+from vdiff.text import plural
 
 
 class Group(Program, click.Group):

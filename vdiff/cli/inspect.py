@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from vdiff.cli.console import Console, aligned, duration, plural
+from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Command, switch
-from vdiff.cli.prepare import megabytes
 from vdiff.errors import VdiffError
+from vdiff.text import duration, megabytes, plural
 
 RUN_FILE, STATE = "run.toml", "state/state.safetensors"
 SHOWN_CLASSES = 8

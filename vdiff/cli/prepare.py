@@ -13,6 +13,7 @@ import click
 from vdiff.cli.console import Console
 from vdiff.cli.options import Command, Names, Number, OneOf, option, switch, typed_command
 from vdiff.errors import OptionError, shell
+from vdiff.text import megabytes
 
 if TYPE_CHECKING:
     from vdiff.data.preparation import Part, Report
@@ -345,8 +346,3 @@ def summary(report: Report, part: Part | None = None) -> list[str]:
 def counted(counts: dict[str, int]) -> str:
     """`{"damaged": 2, "empty file": 1}` → `2 damaged, 1 empty file`, the most frequent first."""
     return ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-
-
-def megabytes(num_bytes: int) -> str:
-    """`1234567` → `1.2 MB`."""
-    return f"{num_bytes / 1e6:.1f} MB"

@@ -9,9 +9,9 @@ import click
 from vdiff.cli.console import Console
 from vdiff.cli.export import LICENSE_HELP
 from vdiff.cli.options import Command, option, switch
-from vdiff.cli.prepare import megabytes
 from vdiff.errors import OptionError
 from vdiff.files import read_text
+from vdiff.text import megabytes
 
 
 @click.command(

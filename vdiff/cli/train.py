@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vdiff.cli.console import Console, aligned, duration, quantity
+from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Command, option, switch
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.errors import OptionError, shell
+from vdiff.text import duration, quantity
 from vdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -47,6 +47,7 @@ from PIL.ImageFile import ImageFile
 
 from vdiff.data.colour import NARROW, UnsupportedValuesError, extremes, to_8_bit_srgb
 from vdiff.data.image_files import UnreadableImageError, is_image, open_file
+from vdiff.text import cause_of
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -192,7 +193,7 @@ def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> P
             raise UnreadableImageError("not an image") from None
         except Exception as error:
             # decoders raise whatever a damaged file makes them stumble over: OSError, SyntaxError, struct.error, …
-            raise UnreadableImageError("damaged", " ".join(str(error).split()) or type(error).__name__) from None
+            raise UnreadableImageError("damaged", cause_of(error)) from None
 
 
 def _upright(

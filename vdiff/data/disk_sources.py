@@ -37,6 +37,7 @@ from vdiff.data.store import DATA_FILE, JOB_FILE, PARTIAL_SUFFIX, ImageStore, is
 from vdiff.data.tar_files import is_tar, members
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import write_whole
+from vdiff.text import cause_of
 
 MAX_RATIO = 100
 """How many times smaller a compressed tar of pictures may be; packed pictures hardly shrink."""
@@ -404,8 +405,9 @@ class Npz(_OnDisk):
             NotImplementedError,
             zlib.error,
         ) as error:
-            reason = " ".join(str(error).split())
-            raise VdiffError(f"cannot read {path}: {reason}", "give an npz of samples, or images in a folder") from None
+            raise VdiffError(
+                f"cannot read {path}: {cause_of(error)}", "give an npz of samples, or images in a folder"
+            ) from None
 
 
 IMAGES_ARRAY = "arr_0.npy"

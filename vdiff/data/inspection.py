@@ -21,6 +21,7 @@ from vdiff.data.store import FIRST_LINK, ImageStore, digest_of, next_link
 from vdiff.data.workers import ordered_map
 from vdiff.errors import VdiffError, printable
 from vdiff.reporting import Reporter, Silent
+from vdiff.text import cause_of
 
 Encoded = Callable[[], bytes]
 T = TypeVar("T")
@@ -127,7 +128,7 @@ def _problem(encoded: bytes, size: int) -> str:
             if image.size != (size, size):
                 return f"it is {image.width}×{image.height}"
     except Exception as error:  # decoders raise whatever damaged data makes them stumble over
-        return " ".join(str(error).split()) or type(error).__name__
+        return cause_of(error)
     return ""
 
 

@@ -12,6 +12,7 @@ from vdiff.data.image_files import UnreadableImageError
 from vdiff.data.listing import Item, ListingWriter
 from vdiff.data.source import Defaults, Sample, Source, SourceOptions
 from vdiff.errors import OptionError, VdiffError
+from vdiff.text import cause_of
 
 
 class _InLibrary:
@@ -155,9 +156,10 @@ class Torchvision(_InLibrary):
         return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
 
     def _failed(self, error: Exception) -> VdiffError:
-        reason = " ".join(str(error).split())
         get = "" if self.set.downloads else "; torchvision cannot download this set: get it from its publisher"
-        return VdiffError(f"{self.set.kind} under {self.root}: {reason}{get}", "give the folder it lies in with --root")
+        return VdiffError(
+            f"{self.set.kind} under {self.root}: {cause_of(error)}{get}", "give the folder it lies in with --root"
+        )
 
 
 class HuggingFace(_InLibrary):
@@ -219,9 +221,9 @@ class HuggingFace(_InLibrary):
             try:
                 data = datasets.load_dataset(self.repository, self.config or None, split=self.split)
             except Exception as error:  # the library raises its own, the hub's and the network's errors
-                reason = " ".join(str(error).split())
                 raise VdiffError(
-                    f"hf:{self.repository}, split {self.split}: {reason}", "check the name, --split and the network"
+                    f"hf:{self.repository}, split {self.split}: {cause_of(error)}",
+                    "check the name, --split and the network",
                 ) from None
             image = self._column(data, self.options.image_column, datasets.Image, "image_column")
             if not image:

@@ -30,6 +30,7 @@ from vdiff.errors import Interrupted, VdiffError
 from vdiff.files import parse, write_text
 from vdiff.replacing import check_free, take_place
 from vdiff.reporting import Reporter, Silent
+from vdiff.text import plural
 
 T = TypeVar("T")
 
@@ -379,7 +380,7 @@ class _Preparation:
         """Say that most pictures of more than 8 bits are dark or flat."""
         converted = self.journal.tally.converted
         if (narrow := converted[NARROW]) * 2 > converted["16-bit"] + converted["float"]:
-            what = f"{narrow} image{'' if narrow == 1 else 's'} fill less than a quarter of the range of values"
+            what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
             self.reporter.line(f"{what}, so they are dark or flat; spread them with --range auto --overwrite")
 
     def _say_empty_classes(self, listing: Listing, start: int, stop: int) -> None:

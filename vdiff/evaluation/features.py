@@ -23,6 +23,7 @@ from vdiff.evaluation.feature_network import parse_metadata
 from vdiff.evaluation.metrics import frechet_distance
 from vdiff.files import check_regular
 from vdiff.models.program import METADATA
+from vdiff.text import plural
 
 PIXELS, INCEPTION = "pixels", "inception"
 SIDE = 8
@@ -158,7 +159,7 @@ def load_features(
 
 
 def _kind(image_size: int, channels: int) -> str:
-    return f"{image_size}×{image_size} pixels and {channels} channel{'s' if channels > 1 else ''}"
+    return f"{image_size}×{image_size} pixels and {plural(channels, 'channel')}"
 
 
 def _sha256(path: Path) -> str:

@@ -21,6 +21,7 @@ from vdiff.evaluation.reference import ReferenceImages, random_subset
 from vdiff.evaluation.results import EvalRow, Metric
 from vdiff.evaluation.work import WorkFolder
 from vdiff.reporting import Progress
+from vdiff.text import plural
 
 MAX_QUERIES = 1_000
 """Samples, and images of the data, whose nearest images are searched, at most."""
@@ -146,7 +147,7 @@ def save_pairs(
         filler = [from_uint8(torch.full_like(pairs[-1][0], 255))] * (columns - len(pairs))
         lines.append([*(from_uint8(sample) for sample, _ in pairs), *filler])
         lines.append([*(as_unit(thumbnails(as_unit(image[None])))[0] for _, image in pairs), *filler])
-        steps = f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}"
+        steps = plural(row.num_steps, "step")
         titles.append(f"{Path(row.checkpoint).name}\n{row.sampler}, {steps}")
         titles.append(f"nearest data\n{row.closest[0][2]:.3f} to {row.closest[-1][2]:.3f}")
     heading = "The samples closest to an image of the data, and that image"

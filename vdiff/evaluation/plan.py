@@ -13,6 +13,7 @@ from vdiff.evaluation.features import INCEPTION, PIXELS, Features, FeaturesWithL
 from vdiff.evaluation.nearest import MAX_QUERIES
 from vdiff.evaluation.reference import MAX_KEPT, ReferenceImages
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.text import plural
 
 METRICS = ("fd", "kd", "precision", "recall", "isc", "rmse", "psnr", "nearest")
 OF_INCEPTION = {"fid": "fd", "kid": "kd"}
@@ -37,7 +38,7 @@ class RowSpec:
     @property
     def steps(self) -> str:
         """`1 step`, `8 steps`."""
-        return f"{self.num_steps} step{'s' if self.num_steps > 1 else ''}"
+        return plural(self.num_steps, "step")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def check_kind(models: tuple[int, int], data: tuple[int, int], path: Path | str)
 
 def _shown(kind: tuple[int, int]) -> str:
     size, channels = kind
-    return f"{size}×{size} with {channels} channel{'s' if channels > 1 else ''}"
+    return f"{size}×{size} with {plural(channels, 'channel')}"
 
 
 def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text, write_text
 from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
+from vdiff.text import cause_of
 
 FORMAT = 1
 FILE, PAIRS = "evaluation.json", "evaluation-nearest.png"
@@ -172,8 +173,7 @@ class Evaluation:
         try:
             text = read_text(path)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise VdiffError(f"{path} cannot be read: {reason}", AGAIN) from None
+            raise VdiffError(f"{path} cannot be read: {cause_of(error)}", AGAIN) from None
         try:
             return cls.from_json(text)
         except VdiffError as error:

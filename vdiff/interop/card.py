@@ -27,6 +27,7 @@ from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import parameter_count
 from vdiff.replacing import check_free
+from vdiff.text import plural
 
 CARD, PICTURE = "README.md", "samples.png"
 FILES_OF_CARD = r"README\.md|samples\.png"
@@ -131,7 +132,11 @@ def new_card(
     fingerprint = weights_fingerprint(checkpoint)
     name = checkpoint.resolve().name
     picture, steps = _picture(denoiser, config)
-    shown = f"![{PICTURE_IMAGES} images]({PICTURE})\n\n*DDIM, {_steps(steps)}, noise of seed 0.*\n\n" if picture else ""
+    shown = (
+        f"![{PICTURE_IMAGES} images]({PICTURE})\n\n*DDIM, {plural(steps, 'step')}, noise of seed 0.*\n\n"
+        if picture
+        else ""
+    )
     front = ["---", f"license: {license_name.lower()}", f"library_name: {library}"]
     front += ["pipeline_tag: unconditional-image-generation", "tags:"]
     front += [f"- {tag}" for tag in ("diffusion", "v-diffusion", *_method_tags(config), *tags)]
@@ -166,7 +171,8 @@ def _summary(config: CheckpointConfig) -> str:
     of = f" of {len(config.class_names)} classes" if config.class_names else ""
     how = "a base model" if config.method == "base" else f"distilled ({_cell(config.method)})"
     size = config.image_size
-    return f"A diffusion model that draws images{of}, {size} × {size} pixels, in {_steps(config.num_timesteps)}: {how}."
+    steps = plural(config.num_timesteps, "step")
+    return f"A diffusion model that draws images{of}, {size} × {size} pixels, in {steps}: {how}."
 
 
 def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> str:
@@ -292,10 +298,6 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
 
 def _written(sections: Mapping[str, str]) -> str:
     return "".join(f"\n### `{name}`\n\n{body.strip()}\n" for name, body in sections.items())
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'s' if count > 1 else ''}"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

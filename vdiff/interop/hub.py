@@ -15,6 +15,7 @@ from vdiff.interop.card import CARD, PICTURE, is_card
 from vdiff.interop.sharing import public
 from vdiff.interop.weights import describe
 from vdiff.models.checkpoint import CONFIG, WEIGHTS
+from vdiff.text import cause_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 PATTERNS = (CARD, PICTURE, CONFIG, WEIGHTS, "*.onnx", "*.pt2", "model_index.json")
@@ -127,7 +128,7 @@ def _told(address: str, repository: str, *, hint: str) -> Iterator[None]:
             if isinstance(cause, HfHubHTTPError):
                 raise _refused(address, repository, cause, hint) from None
             raise VdiffError(
-                f"cannot upload to {address}: {_line(cause)}", f"look at the network and --endpoint; {hint}"
+                f"cannot upload to {address}: {cause_of(cause)}", f"look at the network and --endpoint; {hint}"
             ) from None
         raise
 
@@ -140,7 +141,7 @@ def _is_of_network(error: Exception) -> bool:
 def _refused(address: str, repository: str, error: Any, hint: str) -> VdiffError:
     """What the hub's answer means."""
     code = error.response.status_code
-    said = _line(error.server_message or f"HTTP {code}")
+    said = cause_of(error.server_message or f"HTTP {code}")
     if code == 401:
         return VdiffError(f"{address} does not know the token ({said})", "set HF_TOKEN to one that may write")
     if code == 403:
@@ -150,7 +151,3 @@ def _refused(address: str, repository: str, error: Any, hint: str) -> VdiffError
     if code == 409:
         return VdiffError(f"{repository} exists already", "give --overwrite to commit to it, or another name")
     return VdiffError(f"{address} refuses {repository}: {said}", hint)
-
-
-def _line(message: object) -> str:
-    return " ".join(str(message).split()) or type(message).__name__

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vdiff.errors import VdiffError
 from vdiff.files import check_regular
+from vdiff.text import cause_of
 
 MAX_FILE_BYTES = 64 * 2**30
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -50,13 +51,13 @@ def read_pt(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise VdiffError(f"{path}: no such file", "give the path of a checkpoint.pt") from None
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise VdiffError(f"{path} cannot be read ({_first_line(error)})", "copy it again") from None
+        raise VdiffError(f"{path} cannot be read ({cause_of(error)})", "copy it again") from None
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles fail in every way there is
         # torch advises to open it without a guard, which would run what is in it
         is_advice = re.search("weights.only", str(error), re.IGNORECASE)
-        reason = "more than tensors, or damaged" if is_advice else _first_line(error)
+        reason = "more than tensors, or damaged" if is_advice else cause_of(error)
         raise VdiffError(f"{path} cannot be read as weights ({reason})", "copy it again") from None
     if not isinstance(values, Mapping):
         raise VdiffError(f"{path} holds a {type(values).__name__}, no dictionary", "give another file")
@@ -133,8 +134,3 @@ def check_names(path: Path, pickle: bytes) -> None:
                 f"{path} asks for {named[:80]!r}, which no weights need: refused, nothing of it was run",
                 "do not open the file with anything that runs pickles; save the plain tensors if it is yours",
             )
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

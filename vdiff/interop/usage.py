@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import UNetConfig
+from vdiff.text import plural
 
 IMAGES = 16
 
@@ -97,7 +98,7 @@ def _in_words(config: CheckpointConfig, options: GraphOptions) -> str:
     if unet.guidance_input or options.guided:
         limits = " from {:g} to {:g}".format(*config.guidance_range) if config.guidance_range else ""
         names.append(f"`guidance` (B,), weights w{limits}")
-    steps = f"{options.num_steps} step{'s' if options.num_steps > 1 else ''}"
+    steps = plural(options.num_steps, "step")
     what = f"the whole sampler, DDIM in {steps}" if options.sampler else "one evaluation of the network"
     if not options.sampler and options.num_steps <= MAX_GRID:
         what += f", with what a sampler of {steps} must know of each in its metadata, `grid`"

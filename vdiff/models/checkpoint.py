@@ -33,6 +33,7 @@ from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_
 from vdiff.models.unet import UNet, UNetConfig
 from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
+from vdiff.text import cause_of
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, AVERAGE = "model.safetensors", "config.json", "average.json"
@@ -236,8 +237,7 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
         with torch.device("meta"):  # shapes alone: nothing is allocated before the two files are known to fit
             shapes = {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise VdiffError(f"{folder / CONFIG} describes no model: {reason}", advice) from None
+        raise VdiffError(f"{folder / CONFIG} describes no model: {cause_of(error)}", advice) from None
     if difference := _difference(shapes, found):
         raise VdiffError(f"{mismatch}: {difference}", "restore the two files together")
     if config.image_size % unet.size_multiple:

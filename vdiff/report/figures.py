@@ -52,8 +52,3 @@ def milliseconds_text(milliseconds: float | None) -> str:
 def times_text(ratio: float) -> str:
     """`1.9 times`, `1,150 times`."""
     return f"{figure(ratio, 2) if ratio < 100 else whole(float(f'{ratio:.3g}'))} times"
-
-
-def steps_text(steps: int) -> str:
-    """`1 step`, `1,024 steps`."""
-    return f"{steps:,} step{'' if steps == 1 else 's'}"

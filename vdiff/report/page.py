@@ -15,12 +15,13 @@ from vdiff.errors import printable
 from vdiff.files import write_text
 from vdiff.replacing import Kind, check_free, locked
 from vdiff.report import plots, tables
-from vdiff.report.figures import figure, steps_text, whole
+from vdiff.report.figures import figure, whole
 from vdiff.report.losses import read_losses
 from vdiff.report.measured import Measured, measured, time_curve
 from vdiff.report.pictures import Inlined, inlined, read_picture, strips
 from vdiff.report.run import LadderRun
 from vdiff.report.words import evaluate_command, facts, notes, recipes, sample_command, summary
+from vdiff.text import plural
 
 NAME = "report.html"
 GENERATOR = "vdiff"
@@ -84,7 +85,7 @@ def render(ladder: LadderRun) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
     environment.globals["svg"] = Markup  # of our own drawings alone: `to_svg` escapes what they say
-    environment.filters |= {"figure": figure, "whole": whole, "steps": steps_text}
+    environment.filters |= {"figure": figure, "whole": whole, "plural": plural}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = environment.from_string(_part("page.html")).render(
         style=Markup(style),
@@ -141,7 +142,7 @@ def rungs(ladder: LadderRun) -> list[Rung]:
     told = []
     for line, strip in zip(drawn, cut, strict=False):
         error = "" if line.rmse_to_first is None else f"RMSE {figure(line.rmse_to_first)}"
-        told.append(Rung(line.name, steps_text(line.steps), error, inlined(strip), count))
+        told.append(Rung(line.name, plural(line.steps, "step"), error, inlined(strip), count))
     return told
 
 
@@ -151,7 +152,7 @@ def losses(ladder: LadderRun) -> list[Losses]:
     for k, model in enumerate(ladder.models):
         points = read_losses(model.folder) if model.folder else []
         if len(points) > 1:
-            steps = steps_text(model.steps)
+            steps = plural(model.steps, "step")
             told.append(Losses(model.name, steps, plots.losses(f"loss-{k}", points, f"{model.name}, {steps}")))
     return told
 

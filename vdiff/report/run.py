@@ -13,6 +13,7 @@ from vdiff.evaluation.results import FILE as EVALUATION
 from vdiff.evaluation.results import Evaluation
 from vdiff.files import parse, read_json, read_text
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, CheckpointConfig, read_config, weights_fingerprint
+from vdiff.text import cause_of
 
 RUN_FILE, VERDICT, COMPARISON = "run.toml", "verdict.json", "ladder.json"
 PICTURE, IMAGES, SAMPLES = "ladder.png", "ladder_images.png", "samples"
@@ -250,7 +251,7 @@ def _text(path: Path) -> str:
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
-        raise VdiffError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", AGAIN) from None
+        raise VdiffError(f"{path} cannot be read: {cause_of(error)}", AGAIN) from None
 
 
 def _either(folder: Path, root: Path, name: str) -> list[Path]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vdiff.evaluation.results import Metric
-from vdiff.report.figures import figure, milliseconds_text, seconds_text, steps_text, whole
+from vdiff.report.figures import figure, milliseconds_text, seconds_text, whole
 from vdiff.report.measured import PLAIN, Measured, finite, in_fewer_steps, milliseconds, teacher_steps, time_curve
 from vdiff.report.plots import Point
 from vdiff.report.run import LadderRun
 from vdiff.reporting import DOUBTFUL
+from vdiff.text import plural
 
 EFFORT = ("num_iters", "num_images", "train_seconds")
 
@@ -127,7 +128,7 @@ def nearest(ladder: LadderRun) -> Table:
     chosen += [row for row in rows if (row.checkpoint_fingerprint, row.num_steps) in students]
     told = []
     for row in chosen:
-        label = f"{Path(row.checkpoint).name}, {steps_text(row.num_steps)}"
+        label = f"{Path(row.checkpoint).name}, {plural(row.num_steps, 'step')}"
         told.append([label, *(_bounded(row.metrics.get(name)) for name in ("nearest", "nearest_data", "closest"))])
     return Table(("samples of", "median to the data", "the same of the data", "the nearest sample"), told)
 

@@ -6,9 +6,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdiff.report.figures import figure, milliseconds_text, seconds_text, steps_text, times_text, whole
+from vdiff.report.figures import figure, milliseconds_text, seconds_text, times_text, whole
 from vdiff.report.measured import Measured, attempts, finite, milliseconds, teacher_steps
 from vdiff.report.run import LadderRun
+from vdiff.text import plural
 
 AGAIN = "again"
 
@@ -35,13 +36,13 @@ def summary(ladder: LadderRun, found: Measured) -> list[str]:
     first, last = ladder.first, ladder.last
     size = first.description.get("image_size")
     data = str(first.description.get("dataset", "") or "unknown images")
-    base = f"A model of {steps_text(first.steps)} for images of {size} × {size} pixels, trained on {data}"
+    base = f"A model of {plural(first.steps, 'step')} for images of {size} × {size} pixels, trained on {data}"
     if not ladder.students:
         return [f"{base}. Nothing has been distilled from it yet."]
     stages, began = len(ladder.students), teacher_steps(ladder)
-    begin = "" if began == first.steps else f", beginning at {steps_text(began)},"
+    begin = "" if began == first.steps else f", beginning at {plural(began, 'step')},"
     by = f"in {stages} stages" if stages > 1 else "in one stage"
-    sentences = [f"{base}, was distilled {by}{begin} into one that draws an image in {steps_text(last.steps)}."]
+    sentences = [f"{base}, was distilled {by}{begin} into one that draws an image in {plural(last.steps, 'step')}."]
     if (gain := speed_up(ladder)) is not None:
         before, after, ratio = gain
         sentences.append(
@@ -54,19 +55,19 @@ def summary(ladder: LadderRun, found: Measured) -> list[str]:
         lost = f"{times_text(times)} the teacher's" if times >= 1.005 else "no more than the teacher's"
         sentences.append(
             f"Its distance to the data is {figure(mine.y)}, {lost} {figure(found.teacher.y)} "
-            f"in {steps_text(round(found.teacher.x))} ({found.name})."
+            f"in {plural(round(found.teacher.x), 'step')} ({found.name})."
         )
         plain = next((curve for curve in found.samplers if curve.label == "teacher, ddim"), None)
         same = next((point for point in plain.points if point.x == mine.x), None) if plain else None
         if same and same.y > mine.y:
-            sentences.append(f"The teacher itself, drawn in {steps_text(round(mine.x))}, is at {figure(same.y)}.")
+            sentences.append(f"The teacher itself, drawn in {plural(round(mine.x), 'step')}, is at {figure(same.y)}.")
     return sentences
 
 
 def facts(ladder: LadderRun, found: Measured) -> list[Fact]:
     """The figures at the head of the page."""
     first, last = ladder.first, ladder.last
-    told = [Fact(steps_text(last.steps), "to draw an image", f"teacher {first.steps:,}" if ladder.students else "")]
+    told = [Fact(plural(last.steps, "step"), "to draw an image", f"teacher {first.steps:,}" if ladder.students else "")]
     if (gain := speed_up(ladder)) is not None:
         told.append(Fact(milliseconds_text(gain[1]), "an image", f"{times_text(gain[2])} as fast"))
     if mine := found.students.get(last.key):
@@ -108,11 +109,11 @@ def notes(ladder: LadderRun, found: Measured) -> list[str]:
             told.append(f"{model.name} failed its examination: {reason}.")
         if model in ladder.students and finite(model.verdict.get("rmse")) is None and model.verdict:
             told.append(f"{model.name} draws values that are not finite.")
-    doubtful = [f"{line.name} in {steps_text(line.steps)}" for line in ladder.compared if line.is_time_doubtful]
+    doubtful = [f"{line.name} in {plural(line.steps, 'step')}" for line in ladder.compared if line.is_time_doubtful]
     if doubtful:
         told.append(f"The times of {', '.join(doubtful)} cannot be: more evaluations took less time, measured twice.")
     if found.left_out:
-        rows = f"{found.left_out} row{'s' if found.left_out > 1 else ''}"
+        rows = plural(found.left_out, "row")
         told.append(f"{rows} of the evaluation are of other weights than those here, and left out.")
     return told
 
@@ -141,7 +142,7 @@ def recipes(ladder: LadderRun) -> list[Recipe]:
         else:
             teacher = ladder.models[ladder.models.index(model) - 1]
             words = ["python", "distill.py", *config, "--base", f"{AGAIN}/{teacher.name}"]
-            what = f"Distil the student of {steps_text(model.steps)}"
+            what = f"Distil the student of {plural(model.steps, 'step')}"
         told.append(Recipe(what, shlex.join([*words, "--out", target])))
     told.append(Recipe("Draw images", sample_command(ladder)))
     made = ladder.evaluation.command if ladder.evaluation else ""

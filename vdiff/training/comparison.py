@@ -19,7 +19,7 @@ from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw, rmse
 from vdiff.models.speed import impossible_times
 from vdiff.reporting import Reporter
-from vdiff.training.ladder import steps_text
+from vdiff.text import plural
 from vdiff.training.stages import Stage
 from vdiff.training.verdict import read_verdict
 
@@ -85,7 +85,7 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
     usual = 24 if read_config(stages[0].base).image_size <= 32 else 16
     count, most = plan_comparison([steps for _, steps in entries], usual, budget)
     if count < usual or most < entries[0][1]:
-        without = f", models of more than {steps_text(most)} left out" if most < entries[0][1] else ""
+        without = f", models of more than {plural(most, 'step')} left out" if most < entries[0][1] else ""
         reporter.line(f"comparing by {count} images{without}, as the training was short")
     rows: list[Row] = []
     drawn: list[tuple[Row, Tensor]] = []
@@ -179,7 +179,7 @@ def picture(drawn: Sequence[tuple[Row, Tensor]]) -> Image:
     titles = []
     for row, _ in drawn:
         error = f"RMSE {row.rmse_to_first:.3f}" if row.rmse_to_first is not None else ""
-        titles.append(f"{Path(row.checkpoint).name}\n{steps_text(row.num_steps)}\n{error}")
+        titles.append(f"{Path(row.checkpoint).name}\n{plural(row.num_steps, 'step')}\n{error}")
     count = min(PICTURE_ROWS, len(drawn[0][1]))
     return captioned_grid(
         [[images[k] for _, images in drawn] for k in range(count)],

@@ -12,6 +12,7 @@ from vdiff.errors import Interrupted, OptionError, VdiffError, shell
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
 from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
+from vdiff.text import plural
 from vdiff.training.attempts import failed_attempts, finish_keeping, keep_best, set_aside, times_failed
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData
@@ -131,7 +132,7 @@ def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engin
     lineage = {"path": stage.base.as_posix(), "fingerprint": weights_fingerprint(stage.base)}
     if is_run(stage.folder):
         if (found := found_student(stage, config)) and found.is_finished:
-            reporter.line(f"{stage.folder} is finished already: {steps_text(found.num_timesteps)}")
+            reporter.line(f"{stage.folder} is finished already: {plural(found.num_timesteps, 'step')}")
             if engine.is_main:
                 settle(stage.folder, halved, found.num_iters)
             return False
@@ -237,11 +238,6 @@ def verdict_text(verdict: Verdict) -> str:
     if verdict.distance is not None:
         text += f", distance to the data {verdict.distance:.3g} (teacher {verdict.teacher_distance:.3g})"
     return text
-
-
-def steps_text(num_steps: int) -> str:
-    """`1 step`, `8 steps`."""
-    return f"{num_steps} step{'s' if num_steps > 1 else ''}"
 
 
 def check_room(stages: list[Stage]) -> None:

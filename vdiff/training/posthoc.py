@@ -19,6 +19,7 @@ from torch import Tensor
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
+from vdiff.text import plural
 from vdiff.training.averages import MAX_SIGMA_REL, Averages, Exponential, PowerFunction, gamma_of
 from vdiff.training.weights import whole
 
@@ -244,7 +245,7 @@ def reconstruct(folder: Path, sigma_rels: Sequence[float], at: int | None = None
         if misfit > MAX_MISFIT:
             low, high = reachable(snapshots, end.step)
             raise OptionError(
-                f"σ_rel {sigma_rel}: made from {count} snapshot{'' if count == 1 else 's'} until update {end.step}, "
+                f"σ_rel {sigma_rel}: made from {plural(count, 'snapshot')} until update {end.step}, "
                 f"its profile would be {misfit:.0%} off",
                 f"give one from {low} to {high}, or train with a shorter --ema_interval",
             )

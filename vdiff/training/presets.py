@@ -17,6 +17,7 @@ import tomli_w
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import CHECKSUM, checksum, parse, read_text, write_text
 from vdiff.settings import check_value
+from vdiff.text import cause_of
 from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
 
 PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
@@ -59,8 +60,7 @@ def read_settings(path: Path) -> Settings:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(f"{path} cannot be read: {reason}", "give --config a TOML file") from None
+        raise OptionError(f"{path} cannot be read: {cause_of(error)}", "give --config a TOML file") from None
     settings_text, mark, said = text.rpartition(CHECKSUM_MARK)
     if path.name == RUN_FILE and mark and said.strip() != checksum(settings_text):  # a copy may be edited as it is
         raise OptionError(f"{path} is damaged, or edited", "restore it, or delete its last line, the checksum")

@@ -16,6 +16,7 @@ from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
 from vdiff.reporting import Reporter
+from vdiff.text import cause_of
 
 MAX_PREVIEW_STEPS = 32
 
@@ -85,7 +86,7 @@ class Tracked(Pictures):
             getattr(self.tracker, what)(*args, **options)
         except Exception as error:  # whatever a server or a package raises
             self.tracker = None
-            self.reporter.line(f"nothing more is logged: the tracker failed ({_in_one_line(error)})")
+            self.reporter.line(f"nothing more is logged: the tracker failed ({cause_of(error)})")
 
 
 def open_records(tracker: str, folder: Path, *, step: int, reporter: Reporter) -> Records:
@@ -99,11 +100,7 @@ def open_records(tracker: str, folder: Path, *, step: int, reporter: Reporter) -
     except VdiffError:
         raise
     except Exception as error:
-        raise OptionError(f"--tracker {tracker}: {_in_one_line(error)}", "mend that, or give --tracker none") from None
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise OptionError(f"--tracker {tracker}: {cause_of(error)}", "mend that, or give --tracker none") from None
 
 
 def _open_records(tracker: str, folder: Path, step: int, reporter: Reporter) -> Records:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vdiff.errors import VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
+from vdiff.text import cause_of
 from vdiff.training.averages import Exponential
 from vdiff.training.meter import Position
 from vdiff.training.step import TrainStep
@@ -87,8 +88,8 @@ def load_state(folder: Path, step: TrainStep) -> Position:
             for name, parameter in trainable(denoiser).items()
         ]
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise VdiffError(f"{path} does not belong to this run ({reason})", "start anew with --overwrite") from None
+        cause = f"{path} does not belong to this run ({cause_of(error, 120)})"
+        raise VdiffError(cause, "start anew with --overwrite") from None
     state = {i: {"step": updates.clone(), **values} for i, values in enumerate(moments)} if position.step else {}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return position

@@ -37,6 +37,7 @@ from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config, rea
 from vdiff.models.reading import read_shapes
 from vdiff.models.unet import UNetConfig
 from vdiff.replacing import check_free
+from vdiff.text import cause_of
 
 PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
 NOT_THEIRS = "give a folder that diffusers' save_pretrained wrote, or OWNER/NAME of the hub"
@@ -108,9 +109,8 @@ def fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # what it raises depends on its version and on the library that it speaks HTTP with
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise VdiffError(
-            f"{name}: no such folder, and the hub does not give it ({reason})",
+            f"{name}: no such folder, and the hub does not give it ({cause_of(error)})",
             "check the name and the network (HF_TOKEN opens what is private), or give a folder",
         ) from None
 

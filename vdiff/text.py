@@ -1,0 +1,34 @@
+"""Numbers, sizes, times and errors as people read them, in one line."""
+
+from __future__ import annotations
+
+import math
+
+
+def plural(number: int, thing: str) -> str:
+    """`1 step`, `2 steps`, `1,024 steps`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1:15`; `4000` → `1:06:40`."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def quantity(number: float) -> str:
+    """`1234567` → `1.23 M`."""
+    power = 0 if abs(number) < 1000 else min(int(math.log10(abs(number))) // 3, 5)
+    return f"{number / 1000**power:.3g} {' kMGTP'[power]}".rstrip()
+
+
+def megabytes(num_bytes: int) -> str:
+    """`1234567` → `1.2 MB`."""
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def cause_of(error: object, length: int = 200) -> str:
+    """What an exception says, in one line of at most `length` characters; its type where it says nothing."""
+    said = getattr(error, "strerror", None) or error
+    return " ".join(str(said).split())[:length] or type(error).__name__
