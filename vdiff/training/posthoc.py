@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder, remove
-from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
+from vdiff.models.checkpoint import WEIGHTS, read_metadata, read_tensors, write_tensors
+from vdiff.models.reading import read_shapes
 from vdiff.text import plural
 from vdiff.training.averages import MAX_SIGMA_REL, Averages, Exponential, PowerFunction, gamma_of
 from vdiff.training.weights import whole
@@ -265,10 +266,10 @@ def reconstruct(folder: Path, sigma_rels: Sequence[float], at: int | None = None
                 if not k:
                     total[key] = torch.zeros_like(tensor, dtype=torch.float64)
                 total[key].add_(tensor, alpha=float(share))
-    buffers = _of(tensors, "buffer")
+    others = {**_frozen(folder, sums[0] if sums else {}), **_of(tensors, "buffer")}
     return [
         Reconstruction(
-            sigma_rel, {**{key: sum_.float() for key, sum_ in total.items()}, **buffers}, count, float(misfit)
+            sigma_rel, {**others, **{key: sum_.float() for key, sum_ in total.items()}}, count, float(misfit)
         )
         for sigma_rel, total, misfit in zip(sigma_rels, sums, misfits, strict=True)
     ]
@@ -289,7 +290,8 @@ def read_exponential(folder: Path, decay: float, at: int | None = None) -> dict[
             f"it has {kept}" if kept else f"train with --ema_more {decay}",
         )
     tensors = read_tensors(snapshot.path)
-    return {**_of(tensors, Exponential(decay).name), **_of(tensors, "buffer")}
+    average, buffers = _of(tensors, Exponential(decay).name), _of(tensors, "buffer")
+    return {**_frozen(folder, {**average, **buffers}), **average, **buffers}
 
 
 def _parts(snapshots: Sequence[Snapshot], step: int) -> tuple[list[tuple[Snapshot, str]], list[float], list[float]]:
@@ -305,6 +307,14 @@ def _parts(snapshots: Sequence[Snapshot], step: int) -> tuple[list[tuple[Snapsho
         raise VdiffError("the snapshots hold no power functions", "train with --ema_profiles")
     parts = [(snapshot, profile.name) for snapshot, profile in found]
     return parts, [float(snapshot.step) for snapshot, _ in found], [profile.gamma for _, profile in found]
+
+
+def _frozen(folder: Path, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that the run in `folder` did not train, which are in no snapshot."""
+    path = folder / WEIGHTS
+    if not path.exists() or read_shapes(path).keys() <= averaged.keys():
+        return {}
+    return {name: tensor for name, tensor in read_tensors(path).items() if name not in averaged}
 
 
 def _of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
