@@ -10,9 +10,9 @@ import torch
 from tests.toy import UNET, Watcher, contents, write_checkpoint
 from vdiff.distributed import Processes
 from vdiff.models.checkpoint import read_config, weights_fingerprint
+from vdiff.models.checks import class_numbers
 from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
-from vdiff.sampling.checks import class_numbers
 from vdiff.sampling.formats import open_output
 from vdiff.sampling.job import RunOptions, SampleReport, draw_images
 from vdiff.sampling.outputs import PICTURES, ImageKind

@@ -36,7 +36,7 @@ DIFFUSION = [
 ]
 MAY_IMPORT = {
     "vdiff": ["vdiff.api"],
-    "vdiff.api": ["vdiff.sampling", "vdiff.models", "vdiff.diffusion", *BASE],
+    "vdiff.api": ["vdiff.models", "vdiff.diffusion", *BASE],
     "vdiff.__main__": ["vdiff.cli"],
     "vdiff.errors": [],
     "vdiff.text": [],
@@ -68,6 +68,7 @@ MAY_IMPORT = {
         *BASE,
         "vdiff",
     ],
+    "vdiff.models.checks": ["vdiff.models.checkpoint", "vdiff.diffusion", *BASE],
     "vdiff.models.drawing": ["vdiff.models.denoiser", "vdiff.diffusion", *BASE],
     "vdiff.models.speed": ["vdiff.models.denoiser", "vdiff.models.unet", *BASE],
     "vdiff.models.flops": ["vdiff.models.unet"],

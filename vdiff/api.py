@@ -13,11 +13,11 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Sampler
 from vdiff.distributed import memory_errors_named, pick_device
+from vdiff.models import checks
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from, image_classes
 from vdiff.models.speed import ready_to_draw
-from vdiff.sampling import checks
 
 
 def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", compiled: bool = False) -> Model:

@@ -201,9 +201,9 @@ def command(
     form = image_format(out, image_store)
 
     from vdiff.distributed import join
+    from vdiff.models import checks
     from vdiff.models.checkpoint import newest_checkpoint, read_config, weights_fingerprint
     from vdiff.models.speed import pick_precision
-    from vdiff.sampling import checks
     from vdiff.sampling.formats import open_output
     from vdiff.sampling.job import RunOptions, draw_images
     from vdiff.sampling.outputs import ImageKind

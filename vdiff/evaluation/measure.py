@@ -43,7 +43,6 @@ from vdiff.evaluation.plan import (
     MAX_PAIRED,
     EvalPlan,
     RowSpec,
-    check_guidance,
     check_kind,
     check_numbers,
     choose_metrics,
@@ -65,6 +64,7 @@ from vdiff.evaluation.samples import CLASS_STATS, STATE, Generator, SampleBlocks
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
 from vdiff.files import parse, read_text, write_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
+from vdiff.models.checks import check_guidance
 from vdiff.models.speed import impossible_times, pick_precision
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked
 from vdiff.reporting import DOUBTFUL_TIMES, Progress, Reporter, Silent
@@ -212,7 +212,10 @@ def _prepare(rows: Sequence[RowSpec], dataset: Path | str, plan: EvalPlan, devic
     configs = {folder: read_config(folder) for folder in dict.fromkeys(folders)}
     size, channels = shared_kind(configs)
     for folder, config in configs.items():
-        check_guidance(folder, config, plan.guidance)
+        try:
+            check_guidance(config, plan.guidance)
+        except VdiffError as error:
+            raise OptionError(f"--guidance {plan.guidance:g}: {folder}: {error.cause}", error.hint) from None
     images = ReferenceImages(dataset, size)
     check_kind((size, channels), (images.image_size, images.channels), images.store.path)
     features = load_features(plan.features, image_size=size, channels=channels, device=device, weights=plan.weights)

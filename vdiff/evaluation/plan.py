@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,24 +107,6 @@ def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def check_guidance(folder: Path, config: CheckpointConfig, weight: float) -> None:
-    """Refuse a weight w of guidance that a model cannot be drawn with.
-
-    Raises:
-        OptionError: no finite number, outside of the model's range, or a model without guidance.
-    """
-    if not math.isfinite(weight):
-        raise OptionError(f"--guidance {weight}: no weight", "give a number such as 1.5")
-    if config.unet.get("guidance_input"):
-        low, high = config.guidance_range or (0.0, 0.0)
-        if not low <= weight <= high:
-            raise OptionError(
-                f"--guidance {weight:g}: {folder} knows weights from {low:g} to {high:g}", "give one of those"
-            )
-    elif weight and not config.unet.get("null_class"):
-        raise OptionError(f"--guidance {weight:g}: {folder} has no answer without a class", "leave it out")
 
 
 def shared_kind(configs: dict[Path, CheckpointConfig]) -> tuple[int, int]:
