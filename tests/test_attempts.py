@@ -25,11 +25,20 @@ from tests.toy import (
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.files import remove
 from vdiff.models.checkpoint import WEIGHTS, read_config, save_checkpoint
-from vdiff.training import attempts, ladder
-from vdiff.training.attempts import failed_attempts, times_failed
+from vdiff.training import ladder
+from vdiff.training import verdict as verdicts
 from vdiff.training.config import DistillConfig
 from vdiff.training.presets import RUN_FILE, read_run
-from vdiff.training.verdict import Examiner, Verdict, read_verdict, warning, why_failed
+from vdiff.training.stages import Stage
+from vdiff.training.verdict import (
+    Examiner,
+    Verdict,
+    failed_attempts,
+    read_verdict,
+    times_failed,
+    warning,
+    why_failed,
+)
 
 LR = 0.008
 COLLAPSED = "distance to the data is 100, its teacher's 1"
@@ -61,8 +70,8 @@ class Told:
         monkeypatch.setattr(ladder, "fit", self.fit)
         told = self
 
-        def examine(_, *, folder: Path, attempts: int, max_regression: float, **__) -> Verdict:
-            lr = read_run(folder).distill["lr"]
+        def examine(_, stage: Stage, *__, attempts: int, max_regression: float, **___) -> Verdict:
+            lr = read_run(stage.folder).distill["lr"]
             far = told.distance.get(lr, 100.0 if told.rmse[lr] > 0.3 else None)
             found = Verdict(0.3, told.rmse[lr], far, None if far is None else 1.0, 4, attempts, "")
             return dataclasses.replace(found, reason=why_failed(found, max_regression))
@@ -206,7 +215,7 @@ class KilledError(Exception):
 
 
 POINTS: list[tuple[object, str]] = [
-    (Path, "rename"), (attempts, "remove"), (attempts, "write_verdict"), (ladder, "write_verdict"),
+    (Path, "rename"), (verdicts, "remove"), (verdicts, "write_verdict"), (ladder, "write_verdict"),
     (ladder, "start_anew"),
 ]  # fmt: skip
 

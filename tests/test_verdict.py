@@ -24,6 +24,7 @@ from vdiff.models.drawing import rmse
 from vdiff.models.unet import UNetConfig
 from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.engine import build_engine
+from vdiff.training.stages import Stage
 from vdiff.training.verdict import (
     HELD_OUT,
     VERDICT,
@@ -188,10 +189,11 @@ def examiner(watcher: Watcher | None = None, *, images: int = 5, far: int = 7, d
 def examine(of: Examiner, base: Path, folder: Path, **changes) -> Verdict:
     """With a start of its own, that nobody trained."""
     settings = {
-        "base": base, "teacher_steps": 8, "start": start(folder), "folder": folder, "num_steps": 4, "guidance": (),
-        "measure_distance": True, "max_regression": 1e9, "attempts": 2, "budget": 10**9,
+        "start": start(folder), "guidance": (), "measure_distance": True, "max_regression": 1e9, "attempts": 2,
+        "budget": 10**9,
     }  # fmt: skip
-    return of.examine(**{**settings, **changes})
+    stage = Stage(base, changes.pop("teacher_steps", 8), folder, changes.pop("num_steps", 4))
+    return of.examine(stage, **{**settings, **changes})
 
 
 def start(folder: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,15 +134,14 @@ def planned(
     seconds: dict[tuple[object, ...], float] = {}
     rows = []
     total = 0.0
-    for k, stage in enumerate(stages):
-        mine = stage.settings(config if k == 0 else replace(config, student_config=""))
-        found = None if overwrite else found_student(stage, mine)
+    for stage in stages:
+        found = None if overwrite else found_student(stage, stage.settings(config))
         updates, needs_images = stage.updates(config), METHODS[stage.method].needs_images
         left = updates if found is None else 0 if found.is_finished else updates - found.num_iters
         # a path costs as much as it has steps, a target as many evaluations as its teacher takes steps, short steps
         # need full precision; the networks of a smaller student come with the second stage
         cost = stage.num_steps if not needs_images else stage.teacher_steps // stage.num_steps
-        kind = (stage.method, cost, stage.is_fine, bool(config.student_config) and k > 0)
+        kind = (stage.method, cost, stage.is_fine, bool(config.student_config) and not stage.is_first)
         if left and kind not in seconds:
             console.line(f"timing updates of {stage.method}")
             seconds[kind] = seconds_per_update(stage, config, images, engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,19 @@ import torch
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
-from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
-from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.errors import Interrupted, OptionError, suggestion
+from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.unet import UNetConfig
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
-from vdiff.training.engine import Engine, build_engine, effective_batch
+from vdiff.training.engine import build_engine, effective_batch
 from vdiff.training.folder import RUN, check_resumable, check_same_run, recorded, start_anew
 from vdiff.training.loop import Run, fit, settle
 from vdiff.training.objectives import DenoisingObjective
-from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings, write_run
+from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer, write_run
 
 DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
 
@@ -48,9 +49,7 @@ def resolve_training(
     Raises:
         VdiffError: settings or dataset cannot be used.
     """
-    layers: dict[str, Mapping[str, Any]] = {}
-    if resume:
-        layers[str(folder / RUN_FILE)] = _settings_of(folder)
+    layers = recorded_layer(TrainConfig, folder) if resume else {}
     settings = read_settings(config_file) if config_file else Settings({}, {})
     chosen = {key: value for layer in [*layers.values(), settings.train, flags] for key, value in layer.items()}
     preset = str(chosen.get("preset") or "")
@@ -77,18 +76,6 @@ def resolve_training(
         image_size=images.image_size,
         class_conditional=conditional,
     ), images
-
-
-def _settings_of(folder: Path) -> Mapping[str, Any]:
-    """The settings that a base run recorded in `folder`.
-
-    Raises:
-        VdiffError: there is no run, or it is one of distill.py.
-    """
-    settings = read_run(folder)
-    if not settings.train:
-        raise VdiffError(f"{folder} holds a student, not a base model", "the distill.py command that began it goes on")
-    return settings.train
 
 
 def _assumed(preset: str, image_size: int | None) -> TrainingData:
@@ -183,50 +170,34 @@ def train(
     description = describe(config, images)
     engine = build_engine(config)
     with locked(folder, kind=RUN, mine=engine.is_main):
-        return _train(config, images, description, engine, folder, resume, overwrite, reporter)
-
-
-def _train(
-    config: TrainConfig,
-    images: TrainingData,
-    description: CheckpointConfig,
-    engine: Engine,
-    folder: Path,
-    resume: bool,
-    overwrite: bool,
-    reporter: Reporter,
-) -> CheckpointConfig:
-    if resume:
-        check_same_run(folder, config, resolve(TrainConfig, {str(folder / RUN_FILE): _settings_of(folder)}))
-        found = recorded(folder)
-        if found and found.is_finished and found.num_iters >= config.num_iters:
-            reporter.line(f"{folder} is finished already: {found.num_iters} updates")
-            if engine.is_main:
-                settle(folder, config, found.num_iters)
-            return found
-        check_resumable(folder, images)
-    engine.wait()  # until every process has seen the folder as it was
-    if engine.is_main and resume:
-        write_run(folder, config)
-    elif engine.is_main:
-        start_anew(folder, config, overwrite=overwrite)
-    engine.wait()
-    torch.manual_seed(config.seed)
-    denoiser = description.build()
-    reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
-    run = Run(
-        denoiser=denoiser,
-        objective=DenoisingObjective(denoiser.schedule),
-        batches=images.batches(config, engine, reporter),
-        config=config,
-        description=description,
-        folder=folder,
-        class_dropout=config.class_dropout,
-    )
-    try:
-        fit(run, engine, reporter)
-    except Interrupted as stop:
-        raise Interrupted(f"{stop}; go on with --resume", stop.exit_code) from None
-    finished = recorded(folder)
-    assert finished is not None
-    return finished
+        if resume:
+            check_same_run(folder, config, resolve(TrainConfig, recorded_layer(TrainConfig, folder)))
+            found = recorded(folder)
+            if found and found.is_finished and found.num_iters >= config.num_iters:
+                reporter.line(f"{folder} is finished already: {found.num_iters} updates")
+                if engine.is_main:
+                    settle(folder, config, found.num_iters)
+                return found
+            check_resumable(folder, images)
+        engine.wait()  # until every process has seen the folder as it was
+        if engine.is_main and not resume:
+            start_anew(folder, config, overwrite=overwrite)
+        engine.wait()
+        torch.manual_seed(config.seed)
+        denoiser = description.build()
+        reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
+        run = Run(
+            denoiser=denoiser,
+            objective=DenoisingObjective(denoiser.schedule),
+            batches=images.batches(config, engine, reporter),
+            config=config,
+            description=description,
+            folder=folder,
+            class_dropout=config.class_dropout,
+            on_resumed=partial(write_run, folder, config) if resume else None,
+        )
+        try:
+            fit(run, engine, reporter)
+        except Interrupted as stop:
+            raise Interrupted(f"{stop}; go on with --resume", stop.exit_code) from None
+        return read_config(folder)

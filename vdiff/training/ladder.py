@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,6 @@ from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_conf
 from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
 from vdiff.text import plural
-from vdiff.training.attempts import failed_attempts, finish_keeping, keep_best, set_aside, times_failed
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
@@ -29,7 +27,7 @@ from vdiff.training.folder import (
     start_anew,
 )
 from vdiff.training.loop import fit, settle
-from vdiff.training.presets import RUN_FILE, read_run
+from vdiff.training.presets import RUN_FILE, recorded_layer
 from vdiff.training.stages import Stage
 from vdiff.training.state import remove_state
 from vdiff.training.student import begin_student, describe_student, stage_run
@@ -39,7 +37,13 @@ from vdiff.training.verdict import (
     Examiner,
     Verdict,
     collapse,
+    failed_attempts,
+    finish_keeping,
+    keep_best,
     read_verdict,
+    set_aside,
+    summary,
+    times_failed,
     warning,
     why_failed,
     write_verdict,
@@ -65,22 +69,37 @@ def run_stages(
         Interrupted: a signal came; the same command goes on.
         VdiffError: a student's folder holds something else, the training fails, or a student collapsed.
     """
+    examiner = Examiner(
+        seed=config.seed,
+        num_images=max(config.check_images, MIN_NOISES),
+        num_distance_images=config.distance_images,
+        distance=distance,
+        device=engine.device,
+        reporter=reporter,
+    )
+    trained = False
     with ExitStack() as locks:
         for stage in stages:
             locks.enter_context(locked(stage.folder, kind=RUN, mine=engine.is_main))
-        return _climb(stages, config, images, engine, overwrite=overwrite, reporter=reporter, distance=distance)
+        _make_room(stages, config, engine, overwrite=overwrite)
+        try:
+            for k, stage in enumerate(stages):
+                mine = stage.settings(config)
+                measured = config.distance_every > 0 and (len(stages) - 1 - k) % config.distance_every == 0
+                is_good = False
+                while not is_good:
+                    trained |= train_stage(stage, mine, images, engine, reporter)
+                    is_good = not config.check_images or check_student(
+                        stage, mine, engine, examiner, reporter, measure_distance=measured
+                    )
+        except Interrupted as stop:
+            how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
+            raise Interrupted(f"{stop}; {how}", stop.exit_code) from None
+    return trained
 
 
-def _climb(
-    stages: list[Stage],
-    config: DistillConfig,
-    images: TrainingData,
-    engine: Engine,
-    *,
-    overwrite: bool,
-    reporter: Reporter,
-    distance: Distance | None,
-) -> bool:
+def _make_room(stages: list[Stage], config: DistillConfig, engine: Engine, *, overwrite: bool) -> None:
+    """Remove what `overwrite` may, or see that nothing is in the way."""
     if overwrite:
         load_checkpoint(stages[0].base)  # before anything is removed: it may be damaged
         engine.wait()
@@ -91,39 +110,23 @@ def _climb(
             for path, folder in old:
                 discard(path, folder, last=RUN_FILE)
         engine.wait()
-    else:
-        for stage in stages:
-            if not is_free(stage.folder):
-                check_ours(stage.folder, RUN)
-        engine.wait()
-        for stage in stages if engine.is_main else ():
-            finish_keeping(stage.folder, config.retries)
-        engine.wait()
-        check_room(stages)
-    trained = False
-    how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
-    examiner = Examiner(
-        seed=config.seed,
-        num_images=max(config.check_images, MIN_NOISES),
-        num_distance_images=config.distance_images,
-        distance=distance,
-        device=engine.device,
-        reporter=reporter,
-    )
-    for k, stage in enumerate(stages):
-        mine = stage.settings(config if k == 0 else replace(config, student_config=""))
-        measured = config.distance_every > 0 and (len(stages) - 1 - k) % config.distance_every == 0
-        while True:
-            try:
-                trained |= train_stage(stage, mine, images, engine, reporter)
-                is_good = not config.check_images or check_student(
-                    stage, mine, engine, examiner, reporter, measure_distance=measured
-                )
-            except Interrupted as stop:
-                raise Interrupted(f"{stop}; {how}", stop.exit_code) from None
-            if is_good:
-                break
-    return trained
+        return
+    for stage in stages:
+        if not is_free(stage.folder):
+            check_ours(stage.folder, RUN)
+    engine.wait()
+    for stage in stages if engine.is_main else ():
+        finish_keeping(stage.folder, config.retries)
+    engine.wait()
+    to_train = ""
+    for stage in stages:
+        if to_train and stage.folder.is_dir() and any(stage.folder.iterdir()):
+            raise VdiffError(
+                f"{stage.folder} exists already, but its teacher {to_train} is still to be trained",
+                "move it away, or give --overwrite",
+            )
+        found = recorded(stage.folder)
+        to_train = to_train if found and found.is_finished else stage.folder.as_posix()
 
 
 def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine, reporter: Reporter) -> bool:
@@ -136,7 +139,7 @@ def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engin
             if engine.is_main:
                 settle(stage.folder, halved, found.num_iters)
             return False
-        check_same_run(stage.folder, halved, _settings_of(stage.folder))
+        check_same_run(stage.folder, halved, _recorded_settings(stage))
         check_resumable(stage.folder, images)
         run = stage_run(stage, halved, images, engine, lineage, reporter)
     else:
@@ -169,9 +172,18 @@ def check_student(
     if engine.is_main:
         verdict = read_verdict(stage.folder)
         if verdict is None:
-            verdict = _examined(stage, config, examiner, measure_distance=measure_distance)
+            description = describe_student(stage, config, read_config(stage.base))
+            verdict = examiner.examine(
+                stage,
+                begin_student(stage, config, description)[0],
+                guidance=description.guidance_range,
+                measure_distance=measure_distance,
+                max_regression=config.max_regression,
+                attempts=times_failed(stage.folder) + 1,
+                budget=stage.budget(config),
+            )
             write_verdict(stage.folder, verdict)
-            reporter.line(f"{stage.folder}: {verdict_text(verdict)}")
+            reporter.line(f"{stage.folder}: {summary(verdict)}")
             if text := warning(verdict):
                 reporter.line(f"{stage.folder}: {text}")
         if verdict.reason and (reason := why_failed(verdict, config.max_regression)) != verdict.reason:
@@ -213,63 +225,6 @@ def _keep_start(stage: Stage, config: DistillConfig, verdict: Verdict) -> Verdic
     return verdict
 
 
-def _examined(stage: Stage, config: DistillConfig, examiner: Examiner, *, measure_distance: bool) -> Verdict:
-    _, before = load_checkpoint(stage.base)
-    description = describe_student(stage, config, before)
-    return examiner.examine(
-        base=stage.base,
-        teacher_steps=stage.teacher_steps,
-        start=begin_student(stage, config, description)[0],
-        folder=stage.folder,
-        num_steps=stage.num_steps,
-        guidance=description.guidance_range,
-        measure_distance=measure_distance,
-        max_regression=config.max_regression,
-        attempts=times_failed(stage.folder) + 1,
-        budget=stage.budget(config),
-    )
-
-
-def verdict_text(verdict: Verdict) -> str:
-    """`RMSE to its teacher 0.031 (before training 0.112), distance to data 0.23 (teacher 0.21)`."""
-    text = f"RMSE to its teacher {verdict.rmse:.4f} (before training {verdict.rmse_before:.4f})"
-    if verdict.every > 1:
-        text += f", both in one of {verdict.every} steps"
-    if verdict.distance is not None:
-        text += f", distance to the data {verdict.distance:.3g} (teacher {verdict.teacher_distance:.3g})"
-    return text
-
-
-def check_room(stages: list[Stage]) -> None:
-    """See before the first update that no student's folder is in the way of a later stage.
-
-    Raises:
-        VdiffError: a folder exists whose teacher is still to be trained.
-    """
-    to_train = ""
-    for stage in stages:
-        if to_train and stage.folder.is_dir() and any(stage.folder.iterdir()):
-            raise VdiffError(
-                f"{stage.folder} exists already, but its teacher {to_train} is still to be trained",
-                "move it away, or give --overwrite",
-            )
-        found = recorded(stage.folder)
-        if not (found and found.is_finished):
-            to_train = stage.folder.as_posix()
-
-
-def _settings_of(folder: Path) -> DistillConfig:
-    """The settings that a stage recorded in `folder`.
-
-    Raises:
-        VdiffError: what is there was not begun by distill.py.
-    """
-    settings = read_run(folder)
-    if not settings.distill:
-        raise VdiffError(f"{folder} was begun by train.py", "give --overwrite to replace it, or another --out")
-    return resolve(DistillConfig, {str(folder / RUN_FILE): settings.distill})
-
-
 def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | None:
     """The student that a stage has left in its folder, finished or not; None where there is none.
 
@@ -298,7 +253,7 @@ def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | Non
 
 
 def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
-    saved, verdict = _settings_of(stage.folder), read_verdict(stage.folder)
+    saved, verdict = _recorded_settings(stage), read_verdict(stage.folder)
     attempts = verdict.attempts if verdict else times_failed(stage.folder) + 1
     is_same_lr = saved.lr in {config.lr / 2**k for k in range(attempts)}
     if name := changed_setting(config, saved, but=("student_config", *(["lr"] if is_same_lr else []))):
@@ -307,3 +262,8 @@ def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
             f"leave --{name} out, give --overwrite to make it anew, "
             f"or {shell('--base', stage.folder)} to go on from it",
         )
+
+
+def _recorded_settings(stage: Stage) -> DistillConfig:
+    """The settings that an earlier run of the stage left in its folder."""
+    return resolve(DistillConfig, recorded_layer(DistillConfig, stage.folder))

@@ -41,11 +41,13 @@ class Run(Task):
 
     Attributes:
         description: what the checkpoint says of itself; the loop fills in how far it is.
+        on_resumed: done by the main process once an earlier state is read; nothing in the folder is changed before.
     """
 
     batches: Batches
     description: CheckpointConfig
     folder: Path
+    on_resumed: Callable[[], None] | None = None
 
 
 def do_updates(step: TrainStep, batches: Iterator[Batch], meter: Meter) -> Iterator[int]:
@@ -84,6 +86,8 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
     config, engine, folder, averages = run.config, step.engine, run.folder, step.averages
     start = load_state(folder, step)
     if engine.is_main:
+        if run.on_resumed:
+            run.on_resumed()
         drop_later_snapshots(folder, start.step)
     report_long_average(config, reporter)
     meter = Meter(start, config, engine, run.step_bins)

@@ -18,7 +18,7 @@ from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import CHECKSUM, checksum, parse, read_text, write_text
 from vdiff.settings import check_value
 from vdiff.text import cause_of
-from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
+from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of, values_of
 
 PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
 RUN_FILE = "run.toml"
@@ -111,3 +111,17 @@ def read_run(folder: Path) -> Settings:
     if not (folder / RUN_FILE).is_file():
         raise VdiffError(f"{folder} holds no run to resume: it has no {RUN_FILE}", "start it without --resume")
     return read_settings(folder / RUN_FILE)
+
+
+def recorded_layer(kind: type[LoopConfig], folder: Path) -> dict[str, Mapping[str, Any]]:
+    """The settings of a run of this kind that are recorded in `folder`, as a layer of `resolve`.
+
+    Raises:
+        VdiffError: there is no run, or it is one of the other command.
+    """
+    settings = read_run(folder)
+    if kind is TrainConfig and not settings.train:
+        raise VdiffError(f"{folder} holds a student, not a base model", "the distill.py command that began it goes on")
+    if kind is DistillConfig and not settings.distill:
+        raise VdiffError(f"{folder} was begun by train.py", "give --overwrite to replace it, or another --out")
+    return {str(folder / RUN_FILE): settings.train if kind is TrainConfig else settings.distill}

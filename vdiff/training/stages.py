@@ -34,13 +34,18 @@ SHORTEST_IN_HALF = 64
 
 @dataclass(frozen=True)
 class Stage:
-    """One student: the teacher's folder and the steps that it takes, the student's folder, steps and method."""
+    """One student: the teacher's folder and the steps that it takes, the student's folder, steps and method.
+
+    Attributes:
+        is_first: whether its student may have another network than its teacher.
+    """
 
     base: Path
     teacher_steps: int
     folder: Path
     num_steps: int
     method: str = "progressive"
+    is_first: bool = True
 
     def updates(self, config: DistillConfig) -> int:
         """Optimiser updates: `num_iters` for each halving, more of them for students of 1 and 2 steps."""
@@ -63,6 +68,7 @@ class Stage:
         """The settings that do this stage alone."""
         return replace(
             config,
+            student_config=config.student_config if self.is_first else "",
             base=self.base.as_posix(),
             method=self.method,
             teacher_steps=self.teacher_steps,
@@ -171,7 +177,7 @@ def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | No
     stages: list[Stage] = []
     for k, (method, before, after) in enumerate(steps):
         folder = out or base.parent / f"base_{number + k}"
-        stages.append(Stage(stages[-1].folder if stages else base, before, folder, after, method))
+        stages.append(Stage(stages[-1].folder if stages else base, before, folder, after, method, is_first=not stages))
     return stages
 
 

@@ -1,10 +1,11 @@
-"""Whether a student may become a teacher: how far it is from its own teacher, and from the data."""
+"""Whether a student may become a teacher: how far it is from its own teacher and from the data; failed attempts."""
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
-from vdiff.files import parse, read_text, write_json
+from vdiff.files import parse, read_text, remove, write_json
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw, squared_errors
 from vdiff.reporting import Reporter
+from vdiff.training.stages import Stage
 
-VERDICT = "verdict.json"
+VERDICT, FAILED = "verdict.json", ".failed_"
 HELD_OUT = 2**63
 """Added to the seed: noise that is never drawn otherwise."""
 MIN_NOISES = 64
@@ -76,44 +78,36 @@ def write_verdict(folder: Path, verdict: Verdict) -> None:
     write_json(folder / VERDICT, asdict(verdict))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Examiner:
-    """Draws teachers and students from the same noise; images of a student are kept, as the next stage's teacher's.
+    """Draws teachers and students from the same noise; a student's images are kept, for it is the next stage's teacher.
 
-    Args:
+    Attributes:
         num_images: for the difference from the teacher.
         num_distance_images: for the distance from the data.
         distance: None: it is not measured.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        num_images: int,
-        num_distance_images: int,
-        distance: Distance | None,
-        device: torch.device,
-        reporter: Reporter,
-    ) -> None:
-        self.seed, self.num_images, self.num_distance_images = seed, num_images, num_distance_images
-        self.distance, self.device, self.reporter = distance, device, reporter
-        self._kept: dict[tuple[Path, int], Tensor] = {}
+    seed: int
+    num_images: int
+    num_distance_images: int
+    distance: Distance | None
+    device: torch.device
+    reporter: Reporter
+    _kept: dict[tuple[Path, int], Tensor] = field(default_factory=dict)
 
     def examine(
         self,
-        *,
-        base: Path,
-        teacher_steps: int,
+        stage: Stage,
         start: Denoiser,
-        folder: Path,
-        num_steps: int,
+        *,
         guidance: Sequence[float],
         measure_distance: bool,
         max_regression: float,
         attempts: int,
         budget: int,
     ) -> Verdict:
-        """Compare the student in `folder` with the teacher in `base`, and with what it was before its training.
+        """Compare the student of a stage with its teacher, and with what it was before its training.
 
         Args:
             start: the student before its training.
@@ -123,20 +117,20 @@ class Examiner:
         """
         measure = self.distance if measure_distance else None
         wanted = max(self.num_images, self.num_distance_images if measure else 0)
-        every, num_images, count = plan_check(teacher_steps, num_steps, self.num_images, wanted, budget)
+        every, num_images, count = plan_check(stage.teacher_steps, stage.num_steps, self.num_images, wanted, budget)
         weight = sum(guidance) / 2 if guidance else 0.0
-        steps = num_steps // every
+        steps, teacher_steps, name = stage.num_steps // every, stage.teacher_steps // every, stage.folder.name
         if every > 1 or count < wanted:
-            few = f"{count} images in {steps} of {num_steps} steps"
-            self.reporter.line(f"{folder.name} is checked by {few}, as its training was short")
-        theirs = self._images(base, teacher_steps // every, count, weight)
-        student, model = load_checkpoint(folder, self.device)
+            few = f"{count} images in {steps} of {stage.num_steps} steps"
+            self.reporter.line(f"{name} is checked by {few}, as its training was short")
+        theirs = self._images(stage.base, teacher_steps, count, weight)
+        student, model = load_checkpoint(stage.folder, self.device)
         size = model.image_size
         before = self._draw(start.to(self.device), size, steps, num_images, weight, "before training")
         errors_before = squared_errors(before, theirs)
         rmse_before = float(errors_before.mean().sqrt())
         try:
-            mine = self._draw(student, size, steps, count, weight, folder.name)
+            mine = self._draw(student, size, steps, count, weight, name)
         except VdiffError as error:
             reason = str(error).partition(";")[0]
             return Verdict(rmse_before, math.inf, None, None, count, attempts, reason, every=every)
@@ -157,9 +151,10 @@ class Examiner:
         if measure and worsening(found, max_regression):
             before = self._draw(start, size, steps, count, weight, "before training")
             found = replace(found, start_distance=measure(before))
-        self._kept = {(base, teacher_steps // every): theirs}
+        self._kept.clear()
+        self._kept[stage.base, teacher_steps] = theirs
         if not worsening(found, max_regression):  # else another student comes in its place
-            self._kept[folder, steps] = mine
+            self._kept[stage.folder, steps] = mine
         return replace(found, reason=why_failed(found, max_regression))
 
     def _images(self, folder: Path, num_steps: int, count: int, weight: float) -> Tensor:
@@ -244,3 +239,57 @@ def warning(found: Verdict) -> str:
     if found.reason or far is None or not teachers or far <= WORTH_A_WORD * teachers:
         return ""
     return f"its distance to the data is {far / teachers:.1f} times its teacher's: more --num_iters may help"
+
+
+def summary(verdict: Verdict) -> str:
+    """`RMSE to its teacher 0.031 (before training 0.112), distance to data 0.23 (teacher 0.21)`."""
+    text = f"RMSE to its teacher {verdict.rmse:.4f} (before training {verdict.rmse_before:.4f})"
+    if verdict.every > 1:
+        text += f", both in one of {verdict.every} steps"
+    if verdict.distance is not None:
+        text += f", distance to the data {verdict.distance:.3g} (teacher {verdict.teacher_distance:.3g})"
+    return text
+
+
+# Attempts that failed
+
+
+def failed_attempts(folder: Path) -> list[Path]:
+    """The students that were set aside for `folder`, in their order."""
+    paths = folder.parent.glob(f"{glob.escape(folder.name)}{FAILED}*")
+    numbers = {path: path.name.removeprefix(f"{folder.name}{FAILED}") for path in paths}
+    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+
+
+def times_failed(folder: Path) -> int:
+    """How often the stage of `folder` was done in vain, as the students set aside tell."""
+    verdicts = [read_verdict(path) for path in failed_attempts(folder)]
+    return max([len(verdicts), *(verdict.attempts for verdict in verdicts if verdict)])
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for another attempt."""
+    last = [int(path.name.removeprefix(f"{folder.name}{FAILED}")) for path in failed_attempts(folder)[-1:]]
+    folder.rename(folder.with_name(f"{folder.name}{FAILED}{sum(last) + len(last)}"))
+
+
+def keep_best(folder: Path, verdict: Verdict) -> None:
+    """Leave in `folder` the attempt that is nearest to the teacher, and no other; it knows how many there were."""
+    best = _nearest([*failed_attempts(folder), folder])
+    write_verdict(best, replace(read_verdict(best) or verdict, attempts=verdict.attempts))
+    if best != folder:
+        set_aside(folder)
+        best.rename(folder)
+    for path in failed_attempts(folder):
+        remove(path)
+
+
+def finish_keeping(folder: Path, retries: int) -> None:
+    """What a kill between the two renames of `keep_best` left undone."""
+    if not folder.exists() and times_failed(folder) > retries:
+        _nearest(failed_attempts(folder)).rename(folder)
+
+
+def _nearest(attempts: list[Path]) -> Path:
+    verdicts = {path: read_verdict(path) for path in attempts}
+    return min(attempts, key=lambda path: verdict.rmse if (verdict := verdicts[path]) else math.inf)
