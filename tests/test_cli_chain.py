@@ -379,7 +379,7 @@ def test_preparation_is_stopped_and_gone_on_with(tmp_path, monkeypatch):
     for number, _ in STOPS:
         assert [path.name for path in (tmp_path / number.name / "new").iterdir()] == ["set.partial"]
     small = line.replace("--size 1024", "--size 4")
-    assert "unfinished preparation with another conversion" in error(small, 1)
+    assert "unfinished preparation with conversion" in error(small, 1)
     done(f"{small} --overwrite")
     assert len(ImageStore("new/set")) == 600
 

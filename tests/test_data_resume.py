@@ -213,7 +213,7 @@ def test_other_settings_do_not_go_on(source: Path, tmp_path: Path, monkeypatch: 
         prepare(Folder(source), out, CONFIG, command="first command")
     other = ConversionConfig(sizes=(4,), image_format="png")
     before = tree(partial_folder(out))
-    with pytest.raises(VdiffError, match=r"unfinished preparation with another conversion: .*go on with it: first com"):
+    with pytest.raises(VdiffError, match=r"unfinished preparation with conversion .*, not .*go on with it: first com"):
         prepare(Folder(source), out, other)
     after = tree(partial_folder(out))
     assert {name: before[name] for name in before if name != "lock"} == {n: after[n] for n in after if n != "lock"}
@@ -409,7 +409,7 @@ def test_one_range_for_all_images_that_a_run_goes_on_with(
         prepare(Folder(folder), out, config)
     monkeypatch.setattr(Folder, "read", read)
     monkeypatch.setattr(preparation, "value_extremes", None)
-    with pytest.raises(VdiffError, match="unfinished preparation with another conversion"):
+    with pytest.raises(VdiffError, match="unfinished preparation with conversion"):
         prepare(Folder(folder), out, dataclasses.replace(config, value_range=(0.0, 4095.0)))
     prepare(Folder(folder), out, config, num_workers=num_workers)
     store = ImageStore(out)

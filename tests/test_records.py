@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 
-from vdiff.errors import VdiffError
-from vdiff.records import read_record, record_of
+from vdiff.errors import OptionError, VdiffError
+from vdiff.records import check_same_settings, read_record, record_of
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,20 @@ def test_what_is_wrong_is_said_in_one_line(changes, message):
 def test_what_is_no_object(values):
     with pytest.raises(VdiffError, match="x is no JSON object; advice"):
         record_of(Outer, values, "x", "advice")
+
+
+def test_work_goes_on_with_the_settings_it_began_with_only():
+    before = {"steps": 4, "seed": 1, "name": None, "gone": 3}
+    hint = "leave --{} out".format
+    for now in (before, {**before, "seed": 2}):
+        check_same_settings(before, now, done="x was begun", hint=hint, but=["seed"])
+    for change, message in [
+        ({"steps": 8, "seed": 2}, "x was begun with steps 4, not 8; leave --steps out"),
+        ({"name": "a"}, "x was begun with name none, not a; leave --name out"),
+        ({"new": 5}, "x was begun with new none, not 5; leave --new out"),
+    ]:
+        with pytest.raises(OptionError) as error:
+            check_same_settings(before, {**before, **change}, done="x was begun", hint=hint, error=OptionError)
+        assert str(error.value) == message
+    with pytest.raises(VdiffError, match="with gone 3, not none"):
+        check_same_settings(before, {"steps": 4, "seed": 1, "name": ""}, done="x", hint=hint, but=["name"])

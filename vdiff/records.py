@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,6 +67,32 @@ def record_of(kind: type[T], values: object, where: str, advice: str) -> T:
     if unknown := next(_unknown(values, record), ""):
         raise VdiffError(f"{where} has an unknown key {unknown!r}", advice)
     return record
+
+
+def check_same_settings(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    done: str,
+    hint: Callable[[str], str],
+    but: Collection[str] = (),
+    error: type[VdiffError] = VdiffError,
+) -> None:
+    """Refuse to go on with work that was begun with other settings.
+
+    Args:
+        before, now: the settings by name, in plain values.
+        done: what was done with those of before, as in `data/x holds images drawn`.
+        hint: what to do, given the name of the setting that differs.
+        but: settings that may differ.
+
+    Raises:
+        error: it names the first setting that differs, and its two values.
+    """
+    for name in {**before, **now}:
+        if name not in but and before.get(name) != now.get(name):
+            was, wanted = ("none" if value in ("", None) else value for value in (before.get(name), now.get(name)))
+            raise error(f"{done} with {name} {was}, not {wanted}", hint(name))
 
 
 def _reason(message: str, values: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from vdiff.data.store import JOB_FILE, partial_folder
 from vdiff.errors import VdiffError, printable
 from vdiff.files import make_folder, parse, read_json, refusal, write_text
+from vdiff.records import check_same_settings
 from vdiff.replacing import Kind, check_free, discard, holds_keys, locked
 
 REJECTED_FILE = "rejected.jsonl"
@@ -107,13 +108,10 @@ class Journal:
         """
         job = _plain(job)
         before = self._job()
-        if before and before["job"] != job and not overwrite:
-            changed = next(key for key in {**before["job"], **job} if before["job"].get(key) != job.get(key))
-            raise VdiffError(
-                f"{self.folder} holds an unfinished preparation with another {changed}: "
-                f"{before['job'].get(changed)}, now {job.get(changed)}",
-                f"go on with it: {before['command']}; or give --overwrite to begin anew",
-            )
+        if before and not overwrite:
+            hint = f"go on with it: {before['command']}; or give --overwrite to begin anew"
+            done = f"{self.folder} holds an unfinished preparation"
+            check_same_settings(before["job"], job, done=done, hint=lambda _: hint)
         if before and before["job"] != job:
             self.remove()
         self._is_new = before is None or before["job"] != job

@@ -15,6 +15,7 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.errors import VdiffError
 from vdiff.files import json_text, parse, read_text
 from vdiff.models.drawing import image_classes
+from vdiff.records import check_same_settings
 from vdiff.sampling.paths import PathNoise, nearer_end
 
 RECORD = SAMPLES_FILE
@@ -73,12 +74,11 @@ class SampleSpec:
         said = {item.name: _default(item) for item in fields(self)} | before
         if isinstance(options := said["options"], dict):  # "clip" in earlier versions
             said["options"] = {"clipping_value" if key == "clip" else key: value for key, value in options.items()}
-        for key, now in asdict(self).items():
-            was = said[key]
-            if key == "checkpoint" or was == now:
-                continue
-            shown = "other weights" if key == "fingerprint" else f"{key} {was}, not {now}"
-            raise VdiffError(f"{place} holds images drawn with {shown}", "give --overwrite, or another --out")
+        now, advice = asdict(self), "give --overwrite, or another --out"
+        if said["fingerprint"] != self.fingerprint:
+            raise VdiffError(f"{place} holds images drawn with other weights", advice)
+        before = {key: said[key] for key in now}
+        check_same_settings(before, now, done=f"{place} holds images drawn", hint=lambda _: advice, but=("checkpoint",))
 
     def to_json(self, **more: Any) -> str:
         """The record."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CONFIG, FILES, CheckpointConfig, is_checkpoint, read_config
+from vdiff.records import check_same_settings
 from vdiff.replacing import Kind, check_free, is_free, start_folder
 from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
 from vdiff.training.dataset import TrainingData
@@ -100,26 +102,29 @@ def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainC
         OptionError: it names the setting and its two values.
     """
     may_go_on = saved.lr_schedule == "constant" and not saved.ema_remainder and not _is_annealed(saved)
-    if name := changed_setting(now, saved, but=("num_iters",) if may_go_on else ()):
-        raise OptionError(
-            f"{folder} was begun with {name} {said(saved, name)}, not {said(now, name)}",
-            f"leave --{name} out to resume, give --overwrite to begin anew, or another --out",
-        )
+    check_settings(
+        saved,
+        now,
+        f"{folder} was begun",
+        lambda name: f"leave --{name} out to resume, give --overwrite to begin anew, or another --out",
+        but=("num_iters",) if may_go_on else (),
+    )
 
 
-def changed_setting(now: TrainConfig | DistillConfig, saved: TrainConfig | DistillConfig, but: tuple[str, ...]) -> str:
-    """The first setting that makes another run of it, those of `but` left alone; empty where there is none."""
-    mine, theirs = values_of(now), values_of(saved)
-    for name, setting in settings_of(type(now)).items():
-        if not setting.metadata.get("free", False) and name not in but and mine[name] != theirs[name]:
-            return name
-    return ""
+def check_settings(
+    saved: TrainConfig | DistillConfig,
+    now: TrainConfig | DistillConfig,
+    done: str,
+    hint: Callable[[str], str],
+    but: Collection[str],
+) -> None:
+    """Refuse settings that make another run of it; those of `but` may differ, see `records.check_same_settings`.
 
-
-def said(config: TrainConfig | DistillConfig, name: str) -> str:
-    """A setting as an error names it."""
-    value = values_of(config)[name]
-    return "none" if value in ("", None) else str(value)
+    Raises:
+        OptionError: it names the setting and its two values.
+    """
+    free = [name for name, setting in settings_of(type(now)).items() if setting.metadata.get("free", False)]
+    check_same_settings(values_of(saved), values_of(now), done=done, hint=hint, but=(*free, *but), error=OptionError)
 
 
 def _is_annealed(config: TrainConfig | DistillConfig) -> bool:

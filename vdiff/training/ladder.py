@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from vdiff.errors import Interrupted, OptionError, VdiffError, shell
+from vdiff.errors import Interrupted, VdiffError, shell
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
 from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
@@ -17,13 +17,12 @@ from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
 from vdiff.training.folder import (
     RUN,
-    changed_setting,
     check_new,
     check_resumable,
     check_same_run,
+    check_settings,
     is_run,
     recorded,
-    said,
     start_anew,
 )
 from vdiff.training.loop import fit, settle
@@ -256,12 +255,9 @@ def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
     saved, verdict = _recorded_settings(stage), read_verdict(stage.folder)
     attempts = verdict.attempts if verdict else times_failed(stage.folder) + 1
     is_same_lr = saved.lr in {config.lr / 2**k for k in range(attempts)}
-    if name := changed_setting(config, saved, but=("student_config", *(["lr"] if is_same_lr else []))):
-        raise OptionError(
-            f"{stage.folder} was made with {name} {said(saved, name)}, not {said(config, name)}",
-            f"leave --{name} out, give --overwrite to make it anew, "
-            f"or {shell('--base', stage.folder)} to go on from it",
-        )
+    but = ("student_config", *(["lr"] if is_same_lr else []))
+    ways = f"give --overwrite to make it anew, or {shell('--base', stage.folder)} to go on from it"
+    check_settings(saved, config, f"{stage.folder} was made", lambda name: f"leave --{name} out, {ways}", but)
 
 
 def _recorded_settings(stage: Stage) -> DistillConfig:
