@@ -109,9 +109,9 @@ def _check_archive(path: Path) -> None:
         if pickles[0].file_size > MAX_PICKLE_BYTES:
             raise VdiffError(f"{path}: {pickles[0].filename!r} is too large", "give a file of weights alone")
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):  # reads, and runs nothing
-            if opcode.name == "GLOBAL" and argument not in NAMES:
+            if opcode.name == "GLOBAL" and (name := str(argument)) not in NAMES:
                 raise VdiffError(
-                    f"{path} asks for {argument.replace(' ', '.')[:80]!r}, which no weights need: refused, "
+                    f"{path} asks for {name.replace(' ', '.')[:80]!r}, which no weights need: refused, "
                     "nothing of it was run",
                     "do not open the file with anything that runs pickles; save the plain tensors if it is yours",
                 )
