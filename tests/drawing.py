@@ -13,9 +13,9 @@ from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.checks import class_numbers
 from vdiff.models.unet import UNetConfig
 from vdiff.reporting import Reporter
-from vdiff.sampling.formats import open_output
 from vdiff.sampling.job import RunOptions, SampleReport, draw_images
-from vdiff.sampling.outputs import PICTURES, ImageKind
+from vdiff.sampling.outputs import PICTURES, ImageKind, open_output
+from vdiff.sampling.packing import png_name
 from vdiff.sampling.spec import SampleSpec
 
 
@@ -62,6 +62,11 @@ def run(
         processes=processes,
         reporter=reporter or Watcher(),
     )
+
+
+def image_path(folder: Path, index: int) -> Path:
+    """The file of image `index`."""
+    return folder / png_name(index)
 
 
 def written(out: Path) -> dict[str, bytes]:

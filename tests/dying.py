@@ -23,20 +23,19 @@ import torchvision.utils  # noqa: F401 - once, not in every fork
 from tests.drawing import run, spec
 from tests.sudden_end import die_at
 from tests.toy import contents
-from vdiff.sampling import archive, folder, job, record_log
-from vdiff.sampling.formats import FORMATS
+from vdiff.sampling import job, outputs, record_log
+from vdiff.sampling.outputs import FORMATS
 
 NUM, BATCH_SIZE = 11, 4
 POINTS: dict[str, tuple[Any, str]] = {
     "append": (record_log.RecordLog, "append"),
-    "file": (folder.PngFolder, "encode"),
-    "batch": (folder.PngFolder, "commit"),
+    "file": (outputs.PngFolder, "encode"),
+    "batch": (outputs.PngFolder, "commit"),
     "grid": (job, "save_png"),
     "path": (job.TrajectoryRecorder, "save"),
-    "packer": (archive, "write_packed"),
     "move": (shutil, "move"),
     "replace": (os, "replace"),
-    "remove": (archive, "remove"),
+    "remove": (outputs, "remove"),
 }
 # a point, and at which of its calls
 CASES = {
@@ -51,11 +50,11 @@ CASES = {
     ],
     "zip": [
         *("before:append 1", "after:append 2", "before:path 1", "after:path 1", "before:grid 1", "after:grid 1"),
-        *("after:packer 1", "after:move 1", "after:move 3", "before:replace 1", "before:replace 5", "after:replace 5"),
+        *("after:move 1", "after:move 3", "before:replace 1", "before:replace 5", "after:replace 5"),
         *("before:remove 2", "after:remove 2"),
     ],
-    "npz": ["after:packer 1"],
-    "lmdb": ["after:append 3", "after:packer 1", "before:replace 5", "after:replace 5"],
+    "npz": ["before:remove 2"],
+    "lmdb": ["after:append 3", "before:remove 2", "before:replace 5", "after:replace 5"],
 }
 
 

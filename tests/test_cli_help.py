@@ -36,7 +36,7 @@ from vdiff.errors import OptionError
 from vdiff.files import parse
 from vdiff.models.checkpoint import read_config
 from vdiff.models.speed import DTYPES
-from vdiff.sampling.formats import FORMATS
+from vdiff.sampling.outputs import FORMATS
 from vdiff.settings import parameters
 from vdiff.training import config
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of

@@ -26,8 +26,7 @@ from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.speed import ready_to_draw
-from vdiff.sampling.formats import FORMATS
-from vdiff.sampling.outputs import GRID
+from vdiff.sampling.outputs import FORMATS, GRID
 from vdiff.sampling.record_log import HEAD, RecordLog, RecordReader
 from vdiff.sampling.spec import RECORD
 from vdiff.training.base import train
@@ -301,22 +300,22 @@ def test_a_full_disk_is_said_in_one_line_and_gone_on_from(models, tmp_path, monk
 # Where images wait
 
 
-def spooled(folder: Path, num: int = 9) -> dict[int, bytes]:
+def logged(folder: Path, num: int = 9) -> dict[int, bytes]:
     found = RecordReader(folder, num)
     there = np.flatnonzero(found.held).tolist()
     return dict(zip(there, found.read(there), strict=True))
 
 
-def test_a_spool_of_several_processes(tmp_path):
+def test_a_log_of_several_processes(tmp_path):
     RecordLog(tmp_path, 0).append([(4, b"four"), (0, b"")])
     RecordLog(tmp_path, 3).append([(2, b"two"), (99, b"beyond")])
-    assert spooled(tmp_path) == {0: b"", 2: b"two", 4: b"four"}
+    assert logged(tmp_path) == {0: b"", 2: b"two", 4: b"four"}
     assert list(RecordReader(tmp_path, 5).read([4, 2, 4])) == [b"four", b"two", b"four"]
     with pytest.raises(VdiffError, match="image 1 is not there"):
         list(RecordReader(tmp_path, 5).read([1]))
 
 
-def test_a_spool_ends_before_what_is_not_whole(tmp_path):
+def test_a_log_ends_before_what_is_not_whole(tmp_path):
     """Cut at every byte of its second record, or with any byte of it changed: the first is kept, and it goes on."""
     RecordLog(tmp_path, 0).append([(1, b"one")])
     path = next(tmp_path.iterdir())
@@ -328,17 +327,17 @@ def test_a_spool_ends_before_what_is_not_whole(tmp_path):
     damaged += [both[:k] + bytes([both[k] ^ 1]) + both[k + 1 :] for k in range(len(first) + HEAD.size, len(both))]
     for data in damaged:
         path.write_bytes(data)
-        assert spooled(tmp_path) == {1: b"one"}
+        assert logged(tmp_path) == {1: b"one"}
         RecordLog(tmp_path, 0).append([(3, b"three")])
-        assert spooled(tmp_path) == {1: b"one", 3: b"three"}
+        assert logged(tmp_path) == {1: b"one", 3: b"three"}
         assert path.read_bytes()[: len(first)] == first
 
 
 def test_a_million_images_take_little_memory(tmp_path):
     RecordLog(tmp_path, 0).append([(999_999, b"last")])
     found = RecordReader(tmp_path, 10**6)
-    assert found.file.nbytes + found.offset.nbytes + found.length.nbytes <= 16 * 10**6
-    assert spooled(tmp_path, 10**6) == {999_999: b"last"}
+    assert found.places.nbytes <= 16 * 10**6
+    assert logged(tmp_path, 10**6) == {999_999: b"last"}
 
 
 def test_a_compiled_network_is_asked_for_one_number_of_images(models, tmp_path, monkeypatch):

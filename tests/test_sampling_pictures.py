@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.drawing import run, spec
+from tests.drawing import image_path, run, spec
 from tests.oracles import randn
 from tests.toy import SIZE, contents, write_checkpoint
 from vdiff.data.images import labelled_grid, to_uint8
@@ -20,10 +20,9 @@ from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.checkpoint import load_checkpoint
-from vdiff.sampling.folder import image_path
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP
-from vdiff.sampling.paths import PathNoise, nearer_end, slerp
 from vdiff.sampling.pictures import TrajectoryRecorder, full_columns, grid_picture, num_shown, spread
+from vdiff.sampling.spec import PathNoise, nearer_end, slerp
 
 SHAPE = (3, 4, 4)
 

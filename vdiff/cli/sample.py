@@ -204,9 +204,8 @@ def command(
     from vdiff.models import checks
     from vdiff.models.checkpoint import newest_checkpoint, read_config, weights_fingerprint
     from vdiff.models.speed import pick_precision
-    from vdiff.sampling.formats import open_output
     from vdiff.sampling.job import RunOptions, draw_images
-    from vdiff.sampling.outputs import ImageKind
+    from vdiff.sampling.outputs import ImageKind, open_output
     from vdiff.sampling.spec import SampleSpec
 
     console = Console()

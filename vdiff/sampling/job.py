@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
 from torch import Tensor
 
 from vdiff.data.images import save_png
@@ -27,7 +28,6 @@ from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from
 from vdiff.models.speed import FastNetwork, ready_to_draw
-from vdiff.replacing import is_free
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
 from vdiff.sampling.pictures import MAX_GRID, TrajectoryRecorder, grid_picture, num_shown, path_picture, spread
@@ -100,40 +100,34 @@ def draw_images(
     with ExitStack() as lock:
         with processes.together():
             lock.enter_context(output.locked(mine=processes.is_main))
-        return _draw_images(spec, output, options, processes, reporter)
-
-
-def _draw_images(
-    spec: SampleSpec, output: Output, options: RunOptions, processes: Processes, reporter: Reporter
-) -> SampleReport:
-    began = time.monotonic()
-    with processes.together():
-        state = output.check(spec, options.num, overwrite=options.overwrite)
-        if is_free(output.path) and is_free(output.place):
-            output.check_pictures()
-        has_path = state != "anew" and all(output.picture_in_work(name).exists() for name in PATH)
-        wants_path = options.trajectory and not has_path
-    if state == "finished" and not wants_path:
-        if processes.is_main:
-            output.begin(spec, state)
-        return _report(output, options, drawn=0, evaluations=None, seconds=0.0)
-    with processes.together():  # before anything is replaced: it may be damaged
-        denoiser, config = load_checkpoint(Path(spec.checkpoint), processes.device)
-        denoiser = ready_to_draw(denoiser, precision=options.precision, compiled=options.compiled)
-    with processes.together():
-        if processes.is_main:
-            output.begin(spec, state)
-    with processes.together():
-        held = np.ones(options.num, bool) if state == "finished" else output.held(options.num)
-    job = _Job(spec, output, options, processes, denoiser, config)
-    missing = int((~held).sum())
-    with _said_when_stopped(output, options.num):
+        began = time.monotonic()
         with processes.together():
-            job.draw(held, wants_path=wants_path and processes.is_main, reporter=reporter)
-        if processes.is_main and state != "finished":
-            job.finish()
-    seconds = max(time.monotonic() - began, 1e-9)
-    return _report(output, options, drawn=missing, evaluations=job.evaluations, seconds=seconds)
+            state = output.check(spec, options.num, overwrite=options.overwrite)
+            output.check_pictures()
+            has_path = state != "anew" and all(output.picture_in_work(name).exists() for name in PATH)
+        wants_path = options.trajectory and not has_path
+        shown = tuple(output.picture(name) for name in PATH) if options.trajectory else ()
+        report = SampleReport(output.path, options.num, 0, None, 0.0, output.picture(GRID), shown)
+        if state == "finished" and not wants_path:
+            if processes.is_main:
+                output.begin(spec, state)
+            return report
+        with processes.together():  # before anything is replaced: it may be damaged
+            denoiser, config = load_checkpoint(Path(spec.checkpoint), processes.device)
+            denoiser = ready_to_draw(denoiser, precision=options.precision, compiled=options.compiled)
+        with processes.together():
+            if processes.is_main:
+                output.begin(spec, state)
+        with processes.together():
+            held = np.ones(options.num, bool) if state == "finished" else output.held(options.num)
+        job = _Job(spec, output, options, processes, denoiser, config)
+        with _said_when_stopped(output, options.num):
+            with processes.together():
+                job.draw(held, wants_path=wants_path and processes.is_main, reporter=reporter)
+            if processes.is_main and state != "finished":
+                job.finish()
+        seconds = max(time.monotonic() - began, 1e-9)
+        return replace(report, drawn=int((~held).sum()), evaluations=job.evaluations, seconds=seconds)
 
 
 @dataclass
@@ -149,11 +143,16 @@ class _Job:
     asked: int = 0
 
     @property
-    def evaluations(self) -> float | None:
-        """Network evaluations an image."""
+    def network(self) -> FastNetwork:
+        """The network, which counts its evaluations."""
         network = self.denoiser.network
         assert isinstance(network, FastNetwork)
-        return network.evaluations / self.asked if self.asked else None
+        return network
+
+    @property
+    def evaluations(self) -> float | None:
+        """Network evaluations an image."""
+        return self.network.evaluations / self.asked if self.asked else None
 
     def draw(self, held: np.ndarray, *, wants_path: bool, reporter: Reporter) -> None:
         """This process's share of the batches with images that are not `held`, each encoded while the next is drawn."""
@@ -162,34 +161,29 @@ class _Job:
         mine = list(self.processes.share([batch for batch in batches if not held[batch.start : batch.stop].all()]))
         if wants_path and batches[0] not in mine:
             mine.insert(0, batches[0])
-        before = num if self.processes.world_size == 1 else sum(len(batch) for batch in mine)
-        done = before - sum(int((~held[batch.start : batch.stop]).sum()) for batch in mine)
+        total = num if self.processes.world_size == 1 else sum(map(len, mine))
+        done = total - sum(int((~held[batch.start : batch.stop]).sum()) for batch in mine)
         with (
-            reporter.progress(self.output.path.name, before, "images", start=done) as bar,
-            AsyncWriter(self.output) as keeper,
+            reporter.progress(self.output.path.name, total, "images", start=done) as bar,
+            AsyncWriter(self.output) as writer,
         ):
             for batch in mine:
-                trajectory = TrajectoryRecorder(self.spec.num_steps) if wants_path and batch == batches[0] else None
-                images = self._draw_batch(batch, bar, done, trajectory)
-                if trajectory is not None:
+                recorder = TrajectoryRecorder(self.spec.num_steps) if wants_path and batch == batches[0] else None
+                images = self._draw_batch(batch, bar, done, recorder)
+                if recorder is not None:
                     strip, animation = (self.output.picture_in_work(name) for name in PATH)
-                    trajectory.save(images, strip, animation, self._class_names(batch))
+                    recorder.save(images, strip, animation, self._class_names(batch))
                 new = [(k, image) for k, image in zip(batch, images, strict=True) if not held[k]]
-                keeper.keep(new)
+                writer.write(new)
                 done += len(new)
                 bar.update(done)
 
-    def _draw_batch(self, batch: range, bar: Progress, done: int, trajectory: TrajectoryRecorder | None) -> Tensor:
-        network = self.denoiser.network
-        assert isinstance(network, FastNetwork)
-        # it is compiled for one shape: the last batch is filled up, unless there is but one
-        full = (
-            self.options.batch_size
-            if network.is_compiled and self.options.num > self.options.batch_size
-            else len(batch)
-        )
+    def _draw_batch(self, batch: range, bar: Progress, done: int, recorder: TrajectoryRecorder | None) -> Tensor:
+        # a network is compiled for one shape: the last batch is filled up, unless there is but one
+        is_filled = self.network.is_compiled and self.options.num > self.options.batch_size
+        full = self.options.batch_size if is_filled else len(batch)
         indices = [*batch, *[batch[-1]] * (full - len(batch))]
-        shape = (network.config.in_channels, self.config.image_size, self.config.image_size)
+        shape = (self.network.config.in_channels, self.config.image_size, self.config.image_size)
         interval = self.spec.guidance_interval
         with memory_errors_named():
             images = draw_from(
@@ -202,17 +196,17 @@ class _Job:
                 guidance_interval=(interval[0], interval[1]) if interval else EVERYWHERE,
                 grid=self.spec.grid,
                 on_step=lambda step: bar.update(done, f"step {step}/{self.spec.num_steps}"),
-                on_state=trajectory,
+                on_state=recorder,
             )
         self.asked += full
         return images[: len(batch)]
 
     def finish(self) -> None:
         """The grid, then the whole in its place; every image is looked for once more."""
-        held = self.output.held(self.options.num)
-        if not held.all():
+        missing = int((~self.output.held(self.options.num)).sum())
+        if missing:
             raise VdiffError(
-                f"{int((~held).sum())} of {self.options.num} images are missing in {self.output.place}",
+                f"{missing} of {self.options.num} images are missing in {self.output.place}",
                 "give the same command again",
             )
         save_png(self._grid(), self.output.picture_in_work(GRID))
@@ -221,13 +215,14 @@ class _Job:
     def _grid(self) -> Tensor | PIL.Image.Image:
         """The first images; of a path images from its whole length."""
         num, path, of_classes = self.options.num, self.spec.path, len(self.spec.classes)
-        if path:
-            ends = [f"image {end}" for end in path[:2]]
-            if names := self._class_names([0, num - 1]):
-                ends = [f"{end} ({name})" for end, name in zip(ends, names, strict=True)]
-            return path_picture(self.output.images(spread(num, MAX_GRID)), f"From {ends[0]} to {ends[1]}")
-        shown = range(num_shown(num, of_classes))
-        return grid_picture(self.output.images(shown), self._class_names(shown), of_classes)
+        shown = spread(num, MAX_GRID) if path else range(num_shown(num, of_classes))
+        images = torch.stack(list(self.output.read(shown)))
+        if not path:
+            return grid_picture(images, self._class_names(shown), of_classes)
+        ends = [f"image {end}" for end in path[:2]]
+        if names := self._class_names([0, num - 1]):
+            ends = [f"{end} ({name})" for end, name in zip(ends, names, strict=True)]
+        return path_picture(images, f"From {ends[0]} to {ends[1]}")
 
     def _class_names(self, indices: Sequence[int]) -> list[str]:
         """Of images number `indices`; none of an unconditional model."""
@@ -236,7 +231,7 @@ class _Job:
 
 
 class AsyncWriter:
-    """Keeps images while others are drawn; on leaving, all that were handed over are kept, whatever happened."""
+    """Writes images while others are drawn; on leaving, all that were handed over are written, whatever happened."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -248,14 +243,11 @@ class AsyncWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with self.encoders, self.committer:
             self._wait()
-        finally:
-            self.committer.shutdown()
-            self.encoders.shutdown()
 
-    def keep(self, images: Sequence[tuple[int, Tensor]]) -> None:
-        """Take images over as soon as those of the call before are kept: no more than two batches are ever held."""
+    def write(self, images: Sequence[tuple[int, Tensor]]) -> None:
+        """Take images over as soon as those of the call before are written: two batches are held at the most."""
         self._wait()
         encoded = [(k, self.encoders.submit(self.output.encode, k, image)) for k, image in images]
         self.last = self.committer.submit(
@@ -278,17 +270,3 @@ def _said_when_stopped(output: Output, num: int) -> Iterator[None]:
         raise Interrupted(
             f"stopped: {output.place} holds {held} of {num} images; the same command goes on", code
         ) from None
-
-
-def _report(
-    output: Output, options: RunOptions, *, drawn: int, evaluations: float | None, seconds: float
-) -> SampleReport:
-    return SampleReport(
-        out=output.path,
-        num=options.num,
-        drawn=drawn,
-        evaluations=evaluations,
-        seconds=seconds,
-        picture=output.picture(GRID),
-        trajectory=tuple(output.picture(name) for name in PATH) if options.trajectory else (),
-    )

@@ -1,25 +1,38 @@
-"""What an output is: where images go, whatever kind it is, and when an earlier call's may be gone on with."""
+"""Where images go: a folder of PNG files, filled in the open, or one whole that is packed when all images are there."""
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
+import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
+import torch
 from torch import Tensor
 
-from vdiff.data.images import PICTURE
+from vdiff.data.images import PICTURE, from_uint8, to_pil, to_uint8
+from vdiff.data.labels import LABELS_FILE
 from vdiff.errors import VdiffError
-from vdiff.replacing import check_free, check_ours, is_free, locked
-from vdiff.sampling.packing import SAMPLES
-from vdiff.sampling.spec import RECORD, SampleSpec, read_record
+from vdiff.files import fsync_folder, make_folder, refusal, remove, write_text
+from vdiff.replacing import check_free, check_ours, discard, is_free, locked, start_folder, sweep_inside, take_place
+from vdiff.sampling.packing import PACKERS, SAMPLES, Contents, labels_json, png_name, read_packed_record
+from vdiff.sampling.record_log import RecordLog, RecordReader
+from vdiff.sampling.spec import RECORD, SampleSpec
 
+FORMATS = ("png", *PACKERS)
 GRID, STRIP, ANIMATION = PICTURES = ("grid.png", "trajectory.png", "trajectory.webp")
 State = Literal["anew", "going on", "finished"]
+FSYNCS_AT_ONCE = 16
+"""File systems make several files durable in the time of one: 500 in 0.3 s instead of 4 (ext4)."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +57,14 @@ class ImageKind:
 
 
 class Output(ABC):
-    """Where images go. Every process may add images of its own; the first one checks, begins and finishes."""
+    """Where images go. Every process may add images of its own; the first one checks, begins and finishes.
 
-    def __init__(self, path: Path, kind: ImageKind) -> None:
-        self.path, self.kind = path, kind
+    Attributes:
+        place: the folder where images are until all are there.
+    """
 
-    @property
-    @abstractmethod
-    def place(self) -> Path:
-        """The folder where images are until all are there."""
+    def __init__(self, path: Path, place: Path, kind: ImageKind, form: str) -> None:
+        self.path, self.place, self.kind, self.form = path, place, kind, form
 
     @abstractmethod
     def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
@@ -61,6 +73,34 @@ class Output(ABC):
         Raises:
             VdiffError: the place is taken by something else, or by images drawn in another way.
         """
+
+    def earlier(self, place: Path, spec: SampleSpec, *, overwrite: bool) -> dict[str, Any] | None:
+        """The record of the images at `place` that are gone on with; None: they are to be made, or replaced.
+
+        Raises:
+            VdiffError: something else is there, or images drawn or kept in another way.
+        """
+        if is_free(place):
+            return None
+        if overwrite:
+            check_free(place, SAMPLES, overwrite=True)
+            return None
+        check_ours(place, SAMPLES)
+        record = read_packed_record(place) or {}
+        if (found := record.get("format", "png")) != self.form:
+            raise VdiffError(f"{place} holds images as {found}, not {self.form}", "give --overwrite, or another --out")
+        spec.check_same(record, place)
+        return record
+
+    def check_pictures(self) -> None:
+        """See that no picture that another program drew lies where those of a new output go.
+
+        Raises:
+            VdiffError: one does.
+        """
+        if is_free(self.path) and is_free(self.place):
+            for name in PICTURES:
+                check_free(self.picture(name), PICTURE, overwrite=True)
 
     @abstractmethod
     def begin(self, spec: SampleSpec, state: State) -> None:
@@ -79,8 +119,8 @@ class Output(ABC):
         """Keep what `encode` answered."""
 
     @abstractmethod
-    def images(self, indices: Sequence[int]) -> Tensor:
-        """Images that are there: (N, C, H, W) in [−1, 1].
+    def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Images that are there: (C, H, W) in [−1, 1].
 
         Raises:
             VdiffError: one is damaged.
@@ -99,44 +139,180 @@ class Output(ABC):
         """Where the picture called `name` is until all is done."""
         return self.picture(name)
 
-    def check_pictures(self) -> None:
-        """See that no picture that another program drew lies where those of a new output go.
-
-        Raises:
-            VdiffError: one does.
-        """
-        for name in PICTURES:
-            check_free(self.picture(name), PICTURE, overwrite=True)
-
     def locked(self, *, mine: bool) -> AbstractContextManager[None]:
         """Keep other commands from writing here; `mine`: whether this is the first process."""
         return locked(self.path, self.place, *map(self.picture, PICTURES), mine=mine)
 
 
-def check_form(record: object, form: str, place: Path) -> None:
-    """Refuse to go on with images that are kept in another way, as their record says.
+class PngFolder(Output):
+    """`00000.png`, …, the record, and `dataset.json` with the classes; the pictures lie beside the folder."""
 
-    Raises:
-        VdiffError: as said.
-    """
-    found = record.get("format", "png") if isinstance(record, dict) else form
-    if found != form:
-        raise VdiffError(f"{place} holds images as {found}, not {form}", "give --overwrite, or another --out")
+    def __init__(self, path: Path, kind: ImageKind) -> None:
+        super().__init__(path, path, kind, "png")
+        self.labels_path = path / LABELS_FILE
+
+    def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
+        """Finished: all images, their classes and the grid (earlier versions put it among them) are there."""
+        if self.earlier(self.path, spec, overwrite=overwrite) is None:
+            return "anew"
+        is_finished = bool(self.held(num).all()) and (self.picture(GRID).exists() or (self.path / GRID).exists())
+        return "finished" if is_finished and (self.labels_path.exists() or not spec.classes) else "going on"
+
+    def begin(self, spec: SampleSpec, state: State) -> None:
+        """Write the record; remove grid and classes, as those of fewer images must not pass for those of all."""
+        if state == "anew":
+            for name in PICTURES:
+                remove(self.picture(name))
+            start_folder(self.path, RECORD, spec.to_json(format="png"))
+        for name in PICTURES:
+            if (self.path / name).exists():  # of an earlier version
+                os.replace(self.path / name, self.picture(name))
+        if state != "finished":
+            remove(self.picture(GRID))
+            remove(self.labels_path)
+        sweep_inside(self.path, SAMPLES)
+
+    def held(self, num: int) -> np.ndarray:
+        """Which files are there."""
+        names = {entry.name for entry in os.scandir(self.path)} if self.path.is_dir() else set()
+        return np.fromiter((png_name(k) in names for k in range(num)), bool, num)
+
+    def _temporary(self, index: int) -> Path:
+        """Where image `index` lies before it is kept."""
+        return self.path / f".{png_name(index)}.tmp"
+
+    def encode(self, index: int, image: Tensor) -> bytes:
+        """Write the file under another name: that is all there is to do before it is kept."""
+        try:
+            self._temporary(index).write_bytes(to_png(image))
+        except OSError as error:
+            raise refusal(self.path / png_name(index), error) from None
+        return b""
+
+    def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
+        """Make the files durable, then give them their names."""
+
+        def fsync(image: tuple[int, bytes]) -> None:
+            with open(self._temporary(image[0]), "rb+") as file:
+                os.fsync(file.fileno())
+
+        try:
+            with ThreadPoolExecutor(FSYNCS_AT_ONCE) as pool:
+                list(pool.map(fsync, images))
+            for index, _ in images:
+                os.replace(self._temporary(index), self.path / png_name(index))
+            fsync_folder(self.path)
+        except OSError as error:
+            raise refusal(self.path, error) from None
+
+    def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """From their files."""
+        for path in (self.path / png_name(k) for k in indices):
+            try:
+                yield from_png(path.read_bytes())
+            except (OSError, SyntaxError):  # Pillow's word for a broken PNG is SyntaxError
+                raise VdiffError(f"{path} is damaged", "delete it, then give the same command again") from None
+
+    def finish(self, spec: SampleSpec, num: int) -> None:
+        """Write the classes; all else is where it belongs."""
+        if (labels := spec.labels(range(num))) is not None:
+            write_text(self.labels_path, labels_json(labels.numpy(), self.kind.class_names))
 
 
-def is_ours(place: Path, spec: SampleSpec, form: str, *, overwrite: bool) -> bool:
-    """Whether the folder is to be gone on with; False: to be made, or replaced.
+class Archive(Output):
+    """One file, or one LMDB folder, packed from the images that wait in the record logs of `OUT.partial`."""
 
-    Raises:
-        VdiffError: it holds something else.
-    """
-    if is_free(place):
-        return False
-    if overwrite:
-        check_free(place, SAMPLES, overwrite=True)
-    else:
-        check_ours(place, SAMPLES)
-        record = read_record(place / RECORD)
-        check_form(record, form, place)
-        spec.check_same(record, place)
-    return not overwrite
+    def __init__(self, path: Path, kind: ImageKind, form: str, rank: int = 0) -> None:
+        super().__init__(path, path.with_name(f"{path.name}.partial"), kind, form)
+        self.log = RecordLog(self.place, rank)
+        self.reader: RecordReader | None = None
+
+    def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
+        """Finished: the whole is in its place, with as many images."""
+        if self.form == "npz" and len(spec.to_json(format=self.form, num=num)) > zipfile.ZIP_MAX_COMMENT:
+            raise VdiffError("an npz cannot record so many classes", "name fewer with --classes, or give --format zip")
+        if (record := self.earlier(self.path, spec, overwrite=overwrite)) is not None:
+            if record.get("num") == num:
+                return "finished"
+            raise VdiffError(
+                f"{self.path} holds {record.get('num')} images, not {num}", "give --overwrite, or another --out"
+            )
+        return "anew" if self.earlier(self.place, spec, overwrite=overwrite) is None else "going on"
+
+    def begin(self, spec: SampleSpec, state: State) -> None:
+        """Make the partial folder; what is at OUT stays until it is replaced."""
+        if state != "going on":
+            discard(self.place)
+        if state == "anew":
+            write_text(make_folder(self.place) / RECORD, spec.to_json(format=self.form))
+        sweep_inside(self.place, SAMPLES)
+
+    def held(self, num: int) -> np.ndarray:
+        """What lies in the partial folder: all of it is read, and where each image is, is kept in mind."""
+        self.reader = RecordReader(self.place, num)
+        return self.reader.held
+
+    def encode(self, index: int, image: Tensor) -> bytes:
+        """PNG, or plain pixels (H, W, C) for an npz."""
+        del index
+        return to_uint8(image).permute(1, 2, 0).contiguous().numpy().tobytes() if self.form == "npz" else to_png(image)
+
+    def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
+        """Append them to this process's file."""
+        self.log.append(images)
+
+    def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """From the partial folder."""
+        shape = (self.kind.size, self.kind.size, self.kind.channels)
+        for data in (self.reader or RecordReader(self.place, max(indices) + 1)).read(indices):
+            if self.form == "npz":
+                yield from_uint8(torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(shape).permute(2, 0, 1))
+            else:
+                yield from_png(data)
+
+    def finish(self, spec: SampleSpec, num: int) -> None:
+        """Pack, then move the pictures and the whole to their places, and take the partial folder away."""
+        packed = self.place / f"packed.{self.form}"
+        labels = spec.labels(range(num))
+        contents = Contents(
+            name=self.path.stem,
+            shape=(num, self.kind.size, self.kind.size, self.kind.channels),
+            images=(self.reader or RecordReader(self.place, num)).read(range(num)),
+            labels=None if labels is None else labels.numpy(),
+            class_names=self.kind.class_names,
+            record=spec.to_json(format=self.form, num=num),
+        )
+        try:
+            remove(packed)
+            PACKERS[self.form](contents, packed)
+            for name in PICTURES:
+                remove(self.picture(name))  # also that of an earlier output, which this one need not have
+                if (self.place / name).exists():
+                    shutil.move(self.place / name, self.picture(name))
+            take_place(packed, self.path)
+            discard(self.place)
+        except OSError as error:
+            raise refusal(self.path, error) from None
+
+    def picture_in_work(self, name: str) -> Path:
+        """In the partial folder; beside OUT where all else is done."""
+        return self.place / name if self.place.exists() else self.picture(name)
+
+
+def open_output(form: str, path: Path, kind: ImageKind, rank: int = 0) -> Output:
+    """The output of format `form` at `path`, for the process `rank`."""
+    return PngFolder(path, kind) if form == "png" else Archive(path, kind, form, rank)
+
+
+def to_png(image: Tensor) -> bytes:
+    """An image in [−1, 1] as a PNG file."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def from_png(data: bytes) -> Tensor:
+    """The inverse of `to_png`: (C, H, W) in [−1, 1]."""
+    with PIL.Image.open(io.BytesIO(data)) as picture:
+        array = np.array(picture)
+    return from_uint8(torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()))

@@ -1,4 +1,4 @@
-"""Where images wait until all are there: files that only grow, one of each process, of any images in any spec.
+"""Where images wait until all are there: files that only grow, one of each process, of any images in any order.
 
 A record is a mark, the image's number, its length, a checksum and its bytes. Whatever a kill leaves behind, reading
 ends before the first record that is not whole; the process that goes on with a file cuts the rest off.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,16 @@ from vdiff.files import refusal
 HEAD = struct.Struct("<4sQII")
 MARK = b"img\n"
 NAME, PATTERN = "part-{:05d}.images", "part-*.images"
+PLACE = np.dtype([("file", "i4"), ("offset", "i8"), ("length", "u4")])
+"""Where an image is: 16 bytes, so that a million take no memory to speak of."""
 
 
 class RecordLog:
-    """The file of process `number` in `folder`, which it alone writes."""
+    """The file of process `rank` in `folder`, which it alone writes."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.path = folder / NAME.format(number)
-        self._is_open = False
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / NAME.format(rank)
+        self._is_whole = False
 
     def append(self, images: Iterable[tuple[int, bytes]]) -> None:
         """Write (number, bytes) of some images, durably.
@@ -36,17 +39,16 @@ class RecordLog:
             VdiffError: the file system refuses.
         """
         try:
-            with open(self.path, "rb+" if self.path.exists() else "wb") as file:
-                if not self._is_open:
-                    file.truncate(sum(HEAD.size + length for _, _, length in _records(self.path)))
-                    self._is_open = True
-                file.seek(0, os.SEEK_END)
+            if not self._is_whole and self.path.exists():
+                os.truncate(self.path, sum(HEAD.size + length for _, _, length in _records(self.path)))
+            self._is_whole = False
+            with open(self.path, "ab") as file:
                 for index, data in images:
                     file.write(HEAD.pack(MARK, index, len(data), zlib.crc32(data)) + data)
                 file.flush()
                 os.fsync(file.fileno())
+            self._is_whole = True
         except OSError as error:
-            self._is_open = False  # what was written of them is cut off before the next
             raise refusal(self.path, error) from None
 
 
@@ -55,36 +57,31 @@ class RecordReader:
 
     def __init__(self, folder: Path, num: int) -> None:
         self.paths = sorted(folder.glob(PATTERN))
-        # 16 bytes an image, so that a million take no memory to speak of
-        self.file = np.full(num, -1, np.int32)
-        self.offset, self.length = np.zeros(num, np.int64), np.zeros(num, np.uint32)
-        for number, path in enumerate(self.paths):
+        self.places = np.zeros(num, PLACE)
+        for number, path in enumerate(self.paths, 1):
             for index, offset, length in _records(path):
                 if index < num:
-                    self.file[index], self.offset[index], self.length[index] = number, offset, length
+                    self.places[index] = number, offset, length
 
     @property
     def held(self) -> np.ndarray:
         """Which images are there: (num,) bool."""
-        return self.file >= 0
+        return self.places["file"] > 0
 
-    def read(self, indices: Iterable[int]) -> Iterator[bytes]:
+    def read(self, indices: Sequence[int]) -> Iterator[bytes]:
         """The bytes of images, in the order asked for.
 
         Raises:
             VdiffError: an image that is not there.
         """
-        files = [open(path, "rb") for path in self.paths]  # noqa: SIM115 - closed below
-        try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb")) for path in self.paths]
             for index in indices:
-                if self.file[index] < 0:
+                number, offset, length = self.places[index].item()
+                if not number:
                     raise VdiffError(f"image {index} is not there", "give the same command again")
-                file = files[self.file[index]]
-                file.seek(int(self.offset[index]))
-                yield file.read(int(self.length[index]))
-        finally:
-            for file in files:
-                file.close()
+                files[number - 1].seek(offset)
+                yield files[number - 1].read(length)
 
 
 def _records(path: Path) -> Iterator[tuple[int, int, int]]:
