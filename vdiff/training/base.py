@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,22 @@ import torch
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
+from vdiff.distributed import memory_errors_named
 from vdiff.errors import Interrupted, OptionError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNetConfig
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
-from vdiff.training.engine import build_engine, effective_batch
+from vdiff.training.engine import REMEDIES, build_engine, effective_batch
 from vdiff.training.folder import RUN, check_resumable, check_same_run, recorded, start_anew
-from vdiff.training.loop import Run, fit, settle
+from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer, write_run
+from vdiff.training.step import Task, TrainStep
 
 DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
 
@@ -161,15 +164,40 @@ def schedule_of(config: TrainConfig) -> Schedule:
 def train(
     config: TrainConfig, images: TrainingData, *, folder: Path, resume: bool, overwrite: bool, reporter: Reporter
 ) -> CheckpointConfig:
-    """Train a base model into `folder`.
+    """Train a base model into `folder`: `training`, whose metrics are left to the log.
+
+    Raises:
+        Interrupted, VdiffError: as in `training`.
+    """
+    for _ in training(config, images, folder=folder, resume=resume, overwrite=overwrite, reporter=reporter):
+        pass
+    return read_config(folder)
+
+
+def training(
+    config: TrainConfig,
+    images: TrainingData,
+    *,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    reporter: Reporter,
+    model: tuple[Denoiser, CheckpointConfig] | None = None,
+    on_start: Callable[[TrainStep], object] = id,
+) -> Iterator[dict[str, float]]:
+    """Train a base model into `folder`, and yield the metrics whenever they are logged.
+
+    Args:
+        model: the denoiser to train and its description; None: the one that the settings describe.
+        on_start: called with what does the updates, before the first one.
 
     Raises:
         Interrupted: a signal came; the run is saved and can be resumed.
         VdiffError: the folder, the device or the training does not allow it.
     """
-    description = describe(config, images)
+    description = describe(config, images) if model is None else model[1]
     engine = build_engine(config)
-    with locked(folder, kind=RUN, mine=engine.is_main):
+    with locked(folder, kind=RUN, mine=engine.is_main), memory_errors_named(REMEDIES):
         if resume:
             check_same_run(folder, config, resolve(TrainConfig, recorded_layer(TrainConfig, folder)))
             found = recorded(folder)
@@ -177,27 +205,28 @@ def train(
                 reporter.line(f"{folder} is finished already: {found.num_iters} updates")
                 if engine.is_main:
                     settle(folder, config, found.num_iters)
-                return found
+                return
             check_resumable(folder, images)
         engine.wait()  # until every process has seen the folder as it was
         if engine.is_main and not resume:
             start_anew(folder, config, overwrite=overwrite)
         engine.wait()
         torch.manual_seed(config.seed)
-        denoiser = description.build()
-        reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         run = Run(
-            denoiser=denoiser,
-            objective=DenoisingObjective(denoiser.schedule),
+            **vars(base_task(config, description.build() if model is None else model[0])),
             batches=images.batches(config, engine, reporter),
-            config=config,
             description=description,
             folder=folder,
-            class_dropout=config.class_dropout,
             on_resumed=partial(write_run, folder, config) if resume else None,
         )
+        reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
+        on_start(step := TrainStep(run, engine))
         try:
-            fit(run, engine, reporter)
+            yield from metrics_of(run, step, reporter)
         except Interrupted as stop:
             raise Interrupted(f"{stop}; go on with --resume", stop.exit_code) from None
-        return read_config(folder)
+
+
+def base_task(config: TrainConfig, denoiser: Denoiser) -> Task:
+    """A denoiser that learns images from their noisy copies."""
+    return Task(denoiser, DenoisingObjective(denoiser.schedule), config, class_dropout=config.class_dropout)

@@ -60,6 +60,22 @@ def do_updates(step: TrainStep, batches: Iterator[Batch], meter: Meter) -> Itera
         yield n + 1
 
 
+def metrics_in_memory(step: TrainStep, batches: Batches) -> Iterator[dict[str, float]]:
+    """Do all updates of a step without a folder; yield the metrics every `log_interval` updates and after the last.
+
+    Raises:
+        VdiffError: too many updates in a row were bad, or memory ran out.
+    """
+    config = step.config
+    meter = Meter(Position(), config, step.engine, step.task.step_bins)
+    with memory_errors_named(REMEDIES), closing(batches.start_at(0)) as found:
+        for done in do_updates(step, found, meter):
+            if meter.has_diverged:
+                raise diverged(None, meter)
+            if done % config.log_interval == 0 or done == config.num_iters:
+                yield {"update": done, **meter.read()}
+
+
 def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
     """Do the updates that are left, and return the denoiser with the averaged weights, which are the ones saved.
 

@@ -1,0 +1,81 @@
+"""Batches from tensors that are already there: any iterable of them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.data.batches import Batch, BatchPlan
+from vdiff.errors import VdiffError
+
+
+@dataclass(frozen=True)
+class TensorBatches:
+    """Endless batches of `batch_size` samples from `data`.
+
+    A tensor (N, *shape) is a dataset, whose samples come in the order that the seed gives. Any other iterable, such as
+    a list of batches or a `DataLoader`, is read again and again in its own order; its items are samples (*shape) or
+    batches (B, *shape) of any size, uint8 or real, alone or in a pair with their classes. A run that is resumed passes
+    over what it has seen: it ends with the same bits if the iterable gives the same each time.
+
+    Attributes:
+        shape: of a sample.
+        share: the samples of each batch that this process takes.
+    """
+
+    data: Iterable[Any]
+    shape: tuple[int, ...]
+    batch_size: int
+    seed: int
+    share: slice
+
+    def start_at(self, step: int) -> Generator[Batch, None, None]:
+        """The batches of optimiser steps `step`, `step` + 1, … without end.
+
+        Raises:
+            VdiffError: an item is no tensor of this shape, or the data are at their end.
+        """
+        if isinstance(self.data, Tensor):
+            samples, _ = self._rows(self.data)
+            plan = BatchPlan(length=len(samples), batch_size=self.batch_size, seed=self.seed, flip=False)
+            while True:
+                yield Batch(samples[torch.from_numpy(plan.indices(step)[self.share])], None)
+                step += 1
+        number, count, waiting = 0, 0, []
+        for rows, classes in self._items():
+            waiting.append((rows, classes))
+            count += len(rows)
+            if count < self.batch_size:
+                continue
+            samples = torch.cat([each for each, _ in waiting])
+            labels = None if classes is None else torch.cat([each for _, each in waiting if each is not None])
+            while count >= self.batch_size:
+                if number >= step:
+                    mine = None if labels is None else labels[: self.batch_size][self.share]
+                    yield Batch(samples[: self.batch_size][self.share], mine)
+                samples, labels = samples[self.batch_size :], None if labels is None else labels[self.batch_size :]
+                number, count = number + 1, len(samples)
+            waiting = [(samples, labels)]
+
+    def _items(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Samples and classes of every item, again and again."""
+        while True:
+            count = 0
+            for count, item in enumerate(self.data, 1):  # noqa: B007
+                yield self._rows(item)
+            if not count:
+                raise VdiffError("the data are at their end", "give a list or a DataLoader, which can be read again")
+
+    def _rows(self, item: Any) -> tuple[Tensor, Tensor | None]:
+        x, classes = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        if not isinstance(x, Tensor) or tuple(x.shape[-len(self.shape) :]) != self.shape:
+            found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            shape = ", ".join(map(str, self.shape))
+            raise VdiffError(f"the data hold {found}", f"give tensors ({shape}) or (B, {shape})")
+        rows = x.reshape(-1, *self.shape)
+        labels = None if classes is None else torch.as_tensor(classes).reshape(-1).long()
+        return (rows if x.dtype == torch.uint8 else rows.float()), labels
