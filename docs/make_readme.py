@@ -14,10 +14,10 @@ from pathlib import Path
 import PIL.Image
 
 from vdiff.evaluation.results import Metric
-from vdiff.report.figures import figure
-from vdiff.report.measured import Measured, measured, milliseconds
+from vdiff.report.content import Distances, distances_of, milliseconds
+from vdiff.report.formatting import figure
+from vdiff.report.ladder import LadderRun, read_ladder
 from vdiff.report.page import write_report
-from vdiff.report.run import LadderRun, read_ladder
 
 ROOT = Path(__file__).parent.parent
 README, IMAGES = ROOT / "README.md", ROOT / "docs" / "images"
@@ -27,7 +27,7 @@ WINDOW = (1280, 1660)
 COLOURS = 96
 
 
-def table(ladder: LadderRun, found: Measured) -> str:
+def table(ladder: LadderRun, found: Distances) -> str:
     """Markdown: the distances of students and of the teacher's samplers by the network evaluations of an image."""
     curves = [*found.samplers, found.student_curve]
     times = {
@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     assert mark, f"README.md lacks {BEGIN} or {END}"
-    new = f"{before}{BEGIN}\n{table(ladder, measured(ladder))}\n{END}{after}"
+    new = f"{before}{BEGIN}\n{table(ladder, distances_of(ladder))}\n{END}{after}"
     README.write_text(new, encoding="utf-8")
     if ladder.picture:
         shutil.copy(ladder.picture, IMAGES / "ladder.png")

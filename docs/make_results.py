@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine
 from vdiff.evaluation.results import EvalRow, Evaluation
-from vdiff.report.figures import figure
+from vdiff.report.formatting import figure
 
 ROOT = Path(__file__).parent.parent
 PAGE, WORK, JOURNAL = ROOT / "docs" / "results.md", Path("results"), "done.json"

@@ -19,8 +19,8 @@ from vdiff.cli.console import BarProgress, Console, PlainProgress
 from vdiff.errors import printable
 from vdiff.interop.card import new_card
 from vdiff.report import plots
+from vdiff.report.ladder import read_ladder
 from vdiff.report.page import render
-from vdiff.report.run import read_ladder
 
 EVIL = "\x1b]0;owned\a\x1b[31m[red]a[/red]\x9b2J\u202egnp\u2066\x7f\r|<b>&amp;*b*~{{7*7}}$x^\n"
 SHOWN = r"\u001b]0;owned\u0007\u001b[31m[red]a[/red]\u009b2J\u202egnp\u2066\u007f\r|<b>&amp;*b*~{{7*7}}$x^\n"

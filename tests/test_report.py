@@ -21,14 +21,10 @@ from tests.toy import SIZE, write_checkpoint
 from vdiff.errors import VdiffError
 from vdiff.files import parse, write_json
 from vdiff.report import plots
-from vdiff.report.figures import figure, milliseconds_text, seconds_text, times_text
-from vdiff.report.losses import MAX_POINTS, read_losses, thinned
-from vdiff.report.measured import measured, time_curve
-from vdiff.report.page import content, render, write_report
-from vdiff.report.pictures import inlined, strips
-from vdiff.report.run import read_ladder
-from vdiff.report.tables import evaluation, models, stages
-from vdiff.report.words import notes, summary
+from vdiff.report.content import distances_of, evaluation_table, models, notes, stage_table, summary, time_curve
+from vdiff.report.formatting import figure, milliseconds_text, seconds_text, times_text
+from vdiff.report.ladder import read_ladder
+from vdiff.report.page import MAX_POINTS, inlined, page_values, read_losses, render, split_rows, thinned, write_report
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use"}
 
@@ -101,11 +97,11 @@ def test_the_ladder_is_read_in_its_order(root):
         ("original", 8), ("base_0", 4), ("base_1", 2), ("base_2", 1),
     ]  # fmt: skip
     assert ladder.others == ()
-    assert [line.steps for line in ladder.compared] == [8, 4, 2, 1]
+    assert [line.num_steps for line in ladder.compared] == [8, 4, 2, 1]
 
 
 def test_distances_come_from_the_rows_of_these_weights_at_the_students_own_steps(root):
-    found = measured(read_ladder(root))
+    found = distances_of(read_ladder(root))
     assert [(point.x, point.y) for point in found.student_curve.points] == list(DISTANCES.items())
     first = found.student_curve.points[0]
     assert (first.low, first.high) == pytest.approx((0.36, 0.44))
@@ -122,7 +118,7 @@ def test_distances_come_from_the_rows_of_these_weights_at_the_students_own_steps
 def test_without_an_evaluation_the_verdicts_tell_the_distances(root, tmp_path):
     folder = copied(root, tmp_path)
     (folder / "evaluation.json").unlink()
-    found = measured(read_ladder(folder))
+    found = distances_of(read_ladder(folder))
     assert [(point.x, point.y) for point in found.student_curve.points] == list(DISTANCES.items())
     assert found.samplers == ()
     assert found.teacher == plots.Point(8, 0.2)
@@ -174,7 +170,7 @@ def test_a_teacher_that_was_trained_again_is_told_from_its_description(tmp_path)
         assert [model.name for model in ladder.models] == ["original", "base_0", "base_1", "base_2"]
         assert ladder.first.folder is None
         assert ladder.first.number("num_images") == 1000
-    told = notes(ladder, measured(ladder))
+    told = notes(ladder, distances_of(ladder))
     assert told == ["original is not here any more, or was trained again since: its losses are not shown."]
 
 
@@ -196,7 +192,7 @@ def test_the_page_says_the_figures(html):
 
 def test_each_model_as_plain_values(root):
     ladder = read_ladder(root)
-    told = models(ladder, measured(ladder))
+    told = models(ladder, distances_of(ladder))
     assert [each["steps"] for each in told] == [8, 4, 2, 1]
     assert told[0]["distance"] == 0.2
     assert told[0]["rmse_to_teacher"] is None
@@ -212,15 +208,15 @@ def test_a_teacher_that_began_with_fewer_steps_has_two_lines(root, tmp_path):
     again = {**lines[0], "num_steps": 4, "ms_per_image": 2.5, "rmse_to_teacher": 0.07}
     path.write_text(json.dumps([lines[0], again, *lines[1:]]))
     ladder = read_ladder(folder)
-    told = models(ladder, measured(ladder))
+    told = models(ladder, distances_of(ladder))
     keys = ("name", "steps", "is_again", "ms_per_image", "rmse_to_teacher", "distance")
     assert [tuple(each[key] for key in keys) for each in told[:3]] == [
         ("original", 8, False, 4.0, None, 0.2),
         ("original", 4, True, 2.5, 0.07, 2.5),
         ("base_0", 4, False, 2.0, 0.031, 0.25),
     ]
-    assert "in 3 stages, beginning at 4 steps, into one" in " ".join(summary(ladder, measured(ladder)))
-    assert stages(ladder, measured(ladder)).rows[1][:3] == ["original", "in fewer steps", "4"]
+    assert "in 3 stages, beginning at 4 steps, into one" in " ".join(summary(ladder, distances_of(ladder)))
+    assert stage_table(ladder, distances_of(ladder)).rows[1][:3] == ["original", "in fewer steps", "4"]
 
 
 def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_not_shown(root, tmp_path):
@@ -234,12 +230,12 @@ def test_a_start_that_was_kept_is_marked_and_what_was_found_in_fewer_steps_is_no
     lines[0] |= {"ms_per_image": None}
     path.write_text(json.dumps(lines))
     ladder = read_ladder(folder)
-    found = {each["name"]: each for each in models(ladder, measured(ladder))}
+    found = {each["name"]: each for each in models(ladder, distances_of(ladder))}
     assert [found[name]["kept_start"] for name in ("original", "base_1", "base_2")] == [False, False, True]
     assert (found["base_1"]["rmse_to_teacher"], found["base_1"]["distance"]) == (0.02, None)
     assert (found["base_0"]["rmse_to_teacher"], found["base_0"]["distance"]) == (0.031, 0.25)
     assert found["original"]["ms_per_image"] is None
-    assert [row[1] for row in stages(ladder, measured(ladder)).rows] == [
+    assert [row[1] for row in stage_table(ladder, distances_of(ladder)).rows] == [
         "base", "progressive", "progressive", "progressive, kept start"
     ]  # fmt: skip
 
@@ -253,7 +249,7 @@ def test_a_student_with_the_weights_of_its_teacher_is_another_model(root, tmp_pa
     assert [(model.name, model.folder) for model in ladder.models] == [(name, folder / name) for name in names]
     assert ladder.models[-1].fingerprint == ladder.models[-2].fingerprint
     assert not ladder.others
-    before, found = measured(read_ladder(root)), measured(ladder)
+    before, found = distances_of(read_ladder(root)), distances_of(ladder)
     assert found.students[ladder.models[2].key] == before.students[ladder.models[2].key]
     assert found.students[ladder.models[-1].key].x == 1
 
@@ -267,9 +263,9 @@ def test_times_that_cannot_be_are_named_and_marked(root, tmp_path):
     values["rows"][0]["is_time_doubtful"] = True
     (folder / "evaluation.json").write_text(json.dumps(values))
     ladder = read_ladder(folder)
-    told = " ".join(notes(ladder, measured(ladder)))
+    told = " ".join(notes(ladder, distances_of(ladder)))
     assert "The times of base_0 in 4 steps cannot be: more evaluations took less time, measured twice." in told
-    times = [row[8] for row in evaluation(ladder).rows]
+    times = [row[8] for row in evaluation_table(ladder).rows]
     assert [text.endswith(" ?") for text in times] == [True] + [False] * (len(times) - 1)
 
 
@@ -286,7 +282,7 @@ def test_what_a_reader_must_know_is_said(root, tmp_path, changes, words):
     folder = without_logs(root, tmp_path)
     (folder / "base_1" / "verdict.json").write_text(json.dumps(verdict(2, **changes)))
     ladder = read_ladder(folder)
-    assert words in " ".join(notes(ladder, measured(ladder)))
+    assert words in " ".join(notes(ladder, distances_of(ladder)))
 
 
 @pytest.mark.parametrize(
@@ -413,7 +409,7 @@ def test_a_ladder_without_its_records_gets_a_page_and_the_commands_that_make_the
 def test_without_the_images_the_ladders_picture_is_shown(root, tmp_path):
     folder = without_logs(root, tmp_path)
     (folder / "base_2" / "ladder_images.png").unlink()
-    told = content(ladder := read_ladder(folder), measured(ladder))
+    told = page_values(ladder := read_ladder(folder), distances_of(ladder))
     assert told["rungs"] == []
     assert (told["picture"].width, told["picture"].height) == (50, 40)
 
@@ -421,13 +417,13 @@ def test_without_the_images_the_ladders_picture_is_shown(root, tmp_path):
 def test_images_of_another_comparison_are_not_shown(root, tmp_path):
     folder = without_logs(root, tmp_path)
     PIL.Image.new("L", (8, 18)).save(folder / "base_2" / "ladder_images.png")
-    told = content(ladder := read_ladder(folder), measured(ladder))
+    told = page_values(ladder := read_ladder(folder), distances_of(ladder))
     assert told["rungs"] == []
 
 
 def test_strips_hold_the_very_pixels(root):
     picture = PIL.Image.open(root / "base_2" / "ladder_images.png").convert("RGB")
-    told = content(ladder := read_ladder(root), measured(ladder))
+    told = page_values(ladder := read_ladder(root), distances_of(ladder))
     for k, rung in enumerate(told["rungs"]):
         data = base64.b64decode(rung.strip.address.partition(",")[2])
         strip = PIL.Image.open(io.BytesIO(data)).convert("RGB")
@@ -435,7 +431,7 @@ def test_strips_hold_the_very_pixels(root):
             box = (column * SIZE, k * SIZE, (column + 1) * SIZE, (k + 1) * SIZE)
             left = column * (SIZE + 1)
             assert strip.crop((left, 0, left + SIZE, SIZE)).tobytes() == picture.crop(box).tobytes()
-    assert strips(picture, 5) == []
+    assert split_rows(picture, 5) == []
 
 
 def test_large_pictures_become_small():

@@ -12,8 +12,8 @@ import pytest
 from tests.browser import PROGRAM, Tab, browser
 from tests.commands import ROOT
 from tests.ladders import write_evaluation, write_ladder
+from vdiff.report.ladder import read_ladder
 from vdiff.report.page import write_report
-from vdiff.report.run import read_ladder
 
 AXE = Path(os.environ.get("VDIFF_AXE", ROOT / "node_modules" / "axe-core" / "axe.min.js"))
 LOOKS = [(width, dark) for width in (1280, 390) for dark in (False, True)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vdiff.distributed import Processes
     from vdiff.evaluation.plan import EvalPlan, RowSpec
-    from vdiff.report.run import LadderRun
+    from vdiff.report.ladder import LadderRun
     from vdiff.training.stages import Stage
 
 
@@ -87,10 +87,9 @@ def command(
     if out is not None and out.is_dir():
         raise OptionError(f"--out {out} is a folder", "give --out FILE.html")
 
-    from vdiff.report.measured import measured
+    from vdiff.report.content import distances_of, models
+    from vdiff.report.ladder import read_ladder
     from vdiff.report.page import write_report
-    from vdiff.report.run import read_ladder
-    from vdiff.report.tables import models
 
     console = Console()
     ladder = read_ladder(run_dir)
@@ -98,7 +97,7 @@ def command(
         from vdiff.data.store import dataset_of
         from vdiff.distributed import Processes, pick_device
         from vdiff.evaluation.plan import EvalPlan
-        from vdiff.report.measuring import ladder_rows
+        from vdiff.report.ladder import ladder_rows
 
         images = data or dataset_of(str(ladder.first.description.get("dataset", "")))
         plan = EvalPlan(n=num, features=features)
@@ -106,7 +105,7 @@ def command(
         ladder = read_ladder(run_dir)
     path = write_report(ladder, out)
     if json:
-        found = measured(ladder)
+        found = distances_of(ladder)
         values = {"path": path.as_posix(), "distance": found.name, "basis": found.basis}
         console.result(jsonlib.dumps({**values, "models": models(ladder, found)}, ensure_ascii=False))
     else:
@@ -136,8 +135,8 @@ def report_at_the_end(
     """
     folder, last = stages[-1].folder.parent, stages[-1].folder
     try:
+        from vdiff.report.ladder import read_ladder
         from vdiff.report.page import write_report
-        from vdiff.report.run import read_ladder
 
         ladder = read_ladder(folder, last=last)
         if measure and data:
@@ -159,7 +158,7 @@ def report_at_the_end(
 
 def _measure_quickly(ladder: LadderRun, data: str, budget: int, device: torch.device, console: Console) -> None:
     from vdiff.distributed import Processes
-    from vdiff.report.measuring import QUICK_SIZE, quick_plan, tells_of
+    from vdiff.report.ladder import QUICK_SIZE, quick_plan, tells_of
 
     students = [model.fingerprint for model in ladder.students]
     if ladder.first.number("image_size") > QUICK_SIZE or tells_of(ladder.evaluation, students[-1:]):

@@ -1,51 +1,62 @@
-"""The report as one HTML file that asks nobody for anything."""
+"""The report as one HTML file that holds everything it shows and loads nothing."""
 
 from __future__ import annotations
 
 import base64
 import datetime
 import hashlib
+import io
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+
 import vdiff
-from vdiff.errors import printable
+from vdiff.errors import VdiffError, printable
 from vdiff.files import write_text
 from vdiff.replacing import Kind, check_free, locked
-from vdiff.report import plots, tables
-from vdiff.report.figures import figure, whole
-from vdiff.report.losses import read_losses
-from vdiff.report.measured import Measured, measured, time_curve
-from vdiff.report.pictures import Inlined, inlined, read_picture, strips
-from vdiff.report.run import LadderRun
-from vdiff.report.words import evaluate_command, facts, notes, recipes, sample_command, summary
+from vdiff.report import content, plots
+from vdiff.report.content import Distances
+from vdiff.report.formatting import figure, whole
+from vdiff.report.ladder import LadderRun
+from vdiff.report.plots import Curve, Point
 from vdiff.text import plural
 
 NAME = "report.html"
 GENERATOR = "vdiff"
 EVALUATIONS = "network evaluations an image"
+LOSSLESS_PIXELS = 2**19
+"""Pictures up to this size stay lossless."""
+QUALITY = 88
+MAX_SIDE = 4096
+AGAIN = "move it away: the command that wrote it writes it again"
+LOG, LOSS = "log", "loss"
+MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A picture as a `data:` address, and its size in pixels."""
+
+    address: str
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A model in the ladder's picture: a strip of `count` images, all from the noise of the other strips."""
+    """A model in the ladder's picture: a strip of `count` images, drawn from the same noise as the other strips."""
 
     name: str
     steps: str
     note: str
     strip: Inlined
     count: int
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The plot of a model's losses."""
-
-    name: str
-    steps: str
-    drawing: str
 
 
 def _is_report(path: Path) -> str:
@@ -60,7 +71,7 @@ REPORT = Kind("report", _is_report)
 
 
 def write_report(ladder: LadderRun, out: Path | None = None) -> Path:
-    """Write the report on a ladder, whole or not at all; answer where it is.
+    """Write the report on a ladder, whole or not at all; return its path.
 
     Args:
         out: the file; `report.html` in the ladder's folder by default. An earlier report is replaced.
@@ -84,7 +95,7 @@ def render(ladder: LadderRun) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
-    environment.globals["svg"] = Markup  # of our own drawings alone: `to_svg` escapes what they say
+    environment.globals["svg"] = Markup  # for our own drawings alone: `to_svg` escapes their texts
     environment.filters |= {"figure": figure, "whole": whole, "plural": plural}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = environment.from_string(_part("page.html")).render(
@@ -93,92 +104,154 @@ def render(ladder: LadderRun) -> str:
         script_hash=f"sha256-{digest}",
         version=vdiff.__version__,
         date=datetime.date.today().isoformat(),
-        **content(ladder, measured(ladder)),
+        **page_values(ladder, content.distances_of(ladder)),
     )
     return page.lstrip() + "\n"
 
 
-def content(ladder: LadderRun, found: Measured) -> dict[str, Any]:
-    """All that the template puts on the page."""
-    evaluation = ladder.evaluation
-    strips_drawn = rungs(ladder)
-    is_second = bool(strips_drawn)  # what is only shown where nothing better is there need not be in the file
+def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
+    """The values of the template."""
+    strips = rungs(ladder)
+    is_second = bool(strips)  # else pictures that are not shown would be in the file
+    dashed, times = found.teacher if found.student_curve.points else None, content.time_curve(ladder)
     return {
         "folder": ladder.folder.as_posix(),
         "is_ladder": bool(ladder.students),
-        "summary": summary(ladder, found),
-        "facts": facts(ladder, found),
-        "notes": notes(ladder, found),
+        "summary": content.summary(ladder, found),
+        "facts": content.facts(ladder, found),
+        "notes": content.notes(ladder, found),
         "others": [path.as_posix() for path in ladder.others],
-        "rungs": strips_drawn,
+        "rungs": strips,
         "picture": _picture(None if is_second else ladder.picture),
         "samples": _picture(None if is_second or ladder.picture else ladder.samples),
         "found": found,
-        "distance_plot": _distance_plot(found),
-        "distance_table": tables.distances(found),
-        "evaluation": evaluation,
-        "evaluation_table": tables.evaluation(ladder),
-        "evaluate_command": evaluate_command(ladder),
-        "sample_command": sample_command(ladder),
-        "time_plot": _time_plot(ladder),
-        "time_table": tables.times(ladder),
+        "distance_plot": _plot("distance", found.curves, EVALUATIONS, found.name, dashed),
+        "distance_table": content.distance_table(found),
+        "evaluation": ladder.evaluation,
+        "evaluation_table": content.evaluation_table(ladder),
+        "evaluate_command": content.evaluate_command(ladder),
+        "sample_command": content.sample_command(ladder),
+        "time_plot": _plot("time", [times] if len(times.points) > 1 else [], "steps", "milliseconds an image"),
+        "time_table": content.time_table(ladder),
         "losses": losses(ladder),
-        "stages": tables.stages(ladder, found),
+        "stages": content.stage_table(ladder, found),
         "pairs": _picture(ladder.pairs),
-        "nearest": tables.nearest(ladder),
+        "nearest": content.nearest_table(ladder),
         "settings": [(model.name, model.steps, model.settings) for model in ladder.models if model.settings],
-        "recipes": recipes(ladder),
+        "recipes": content.recipes(ladder),
     }
 
 
 def rungs(ladder: LadderRun) -> list[Rung]:
-    """The ladder's picture in strips; empty where it is not there, or of another comparison."""
+    """The ladder's picture in strips; empty if there is none, or it is of another comparison."""
     if not ladder.images:
         return []
     picture = read_picture(ladder.images)
     drawn = [line for line in ladder.compared if line.ms_per_image is not None]
-    cut = strips(picture, len(drawn))
+    cut = split_rows(picture, len(drawn))
     count = picture.width * len(cut) // picture.height
-    told = []
+    result = []
     for line, strip in zip(drawn, cut, strict=False):
         error = "" if line.rmse_to_first is None else f"RMSE {figure(line.rmse_to_first)}"
-        told.append(Rung(line.name, plural(line.steps, "step"), error, inlined(strip), count))
-    return told
+        name, steps = line.key
+        result.append(Rung(name, plural(steps, "step"), error, inlined(strip), count))
+    return result
 
 
-def losses(ladder: LadderRun) -> list[Losses]:
-    """The losses of each model that logged them."""
-    told = []
+def losses(ladder: LadderRun) -> list[tuple[str, str, str]]:
+    """Name, steps and plot of each model that logged its losses."""
+    result = []
     for k, model in enumerate(ladder.models):
         points = read_losses(model.folder) if model.folder else []
         if len(points) > 1:
             steps = plural(model.steps, "step")
-            told.append(Losses(model.name, steps, plots.losses(f"loss-{k}", points, f"{model.name}, {steps}")))
-    return told
+            result.append((model.name, steps, plots.losses(f"loss-{k}", points, f"{model.name}, {steps}")))
+    return result
 
 
 def _picture(path: Path | None) -> Inlined | None:
     return inlined(read_picture(path)) if path else None
 
 
-def _distance_plot(found: Measured) -> dict[str, str]:
-    if not found.curves:
-        return {}
-    dashed = found.teacher if found.student_curve.points else None
-    return plots.both_sizes(plots.trade, "distance", found.curves, EVALUATIONS, found.name, dashed)
-
-
-def _time_plot(ladder: LadderRun) -> dict[str, str]:
-    curve = time_curve(ladder)
-    if len(curve.points) < 2:
-        return {}
-    return plots.both_sizes(plots.trade, "time", [curve], "steps", "milliseconds an image", None)
+def _plot(name: str, curves: Sequence[Curve], x: str, y: str, dashed: Point | None = None) -> dict[str, str]:
+    """A plot for wide and for narrow screens; empty if there is nothing to plot."""
+    sizes = {"wide": plots.WIDE, "narrow": plots.NARROW} if curves else {}
+    return {key: plots.trade(f"{name}-{key}", size, curves, x, y, dashed) for key, size in sizes.items()}
 
 
 def _printable(value: Any) -> Any:
-    """Texts of others without control characters; our own markup, whose type is not `str`, and numbers as they are."""
+    """Texts without control characters; our own markup, whose type is not `str`, and numbers stay as they are."""
     return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
 
 
 def _part(name: str) -> str:
     return resources.files("vdiff.report").joinpath(name).read_text(encoding="utf-8")
+
+
+# Pictures and losses
+
+
+def read_picture(path: Path) -> PIL.Image.Image:
+    """A picture file, decoded.
+
+    Raises:
+        VdiffError: it cannot be read.
+    """
+    try:
+        with PIL.Image.open(path) as picture:
+            picture.load()
+            return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise VdiffError(f"{path} is no picture that can be read: {error}", AGAIN) from None
+
+
+def inlined(picture: PIL.Image.Image) -> Inlined:
+    """The picture as WebP: lossless if it is small, else at a quality of 88 and at most 4096 pixels a side."""
+    buffer, is_small = io.BytesIO(), picture.width * picture.height <= LOSSLESS_PIXELS
+    if max(picture.size) > MAX_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((MAX_SIDE, MAX_SIDE), PIL.Image.Resampling.LANCZOS)
+    mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+    picture.convert(mode).save(buffer, format="WEBP", lossless=is_small, quality=100 if is_small else QUALITY)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Inlined(f"data:image/webp;base64,{data}", picture.width, picture.height)
+
+
+def split_rows(picture: PIL.Image.Image, rows: int) -> list[PIL.Image.Image]:
+    """A picture of square images cut into `rows`, with gaps between the images of a row; empty if it does not fit."""
+    side, rest = divmod(picture.height, rows)
+    if rest or not side or picture.width % side:
+        return []
+    count, step = picture.width // side, side + max(1, side // 16)
+    found = [PIL.Image.new("RGBA", (count * step - step + side, side)) for _ in range(rows)]
+    for k, strip in enumerate(found):
+        for i in range(count):
+            strip.paste(picture.crop((i * side, k * side, (i + 1) * side, (k + 1) * side)), (i * step, 0))
+    return found
+
+
+def read_losses(folder: Path) -> list[tuple[int, float]]:
+    """(update, loss) of a run's TensorBoard log, in order; of an update that a resumed run repeated, the last loss.
+
+    Empty if there is no log that can be read. Of very many, every k-th and the last.
+    """
+    if not any((folder / LOG).glob("events.out.tfevents.*")):
+        return []
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = logging.getLogger("tensorboard")
+    before, logger.disabled = logger.disabled, True  # it warns of a log that a kill cut short
+    try:
+        events = EventAccumulator(str(folder / LOG), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+        events.Reload()
+        scalars = events.Scalars(LOSS) if LOSS in events.Tags()["scalars"] else []
+    finally:
+        logger.disabled = before
+    losses = {event.step: event.value for event in scalars if math.isfinite(event.value)}
+    return thinned(sorted(losses.items()))
+
+
+def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most `MAX_POINTS` points and the last one."""
+    step = -(-len(points) // MAX_POINTS)
+    return points if step <= 1 else [*points[:-1:step], points[-1]]

@@ -1,16 +1,19 @@
-"""The page's plots, drawn by matplotlib."""
+"""The page's plots: drawn by matplotlib, turned into SVG that takes the page's colours and font."""
 
 from __future__ import annotations
 
+import io
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from vdiff.errors import printable
-from vdiff.report.figures import figure as number
-from vdiff.report.svg import CARD, INK, LINE, SOFT, series, to_svg
+from vdiff.report.formatting import bounded
+from vdiff.report.formatting import figure as number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +23,18 @@ POINTS_AN_INCH = 72
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)), (0, (8, 3)))
 WIDE, NARROW = (940, 430), (350, 330)
+SERIES = 6
+INK, SOFT, LINE, CARD = "#010203", "#010204", "#010205", "#010206"
+COLOURS = {INK: "ink", SOFT: "soft", LINE: "line", CARD: "card"}
+"""Colours that a figure is drawn with, and the page's custom properties that replace them."""
+NAMESPACE = re.compile(r"\{[^}]*\}")
+REFERENCE = re.compile(r"url\(#([^)]+)\)")
+FONT = re.compile(r"'DejaVu Sans'[^;\"]*")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured figure: at `x`, with the bounds of its interval where there are any."""
+    """A measured value at `x`, with the bounds of its interval, if any."""
 
     x: float
     y: float
@@ -34,32 +44,27 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in the order of x, and what they are called."""
+    """Points in the order of x, and their name."""
 
     label: str
     points: tuple[Point, ...]
 
 
-def both_sizes(draw: Any, name: str, *args: Any) -> dict[str, str]:
-    """A plot for wide and for narrow screens."""
-    return {"wide": draw(f"{name}-wide", WIDE, *args), "narrow": draw(f"{name}-narrow", NARROW, *args)}
-
-
 def trade(
     name: str, size: tuple[int, int], curves: Sequence[Curve], x_label: str, y_label: str, dashed: Point | None
 ) -> str:
-    """Curves over the number of evaluations, both axes logarithmic; the first one is the one that matters.
+    """Curves over the number of evaluations, both axes logarithmic; the first one is emphasised.
 
     Args:
-        dashed: the figure that the others are held against, as a level line.
+        dashed: a value to compare the curves with, as a level line.
     """
     figure, axes = _canvas(size)
-    told = {}
+    titles = {}
     if dashed is not None:
         axes.axhline(dashed.y, color=SOFT, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
     for k, curve in reversed(list(enumerate(curves))):
         _curve(axes, curve, k, gid := f"points-{k}")
-        told[gid] = [f"{curve.label}: {point_text(point, x_label)}" for point in curve.points]
+        titles[gid] = [f"{curve.label}: {point_text(point, x_label)}" for point in curve.points]
     for point in curves[0].points if curves else ():
         axes.annotate(
             number(point.y, 2 if point.y < 100 else 3), (point.x, point.low or point.y), (0, -8), ha="center", va="top",
@@ -70,8 +75,8 @@ def trade(
     axes.set_xlabel(x_label, color=SOFT, fontsize=12)
     axes.set_title(printable(y_label), loc="left", color=SOFT, fontsize=12, pad=10, x=0, parse_math=False)
     labels = ", ".join(curve.label for curve in curves)
-    title, words = f"{y_label} by {x_label}", f"Curves: {labels}. The figures are in the table below."
-    return to_svg(figure, name=name, title=title, description=words, told=told)
+    description = f"Curves: {labels}. The figures are in the table below."
+    return to_svg(figure, name=name, title=f"{y_label} by {x_label}", description=description, titles=titles)
 
 
 def losses(name: str, points: Sequence[tuple[int, float]], of: str) -> str:
@@ -85,19 +90,18 @@ def losses(name: str, points: Sequence[tuple[int, float]], of: str) -> str:
         _ticks(axes.yaxis, *_margins(y, 0.12), 4)
     x_ticks = _round_steps(max(x))
     axes.set_xticks(x_ticks, [f"{tick:,.0f}" for tick in x_ticks])
-    words = f"From {number(y[0])} at update {x[0]:,} to {number(y[-1])} at update {x[-1]:,}."
-    told = {"points-0": [f"update {step:,}: {number(loss)}" for step, loss in points]}
-    return to_svg(figure, name=name, title=f"Loss of {of}", description=words, told=told)
+    description = f"From {number(y[0])} at update {x[0]:,} to {number(y[-1])} at update {x[-1]:,}."
+    titles = {"points-0": [f"update {step:,}: {number(loss)}" for step, loss in points]}
+    return to_svg(figure, name=name, title=f"Loss of {of}", description=description, titles=titles)
 
 
 def point_text(point: Point, unit: str) -> str:
     """`0.36 (0.35 to 0.37) at 1 network evaluations an image`."""
-    bounds = f" ({number(point.low)} to {number(point.high)})" if point.low is not None else ""
-    return f"{number(point.y)}{bounds} at {number(point.x)} {unit}"
+    return f"{bounded(point.y, point.low, point.high)} at {number(point.x)} {unit}"
 
 
 def _canvas(size: tuple[int, int]) -> tuple[Figure, Axes]:
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it does without a HOME that it can write
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a HOME that cannot be written is no problem
     from matplotlib.figure import Figure
 
     figure = Figure((size[0] / POINTS_AN_INCH, size[1] / POINTS_AN_INCH), dpi=POINTS_AN_INCH, layout="constrained")
@@ -163,3 +167,65 @@ def _round_steps(last: int) -> list[int]:
     scale = 10 ** math.floor(math.log10(raw)) if raw >= 1 else 1
     step = next(int(m * scale) for m in (1, 2, 2.5, 5, 10) if m * scale >= raw and (m * scale) % 1 == 0)
     return list(range(0, last + 1, max(step, 1)))
+
+
+def series(k: int) -> str:
+    """The colour of curve `k`, which the page replaces by `--s0`, `--s1` …"""
+    return f"#0102{0x10 + k % SERIES:02x}"
+
+
+def to_svg(figure: Figure, *, name: str, title: str, description: str, titles: Mapping[str, Sequence[str]]) -> str:
+    """The figure as an element of an HTML page.
+
+    Args:
+        name: unique on the page.
+        title, description: for readers who do not see the figure.
+        titles: the tooltips of each group of markers, by its gid.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for element in root.iter():
+        element.tag = NAMESPACE.sub("", element.tag)
+        for key in list(element.attrib):
+            element.set(NAMESPACE.sub("", key), _of_the_page(element.attrib.pop(key), name))
+    for group in root.iter("g"):
+        for marker, text in zip(list(group.iter("use")), titles.get(group.get("id", ""), ()), strict=False):
+            ElementTree.SubElement(marker, "title").text = printable(text)
+    _rename(root, name)
+    for element in root.findall("metadata"):
+        root.remove(element)
+    root.attrib = {
+        "viewBox": root.get("viewBox", ""),
+        "role": "img",
+        "aria-labelledby": f"{name}-title {name}-desc",
+        "xmlns": "http://www.w3.org/2000/svg",
+    }
+    for tag, text in (("desc", description), ("title", title)):
+        words = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
+        words.text = printable(text)
+        root.insert(0, words)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _of_the_page(value: str, name: str) -> str:
+    """An attribute with the page's colours and font, and references to this figure's own definitions."""
+    for colour, variable in {**COLOURS, **{series(k): f"s{k}" for k in range(SERIES)}}.items():
+        value = value.replace(colour, f"var(--{variable})")
+    return REFERENCE.sub(rf"url(#{name}-\1)", FONT.sub("var(--sans)", value))
+
+
+def _rename(root: ElementTree.Element, name: str) -> None:
+    """Give ids that are referred to the figure's own prefix, and remove the others."""
+    for element in root.iter():
+        if (target := element.get("href", "")).startswith("#"):
+            element.set("href", f"#{name}-{target[1:]}")
+    text = ElementTree.tostring(root, encoding="unicode")
+    for element in root.iter():
+        if old := element.attrib.pop("id", ""):
+            new = f"{name}-{old}"
+            if f"url(#{new})" in text or f'"#{new}"' in text:
+                element.set("id", new)

@@ -8,7 +8,7 @@ NOTHING = "–"
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """`0.000123`, `0.36`, `16`, `1,150`: `digits` that count, no powers of ten up to a million."""
+    """`0.000123`, `0.36`, `16`, `1,150`: `digits` significant digits, no powers of ten up to a million."""
     if value is None or math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -29,6 +29,12 @@ def whole(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.0f}"
 
 
+def bounded(value: float | None, low: float | None, high: float | None) -> str:
+    """`0.36 (0.35 to 0.37)`; empty where there is no value."""
+    bounds = "" if low is None else f" ({figure(low)} to {figure(high)})"
+    return "" if value is None else f"{figure(value)}{bounds}"
+
+
 def seconds_text(seconds: float | None) -> str:
     """`13.4 s`, `2 min 39 s`, `5 h 07 min`."""
     if seconds is None:
@@ -36,10 +42,8 @@ def seconds_text(seconds: float | None) -> str:
     if seconds < 59.95:
         return f"{figure(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02} min"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours:,} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def milliseconds_text(milliseconds: float | None) -> str:

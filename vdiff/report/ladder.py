@@ -1,4 +1,4 @@
-"""What a ladder left on the disk: models, verdicts, logs and pictures, read by the names of their files."""
+"""A ladder as it lies on the disk: models, verdicts, logs and pictures; and the evaluation that a report needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from vdiff.errors import VdiffError
+from vdiff.evaluation.plan import EvalPlan, RowSpec, why_not
 from vdiff.evaluation.results import FILE as EVALUATION
 from vdiff.evaluation.results import Evaluation
 from vdiff.files import parse, read_json, read_text
@@ -19,18 +22,26 @@ RUN_FILE, VERDICT, COMPARISON = "run.toml", "verdict.json", "ladder.json"
 PICTURE, IMAGES, SAMPLES = "ladder.png", "ladder_images.png", "samples"
 FAILED = re.compile(r".*\.failed_\d+")
 AGAIN = "move it away: the same distill.py command writes it again"
+PLAIN = "ddim"
+SAMPLERS = (PLAIN, "dpmpp_2m")
+FEW = (1, 2, 4, 8)
+"""The steps in which training-free samplers are measured: where distillation competes with them."""
+QUICK_IMAGES, QUICK_SIZE, QUICK_STEPS = 256, 32, 64
+"""The evaluation at the end of `distill.py`: at most so many samples a row, of images up to 32 × 32, in 64 steps."""
+QUICK_LEAST = 64
+"""No evaluation where the budget allows fewer samples."""
 
 
 @dataclass(frozen=True)
-class Model:
+class LadderModel:
     """One model of a ladder: the first teacher, or a student.
 
     Attributes:
-        name: of its folder, as the ladder called it.
-        folder: None where only what its student says of it is left.
+        name: of its folder.
+        folder: None where only the description in its student's checkpoint is left.
         description: its `config.json`, without that of its teacher.
-        fingerprint: SHA-256 of its weights; empty where nobody knows.
-        verdict: what was found of it after its stage; empty where nothing was.
+        fingerprint: SHA-256 of its weights; empty if unknown.
+        verdict: its `verdict.json`; empty if there is none.
         settings: its `run.toml`.
     """
 
@@ -48,7 +59,7 @@ class Model:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells it from the others: a student that stays as it began has its teacher's weights."""
+        """Weights and steps: a student that kept its start has its teacher's weights."""
         return self.fingerprint, self.steps
 
     def number(self, key: str) -> float:
@@ -58,41 +69,46 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A model drawn from the noise that all models of the ladder were drawn from; a line of `ladder.json`.
+class ComparedModel:
+    """One line of `ladder.json`: a model drawn from the same noise as all models of the ladder.
 
-    A model that was not drawn has no figures.
+    The numbers are None for a model that was not drawn.
     """
 
-    name: str
-    steps: int
+    checkpoint: str
+    num_steps: int
     ms_per_image: float | None
-    rmse_to_teacher: float | None
-    rmse_to_first: float | None
+    rmse_to_teacher: float | None = None
+    rmse_to_first: float | None = None
     is_time_doubtful: bool = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and steps."""
+        return Path(self.checkpoint).name, self.num_steps
 
 
 @dataclass(frozen=True)
 class LadderRun:
-    """All that a report tells of.
+    """Everything that a report shows.
 
     Attributes:
         folder: that was asked for.
         root: that holds the ladder; the same, unless one checkpoint was asked for.
-        models: the first teacher, then its students in their order.
-        compared: what was drawn from the same noise; empty where nothing was.
-        images: the picture of those drawings, a row for each of `compared`; None where there is none.
+        models: the first teacher, then its students in order.
+        compared: models drawn from the same noise, if any.
+        images: the picture of those samples, a row for each of `compared`, or None.
         picture: the same with captions, as `distill.py` writes it.
         samples: the newest grid of samples of the last model.
-        evaluation: of these and other models; None where none was made.
+        evaluation: of these and other models, or None.
         pairs: samples beside their nearest images of the data.
         others: the last students of other ladders in the folder.
     """
 
     folder: Path
     root: Path
-    models: tuple[Model, ...]
-    compared: tuple[Compared, ...]
+    models: tuple[LadderModel, ...]
+    compared: tuple[ComparedModel, ...]
     images: Path | None
     picture: Path | None
     samples: Path | None
@@ -101,25 +117,31 @@ class LadderRun:
     others: tuple[Path, ...]
 
     @property
-    def first(self) -> Model:
+    def first(self) -> LadderModel:
         """The first teacher."""
         return self.models[0]
 
     @property
-    def last(self) -> Model:
-        """The student at the end; the first teacher, where nothing was distilled."""
+    def last(self) -> LadderModel:
+        """The last student; the first teacher, if nothing was distilled."""
         return self.models[-1]
 
     @property
-    def students(self) -> tuple[Model, ...]:
+    def students(self) -> tuple[LadderModel, ...]:
         """All but the first."""
         return self.models[1:]
+
+    @property
+    def teacher_steps(self) -> int:
+        """The steps of the first teacher in the first stage: its own, or those that the ladder began with."""
+        mine = [steps for name, steps in (line.key for line in self.compared) if name == self.first.name]
+        return mine[-1] if mine else self.first.steps
 
 
 def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
     """The ladder in `folder`: one that holds checkpoints, or the checkpoint at a ladder's end.
 
-    Where several ladders lie together, it is the one whose last student was written last; the others are named.
+    Of several ladders in a folder, it is the one whose last student was written last; the others are named.
 
     Args:
         last: the last student of the ladder that is meant.
@@ -146,8 +168,9 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
     models = _lineage(chosen, found, fingerprints)
     holder = models[-1].folder or chosen
     compared = _compared(holder / COMPARISON)
-    evaluation = next((Evaluation.read(path) for path in _either(folder, root, EVALUATION)), None)
-    pairs = _either(folder, root, Path(evaluation.pairs).name) if evaluation and evaluation.pairs else []
+    record = _file(folder / EVALUATION, root / EVALUATION)
+    evaluation = Evaluation.read(record) if record else None
+    pairs = Path(evaluation.pairs).name if evaluation and evaluation.pairs else None
     return LadderRun(
         folder=folder,
         root=root,
@@ -157,7 +180,7 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
         picture=_file(holder / PICTURE),
         samples=max((holder / SAMPLES).glob("*.png"), default=None),
         evaluation=evaluation,
-        pairs=pairs[0] if pairs else None,
+        pairs=_file(folder / pairs, root / pairs) if pairs else None,
         others=tuple(path for path in ends if path != chosen),
     )
 
@@ -185,7 +208,9 @@ def _same(path: Path, among: Sequence[Path]) -> Path | None:
     return next((other for other in among if other.resolve() == path.resolve()), None)
 
 
-def _lineage(last: Path, found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]) -> tuple[Model, ...]:
+def _lineage(
+    last: Path, found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]
+) -> tuple[LadderModel, ...]:
     """The models from the first teacher to `last`; a teacher is known by its weights and steps, wherever it lies."""
     config = found[last] if last in found else read_config(last)
     fingerprint = fingerprints[last] if last in found else weights_fingerprint(last)
@@ -203,41 +228,25 @@ def _lineage(last: Path, found: Mapping[Path, CheckpointConfig], fingerprints: M
     return tuple(reversed(models))
 
 
-def _model(name: str, folder: Path | None, description: Mapping[str, Any], fingerprint: str) -> Model:
+def _model(name: str, folder: Path | None, description: Mapping[str, Any], fingerprint: str) -> LadderModel:
     steps = description.get("num_timesteps")
     if not isinstance(steps, int) or steps < 1:  # a teacher's description is written by others than its own run
         raise VdiffError(f"{name}: the description of a teacher tells no number of steps", "restore the student")
     own = {key: value for key, value in description.items() if key not in ("teacher", "path", "fingerprint")}
     verdict = read_json(folder / VERDICT, AGAIN) if folder and (folder / VERDICT).is_file() else {}
-    return Model(name, folder, own, fingerprint, verdict, _text(folder / RUN_FILE) if folder else "")
+    return LadderModel(name, folder, own, fingerprint, verdict, _text(folder / RUN_FILE) if folder else "")
 
 
-def _compared(path: Path) -> tuple[Compared, ...]:
-    """The lines of `ladder.json`.
+def _compared(path: Path) -> tuple[ComparedModel, ...]:
+    """The lines of `ladder.json`, if it is there.
 
     Raises:
-        VdiffError: it is there, and cannot be read.
+        VdiffError: it cannot be read.
     """
-    if not path.is_file():
-        return ()
     try:
-        return tuple(
-            Compared(
-                name=Path(str(row["checkpoint"])).name,
-                steps=int(row["num_steps"]),
-                ms_per_image=_number(row["ms_per_image"]),
-                rmse_to_teacher=_number(row.get("rmse_to_teacher")),
-                rmse_to_first=_number(row.get("rmse_to_first")),
-                is_time_doubtful=row.get("is_time_doubtful") is True,
-            )
-            for row in parse(_text(path))
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise VdiffError(f"{path} holds no comparison: {type(error).__name__} {error}", AGAIN) from None
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+        return msgspec.convert(parse(_text(path)), tuple[ComparedModel, ...]) if path.is_file() else ()
+    except ValueError as error:
+        raise VdiffError(f"{path} holds no comparison: {error}", AGAIN) from None
 
 
 def _text(path: Path) -> str:
@@ -254,10 +263,42 @@ def _text(path: Path) -> str:
         raise VdiffError(f"{path} cannot be read: {cause_of(error)}", AGAIN) from None
 
 
-def _either(folder: Path, root: Path, name: str) -> list[Path]:
-    """The files of that name in the folder that was given, then in the one that holds the ladder."""
-    return [path for path in dict.fromkeys((folder / name, root / name)) if path.is_file()]
+def _file(*paths: Path) -> Path | None:
+    """The first of some files that is there."""
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _file(path: Path) -> Path | None:
-    return path if path.is_file() else None
+def ladder_rows(ladder: LadderRun, *, most_steps: int = 2**20) -> list[RowSpec]:
+    """The first teacher in the most steps that it takes, up to those that the ladder began with, and with `SAMPLERS` in
+    few steps; then the students.
+
+    Args:
+        most_steps: rows of more steps are left out.
+
+    Raises:
+        VdiffError: the first teacher is not there.
+    """
+    first = ladder.first.folder
+    if first is None:
+        raise VdiffError(f"{ladder.first.name}, the first teacher, is not there", "give --data and `vdiff evaluate`")
+    config = read_config(first)
+    began = range(min(ladder.teacher_steps, most_steps), 0, -1)
+    reference = next((steps for steps in began if not why_not(config, "uniform", steps)), None)
+    rows = [RowSpec(first, PLAIN, reference)] if reference else []
+    few = [steps for steps in FEW if steps <= most_steps and not why_not(config, "uniform", steps)]
+    rows += [RowSpec(first, sampler, steps) for sampler in SAMPLERS for steps in few]
+    students = [model for model in ladder.students if model.folder and model.steps <= most_steps]
+    rows += [RowSpec(model.folder, PLAIN, model.steps) for model in students if model.folder]
+    return list(dict.fromkeys(rows))
+
+
+def quick_plan(ladder: LadderRun, budget: int) -> tuple[list[RowSpec], EvalPlan] | None:
+    """An evaluation of at most `budget` network evaluations; None where these are too few."""
+    rows = ladder_rows(ladder, most_steps=QUICK_STEPS)
+    num = min(QUICK_IMAGES, budget // sum(row.num_steps for row in rows))
+    return (rows, EvalPlan(n=num, batch_size=num)) if num >= QUICK_LEAST else None
+
+
+def tells_of(evaluation: Evaluation | None, fingerprints: Sequence[str]) -> bool:
+    """Whether an evaluation has rows of all these weights."""
+    return evaluation is not None and set(fingerprints) <= {row.checkpoint_fingerprint for row in evaluation.rows}

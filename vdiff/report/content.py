@@ -1,0 +1,413 @@
+"""What a report says of a ladder: distances and times, tables, sentences, and the commands that make it again."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vdiff.evaluation.results import EvalRow, Evaluation, Metric
+from vdiff.report.formatting import (
+    bounded,
+    figure,
+    milliseconds_text,
+    seconds_text,
+    times_text,
+    whole,
+)
+from vdiff.report.ladder import PLAIN, LadderModel, LadderRun
+from vdiff.report.plots import Curve, Point
+from vdiff.reporting import DOUBTFUL
+from vdiff.text import plural
+
+DISTANCES = {"fid": "FID", "fd": "Fréchet distance", "kid": "KID", "kd": "Kernel distance"}
+"""Metrics for the distance of samples to the data, the preferred one first."""
+EFFORT = ("num_iters", "num_images", "train_seconds")
+AGAIN = "again"
+OF_TEACHER = f"teacher, {PLAIN}"
+NO_CURVE = Curve("students", ())
+
+
+# Distances and times
+
+
+@dataclass(frozen=True)
+class Distances:
+    """The distances of a ladder's models to the data.
+
+    Attributes:
+        name: of the distance, with the features that it compares.
+        basis: numbers of samples and images, in words.
+        students: by the fingerprint of their weights and their steps.
+        student_curve: the same over the evaluations per image.
+        samplers: each training-free sampler on the first teacher, over the evaluations per image.
+        teacher: the first teacher in the most steps that it was measured in.
+        left_out: number of rows of the evaluation whose models are not of this ladder.
+    """
+
+    name: str = ""
+    basis: str = ""
+    students: dict[tuple[str, int], Point] = field(default_factory=dict)
+    student_curve: Curve = NO_CURVE
+    samplers: tuple[Curve, ...] = ()
+    teacher: Point | None = None
+    left_out: int = 0
+
+    @property
+    def curves(self) -> list[Curve]:
+        """All that have points, the students first."""
+        return [curve for curve in (self.student_curve, *self.samplers) if curve.points]
+
+    def teacher_at(self, steps: int) -> Point | None:
+        """The teacher, drawn by ddim in a number of steps."""
+        points = [point for curve in self.samplers if curve.label == OF_TEACHER for point in curve.points]
+        return next((p for p in [*points, *([self.teacher] if self.teacher else [])] if p.x == steps), None)
+
+
+def distances_of(ladder: LadderRun) -> Distances:
+    """The known distances: from the evaluation, else from the verdicts on the students."""
+    found = _from_evaluation(ladder, ladder.evaluation) if ladder.evaluation else None
+    return found or _from_verdicts(ladder)
+
+
+def _from_evaluation(ladder: LadderRun, evaluation: Evaluation) -> Distances | None:
+    """The distances in an evaluation; None if it has none of this ladder."""
+    known = {model.fingerprint for model in ladder.models}
+    rows = [row for row in evaluation.rows if row.checkpoint_fingerprint in known]
+    metric = next((name for name in DISTANCES if any(_is_finite(row, name) for row in rows)), None)
+    if metric is None:
+        return None
+
+    def point(row: EvalRow) -> Point:
+        found = row.metrics[metric]
+        return Point(row.evaluations, found.value, found.low, found.high)
+
+    rows = [row for row in rows if _is_finite(row, metric)]
+    students: dict[tuple[str, int], Point] = {}
+    for model in ladder.students:
+        own = [row for row in rows if (row.checkpoint_fingerprint, row.num_steps) == model.key]
+        if own:
+            students[model.key] = point(next((row for row in own if row.sampler == PLAIN), own[0]))
+    of_teacher = [row for row in rows if row.checkpoint_fingerprint == ladder.first.fingerprint]
+    samplers: dict[str, list[Point]] = {}
+    for row in of_teacher:
+        name = row.sampler if row.grid in ("", "uniform") else f"{row.sampler}, {row.grid}"
+        samplers.setdefault(name, []).append(point(row))
+    curves = [Curve(f"teacher, {name}", _ordered(points)) for name, points in samplers.items()]
+    return Distances(
+        name=f"{DISTANCES[metric]} on {evaluation.features}" if metric in ("fd", "kd") else DISTANCES[metric],
+        basis=_basis(rows, evaluation),
+        students=students,
+        student_curve=Curve("students", _ordered(students.values())),
+        samplers=tuple(sorted(curves, key=lambda curve: (curve.label != OF_TEACHER, curve.label))),
+        teacher=max(map(point, of_teacher), key=lambda point: point.x, default=None),
+        left_out=sum(row.checkpoint_fingerprint not in known for row in evaluation.rows),
+    )
+
+
+def _basis(rows: list[EvalRow], evaluation: Evaluation) -> str:
+    """`2,000 samples each against 1,797 images of data/digits_8; bars are 95 % intervals`."""
+    counts = sorted({row.n for row in rows})
+    number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    bounds = any(metric.low is not None for row in rows for metric in row.metrics.values())
+    intervals = "; bars are 95 % intervals" if bounds else ""
+    reference = evaluation.reference
+    part = "" if reference.split in ("", "all") else f", part {reference.split}"
+    return f"{number} samples each against {reference.num_images:,} images of {reference.name}{part}{intervals}"
+
+
+def _from_verdicts(ladder: LadderRun) -> Distances:
+    """The distances in the verdicts: of few images, and of no other sampler."""
+    students: dict[tuple[str, int], Point] = {}
+    teacher, counts = None, [0]
+    for model in ladder.students:
+        own = finite(model.verdict.get("distance"))
+        if own is not None and not in_fewer_steps(model):
+            students[model.key] = Point(model.steps, own)
+            counts.append(int(finite(model.verdict.get("num_images")) or 0))
+    for model in ladder.students[:1]:
+        far = finite(model.verdict.get("teacher_distance"))
+        if far is not None and not in_fewer_steps(model):
+            teacher = Point(ladder.teacher_steps, far)
+    if not students and teacher is None:
+        return Distances()
+    return Distances(
+        name="Fréchet distance on pixels",
+        basis=f"{max(counts):,} samples each, as the ladder examined its students",
+        students=students,
+        student_curve=Curve("students", _ordered(students.values())),
+        teacher=teacher,
+    )
+
+
+def milliseconds(ladder: LadderRun) -> dict[tuple[str, int], float]:
+    """Milliseconds per image by the name of a model and its steps: from the comparison, else from the evaluation."""
+    rows = [row for row in ladder.evaluation.rows if row.sampler == PLAIN] if ladder.evaluation else []
+    times = {
+        (model.name, row.num_steps): row.ms_per_image
+        for model in ladder.models
+        for row in rows
+        if row.checkpoint_fingerprint == model.fingerprint
+    }
+    return times | {line.key: line.ms_per_image for line in ladder.compared if line.ms_per_image is not None}
+
+
+def time_curve(ladder: LadderRun) -> Curve:
+    """Milliseconds per image over the steps: the models of the ladder, each in its own."""
+    own = {(model.name, model.steps) for model in ladder.models} | {(ladder.first.name, ladder.teacher_steps)}
+    times = {steps: ms for (name, steps), ms in milliseconds(ladder).items() if (name, steps) in own and ms > 0}
+    return Curve("an image", tuple(Point(steps, times[steps]) for steps in sorted(times)))
+
+
+def finite(value: object) -> float | None:
+    """A finite number of a file, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+
+
+def in_fewer_steps(model: LadderModel) -> bool:
+    """Whether a student was examined in fewer steps than its own, because its training was short."""
+    return (finite(model.verdict.get("every")) or 1) > 1
+
+
+def _is_finite(row: EvalRow, metric: str) -> bool:
+    return metric in row.metrics and math.isfinite(row.metrics[metric].value)
+
+
+def _ordered(points: Iterable[Point]) -> tuple[Point, ...]:
+    return tuple(sorted(points, key=lambda point: point.x))
+
+
+# Tables
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column heads, rows of as many cells, and a last line or none."""
+
+    heads: tuple[str, ...]
+    rows: list[list[str]]
+    foot: tuple[str, ...] = ()
+
+
+def models(ladder: LadderRun, found: Distances) -> list[dict[str, Any]]:
+    """Everything known of each model, as plain values for JSON; None for what is not.
+
+    The first teacher has one more entry if it taught with fewer steps than its own (`is_again`).
+    """
+    first, began = ladder.first, ladder.teacher_steps
+    entries = [(first, first.steps, False), *((model, model.steps, False) for model in ladder.students)]
+    if began != first.steps:
+        entries.insert(1, (first, began, True))
+    lines, times = {line.key: line for line in ladder.compared}, milliseconds(ladder)
+    result = []
+    for model, steps, is_again in entries:
+        line = lines.get((model.name, steps))
+        error = None if is_again or in_fewer_steps(model) else finite(model.verdict.get("rmse"))
+        point = found.teacher_at(steps) if model is first else found.students.get(model.key)
+        result.append(
+            {
+                "name": model.name,
+                "method": str(model.description.get("method", "")),
+                "kept_start": model.description.get("kept_start") is True,
+                "steps": steps,
+                "is_again": is_again,
+                **{key: model.number(key) for key in EFFORT},
+                "ms_per_image": times.get((model.name, steps)),
+                "rmse_to_teacher": error if error is not None or line is None else line.rmse_to_teacher,
+                "rmse_to_first": line.rmse_to_first if line else None,
+                "distance": point.y if point else None,
+                "distance_low": point.low if point else None,
+                "distance_high": point.high if point else None,
+            }
+        )
+    return result
+
+
+def stage_table(ladder: LadderRun, found: Distances) -> Table:
+    """A line for each entry of `models`."""
+    rows = []
+    for each in models(ladder, found):
+        method = each["method"] + ", kept start" * each["kept_start"]
+        effort = [whole(each["num_iters"]), whole(each["num_images"]), seconds_text(each["train_seconds"])]
+        if each["is_again"]:
+            method, effort = "in fewer steps", ["", "", ""]
+        numbers = [each["rmse_to_teacher"], each["rmse_to_first"], each["distance"]]
+        shown = ["" if number is None else figure(number) for number in numbers]
+        rows.append([each["name"], method, whole(each["steps"]), *effort, *shown])
+    sums = [sum(model.number(key) for model in ladder.models) for key in EFFORT]
+    foot = ("all", "", "", whole(sums[0]), whole(sums[1]), seconds_text(sums[2]), "", "", "")
+    heads = ("model", "method", "steps", "updates", "images seen", "time", "RMSE to teacher", "RMSE to first")
+    return Table((*heads, "distance"), rows, foot)
+
+
+def distance_table(found: Distances) -> Table:
+    """A line for each number of evaluations, a column for each curve."""
+    rows = []
+    for x in sorted({point.x for curve in found.curves for point in curve.points}):
+        cells = [next((point for point in curve.points if point.x == x), None) for curve in found.curves]
+        rows.append([figure(x), *(bounded(point.y, point.low, point.high) if point else "" for point in cells)])
+    return Table(("evaluations", *(curve.label for curve in found.curves)), rows)
+
+
+def time_table(ladder: LadderRun) -> Table:
+    """Milliseconds per image by steps."""
+    rows = [[whole(point.x), milliseconds_text(point.y)] for point in time_curve(ladder).points]
+    return Table(("steps", "an image"), rows)
+
+
+def evaluation_table(ladder: LadderRun) -> Table:
+    """Every row of the evaluation."""
+    rows = ladder.evaluation.rows if ladder.evaluation else ()
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    heads = ("model", "weights", "sampler", "grid", "steps", "evaluations", "n", "seed", "ms/image", *metrics)
+    cells = []
+    for row in rows:
+        own = [Path(row.checkpoint).name, row.weights, row.sampler, row.grid, whole(row.num_steps)]
+        own += [figure(row.evaluations), whole(row.n), str(row.seed)]
+        own.append(figure(row.ms_per_image) + DOUBTFUL * row.is_time_doubtful)
+        cells.append([*own, *(_cell(row.metrics.get(name)) for name in metrics)])
+    return Table(heads, cells)
+
+
+def nearest_table(ladder: LadderRun) -> Table:
+    """Distances to the nearest image of the data: each model in its own steps, the teacher in the most measured."""
+    students = {model.key for model in ladder.students}
+    every = ladder.evaluation.rows if ladder.evaluation else ()
+    rows = [row for row in every if "nearest" in row.metrics and row.sampler == PLAIN]
+    of_teacher = [row for row in rows if row.checkpoint_fingerprint == ladder.first.fingerprint]
+    shown = sorted(of_teacher, key=lambda row: row.num_steps)[-1:]
+    shown += [row for row in rows if (row.checkpoint_fingerprint, row.num_steps) in students]
+    cells = [
+        [
+            f"{Path(row.checkpoint).name}, {plural(row.num_steps, 'step')}",
+            *(_cell(row.metrics.get(name)) for name in ("nearest", "nearest_data", "closest")),
+        ]
+        for row in shown
+    ]
+    return Table(("samples of", "median to the data", "the same of the data", "the nearest sample"), cells)
+
+
+def _cell(metric: Metric | None) -> str:
+    return bounded(metric.value, metric.low, metric.high) if metric else ""
+
+
+# Sentences and commands
+
+
+def summary(ladder: LadderRun, found: Distances) -> list[str]:
+    """Two or three sentences: what was made, and what it costs."""
+    first, last = ladder.first, ladder.last
+    size = first.description.get("image_size")
+    data = str(first.description.get("dataset", "") or "unknown images")
+    base = f"A model of {plural(first.steps, 'step')} for images of {size} × {size} pixels, trained on {data}"
+    if not ladder.students:
+        return [f"{base}. Nothing has been distilled from it yet."]
+    stages, began = len(ladder.students), ladder.teacher_steps
+    begin = "" if began == first.steps else f", beginning at {plural(began, 'step')},"
+    by = f"in {stages} stages" if stages > 1 else "in one stage"
+    sentences = [f"{base}, was distilled {by}{begin} into one that draws an image in {plural(last.steps, 'step')}."]
+    if (gain := speed_up(ladder)) is not None:
+        before, after, ratio = gain
+        sentences.append(
+            f"An image takes {milliseconds_text(after)} instead of {milliseconds_text(before)}: "
+            f"it is {times_text(ratio)} as fast."
+        )
+    mine = found.students.get(last.key)
+    if mine and found.teacher and found.teacher.y > 0:
+        times = mine.y / found.teacher.y
+        lost = f"{times_text(times)} the teacher's" if times >= 1.005 else "no more than the teacher's"
+        sentences.append(
+            f"Its distance to the data is {figure(mine.y)}, {lost} {figure(found.teacher.y)} "
+            f"in {plural(round(found.teacher.x), 'step')} ({found.name})."
+        )
+        plain = [point for curve in found.samplers if curve.label == OF_TEACHER for point in curve.points]
+        same = next((point for point in plain if point.x == mine.x), None)
+        if same and same.y > mine.y:
+            sentences.append(f"The teacher itself, drawn in {plural(round(mine.x), 'step')}, is at {figure(same.y)}.")
+    return sentences
+
+
+def facts(ladder: LadderRun, found: Distances) -> list[tuple[str, str, str]]:
+    """The numbers at the head of the page: each number, what it is, and what to compare it with."""
+    first, last = ladder.first, ladder.last
+    result = [(plural(last.steps, "step"), "to draw an image", f"teacher {first.steps:,}" if ladder.students else "")]
+    if (gain := speed_up(ladder)) is not None:
+        result.append((milliseconds_text(gain[1]), "an image", f"{times_text(gain[2])} as fast"))
+    if mine := found.students.get(last.key):
+        against = f"teacher {figure(found.teacher.y)}" if found.teacher else ""
+        result.append((figure(mine.y), "distance to the data", against))
+    own = seconds_text(sum(model.number("train_seconds") for model in ladder.students))
+    base = seconds_text(first.number("train_seconds"))
+    result.append((own, "of distillation", f"teacher {base}") if ladder.students else (base, "of training", ""))
+    images, updates = (sum(m.number(key) for m in ladder.models) for key in ("num_images", "num_iters"))
+    result.append((whole(images), "images seen", f"in {whole(updates)} updates"))
+    return result
+
+
+def speed_up(ladder: LadderRun) -> tuple[float, float, float] | None:
+    """Milliseconds per image of the first teacher and of the last student, and their ratio; None if unknown."""
+    times = milliseconds(ladder)
+    before, after = (times.get((model.name, model.steps)) for model in (ladder.first, ladder.last))
+    return (before, after, before / after) if ladder.students and before and after else None
+
+
+def notes(ladder: LadderRun, found: Distances) -> list[str]:
+    """What a reader must know that the numbers do not say."""
+    result = []
+    for model in ladder.models:
+        done, asked = model.number("num_iters"), model.number("target_iters")
+        if done < asked:
+            result.append(f"{model.name} is unfinished: {whole(done)} of {whole(asked)} updates.")
+        if model.folder is None:
+            result.append(f"{model.name} is not here any more, or was trained again since: its losses are not shown.")
+        if (times := int(finite(model.verdict.get("attempts")) or 1)) > 1:
+            result.append(f"The stage of {model.name} was done {times} times, with half the learning rate each time.")
+        if reason := model.verdict.get("kept_start"):
+            result.append(f"{model.name} is what its training began with, which made it worse: {reason}.")
+        if reason := model.verdict.get("reason"):
+            result.append(f"{model.name} failed its examination: {reason}.")
+        if model in ladder.students and finite(model.verdict.get("rmse")) is None and model.verdict:
+            result.append(f"{model.name} draws values that are not finite.")
+    lines = [line.key for line in ladder.compared if line.is_time_doubtful]
+    if doubtful := [f"{name} in {plural(steps, 'step')}" for name, steps in lines]:
+        result.append(f"The times of {', '.join(doubtful)} cannot be: more evaluations took less time, measured twice.")
+    if found.left_out:
+        rows = plural(found.left_out, "row")
+        result.append(f"{rows} of the evaluation are of other weights than those here, and left out.")
+    return result
+
+
+def evaluate_command(ladder: LadderRun) -> str:
+    """The command that measures the ladder for this page."""
+    return shlex.join(["vdiff", "report", ladder.folder.as_posix(), "--evaluate"])
+
+
+def sample_command(ladder: LadderRun) -> str:
+    """The command that draws images with the last model."""
+    last = ladder.last.folder or Path(ladder.last.name)
+    return shlex.join(["python", "sample.py", "--checkpoint", last.as_posix()])
+
+
+def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
+    """What for, and the command: those that make the same models again in a folder of their own, and what follows."""
+    result = []
+    for number, model in enumerate(ladder.models):
+        if not (model.folder and model.settings):
+            continue
+        config = ["--config", (model.folder / "run.toml").as_posix()]
+        command, what = ["python", "train.py", *config], "Train the teacher"
+        if number:
+            command = ["python", "distill.py", *config, "--base", f"{AGAIN}/{ladder.models[number - 1].name}"]
+            what = f"Distil the student of {plural(model.steps, 'step')}"
+        result.append((what, shlex.join([*command, "--out", f"{AGAIN}/{model.name}"])))
+    made = ladder.evaluation.command if ladder.evaluation else ""
+    return [
+        *result,
+        ("Draw images", sample_command(ladder)),
+        ("Measure them", made if made.startswith("vdiff ") else evaluate_command(ladder)),
+        ("Write this page", shlex.join(["vdiff", "report", ladder.folder.as_posix()])),
+    ]
