@@ -15,7 +15,7 @@ from vdiff import files
 from vdiff.errors import VdiffError
 from vdiff.files import (
     check_regular,
-    fsync_folder,
+    fsync,
     make_folder,
     parse,
     read_json,
@@ -25,7 +25,7 @@ from vdiff.files import (
     write_whole,
 )
 from vdiff.models.checkpoint import write_tensors
-from vdiff.replacing import Kind, make_temporary_folder, new_folder
+from vdiff.replacing import Kind, new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -106,7 +106,7 @@ def test_a_missing_parent_or_a_folder_in_the_way_is_said(tmp_path):
 
 def test_a_refusal_while_making_folders_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for attempt in (make_folder, make_temporary_folder):
+    for attempt in (make_folder, lambda path: new_folder(path, Kind("thing", str)).__enter__()):
         with pytest.raises(VdiffError, match=r"cannot write .*file") as caught:
             attempt(tmp_path / "file" / "data")
         assert "\n" not in str(caught.value)
@@ -117,12 +117,6 @@ def test_a_refusal_while_making_folders_is_one_line(tmp_path):
 def test_make_folder_makes_parents_and_minds_nothing_that_is_there(tmp_path):
     assert make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert make_folder(tmp_path / "a" / "b").is_dir()
-
-
-def test_temporary_folders_do_not_collide(tmp_path):
-    one, two = make_temporary_folder(tmp_path / "a"), make_temporary_folder(tmp_path / "a")
-    assert one != two
-    assert names(one) == names(two) == []
 
 
 def test_remove_takes_files_folders_links_and_nothing(tmp_path):
@@ -142,7 +136,7 @@ def test_folders_need_no_sync_on_windows(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(files.os, "open", lambda path, *_: opened.append(path))
     monkeypatch.setattr(files.os, "name", "nt")
-    fsync_folder(tmp_path)
+    fsync(tmp_path)
     assert opened == []
 
 

@@ -56,9 +56,10 @@ def parse(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
     """
     try:
         value = loads(text)
+        is_too_deep = _depth(value) > MAX_DEPTH
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if _depth(value) > MAX_DEPTH:
+        is_too_deep = True
+    if is_too_deep:
         raise ValueError("it is nested too deep")
     if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != checksum(value):
         raise ValueError(f"damaged, or edited without deleting its key {CHECKSUM!r}")
@@ -66,13 +67,9 @@ def parse(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects lie in each other, counted without recursion."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [item for items in inner for item in items]
-    return depth
+    """How deep lists and objects lie in each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
@@ -97,11 +94,11 @@ def refusal(path: Path, error: OSError) -> VdiffError:
     )
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; file systems that cannot open a folder (Windows) need no such call."""
-    if os.name == "nt":
+def fsync(path: Path) -> None:
+    """Make the bytes of a file or the names in a folder durable; Windows cannot open folders and needs no such call."""
+    if path.is_dir() and os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -122,10 +119,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors puts a file of 0600 there
         write(temporary)
         temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        fsync(temporary)
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        fsync(path.parent)
     except OSError as error:
         raise refusal(path, error) from None
     finally:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vdiff.errors import VdiffError
-from vdiff.files import fsync_folder, make_folder, read_text, refusal, remove, write_text
+from vdiff.files import fsync, make_folder, read_text, refusal, remove, write_text
 
 MARK = r"(?:\d+|[0-9a-f]{32})"
 INNER = re.compile(rf"\.(.+?)(?:\.{MARK})?\.tmp")
@@ -104,7 +104,8 @@ def _sweep(path: Path) -> None:
             continue
         try:
             if left.suffix == ".old" and is_free(path):
-                _remove_empty(path)
+                if path.is_dir():
+                    path.rmdir()
                 os.replace(left, path)
             else:
                 remove(left)
@@ -161,10 +162,9 @@ def is_free(path: Path) -> bool:
 
 def _names(path: Path) -> Iterator[str]:
     """The files in a folder and below it (links are not followed), relative to it."""
-    for folder, folders, files in os.walk(path):
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in (*files, *links):
-            yield Path(folder, name).relative_to(path).as_posix()
+    for each in path.rglob("*"):
+        if each.is_symlink() or not each.is_dir():
+            yield each.relative_to(path).as_posix()
 
 
 def _plain(name: str) -> str:
@@ -190,23 +190,23 @@ def new_folder(path: Path, kind: Kind, *, overwrite: bool = False, flag: str = "
     """
     with locked(path):
         check_free(path, kind, overwrite=overwrite, flag=flag)
-        with _replacement(_named(path)) as folder:
+        with _replacement(path) as folder:
             yield folder
 
 
 def start_folder(path: Path, name: str, text: str) -> None:
     """Put a folder that holds the file `name` alone in the place of what is at `path`, which is locked."""
+    if not is_free(path) and not _is_fixed(path):
+        with _replacement(path) as folder:
+            write_text(folder / name, text)
+        return
     if is_free(path):
         _sweep(make_folder(path) / name)
-        write_text(path / name, text)
-    elif _is_fixed(path):
+    else:
         for each in path.iterdir():
             if each.name != name:  # which says until the end what the folder is
                 remove(each)
-        write_text(path / name, text)
-    else:
-        with _replacement(_named(path)) as folder:
-            write_text(folder / name, text)
+    write_text(path / name, text)
 
 
 def _is_fixed(path: Path) -> bool:
@@ -222,7 +222,10 @@ def _named(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
-    temporary = make_temporary_folder(path)
+    """A hidden, empty folder beside `path` that takes its place when the block ends well."""
+    path = _named(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    make_folder(temporary)
     try:
         yield temporary
         try:
@@ -234,17 +237,6 @@ def _replacement(path: Path) -> Iterator[Path]:
             remove(temporary)
 
 
-def make_temporary_folder(path: Path) -> Path:
-    """Create a hidden, empty folder beside `path` (and the parents that are missing)."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        folder.mkdir()
-    except OSError as error:
-        raise refusal(path, error) from None
-    return folder
-
-
 def take_place(new: Path, path: Path) -> None:
     """Make a file or folder durable and move it over `path`, which is locked: that is moved aside, then deleted.
 
@@ -252,13 +244,12 @@ def take_place(new: Path, path: Path) -> None:
     """
     for file in new.rglob("*") if new.is_dir() else [new]:
         if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+            fsync(file)
     path = _named(path)
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if is_free(path):
-        _remove_empty(path)
-    elif new.is_dir() or path.is_dir():
+    if path.is_dir() and is_free(path):
+        path.rmdir()
+    elif os.path.lexists(path) and (new.is_dir() or path.is_dir()):
         os.replace(path, old)
     try:
         os.replace(new, path)
@@ -266,13 +257,8 @@ def take_place(new: Path, path: Path) -> None:
         if old.exists():
             os.replace(old, path)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
     discard(old, path)
-
-
-def _remove_empty(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.rmdir()
 
 
 def discard(old: Path, path: Path | None = None, *, last: str = "") -> None:

@@ -17,7 +17,7 @@ from vdiff.data.remote_files import opened
 from vdiff.data.store import INDEX_FILE, PREPARE_AGAIN, DatasetMeta
 from vdiff.data.tar_files import read_samples, require_webdataset
 from vdiff.errors import VdiffError
-from vdiff.files import fsync_folder, make_folder, parse, refusal, write_text
+from vdiff.files import fsync, make_folder, parse, refusal, write_text
 
 IMAGES_PER_SHARD = 10_000
 LABEL = "cls"
@@ -183,7 +183,7 @@ class ShardWriter:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 os.replace(self._temporary, self._path)
-                fsync_folder(self.folder)
+                fsync(self.folder)
             except OSError as error:
                 raise refusal(self._path, error) from None
             self._shards.append(describe(self._path, self._waiting))

@@ -22,7 +22,7 @@ from torch import Tensor
 from vdiff.data.images import PICTURE, from_uint8, to_pil, to_uint8
 from vdiff.data.labels import LABELS_FILE
 from vdiff.errors import VdiffError
-from vdiff.files import fsync_folder, make_folder, refusal, remove, write_text
+from vdiff.files import fsync, make_folder, refusal, remove, write_text
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked, start_folder, sweep_inside, take_place
 from vdiff.sampling.packing import PACKERS, SAMPLES, Contents, labels_json, png_name, read_packed_record
 from vdiff.sampling.record_log import RecordLog, RecordReader
@@ -191,17 +191,12 @@ class PngFolder(Output):
 
     def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
         """Make the files durable, then give them their names."""
-
-        def fsync(image: tuple[int, bytes]) -> None:
-            with open(self._temporary(image[0]), "rb+") as file:
-                os.fsync(file.fileno())
-
         try:
             with ThreadPoolExecutor(FSYNCS_AT_ONCE) as pool:
-                list(pool.map(fsync, images))
+                list(pool.map(fsync, [self._temporary(index) for index, _ in images]))
             for index, _ in images:
                 os.replace(self._temporary(index), self.path / png_name(index))
-            fsync_folder(self.path)
+            fsync(self.path)
         except OSError as error:
             raise refusal(self.path, error) from None
 

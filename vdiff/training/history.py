@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from vdiff.files import fsync_folder, make_folder, refusal, remove
+from vdiff.files import fsync, make_folder, refusal, remove
 from vdiff.models.checkpoint import CONFIG, WEIGHTS
 
 HISTORY_FOLDER = "history"
@@ -30,7 +30,7 @@ def take(folder: Path, step: int, *, last: int, every: int) -> None:
             for name in (WEIGHTS, CONFIG):
                 _link(folder / name, unfinished / name)
             os.replace(unfinished, target)
-            fsync_folder(root)
+            fsync(root)
         except OSError as error:
             raise refusal(target, error) from None
 
