@@ -8,11 +8,13 @@ from t should end, and invert the step (`targets`); they differ in how z_s is fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vdiff.diffusion.phases import halving_plan, single_plan, two_phase_plan
+from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS, Denoise, ddim_step, sample
 from vdiff.diffusion.schedules import Schedule, alpha_sigma, diffuse, grid_angles, grid_times
 from vdiff.diffusion.targets import addim_velocity, grid_times_of, invert_ddim, progressive_target, segment_target
@@ -20,21 +22,29 @@ from vdiff.errors import OptionError
 from vdiff.settings import parameters, setting
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class TrainTarget:
     """What is learned from: noisy images `z` (B, C, H, W) at times `t` (B,), and the images `x` to see in them.
 
-    `rows` (B,) int64 tells to which of the given images (their class, their weight of guidance) each belongs; None: in
-    their order.
+    Attributes:
+        rows: (B,) int64, to which of the given images (their class, their weight of guidance) each belongs; None: in
+            their order.
+        inputs: what else the student's network takes, (B, …) by name: a second time, see `Method.network_options`.
     """
 
     z: Tensor
     t: Tensor
     x: Tensor
     rows: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Student = Callable[..., Prediction]
+"""(z, t, **inputs) → Prediction: a `Denoise` whose network may take more, by name."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class DistillContext:
         average: a moving average of the student; for methods that ask for one (`self_ema`).
         progress: the part of the stage's updates that is done, 0 to 1.
         predicts_noise: whether the teacher is an ε-prediction.
+        networks: those of the method, without gradient; None: it has none.
     """
 
     teacher: Denoise
@@ -57,10 +68,11 @@ class DistillContext:
     num_steps: int
     teacher_steps: int
     levels: int | None = None
-    student: Denoise | None = None
-    average: Denoise | None = None
+    student: Student | None = None
+    average: Student | None = None
     progress: float = 0.0
     predicts_noise: bool = False
+    networks: nn.Module | None = None
 
     @property
     def teacher_is_distilled(self) -> bool:
@@ -77,20 +89,25 @@ class DistillContext:
         return min(known, key=lambda steps: abs(math.log(steps / wanted)))
 
 
-class Method(Protocol):
-    """A way to distil.
+class Method(ABC):
+    """A way to distil: a frozen dataclass whose fields, made by `setting`, are its parameters.
+
+    A new one is a class in a file of its own and a line in `METHODS`. Flags, TOML keys, help texts and checks of its
+    parameters follow from there. Names of parameters are unique over all methods.
 
     Attributes:
         keeps_steps: the student takes as many steps as its teacher.
-        needs_images: whether real images are used; if not, an example is a whole path of the student's steps.
-        is_annealed: whether examples depend on how much of the training is done.
-        has_fine_times: examples lie at the times of the teacher's steps, not at those of the student's alone.
+        needs_images: whether real images are used; if not, a batch of targets is whole paths of the student's steps.
+        is_annealed: whether targets depend on how much of the training is done.
+        has_fine_times: targets lie at the times of the teacher's steps, not at those of the student's alone.
+        network_options: options of the student's network that its teacher's need not have: `{"second_time": True}`.
     """
 
     keeps_steps: ClassVar[bool] = False
     needs_images: ClassVar[bool] = True
     is_annealed: ClassVar[bool] = False
     has_fine_times: ClassVar[bool] = False
+    network_options: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def self_ema(self) -> float | None:
@@ -103,6 +120,7 @@ class Method(Protocol):
         del preset
         return {}
 
+    @abstractmethod
     def plan(self, num_steps: int, to_steps: int) -> list[int]:
         """The students' numbers of steps on the way from `num_steps` to `to_steps`.
 
@@ -110,8 +128,36 @@ class Method(Protocol):
             ValueError: there is no way.
         """
 
+    @abstractmethod
     def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
-        """An example for images x (B, C, H, W), noise N(0, I) like them, and u (B,) uniform in [0, 1)."""
+        """A target for images x (B, C, H, W), noise N(0, I) like them, and u (B,) uniform in [0, 1)."""
+
+    def networks(self, student: nn.Module) -> nn.Module | None:
+        """Networks of the method's own, such as a critic, that learn beside the student; None: none.
+
+        They begin with the same weights in every process, are part of what resuming needs, and of no checkpoint.
+        """
+        del student
+        return None
+
+    def build_optimizer(self, networks: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """The optimiser of `networks`; its learning rates follow the student's, which begins with `lr`."""
+        import torch
+
+        return torch.optim.AdamW(networks.parameters(), lr=lr, weight_decay=0.0)
+
+    def student_loss(self, networks: nn.Module, target: TrainTarget, prediction: Prediction) -> Tensor | None:
+        """(B,) what the student's loss gets besides the error of x̂; `prediction` is the student's of the target."""
+        del networks, target, prediction
+        return None
+
+    def network_loss(self, networks: nn.Module, target: TrainTarget, prediction: Prediction) -> Tensor:
+        """(B,) the loss that `networks` learn by; no gradient reaches the student.
+
+        Raises:
+            NotImplementedError: a method with networks says none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has networks and no network_loss")
 
 
 @dataclass(frozen=True)

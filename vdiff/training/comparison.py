@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -87,69 +88,59 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
     if count < usual or most < entries[0][1]:
         without = f", models of more than {plural(most, 'step')} left out" if most < entries[0][1] else ""
         reporter.line(f"comparing by {count} images{without}, as the training was short")
-    rows: list[Row] = []
-    drawn: list[tuple[Row, Tensor]] = []
+    images: dict[int, Tensor] = {}
+    times: dict[int, float] = {}
 
-    def timed(folder: Path, steps: int, on_step: Callable[[int], None] | None = None) -> tuple[Tensor, float]:
+    def draw_entry(k: int, on_step: Callable[[int], None] | None = None) -> Tensor:
+        """Draw with a model; its time is the shortest that was ever measured."""
+        folder, steps = entries[k]
         denoiser, model = load_checkpoint(folder, device)
-        began = time.monotonic()
-        images = draw(
-            denoiser,
-            Ddim(),
-            indices=range(count),
-            image_size=model.image_size,
-            num_steps=steps,
-            seed=seed,
-            on_step=on_step,
+        began, size = time.monotonic(), model.image_size
+        found = draw(
+            denoiser, Ddim(), indices=range(count), image_size=size, num_steps=steps, seed=seed, on_step=on_step
         )
-        return images, 1000 * (time.monotonic() - began) / count
+        times[k] = min(times.get(k, math.inf), 1000 * (time.monotonic() - began) / count)
+        return found
 
-    with reporter.progress("comparing", sum(steps for _, steps in entries if steps <= most), "evaluations") as bar:
+    wanted = [k for k, (_, steps) in enumerate(entries) if steps <= most]
+    with reporter.progress("comparing", sum(entries[k][1] for k in wanted), "evaluations") as bar:
         done = 0
-        for k, (folder, steps) in enumerate(entries):
-            model, found = read_config(folder), read_verdict(folder) if folder != stages[0].base else None
-            row = Row(
-                checkpoint=folder.as_posix(),
-                num_steps=steps,
-                seed=seed,
-                num_iters=model.num_iters,
-                train_seconds=model.train_seconds,
-                ms_per_image=None,
-                rmse_to_teacher=found.rmse if found and found.every == 1 else None,
-                rmse_to_first=None,
-                distance=_distance(stages, folder, steps),
-                kept_start=model.kept_start,
-            )
-            if steps <= most:
-                images, milliseconds = timed(folder, steps, lambda step, done=done: bar.update(done + step))  # type: ignore[misc]
-                to_teacher = rmse(images, drawn[-1][1]) if drawn and folder != stages[0].base else None
-                row = replace(
-                    row,
-                    ms_per_image=milliseconds,
-                    rmse_to_teacher=to_teacher if row.rmse_to_teacher is None else row.rmse_to_teacher,
-                    rmse_to_first=rmse(images, drawn[0][1]) if drawn and len(drawn) == k else None,
-                )
-                drawn.append((row, images))
-                done += steps
-            rows.append(row)
+        for k in wanted:
+            images[k] = draw_entry(k, lambda step, done=done: bar.update(done + step))  # type: ignore[misc]
+            done += entries[k][1]
     networks = [json.dumps({**read_config(folder).unet, "dropout": 0}, sort_keys=True) for folder, _ in entries]
 
-    def doubtful() -> list[int]:
-        """Places in `rows`."""
-        places = [k for k, row in enumerate(rows) if row.ms_per_image is not None]
-        times = [(networks[k], rows[k].num_steps, rows[k].ms_per_image or 0.0) for k in places]
-        return [places[k] for k in impossible_times(times)]
+    def doubtful() -> set[int]:
+        """Models of more evaluations that took less time than others of the same network."""
+        return {wanted[i] for i in impossible_times([(networks[k], entries[k][1], times[k]) for k in wanted])}
 
     for _ in range(TIMED_AGAIN):
-        for k in doubtful():
-            rows[k] = replace(rows[k], ms_per_image=min(rows[k].ms_per_image or 0.0, timed(*entries[k])[1]))
-    for k in doubtful():
-        rows[k] = replace(rows[k], is_time_doubtful=True)
+        for k in sorted(doubtful()):
+            draw_entry(k)
+    suspects, rows = doubtful(), []
+    for k, (folder, steps) in enumerate(entries):
+        is_student, model = folder != stages[0].base, read_config(folder)
+        verdict = read_verdict(folder) if is_student else None
+        to_teacher = verdict.rmse if verdict and verdict.every == 1 else None
+        if to_teacher is None and is_student and k in images and k - 1 in images:
+            to_teacher = rmse(images[k], images[k - 1])
+        row = Row(
+            checkpoint=folder.as_posix(),
+            num_steps=steps,
+            seed=seed,
+            num_iters=model.num_iters,
+            train_seconds=model.train_seconds,
+            ms_per_image=times.get(k),
+            rmse_to_teacher=to_teacher,
+            rmse_to_first=rmse(images[k], images[0]) if k and 0 in images else None,
+            distance=_distance(stages, folder, steps),
+            kept_start=model.kept_start,
+            is_time_doubtful=k in suspects,
+        )
+        rows.append(row)
     folder = stages[-1].folder
-    save_png(picture(drawn), folder / PICTURE)
-    few = torch.cat(
-        [images[:PICTURE_ROWS] for _, images in drawn]
-    )  # pixel for pixel, a row for each model: the report's
+    save_png(picture([(rows[k], images[k]) for k in wanted]), folder / PICTURE)
+    few = torch.cat([images[k][:PICTURE_ROWS] for k in wanted])  # pixel for pixel, a row for each model: the report's
     save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / IMAGES)
     write_text(folder / TABLE, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows

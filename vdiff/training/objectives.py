@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vdiff.diffusion.distillation import DistillContext, Method, TrainTarget
+from vdiff.diffusion.distillation import DistillContext, Method, Student, TrainTarget
 from vdiff.diffusion.prediction import Prediction
-from vdiff.diffusion.samplers import Denoise
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.diffusion.targets import grid_times_of
 from vdiff.diffusion.weighting import LOSSES
@@ -41,12 +40,13 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class StudentState:
-    """Who learns: the network as it is now, its moving average (itself where there is none), and the part of its
-    updates that is done."""
+    """Who learns: the network as it is now, its moving average (itself where there is none), the part of its updates
+    that is done, and the networks of the method, where it has some."""
 
     now: Denoiser
     average: Denoiser
     progress: float
+    networks: nn.Module | None = None
 
 
 Objective = Callable[[TrainBatch, StudentState], TrainTarget]
@@ -93,6 +93,7 @@ class DistillationObjective:
             student=bind_condition(student.now, batch),
             average=bind_condition(student.average, batch),
             progress=student.progress,
+            networks=student.networks,
             predicts_noise=self.teacher.prediction_type == "eps",
         )
         with torch.no_grad():
@@ -105,7 +106,7 @@ class DistillationObjective:
 
 def bind_condition(
     denoiser: Denoiser, batch: TrainBatch, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
-) -> Denoise:
+) -> Student:
     """The denoiser with classes and guidance of the first rows of the batch, as many as z has.
 
     Weights that are still to be trained must not be seen under `inference_mode`, which FSDP would not forget.

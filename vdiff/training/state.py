@@ -22,7 +22,7 @@ from vdiff.training.weights import frozen, like, load_without, state_without, tr
 
 STATE_FOLDER, STATE_FILE = "state", "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATISTICS = "statistics"
+STATISTICS, METHOD = "statistics", "method"
 AVERAGING = {"averaging": "bias-corrected"}  # states without this mark averaged with a warm-up
 
 
@@ -45,6 +45,8 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = whole(step.optimizer.state[parameter][moment])
     tensors |= {f"{STATISTICS}.{name}": tensor for name, tensor in _statistics(step).items()}
+    if step.networks is not None:
+        tensors |= {f"{METHOD}.{name}": tensor for name, tensor in step.networks.state().items()}
     # bad updates count as updates of the run, but not of the optimiser
     steps = [float(step.optimizer.state[parameter]["step"]) for parameter in learning.values()]
     metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
@@ -80,6 +82,8 @@ def load_state(folder: Path, step: TrainStep) -> Position:
             saved = tensors[f"{STATISTICS}.{name}"]
             if saved.shape == tensor.shape:  # an earlier version had fewer bins: those are learned anew
                 tensor.copy_(saved)
+        if step.networks is not None:
+            step.networks.load(_part(tensors, f"{METHOD}."))
         updates = torch.tensor(float(metadata["optimizer_step"]))
         if (scaler := step.engine.accelerator.scaler) is not None:
             scaler.load_state_dict(json.loads(metadata["scaler"]))

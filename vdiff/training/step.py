@@ -11,6 +11,7 @@ import torch
 
 from vdiff.data.batches import Batch
 from vdiff.data.images import from_uint8
+from vdiff.diffusion.distillation import Method
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import VdiffError
 from vdiff.models.denoiser import Denoiser, drop_classes
@@ -19,6 +20,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.meter import StepResult
+from vdiff.training.method_networks import networks_of
 from vdiff.training.objectives import Objective, StudentState, TrainBatch, stratified, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
 from vdiff.training.weights import frozen, shard, trainable
@@ -34,6 +36,7 @@ class Task:
         self_ema: decay of the average that the network learns from; None: it learns from none.
         step_bins: the steps of a model of few steps, each of which gets its own loss in the log; None: none does.
         time_bins: the number of times that targets can have, all equally likely; None: any time in (0, 1].
+        method: of distillation, which may bring networks that learn too.
     """
 
     denoiser: Denoiser
@@ -44,6 +47,7 @@ class Task:
     self_ema: float | None = None
     step_bins: int | None = None
     time_bins: int | None = None
+    method: Method | None = None
 
 
 class TrainStep:
@@ -58,6 +62,7 @@ class TrainStep:
         denoiser: in training mode on the engine's device, its weights shared out over processes with FSDP.
         averages, optimizer: of its weights.
         importance: which times are drawn, None where all are equally likely.
+        networks: those of the method; None: it has none.
 
     Args:
         build: makes the optimiser of a network.
@@ -82,6 +87,7 @@ class TrainStep:
         is_uniform = config.times == "uniform"
         self.importance = None if is_uniform else ImportanceSampling(num_bins(task.time_bins), engine.device)
         self.optimizer = build(self.denoiser, config)
+        self.networks = networks_of(task.method, self.denoiser, config, engine)
         self._model = engine.wrapped(engine.compiled(self.denoiser))
         self._prepared = engine.accelerator.prepare(self.optimizer)
         self._share = engine.part(config.batch_size)
@@ -98,7 +104,8 @@ class TrainStep:
         if self.importance is not None:
             u, counts = self.importance.draw(given.u)
             given = TrainBatch(given.images, given.noise, u, given.classes, given.guidance)
-        student = StudentState(self.denoiser, self.averages.teacher, step / config.num_iters)
+        networks = None if self.networks is None else self.networks.networks
+        student = StudentState(self.denoiser, self.averages.teacher, step / config.num_iters, networks)
         losses, times = [], []
         for part in self._parts:
             mine = given[part]
@@ -112,7 +119,14 @@ class TrainStep:
                     prediction, target, schedule.logsnr(target.t), WEIGHTINGS[config.weighting], LOSSES[config.loss]
                 )
                 counted = each if counts is None else each * counts[part].to(each)
+                if self.networks is not None:
+                    with accelerator.autocast():
+                        added = self.networks.student_loss(target, prediction)
+                    counted = counted if added is None else counted + added
                 accelerator.backward(counted.mean() / len(self._parts))
+            if self.networks is not None:
+                with accelerator.autocast():
+                    self.networks.accumulate(target, prediction, len(self._parts))
             losses.append(each.detach())
             times.append(target.t)
         if self.importance is not None:
@@ -152,6 +166,8 @@ class TrainStep:
             self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
+        if self.networks is not None:
+            self.networks.update(learning_rate(self.config, step))
         self.averages.update(step)
 
 

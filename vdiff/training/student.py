@@ -121,6 +121,7 @@ def stage_run(
         class_dropout=config.class_dropout,
         guidance_range=description.guidance_range,
         self_ema=method.self_ema,
+        method=method,
         step_bins=None if method.keeps_steps else stage.num_steps,
         time_bins=None if method.keeps_steps else stage.teacher_steps if method.has_fine_times else stage.num_steps,
     )
