@@ -28,7 +28,7 @@ import vdiff.cli.report
 import vdiff.data.merging
 import vdiff.data.preparation
 import vdiff.evaluation.measure
-import vdiff.interop.weights
+import vdiff.interop.hub
 import vdiff.report.page
 import vdiff.sampling.job
 import vdiff.training.base

@@ -706,7 +706,6 @@ def test_any_library_that_fails_now_and_then_is_asked_again(folder: Path, monkey
     [
         ("s3://bucket/x", "s3fs", "pip install 'vdiff[s3]'"),
         ("gs://bucket/x", "gcsfs", "pip install 'vdiff[gs]'"),
-        ("hf://datasets/me/x", "huggingface_hub", "pip install 'vdiff[hub]'"),
         ("http://example.org/x", "aiohttp", "pip install 'vdiff[webdataset]'"),
         ("wandb://me/x", "wandbfs", "Install wandbfs to access wandb"),
     ],

@@ -29,8 +29,7 @@ from vdiff.diffusion.samplers import Ddim, Ddpm, Sampler, sample
 from vdiff.diffusion.schedules import DdpmCosineSchedule, build_schedule, grid_angles, grid_times
 from vdiff.errors import OptionError, VdiffError
 from vdiff.interop.diffusers import writing
-from vdiff.interop.diffusers.layout import FILES
-from vdiff.interop.diffusers.reading import import_pipeline
+from vdiff.interop.diffusers.reading import FILES, import_pipeline
 from vdiff.interop.diffusers.scheduler import (
     BETAS,
     RULES,
@@ -42,7 +41,7 @@ from vdiff.interop.diffusers.scheduler import (
 )
 from vdiff.interop.diffusers.unet import ONLY, READ, write_unet_config
 from vdiff.interop.diffusers.writing import export_pipeline
-from vdiff.interop.json_file import JsonFile
+from vdiff.interop.foreign import JsonFile
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config
 from vdiff.models.unet import UNetConfig
 
@@ -944,13 +943,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, failure
     assert message.startswith("owner/name: no such folder, and the hub does not give it (")
     assert "to host" not in message
     assert tree(tmp_path) == {}
-
-
-def test_a_hub_without_its_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.chdir(tmp_path)
-    message = "owner/name: no such folder, and huggingface_hub is not installed; pip install 'vdiff[hub]'"
-    assert error("vdiff import diffusers owner/name", 1) == message
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./a/b", "a/b/c", "/none/there", "owner/"])

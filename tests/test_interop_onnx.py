@@ -23,7 +23,7 @@ from tests.oracles import randn
 from tests.toy import contents
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
-from vdiff.interop import agreement
+from vdiff.interop import graphs
 from vdiff.interop import onnx as interop
 from vdiff.interop.graphs import GraphOptions
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
@@ -238,10 +238,10 @@ def test_nonsense_differs_from_everything(folder):
     """NaN must not pass for agreement."""
     denoiser, config = load_checkpoint(folder / "told")
     options = GraphOptions(sampler=False, output="v", num_steps=STEPS)
-    due = {len(images): agreement.expected(denoiser, options, config, images) for images in agreement.BATCHES}
-    assert agreement.check(lambda named: due[len(named["z"])], denoiser, options, config) == 0
+    due = {len(images): graphs.expected(denoiser, options, config, images) for images in graphs.BATCHES}
+    assert graphs.check(lambda named: due[len(named["z"])], denoiser, options, config) == 0
     for wrong in (torch.nan, 1e-3):
         with pytest.raises(VdiffError, match="differs from vdiff"):
-            agreement.check(lambda named, e=wrong: due[len(named["z"])] + e, denoiser, options, config)
+            graphs.check(lambda named, e=wrong: due[len(named["z"])] + e, denoiser, options, config)
     with pytest.raises(VdiffError, match="answers"):
-        agreement.check(lambda named: due[len(named["z"])][:, :, :1], denoiser, options, config)
+        graphs.check(lambda named: due[len(named["z"])][:, :, :1], denoiser, options, config)

@@ -22,7 +22,7 @@ from tests.oracles import randn
 from tests.toy import contents
 from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
-from vdiff.interop import agreement
+from vdiff.interop import graphs
 from vdiff.interop.graphs import FewSteps, GraphOptions, grid
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
@@ -157,7 +157,7 @@ def traced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("traced")
 def test_a_program_that_answers_wrongly_leaves_no_file(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(agreement, "TOLERANCE", -1.0)
+    monkeypatch.setattr(graphs, "TOLERANCE", -1.0)
     line = f"vdiff export torch {folder / 'plain'} {tmp_path / 'out/model.pt2'} --overwrite"
     assert "the exported graph differs from vdiff by " in error(line, 1)
     assert not (tmp_path / "out").exists()

@@ -19,8 +19,7 @@ from tests.toy import SIZE, UNET, contents, write_checkpoint
 from vdiff.data.images import to_uint8
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.card import CARD, PICTURE, card_beside, new_card, write_card
-from vdiff.interop.sharing import last_name, public
+from vdiff.interop.card import CARD, PICTURE, card_beside, last_name, new_card, public
 from vdiff.models.checkpoint import load_checkpoint, read_config, weights_fingerprint
 from vdiff.models.drawing import draw
 
@@ -80,7 +79,8 @@ def test_it_says_what_the_model_is_and_where_it_came_from(tmp_path):
 
 
 def test_hubs_can_read_its_first_lines(tmp_path):
-    write_card(tmp_path, student(tmp_path / "base_1"), usage=USAGE, license_name="MIT", library="diffusers", tags=["x"])
+    card = new_card(student(tmp_path / "base_1"), usage=USAGE, license_name="MIT", library="diffusers", tags=["x"])
+    card.write(tmp_path)
     assert ModelCard.load(tmp_path / CARD).data.to_dict() == {
         "license": "mit",
         "library_name": "diffusers",
@@ -116,6 +116,20 @@ def test_distances_come_from_the_ladder_beside_the_checkpoint(tmp_path):
         ["base\\_1", "4", "0.1235", "0.5000"],
     ]
     assert "/home" not in text
+    found = ModelCard(text).data.eval_results
+    assert [(each.metric_type, each.metric_name, each.metric_value, each.dataset_name) for each in found] == [
+        ("rmse_to_first", "RMSE to first", 0.1235, "digits_8"),
+        ("distance", "distance", 0.5, "digits_8"),
+    ]
+
+
+@pytest.mark.parametrize("lines", ["", "---\nlicense: [\n---\n", "---\nlicense: {a: b}\n---\n", "---\n- a\n---\n"])
+def test_first_lines_that_people_have_spoilt_tell_no_licence(lines, tmp_path):
+    beside(tmp_path / "out", student(tmp_path / "m"), "a.onnx", "mit")
+    path = tmp_path / "out" / CARD
+    path.write_text(lines + path.read_text().split("\n---\n", 1)[1])
+    beside(tmp_path / "out", tmp_path / "m", "a.onnx", anew=True)
+    assert "license: unknown\n" in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +171,7 @@ def pixels(picture: PIL.Image.Image) -> torch.Tensor:
 
 
 def test_the_picture_is_what_the_model_draws(tmp_path):
-    write_card(tmp_path / "student", student(tmp_path / "student"), usage=USAGE)
+    new_card(student(tmp_path / "student"), usage=USAGE).write(tmp_path / "student")
     denoiser, _ = load_checkpoint(tmp_path / "student")
     due = draw(denoiser, Ddim(), indices=range(16), image_size=SIZE, num_steps=4)
     with PIL.Image.open(tmp_path / "student" / PICTURE) as picture:

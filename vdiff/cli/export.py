@@ -120,7 +120,7 @@ def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     It is one evaluation of the network, or the whole few-step sampler. The file, read again, must give vdiff's own
     answers from the same noise to 1e-4, or nothing is written.
     """
-    from vdiff.interop.torch_export import export_torch
+    from vdiff.interop.graphs import export_torch
     from vdiff.interop.usage import torch_usage
     from vdiff.models.program import PROGRAM
 
@@ -139,7 +139,7 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
 
     FOLDER is a checkpoint itself: sample.py and distill.py take it. It is what `vdiff push` uploads.
     """
-    from vdiff.interop.weights import export_weights
+    from vdiff.interop.hub import export_weights
 
     export_weights(checkpoint, folder, license_name=license_name, overwrite=overwrite)
     console = Console()
@@ -172,8 +172,8 @@ def _export(
     if license_name is not None and not card:
         raise OptionError("--license stands in the card that --card False leaves out", "leave one of them out")
 
-    from vdiff.interop.agreement import check_exportable
     from vdiff.interop.card import CARD, PICTURE, card_beside
+    from vdiff.interop.graphs import check_exportable
     from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
     from vdiff.replacing import check_free, locked
 

@@ -55,7 +55,7 @@ def command(
     """Upload a checkpoint, or what `vdiff export` wrote, to a hub of models.
 
     Only what a model consists of is uploaded: weights or graphs, configuration without paths of this machine, and the
-    model card. Training state, logs, previews and settings stay. Needs `pip install 'vdiff[hub]'`.
+    model card. Training state, logs, previews and settings stay.
     """
     import tempfile
 

@@ -24,7 +24,6 @@ RETRY_SECONDS = 1.0
 PACKAGES = {
     "http": "vdiff[webdataset]",
     "https": "vdiff[webdataset]",
-    "hf": "vdiff[hub]",
     "s3": "vdiff[s3]",
     "gs": "vdiff[gs]",
     "gcs": "vdiff[gs]",

@@ -1,7 +1,7 @@
 """The model card: README.md with a picture, what the model is, where it came from, how far it is from its teachers, its
-licence, and how to use the files beside it.
+licence, and how to use the files beside it; and a checkpoint's description as others may see it.
 
-A card knows the weights it belongs to. One of the same weights only gets a section for another file; whatever people
+A card knows the weights it belongs to. A card of the same weights only gets a section for another file; what people
 have written into it stays.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from PIL.Image import Image
@@ -21,8 +22,7 @@ from vdiff.data.images import cell_scale, make_grid, save_png, to_pil
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError, printable
 from vdiff.files import parse, read_text, write_text
-from vdiff.interop.sharing import last_name
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, weights_fingerprint
+from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import parameter_count
@@ -36,11 +36,39 @@ LADDER = "ladder.json"
 USE = "\n## Use\n"
 MARK = "<!-- vdiff: the card of weights {} -->"
 MARKED = re.compile("<!-- vdiff: the card of weights ([0-9a-f]{64}) -->")
+IDENTIFIER = re.compile("[A-Za-z][A-Za-z0-9.+_-]{0,63}")  # of a licence
+TASK = "unconditional-image-generation"
 PICTURE_IMAGES, PICTURE_STEPS, FEWEST_STEPS = 16, 64, 4
 PIXELS_AT_ONCE = 16 * 64**2
+SAME_NOISE = "From the same noise; RMSE is of pixels in [−1, 1]."
 MAX_NAMES = 20
-NOT_TOLD = {"checkpoint", "seed", "num_steps", "num_iters", "train_seconds", "ms_per_image"}
+NO_DISTANCES = {"checkpoint", "seed", "num_steps", "num_iters", "train_seconds", "ms_per_image"}
 """Columns of a ladder that are no distances."""
+PATHS = ("dataset", "path")
+"""Keys of a checkpoint's description, or of a teacher's in it, that hold a path or an address."""
+
+
+# Descriptions without paths of this machine
+
+
+def last_name(path: str) -> str:
+    """`/home/me/data/photos_64`, `https://me:word@host/photos_64?key=…` → `photos_64`; `imported:` stays before it."""
+    if path.startswith(IMPORTED):
+        return IMPORTED + last_name(path.removeprefix(IMPORTED))
+    if "://" in path:
+        path = urlsplit(path).path
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config.json, teachers included, with the last part alone of every path and address."""
+    shown = {key: last_name(str(value)) if key in PATHS else value for key, value in values.items()}
+    if isinstance(teacher := values.get("teacher"), Mapping):
+        shown["teacher"] = public(teacher)
+    return shown
+
+
+# Cards
 
 
 @dataclass(frozen=True)
@@ -55,27 +83,6 @@ class Card:
         if self.picture is not None:
             save_png(self.picture, folder / PICTURE)
         write_text(folder / CARD, self.text)
-
-
-def write_card(
-    folder: Path,
-    checkpoint: Path,
-    *,
-    usage: Mapping[str, str],
-    license_name: str = UNKNOWN,
-    library: str = "vdiff",
-    tags: Sequence[str] = (),
-) -> None:
-    """Write the card of `checkpoint` into `folder`, a new one.
-
-    Args:
-        usage: for each file (or the folder) that was exported, its heading and how to use it, as Markdown.
-        library: what loads the files: the hub's `library_name`.
-
-    Raises:
-        VdiffError: the checkpoint cannot be used.
-    """
-    new_card(checkpoint, usage=usage, license_name=license_name, library=library, tags=tags).write(folder)
 
 
 def card_beside(
@@ -122,29 +129,45 @@ def new_card(
 ) -> Card:
     """The card of `checkpoint`; its picture is drawn from noise of seed 0.
 
+    Args:
+        usage: for each file (or the folder) that was exported, its heading and how to use it, as Markdown.
+        library: what loads the files: the hub's `library_name`.
+
     Raises:
         OptionError: a licence that is no identifier.
         VdiffError: the checkpoint cannot be used.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9.+_-]{0,63}", license_name):
+    from huggingface_hub import ModelCardData
+
+    if not IDENTIFIER.fullmatch(license_name):
         raise OptionError(f"--license {license_name!r} is no identifier", "give one such as mit or cc-by-4.0")
     denoiser, config = load_checkpoint(checkpoint)
-    fingerprint = weights_fingerprint(checkpoint)
-    name = checkpoint.resolve().name
+    fingerprint, name = weights_fingerprint(checkpoint), checkpoint.resolve().name
+    ladder = _read_ladder(checkpoint, config)
     picture, steps = _picture(denoiser, config)
-    shown = (
-        f"![{PICTURE_IMAGES} images]({PICTURE})\n\n*DDIM, {plural(steps, 'step')}, noise of seed 0.*\n\n"
-        if picture
-        else ""
+    shown = f"![{PICTURE_IMAGES} images]({PICTURE})\n\n*DDIM, {plural(steps, 'step')}, noise of seed 0.*\n\n"
+    licence = license_name
+    if license_name.lower() == UNKNOWN:
+        licence = "Unknown: nobody has said yet what may be done with these weights. Ask whoever trained them."
+    distilled = [] if config.method == "base" else ["distillation", f"{_plain(config.method)}-distillation"]
+    data = ModelCardData(
+        license=license_name.lower(),
+        library_name=library,
+        pipeline_tag=TASK,
+        tags=["diffusion", "v-diffusion", *distilled, *tags],
+        **_eval_results(name, config, ladder),
     )
-    front = ["---", f"license: {license_name.lower()}", f"library_name: {library}"]
-    front += ["pipeline_tag: unconditional-image-generation", "tags:"]
-    front += [f"- {tag}" for tag in ("diffusion", "v-diffusion", *_method_tags(config), *tags)]
-    text = "\n".join([*front, "---", MARK.format(fingerprint), "", f"# {_cell(name)}", "", _summary(config), ""])
-    text += f"\n{shown}{_facts(denoiser, config, fingerprint)}\n## Lineage\n\n{_lineage(name, config, fingerprint)}"
-    text += _distances(checkpoint, config)
-    text += f"\n## Licence\n\n{_licence_in_words(license_name)}\n"
-    return Card(text + USE + _written(usage), picture)
+    front = data.to_yaml(original_order=["license", "library_name", "pipeline_tag", "tags"])
+    parts = [
+        f"---\n{front}\n---\n{MARK.format(fingerprint)}\n",
+        f"# {_cell(name)}\n",
+        f"{_summary(config)}\n",
+        f"{shown if picture else ''}{_facts(denoiser, config, fingerprint)}",
+        f"## Lineage\n\n{_lineage(name, config, fingerprint)}",
+        *([f"## Distances\n\n{SAME_NOISE}\n", _distances(ladder)] if ladder else []),
+        f"## Licence\n\n{licence}\n",
+    ]
+    return Card("\n".join(parts) + USE + _written(usage), picture)
 
 
 def is_card(path: Path) -> bool:
@@ -160,10 +183,18 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _method_tags(config: CheckpointConfig) -> list[str]:
-    if config.method == "base":
-        return []
-    return ["distillation", f"{re.sub('[^a-z0-9]', '-', config.method.lower())}-distillation"]
+def _license_of(text: str) -> str:
+    """The licence in a card's first lines, which people may have changed."""
+    from huggingface_hub import ModelCard
+
+    try:
+        name = str(ModelCard(text, ignore_metadata_errors=True).data.get("license", UNKNOWN))
+    except Exception:  # what is raised for lines that are no YAML depends on what they are
+        return UNKNOWN
+    return name if IDENTIFIER.fullmatch(name) else UNKNOWN
+
+
+# What a card says
 
 
 def _summary(config: CheckpointConfig) -> str:
@@ -188,8 +219,7 @@ def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> st
         "parameters": f"{parameter_count(denoiser):,}",
         "predicts": config.prediction,
         "noise schedule": _cell(f"{config.schedule['name']}" + (f" ({schedule})" if schedule else "")),
-        "images": f"{config.image_size} × {config.image_size}, {unet.in_channels} channel"
-        + "s" * (unet.in_channels > 1),
+        "images": f"{config.image_size} × {config.image_size}, {plural(unet.in_channels, 'channel')}",
         "classes": f"{len(names)}: {listed}" if names else "",
         "guidance": "takes a weight from {} to {}".format(*config.guidance_range) if config.guidance_range else "",
         "weights": f"{_cell(config.weights)}, {updates}, {config.num_images:,} images",
@@ -204,49 +234,66 @@ def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> st
 def _lineage(name: str, config: CheckpointConfig, fingerprint: str) -> str:
     """The model and its teachers, back to the original."""
     rows = []
-    told: Any = {**asdict(config), "path": name, "fingerprint": fingerprint}
-    while isinstance(told, Mapping):
-        values = [
-            _number(told.get("num_timesteps")),
-            _cell(str(told.get("method", ""))),
-            _number(told.get("num_iters")),
-        ]
-        short = str(told.get("fingerprint", ""))[:12]
+    model: Any = {**asdict(config), "path": name, "fingerprint": fingerprint}
+    while isinstance(model, Mapping):
+        numbers = [model.get(key) for key in ("num_timesteps", "num_iters")]
+        steps, updates = (f"{number:,}" if isinstance(number, int) else "" for number in numbers)
+        short = str(model.get("fingerprint", ""))[:12]
         weights = f"`{short}`" if re.fullmatch("[0-9a-f]{12}", short) else ""
-        rows.append([_cell(last_name(str(told.get("path", "")))), *values, weights])
-        told = told.get("teacher")
+        path, method = last_name(str(model.get("path", ""))), str(model.get("method", ""))
+        rows.append([_cell(path), steps, _cell(method), updates, weights])
+        model = model.get("teacher")
     return _table(["model", "steps", "method", "updates", "weights"], rows)
 
 
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else ""
-
-
-def _code(text: str) -> str:
-    """A checksum, or what may be anything else of letters and digits."""
-    return f"`{plain}`" if (plain := re.sub(r"[^0-9A-Za-z:._-]", "", text)) else ""
-
-
-def _distances(checkpoint: Path, config: CheckpointConfig) -> str:
-    """The table of the ladder that lies beside the checkpoint: every number in it that is a distance."""
+def _read_ladder(checkpoint: Path, config: CheckpointConfig) -> list[dict[str, Any]]:
+    """The rows of the ladder beside the checkpoint, down to it; none where there are no distances in it."""
     try:
-        rows = parse(read_text(checkpoint / LADDER))
-        if rows[-1]["num_steps"] != config.num_timesteps:
-            return ""
-        models = [(last_name(str(row["checkpoint"])), str(int(row["num_steps"])), row) for row in rows]
-    except (OSError, ValueError, TypeError, LookupError):
-        return ""
-    keys = [key for key in rows[-1] if key not in NOT_TOLD and isinstance(rows[-1][key], float)]
-    if not keys:
-        return ""
+        rows: list[dict[str, Any]] = parse(read_text(checkpoint / LADDER))
+        if rows[-1]["num_steps"] == config.num_timesteps and _distance_keys(rows):
+            return [{**row, "model": last_name(str(row["checkpoint"])), "steps": int(row["num_steps"])} for row in rows]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        pass
+    return []
 
-    def told(value: Any) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else ""
 
-    table = [[_cell(name), steps, *(told(row.get(key)) for key in keys)] for name, steps, row in models]
-    headings = [_cell(key.replace("_", " ").replace("rmse", "RMSE")) for key in keys]
-    words = "From the same noise; RMSE is of pixels in [−1, 1].\n\n"
-    return "\n## Distances\n\n" + words + _table(["model", "steps", *headings], table)
+def _distance_keys(ladder: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of a ladder that are distances of its last model."""
+    return [key for key, value in ladder[-1].items() if key not in NO_DISTANCES and isinstance(value, float)]
+
+
+def _distances(ladder: Sequence[Mapping[str, Any]]) -> str:
+    """The table of every distance in a ladder."""
+    keys, table = _distance_keys(ladder), []
+    for row in ladder:
+        distances = [f"{value:.4f}" if isinstance(value := row.get(key), float) else "" for key in keys]
+        table.append([_cell(row["model"]), str(row["steps"]), *distances])
+    return _table(["model", "steps", *(_cell(_metric_name(key)) for key in keys)], table)
+
+
+def _eval_results(name: str, config: CheckpointConfig, ladder: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The distances of the last model of a ladder, as a hub reads them."""
+    from huggingface_hub import EvalResult
+
+    if not ladder:
+        return {}
+    dataset = printable(last_name(config.dataset)) or UNKNOWN
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=_plain(dataset),
+            dataset_name=dataset,
+            metric_type=_plain(key, "_"),
+            metric_name=printable(_metric_name(key)),
+            metric_value=round(ladder[-1][key], 4),
+        )
+        for key in _distance_keys(ladder)
+    ]
+    return {"model_name": printable(name), "eval_results": results}
+
+
+def _metric_name(key: str) -> str:
+    return key.replace("_", " ").replace("rmse", "RMSE")
 
 
 def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None, int]:
@@ -262,31 +309,13 @@ def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None
     if denoiser.network.config.in_channels not in (1, 3) or (steps < own and steps < FEWEST_STEPS):
         return None, steps
     at_once = max(1, PIXELS_AT_ONCE // config.image_size**2)
-    images = torch.cat(
-        [
-            draw(
-                denoiser,
-                Ddim(),
-                indices=range(first, min(first + at_once, PICTURE_IMAGES)),
-                image_size=config.image_size,
-                num_steps=steps,
-            )
-            for first in range(0, PICTURE_IMAGES, at_once)
-        ]
-    )
+    parts = [range(first, min(first + at_once, PICTURE_IMAGES)) for first in range(0, PICTURE_IMAGES, at_once)]
+    size = config.image_size
+    images = torch.cat([draw(denoiser, Ddim(), indices=part, image_size=size, num_steps=steps) for part in parts])
     return to_pil(make_grid(images, columns=round(PICTURE_IMAGES**0.5), scale=cell_scale(images))), steps
 
 
-def _licence_in_words(license_name: str) -> str:
-    if license_name.lower() == UNKNOWN:
-        return "Unknown: nobody has said yet what may be done with these weights. Ask whoever trained them."
-    return license_name
-
-
-def _license_of(text: str) -> str:
-    """The licence in a card's first lines."""
-    match = re.search(r"^license: *([A-Za-z][A-Za-z0-9.+_-]*) *$", text.split("\n---", 1)[0], re.MULTILINE)
-    return match.group(1) if match else UNKNOWN
+# Markdown
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
@@ -310,3 +339,13 @@ def _cell(text: str) -> str:
     """Text of a configuration, which may be anybody's, as it may stand in a table."""
     plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
+
+
+def _code(text: str) -> str:
+    """A checksum, or what may be anything else of letters and digits."""
+    return f"`{plain}`" if (plain := re.sub(r"[^0-9A-Za-z:._-]", "", text)) else ""
+
+
+def _plain(text: str, joint: str = "-") -> str:
+    """Small letters and digits, with `joint` in place of everything else."""
+    return re.sub("[^a-z0-9]", joint, text.lower())

@@ -1,27 +1,36 @@
-"""What an exported file computes: one evaluation of the network, or the whole sampler; and what it says of itself.
+"""What an exported file computes and says of itself; whether it answers what vdiff answers; the export for torch.
 
-Times and coefficients of a sampler are constants of its graph, taken in float64.
+Times and coefficients of a sampler are constants of its graph, taken in float64. A check compares with `denoiser` and
+`draw`, not with the modules that were exported, which might be wrong themselves.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import vdiff
-from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction, from_v, from_x
-from vdiff.diffusion.samplers import ddim_step
+from vdiff.diffusion.noise import ImageNoise
+from vdiff.diffusion.prediction import MIN_SIGNAL, PREDICTION_TYPES, Prediction, from_v, from_x
+from vdiff.diffusion.samplers import Ddim, ddim_step
 from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, grid_times
+from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.drawing import draw
+from vdiff.models.program import write_program
 
 MAX_STEPS, MAX_GRID = 64, 1024
 """Steps of a sampler's graph, each a copy of the network, and of a grid in the metadata of an evaluation."""
+TOLERANCE = 1e-4
+BATCHES = (range(3), range(3, 4))
+"""The numbers of the images that a check draws: two batches, since exported graphs are easily fixed to one size."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
 def _read(prediction_type: str, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
     """What the network's output says, without a look at any value: a graph that is being traced has none.
 
-    `from_eps` looks at α to refuse zero signal; `vdiff.interop.agreement.check_exportable` does so before.
+    `from_eps` looks at α to refuse zero signal; `check_exportable` does so before.
     """
     if prediction_type != "eps":
         return PREDICTION_TYPES[prediction_type].read(z, output, angle)
@@ -200,3 +209,118 @@ def _step_of(told: Mapping[str, Tensor]) -> dict[str, float]:
         "alpha_s": float(s.cos()),
         "sigma_s": float(s.sin()),
     }
+
+
+# Checks
+
+
+def check_exportable(denoiser: Denoiser) -> None:
+    """Refuse an ε-prediction whose schedule ends at zero signal.
+
+    Raises:
+        VdiffError: it does.
+    """
+    last = denoiser.schedule.angle(torch.ones(1, dtype=torch.float64))
+    if denoiser.prediction_type == "eps" and float(last.cos()) < MIN_SIGNAL:
+        raise VdiffError(
+            "this model predicts eps and its schedule ends at zero signal, where that says nothing about the image",
+            "export a model that predicts v, x or both",
+        )
+
+
+def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, images: range) -> dict[str, Tensor]:
+    """Inputs of the graph by name: the noise of images `images` of seed 0, at times or of classes all over their range.
+
+    What guidance is given stands in `_told_guidance`.
+    """
+    unet = denoiser.network.config
+    count = len(images)
+    noise = ImageNoise(seed=0, indices=images, shape=(unet.in_channels, config.image_size, config.image_size))()
+    values = {"noise": noise} if options.sampler else {"z": noise, "label": _labels(denoiser, options, count)}
+    if unet.num_classes:
+        values["classes"] = torch.tensor([k % unet.num_classes for k in images])
+    if unet.guidance_input or options.guided:
+        values["guidance"] = torch.full((count,), _told_guidance(config))
+    return values
+
+
+def _labels(denoiser: Denoiser, options: GraphOptions, count: int) -> Tensor:
+    """Labels of `count` times of the grid, from t = 1 downwards."""
+    told = grid(denoiser, options.num_steps)
+    return torch.cat([told[k * len(told) // count]["label"] for k in range(count)])
+
+
+def _told_guidance(config: CheckpointConfig) -> float:
+    """A weight of guidance to check with: the middle of those that the network knows, or 1.5."""
+    return sum(config.guidance_range) / 2 if config.guidance_range else 1.5
+
+
+def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, images: range) -> Tensor:
+    """What vdiff itself answers to `inputs`."""
+    told = inputs(denoiser, options, config, images)
+    if options.sampler:
+        drawn = draw(
+            denoiser,
+            Ddim(clipping_value=options.clipping_value),
+            indices=images,
+            image_size=config.image_size,
+            num_steps=options.num_steps,
+            guidance=_told_guidance(config) if "guidance" in told else 0.0,
+        )
+        return drawn.clamp(-1, 1)
+    t = (told["label"].double() + 1) / denoiser.schedule.label_scale
+    with torch.inference_mode():
+        prediction = denoiser(told["z"], t, told.get("classes"), told.get("guidance"))
+    return {"v": prediction.v, "x": prediction.x, "eps": prediction.eps}[options.output].clone()
+
+
+def check(
+    answer: Callable[[dict[str, Tensor]], Tensor], denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
+) -> float:
+    """The largest difference between what an exported graph and vdiff answer, in units of the images (or of the
+    largest value, where that is above 1).
+
+    Args:
+        answer: runs the exported graph on named inputs.
+
+    Raises:
+        VdiffError: it is above `TOLERANCE`.
+    """
+    differences = []
+    for images in BATCHES:
+        due = expected(denoiser, options, config, images)
+        found = answer(inputs(denoiser, options, config, images))
+        if found.shape != due.shape:
+            raise VdiffError(
+                f"the exported graph answers {tuple(found.shape)} where {tuple(due.shape)} is due",
+                "nothing was written; please report this with the checkpoint's config.json",
+            )
+        scale = due.abs().max().clamp(min=1).double()
+        differences.append((found.double() - due.double()).abs().max() / scale)
+    worst = float(torch.stack(differences).max())
+    if not worst <= TOLERANCE:  # NaN is no agreement either
+        raise VdiffError(
+            f"the exported graph differs from vdiff by {worst:.1e}, more than {TOLERANCE:g}",
+            "nothing was written; please report this with the checkpoint's config.json",
+        )
+    return worst
+
+
+def export_torch(
+    denoiser: Denoiser, config: CheckpointConfig, options: GraphOptions, path: Path, *, fingerprint: str
+) -> float:
+    """Write the program to `path`, whole or not at all, and answer how far its answers are from vdiff's once reloaded.
+
+    Inputs are those of `Evaluation` and `FewSteps`, given by keyword, for any batch size; `metadata` is the extra file
+    `vdiff.json`.
+
+    Raises:
+        VdiffError: the answers differ, or the file system refuses.
+    """
+    module = FewSteps(denoiser, options) if options.sampler else Evaluation(denoiser, options.output)
+    example = inputs(denoiser, options, config, range(2))
+
+    def compare(program: nn.Module) -> float:
+        return check(lambda named: cast(Tensor, program(**named)), denoiser, options, config)
+
+    return write_program(module, example, metadata(denoiser, options, config, fingerprint), path, compare)

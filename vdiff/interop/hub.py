@@ -1,20 +1,21 @@
-"""Upload to a hub of models, through `huggingface_hub`: the files that a model consists of, and nothing else."""
+"""A checkpoint to be given away: weights, public description and model card, as a folder or on a hub of models."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vdiff.errors import OptionError, VdiffError
-from vdiff.files import json_text, read_json
-from vdiff.interop.card import CARD, PICTURE, is_card
-from vdiff.interop.sharing import public
-from vdiff.interop.weights import describe
-from vdiff.models.checkpoint import CONFIG, WEIGHTS
+from vdiff.files import json_text, read_json, write_json
+from vdiff.interop.card import CARD, FILES_OF_CARD, PICTURE, UNKNOWN, is_card, new_card, public
+from vdiff.interop.usage import weights_usage
+from vdiff.models.checkpoint import CONFIG, FILES, WEIGHTS, is_checkpoint, read_config
+from vdiff.replacing import Kind, new_folder
 from vdiff.text import cause_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -23,6 +24,39 @@ PATTERNS_BELOW = ("unet/config.json", "unet/*.safetensors", "scheduler/scheduler
 """What an export consists of, at its top and in the folders of a pipeline; whatever else lies there is not uploaded."""
 DESCRIPTIONS = (CONFIG, f"vdiff/{CONFIG}")
 """Files that tell paths of this machine where the export of another tool, or an older one, put them there."""
+
+
+# A folder
+
+
+def _files_of_export(folder: Path) -> str:
+    return f"{FILES}|{FILES_OF_CARD}" if is_checkpoint(folder) and is_card(folder / CARD) else ""
+
+
+EXPORT = Kind("export", _files_of_export)
+
+
+def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwrite: bool) -> None:
+    """Write `folder`, which is a checkpoint itself, with the weights of `checkpoint` bit for bit; whole or not at all.
+
+    Raises:
+        VdiffError: the checkpoint cannot be used, or the folder exists; only folders of this function are replaced.
+    """
+    if folder.resolve() == checkpoint.resolve():
+        raise VdiffError(f"{folder} is the checkpoint itself", "give another folder")
+    with new_folder(folder, EXPORT, overwrite=overwrite, flag="another folder") as temporary:
+        _describe(checkpoint, temporary, license_name)
+        shutil.copyfile(checkpoint / WEIGHTS, temporary / WEIGHTS)
+
+
+def _describe(checkpoint: Path, folder: Path, license_name: str) -> None:
+    """Write all but the weights into `folder`: config.json without paths, README.md and its picture."""
+    usage = {WEIGHTS: weights_usage(checkpoint.resolve().name)}
+    new_card(checkpoint, usage=usage, license_name=license_name).write(folder)
+    write_json(folder / CONFIG, public(asdict(read_config(checkpoint))))
+
+
+# An upload
 
 
 @dataclass(frozen=True)
@@ -58,7 +92,7 @@ def collect(folder: Path, scratch: Path, *, license_name: str | None) -> Upload:
             raise OptionError("--license: an export has its licence in its README.md", "change it there")
         files = _exported(folder)
     else:
-        describe(folder, scratch, license_name=license_name or "unknown")
+        _describe(folder, scratch, license_name or UNKNOWN)
         files = {path.name: path for path in (scratch / CARD, scratch / PICTURE, scratch / CONFIG) if path.exists()}
         files[WEIGHTS] = folder / WEIGHTS
     kept = {path.relative_to(folder).parts[0] for path in files.values() if path.is_relative_to(folder)} | set(files)
@@ -77,9 +111,7 @@ def _exported(folder: Path) -> dict[str, Path]:
 
 def _content(name: str, path: Path) -> Path | bytes:
     """A file as it is uploaded: as it is, or a description without paths."""
-    if name not in DESCRIPTIONS:
-        return path
-    return json_text(public(read_json(path, "export again"))).encode()
+    return json_text(public(read_json(path, "export again"))).encode() if name in DESCRIPTIONS else path
 
 
 def push(
@@ -92,62 +124,51 @@ def push(
         overwrite: commit to a repository that exists, too.
 
     Raises:
-        VdiffError: no token, no network, no permission, the repository exists, or the package is missing.
+        VdiffError: no token, no network, no permission, or the repository exists.
     """
-    try:
-        import huggingface_hub
-        from huggingface_hub import CommitOperationAdd, HfApi
-    except ImportError:
-        raise VdiffError("push: huggingface_hub is not installed", "pip install 'vdiff[hub]'") from None
+    import huggingface_hub
+
     address = endpoint or huggingface_hub.constants.ENDPOINT
     if not (token := token or huggingface_hub.get_token()):
         raise VdiffError(f"no token for {address}", "set HF_TOKEN, give --token_file, or run `hf auth login`")
-    api = HfApi(endpoint=endpoint, token=token, library_name="vdiff")
-    with _told(address, repository, hint="nothing was uploaded"):
+    api = huggingface_hub.HfApi(endpoint=endpoint, token=token, library_name="vdiff")
+    with _hub_errors(address, repository, hint="nothing was uploaded"):
         created = api.create_repo(repository, private=private, exist_ok=overwrite)
     operations = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in upload.files.items()
+        huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        for name, content in upload.files.items()
     ]
-    with _told(address, repository, hint="give the same command with --overwrite to go on"):
+    with _hub_errors(address, repository, hint="give the same command with --overwrite to go on"):
         api.create_commit(repository, operations, commit_message="Upload a model from vdiff")
     return str(created)
 
 
 @contextmanager
-def _told(address: str, repository: str, *, hint: str) -> Iterator[None]:
-    """What goes wrong on the way, in one line."""
+def _hub_errors(address: str, repository: str, *, hint: str) -> Iterator[None]:
+    """Turn what the library, its HTTP client or the hub raises into one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
-    except HfHubHTTPError as error:
-        raise _refused(address, repository, error, hint) from None
-    except Exception as error:  # the library passes on whatever its HTTP client raises
-        if isinstance(error, OSError | ValueError | RuntimeError) or _is_of_network(error):
-            cause = error.__cause__ or error
-            if isinstance(cause, HfHubHTTPError):
-                raise _refused(address, repository, cause, hint) from None
-            raise VdiffError(
-                f"cannot upload to {address}: {cause_of(cause)}", f"look at the network and --endpoint; {hint}"
-            ) from None
-        raise
+    except Exception as error:
+        of_client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
+        if not (isinstance(error, HfHubHTTPError | OSError | ValueError | RuntimeError) or of_client):
+            raise
+        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+        if isinstance(cause, HfHubHTTPError):
+            raise _refusal(address, repository, cause, hint) from None
+        raise VdiffError(
+            f"cannot upload to {address}: {cause_of(cause)}", f"look at the network and --endpoint; {hint}"
+        ) from None
 
 
-def _is_of_network(error: Exception) -> bool:
-    """Whether the HTTP client raised it, whichever client the library uses."""
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
-
-
-def _refused(address: str, repository: str, error: Any, hint: str) -> VdiffError:
+def _refusal(address: str, repository: str, error: Any, hint: str) -> VdiffError:
     """What the hub's answer means."""
     code = error.response.status_code
     said = cause_of(error.server_message or f"HTTP {code}")
-    if code == 401:
-        return VdiffError(f"{address} does not know the token ({said})", "set HF_TOKEN to one that may write")
-    if code == 403:
-        return VdiffError(
-            f"the token may not write to {repository} ({said})", "use a token of its owner that may write"
-        )
-    if code == 409:
-        return VdiffError(f"{repository} exists already", "give --overwrite to commit to it, or another name")
-    return VdiffError(f"{address} refuses {repository}: {said}", hint)
+    known = {
+        401: (f"{address} does not know the token ({said})", "set HF_TOKEN to one that may write"),
+        403: (f"the token may not write to {repository} ({said})", "use a token of its owner that may write"),
+        409: (f"{repository} exists already", "give --overwrite to commit to it, or another name"),
+    }
+    return VdiffError(*known.get(code, (f"{address} refuses {repository}: {said}", hint)))

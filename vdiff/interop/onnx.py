@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from vdiff.errors import VdiffError
 from vdiff.files import write_whole
-from vdiff.interop.agreement import check, inputs
-from vdiff.interop.graphs import Evaluation, GraphOptions, Step, grid, metadata
+from vdiff.interop.graphs import Evaluation, GraphOptions, Step, check, grid, inputs, metadata
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
 from vdiff.replacing import Kind

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vdiff.diffusion.schedules import MAX_LEVELS, DdpmCosineSchedule
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.imported import IMPORTED_MODEL, write_model
+from vdiff.interop.foreign import IMPORTED_MODEL, write_model
 from vdiff.interop.pickles import check_backed, read_pt
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig
 from vdiff.models.unet import Attention, Stage, UNet, UNetConfig

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
 from vdiff.models.checkpoint import CheckpointConfig
@@ -86,6 +87,38 @@ def torch_usage(name: str, config: CheckpointConfig, options: GraphOptions) -> s
         f"# z is now {shape}, images in [-1, 1]",
     ]
     return _program(words, code)
+
+
+def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, clip: bool) -> str:
+    """How to draw with a pipeline folder called `name`, for its model card."""
+    lines = [
+        "import torch",
+        "from diffusers import DDIMPipeline",
+        "",
+        f'pipeline = DDIMPipeline.from_pretrained("{name}")',
+    ]
+    if call:
+        arguments = ", ".join(f"{key}={value}" for key, value in call.items())
+        lines += [
+            f"images = pipeline(batch_size=16, generator=torch.manual_seed(0), {arguments}).images",
+            'images[0].save("image.png")',
+        ]
+    else:
+        size, channels = config.image_size, config.unet["in_channels"]
+        clipped = ", use_clipped_model_output=True" if clip else ""
+        lines += [
+            "unet, scheduler = pipeline.unet, pipeline.scheduler",
+            f"classes = torch.arange(16) % {config.unet['num_classes'] + config.unet['null_class']}",
+            f"z = torch.randn(16, {channels}, {size}, {size}, generator=torch.manual_seed(0))",
+            f"scheduler.set_timesteps({config.num_timesteps})",
+            "for t in scheduler.timesteps:",
+            "    with torch.no_grad():",
+            "        output = unet(z, t, class_labels=classes).sample",
+            f"    z = scheduler.step(output, t, z{clipped}).prev_sample",
+            "# z is now images in [-1, 1]",
+        ]
+    words = "With diffusers; vdiff is not needed. Any number of steps that divides the model's will do."
+    return f"{words}\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def _in_words(config: CheckpointConfig, options: GraphOptions) -> str:

@@ -1,4 +1,12 @@
-"""A pipeline folder of diffusers, or a model of the hub, as a checkpoint."""
+"""A pipeline folder of diffusers, or a model of the hub, as a checkpoint.
+
+
+model_index.json                            the pipeline's class and parts
+unet/config.json                            `UNet2DModel`; in old folders these two lie beside model_index.json
+unet/diffusion_pytorch_model.safetensors   with a variant (….fp16.safetensors) or in parts with an index, too
+scheduler/scheduler_config.json             in old folders beside model_index.json, too
+vdiff/config.json                           ours: the checkpoint's own description, which diffusers does not read
+"""
 
 from __future__ import annotations
 
@@ -11,16 +19,6 @@ from torch import Tensor
 
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.diffusers.layout import (
-    CONFIG,
-    FILES,
-    INDEX,
-    NOTE,
-    PARTS_PATTERN,
-    SCHEDULER,
-    WEIGHTS,
-    WEIGHTS_PATTERN,
-)
 from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_schedule, read_table, remarks
 from vdiff.interop.diffusers.unet import (
     ONLY,
@@ -31,14 +29,25 @@ from vdiff.interop.diffusers.unet import (
     unet_shapes,
     write_unet_config,
 )
-from vdiff.interop.imported import IMPORTED_MODEL, write_model
-from vdiff.interop.json_file import JsonFile
+from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, write_model
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config, read_tensors
 from vdiff.models.reading import read_shapes
 from vdiff.models.unet import UNetConfig
 from vdiff.replacing import check_free
 from vdiff.text import cause_of
 
+INDEX = "model_index.json"
+CONFIG = "config.json"
+SCHEDULER = "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS_PATTERN = "diffusion_pytorch_model*.safetensors"
+"""Weights, their variants, and the parts of either."""
+PARTS_PATTERN = "diffusion_pytorch_model.safetensors.index*.json"
+"""What says which tensor is in which part."""
+NOTE = f"vdiff/{CONFIG}"
+FILES = [INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", NOTE]
+FILES += [f"{place}{name}" for place in ("", "unet/") for name in (CONFIG, WEIGHTS_PATTERN, PARTS_PATTERN)]
+"""All that is ever read, and so all that is fetched: JSON and safetensors, no pickle."""
 PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
 NOT_THEIRS = "give a folder that diffusers' save_pretrained wrote, or OWNER/NAME of the hub"
 DAMAGED = "copy or download it again"
@@ -98,14 +107,10 @@ def fetch(name: str) -> Path:
     """The folder of a model of the hub, `OWNER/NAME`, downloaded if it is not there yet: its JSON and safetensors.
 
     Raises:
-        VdiffError: the hub cannot be reached or does not give it, or huggingface_hub is missing.
+        VdiffError: the hub cannot be reached or does not give it.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise VdiffError(
-            f"{name}: no such folder, and huggingface_hub is not installed", "pip install 'vdiff[hub]'"
-        ) from None
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # what it raises depends on its version and on the library that it speaks HTTP with

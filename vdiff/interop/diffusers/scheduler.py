@@ -23,7 +23,7 @@ from vdiff.diffusion.schedules import (
     grid_times,
 )
 from vdiff.errors import VdiffError
-from vdiff.interop.json_file import JsonFile
+from vdiff.interop.foreign import JsonFile
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x": "sample"}
 _OF_BETA = {"beta_start": 1e-4, "beta_end": 0.02}

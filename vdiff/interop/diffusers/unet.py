@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.errors import VdiffError
-from vdiff.interop.json_file import JsonFile
+from vdiff.interop.foreign import JsonFile
 from vdiff.models.checkpoint import MAX_IMAGE_SIZE
 from vdiff.models.unet import Resample, UNet, UNetConfig
 

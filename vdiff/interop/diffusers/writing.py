@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import make_folder, write_json, write_text
-from vdiff.interop.card import CARD, FILES_OF_CARD, is_card, write_card
-from vdiff.interop.diffusers.layout import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
+from vdiff.interop.card import CARD, FILES_OF_CARD, is_card, new_card, public
+from vdiff.interop.diffusers.reading import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
 from vdiff.interop.diffusers.scheduler import write_scheduler_config
 from vdiff.interop.diffusers.unet import write_unet_config, write_unet_weights
-from vdiff.interop.sharing import public
+from vdiff.interop.usage import diffusers_usage
 from vdiff.models.checkpoint import CheckpointConfig, is_checkpoint, load_checkpoint, write_tensors
 from vdiff.models.unet import GUIDANCE_SCALE, UNet, timestep_embedding
 from vdiff.replacing import Kind, check_free, new_folder
@@ -100,40 +100,9 @@ def export_pipeline(
         write_json(temporary / NOTE, public(asdict(config)))
         if license_name is not None:
             usage = {INDEX: diffusers_usage(folder.resolve().name, config, call, clip=clip)}
-            write_card(temporary, checkpoint, usage=usage, license_name=license_name, library="diffusers")
+            card = new_card(checkpoint, usage=usage, license_name=license_name, library="diffusers")
+            card.write(temporary)
     return Exported(config, call)
-
-
-def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, clip: bool) -> str:
-    """How to draw with a pipeline folder called `name`, for its model card."""
-    lines = [
-        "import torch",
-        "from diffusers import DDIMPipeline",
-        "",
-        f'pipeline = DDIMPipeline.from_pretrained("{name}")',
-    ]
-    if call:
-        arguments = ", ".join(f"{key}={value}" for key, value in call.items())
-        lines += [
-            f"images = pipeline(batch_size=16, generator=torch.manual_seed(0), {arguments}).images",
-            'images[0].save("image.png")',
-        ]
-    else:
-        size, channels = config.image_size, config.unet["in_channels"]
-        clipped = ", use_clipped_model_output=True" if clip else ""
-        lines += [
-            "unet, scheduler = pipeline.unet, pipeline.scheduler",
-            f"classes = torch.arange(16) % {config.unet['num_classes'] + config.unet['null_class']}",
-            f"z = torch.randn(16, {channels}, {size}, {size}, generator=torch.manual_seed(0))",
-            f"scheduler.set_timesteps({config.num_timesteps})",
-            "for t in scheduler.timesteps:",
-            "    with torch.no_grad():",
-            "        output = unet(z, t, class_labels=classes).sample",
-            f"    z = scheduler.step(output, t, z{clipped}).prev_sample",
-            "# z is now images in [-1, 1]",
-        ]
-    words = "With diffusers; vdiff is not needed. Any number of steps that divides the model's will do."
-    return f"{words}\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def _parts(scheduler: str, unet: str) -> dict[str, list[str]]:

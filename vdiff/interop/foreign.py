@@ -1,4 +1,4 @@
-"""The values of other people's JSON files, each checked for its kind and range."""
+"""What other people's files say, checked, and the checkpoint folder of what was imported from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vdiff.errors import VdiffError
 from vdiff.files import read_json
+from vdiff.models.checkpoint import FILES, CheckpointConfig, read_config, save_checkpoint
+from vdiff.replacing import Kind, new_folder
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,27 @@ class JsonFile:
     def refusal(self, key: str, why: str) -> VdiffError:
         """The error that names the file, the key and its value, cut short."""
         return VdiffError(f"{self.where}: {key} is {reprlib.repr(self.get(key))}", why)
+
+
+def _files_of_model(folder: Path) -> str:
+    try:
+        return FILES if read_config(folder).is_imported else ""
+    except VdiffError:
+        return ""
+
+
+IMPORTED_MODEL = Kind("imported model", _files_of_model)
+
+
+def write_model(folder: Path, weights: Mapping[str, Tensor], description: CheckpointConfig, *, overwrite: bool) -> None:
+    """Write the checkpoint folder of an imported network, whole or not at all.
+
+    Args:
+        weights: the network's state dict.
+        description: its `dataset` begins with "imported:".
+
+    Raises:
+        VdiffError: something is in the way, or the file system refuses.
+    """
+    with new_folder(folder, IMPORTED_MODEL, overwrite=overwrite) as temporary:
+        save_checkpoint(temporary, {f"network.{name}": tensor for name, tensor in weights.items()}, description)
