@@ -135,7 +135,7 @@ def test_bad_files_leave_no_holes_and_are_listed(tmp_path: Path) -> None:
 def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
     source = mixed(tmp_path / "x")
     prepare(source, tmp_path / "alone", CONFIG)
-    monkeypatch.setattr(preparation, "SECONDS_ALONE", 0)
+    monkeypatch.setattr(workers, "SECONDS_ALONE", 0)
     monkeypatch.setattr(preparation, "CHUNK_ITEMS", 3)
     pools = []
     whole = workers.ProcessPoolExecutor
@@ -151,11 +151,12 @@ def test_the_pool_reads_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     class Now:
         """A pool that works at once."""
 
-        def __init__(self, *_: object, **__: object) -> None: ...
+        def __init__(self, *_: object, initargs: tuple[type[int]], **__: object) -> None:
+            (self.function,) = initargs
 
-        def submit(self, function: type[int], chunk: str) -> workers.Future[int]:
-            future: workers.Future[int] = workers.Future()
-            future.set_result(function(chunk))
+        def submit(self, _: object, chunk: list[str]) -> workers.Future[list[int]]:
+            future: workers.Future[list[int]] = workers.Future()
+            future.set_result([self.function(item) for item in chunk])
             return future
 
         def shutdown(self, **_: object) -> None: ...
@@ -163,20 +164,27 @@ def test_the_pool_reads_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Now)
     taken = []
 
-    def chunks() -> Iterator[str]:
+    def items() -> Iterator[str]:
         for number in range(100):
             taken.append(number)
             yield str(number)
 
-    results = workers.ordered_map(int, chunks(), 2, lambda _: 10**9)
+    monkeypatch.setattr(workers, "SECONDS_ALONE", 0)
+    results = workers.ordered_map(int, items(), 2, num_bytes=lambda _: 10**9)
     assert [next(results) for _ in range(10)] == list(range(10))
     assert len(taken) <= 10 + workers.CHUNKS_AHEAD[0] * 2 + 1
     assert list(results) == list(range(10, 100))
 
 
-def test_a_killed_worker_is_one_line() -> None:
+def end_in_a_worker(number: int) -> None:
+    if number:
+        os._exit(1)
+
+
+def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SECONDS_ALONE", 0)
     with pytest.raises(VdiffError, match=r"worker process was killed.*--num_workers"):
-        list(workers.ordered_map(os._exit, [1], 1, len))
+        list(workers.ordered_map(end_in_a_worker, [0, 1], 1))
 
 
 def test_strict_stops_at_the_first_bad_file_and_leaves_nothing(tmp_path: Path) -> None:

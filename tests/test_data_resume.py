@@ -22,8 +22,9 @@ import PIL.Image
 import pytest
 
 from tests.commands import ROOT, tree
+from tests.crashing import OneSlow
 from tests.toy import Watcher
-from vdiff.data import preparation, writer
+from vdiff.data import preparation, workers, writer
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder
 from vdiff.data.journal import Journal, Rejected
@@ -180,15 +181,15 @@ def test_a_signal_keeps_what_is_done(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, word: str
 ) -> None:
     monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
-    with cut_short(monkeypatch, error), pytest.raises(Interrupted, match=f"{word}; 18 images are done") as caught:
+    with cut_short(monkeypatch, error), pytest.raises(Interrupted, match=f"{word}; 27 images are done") as caught:
         prepare(Folder(source), tmp_path / "out", CONFIG)
     assert caught.value.exit_code == code
     read: list[str] = []
     whole_read = Folder.read
     monkeypatch.setattr(Folder, "read", lambda self, item: read.append(item.name) or whole_read(self, item))
     report = prepare(Folder(source), tmp_path / "out", CONFIG)
-    assert (report.images, report.kept, report.rejected) == (COUNT, 16, 9)
-    assert len(read) == COUNT + 9 - 18
+    assert (report.images, report.kept, report.rejected) == (COUNT, 24, 9)
+    assert len(read) == COUNT + 9 - 27
 
 
 def test_an_incomplete_dataset_is_refused_with_the_command_that_completes_it(
@@ -231,7 +232,7 @@ def test_overwrite_goes_on_too_and_the_old_dataset_lives_until_the_end(
     with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
         prepare(Folder(source), out, CONFIG, overwrite=True)
     assert tree(out) == old
-    assert prepare(Folder(source), out, CONFIG, overwrite=True).kept == 16
+    assert prepare(Folder(source), out, CONFIG, overwrite=True).kept == 24
     assert len(ImageStore(out)) == COUNT
 
 
@@ -355,8 +356,8 @@ def test_a_full_disk(source: Path, whole: Path, tmp_path: Path, size: str, reaso
 
 
 def test_one_slow_image_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first image of 400 takes its time, all the others are converted; then all come in order."""
-    monkeypatch.setattr(preparation, "SECONDS_ALONE", 0)
+    """While the ninth image of 400 takes its time, all the others are converted; then all come in order."""
+    monkeypatch.setattr(workers, "SECONDS_ALONE", 0)
     photo = io.BytesIO()
     PIL.Image.new("RGB", (8, 8)).save(photo, format="PNG")
     (tmp_path / "photos").mkdir()
@@ -373,14 +374,6 @@ def test_one_slow_image_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.Monk
     prepare(OneSlow(tmp_path / "photos"), tmp_path / "out", CONFIG, num_workers=2)
     assert len(arrived) == 400
     assert arrived[-1] - arrived[8] < 0.5  # they had been waiting
-
-
-class OneSlow(Folder):
-    """A folder whose first image takes four seconds, and the others, together, a little more than two."""
-
-    def read(self, item: Item) -> Sample:
-        time.sleep(4 if item.name == "000.png" else 0.006)
-        return super().read(item)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -69,12 +69,9 @@ def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None
     reporter = reporter or Silent()
     link, checked, num_problems = FIRST_LINK, 0, 0
     problems: list[str] = []
-    work = _Check(dataset)
-    stretches = dataset.stretches()
     total = len(dataset)
     with reporter.progress("verify", total, "images") as progress:
-        results = ordered_map(work, stretches, num_workers, _few_bytes) if num_workers else map(work, stretches)
-        for digests, found in results:
+        for digests, found in ordered_map(partial(_check, dataset), dataset.stretches(), num_workers):
             for digest in digests:
                 link = next_link(link, digest)
             checked += len(digests)
@@ -90,34 +87,25 @@ def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None
     return Verification(str(dataset.path), checked, num_problems, tuple(problems), state)
 
 
-@dataclass(frozen=True)
-class _Check:
-    """Decodes a stretch of a dataset; answers each image's digest, and what is wrong."""
-
-    dataset: AnyStore
-
-    def __call__(self, stretch: tuple[int, int]) -> tuple[list[bytes], list[str]]:
-        digests: list[bytes] = []
-        problems: list[str] = []
-        start, stop = stretch
-        while start + len(digests) < stop:
-            try:
-                for name, images, label in self.dataset.stretch(start + len(digests), stop):
-                    digests.append(digest_of(images, label))
-                    for size, encoded in images.items():
-                        if problem := _problem(encoded, size):
-                            problems.append(f"image {name}, size {size}: {problem}")
-            except VdiffError as error:
-                problems.append(error.cause)
-                if isinstance(self.dataset, ImageStore):
-                    digests.append(b"")  # the images after it can be read
-                    continue
-            break
-        return digests, problems
-
-
-def _few_bytes(result: tuple[list[bytes], list[str]]) -> int:
-    return 64 * len(result[0])
+def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], list[str]]:
+    """Decode a stretch of a dataset; answers each image's digest, and what is wrong."""
+    digests: list[bytes] = []
+    problems: list[str] = []
+    start, stop = stretch
+    while start + len(digests) < stop:
+        try:
+            for name, images, label in dataset.stretch(start + len(digests), stop):
+                digests.append(digest_of(images, label))
+                for size, encoded in images.items():
+                    if problem := _problem(encoded, size):
+                        problems.append(f"image {name}, size {size}: {problem}")
+        except VdiffError as error:
+            problems.append(error.cause)
+            if isinstance(dataset, ImageStore):
+                digests.append(b"")  # the images after it can be read
+                continue
+        break
+    return digests, problems
 
 
 def _problem(encoded: bytes, size: int) -> str:

@@ -1,70 +1,80 @@
-"""Many processes, one order: a pool that maps chunks and hands the results back as they were put in."""
+"""Many processes, one order: results come in the order of their items, whichever process made them."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vdiff.errors import VdiffError
 
-Chunk = TypeVar("Chunk")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+_function: Callable[[Any], Any]
 
+SECONDS_ALONE = 0.1
+"""Work that ends within this time is done before another process has started."""
 CHUNKS_AHEAD = (3, 64)
 BUFFER_BYTES = 128 * 2**20
 
 
 def ordered_map(
-    function: Callable[[Chunk], Result],
-    chunks: Iterable[Chunk],
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
     num_workers: int,
-    num_bytes: Callable[[Result], int],
+    *,
+    chunk_items: int = 1,
+    num_bytes: Callable[[Result], int] = lambda _: 0,
 ) -> Generator[Result, None, None]:
-    """`map(function, chunks)` in `num_workers` processes, which run ahead of the consumer.
+    """`map(function, items)` in `num_workers` processes (0: in this one), which run ahead of the consumer.
 
-    So one slow chunk holds nobody up: 64 chunks a worker may wait behind it, fewer where results of `num_bytes` would
-    fill more than 128 MiB. Processes are spawned, so threads and locks of the caller are not copied. They ignore
-    SIGINT, which is for the caller to handle, and end with the caller, however that ends.
+    So one slow item holds nobody up: 64 chunks of `chunk_items` a worker may wait behind it, fewer where results of
+    `num_bytes` would fill more than 128 MiB. This process works alone for a moment, and until the first worker has
+    started. Workers are spawned, so threads and locks of the caller are not copied. They ignore SIGINT, which is for
+    the caller to handle, and end with the caller, however that ends.
 
     Raises:
         VdiffError: a worker died.
     """
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_begin)
-    waiting: deque[Future[Result]] = deque()
-    count, total_bytes = 0, 0
-    something_is_done = threading.Condition()
-
-    def note(future: Future[Result]) -> None:
-        nonlocal count, total_bytes
-        with something_is_done:
-            if not future.cancelled() and future.exception() is None:
-                count, total_bytes = count + 1, total_bytes + num_bytes(future.result())
-            something_is_done.notify()
+    rest = iter(items)
+    chunks: Iterator[list[Item]] = iter(lambda: list(islice(rest, chunk_items)), [])
+    count, total_bytes, alone_until = 0, 0, time.monotonic() + SECONDS_ALONE
+    for chunk in chunks:
+        for result in map(function, chunk):
+            count, total_bytes = count + 1, total_bytes + num_bytes(result)
+            yield result
+        if num_workers and time.monotonic() > alone_until:
+            break
+    else:
+        return
+    fewest, most = (each * num_workers for each in CHUNKS_AHEAD)
 
     def ahead() -> int:
-        """How many chunks may be under way: few until it is known how large results are."""
-        fewest, most = (each * num_workers for each in CHUNKS_AHEAD)
-        return max(fewest, min(most, BUFFER_BYTES * count // max(total_bytes, 1)))
+        """How many chunks may be under way."""
+        return max(fewest, min(most, BUFFER_BYTES * count // max(total_bytes * chunk_items, 1)))
 
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(function,))
     try:
-        for chunk in chunks:
-            future = _submit(pool, function, chunk)
-            future.add_done_callback(note)
-            waiting.append(future)
-            while len(waiting) > ahead():
-                with something_is_done:
-                    something_is_done.wait_for(lambda: waiting[0].done() or len(waiting) <= ahead())
-                if waiting[0].done():
-                    yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        first = [_submit(pool, chunk) for chunk in islice(chunks, fewest)]
+        waiting = deque(first)
+        while len(waiting) < ahead() and not any(future.done() for future in first) and (chunk := next(chunks, [])):
+            waiting.append(Future())
+            waiting[-1].set_result([function(item) for item in chunk])
+        while True:
+            waiting.extend(_submit(pool, chunk) for chunk in islice(chunks, max(ahead() - len(waiting), 0)))
+            if not waiting:
+                return
+            for result in waiting.popleft().result():
+                count, total_bytes = count + 1, total_bytes + num_bytes(result)
+                yield result
     except BrokenProcessPool:
         raise VdiffError(
             "a worker process was killed, most likely for want of memory", "use fewer --num_workers"
@@ -73,22 +83,29 @@ def ordered_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, function: Callable[[Chunk], Result], chunk: Chunk) -> Future[Result]:
+def _submit(pool: ProcessPoolExecutor, chunk: list[Any]) -> Future[list[Any]]:
     """Submit with signals held back: the pool starts its processes here, which must not be cut in half."""
     if os.name == "nt":
-        return pool.submit(function, chunk)
+        return pool.submit(_work, chunk)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        return pool.submit(function, chunk)
+        return pool.submit(_work, chunk)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin() -> None:
+def _begin(function: Callable[[Any], Any]) -> None:
+    """Prepare a worker process; the function is sent once, and not with every chunk."""
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name != "nt":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from `_submit`
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work(chunk: list[Any]) -> list[Any]:
+    return [_function(item) for item in chunk]
 
 
 def _end_with_parent() -> None:
