@@ -15,11 +15,22 @@ MODULES = {
     for path in sorted((ROOT / "vdiff").rglob("*.py"))
 }
 
-WITHOUT_TORCH = [
-    *("vdiff.errors", "vdiff.text", "vdiff.settings", "vdiff.files"),
-    *("vdiff.records", "vdiff.replacing", "vdiff.reporting"),
-]
-BASE = [*WITHOUT_TORCH, "vdiff.distributed"]
+
+def table() -> dict[str, list[str]]:
+    """The rooms of ARCHITECTURE.md and what each may import, as modules."""
+    found: dict[str, list[str]] = {}
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for line in text.split("## Rooms")[1].split("\n## ")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and cells[0].startswith("`"):
+            room = "vdiff." + cells[0].strip("`").removeprefix("vdiff/").removesuffix("/").removesuffix(".py")
+            found[room] = [name.strip().replace("/", ".") for name in cells[2].split(",") if name.strip() != "–"]
+    return found
+
+
+TABLE = table()
+BASE = [room for room in TABLE if (ROOT / room.replace(".", "/")).with_suffix(".py").is_file() and room != "vdiff.api"]
+WITHOUT_TORCH = [name for name in BASE if name != "vdiff.distributed"]
 DIFFUSION = [
     f"vdiff.diffusion.{name}"
     for name in (
@@ -34,19 +45,20 @@ DIFFUSION = [
         "phases",
     )
 ]
+
+
+def of_room(room: str, names: list[str]) -> list[str]:
+    """The modules that the table's last column means; a room may import itself, and the package's version."""
+    if names == ["everything"]:
+        return ["vdiff.*", "vdiff"]
+    listed = [each for name in names for each in (BASE if name == "foot" else [f"vdiff.{name}"])]
+    return listed if room in BASE else [room, *listed, "vdiff"]
+
+
 MAY_IMPORT = {
     "vdiff": ["vdiff.api"],
-    "vdiff.api": ["vdiff.models", "vdiff.diffusion", *BASE],
     "vdiff.__main__": ["vdiff.cli"],
-    "vdiff.errors": [],
-    "vdiff.text": [],
-    "vdiff.distributed": ["vdiff.errors"],
-    "vdiff.reporting": ["vdiff.errors"],
-    "vdiff.settings": ["vdiff.errors"],
-    "vdiff.files": ["vdiff.errors"],
-    "vdiff.records": ["vdiff.errors", "vdiff.files"],
-    "vdiff.replacing": ["vdiff.errors", "vdiff.files"],
-    "vdiff.diffusion": [],
+    **{room: of_room(room, names) for room, names in TABLE.items()},
     "vdiff.diffusion.schedules": [],
     "vdiff.diffusion.weighting": [],
     "vdiff.diffusion.noise": [],
@@ -58,7 +70,6 @@ MAY_IMPORT = {
     "vdiff.diffusion.targets": DIFFUSION[:7],
     "vdiff.diffusion.phases": [],
     "vdiff.diffusion.distillation": [*DIFFUSION, "vdiff.errors", "vdiff.settings"],
-    "vdiff.models": [],
     "vdiff.models.unet": [],
     "vdiff.models.reading": ["vdiff.errors", "vdiff.files"],
     "vdiff.models.denoiser": ["vdiff.diffusion", "vdiff.models.unet"],
@@ -74,19 +85,9 @@ MAY_IMPORT = {
     "vdiff.models.flops": ["vdiff.models.unet"],
     "vdiff.models.inheriting": ["vdiff.models.unet"],
     "vdiff.models.program": BASE,
-    "vdiff.data": ["vdiff.data", *BASE, "vdiff"],
-    "vdiff.training": ["vdiff.training", "vdiff.models", "vdiff.data", "vdiff.diffusion", *BASE, "vdiff"],
-    # samples can be a dataset: they are written by the one who writes all datasets
-    "vdiff.sampling": [
-        *("vdiff.sampling", "vdiff.models", "vdiff.diffusion", *BASE),
-        *("vdiff.data.images", "vdiff.data.labels", "vdiff.data.store", "vdiff.data.writer"),
-    ],
-    "vdiff.interop": ["vdiff.interop", "vdiff.models", "vdiff.data.images", "vdiff.diffusion", *BASE, "vdiff"],
-    "vdiff.evaluation": ["vdiff.evaluation", "vdiff.models", "vdiff.data", "vdiff.diffusion", *BASE, "vdiff"],
-    "vdiff.report": ["vdiff.report", "vdiff.evaluation", "vdiff.models", *BASE, "vdiff"],
-    "vdiff.cli": ["vdiff.*", "vdiff"],
 }
-"""Module or room (the nearest entry above a module rules it) → what it may import of vdiff.
+"""Module or room (the nearest entry above a module rules it) → what it may import of vdiff: the rooms as the table of
+ARCHITECTURE.md has them, and an order within diffusion and models.
 
 "vdiff" is the package alone, for its version and for `vdiff.load`, which imports the rest when it is called.
 """
@@ -128,6 +129,12 @@ def test_arrows_run_downwards_only(module):
 
 
 def test_the_table_is_read_as_meant():
+    assert {name.split(".")[1] for name in MODULES if "." in name} == {room.split(".")[1] for room in TABLE} | {
+        "__main__"
+    }
+    assert MAY_IMPORT["vdiff.cli"] == ["vdiff.*", "vdiff"]
+    assert MAY_IMPORT["vdiff.api"] == ["vdiff.api", "vdiff.models", "vdiff.diffusion", *BASE, "vdiff"]
+    assert (MAY_IMPORT["vdiff.files"], MAY_IMPORT["vdiff.errors"]) == (["vdiff.errors"], [])
     assert is_allowed("vdiff.models.unet", MAY_IMPORT["vdiff.training"])
     assert not is_allowed("vdiff.models.checkpoint", MAY_IMPORT["vdiff.models.denoiser"])
     assert not is_allowed("vdiff.cli.main", MAY_IMPORT["vdiff.models.checkpoint"])
@@ -166,16 +173,16 @@ def torch_at_import(path: Path) -> bool:
     return False
 
 
-WITHOUT_TORCH += [name for name in MODULES if name.startswith(("vdiff.diffusion", "vdiff.cli"))]
+LIGHT = [*WITHOUT_TORCH, *(name for name in MODULES if name.startswith(("vdiff.diffusion", "vdiff.cli")))]
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
+@pytest.mark.parametrize("module", LIGHT)
 def test_torch_is_not_imported_at_module_level(module):
     assert not torch_at_import(MODULES[module])
 
 
 def test_help_and_registries_come_without_torch():
-    modules = ["vdiff", "vdiff.cli.main", *BASE[:-1], *DIFFUSION]
+    modules = ["vdiff", "vdiff.cli.main", *WITHOUT_TORCH, *DIFFUSION]
     code = (
         f"import sys, {', '.join(modules)}\n"
         "from vdiff.diffusion.samplers import SAMPLERS\n"
