@@ -12,6 +12,7 @@ from vdiff.evaluation.features import INCEPTION, PIXELS, Features, FeaturesWithL
 from vdiff.evaluation.nearest import MAX_QUERIES
 from vdiff.evaluation.reference import MAX_KEPT, ReferenceImages
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.checks import check_guidance
 from vdiff.text import plural
 
 METRICS = ("fd", "kd", "precision", "recall", "isc", "rmse", "psnr", "nearest")
@@ -109,38 +110,36 @@ def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
     return ""
 
 
-def shared_kind(configs: dict[Path, CheckpointConfig]) -> tuple[int, int]:
-    """Image size and channels of all models.
+def check_plan(
+    plan: EvalPlan, configs: Mapping[Path, CheckpointConfig], images: ReferenceImages, features: Features
+) -> tuple[str, ...]:
+    """The metrics of a plan that is possible with these models, data and features.
 
     Raises:
-        VdiffError: they differ.
+        VdiffError: models that draw other images than each other or the data, or too few images.
+        OptionError: guidance that a model cannot be drawn with, a metric that cannot be computed, or too few samples.
     """
-    kinds = {folder: (config.image_size, int(config.unet["in_channels"])) for folder, config in configs.items()}
+    kinds = {folder: _kind(config.image_size, int(config.unet["in_channels"])) for folder, config in configs.items()}
     first, kind = next(iter(kinds.items()))
     for folder, other in kinds.items():
         if other != kind:
-            raise VdiffError(
-                f"{first} draws images of {_shown(kind)}, {folder} of {_shown(other)}",
-                "evaluate them one by one",
-            )
-    return kind
-
-
-def check_kind(models: tuple[int, int], data: tuple[int, int], path: Path | str) -> None:
-    """Refuse data of another size or with other channels than the models draw, each given as (size, channels).
-
-    Raises:
-        VdiffError: they differ.
-    """
-    if models != data:
+            raise VdiffError(f"{first} draws images of {kind}, {folder} of {other}", "evaluate them one by one")
+        try:
+            check_guidance(configs[folder], plan.guidance)
+        except VdiffError as error:
+            raise OptionError(f"--guidance {plan.guidance:g}: {folder}: {error.cause}", error.hint) from None
+    data, path = _kind(images.image_size, images.channels), images.store.path
+    if kind != data:
         raise VdiffError(
-            f"the checkpoints draw images of {_shown(models)}, {path} holds {_shown(data)}",
+            f"the checkpoints draw images of {kind}, {path} holds {data}",
             "give --data with such images as the model was trained on",
         )
+    metrics = choose_metrics(plan.metrics, features, plan.teacher is not None)
+    _check_numbers(plan.n, len(images), features, metrics, path)
+    return metrics
 
 
-def _shown(kind: tuple[int, int]) -> str:
-    size, channels = kind
+def _kind(size: int, channels: int) -> str:
     return f"{size}×{size} with {plural(channels, 'channel')}"
 
 
@@ -172,7 +171,7 @@ def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
     return tuple(name for name in METRICS if name in found)
 
 
-def check_numbers(n: int, num_images: int, features: Features, metrics: Sequence[str], data: Path | str) -> None:
+def _check_numbers(n: int, num_images: int, features: Features, metrics: Sequence[str], data: Path | str) -> None:
     """Refuse fewer images than the metrics need.
 
     Raises:

@@ -158,17 +158,19 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "vdiff"
 
 
-def data_stats(images: ReferenceImages, features: Features, *, cache: Path, work: WorkFolder) -> DataStats:
+def data_stats(images: ReferenceImages, features: Features, cache: Path | None, work: WorkFolder) -> DataStats:
     """The statistics of a dataset: from the cache, or computed by all processes and put there.
 
     A killed computation goes on: its parts lie in the cache too.
 
     Args:
+        cache: `cache_folder()` by default.
         work: its folder is used instead of a cache that cannot be written.
 
     Raises:
         VdiffError: an image cannot be read, or the disk refuses.
     """
+    cache = cache or cache_folder()
     key = key_of([FORMAT, images.identity, features.fingerprint, features.dim, MAX_KEPT, PARTS])
     name, processes, reporter = f"reference-{key[:32]}.npz", work.processes, work.reporter
     with processes.together():
