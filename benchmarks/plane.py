@@ -18,7 +18,8 @@ from vdiff.diffusion.distillation import TrainTarget
 from vdiff.diffusion.samplers import SAMPLERS, Denoise, sample
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.weighting import WEIGHTINGS
-from vdiff.models.denoiser import Denoiser, drop_classes
+from vdiff.models.condition import Condition, Signature
+from vdiff.models.denoiser import Denoiser
 from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LoopConfig
 from vdiff.training.objectives import (
@@ -95,9 +96,10 @@ class MlpsConfig:
     out_channels: int = 2
 
     @property
-    def null_class(self) -> bool:
-        """Whether "no class" can be told."""
-        return self.num_classes > 0
+    def signature(self) -> Signature:
+        """What the network takes: "no class" is one class more."""
+        names = ("classes",) * (self.num_classes > 0) + ("guidance",) * self.guidance_input
+        return Signature(2, self.out_channels, names, {"classes": self.num_classes} if names else {}, self.num_classes)
 
 
 class Linears(nn.Module):
@@ -118,9 +120,9 @@ class Mlps(nn.Module):
 
     def __init__(self, config: MlpsConfig, tally: Tally) -> None:
         super().__init__()
-        self.config, self.tally = config, tally
+        self.config, self.signature, self.tally = config, config.signature, tally
         self.register_buffer("frequencies", math.pi / 2 * 2.0 ** torch.arange(NUM_WAVES))
-        told = 2 + 2 * NUM_WAVES + (config.num_classes + 1 if config.null_class else 0)
+        told = 2 + 2 * NUM_WAVES + (config.num_classes + 1 if config.num_classes else 0)
         self.begin = Linears(config.count, told, config.width)
         self.blocks = nn.ModuleList(Linears(config.count, config.width, config.width) for _ in range(config.blocks))
         self.end = Linears(config.count, config.width, 2)
@@ -163,13 +165,14 @@ def draw(data: Sequence[str], known: MlpsConfig, size: int) -> TrainBatch:
     seeds = known.count // len(data)
     found = [DATA[name](size * seeds, None) for name in data]
     x = torch.cat([points.reshape(size, seeds, 2) for points, _ in found], 1).reshape(-1, 2)
-    classes = guidance = None
+    condition = Condition()
     if known.num_classes:
         classes = torch.cat([which.reshape(size, seeds) for _, which in found], 1).flatten()
-        classes = drop_classes(classes, torch.rand(len(x)), CLASS_DROPOUT, known.num_classes)
+        condition = known.signature.condition(classes=classes).drop(torch.rand(len(x)) < CLASS_DROPOUT)
     if known.guidance_input:
-        guidance = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(x))
-    return TrainBatch(x, torch.randn_like(x), stratified(len(x)), classes, guidance)
+        weight = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(x))
+        condition = condition.with_tensors(guidance=weight)
+    return TrainBatch(x, torch.randn_like(x), stratified(len(x)), condition)
 
 
 def sorted_out(example: TrainTarget, draws: TrainBatch, count: int) -> tuple[TrainTarget, TrainBatch]:
@@ -211,7 +214,7 @@ def learn(
         example = objective(draws, StudentState(denoiser, averages.teacher, step / config.num_iters))
         if example.rows is not None:
             example, draws = sorted_out(example, draws, known.count)
-        prediction = denoiser(example.z, example.t, draws.classes, draws.guidance)
+        prediction = denoiser(example.z, example.t, draws.condition)
         losses = weighted_losses(prediction, example, denoiser.schedule.logsnr(example.t), weighting, loss)
         (losses.mean() * known.count).backward()  # the mean over each network's own rows
         clip_each(denoiser, config.clip_norm)

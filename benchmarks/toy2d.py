@@ -47,6 +47,7 @@ from benchmarks.plane_teachers import PARTS, TEACHER_STEPS, Scale, TeacherPool, 
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.data.images import captioned_grid, save_png
 from vdiff.diffusion.samplers import Denoise
+from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 
 STEPS = (1, 2, 4, 8)
@@ -166,8 +167,9 @@ def method_row(pool: TeacherPool, examination: Examination, method: str, changes
 
 
 def told(denoiser: Denoiser, classes: Tensor, weight: float) -> Denoise:
-    """A denoiser that is told classes and a weight of guidance."""
-    return lambda z, t: denoiser(z, t, classes, torch.full((len(z),), weight))
+    """A denoiser with classes and a weight of guidance."""
+    condition = Condition({"classes": classes, "guidance": torch.full((len(classes),), weight)})
+    return lambda z, t: denoiser(z, t, condition)
 
 
 def guided_rows(scale: Scale) -> Iterator[tuple[str, list[Row]]]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.oracles import condition
 from tests.toy import SIZE
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
@@ -21,11 +22,11 @@ def image_said(denoiser: Denoiser, z: Tensor, t: Tensor, weight: float) -> Tenso
         return denoiser(z, t).x
     classes = torch.arange(len(z)) % config.num_classes
     if config.guidance_input:
-        return denoiser(z, t, classes, torch.full((len(z),), weight)).x
+        return denoiser(z, t, condition(classes, torch.full((len(z),), weight))).x
     if not config.null_class:
-        return denoiser(z, t, classes).x
+        return denoiser(z, t, condition(classes)).x
     none = torch.full_like(classes, config.num_classes)
-    return (1 + weight) * denoiser(z, t, classes).x - weight * denoiser(z, t, none).x
+    return (1 + weight) * denoiser(z, t, condition(classes)).x - weight * denoiser(z, t, condition(none)).x
 
 
 def drawn_by(denoiser: Denoiser, num_steps: int, *, count: int, seed: int, weight: float = 0.0) -> np.ndarray:

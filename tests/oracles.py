@@ -22,6 +22,7 @@ from vdiff.diffusion.schedules import (
     ScaledLinearSchedule,
     Schedule,
 )
+from vdiff.models.condition import Condition
 
 ALL_SCHEDULES: dict[str, Schedule] = {name: schedule() for name, schedule in SCHEDULES.items()} | {
     "cosine_uncut": CosineSchedule(logsnr_max=math.inf)
@@ -45,6 +46,11 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Seeded standard normal noise."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def condition(classes: Tensor | None = None, guidance: Tensor | None = None) -> Condition:
+    """Classes and weights of guidance, where they are given."""
+    return Condition().with_tensors(classes=classes, guidance=guidance)
 
 
 def noise_source(shape: Sequence[int], seed: int) -> Callable[[], Tensor]:

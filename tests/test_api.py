@@ -13,7 +13,7 @@ import torch
 import vdiff
 from tests.commands import ROOT
 from tests.drawing import order, run, write_guided
-from tests.oracles import randn
+from tests.oracles import condition, randn
 from tests.toy import SIZE, write_checkpoint
 from vdiff.api import Model
 from vdiff.diffusion.noise import ImageNoise
@@ -118,7 +118,7 @@ def test_denoising_is_asking_the_denoiser(plain, classes, t):
         assert torch.equal(getattr(found, name), getattr(expected, name))
         assert not getattr(found, name).requires_grad
     z, labels = z[:, :1], torch.tensor([2, 0, 2])
-    guided = GuidedDenoiser(classes.denoiser, 1.5)(z, times, labels)
+    guided = GuidedDenoiser(classes.denoiser, 1.5)(z, times, condition(labels))
     assert torch.equal(classes.denoise(z, t, classes=["owl", "cat"], guidance=1.5).x, guided.x)
 
 
@@ -127,7 +127,7 @@ def test_a_network_that_was_taught_guidance_is_told_it(folder):
     z = randn(2, 1, SIZE, SIZE, dtype=torch.float32)
     told = model.denoise(z, 0.5, guidance=3.0).v
     expected = model.denoiser(
-        z, torch.full((2,), 0.5, dtype=torch.float64), torch.tensor([0, 1]), torch.full((2,), 3.0)
+        z, torch.full((2,), 0.5, dtype=torch.float64), condition(torch.tensor([0, 1]), torch.full((2,), 3.0))
     ).v
     assert torch.equal(told, expected.detach())
     assert (told - model.denoise(z, 0.5).v).abs().max() > 1e-4

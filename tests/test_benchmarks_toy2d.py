@@ -24,7 +24,7 @@ from benchmarks.plane import (
 )
 from benchmarks.plane_teachers import PARTS, TEACHER_STEPS, Scale, guided_pool, open_pool, settings_of, stages_of
 from benchmarks.toy2d import COMPARED, examine, sampler_rows, student_of, told
-from tests.oracles import randn
+from tests.oracles import condition, randn
 from vdiff.diffusion.distillation import DistillContext, Trajectory
 from vdiff.models.denoiser import GuidedDenoiser
 
@@ -74,11 +74,11 @@ def test_examples_of_paths_are_brought_back_to_their_networks():
     known = MlpsConfig(2, num_classes=8, guidance_input=True)
     draws = draw(data, known, 8)
     denoiser = new_denoiser(known)
-    spiral = draws.classes[1::2]
+    spiral = draws.condition.tensors["classes"][1::2]
     assert set(spiral.tolist()) <= {0, 8}, "the second network's data have no classes"
 
     def denoise(z, t):
-        return denoiser(z, t, draws.classes[: len(z)], draws.guidance[: len(z)])
+        return denoiser(z, t, draws.condition[: len(z)])
 
     with torch.no_grad():
         lesson = DistillContext(denoise, denoiser.schedule, num_steps=4, teacher_steps=16, student=denoise)
@@ -90,7 +90,7 @@ def test_examples_of_paths_are_brought_back_to_their_networks():
     torch.testing.assert_close(ours.z[first], told.noise[first])
     torch.testing.assert_close(ours.z[first][0::2], draws.noise[[0, 2]])
     torch.testing.assert_close(ours.z[first][1::2], draws.noise[[1, 3]])
-    assert set(told.classes[1::2].tolist()) <= {0, 8}
+    assert set(told.condition.tensors["classes"][1::2].tolist()) <= {0, 8}
 
 
 def test_the_distance_is_the_one_between_shifted_and_between_scaled_points():
@@ -156,7 +156,7 @@ def test_a_guided_student_learns_what_the_weight_means():
     with torch.inference_mode():
         for weight in (0.0, 2.0, 4.0):
             guided = told(GuidedDenoiser(plain.teacher), classes, weight)(z, t).x
-            untold = rms(guided[None] - plain.teacher(z, t, classes).x)
+            untold = rms(guided[None] - plain.teacher(z, t, condition(classes)).x)
             errors[weight] = float(untold), float(rms(guided[None] - told(pool.teacher, classes, weight)(z, t).x))
     assert errors[0.0][0] < 1e-6
     assert all(learned < 0.2 * errors[4.0][0] for _, learned in errors.values()), errors

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vdiff
-from tests.oracles import ALL_SCHEDULES, randn
+from tests.oracles import ALL_SCHEDULES, condition, randn
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM
@@ -124,8 +124,8 @@ def test_classes_survive(tmp_path):
     z, t, classes = torch.ones(2, 3, 4, 4), torch.tensor([0.25, 0.9]), torch.tensor([0, 2])
     loaded, model = load_checkpoint(tmp_path)
     assert model.class_names == ["0", "1", "2"]  # those of a file without names
-    assert torch.equal(loaded(z, t, classes).v, denoiser(z, t, classes).v)
-    assert not torch.equal(loaded(z, t, classes).v, loaded(z, t, classes.flip(0)).v)
+    assert torch.equal(loaded(z, t, condition(classes)).v, denoiser(z, t, condition(classes)).v)
+    assert not torch.equal(loaded(z, t, condition(classes)).v, loaded(z, t, condition(classes.flip(0))).v)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

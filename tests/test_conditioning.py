@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, randn
+from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, condition, randn
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.targets import progressive_target
-from vdiff.models.denoiser import Denoiser, GuidedDenoiser, drop_classes
+from vdiff.models.condition import Condition
+from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import UNet, UNetConfig
 
@@ -44,7 +45,7 @@ class Perfect(nn.Module):
     def __init__(self, schedule, kind: str, *, null_class: bool = True) -> None:
         super().__init__()
         factor = PREDICTION_TYPES[kind].channel_factor
-        self.config = UNetConfig(in_channels=2, out_channels=2 * factor, num_classes=NONE, null_class=null_class)
+        self.signature = UNetConfig(2, 2 * factor, num_classes=NONE, null_class=null_class).signature
         self.schedule, self.kind = schedule, kind
         self.calls: list[list[int] | None] = []
 
@@ -74,23 +75,28 @@ def small_network(**options) -> UNet:
 # Leaving classes out
 
 
+def dropped(classes: Tensor, u: Tensor, rate: float, none: int) -> Tensor:
+    """The classes, and the null of number `none` where u < `rate`."""
+    return Condition({"classes": classes}, {"classes": none}).drop(u < rate).tensors["classes"]
+
+
 def test_a_class_is_left_out_where_u_is_below_the_rate():
     classes, u = torch.tensor([0, 1, 2, 3, 4, 1]), torch.tensor([0.0, 0.0999, 0.1, 0.5, 0.999, 0.05])
-    assert drop_classes(classes, u, 0.1, 5).tolist() == [5, 5, 2, 3, 4, 5]
-    assert drop_classes(classes, u, 0.0, 5).tolist() == classes.tolist()
-    assert drop_classes(classes, u, 1.0, 5).tolist() == [5] * 6
+    assert dropped(classes, u, 0.1, 5).tolist() == [5, 5, 2, 3, 4, 5]
+    assert dropped(classes, u, 0.0, 5).tolist() == classes.tolist()
+    assert dropped(classes, u, 1.0, 5).tolist() == [5] * 6
 
 
 def test_leaving_out_is_a_pure_function():
     """Of its arguments, which it does not change; it draws nothing, and keeps the type of the classes."""
     classes, u = torch.arange(8), torch.linspace(0, 0.99, 8, dtype=torch.float64)
     kept, state = (classes.clone(), u.clone()), torch.get_rng_state()
-    results = [drop_classes(classes, u, 0.4, 8) for _ in range(2)]
+    results = [dropped(classes, u, 0.4, 8) for _ in range(2)]
     assert torch.equal(*results)
     assert torch.equal(classes, kept[0])
     assert torch.equal(u, kept[1])
     assert torch.equal(torch.get_rng_state(), state)
-    assert [drop_classes(classes.to(kind), u, 0.4, 8).dtype for kind in (torch.int32, torch.int64)] == [
+    assert [dropped(classes.to(kind), u, 0.4, 8).dtype for kind in (torch.int32, torch.int64)] == [
         torch.int32,
         torch.int64,
     ]
@@ -98,7 +104,7 @@ def test_leaving_out_is_a_pure_function():
 
 def test_leaving_out_never_waits_for_the_device():
     """Meta tensors have no values that the host could ask for."""
-    found = drop_classes(torch.zeros(4, dtype=torch.int64, device="meta"), torch.rand(4, device="meta"), 0.1, 7)
+    found = dropped(torch.zeros(4, dtype=torch.int64, device="meta"), torch.rand(4, device="meta"), 0.1, 7)
     assert (found.shape, found.dtype, found.device.type) == ((4,), torch.int64, "meta")
 
 
@@ -107,7 +113,7 @@ def test_the_share_left_out_is_the_rate_in_every_class(rate):
     generator, count = torch.Generator().manual_seed(0), 60_000
     classes = torch.randint(4, (count,), generator=generator)
     values = classes.double() + torch.rand(count, generator=generator, dtype=torch.float64)
-    found = drop_classes(classes, torch.rand(count, generator=generator), rate, 4)
+    found = dropped(classes, torch.rand(count, generator=generator), rate, 4)
     assert set((found - classes)[found < 4].tolist()) == {0}
     for k in range(4):
         of_class = found[classes == k]
@@ -176,7 +182,7 @@ def test_descriptions_without_the_key_have_no_such_class():
 def test_guidance_is_the_same_sum_of_images_noises_and_velocities(schedule, kind, weight):
     """Whatever the network predicts, and from closed forms that never pass through one another."""
     z = randn(*Z_SHAPE)
-    found = guided(kind, schedule=schedule, weight=weight)(z, TIMES, CLASSES)
+    found = guided(kind, schedule=schedule, weight=weight)(z, TIMES, condition(CLASSES))
     with_class = truth(schedule, z, TIMES, CLASSES)
     without = truth(schedule, z, TIMES, torch.full((3,), NONE))
     for name in ("x", "eps", "v"):
@@ -191,7 +197,7 @@ def test_guidance_leads_away_from_no_class():
     """One number by hand: at t = 1 the image is the mean, so x̂ = (1 + w) μ_c − w μ_∅."""
     schedule = ALL_SCHEDULES["cosine_uncut"]
     t = torch.ones(3, dtype=torch.float64)
-    x = guided(schedule=schedule, weight=2.0)(randn(*Z_SHAPE), t, CLASSES).x
+    x = guided(schedule=schedule, weight=2.0)(randn(*Z_SHAPE), t, condition(CLASSES)).x
     expected = [3 * 0.7 - 2 * 0.05, 3 * -0.8 - 2 * 0.05, 3 * 0.1 - 2 * 0.05]
     torch.testing.assert_close(x, column(torch.tensor(expected), x).expand_as(x).double(), rtol=1e-6, atol=1e-6)
 
@@ -202,25 +208,27 @@ def test_the_weights_0_and_minus_1_are_the_plain_answers(kind):
     plain = guided(kind, weight=0.0)
     denoiser = Denoiser(plain.network, plain.schedule, kind)
     for name in ("x", "eps", "v"):
-        assert torch.equal(getattr(plain(z, TIMES, CLASSES), name), getattr(denoiser(z, TIMES, CLASSES), name))
-        found = getattr(guided(kind, weight=-1.0)(z, TIMES, CLASSES), name)
+        assert torch.equal(
+            getattr(plain(z, TIMES, condition(CLASSES)), name), getattr(denoiser(z, TIMES, condition(CLASSES)), name)
+        )
+        found = getattr(guided(kind, weight=-1.0)(z, TIMES, condition(CLASSES)), name)
         torch.testing.assert_close(found, getattr(denoiser(z, TIMES), name), rtol=1e-8, atol=1e-8)
 
 
 def test_both_answers_come_from_one_batch():
     found = guided(weight=1.5)
-    found(randn(*Z_SHAPE), TIMES, CLASSES)
+    found(randn(*Z_SHAPE), TIMES, condition(CLASSES))
     assert found.network.calls == [[2, 0, 1, 3, 3, 3]]
 
 
 def test_without_need_the_network_is_asked_once_for_each_image():
     """At weight 0, without classes, and at times that are not guided."""
     plain = guided(weight=0.0)
-    plain(randn(*Z_SHAPE), TIMES, CLASSES)
+    plain(randn(*Z_SHAPE), TIMES, condition(CLASSES))
     unconditional = guided(weight=2.0)
     unconditional(randn(*Z_SHAPE), TIMES)
     elsewhere = guided(weight=2.0, interval=(0.5, 0.9))
-    elsewhere(randn(*Z_SHAPE), TIMES, CLASSES)
+    elsewhere(randn(*Z_SHAPE), TIMES, condition(CLASSES))
     assert [found.network.calls for found in (plain, unconditional, elsewhere)] == [[[2, 0, 1]], [None], [[2, 0, 1]]]
 
 
@@ -237,8 +245,8 @@ def test_without_need_the_network_is_asked_once_for_each_image():
 )
 def test_guidance_acts_within_its_interval(interval, inside):
     z = randn(*Z_SHAPE)
-    found = guided(weight=2.0, interval=interval)(z, TIMES, CLASSES)
-    full, plain = guided(weight=2.0)(z, TIMES, CLASSES), guided(weight=0.0)(z, TIMES, CLASSES)
+    found = guided(weight=2.0, interval=interval)(z, TIMES, condition(CLASSES))
+    full, plain = guided(weight=2.0)(z, TIMES, condition(CLASSES)), guided(weight=0.0)(z, TIMES, condition(CLASSES))
     for i, is_guided in enumerate(inside):
         for name in ("x", "eps", "v"):
             expected = getattr(full if is_guided else plain, name)[i]
@@ -251,13 +259,15 @@ def test_guidance_never_waits_for_the_device(times_on):
     with torch.device("meta"):
         network = UNet(UNetConfig(**SMALL, num_classes=3, null_class=True))
         z, classes = torch.empty(3, 3, 4, 4), torch.zeros(3, dtype=torch.int64)
-    found = GuidedDenoiser(Denoiser(network, CosineSchedule(), "v"), 1.0, (0.2, 0.5))(z, TIMES.to(times_on), classes)
+    found = GuidedDenoiser(Denoiser(network, CosineSchedule(), "v"), 1.0, (0.2, 0.5))(
+        z, TIMES.to(times_on), condition(classes)
+    )
     assert (found.x.shape, found.x.device.type) == ((3, 3, 4, 4), "meta")
 
 
 def test_guidance_keeps_the_precision_of_the_images():
     for dtype in (torch.float32, torch.float64):
-        found = guided(weight=0.7)(randn(*Z_SHAPE, dtype=dtype), TIMES, CLASSES)
+        found = guided(weight=0.7)(randn(*Z_SHAPE, dtype=dtype), TIMES, condition(CLASSES))
         assert {found.x.dtype, found.eps.dtype, found.v.dtype} == {dtype}
 
 
@@ -280,9 +290,9 @@ def test_guided_images_are_drawn_like_others():
 
 def test_images_may_have_weights_of_their_own():
     z, weights = randn(*Z_SHAPE), torch.tensor([0.0, 1.5, 4.0], dtype=torch.float64)
-    found = guided(weight=9.0)(z, TIMES, CLASSES, weights)
+    found = guided(weight=9.0)(z, TIMES, condition(CLASSES, weights))
     for i, weight in enumerate(weights.tolist()):
-        expected = guided(weight=weight)(z, TIMES, CLASSES)
+        expected = guided(weight=weight)(z, TIMES, condition(CLASSES))
         for name in ("x", "eps", "v"):
             torch.testing.assert_close(getattr(found, name)[i], getattr(expected, name)[i], rtol=1e-9, atol=1e-9)
 
@@ -311,7 +321,7 @@ def test_images_are_drawn_with_the_weight_as_an_input_or_by_two_answers():
     taught = Denoiser(small_network(num_classes=3, null_class=True, guidance_input=True), CosineSchedule(), "v")
     torch.nn.init.ones_(taught.network.embed_guidance[-1].weight)
     asked = []
-    taught.register_forward_pre_hook(lambda _, args: asked.append(args[3]))
+    taught.register_forward_pre_hook(lambda _, args: asked.append(args[2].tensors["guidance"]))
     draw(taught, Ddim(), **options)
     assert [weights.tolist() for weights in asked] == [[2.5] * 3] * 2
 
@@ -328,7 +338,7 @@ def test_a_guided_teacher_is_one_whose_answers_are_guided():
         )
 
     teacher = guided(weight=weight)
-    found = progressive_target(lambda z, t: teacher(z, t, CLASSES), schedule, z=z, t=t, num_steps=4)
+    found = progressive_target(lambda z, t: teacher(z, t, condition(CLASSES)), schedule, z=z, t=t, num_steps=4)
     expected = progressive_target(by_hand, schedule, z=z, t=t, num_steps=4)
     torch.testing.assert_close(found.x, expected.x, rtol=1e-9, atol=1e-9)
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, gaussian, mixture, no_noise, randn
+from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, condition, gaussian, mixture, no_noise, randn
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim, sample
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule, grid_times
+from vdiff.models.condition import Signature
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig
 
@@ -23,7 +24,7 @@ class Stub(nn.Module):
     def __init__(self, kind: str = "v", answer=None, channels: int = 2) -> None:
         super().__init__()
         factor = PREDICTION_TYPES[kind].channel_factor
-        self.config = UNetConfig(in_channels=channels, out_channels=channels * factor)
+        self.signature = Signature(channels, channels * factor)
         self.answer = answer or (lambda z, _: torch.zeros_like(z).repeat(1, factor, 1, 1))
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
@@ -39,7 +40,7 @@ def test_network_is_told_the_level_s_number(schedule, dtype):
     stub, size = Stub(), schedule.label_scale
     levels = torch.tensor([1, size // 2, size])
     z, classes = randn(*Z_SHAPE, dtype=dtype), torch.tensor([4, 0, 7])
-    Denoiser(stub, schedule, "v")(z, grid_times(size)[levels], classes)
+    Denoiser(stub, schedule, "v")(z, grid_times(size)[levels], condition(classes))
     seen_z, timestep, seen_classes = stub.calls[0]
     assert timestep.dtype == dtype
     assert timestep.tolist() == [0, size // 2 - 1, size - 1]

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.commands import ROOT, done, error, tree
+from tests.oracles import condition
 from tests.toy import assert_equal_bits, write_checkpoint
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Ddim, Ddpm, Sampler, sample
@@ -322,13 +323,13 @@ def draw(
 ) -> Tensor:
     """Images of our sampler, from the noise that diffusers' pipelines take."""
     denoiser, config = load_checkpoint(checkpoint)
-    shape = (count, denoiser.network.config.in_channels, config.image_size, config.image_size)
+    shape = (count, denoiser.network.signature.channels, config.image_size, config.image_size)
     generator = torch.Generator().manual_seed(seed)
     classes = torch.tensor(told["classes"]) if told.get("classes") else None
     guidance = torch.full((count,), told["guidance"]) if "guidance" in told else None
 
     def denoise(z: Tensor, t: Tensor) -> Prediction:
-        prediction: Prediction = denoiser(z, t, classes, guidance)
+        prediction: Prediction = denoiser(z, t, condition(classes, guidance))
         return prediction
 
     def noise() -> Tensor:

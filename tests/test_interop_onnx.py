@@ -19,7 +19,7 @@ import torch
 import vdiff
 from tests.commands import done, error
 from tests.exported import SIZE, programs, run_without, write_model
-from tests.oracles import randn
+from tests.oracles import condition, randn
 from tests.toy import contents
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
@@ -73,7 +73,7 @@ def test_an_evaluation_is_the_denoisers(folder, count):
     named = {"z": z, "label": (16 * t - 1).float(), "classes": classes, "guidance": guidance}
     found = run.run(["v"], {name: value.numpy() for name, value in named.items()})[0]
     with torch.no_grad():
-        due = denoiser(z, t, classes, guidance).v
+        due = denoiser(z, t, condition(classes, guidance)).v
     np.testing.assert_allclose(found, due, rtol=0, atol=1e-5)
     others = {**named, "classes": (classes + 1) % 4, "guidance": guidance + 1}
     for name in ("classes", "guidance"):
@@ -96,7 +96,12 @@ def test_the_sampler_draws_vdiffs_images(folder, count, weight):
     told = {"noise": noise, "classes": classes, "guidance": torch.full((count,), weight)}
     found = run.run(["images"], {name: value.numpy() for name, value in told.items()})[0]
     drawn = draw_from(
-        denoiser, Ddim(clipping_value=None), noise=lambda: noise, num_steps=STEPS, classes=classes, guidance=weight
+        denoiser,
+        Ddim(clipping_value=None),
+        noise=lambda: noise,
+        num_steps=STEPS,
+        condition=condition(classes),
+        guidance=weight,
     )
     assert drawn.abs().max() > 1 or weight < 1
     np.testing.assert_allclose(found, drawn.clamp(-1, 1), rtol=0, atol=1e-5 * (1 + 2 * abs(weight)))
@@ -168,8 +173,8 @@ def test_the_programs_of_the_card_run_without_torch_and_vdiff(folder):
     for name, out, clip, weight in (("told", "out", 1.0, 0.0), ("guided", "more", None, 1.0)):
         denoiser, _ = load_checkpoint(folder / name)
         due = draw_from(
-            denoiser, Ddim(clipping_value=clip), noise=lambda: noise, num_steps=STEPS, classes=torch.arange(16) % 3,
-            guidance=weight,
+            denoiser, Ddim(clipping_value=clip), noise=lambda: noise, num_steps=STEPS,
+            condition=condition(torch.arange(16) % 3), guidance=weight,
         )  # fmt: skip
         np.testing.assert_allclose(np.load(folder / f"{out}.npy"), due.clamp(-1, 1), rtol=0, atol=1e-5)
 

@@ -18,7 +18,7 @@ from torch import nn
 import vdiff
 from tests.commands import done, error
 from tests.exported import SIZE, programs, run_without, write_model
-from tests.oracles import randn
+from tests.oracles import condition, randn
 from tests.toy import contents
 from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
@@ -92,7 +92,7 @@ def test_the_sampler_draws_vdiffs_images(folder, answers, count):
     for k in range(count):
         due = draw_from(
             denoiser, Ddim(clipping_value=0.5), noise=lambda k=k: answers["noise"][k : k + 1], num_steps=STEPS,
-            classes=answers["classes"][k : k + 1], guidance=float(answers["guidance"][k]),
+            condition=condition(answers["classes"][k : k + 1]), guidance=float(answers["guidance"][k]),
         )  # fmt: skip
         torch.testing.assert_close(answers[f"images{count}"][k : k + 1], due, rtol=0, atol=1e-5)
 
@@ -102,7 +102,7 @@ def test_the_programs_of_the_card_draw_vdiffs_images(name, out, clip, folder, an
     denoiser, config = load_checkpoint(folder / name)
     due = draw_from(
         denoiser, Ddim(clipping_value=clip), noise=lambda: answers["noise"], num_steps=STEPS,
-        classes=answers["classes"] if config.class_names else None,
+        condition=condition(answers["classes"] if config.class_names else None),
     )  # fmt: skip
     torch.testing.assert_close(answers[out], due, rtol=0, atol=1e-5)
 

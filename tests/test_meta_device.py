@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.oracles import condition
 from tests.toy import SIZE, distill_config, train_config
 from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import METHODS
@@ -159,7 +160,7 @@ def test_a_sampler_stays_on_the_device(tmp_path: Path, name: str, grid: str) -> 
         times = grid_of(grid, denoiser.schedule, 4)
         with torch.inference_mode():
             images = sample(
-                lambda z, t: guided(z, t, classes),
+                lambda z, t: guided(z, t, condition(classes)),
                 denoiser.schedule,
                 SAMPLERS[name](),
                 z=z,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.oracles import column, gaussian, randn
+from tests.oracles import column, condition, gaussian, randn
 from tests.written_out import (
     EXACT,
     closed_form,
@@ -20,6 +19,7 @@ from vdiff.diffusion.distillation import METHODS, Consistency, DistillContext, G
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.weighting import HUBER, LOSSES
+from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.unet import UNet, UNetConfig
 from vdiff.training.objectives import DistillationObjective, StudentState, TrainBatch, bind_condition
@@ -42,7 +42,7 @@ CLASSES = torch.tensor([2, 0, 1, 3, 1, 2, 0, 3])
 
 def draws(count: int = 8, guidance: Tensor | None = None) -> TrainBatch:
     x, noise = randn(count, 2, 4, 4, seed=5).tanh(), randn(count, 2, 4, 4, seed=6)
-    return TrainBatch(x, noise, middles(count), CLASSES[:count], guidance)
+    return TrainBatch(x, noise, middles(count), condition(CLASSES[:count], guidance))
 
 
 def taught(
@@ -67,7 +67,9 @@ def test_a_guided_teacher_speaks_for_each_image_s_own_weight_and_class():
     teacher, weights = network(1).eval(), torch.tensor([0.0, 4, 1.5, 2, -1, 0.5, 3, 1])
     found = taught(Guided(), GuidedDenoiser(teacher), given=draws(guidance=weights))
     with torch.no_grad():
-        told_class, none = (teacher(found.z, found.t, classes).x for classes in (CLASSES, torch.full((8,), 3)))
+        told_class, none = (
+            teacher(found.z, found.t, condition(classes)).x for classes in (CLASSES, torch.full((8,), 3))
+        )
     w = column(weights, found.x)
     torch.testing.assert_close(found.x, (1 + w) * told_class - w * none, rtol=1e-10, atol=1e-10)
     assert (told_class - none)[:3].abs().max() > 0.01
@@ -87,8 +89,9 @@ class Classed:
     def train(self, mode: bool) -> None:
         self.training = mode
 
-    def __call__(self, z: Tensor, t: Tensor, classes: Tensor, guidance: Tensor | None = None) -> Prediction:
-        self.asked.append((classes.tolist(), None if guidance is None else guidance.tolist()))
+    def __call__(self, z: Tensor, t: Tensor, told: Condition) -> Prediction:
+        classes = told.tensors["classes"]
+        self.asked.append((classes.tolist(), told.tensors["guidance"].tolist()))
         parts = [gaussian(self.schedule, self.spreads[k]) for k in classes.tolist()]
         said = [part(z[b][None], t[b][None]) for b, part in enumerate(parts)]
         return Prediction(*(torch.cat([getattr(each, name) for each in said]) for name in ("x", "eps", "v")))
@@ -103,9 +106,9 @@ def test_paths_are_of_the_classes_of_their_rows():
     assert found.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     assert teacher.asked == [([2, 0, 1], [0.0, 1, 2])] * 12
     assert student.asked == [([2, 0, 1], [0.0, 1, 2])] * 2
-    told_rows = given[found.rows]
-    assert told_rows.classes.tolist() == [2, 2, 2, 0, 0, 0, 1, 1]
-    assert told_rows.guidance.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    told_rows = given[found.rows].condition.tensors
+    assert told_rows["classes"].tolist() == [2, 2, 2, 0, 0, 0, 1, 1]
+    assert told_rows["guidance"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     schedule = teacher.schedule
     for row, k in enumerate(found.rows.tolist()):
         i = round(found.t[row].item() * 3)
@@ -151,7 +154,7 @@ def test_what_an_objective_tells_its_method():
     assert not found.x.requires_grad
     z, t = randn(2, 2, 4, 4, seed=9), torch.full((2,), 0.5, dtype=torch.float64)
     with torch.no_grad():
-        said = [each.eval()(z, t, CLASSES[:2]).x for each in (teacher, student, average)]
+        said = [each.eval()(z, t, condition(CLASSES[:2])).x for each in (teacher, student, average)]
     torch.testing.assert_close(found.x, torch.cat(said), rtol=0, atol=0)
     teacher.prediction_type = "eps"
     DistillationObjective(teacher, method, 4, 32)(given, pupil)
@@ -177,22 +180,24 @@ def test_of_whom_nothing_is_learned_no_gradient_is_kept():
     """The teacher answers in inference mode; what a student says of itself has no gradient, but could be trained on."""
     teacher, student = network(1), network(2)
     z, t = randn(3, 2, 4, 4), torch.full((3,), 0.5, dtype=torch.float64)
-    asked = bind_condition(teacher, draws(), torch.inference_mode)(z, t).x
-    mine = bind_condition(student, draws())(z, t).x
+    asked = bind_condition(teacher, draws().condition, torch.inference_mode)(z, t).x
+    mine = bind_condition(student, draws().condition)(z, t).x
     assert asked.is_inference()
     assert not mine.is_inference()
     assert not mine.requires_grad
-    torch.testing.assert_close(mine, student(z, t, CLASSES[:3]).x.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(mine, student(z, t, condition(CLASSES[:3])).x.detach(), rtol=0, atol=0)
 
 
 def test_draws_are_cut_row_by_row():
     given = draws(guidance=torch.arange(8.0))
     rows = torch.tensor([3, 3, 0])
     for cut, index in ((given[2:4], [2, 3]), (given[rows], [3, 3, 0])):
-        for field in dataclasses.fields(TrainBatch):
-            assert torch.equal(getattr(cut, field.name), getattr(given, field.name)[index])
+        for name in ("images", "noise", "u"):
+            assert torch.equal(getattr(cut, name), getattr(given, name)[index])
+        for name, tensor in given.condition.tensors.items():
+            assert torch.equal(cut.condition.tensors[name], tensor[index])
     bare = TrainBatch(given.images, given.noise, given.u)[1:]
-    assert (bare.classes, bare.guidance, len(bare.u)) == (None, None, 7)
+    assert (dict(bare.condition.tensors), len(bare.u)) == ({}, 7)
 
 
 # Losses

@@ -14,7 +14,7 @@ import torch
 
 from tests.by_hand import distance, drawn, drawn_by
 from tests.commands import done, error
-from tests.oracles import randn
+from tests.oracles import condition, randn
 from tests.toy import (
     SIZE,
     UNET,
@@ -292,16 +292,16 @@ def test_a_guided_student_is_told_its_weight_and_hands_it_on(classes, conditiona
     )
     real = GuidedDenoiser.forward
 
-    def watched(self, z, t, labels=None, guidance=None):
-        weights.append(guidance)
-        return real(self, z, t, labels, guidance)
+    def watched(self, z, t, condition):
+        weights.append(condition.tensors["guidance"])
+        return real(self, z, t, condition)
 
     try:
         GuidedDenoiser.forward = watched
         run_ladder(config, read_config(conditional))
     finally:
         GuidedDenoiser.forward = real
-    told = torch.cat([each for each in weights if each is not None])
+    told = torch.cat(weights)
     assert len(told) == 16
     assert told.min() >= 0.5
     assert told.max() <= 3
@@ -318,7 +318,7 @@ def test_a_guided_student_is_told_its_weight_and_hands_it_on(classes, conditiona
         assert torch.equal(
             draw(student, Ddim(), indices=range(4), image_size=SIZE, num_steps=2, guidance=3.0), pictures[1]
         )
-        assert student(z, t, torch.tensor([0, 1, 2]), torch.tensor([1.0, 2, 3])).x.isfinite().all()
+        assert student(z, t, condition(torch.tensor([0, 1, 2]), torch.tensor([1.0, 2, 3]))).x.isfinite().all()
 
 
 def test_a_teacher_of_noise_gets_a_student_of_v_first(data, tmp_path):
@@ -455,8 +455,8 @@ def test_a_guided_student_begins_as_its_teacher_whatever_its_weight(classes, con
     z, t = randn(3, 1, SIZE, SIZE, dtype=torch.float32), torch.tensor([0.25, 0.5, 1.0]).double()
     labels = torch.tensor([0, 1, 2])
     for weight in (0.0, 4.0):
-        said = student.eval()(z, t, labels, torch.full((3,), weight)).x
-        torch.testing.assert_close(said, taught(z, t, labels).x, rtol=1e-4, atol=1e-5)
+        said = student.eval()(z, t, condition(labels, torch.full((3,), weight))).x
+        torch.testing.assert_close(said, taught(z, t, condition(labels)).x, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_of_another_prediction_begins_with_nothing_said(data, tmp_path):

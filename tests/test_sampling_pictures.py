@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.drawing import image_path, run, spec
-from tests.oracles import randn
+from tests.oracles import condition, randn
 from tests.toy import SIZE, contents, write_checkpoint
 from vdiff.data.images import labelled_grid, to_uint8
 from vdiff.diffusion.noise import ImageNoise
@@ -89,7 +89,7 @@ def test_the_ends_of_a_path_are_the_two_images(model, tmp_path, sampler):
         for i in range(4, 0, -1):  # four steps of DDIM written out: x̂ clipped, ε̂ derived again; class of image 3
             angle, after = (CosineSchedule().angle(torch.tensor(j / 4)) * (j > 0) for j in (i, i - 1))
             with torch.no_grad():
-                x = denoiser(z, torch.tensor([i / 4], dtype=torch.float64), torch.tensor([1])).x.clamp(-1, 1)
+                x = denoiser(z, torch.tensor([i / 4], dtype=torch.float64), condition(torch.tensor([1]))).x.clamp(-1, 1)
             z = after.cos() * x + after.sin() * (z - angle.cos() * x) / angle.sin()
         assert np.abs((z[0].permute(1, 2, 0).numpy() + 1) * 127.5 - shown[3]).max() <= 0.51
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.oracles import condition
 from tests.toy import (
     SIZE,
     Watcher,
@@ -589,7 +590,7 @@ def test_classes_and_colours(tmp_path, channels):
     assert config.class_names == ["a", "b", "c"]
     assert config.unet["num_classes"] == 3
     z, t = torch.ones(3, channels, SIZE, SIZE), torch.full((3,), 0.5, dtype=torch.float64)
-    said = denoiser(z, t, torch.tensor([0, 1, 2])).x
+    said = denoiser(z, t, condition(torch.tensor([0, 1, 2]))).x
     assert not torch.allclose(said[0], said[1])
     assert not torch.allclose(said[1], said[2])
 
@@ -598,10 +599,10 @@ def test_network_and_objective_are_told_the_classes_of_their_images(tmp_path):
     data = write_dataset(tmp_path / "data", classes=("a", "b", "c"))
     run = run_of(train_config(data, class_conditional=True, num_iters=3), tmp_path / "original")
     told, taught = [], []
-    run.denoiser.register_forward_pre_hook(lambda _, arguments: told.append(arguments[2]))
+    run.denoiser.register_forward_pre_hook(lambda _, arguments: told.append(arguments[2].tensors["classes"]))
 
     def teach(draws: TrainBatch, pupil: StudentState) -> TrainTarget:
-        taught.append(draws.classes)
+        taught.append(draws.condition.tensors["classes"])
         return run.objective(draws, pupil)
 
     fit_run(dataclasses.replace(run, objective=teach))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.oracles import ALL_SCHEDULES, TABLES, Z_SHAPE, column, gaussian, randn, random_teacher
+from tests.oracles import ALL_SCHEDULES, TABLES, Z_SHAPE, column, condition, gaussian, randn, random_teacher
 from vdiff.diffusion.distillation import METHODS, TrainTarget
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule
@@ -32,7 +32,7 @@ UNIFORM = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.75, 0.999, ALMOST_ONE], dtype=torc
 def learn(objective, x, noise, u, classes=None) -> TrainTarget:
     """The example of an objective that asks nothing of its student."""
     student = network(0)
-    return objective(TrainBatch(x, noise, u, classes), StudentState(student, student, 0.0))
+    return objective(TrainBatch(x, noise, u, condition(classes)), StudentState(student, student, 0.0))
 
 
 def distil(teacher, num_steps: int) -> DistillationObjective:
@@ -118,9 +118,9 @@ def said_by(answer, schedule):
             self.schedule, self.prediction_type = schedule, "v"
             self.asked: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-        def __call__(self, z, t, classes=None, guidance=None) -> Prediction:
-            assert guidance is None
-            self.asked.append((t, classes))
+        def __call__(self, z, t, told) -> Prediction:
+            assert "guidance" not in told.tensors
+            self.asked.append((t, told.tensors.get("classes")))
             return answer(z, t)
 
     return Model()

@@ -16,7 +16,7 @@ from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.models import checks
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
-from vdiff.models.drawing import EVERYWHERE, draw_from, image_classes
+from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
 from vdiff.models.speed import ready_to_draw
 
 
@@ -58,7 +58,7 @@ class Model:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return (self.denoiser.network.config.in_channels, self.config.image_size, self.config.image_size)
+        return (self.denoiser.network.signature.channels, self.config.image_size, self.config.image_size)
 
     def sample(
         self,
@@ -113,7 +113,7 @@ class Model:
                     rule,
                     noise=ImageNoise(seed=seed, indices=indices, shape=self.shape, device=self.device),
                     start=None if noise is None else noise[first : first + batch_size],
-                    classes=image_classes(indices, numbers) if numbers else None,
+                    condition=classes_in_turn(self.denoiser, indices, numbers),
                     num_steps=steps,
                     guidance=guidance,
                     guidance_interval=guidance_interval or EVERYWHERE,
@@ -146,12 +146,13 @@ class Model:
             raise ValueError(f"times lie in (0, 1], got {t}")
         checks.check_guidance(self.config, guidance)
         numbers = checks.class_numbers(self.config, classes)
-        labels = image_classes(range(len(z)), numbers).to(self.device) if numbers else None
-        is_told = self.denoiser.network.config.guidance_input
-        told = torch.full((len(z),), guidance) if is_told else None
-        denoiser = GuidedDenoiser(self.denoiser, guidance) if guidance and not is_told else self.denoiser
+        condition = classes_in_turn(self.denoiser, range(len(z)), numbers)
+        takes_guidance = self.denoiser.network.signature.takes_guidance
+        if takes_guidance:
+            condition = condition.with_tensors(guidance=torch.full((len(z),), guidance))
+        denoiser = GuidedDenoiser(self.denoiser, guidance) if guidance and not takes_guidance else self.denoiser
         with torch.no_grad(), memory_errors_named():
-            prediction: Prediction = denoiser(z.to(self.device), times.expand(len(z)), labels, told)
+            prediction: Prediction = denoiser(z.to(self.device), times.expand(len(z)), condition)
         return prediction
 
     def _sampler(self, sampler: str | Sampler, options: Mapping[str, Any]) -> Sampler:

@@ -306,7 +306,7 @@ def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None
     if own > PICTURE_STEPS:
         any_will_do = config.takes_any_num_steps
         steps = PICTURE_STEPS if any_will_do else max(k for k in range(1, PICTURE_STEPS + 1) if own % k == 0)
-    if denoiser.network.config.in_channels not in (1, 3) or (steps < own and steps < FEWEST_STEPS):
+    if denoiser.network.signature.channels not in (1, 3) or (steps < own and steps < FEWEST_STEPS):
         return None, steps
     at_once = max(1, PIXELS_AT_ONCE // config.image_size**2)
     parts = [range(first, min(first + at_once, PICTURE_IMAGES)) for first in range(0, PICTURE_IMAGES, at_once)]

@@ -22,6 +22,7 @@ from vdiff.diffusion.samplers import Ddim, ddim_step
 from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, grid_times
 from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.condition import CLASSES, Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.program import write_program
@@ -73,7 +74,7 @@ class Evaluation(nn.Module):
     def forward(
         self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        output: Tensor = self.network(z, label, classes, guidance)
+        output: Tensor = self.network(z, label, **Condition().with_tensors(classes=classes, guidance=guidance).tensors)
         if self.prediction_type == self.output:
             return output
         t = (label.double() + 1) / self.schedule.label_scale
@@ -106,7 +107,8 @@ class Step(nn.Module):
         if self.guided:
             prediction = self._guided(z, label, angle_t, classes, guidance)
         else:
-            output = self.network(z, label, classes, guidance)
+            told = Condition().with_tensors(classes=classes, guidance=guidance)
+            output = self.network(z, label, **told.tensors)
             prediction = _read(self.prediction_type, z, output, angle_t)
         if self.clipping_value is not None:
             prediction = prediction.clip(z, angle_t, self.clipping_value)
@@ -118,9 +120,9 @@ class Step(nn.Module):
         """Classifier-free guidance with a weight for each image."""
         assert classes is not None
         assert guidance is not None
-        none = torch.full_like(classes, self.network.config.num_classes)
+        condition = self.network.signature.condition(classes=classes)
         twice = torch.cat([z, z])
-        output = self.network(twice, label, torch.cat([classes, none]))
+        output = self.network(twice, label, **condition.cat(condition.drop()).tensors)
         both = _read(self.prediction_type, twice, output, angle).v
         v, v_none = both[: z.shape[0]], both[z.shape[0] :]  # `chunk` would fix the batch size
         w = coefficient(guidance, z)
@@ -173,7 +175,7 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
     `grid` has what a sampling loop in any language needs for each step, from t = 1 down: the label, and α and σ at both
     ends of the step. It is left out above `MAX_GRID` steps.
     """
-    unet = denoiser.network.config
+    takes = denoiser.network.signature
     schedule = denoiser.schedule
     values: dict[str, Any] = {
         "format": "vdiff sampler" if options.sampler else "vdiff evaluation",
@@ -185,10 +187,10 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
         "prediction": config.prediction,
         "method": config.method,
         "image_size": config.image_size,
-        "channels": unet.in_channels,
+        "channels": takes.channels,
         "class_names": config.class_names,
-        "num_classes": unet.num_classes,
-        "no_class": unet.num_classes if unet.null_class else None,
+        "num_classes": takes.num_classes,
+        "no_class": takes.null.get(CLASSES),
         "guidance_range": config.guidance_range,
     }
     if options.sampler:
@@ -233,13 +235,13 @@ def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, 
 
     What guidance is given stands in `_told_guidance`.
     """
-    unet = denoiser.network.config
+    takes = denoiser.network.signature
     count = len(images)
-    noise = ImageNoise(seed=0, indices=images, shape=(unet.in_channels, config.image_size, config.image_size))()
+    noise = ImageNoise(seed=0, indices=images, shape=(takes.channels, config.image_size, config.image_size))()
     values = {"noise": noise} if options.sampler else {"z": noise, "label": _labels(denoiser, options, count)}
-    if unet.num_classes:
-        values["classes"] = torch.tensor([k % unet.num_classes for k in images])
-    if unet.guidance_input or options.guided:
+    if takes.num_classes:
+        values["classes"] = torch.tensor([k % takes.num_classes for k in images])
+    if takes.takes_guidance or options.guided:
         values["guidance"] = torch.full((count,), _told_guidance(config))
     return values
 
@@ -270,7 +272,7 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
         return drawn.clamp(-1, 1)
     t = (told["label"].double() + 1) / denoiser.schedule.label_scale
     with torch.inference_mode():
-        prediction = denoiser(told["z"], t, told.get("classes"), told.get("guidance"))
+        prediction = denoiser(told["z"], t, denoiser.condition(**told))
     return {"v": prediction.v, "x": prediction.x, "eps": prediction.eps}[options.output].clone()
 
 

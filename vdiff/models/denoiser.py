@@ -1,23 +1,25 @@
-"""Network + schedule + prediction type → `Prediction`: the only place where the three meet; and guidance by class."""
+"""Network + schedule + prediction type → `Prediction`: the only place where the three meet; and guidance."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction, from_v
 from vdiff.diffusion.schedules import Schedule, coefficient, grid_angles
+from vdiff.models.condition import GUIDANCE, Condition
 from vdiff.models.unet import UNet
+
+NOTHING = Condition()
 
 
 class Denoiser(nn.Module):
-    """(z, t [, classes][, guidance]) → Prediction(x̂, ε̂, v̂).
+    """(z, t[, condition]) → Prediction(x̂, ε̂, v̂): z (B, C, …), t ∈ (0, 1] (B,) float64, B rows of the condition.
 
-    z (B, C, H, W), t ∈ (0, 1] (B,) float64, classes (B,) int64, guidance (B,) the weights w of a network that has
-    learned what they mean (`guidance_input`).
-
-    The network is told timestep(t), in float32 at least, which half precision would round; its output is brought to the
-    precision of z before it is read, so that mixed precision ends at the network.
+    The network is told timestep(t) and real conditions in float32 at least, as half precision would round them. Its
+    output is brought to the precision of z before it is read, so that mixed precision ends at the network.
 
     Raises:
         ValueError: an unknown prediction type, or a network whose output has the wrong number of channels for it.
@@ -27,75 +29,64 @@ class Denoiser(nn.Module):
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"unknown prediction type {prediction_type!r}, choose from {', '.join(PREDICTION_TYPES)}")
-        expected = network.config.in_channels * PREDICTION_TYPES[prediction_type].channel_factor
-        if network.config.out_channels != expected:
+        expected = network.signature.channels * PREDICTION_TYPES[prediction_type].channel_factor
+        if network.signature.out_channels != expected:
             raise ValueError(
                 f"{prediction_type} prediction needs {expected} output channels, the network has "
-                f"{network.config.out_channels}"
+                f"{network.signature.out_channels}"
             )
         self.network = network
         self.schedule = schedule
         self.prediction_type = prediction_type
 
-    def forward(
-        self, z: Tensor, t: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
-    ) -> Prediction:
+    def condition(self, **tensors: Tensor | None) -> Condition:
+        """Those of the named tensors that the network takes, as its condition."""
+        return self.network.signature.condition(**tensors)
+
+    def forward(self, z: Tensor, t: Tensor, condition: Condition = NOTHING) -> Prediction:
         precision = torch.promote_types(z.dtype, torch.float32)
         timestep = self.schedule.timestep(t).to(precision).to(z.device)
-        told = () if guidance is None else (guidance.to(precision).to(z.device),)
-        output = self.network(z, timestep, classes, *told).to(z.dtype)
+        output = self.network(z, timestep, **condition.to(z.device, precision).tensors).to(z.dtype)
         return PREDICTION_TYPES[self.prediction_type].read(z, output, grid_angles(self.schedule, t))
 
 
 class GuidedDenoiser(Denoiser):
     """Classifier-free guidance: x̂_w = (1 + w) x̂_c − w x̂_∅, of the network of `denoiser` (shared, not copied).
 
-    w = 0 is the plain conditional answer, w = −1 the one without a class, w > 0 moves away from the latter. Libraries
+    w = 0 is the plain answer to the condition, w = −1 the one to its null, w > 0 moves away from the latter. Libraries
     with a scale s mean w = s − 1. Both answers come from one batch of twice the size. z being given, x̂, ε̂ and v̂ are
     affine in each other, so the same sum holds for all three; it is taken of v̂, from which the other two follow
     without a division. Source: Ho & Salimans 2022, *Classifier-Free Diffusion Guidance*, eq. 6.
 
     Args:
-        weight: w, where a call gives none of its own for each image.
+        weight: w, where the condition has none of its own for each image (`guidance`).
         interval: the times, ends included, that are guided; elsewhere w is 0, and where that is known on the host the
             network is evaluated once (Kynkäänniemi et al. 2024, *Applying Guidance in a Limited Interval*).
 
     Raises:
-        ValueError: the network has no answer without a class, or the interval is none of (0, 1].
+        ValueError: the network has no answer to a null condition, or the interval is none of (0, 1].
     """
 
     def __init__(self, denoiser: Denoiser, weight: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__(denoiser.network, denoiser.schedule, denoiser.prediction_type)
-        if not self.network.config.null_class:
+        if not self.network.signature.null:
             raise ValueError("guidance needs a network that was trained with some classes left out (null_class)")
         if not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"times of guidance must rise within 0 to 1, got {interval[0]} to {interval[1]}")
         self.weight = weight
         self.interval = interval
 
-    def forward(
-        self, z: Tensor, t: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
-    ) -> Prediction:
+    def forward(self, z: Tensor, t: Tensor, condition: Condition = NOTHING) -> Prediction:
+        weight = condition.tensors.get(GUIDANCE)
+        condition = replace(
+            condition.with_tensors(guidance=None), null={**condition.null, **self.network.signature.null}
+        )
         first, last = self.interval
         guided = (first <= t) & (t <= last)
         nowhere = t.device.type == "cpu" and not guided.any()  # times on a device are not looked at: that would wait
-        if classes is None or (guidance is None and self.weight == 0) or nowhere:
-            return super().forward(z, t, classes)
-        none = torch.full_like(classes, self.network.config.num_classes)
-        pair = super().forward(torch.cat([z, z]), torch.cat([t, t]), torch.cat([classes, none]))
+        if not condition.can_drop or (weight is None and self.weight == 0) or nowhere:
+            return super().forward(z, t, condition)
+        pair = super().forward(torch.cat([z, z]), torch.cat([t, t]), condition.cat(condition.drop()))
         v, v_none = pair.v.chunk(2)
-        weight = self.weight if guidance is None else guidance.to(guided.device)
-        w = coefficient(weight * guided, z)
+        w = coefficient((self.weight if weight is None else weight.to(guided.device)) * guided, z)
         return from_v(z, (1 + w) * v - w * v_none, grid_angles(self.schedule, t))
-
-
-def drop_classes(classes: Tensor, u: Tensor, rate: float, num_classes: int) -> Tensor:
-    """`num_classes`, "no class", where u < `rate`, and the class elsewhere: (B,) → (B,).
-
-    A network of `null_class` learns both of guidance's answers so. Source: Ho & Salimans 2022, algorithm 1.
-
-    Args:
-        u: (B,) uniform in [0, 1), on the device of the classes.
-        rate: the share of images whose class is left out.
-    """
-    return classes.masked_fill(u < rate, num_classes)

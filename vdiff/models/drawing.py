@@ -12,11 +12,18 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import NonFiniteSampleError, Sampler, sample
 from vdiff.errors import VdiffError
-from vdiff.models.denoiser import Denoiser, GuidedDenoiser
+from vdiff.models.condition import Condition
+from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser
 
 EVERYWHERE = (0.0, 1.0)
 OnStep = Callable[[int], None]
 OnState = Callable[[int, Tensor, Prediction], None]
+
+
+def classes_in_turn(denoiser: Denoiser, indices: Sequence[int], choices: Sequence[int] | None = None) -> Condition:
+    """The condition in which images take the classes `choices` in turn (None: all), if the network takes classes."""
+    choices = choices or range(denoiser.network.signature.num_classes)
+    return denoiser.condition(classes=image_classes(indices, choices) if choices else None)
 
 
 def image_classes(indices: Sequence[int], choices: Sequence[int]) -> Tensor:
@@ -63,13 +70,13 @@ def draw(
         VdiffError: the network produced a value that is not finite.
         ValueError: no such grid on the schedule, or no such guidance.
     """
-    config = denoiser.network.config
+    signature = denoiser.network.signature
     device = next(denoiser.parameters()).device
     return draw_from(
         denoiser,
         sampler,
-        noise=ImageNoise(seed=seed, indices=indices, shape=(config.in_channels, image_size, image_size), device=device),
-        classes=image_classes(indices, classes or range(config.num_classes)) if config.num_classes else None,
+        noise=ImageNoise(seed=seed, indices=indices, shape=(signature.channels, image_size, image_size), device=device),
+        condition=classes_in_turn(denoiser, indices, classes),
         num_steps=num_steps,
         guidance=guidance,
         guidance_interval=guidance_interval,
@@ -85,7 +92,7 @@ def draw_from(
     noise: Callable[[], Tensor],
     num_steps: int,
     start: Tensor | None = None,
-    classes: Tensor | None = None,
+    condition: Condition = NOTHING,
     guidance: float = 0.0,
     guidance_interval: tuple[float, float] = EVERYWHERE,
     grid: str = "uniform",
@@ -97,9 +104,9 @@ def draw_from(
     Args:
         noise: its first answer is z at t = 1, the others are what a stochastic sampler adds.
         start: z at t = 1 instead of that first answer, which is passed over.
-        classes: (B,) int64, for a class-conditional network.
+        condition: of B rows, on any device.
         guidance: the weight w of classifier-free guidance. A network that takes it as an input is told it; another one
-            is evaluated with and without the class.
+            is evaluated with the condition and with its null.
         guidance_interval: the times, ends included, that are guided by two evaluations; elsewhere one is enough.
         grid: the name of the grid of `num_steps` steps, see `vdiff.diffusion.grids`.
         on_step, on_state: see `vdiff.diffusion.samplers.sample`.
@@ -111,13 +118,14 @@ def draw_from(
     parameter = next(denoiser.parameters())
     z = noise()
     z = z if start is None else start.to(z)
-    given = None if classes is None else classes.to(parameter.device)
-    told = torch.full((len(z),), guidance, device=z.device) if denoiser.network.config.guidance_input else None
-    is_plain = told is not None or not guidance
+    condition, takes_guidance = condition.to(z.device), denoiser.network.signature.takes_guidance
+    if takes_guidance:
+        condition = condition.with_tensors(guidance=torch.full((len(z),), guidance, device=z.device))
+    is_plain = takes_guidance or not guidance
     guided = denoiser if is_plain else GuidedDenoiser(denoiser, guidance, guidance_interval)
 
     def denoise(z: Tensor, t: Tensor) -> Prediction:
-        prediction: Prediction = guided(z, t, given, told)
+        prediction: Prediction = guided(z, t, condition)
         return prediction
 
     times = grid_of(grid, denoiser.schedule, num_steps)

@@ -14,7 +14,7 @@ def count_flops(config: UNetConfig, image_size: int) -> tuple[int, int]:
     with torch.device("meta"):
         network = UNet(config).eval()
         z = torch.empty(1, config.in_channels, image_size, image_size)
-        classes = torch.zeros(1, dtype=torch.int64) if config.num_classes else None
+        classes = torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(z, torch.zeros(1), classes)
+            network(z, torch.zeros(1), **config.signature.condition(classes=classes).tensors)
     return parameter_count(network), int(counter.get_total_flops())

@@ -65,7 +65,7 @@ class FastNetwork(nn.Module):
     def __init__(self, network: UNet, *, dtype: torch.dtype, compiled: bool) -> None:
         super().__init__()
         device = network.conv_in.weight.device
-        self.config = network.config
+        self.config, self.signature = network.config, network.signature
         self.layout = layout_for(device, network.config.channels)
         self.dtype = dtype
         self.network = network.to(dtype).to(memory_format=self.layout).eval()
@@ -74,15 +74,13 @@ class FastNetwork(nn.Module):
         if compiled:
             self.network.compile(dynamic=False, mode="reduce-overhead" if self.is_graph else None)
 
-    def forward(
-        self, z: Tensor, timestep: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
         self.evaluations += len(z)
         if self.is_graph:
             torch.compiler.cudagraph_mark_step_begin()
         given = z.to(self.dtype).contiguous(memory_format=self.layout)
         try:
-            output: Tensor = self.network(given, timestep, classes, guidance)
+            output: Tensor = self.network(given, timestep, **condition)
         except Exception as error:
             if not self.is_compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise

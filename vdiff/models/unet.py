@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vdiff.models.condition import CLASSES, GUIDANCE, Signature
+
 MAX_GROUPS = 32
 NORM_EPS = 1e-5
 LIMITS = {
@@ -135,6 +137,13 @@ class UNetConfig:
     def size_multiple(self) -> int:
         """Height and width must be multiples of this."""
         return self.stride(len(self.multipliers) - 1)
+
+    @property
+    def signature(self) -> Signature:
+        """What the network takes and answers."""
+        names = (CLASSES,) * bool(self.num_classes) + (GUIDANCE,) * self.guidance_input
+        null = {CLASSES: self.num_classes} if self.null_class else {}
+        return Signature(self.in_channels, self.out_channels, names, null, self.num_classes, self.size_multiple)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's configuration."""
@@ -296,7 +305,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.signature = config, config.signature
         self.checkpointing = False
         self.full_precision = False
         c, emb = config.channels, config.embedding_channels

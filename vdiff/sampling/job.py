@@ -183,14 +183,14 @@ class _Job:
         is_filled = self.network.is_compiled and self.options.num > self.options.batch_size
         full = self.options.batch_size if is_filled else len(batch)
         indices = [*batch, *[batch[-1]] * (full - len(batch))]
-        shape = (self.network.config.in_channels, self.config.image_size, self.config.image_size)
+        shape = (self.network.signature.channels, self.config.image_size, self.config.image_size)
         interval = self.spec.guidance_interval
         with memory_errors_named():
             images = draw_from(
                 self.denoiser,
                 SAMPLERS[self.spec.sampler](**self.spec.options),
                 noise=self.spec.noise(indices, shape, self.processes.device),
-                classes=self.spec.labels(indices),
+                condition=self.denoiser.condition(classes=self.spec.labels(indices)),
                 num_steps=self.spec.num_steps,
                 guidance=self.spec.guidance,
                 guidance_interval=(interval[0], interval[1]) if interval else EVERYWHERE,

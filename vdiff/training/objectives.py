@@ -17,25 +17,23 @@ from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.diffusion.targets import grid_times_of
 from vdiff.diffusion.weighting import LOSSES
-from vdiff.models.denoiser import Denoiser
+from vdiff.models.condition import Condition
+from vdiff.models.denoiser import NOTHING, Denoiser
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What an update is given: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), and, for a
-    network that takes them, classes (B,) int64 and weights of guidance (B,)."""
+    """What an update is given: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), and the
+    condition of the network that learns."""
 
     images: Tensor
     noise: Tensor
     u: Tensor
-    classes: Tensor | None = None
-    guidance: Tensor | None = None
+    condition: Condition = NOTHING
 
     def __getitem__(self, rows: slice | Tensor) -> TrainBatch:
         """Some of the rows."""
-        classes = None if self.classes is None else self.classes[rows]
-        guidance = None if self.guidance is None else self.guidance[rows]
-        return TrainBatch(self.images[rows], self.noise[rows], self.u[rows], classes, guidance)
+        return TrainBatch(self.images[rows], self.noise[rows], self.u[rows], self.condition[rows])
 
 
 @dataclass(frozen=True)
@@ -85,13 +83,13 @@ class DistillationObjective:
     def __call__(self, batch: TrainBatch, student: StudentState) -> TrainTarget:
         training = student.now.training
         context = DistillContext(
-            teacher=bind_condition(self.teacher, batch, torch.inference_mode),
+            teacher=bind_condition(self.teacher, batch.condition, torch.inference_mode),
             schedule=self.teacher.schedule,
             num_steps=self.num_steps,
             teacher_steps=self.teacher_steps,
             levels=self.levels,
-            student=bind_condition(student.now, batch),
-            average=bind_condition(student.average, batch),
+            student=bind_condition(student.now, batch.condition),
+            average=bind_condition(student.average, batch.condition),
             progress=student.progress,
             networks=student.networks,
             predicts_noise=self.teacher.prediction_type == "eps",
@@ -105,17 +103,16 @@ class DistillationObjective:
 
 
 def bind_condition(
-    denoiser: Denoiser, batch: TrainBatch, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
+    denoiser: Denoiser, condition: Condition, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
 ) -> Student:
-    """The denoiser with classes and guidance of the first rows of the batch, as many as z has.
+    """The denoiser with the first rows of the condition, as many as z has, and what a method adds to them by name.
 
     Weights that are still to be trained must not be seen under `inference_mode`, which FSDP would not forget.
     """
 
-    def denoise(z: Tensor, t: Tensor) -> Prediction:
-        first = batch[: len(z)]
+    def denoise(z: Tensor, t: Tensor, **inputs: Tensor) -> Prediction:
         with mode():
-            prediction: Prediction = denoiser(z, t, first.classes, first.guidance)
+            prediction: Prediction = denoiser(z, t, condition[: len(z)].with_tensors(**inputs))
         return prediction
 
     return denoise

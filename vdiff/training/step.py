@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import Method
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import VdiffError
-from vdiff.models.denoiser import Denoiser, drop_classes
+from vdiff.models.denoiser import Denoiser
 from vdiff.training.averages import Averages, Exponential, profiles_of
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
@@ -103,7 +103,7 @@ class TrainStep:
         counts = None
         if self.importance is not None:
             u, counts = self.importance.draw(given.u)
-            given = TrainBatch(given.images, given.noise, u, given.classes, given.guidance)
+            given = replace(given, u=u)
         networks = None if self.networks is None else self.networks.networks
         student = StudentState(self.denoiser, self.averages.teacher, step / config.num_iters, networks)
         losses, times = [], []
@@ -111,10 +111,10 @@ class TrainStep:
             mine = given[part]
             with accelerator.autocast():
                 target = self.task.objective(mine, student)
-            condition = mine if target.rows is None else mine[target.rows]
+            condition = mine.condition if target.rows is None else mine.condition[target.rows]
             with engine.synchronised(self._model, part is self._parts[-1]):
                 with accelerator.autocast():
-                    prediction = self._model(target.z, target.t, condition.classes, condition.guidance)
+                    prediction = self._model(target.z, target.t, condition.with_tensors(**target.inputs))
                 each = weighted_losses(
                     prediction, target, schedule.logsnr(target.t), WEIGHTINGS[config.weighting], LOSSES[config.loss]
                 )
@@ -138,25 +138,23 @@ class TrainStep:
         return StepResult(torch.cat(losses), t, schedule.logsnr(t), norm, is_bad, counts)
 
     def _draw(self, step: int, batch: Batch) -> TrainBatch:
-        """This process's images, noise, u, classes and weights of guidance of update `step`."""
+        """This process's images, noise, u and condition of update `step`."""
         size, device, share = self.config.batch_size, self.engine.device, self._share
-        known = self.denoiser.network.config
+        takes = self.denoiser.network.signature
         seed_update(self.config.seed, step)
         images = from_uint8(batch.images.to(device, non_blocking=True))
-        classes = batch.classes if known.num_classes else None
-        classes = classes if classes is None else classes.to(device, non_blocking=True)
+        condition = takes.condition(classes=batch.classes).to(device)
         noise = torch.randn((size, *images.shape[1:]), device=device)[share]
         u = stratified(size, device)[share]
-        guidance = None
-        if classes is not None and known.null_class:
-            left_out = torch.rand(size, device=device)[share]
-            classes = drop_classes(classes, left_out, self.task.class_dropout, known.num_classes)
-        if known.guidance_input:
+        if condition.can_drop:
+            condition = condition.drop(torch.rand(size, device=device)[share] < self.task.class_dropout)
+        if takes.takes_guidance:
             low, high = self.task.guidance_range or (0.0, 0.0)
-            guidance = low + (high - low) * torch.rand(size, device=device)[share]
+            weight = low + (high - low) * torch.rand(size, device=device)[share]
+            condition = condition.with_tensors(guidance=weight)
         if self.engine.rank:
             seed_update(self.config.seed, step, self.engine.rank)  # dropout differs from process to process
-        return TrainBatch(images, noise, u, classes, guidance)
+        return TrainBatch(images, noise, u, condition)
 
     def _descend(self, step: int, is_bad: torch.Tensor) -> None:
         """Change the weights by the gradient that is there, then the averages."""

@@ -59,7 +59,7 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     )
     try:
         with torch.device("meta"):
-            multiple = description.build().network.config.size_multiple
+            multiple = description.build().network.signature.size_multiple
         if teacher.image_size % multiple:
             raise ValueError(f"images of {teacher.image_size} pixels need a network for multiples of {multiple}")
     except (ValueError, TypeError) as error:

@@ -167,7 +167,7 @@ class Examiner:
 
     def _draw(self, denoiser: Denoiser, size: int, num_steps: int, count: int, weight: float, name: str) -> Tensor:
         parts: list[Tensor] = []
-        guidance = weight if denoiser.network.config.null_class else 0.0
+        guidance = weight if denoiser.network.signature.null else 0.0
         with self.reporter.progress(f"checking {name}", num_steps * -(-count // BATCH), "evaluations") as bar:
             for first in range(0, count, BATCH):
                 done = len(parts) * num_steps
