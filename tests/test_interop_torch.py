@@ -25,9 +25,9 @@ from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.interop import graphs
 from vdiff.interop.graphs import FewSteps, GraphOptions, grid
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
+from vdiff.models.condition import Signature
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw_from
-from vdiff.models.unet import UNetConfig
 
 STEPS, COUNT = 2, 16
 
@@ -122,7 +122,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(folder):
 class Silent(nn.Module):
     """A network that answers 0."""
 
-    config = UNetConfig(in_channels=1, out_channels=1)
+    signature = Signature(1, 1)
 
     def forward(self, z: torch.Tensor, *_: object) -> torch.Tensor:
         return 0 * z
