@@ -12,7 +12,7 @@ import torch
 
 import vdiff
 from tests.commands import ROOT
-from tests.drawing import order, run, write_guided
+from tests.drawing import run, spec, write_guided
 from tests.oracles import condition, randn
 from tests.toy import SIZE, write_checkpoint
 from vdiff.api import Model
@@ -60,7 +60,7 @@ def test_images_are_those_that_sample_draws(plain, folder, tmp_path):
     assert (images.shape, images.dtype, images.device.type) == ((7, 3, SIZE, SIZE), torch.float32, "cpu")
     assert (float(images.min()), float(images.max())) == (-1, 1)
     assert float(plain.sample(7, sampler="clipped").abs().max()) == 1  # which goes to ±1.2
-    run(order(folder / "plain"), tmp_path / "out.npz", form="npz")
+    run(spec(folder / "plain"), tmp_path / "out.npz", form="npz")
     found = np.load(tmp_path / "out.npz")["arr_0"]
     assert np.abs((images.permute(0, 2, 3, 1).numpy() + 1) * 127.5 - found).max() <= 0.501
     assert plain.sample(num=2).shape == (2, 3, SIZE, SIZE)

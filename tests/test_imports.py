@@ -55,6 +55,11 @@ def of_room(room: str, names: list[str]) -> list[str]:
     return listed if room in BASE else [room, *listed, "vdiff"]
 
 
+MODELS = (
+    *("condition", "unet", "inheriting", "flops", "reading", "program"),
+    *("denoiser", "checkpoint", "checks", "drawing", "speed"),
+)
+LAYERS = [f"vdiff.models.{name}" for name in MODELS]
 MAY_IMPORT = {
     "vdiff": ["vdiff.api"],
     "vdiff.__main__": ["vdiff.cli"],
@@ -70,21 +75,8 @@ MAY_IMPORT = {
     "vdiff.diffusion.targets": DIFFUSION[:7],
     "vdiff.diffusion.phases": [],
     "vdiff.diffusion.distillation": [*DIFFUSION, "vdiff.errors", "vdiff.settings"],
-    "vdiff.models.unet": [],
-    "vdiff.models.reading": ["vdiff.errors", "vdiff.files"],
-    "vdiff.models.denoiser": ["vdiff.diffusion", "vdiff.models.unet"],
-    "vdiff.models.checkpoint": [
-        *(f"vdiff.models.{name}" for name in ("denoiser", "reading", "unet")),
-        "vdiff.diffusion",
-        *BASE,
-        "vdiff",
-    ],
-    "vdiff.models.checks": ["vdiff.models.checkpoint", "vdiff.diffusion", *BASE],
-    "vdiff.models.drawing": ["vdiff.models.denoiser", "vdiff.diffusion", *BASE],
-    "vdiff.models.speed": ["vdiff.models.denoiser", "vdiff.models.unet", *BASE],
-    "vdiff.models.flops": ["vdiff.models.unet"],
-    "vdiff.models.inheriting": ["vdiff.models.unet"],
-    "vdiff.models.program": BASE,
+    **{f"vdiff.models.{name}": [*LAYERS[:k], "vdiff.diffusion", *BASE, "vdiff"] for k, name in enumerate(MODELS)},
+    "vdiff.models.unet": ["vdiff.models.condition"],
 }
 """Module or room (the nearest entry above a module rules it) → what it may import of vdiff: the rooms as the table of
 ARCHITECTURE.md has them, and an order within diffusion and models.
