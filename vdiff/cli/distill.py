@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, option, switch
+from vdiff.cli.options import PATH, Command, option, switch
 from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
@@ -39,13 +39,9 @@ if TYPE_CHECKING:
     ],
 )
 @option(
-    "--out",
-    group="Run",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    show_default="base_0, base_1, … beside --base",
+    "--out", group="Run", type=PATH, metavar="FOLDER", show_default="base_0, base_1, … beside --base",
     help="The student's folder, where there is one student.",
-)
+)  # fmt: skip
 @config_option
 @switch("--overwrite", group="Run", help="Replace students that exist.")
 @switch("--plan", "--dry_run", group="Run", help="Print the stages and the time they take, then stop.")

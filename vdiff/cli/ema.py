@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import Command, Names, option, switch
+from vdiff.cli.options import PATH, Command, Names, option, switch
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.text import plural
 
@@ -30,36 +30,24 @@ if TYPE_CHECKING:
         "vdiff ema checkpoints/original --sigma_rel 0.1 --at 40000 --out checkpoints/early",
     ],
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @option(
-    "--sigma_rel",
-    group="Average",
-    type=Names(click.FLOAT, "LENGTH[,LENGTH…]"),
+    "--sigma_rel", group="Average", type=Names(click.FLOAT, "LENGTH[,LENGTH…]"),
     help="Make power-function averages of these lengths, each the standard deviation of its profile as a part of the "
     "training; for a run with --ema_profiles.",
-)
+)  # fmt: skip
 @option(
-    "--decay",
-    group="Average",
-    type=Names(click.FLOAT, "DECAY[,DECAY…]"),
+    "--decay", group="Average", type=Names(click.FLOAT, "DECAY[,DECAY…]"),
     help="Take out exponential averages that --ema_more kept.",
-)
+)  # fmt: skip
 @option(
-    "--at",
-    group="Average",
-    type=click.IntRange(min=1),
-    metavar="UPDATE",
-    show_default="the last snapshot",
+    "--at", group="Average", type=click.IntRange(min=1), metavar="UPDATE", show_default="the last snapshot",
     help="When: the update of a snapshot.",
-)
+)  # fmt: skip
 @option(
-    "--out",
-    group="Output",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
+    "--out", group="Output", type=PATH, metavar="FOLDER", help="The new checkpoint's folder.",
     show_default="RUN_emaLENGTH or RUN_decayDECAY, beside RUN",
-    help="The new checkpoint's folder.",
-)
+)  # fmt: skip
 @switch("--overwrite", group="Output", help="Replace what an earlier `vdiff ema` wrote there.")
 @switch("--json", group="Output", help="Print one JSON object.")
 def command(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -45,6 +46,7 @@ ELSEWHERE = {
 }
 """Options, and what other tools or commands call them."""
 WORDS = "vdiff.words"
+PATH = click.Path(path_type=Path)
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
 """What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import Command, option, switch
+from vdiff.cli.options import PATH, Command, option, switch
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.errors import OptionError, shell
 from vdiff.text import duration, quantity
@@ -30,22 +30,14 @@ DEFAULT_OUT = Path("checkpoints/original")
         "python train.py --config checkpoints/original/run.toml --seed 1 --out checkpoints/again",
     ],
 )
-@option(
-    "--out",
-    group="Run",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_OUT,
-    metavar="FOLDER",
-    help="The checkpoint's folder.",
-)
+@option("--out", group="Run", type=PATH, default=DEFAULT_OUT, metavar="FOLDER", help="The checkpoint's folder.")
 @config_option
 @switch("--resume", group="Run", help="Go on with the run in --out.")
 @switch("--overwrite", group="Run", help="Replace what is in --out.")
 @switch(
-    "--dry_run",
-    group="Run",
+    "--dry_run", group="Run",
     help="Print what would be trained and what it costs, then stop; with --preset it needs no dataset.",
-)
+)  # fmt: skip
 @settings(TrainConfig)
 def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, dry_run: bool, **flags: Any) -> None:
     """Train a diffusion UNet on a dataset that prepare_data.py wrote.

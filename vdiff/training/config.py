@@ -140,10 +140,8 @@ class LoopConfig:
     )
     precision: str = setting(
         "Of the network; auto is bf16 on CUDA, fp32 elsewhere; fp16 scales the loss.",
-        group=MACHINE,
-        default="auto",
-        choices=PRECISIONS,
-    )
+        group=MACHINE, default="auto", choices=PRECISIONS,
+    )  # fmt: skip
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
     fsdp: bool = setting(
         "Share weights, moments and averages out over the processes, for networks that do not fit one device.",
@@ -155,12 +153,8 @@ class LoopConfig:
     )  # fmt: skip
     num_workers: int = setting(
         "Processes that decode images until all are in memory, or always where they do not fit.",
-        group=MACHINE,
-        default=2,
-        low=0,
-        unit="PROCESSES",
-        free=True,
-    )
+        group=MACHINE, default=2, low=0, unit="PROCESSES", free=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         self.further_decays()
@@ -199,12 +193,8 @@ class TrainConfig(LoopConfig):
 
     image_size: int | None = setting(
         "Which size, where the dataset has several.",
-        group=DATA,
-        default=None,
-        low=1,
-        unit="PIXELS",
-        shown="the dataset's",
-    )
+        group=DATA, default=None, low=1, unit="PIXELS", shown="the dataset's",
+    )  # fmt: skip
     prediction: str = setting("What the network predicts.", group=MODEL, default="v", choices=PREDICTION_TYPES)
     schedule: str = setting("Noise schedule.", group=MODEL, default="cosine", choices=SCHEDULES)
     num_timesteps: int = setting(
@@ -244,12 +234,7 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, low=1, unit="UPDATES",
     )  # fmt: skip
     base: str = setting(
-        "The teacher, a checkpoint.",
-        group=MODEL,
-        default="",
-        unit="FOLDER",
-        shown="checkpoints/original",
-        free=True,
+        "The teacher, a checkpoint.", group=MODEL, default="", unit="FOLDER", shown="checkpoints/original", free=True
     )
     to_steps: int | None = setting(
         "Go on, stage by stage, until the student takes this many steps.",
