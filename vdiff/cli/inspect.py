@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import Command, switch
+from vdiff.cli.options import PATH, Command, switch
 from vdiff.errors import VdiffError
 from vdiff.text import duration, megabytes, plural
 
@@ -21,11 +21,8 @@ SHOWN_CLASSES = 8
 HEADINGS = ["model", "method", "steps", "updates", "images", "training", "dataset", "weights"]
 
 
-@click.command(
-    cls=Command,
-    examples=["vdiff inspect checkpoints/base_5", "vdiff inspect checkpoints/base_5 --json"],
-)
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.command(cls=Command, examples=["vdiff inspect checkpoints/base_5", "vdiff inspect checkpoints/base_5 --json"])
+@click.argument("checkpoint", required=False, type=PATH)
 @switch("--json", group="Output", help="Print one JSON object.")
 def command(checkpoint: Path | None, json: bool) -> None:
     """Print what CHECKPOINT is and where it came from, teacher by teacher; without it, of the newest one.
@@ -90,21 +87,8 @@ def _bytes_below(folder: Path) -> int:
 
 
 OWN = (
-    "method",
-    "prediction",
-    "num_timesteps",
-    "image_size",
-    "schedule",
-    "unet",
-    "class_names",
-    "guidance_range",
-    "weights",
-    "num_iters",
-    "target_iters",
-    "num_images",
-    "train_seconds",
-    "dataset",
-    "dataset_fingerprint",
+    *("method", "prediction", "num_timesteps", "image_size", "schedule", "unet", "class_names", "guidance_range"),
+    *("weights", "num_iters", "target_iters", "num_images", "train_seconds", "dataset", "dataset_fingerprint"),
     "vdiff_version",
 )
 """What is told as the checkpoint's config has it."""
