@@ -6,7 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Stage:
     folder: Path
     num_steps: int
     method: str = "progressive"
-    is_first: bool = True
+    is_first: bool = field(default=True, compare=False)
 
     def updates(self, config: DistillConfig) -> int:
         """Optimiser updates: `num_iters` for each halving, more of them for students of 1 and 2 steps."""
