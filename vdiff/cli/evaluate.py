@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -54,142 +54,82 @@ OF_DATA = {
 )
 @click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
 @option(
-    "--data",
-    group="Reference",
-    metavar="DATASET",
-    show_default="what the first model learned from",
+    "--data", group="Reference", metavar="DATASET", show_default="what the first model learned from",
     help="Real images: a folder that prepare_data.py wrote, or tar shards.",
-)
+)  # fmt: skip
 @option(
-    "--cache",
-    group="Reference",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
+    "--cache", group="Reference", type=click.Path(path_type=Path), metavar="FOLDER",
     show_default="vdiff in the user's cache",
     help="Where what was found of a dataset is kept for the next time.",
-)
+)  # fmt: skip
 @option(
-    "--features",
-    group="Measuring",
-    default="pixels",
-    metavar="pixels|inception|FILE",
+    "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
     help="What images are compared by: pixels, at most 8×8; a network in a torch.export (vdiff features) or "
     "TorchScript file, which is code; or torch-fidelity's Inception.",
-)
+)  # fmt: skip
 @option(
-    "--weights",
-    group="Measuring",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    show_default="downloaded",
+    "--weights", group="Measuring", type=click.Path(path_type=Path), metavar="FILE", show_default="downloaded",
     help="Inception's weights.",
-)
+)  # fmt: skip
 @option(
-    "--metrics",
-    group="Measuring",
-    type=Names(click.STRING, "METRIC[,METRIC…]"),
-    show_default="all that can be",
+    "--metrics", group="Measuring", type=Names(click.STRING, "METRIC[,METRIC…]"), show_default="all that can be",
     help="fd and kd (fid and kid on Inception's features), precision, recall, isc, rmse, psnr, nearest.",
-)
+)  # fmt: skip
 @option(
-    "--teacher",
-    group="Measuring",
-    type=click.Path(path_type=Path),
-    metavar="CHECKPOINT",
+    "--teacher", group="Measuring", type=click.Path(path_type=Path), metavar="CHECKPOINT",
     help="Compare samples with its, from the same noise: rmse, psnr.",
-)
+)  # fmt: skip
 @option(
-    "--teacher_steps",
-    group="Measuring",
-    type=click.IntRange(1),
-    metavar="STEPS",
-    show_default="its own",
+    "--teacher_steps", group="Measuring", type=click.IntRange(1), metavar="STEPS", show_default="its own",
     help="The ddim steps that the teacher takes.",
-)
+)  # fmt: skip
 @option(
-    *NUM,
-    group="Samples",
-    type=click.IntRange(1),
-    default=2000,
-    metavar="IMAGES",
+    *NUM, group="Samples", type=click.IntRange(1), default=2000, metavar="IMAGES",
     help="Samples of each row; under torchrun not --num.",
-)
+)  # fmt: skip
 @option(
-    "--num_timesteps",
-    group="Samples",
-    type=Names(click.IntRange(1), "STEPS[,STEPS…]"),
+    "--num_timesteps", group="Samples", type=Names(click.IntRange(1), "STEPS[,STEPS…]"),
     show_default="each model's own",
     help="Sampling steps; those that a distilled model was not made for are left out.",
-)
+)  # fmt: skip
 @option(
-    "--samplers",
-    group="Samples",
-    type=Names(OneOf(list(SAMPLERS)), "SAMPLER[,SAMPLER…]"),
-    default="ddim",
+    "--samplers", group="Samples", type=Names(OneOf(list(SAMPLERS)), "SAMPLER[,SAMPLER…]"), default="ddim",
     help="The rules for one step.",
-)
+)  # fmt: skip
 @option("--grid", group="Samples", type=OneOf(list(GRIDS)), default="uniform", help="How the steps are spaced.")
 @option(
-    "--guidance",
-    group="Samples",
-    type=float,
-    default=0.0,
-    metavar="W",
+    "--guidance", group="Samples", type=float, default=0.0, metavar="W",
     help="Weight of classifier-free guidance: 0 none.",
-)
+)  # fmt: skip
 @option(
-    "--seed",
-    group="Samples",
-    type=click.IntRange(0, 2**64 - 1),
-    default=0,
-    metavar="INTEGER",
+    "--seed", group="Samples", type=click.IntRange(0, 2**64 - 1), default=0, metavar="INTEGER",
     help="All rows draw from its noise.",
-)
+)  # fmt: skip
 @switch("--raw", group="Samples", help="Draw with the weights without average that a training keeps in state/.")
 @switch("--ema", group="Samples", help="Draw with the checkpoint's own weights, the default.")
 @option(
-    "--batch_size",
-    group="Samples",
-    type=click.IntRange(1),
-    default=64,
-    metavar="IMAGES",
+    "--batch_size", group="Samples", type=click.IntRange(1), default=64, metavar="IMAGES",
     help="Drawn at once by each process.",
-)
+)  # fmt: skip
 @option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
 @option("--precision", group="Samples", type=OneOf(PRECISIONS), default="auto", help="As in sample.py.")
 @option(
-    "--out",
-    group="Output",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
+    "--out", group="Output", type=click.Path(path_type=Path), metavar="FILE.json",
     show_default="evaluation.json beside the first checkpoint",
     help="All figures with their intervals; beside it NAME-nearest.png, the samples closest to the data.",
-)
+)  # fmt: skip
 @switch("--overwrite", group="Output", help="Replace another evaluation in --out.")
 @switch("--json", group="Output", help="Print what is in --out instead of a table.")
 def command(
     checkpoints: tuple[Path, ...],
     data: str | None,
-    cache: Path | None,
-    features: str,
-    weights: Path | None,
-    metrics: tuple[str, ...] | None,
-    teacher: Path | None,
-    teacher_steps: int | None,
-    num: int,
     num_timesteps: tuple[int, ...] | None,
     samplers: tuple[str, ...],
-    grid: str,
-    guidance: float,
-    seed: int,
-    raw: bool,
     ema: bool,
-    batch_size: int,
     device: str,
-    precision: str,
     out: Path | None,
-    overwrite: bool,
     json: bool,
+    **options: Any,
 ) -> None:
     """Measure CHECKPOINTS (the newest, if none is named) against a dataset.
 
@@ -197,9 +137,9 @@ def command(
     command goes on where it was stopped; under torchrun or accelerate each process draws a share. What the figures
     mean: docs/evaluation.md.
     """
-    if raw and ema:
+    if options["raw"] and ema:
         raise OptionError("--raw and --ema exclude each other", "give one of them")
-    if teacher_steps is not None and teacher is None:
+    if options["teacher_steps"] is not None and options["teacher"] is None:
         raise OptionError("--teacher_steps: there is no teacher", "give --teacher CHECKPOINT too")
     if out is not None and out.suffix != ".json":
         raise OptionError(f"--out {out} is no name for a JSON file", "give --out FILE.json")
@@ -218,24 +158,13 @@ def command(
         data or dataset_of(read_config(folders[0]).dataset),
         num_timesteps=num_timesteps or (),
         samplers=tuple(dict.fromkeys(samplers)),
-        grid=grid,
-        raw=raw,
-        n=num,
-        seed=seed,
-        features=features,
-        metrics=metrics or (),
-        teacher=teacher,
-        teacher_steps=teacher_steps,
-        guidance=guidance,
-        weights=weights,
-        precision=precision,
-        batch_size=batch_size,
         out=target,
-        overwrite=overwrite,
-        cache=cache,
         processes=join(device),
         reporter=console,
         command=typed_command(),
+        n=options.pop("num"),
+        metrics=options.pop("metrics") or (),
+        **options,
     )
     if json:
         console.result(*found.to_json().rstrip().split("\n"))

@@ -6,7 +6,7 @@ import json as jsonlib
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KINDS = ["auto", "classifier", "autoencoder"]
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 LITTLE = 0.1
-"""A network that takes away less than this part of the errors of its baseline has learned little."""
+"""A network that avoids less than this part of its baseline's errors has learned little."""
 
 
 @click.command(
@@ -33,87 +33,48 @@ LITTLE = 0.1
     ],
 )
 @option(
-    "--data",
-    group="Data",
-    metavar="DATASET",
-    show_default="the only dataset under data/",
+    "--data", group="Data", metavar="DATASET", show_default="the only dataset under data/",
     help="A dataset that prepare_data.py wrote.",
-)
+)  # fmt: skip
 @option(
-    "--image_size",
-    group="Data",
-    type=click.IntRange(1),
-    metavar="PIXELS",
+    "--image_size", group="Data", type=click.IntRange(1), metavar="PIXELS",
     show_default="the dataset's, if it has one size",
     help="Which of the dataset's sizes, 8 to 256.",
-)
+)  # fmt: skip
 @option(
-    "--kind",
-    group="Network",
-    type=OneOf(KINDS),
-    default="auto",
+    "--kind", group="Network", type=OneOf(KINDS), default="auto",
     help="Classifier: needs classes; autoencoder: draws an image again from its features; auto: what can be.",
-)
+)  # fmt: skip
 @option(
-    "--dim",
-    group="Network",
-    type=click.IntRange(2, 2048),
-    default=64,
-    metavar="NUMBERS",
+    "--dim", group="Network", type=click.IntRange(2, 2048), default=64, metavar="NUMBERS",
     help="Numbers in a vector of features; a Fréchet distance needs more images than that.",
-)
+)  # fmt: skip
 @option(
-    "--num_iters",
-    group="Training",
-    type=click.IntRange(1),
-    default=1000,
-    metavar="UPDATES",
+    "--num_iters", group="Training", type=click.IntRange(1), default=1000, metavar="UPDATES",
     help="Optimiser updates.",
-)
+)  # fmt: skip
 @option(
     "--batch_size", group="Training", type=click.IntRange(1), default=64, metavar="IMAGES", help="Images in an update."
 )
 @option(
-    "--seed",
-    group="Training",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    metavar="NUMBER",
+    "--seed", group="Training", type=click.IntRange(0, 2**63 - 1), default=0, metavar="NUMBER",
     help="Of the first weights, the order of images, and which tenth of them is held out.",
-)
+)  # fmt: skip
 @option(
-    "--device",
-    group="Machine",
-    type=OneOf(DEVICES),
-    default="auto",
+    "--device", group="Machine", type=OneOf(DEVICES), default="auto",
     help="Where to compute; auto takes the fastest there is.",
-)
+)  # fmt: skip
 @option(
-    "--num_workers",
-    group="Machine",
-    type=click.IntRange(0),
-    default=2,
-    metavar="PROCESSES",
+    "--num_workers", group="Machine", type=click.IntRange(0), default=2, metavar="PROCESSES",
     help="Processes that decode images until all are in memory, or always where they do not fit.",
-)
+)  # fmt: skip
 @option(
     "--out", group="Output", required=True, type=click.Path(path_type=Path), metavar="FILE.pt2", help="What to write."
 )
 @switch("--overwrite", group="Output", help="Replace FILE.pt2.")
 @switch("--json", group="Output", help="Print the file's description as one JSON object.")
 def command(
-    data: str | None,
-    image_size: int | None,
-    kind: str,
-    dim: int,
-    num_iters: int,
-    batch_size: int,
-    seed: int,
-    device: str,
-    num_workers: int,
-    out: Path,
-    overwrite: bool,
-    json: bool,
+    data: str | None, image_size: int | None, device: str, out: Path, overwrite: bool, json: bool, **training: Any
 ) -> None:
     """Train a small network on a dataset, and write the part of it that turns an image into a vector of features.
 
@@ -133,8 +94,8 @@ def command(
 
     console = Console()
     store, size = open_at_size(data or find_dataset(), image_size)
-    training = FeatureTraining(kind, dim, num_iters, batch_size, seed, num_workers)
-    config = network_config(store, size, training)
+    settings = FeatureTraining(**training)
+    config = network_config(store, size, settings)
     where = pick_device(device)
     with locked(out):
         check_out(out, overwrite=overwrite)
@@ -142,20 +103,22 @@ def command(
         console.line(
             f"{plural(len(store), 'image')} of {size} × {size} pixels: {config.kind}{classes}, on {where.type}"
         )
-        network, metadata = train_features(store, size, training, device=where, reporter=console)
+        network, metadata = train_features(store, size, settings, device=where, reporter=console)
         write_features(network, metadata, out)
     if learned(metadata) < LITTLE:
-        console.line(f"warning: {told(metadata)}: distances on such features may mean little; give more --num_iters")
+        console.line(
+            f"warning: {held_out_text(metadata)}: distances on such features may mean little; give more --num_iters"
+        )
     if json:
         console.result(jsonlib.dumps({"path": out.as_posix(), **asdict(metadata)}, ensure_ascii=False))
         return
-    console.result(f"written    {out}: {dim} features of {size} × {size} images")
-    console.result(f"held out   {told(metadata)}")
+    console.result(f"written    {out}: {settings.dim} features of {size} × {size} images")
+    console.result(f"held out   {held_out_text(metadata)}")
     console.result(f"next       vdiff evaluate CHECKPOINT {shell('--data', store.path, '--features', out)}")
 
 
-def told(metadata: FeatureMetadata) -> str:
-    """The held-out figure in words."""
+def held_out_text(metadata: FeatureMetadata) -> str:
+    """The quality on held-out images, in words."""
     images = plural(metadata.num_held_out, "image")
     if metadata.metric == "accuracy":
         return f"accuracy {metadata.held_out:.1%} on {images} (always the commonest class: {metadata.baseline:.1%})"
@@ -163,7 +126,7 @@ def told(metadata: FeatureMetadata) -> str:
 
 
 def learned(metadata: FeatureMetadata) -> float:
-    """The part of the baseline's errors (wrong classes, or mean squares) that the network does not make, at most 1."""
+    """The part of the baseline's errors (wrong classes, or mean squares) that the network avoids, at most 1."""
     if metadata.metric == "accuracy":
         return 1 - (1 - metadata.held_out) / max(1 - metadata.baseline, 1e-9)
     ratio: float = 10 ** ((metadata.baseline - metadata.held_out) / 10)

@@ -33,36 +33,26 @@ if TYPE_CHECKING:
 )
 @click.argument("run_dir", required=False, type=click.Path(path_type=Path), default=Path("checkpoints"))
 @option(
-    "--out",
-    group="Output",
-    type=click.Path(path_type=Path),
-    metavar="FILE.html",
+    "--out", group="Output", type=click.Path(path_type=Path), metavar="FILE.html",
     show_default="RUN_DIR/report.html",
     help="The page; an earlier report is replaced, any other file refused.",
-)
+)  # fmt: skip
 @switch("--open", "open_it", group="Output", help="Show it in the browser.")
 @switch("--json", group="Output", help="Print one JSON object: where the page is, and what it tells of each model.")
 @switch(
-    "--evaluate",
-    group="Measuring",
+    "--evaluate", group="Measuring",
     help="First measure each student in its steps, and the teacher with ddim and dpmpp_2m in 1, 2, 4 and 8, into "
     "evaluation.json; one that is there is replaced.",
-)
+)  # fmt: skip
 @option(
-    "--data",
-    group="Measuring",
-    metavar="DATASET",
-    show_default="what the models learned from",
+    "--data", group="Measuring", metavar="DATASET", show_default="what the models learned from",
     help="Real images to measure against.",
-)
+)  # fmt: skip
 @option(*NUM, group="Measuring", type=click.IntRange(1), default=2000, metavar="IMAGES", help="Samples of each row.")
 @option(
-    "--features",
-    group="Measuring",
-    default="pixels",
-    metavar="pixels|inception|FILE",
+    "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
     help="What images are compared by, as in vdiff evaluate.",
-)
+)  # fmt: skip
 @option("--device", group="Measuring", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
 def command(
     run_dir: Path,
@@ -176,16 +166,8 @@ def _evaluate(
     from vdiff.evaluation.measure import evaluate_rows
     from vdiff.evaluation.results import FILE
 
-    evaluate_rows(
-        rows,
-        data,
-        plan,
-        processes=processes,
-        reporter=console,
-        out=ladder.root / FILE,
-        overwrite=True,
-        command=typed_command(),
-    )
+    out, command = ladder.root / FILE, typed_command()
+    evaluate_rows(rows, data, plan, processes=processes, reporter=console, out=out, overwrite=True, command=command)
 
 
 def _show(path: Path, console: Console) -> None:
