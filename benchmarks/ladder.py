@@ -26,9 +26,10 @@ from benchmarks.distances import SOLVERS, Distances, reference_of
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.cli.console import Console
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
+from vdiff.records import LADDER_PICTURE
 from vdiff.text import duration
 from vdiff.training.base import resolve_training, train
-from vdiff.training.comparison import PICTURE, compare, known_rows
+from vdiff.training.comparison import compare, known_rows
 from vdiff.training.engine import build_engine
 from vdiff.training.folder import is_run
 from vdiff.training.ladder import run_stages
@@ -99,7 +100,7 @@ def main(data: str, file: Path | None, teacher_steps: int, num: int, work: Path,
         machine(),
     )
     suffix = "-cuda" if torch.cuda.is_available() else ""
-    shutil.copyfile(stages[-1].folder / PICTURE, RESULTS / f"{name}{suffix}.png")
+    shutil.copyfile(stages[-1].folder / LADDER_PICTURE, RESULTS / f"{name}{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from tests.toy import (
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.files import remove
 from vdiff.models.checkpoint import WEIGHTS, read_config, save_checkpoint
+from vdiff.records import RUN_FILE
 from vdiff.training import ladder
 from vdiff.training import verdict as verdicts
 from vdiff.training.config import DistillConfig
-from vdiff.training.presets import RUN_FILE, read_run
+from vdiff.training.presets import read_run
 from vdiff.training.stages import Stage
 from vdiff.training.verdict import (
     Examiner,

@@ -29,8 +29,9 @@ from vdiff.models.checkpoint import (
     write_tensors,
 )
 from vdiff.models.reading import read_shapes
+from vdiff.records import RUN_FILE
 from vdiff.sampling.spec import SampleSpec, read_record
-from vdiff.training.presets import RUN_FILE, read_run, read_settings
+from vdiff.training.presets import read_run, read_settings
 from vdiff.training.verdict import Verdict, read_verdict, write_verdict
 
 FLIPS = 300

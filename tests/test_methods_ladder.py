@@ -38,6 +38,7 @@ from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_
 from vdiff.models.denoiser import GuidedDenoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import UNetConfig
+from vdiff.records import VERDICT
 from vdiff.training import ladder, student
 from vdiff.training.averages import Exponential
 from vdiff.training.dataset import open_images
@@ -48,7 +49,6 @@ from vdiff.training.stages import plan_stages, resolve_distillation, teachers_im
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep, averages_of
 from vdiff.training.student import begin_student, describe_student, seconds_per_update, stage_run
-from vdiff.training.verdict import VERDICT
 
 CLASSES = ("cat", "dog")
 QUICK = {"num_iters": 2, "last_factor": 1.0, "check_images": 0, "tracker": "none"}

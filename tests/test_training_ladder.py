@@ -41,15 +41,16 @@ from vdiff.models.checkpoint import (
     read_tensors,
     weights_fingerprint,
 )
+from vdiff.records import LADDER, LADDER_PICTURE, RUN_FILE, VERDICT
 from vdiff.training import ladder
-from vdiff.training.comparison import PICTURE, TABLE, compare, known_rows, plan_comparison
+from vdiff.training.comparison import compare, known_rows, plan_comparison
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
-from vdiff.training.presets import RUN_FILE, preset_for, read_preset
+from vdiff.training.presets import preset_for, read_preset
 from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
-from vdiff.training.verdict import VERDICT, read_verdict
+from vdiff.training.verdict import read_verdict
 
 
 @pytest.fixture(scope="module")
@@ -667,7 +668,7 @@ def test_comparison_holds_what_its_models_draw(whole, data, tmp_path, monkeypatc
     stages = run_ladder(distill_config(data, base, teacher_steps=4, to_steps=1), read_config(base))
     watcher = Watcher()
     rows = compare(stages, seed=3, device=torch.device("cpu"), reporter=watcher, budget=10**9)
-    table = json.loads((stages[-1].folder / TABLE).read_text())
+    table = json.loads((stages[-1].folder / LADDER).read_text())
     assert table == [dataclasses.asdict(row) for row in rows]
     expected = [("original", 8), ("original", 4), ("base_0", 2), ("base_1", 1)]
     assert [(row.checkpoint, row.num_steps) for row in rows] == [
@@ -692,7 +693,7 @@ def test_comparison_holds_what_its_models_draw(whole, data, tmp_path, monkeypatc
         assert again[k].rmse_to_teacher == pytest.approx(distance(images[k], images[k - 1]), rel=1e-3)
     assert watcher.bars == [("comparing", 8 + 4 + 2 + 1, 0)]
     assert [completed for _, completed in watcher.seen] == list(range(1, 16))
-    with PIL.Image.open(stages[-1].folder / PICTURE) as picture:
+    with PIL.Image.open(stages[-1].folder / LADDER_PICTURE) as picture:
         assert np.array_equal(np.array(picture), np.array(shown["picture"]))
     cells = np.array([[image.numpy() for image in row] for row in shown["rows"]])
     assert cells.shape == (8, 4, 1, SIZE, SIZE)
@@ -772,9 +773,9 @@ def test_comparison_of_a_whole_ladder_names_each_model_once(whole):
     longer = [dataclasses.replace(stages[0], teacher_steps=4), *stages[1:]]
     assert known_rows(longer, seed=0) is None
     for text in ("[", "[3]", "{}", '[{"checkpoint": "a"}]'):
-        (stages[-1].folder / TABLE).write_text(text)
+        (stages[-1].folder / LADDER).write_text(text)
         assert known_rows(stages, seed=0) is None
-    for name in (PICTURE, TABLE):
+    for name in (LADDER_PICTURE, LADDER):
         (stages[-1].folder / name).unlink()
     assert known_rows(stages, seed=0) is None
 

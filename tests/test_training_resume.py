@@ -27,11 +27,11 @@ from tests.toy import (
 )
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_metadata, read_tensors, write_tensors
+from vdiff.records import RUN_FILE
 from vdiff.training import history, loop
 from vdiff.training.config import TrainConfig
 from vdiff.training.folder import check_same_run
 from vdiff.training.objectives import StudentState, TrainBatch, TrainTarget
-from vdiff.training.presets import RUN_FILE
 from vdiff.training.state import state_path
 
 

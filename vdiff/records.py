@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vdiff.errors import VdiffError, suggestion
-from vdiff.files import read_json
+from vdiff.files import parse, read_json, read_text
 
 T = TypeVar("T")
+RUN_FILE, STATE, VERDICT = "run.toml", "state/state.safetensors", "verdict.json"
+SAMPLES_FOLDER, LOG_FOLDER, FAILED = "samples", "log", ".failed_"
+LADDER, LADDER_PICTURE, LADDER_IMAGES = "ladder.json", "ladder.png", "ladder_images.png"
+"""Names in the folder of a run; those of a ladder lie in its last student's folder."""
 KINDS = {
     "str": "a text",
     "int": "a whole number",
@@ -25,6 +29,50 @@ KINDS = {
 """What msgspec calls the kinds of JSON, and how an error does."""
 BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 MISMATCH = re.compile(r"Expected `(?P<kinds>.+?)`(?: (?P<sign>[<>]=?) (?P<bound>\S+))?(?:, got .*)?")
+
+
+@dataclass(frozen=True)
+class LadderRow:
+    """One model of a ladder, in `ladder.json`; None where the model was not drawn.
+
+    Attributes:
+        seed: of the noise that the comparison begins with.
+        train_seconds: of its own training.
+        ms_per_image: milliseconds to draw one image in the batch of the comparison.
+        rmse_to_teacher: `vdiff.models.drawing.rmse` of a student from its teacher, as its verdict has it; else over the
+            images of the comparison.
+        rmse_to_first: the same from the first model, over the images of the comparison.
+        distance: from the data, where a verdict tells it.
+        is_time_doubtful: more evaluations of the same network took less time, also when they were measured again.
+    """
+
+    checkpoint: str
+    num_steps: int
+    seed: int = -1
+    num_iters: int = 0
+    train_seconds: float = 0.0
+    ms_per_image: float | None = None
+    rmse_to_teacher: float | None = None
+    rmse_to_first: float | None = None
+    distance: float | None = None
+    kept_start: bool = False
+    is_time_doubtful: bool = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The name of its folder, and its steps."""
+        return Path(self.checkpoint).name, self.num_steps
+
+
+def read_ladder_rows(path: Path) -> list[LadderRow]:
+    """The rows of `ladder.json`, from the first teacher to the last student.
+
+    Raises:
+        OSError, ValueError: there is no such file, or it holds something else.
+    """
+    import msgspec
+
+    return msgspec.convert(parse(read_text(path)), list[LadderRow])
 
 
 def read_record(path: Path, kind: type[T], advice: str) -> T:

@@ -15,6 +15,7 @@ from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import shell
+from vdiff.records import LADDER_PICTURE, LadderRow
 from vdiff.reporting import DOUBTFUL, DOUBTFUL_TIMES
 from vdiff.text import duration
 from vdiff.training.config import DistillConfig
@@ -22,7 +23,6 @@ from vdiff.training.config import DistillConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vdiff.training.comparison import Row
     from vdiff.training.dataset import TrainingData
     from vdiff.training.engine import Engine
     from vdiff.training.stages import Stage
@@ -67,7 +67,7 @@ def command(
     the training: where that is short, fewer images are drawn, in fewer steps.
     """
     from vdiff.replacing import locked
-    from vdiff.training.comparison import PICTURE, compare, known_rows
+    from vdiff.training.comparison import compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.folder import RUN
     from vdiff.training.ladder import run_stages
@@ -106,7 +106,7 @@ def command(
     if any(row.is_time_doubtful for row in table):
         console.line(DOUBTFUL_TIMES)
     last = stages[-1].folder
-    console.result(f"picture    {last / PICTURE}")
+    console.result(f"picture    {last / LADDER_PICTURE}")
     if report:
         data, measure = images.name if images.store else "", config.distance_every > 0
         device = engine.device
@@ -174,7 +174,7 @@ KEPT = "kept start"
 HEADINGS = ["model", "steps", "updates", "training", "ms/image", "RMSE to teacher", "RMSE to first", "distance to data"]
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: LadderRow) -> list[str]:
     """One line of the table."""
     errors = ["" if error is None else f"{error:.4f}" for error in (row.rmse_to_teacher, row.rmse_to_first)]
     errors.append("" if row.distance is None else f"{row.distance:.4g}")

@@ -14,9 +14,9 @@ import click
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import PATH, Command, switch
 from vdiff.errors import VdiffError
+from vdiff.records import RUN_FILE, STATE
 from vdiff.text import duration, megabytes, plural
 
-RUN_FILE, STATE = "run.toml", "state/state.safetensors"
 SHOWN_CLASSES = 8
 HEADINGS = ["model", "method", "steps", "updates", "images", "training", "dataset", "weights"]
 

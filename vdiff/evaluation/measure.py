@@ -29,11 +29,12 @@ from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, sa
 from vdiff.evaluation.plan import EXTRAPOLATED_FROM, MAX_PAIRED, EvalPlan, RowSpec, check_plan, notes_for, plan_rows
 from vdiff.evaluation.reference import MAX_KEPT, MOMENTS, DataStats, ReferenceImages, data_stats, random_subset
 from vdiff.evaluation.results import EVALUATION, EvalRow, Evaluation, Metric, plain, row_from
-from vdiff.evaluation.samples import CLASS_STATS, STATE, Generator, SampleBlocks, sample_stats
+from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, sample_stats
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
 from vdiff.files import parse, read_text, write_text
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.speed import impossible_times, pick_precision
+from vdiff.records import STATE
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked
 from vdiff.reporting import DOUBTFUL_TIMES, Progress, Reporter, Silent
 

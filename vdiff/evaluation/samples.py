@@ -24,12 +24,13 @@ from vdiff.evaluation.reference import MAX_KEPT, MOMENTS
 from vdiff.models.checkpoint import load_checkpoint, read_tensors
 from vdiff.models.drawing import draw, squared_errors
 from vdiff.models.speed import FastNetwork, ready_to_draw
+from vdiff.records import STATE
 from vdiff.reporting import Progress
 
 PIECE_IMAGES = 256
 """Images of a piece, at least, but for the last: a kill loses at most so many."""
 CLASS_STATS = ("answer_counts", "answer_sums", "answer_negentropies")
-STATE, RAW = "state/state.safetensors", "raw."
+RAW = "raw."
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint,
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.unet import parameter_count
+from vdiff.records import LADDER
 from vdiff.replacing import check_free
 from vdiff.text import plural
 
 CARD, PICTURE = "README.md", "samples.png"
 FILES_OF_CARD = r"README\.md|samples\.png"
 UNKNOWN = "unknown"
-LADDER = "ladder.json"
 USE = "\n## Use\n"
 MARK = "<!-- vdiff: the card of weights {} -->"
 MARKED = re.compile("<!-- vdiff: the card of weights ([0-9a-f]{64}) -->")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vdiff.evaluation.results import EvalRow, Evaluation, Metric
+from vdiff.records import RUN_FILE
 from vdiff.report.formatting import (
     bounded,
     figure,
@@ -398,7 +399,7 @@ def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
     for number, model in enumerate(ladder.models):
         if not (model.folder and model.settings):
             continue
-        config = ["--config", (model.folder / "run.toml").as_posix()]
+        config = ["--config", (model.folder / RUN_FILE).as_posix()]
         command, what = ["python", "train.py", *config], "Train the teacher"
         if number:
             command = ["python", "distill.py", *config, "--base", f"{AGAIN}/{ladder.models[number - 1].name}"]

@@ -8,19 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from vdiff.errors import VdiffError
 from vdiff.evaluation.plan import EvalPlan, RowSpec, why_not
 from vdiff.evaluation.results import FILE as EVALUATION
 from vdiff.evaluation.results import Evaluation
-from vdiff.files import parse, read_json, read_text
+from vdiff.files import read_json, read_text
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, CheckpointConfig, read_config, weights_fingerprint
+from vdiff.records import (
+    FAILED,
+    LADDER,
+    LADDER_IMAGES,
+    LADDER_PICTURE,
+    RUN_FILE,
+    SAMPLES_FOLDER,
+    VERDICT,
+    LadderRow,
+    read_ladder_rows,
+)
 from vdiff.text import cause_of
 
-RUN_FILE, VERDICT, COMPARISON = "run.toml", "verdict.json", "ladder.json"
-PICTURE, IMAGES, SAMPLES = "ladder.png", "ladder_images.png", "samples"
-FAILED = re.compile(r".*\.failed_\d+")
+FAILED_STUDENT = re.compile(rf".*{re.escape(FAILED)}\d+")
 AGAIN = "move it away: the same distill.py command writes it again"
 PLAIN = "ddim"
 SAMPLERS = (PLAIN, "dpmpp_2m")
@@ -69,26 +76,6 @@ class LadderModel:
 
 
 @dataclass(frozen=True)
-class ComparedModel:
-    """One line of `ladder.json`: a model drawn from the same noise as all models of the ladder.
-
-    The numbers are None for a model that was not drawn.
-    """
-
-    checkpoint: str
-    num_steps: int
-    ms_per_image: float | None
-    rmse_to_teacher: float | None = None
-    rmse_to_first: float | None = None
-    is_time_doubtful: bool = False
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Name and steps."""
-        return Path(self.checkpoint).name, self.num_steps
-
-
-@dataclass(frozen=True)
 class LadderRun:
     """Everything that a report shows.
 
@@ -108,7 +95,7 @@ class LadderRun:
     folder: Path
     root: Path
     models: tuple[LadderModel, ...]
-    compared: tuple[ComparedModel, ...]
+    compared: tuple[LadderRow, ...]
     images: Path | None
     picture: Path | None
     samples: Path | None
@@ -167,7 +154,7 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
     chosen = chosen or ends[-1]
     models = _lineage(chosen, found, fingerprints)
     holder = models[-1].folder or chosen
-    compared = _compared(holder / COMPARISON)
+    compared = _compared(holder / LADDER)
     record = _file(folder / EVALUATION, root / EVALUATION)
     evaluation = Evaluation.read(record) if record else None
     pairs = Path(evaluation.pairs).name if evaluation and evaluation.pairs else None
@@ -176,9 +163,9 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
         root=root,
         models=models,
         compared=compared,
-        images=_file(holder / IMAGES) if compared else None,
-        picture=_file(holder / PICTURE),
-        samples=max((holder / SAMPLES).glob("*.png"), default=None),
+        images=_file(holder / LADDER_IMAGES) if compared else None,
+        picture=_file(holder / LADDER_PICTURE),
+        samples=max((holder / SAMPLES_FOLDER).glob("*.png"), default=None),
         evaluation=evaluation,
         pairs=_file(folder / pairs, root / pairs) if pairs else None,
         others=tuple(path for path in ends if path != chosen),
@@ -188,7 +175,7 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
 def _checkpoints(root: Path) -> list[Path]:
     """The folders below `root` that hold a checkpoint; students set aside are none."""
     folders = (path.parent for path in root.glob(f"*/{CONFIG}"))
-    return sorted(path for path in folders if not FAILED.fullmatch(path.name) and not path.name.startswith("."))
+    return sorted(path for path in folders if not FAILED_STUDENT.fullmatch(path.name) and not path.name.startswith("."))
 
 
 def _ends(found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]) -> list[Path]:
@@ -237,16 +224,16 @@ def _model(name: str, folder: Path | None, description: Mapping[str, Any], finge
     return LadderModel(name, folder, own, fingerprint, verdict, _text(folder / RUN_FILE) if folder else "")
 
 
-def _compared(path: Path) -> tuple[ComparedModel, ...]:
+def _compared(path: Path) -> tuple[LadderRow, ...]:
     """The lines of `ladder.json`, if it is there.
 
     Raises:
         VdiffError: it cannot be read.
     """
     try:
-        return msgspec.convert(parse(_text(path)), tuple[ComparedModel, ...]) if path.is_file() else ()
-    except ValueError as error:
-        raise VdiffError(f"{path} holds no comparison: {error}", AGAIN) from None
+        return tuple(read_ladder_rows(path)) if path.is_file() else ()
+    except (OSError, ValueError) as error:
+        raise VdiffError(f"{path} holds no comparison: {cause_of(error)}", AGAIN) from None
 
 
 def _text(path: Path) -> str:

@@ -19,6 +19,7 @@ import PIL.Image
 import vdiff
 from vdiff.errors import VdiffError, printable
 from vdiff.files import write_text
+from vdiff.records import LOG_FOLDER
 from vdiff.replacing import Kind, check_free, locked
 from vdiff.report import content, plots
 from vdiff.report.content import Distances
@@ -35,7 +36,7 @@ LOSSLESS_PIXELS = 2**19
 QUALITY = 88
 MAX_SIDE = 4096
 AGAIN = "move it away: the command that wrote it writes it again"
-LOG, LOSS = "log", "loss"
+LOSS = "loss"
 MAX_POINTS = 400
 
 
@@ -235,14 +236,14 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
 
     Empty if there is no log that can be read. Of very many, every k-th and the last.
     """
-    if not any((folder / LOG).glob("events.out.tfevents.*")):
+    if not any((folder / LOG_FOLDER).glob("events.out.tfevents.*")):
         return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = logging.getLogger("tensorboard")
     before, logger.disabled = logger.disabled, True  # it warns of a log that a kill cut short
     try:
-        events = EventAccumulator(str(folder / LOG), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+        events = EventAccumulator(str(folder / LOG_FOLDER), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
         events.Reload()
         scalars = events.Scalars(LOSS) if LOSS in events.Tags()["scalars"] else []
     finally:

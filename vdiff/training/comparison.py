@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,50 +15,22 @@ from torch import Tensor
 
 from vdiff.data.images import captioned_grid, make_grid, save_png
 from vdiff.diffusion.samplers import Ddim
-from vdiff.files import parse, read_text, write_text
+from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw, rmse
 from vdiff.models.speed import impossible_times
+from vdiff.records import LADDER, LADDER_IMAGES, LADDER_PICTURE, LadderRow, read_ladder_rows
 from vdiff.reporting import Reporter
 from vdiff.text import plural
 from vdiff.training.stages import Stage
 from vdiff.training.verdict import read_verdict
 
-PICTURE, TABLE, IMAGES = "ladder.png", "ladder.json", "ladder_images.png"
 PICTURE_ROWS = 8
 TIMED_AGAIN = 2
 """How often times that cannot be are measured again; the shortest counts."""
 MOST_STEPS = 16
 """The teacher's own steps are drawn too, unless they are more than this many times those that were distilled: of a
 ladder of few steps that would be most of its time."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of a ladder.
-
-    Attributes:
-        seed: of the noise that the comparison begins with.
-        train_seconds: of its own training.
-        ms_per_image: milliseconds to draw one image in the batch of the comparison; None where the model was not drawn.
-        rmse_to_teacher: `vdiff.models.drawing.rmse` of a student from its teacher, as its verdict has it; else over the
-            images of the comparison.
-        rmse_to_first: the same from the first model, over the images of the comparison.
-        distance: from the data, where a verdict tells it.
-        is_time_doubtful: more evaluations of the same network took less time, also when they were measured again.
-    """
-
-    checkpoint: str
-    num_steps: int
-    seed: int
-    num_iters: int
-    train_seconds: float
-    ms_per_image: float | None
-    rmse_to_teacher: float | None
-    rmse_to_first: float | None
-    distance: float | None = None
-    kept_start: bool = False
-    is_time_doubtful: bool = False
 
 
 def plan_comparison(steps: Sequence[int], num_images: int, budget: int) -> tuple[int, int]:
@@ -74,7 +46,9 @@ def plan_comparison(steps: Sequence[int], num_images: int, budget: int) -> tuple
     return max(PICTURE_ROWS, min(num_images, budget // sum(drawn))), drawn[-1]
 
 
-def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter, budget: int) -> list[Row]:
+def compare(
+    stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter, budget: int
+) -> list[LadderRow]:
     """Draw images 0, 1, 2, … of `seed` with every model of a ladder; write picture and table beside the last student.
 
     Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both (`MOST_STEPS`).
@@ -124,7 +98,7 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
         to_teacher = verdict.rmse if verdict and verdict.every == 1 else None
         if to_teacher is None and is_student and k in images and k - 1 in images:
             to_teacher = rmse(images[k], images[k - 1])
-        row = Row(
+        row = LadderRow(
             checkpoint=folder.as_posix(),
             num_steps=steps,
             seed=seed,
@@ -139,19 +113,19 @@ def compare(stages: Sequence[Stage], *, seed: int, device: torch.device, reporte
         )
         rows.append(row)
     folder = stages[-1].folder
-    save_png(picture([(rows[k], images[k]) for k in wanted]), folder / PICTURE)
+    save_png(picture([(rows[k], images[k]) for k in wanted]), folder / LADDER_PICTURE)
     few = torch.cat([images[k][:PICTURE_ROWS] for k in wanted])  # pixel for pixel, a row for each model: the report's
-    save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / IMAGES)
-    write_text(folder / TABLE, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / LADDER_IMAGES)
+    write_text(folder / LADDER, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
 
 
-def known_rows(stages: Sequence[Stage], *, seed: int) -> list[Row] | None:
+def known_rows(stages: Sequence[Stage], *, seed: int) -> list[LadderRow] | None:
     """The table that an earlier `compare` of the same ladder wrote with `seed`; None where there is none."""
-    path = stages[-1].folder / TABLE
+    path = stages[-1].folder / LADDER
     try:
-        rows = [Row(**values) for values in parse(read_text(path))]
-    except (OSError, ValueError, TypeError):
+        rows = read_ladder_rows(path)
+    except (OSError, ValueError):
         return None
     entries = [(folder.as_posix(), steps, seed) for folder, steps in _entries(stages)]
     return rows if [(row.checkpoint, row.num_steps, row.seed) for row in rows] == entries else None
@@ -165,7 +139,7 @@ def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:
     return [*((first.base, steps) for steps in teacher), *((stage.folder, stage.num_steps) for stage in stages)]
 
 
-def picture(drawn: Sequence[tuple[Row, Tensor]]) -> Image:
+def picture(drawn: Sequence[tuple[LadderRow, Tensor]]) -> Image:
     """Columns: the models; rows: noise."""
     titles = []
     for row, _ in drawn:

@@ -10,11 +10,11 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CONFIG, FILES, CheckpointConfig, is_checkpoint, read_config
-from vdiff.records import check_same_settings
+from vdiff.records import RUN_FILE, check_same_settings
 from vdiff.replacing import Kind, check_free, is_free, start_folder
 from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
 from vdiff.training.dataset import TrainingData
-from vdiff.training.presets import RUN_FILE, run_text
+from vdiff.training.presets import run_text
 from vdiff.training.state import state_path
 
 FILES_OF_RUN = "|".join(

@@ -9,6 +9,7 @@ import torch
 
 from vdiff.errors import Interrupted, VdiffError, shell
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
+from vdiff.records import RUN_FILE
 from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
 from vdiff.text import plural
@@ -26,7 +27,7 @@ from vdiff.training.folder import (
     start_anew,
 )
 from vdiff.training.loop import fit, settle
-from vdiff.training.presets import RUN_FILE, recorded_layer
+from vdiff.training.presets import recorded_layer
 from vdiff.training.stages import Stage
 from vdiff.training.state import remove_state
 from vdiff.training.student import begin_student, describe_student, stage_run

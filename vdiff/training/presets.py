@@ -16,12 +16,12 @@ import tomli_w
 
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import CHECKSUM, checksum, parse, read_text, write_text
+from vdiff.records import RUN_FILE
 from vdiff.settings import check_value
 from vdiff.text import cause_of
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of, values_of
 
 PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
-RUN_FILE = "run.toml"
 CHECKSUM_MARK = f"# {CHECKSUM} "
 LARGEST_SIZE = {16: "digits", 32: "cifar10", 64: "imagenet64", 128: "lsun128"}
 

@@ -15,6 +15,7 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
+from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.reporting import Reporter
 from vdiff.text import cause_of
 
@@ -38,7 +39,7 @@ class Pictures:
     """Pictures in `samples/` alone; the scalars are not kept."""
 
     def __init__(self, folder: Path) -> None:
-        self.samples = make_folder(folder / "samples")
+        self.samples = make_folder(folder / SAMPLES_FOLDER)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Nothing."""
@@ -109,8 +110,10 @@ def _open_records(tracker: str, folder: Path, step: int, reporter: Reporter) -> 
     if tracker == "none":
         return Pictures(folder)
     if tracker == "tensorboard":
-        make_folder(folder / "log")
-        return Tracked(folder, tracking.TensorBoardTracker("log", logging_dir=folder, purge_step=step + 1), reporter)
+        make_folder(folder / LOG_FOLDER)
+        return Tracked(
+            folder, tracking.TensorBoardTracker(LOG_FOLDER, logging_dir=folder, purge_step=step + 1), reporter
+        )
     name = folder.resolve().name
     available = {"wandb": tracking.is_wandb_available, "mlflow": tracking.is_mlflow_available}
     if not available[tracker]():

@@ -15,11 +15,12 @@ from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
 from vdiff.errors import OptionError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.records import RUN_FILE
 from vdiff.settings import COMMAND_LINE, parameters
 from vdiff.training.base import check_unet
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData, no_images, open_images
-from vdiff.training.presets import RUN_FILE, Settings, preset_for, read_preset, read_run, read_settings
+from vdiff.training.presets import Settings, preset_for, read_preset, read_run, read_settings
 
 DEFAULT_BASE = "checkpoints/original"
 EVALUATIONS = 5

@@ -14,13 +14,13 @@ from torch import Tensor
 from vdiff.errors import VdiffError
 from vdiff.files import make_folder, remove
 from vdiff.models.checkpoint import read_metadata, read_tensors, write_tensors
+from vdiff.records import STATE
 from vdiff.text import cause_of
 from vdiff.training.averages import Exponential
 from vdiff.training.meter import Position
 from vdiff.training.step import TrainStep
 from vdiff.training.weights import frozen, like, load_without, state_without, trainable, whole
 
-STATE_FOLDER, STATE_FILE = "state", "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATISTICS, METHOD = "statistics", "method"
 AVERAGING = {"averaging": "bias-corrected"}  # states without this mark averaged with a warm-up
@@ -28,7 +28,7 @@ AVERAGING = {"averaging": "bias-corrected"}  # states without this mark averaged
 
 def state_path(folder: Path) -> Path:
     """The state file of the run in `folder`."""
-    return folder / STATE_FOLDER / STATE_FILE
+    return folder / STATE
 
 
 def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool = True) -> None:
@@ -54,7 +54,7 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
     if (scaler := step.engine.accelerator.scaler) is not None:
         metadata["scaler"] = json.dumps(scaler.state_dict())
     if write:
-        make_folder(folder / STATE_FOLDER)
+        make_folder(state_path(folder).parent)
         write_tensors(state_path(folder), tensors, metadata)
 
 
@@ -101,7 +101,7 @@ def load_state(folder: Path, step: TrainStep) -> Position:
 
 def remove_state(folder: Path) -> None:
     """Free the space of a run that has nothing left to resume."""
-    remove(folder / STATE_FOLDER)
+    remove(state_path(folder).parent)
 
 
 def _statistics(step: TrainStep) -> dict[str, Tensor]:

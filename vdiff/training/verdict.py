@@ -17,10 +17,10 @@ from vdiff.files import parse, read_text, remove, write_json
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw, squared_errors
+from vdiff.records import FAILED, VERDICT
 from vdiff.reporting import Reporter
 from vdiff.training.stages import Stage
 
-VERDICT, FAILED = "verdict.json", ".failed_"
 HELD_OUT = 2**63
 """Added to the seed: noise that is never drawn otherwise."""
 MIN_NOISES = 64
