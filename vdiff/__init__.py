@@ -4,19 +4,34 @@
 >>> vdiff.__version__.count(".")
 2
 
-`vdiff.load(checkpoint)` gives a model whose `sample` draws images; importing vdiff alone loads no torch.
+`vdiff.load(checkpoint)` gives a model whose `sample` draws images; `wrap` makes one of your own network; `prepare`,
+`train` and `distill` do the work of the commands. Importing vdiff alone loads no torch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vdiff.api import Model
+    from vdiff.api import Model, Samples
+    from vdiff.api_training import Training, distill, prepare, train
 
 __version__ = "0.1.0"
+__all__ = ["Model", "Samples", "Training", "distill", "load", "prepare", "train"]
+PLACES = {
+    **dict.fromkeys(["Model", "Samples"], "vdiff.api"),
+    **dict.fromkeys(["Training", "distill", "prepare", "train"], "vdiff.api_training"),
+}
+"""Names that are imported when they are first asked for → their modules."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module 'vdiff' has no attribute {name!r}")
+    return getattr(import_module(PLACES[name]), name)
 
 
 def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", compiled: bool = False) -> Model:

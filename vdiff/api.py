@@ -1,23 +1,31 @@
-"""`vdiff.load`: a checkpoint as an object that draws and denoises, for use in Python."""
+"""vdiff in Python: models that draw, denoise and are saved; preparing, training and distilling them."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vdiff.data.images import cell_scale, make_grid, to_pil
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Sampler
+from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.distributed import memory_errors_named, pick_device
+from vdiff.errors import VdiffError
 from vdiff.models import checks
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
-from vdiff.models.speed import ready_to_draw
+from vdiff.models.speed import FastNetwork, ready_to_draw
+from vdiff.models.unet import UNet
+from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, stratified, weighted_losses
 
 
 def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", compiled: bool = False) -> Model:
@@ -33,6 +41,45 @@ def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto
     """
     denoiser, config = load_checkpoint(checkpoint, pick_device(device))
     return Model(ready_to_draw(denoiser, precision=precision, compiled=compiled), config)
+
+
+def load_plain(folder: Path) -> Model:
+    """The model in a folder as it was trained: in float32, in no layout of its own."""
+    denoiser, config = load_checkpoint(folder)
+    return Model(denoiser, config)
+
+
+class Samples(Tensor):
+    """A tensor (num, C, …) on the CPU; what is computed from it is a plain tensor. A notebook shows images."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def are_images(self) -> bool:
+        """Whether these are grey or colour images: (num, 1 or 3, H, W)."""
+        return self.ndim == 4 and self.shape[1] in (1, 3)
+
+    def to_pil(self) -> list[PIL.Image.Image]:
+        """Each image as a picture, of which −1 is black and 1 is white.
+
+        Raises:
+            ValueError: these are no images.
+        """
+        if not self.are_images:
+            raise ValueError(f"samples of shape {tuple(self.shape)} are no images (num, 1 or 3, H, W)")
+        return [to_pil(image) for image in self]
+
+    def _repr_png_(self) -> bytes | None:
+        """The images as one PNG file, for a notebook; None, and the numbers are shown, where these are no images."""
+        if not self.are_images:
+            return None
+        file = io.BytesIO()
+        grid = make_grid(self, columns=round(len(self) ** 0.5), scale=cell_scale(self))
+        to_pil(grid).save(file, format="PNG")
+        return file.getvalue()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Samples:
+        return self.clone().as_subclass(Samples)
 
 
 class Model:
@@ -60,6 +107,54 @@ class Model:
         """(C, H, W) of an image."""
         return (self.denoiser.network.signature.channels, self.config.image_size, self.config.image_size)
 
+    @property
+    def network(self) -> nn.Module:
+        """The network itself: (z, timestep, **condition) → output."""
+        network: nn.Module = self.denoiser.network
+        return network.network if isinstance(network, FastNetwork) else network
+
+    def plain(self) -> Denoiser:
+        """The denoiser of the network itself, to be trained, distilled or saved.
+
+        Raises:
+            VdiffError: the model was loaded in half precision.
+        """
+        if any(weight.dtype in (torch.bfloat16, torch.float16) for weight in self.network.parameters()):
+            raise VdiffError("a model in half precision is only for drawing", "load it with precision fp32")
+        if not isinstance(self.denoiser.network, FastNetwork):
+            return self.denoiser
+        return Denoiser(cast(UNet, self.network), self.denoiser.schedule, self.denoiser.prediction_type)
+
+    def loss(self, x: Tensor, *, classes: Tensor | None = None, weighting: str = "truncated_snr") -> Tensor:
+        """The training loss of a batch (B, C, …), at noise and times from torch's generator: a number with a gradient.
+
+        E w(λ_t) ‖x − x̂(α x + σ ε, t)‖² with t uniform, one in each of B equal parts of [0, 1).
+
+        Args:
+            classes: (B,) int64, for a class-conditional network.
+            weighting: a name of `vdiff.diffusion.weighting.WEIGHTINGS`.
+        """
+        schedule, condition = self.denoiser.schedule, self.denoiser.network.signature.condition(classes=classes)
+        batch = TrainBatch(x, torch.randn_like(x), stratified(len(x), x.device), condition)
+        target = DenoisingObjective(schedule)(batch, StudentState(self.denoiser, self.denoiser, 0.0))
+        prediction = self.denoiser(target.z, target.t, condition)
+        return weighted_losses(prediction, target, schedule.logsnr(target.t), WEIGHTINGS[weighting]).mean()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model to a folder, from which `vdiff.load` and the commands read it.
+
+        Raises:
+            VdiffError: the file system refuses, or the model was loaded in half precision.
+        """
+        save_checkpoint(Path(folder), self.plain().state_dict(), self.config)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and bits of the weights, to tell two models apart."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.plain().state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def sample(
         self,
         num: int | None = None,
@@ -74,8 +169,8 @@ class Model:
         noise: Tensor | None = None,
         batch_size: int = 64,
         **options: Any,
-    ) -> Tensor:
-        """Draw images: (num, C, H, W) float32 on the CPU, clamped to [−1, 1].
+    ) -> Samples:
+        """Draw images: (num, C, H, W) float32 on the CPU, clamped to [−1, 1]; `to_pil()` makes pictures of them.
 
         Args:
             num: how many; without it as many as `noise` has, else 16.
@@ -120,7 +215,7 @@ class Model:
                     grid=grid,
                 )
             drawn.append(images)
-        return torch.cat(drawn).clamp_(-1, 1)
+        return torch.cat(drawn).clamp_(-1, 1).as_subclass(Samples)
 
     def denoise(
         self, z: Tensor, t: Tensor | float, *, classes: Sequence[str | int] | None = None, guidance: float = 0.0

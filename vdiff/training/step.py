@@ -142,7 +142,8 @@ class TrainStep:
         size, device, share = self.config.batch_size, self.engine.device, self._share
         takes = self.denoiser.network.signature
         seed_update(self.config.seed, step)
-        images = from_uint8(batch.images.to(device, non_blocking=True))
+        images = batch.images.to(device, non_blocking=True)
+        images = from_uint8(images) if images.dtype == torch.uint8 else images
         condition = takes.condition(classes=batch.classes).to(device)
         noise = torch.randn((size, *images.shape[1:]), device=device)[share]
         u = stratified(size, device)[share]

@@ -24,7 +24,7 @@ from vdiff.training.engine import Engine
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.stages import Stage, student_network
-from vdiff.training.step import TrainStep
+from vdiff.training.step import Task, TrainStep
 
 TIMED_UPDATES = 3
 
@@ -69,7 +69,13 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
 
 def begin_student(stage: Stage, config: DistillConfig, description: CheckpointConfig) -> tuple[Denoiser, str]:
     """The student before its training, and what it has from its teacher: a copy, or what fits of it."""
-    teacher, before = load_checkpoint(stage.base)
+    return student_of(*load_checkpoint(stage.base), config, description)
+
+
+def student_of(
+    teacher: Denoiser, before: CheckpointConfig, config: DistillConfig, description: CheckpointConfig
+) -> tuple[Denoiser, str]:
+    """As `begin_student`, of a teacher in memory."""
     torch.manual_seed(config.seed)
     student = description.build()
     inherited = ""
@@ -100,13 +106,35 @@ def stage_run(
         teacher={**asdict(before), **lineage},
     )
     student, _ = begin_student(stage, config, description)
+    return Run(
+        **vars(stage_task(stage, config, engine, teacher, before, student, description)),
+        batches=images.batches(config, engine, reporter),
+        description=description,
+        folder=stage.folder,
+    )
+
+
+def stage_task(
+    stage: Stage,
+    config: DistillConfig,
+    engine: Engine,
+    teacher: Denoiser,
+    before: CheckpointConfig,
+    student: Denoiser,
+    description: CheckpointConfig,
+) -> Task:
+    """What a student learns from its teacher, both of which are in memory.
+
+    Args:
+        before, description: what teacher and student say of themselves.
+    """
     for network in (student.network, teacher.network):
         network.full_precision = config.precision == "auto" and stage.is_fine
     teacher = engine.compiled(engine.place(teacher)).requires_grad_(False)
     method = config.build_method(stage.method)
-    return Run(
-        denoiser=student,
-        objective=DistillationObjective(
+    return Task(
+        student,
+        DistillationObjective(
             GuidedDenoiser(teacher) if isinstance(method, Guided) else teacher,
             method,
             num_steps=stage.num_steps,
@@ -114,10 +142,7 @@ def stage_run(
             # of steps between the levels of a table none is on the grid: then the teacher is asked at any time
             levels=None if before.levels and before.levels % stage.teacher_steps else before.levels,
         ),
-        batches=images.batches(config, engine, reporter),
-        config=replace(config, num_iters=stage.updates(config)),
-        description=description,
-        folder=stage.folder,
+        replace(config, num_iters=stage.updates(config)),
         class_dropout=config.class_dropout,
         guidance_range=description.guidance_range,
         self_ema=method.self_ema,

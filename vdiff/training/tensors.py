@@ -1,4 +1,4 @@
-"""Batches from tensors that are already there: any iterable of them."""
+"""Tensors that are already there as the data of a training: any iterable of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from vdiff.data.batches import Batch, BatchPlan
+from vdiff.data.datasets import Batches
 from vdiff.errors import VdiffError
+from vdiff.reporting import Reporter
+from vdiff.training.config import LoopConfig
+from vdiff.training.dataset import TrainingData
+from vdiff.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,22 @@ class TensorBatches:
         rows = x.reshape(-1, *self.shape)
         labels = None if classes is None else torch.as_tensor(classes).reshape(-1).long()
         return (rows if x.dtype == torch.uint8 else rows.float()), labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorData(TrainingData):
+    """Samples of `shape` from an iterable of tensors, see `TensorBatches`; a checkpoint records no path of them."""
+
+    tensors: Iterable[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What a checkpoint records in the place of a path."""
+        return "tensors"
+
+    def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
+        """This process's share of the batches."""
+        del reporter
+        share = engine.part(config.batch_size)
+        return TensorBatches(self.tensors, self.shape, config.batch_size, config.seed, share)

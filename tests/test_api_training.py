@@ -1,0 +1,244 @@
+"""`vdiff.train`, `vdiff.distill`, `vdiff.prepare`: the bits of the commands, from any tensors, cut and gone on with."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import vdiff
+from tests.oracles import randn
+from tests.toy import (
+    SIZE,
+    UNET,
+    assert_equal_bits,
+    assert_equal_tensors,
+    distill_config,
+    run_ladder,
+    run_training,
+    train_config,
+    write_checkpoint,
+    write_dataset,
+)
+from vdiff.errors import OptionError, VdiffError
+from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.training.state import state_path
+from vdiff.training.tensors import TensorBatches
+
+TINY: dict[str, Any] = {"num_iters": 6, "batch_size": 4, "lr": 1e-2, "device": "cpu", "num_workers": 0, "unet": UNET}
+ALL = slice(0, 4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("api") / "toy_4")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, data: Path) -> Path:
+    write_checkpoint(tmp_path / "original", dataset=str(data))
+    return tmp_path / "original"
+
+
+def images(count: int = 10) -> torch.Tensor:
+    return randn(count, 1, SIZE, SIZE, dtype=torch.float32).clamp(-1, 1)
+
+
+# Data
+
+
+def batches_of(data: Any, count: int = 5, step: int = 0, share: slice = ALL) -> torch.Tensor:
+    found = TensorBatches(data, (1, SIZE, SIZE), 4, 0, share).start_at(step)
+    return torch.stack([batch.images for batch in islice(found, count)])
+
+
+def test_items_of_any_size_make_the_same_batches():
+    """Samples, batches of every size, a loader: the rows in order, again and again, across the end of the data."""
+    x = images()
+    expected = torch.cat([x, x])[:20].reshape(5, 4, 1, SIZE, SIZE)
+    for data in (list(x), [x[:3], x[3], x[4:]], [x], DataLoader(TensorDataset(x), 3), DataLoader(x, 4)):
+        if isinstance(data, DataLoader) and data.batch_size == 3:
+            data = [batch for (batch,) in data]
+        assert torch.equal(batches_of(data), expected)
+        assert torch.equal(batches_of(data, 2, step=3), expected[3:])
+        assert torch.equal(batches_of(data, share=slice(2, 4)), expected[:, 2:])
+
+
+def test_a_tensor_is_a_dataset_in_the_order_of_the_seed():
+    x = images()
+    found = batches_of(x).flatten(0, 1)
+    for epoch in (found[:10], found[10:]):
+        order = [int((x == row).flatten(1).all(1).nonzero()) for row in epoch]
+        assert sorted(order) == list(range(10))
+        assert order != list(range(10))
+    assert torch.equal(batches_of(x, 2, step=3), found.reshape(5, 4, 1, SIZE, SIZE)[3:])
+
+
+def test_classes_go_with_their_samples():
+    x, classes = images(), torch.arange(10)
+    for data in ([(x[:3], classes[:3]), (x[3:], classes[3:])], list(zip(x, classes.tolist(), strict=True))):
+        found = TensorBatches(data, (1, SIZE, SIZE), 4, 0, slice(1, 4)).start_at(0)
+        for k, batch in enumerate(islice(found, 4)):
+            expected = torch.arange(4 * k + 1, 4 * k + 4) % 10
+            assert torch.equal(batch.classes, expected)
+            assert torch.equal(batch.images, x[expected])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.zeros(4, 1, SIZE, SIZE + 1)], r"hold a tensor of shape \(4, 1, 4, 5\); give tensors \(1, 4, 4\) or"),
+        (["a"], "the data hold a str; give tensors"),
+        (iter([torch.zeros(5, 1, SIZE, SIZE)]), "the data are at their end; give a list or a DataLoader"),
+        ([], "the data are at their end"),
+    ],
+)
+def test_data_that_cannot_be_used_are_one_line(data, message):
+    with pytest.raises(VdiffError, match=message):
+        batches_of(data)
+
+
+# Training
+
+
+def test_a_base_model_has_the_bits_of_the_command(data, tmp_path):
+    run_training(train_config(data, tracker="none"), tmp_path / "command")
+    values = {**TINY, "warmup_iters": 2, "weight_decay": 1e-3, "ema": 0.9, "dropout": 0.2, "flip": True}
+    training = vdiff.train("toy", data, out=tmp_path / "api", num_timesteps=8, lr_schedule="constant", **values)
+    seen = [metrics["update"] for metrics in training]
+    assert seen == [6]
+    assert_equal_bits(tmp_path / "api" / WEIGHTS, tmp_path / "command" / WEIGHTS)
+    assert_equal_tensors(training.model.denoiser.state_dict(), read_tensors(tmp_path / "api" / WEIGHTS))
+    assert training.model.config == read_config(tmp_path / "api")
+    alone = vdiff.train("toy", data, num_timesteps=8, lr_schedule="constant", **values).finish()
+    assert_equal_tensors(alone.denoiser.state_dict(), training.model.denoiser.state_dict())
+    assert (alone.config.num_iters, alone.config.is_finished) == (6, True)
+
+
+def test_metrics_come_as_often_as_asked_and_training_waits_for_them():
+    training = vdiff.train("toy", images(), log_interval=2, **TINY)
+    first = next(iter(training))
+    assert first["update"] == 2
+    assert {"loss", "grad_norm", "lr", "images_per_second"} <= first.keys()
+    before = [weight.clone() for weight in training.model.network.parameters()]
+    assert [metrics["update"] for metrics in training] == [4, 6]
+    assert any(not torch.equal(a, b) for a, b in zip(before, training.model.network.parameters(), strict=True))
+
+
+def test_a_training_that_is_left_goes_on_with_the_same_bits(tmp_path):
+    """Left after update 2 and after update 4, where the state is saved."""
+    options = {**TINY, "ckpt_interval": 2, "dropout": 0.1}
+    for name, stops in (("whole", []), ("cut", [2, 4])):
+        for stop in [*stops, 6]:
+            for metrics in vdiff.train("toy", list(images()), out=tmp_path / name, log_interval=2, **options):
+                if metrics["update"] == stop:
+                    break
+    assert_equal_bits(tmp_path / "whole" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
+    assert_equal_bits(state_path(tmp_path / "whole"), state_path(tmp_path / "cut"))
+    again = vdiff.train("toy", list(images()), out=tmp_path / "cut", **options)
+    assert list(again) == []
+    assert_equal_tensors(again.model.denoiser.state_dict(), read_tensors(tmp_path / "cut" / WEIGHTS))
+    with pytest.raises(OptionError, match=r"was begun with lr 0\.01, not 0\.1"):
+        vdiff.train("toy", list(images()), out=tmp_path / "cut", **{**options, "lr": 0.1}).finish()
+
+
+def test_settings_that_are_none_are_one_line(data):
+    with pytest.raises(OptionError, match="unknown setting 'learning_rate'"):
+        vdiff.train("toy", data, learning_rate=1.0)
+    with pytest.raises(OptionError, match="unknown preset 'tony'"):
+        vdiff.train("tony", data)
+    with pytest.raises(OptionError, match=r"a preset needs square images .*; give a model, see vdiff\.wrap"):
+        vdiff.train("toy", [torch.zeros(4, 1, 64)])
+
+
+# Distillation
+
+
+DISTILLED: dict[str, Any] = {"num_iters": 3, "batch_size": 4, "lr": 5e-3, "device": "cpu", "num_workers": 0}
+
+
+@pytest.mark.parametrize("method", ["progressive", "tract"])
+def test_students_have_the_bits_of_the_command(data, teacher, tmp_path, method):
+    """In a folder and in memory, from a checkpoint: the students that distill.py trains, but for its checks."""
+    shared = {"method": method, "phases": "8,4,2", **DISTILLED}
+    config = distill_config(data, teacher, check_images=0, **shared, ema_remainder=0.0, lr_schedule="linear")
+    run_ladder(config, read_config(teacher))
+    options = {**shared, "ema_remainder": 0.0, "lr_schedule": "linear", "last_factor": config.last_factor}
+    distilling = vdiff.distill(teacher, out=tmp_path / "api", **options)
+    assert [(metrics["num_steps"], metrics["update"]) for metrics in distilling] == [(4, 3), (2, 6)]
+    alone = vdiff.distill(teacher, **options).finish()
+    for name in ("base_0", "base_1"):
+        assert_equal_bits(tmp_path / "api" / name / WEIGHTS, tmp_path / name / WEIGHTS)
+    for model in (distilling.model, alone):
+        assert_equal_tensors(model.denoiser.state_dict(), read_tensors(tmp_path / "base_1" / WEIGHTS))
+        assert (model.config.num_timesteps, model.config.method) == (2, method)
+        assert model.config.teacher["num_timesteps"] == 4
+
+
+def test_a_ladder_that_is_left_goes_on(data, teacher, tmp_path):
+    options = {"phases": "8,4,2", "ckpt_interval": 1, "log_interval": 1, "dropout": 0.1, **DISTILLED}
+    whole = vdiff.distill(teacher, data=data, out=tmp_path / "whole", **options).finish()
+    for stop in ((4, 2), (2, 1), None):
+        for metrics in (distilling := vdiff.distill(teacher, data=data, out=tmp_path / "cut", **options)):
+            if (metrics["num_steps"], metrics["update"]) == stop:
+                break
+        distilling.close()
+    assert_equal_tensors(distilling.model.denoiser.state_dict(), whole.denoiser.state_dict())
+    write_checkpoint(teacher, seed=1, dataset=str(data))
+    with pytest.raises(VdiffError, match="base_0 was distilled from another teacher"):
+        vdiff.distill(teacher, data=data, out=tmp_path / "cut", **options).finish()
+
+
+def test_a_teacher_in_memory_and_tensors_as_data(teacher):
+    student = vdiff.distill(vdiff.load(teacher), data=[images(7)], to_steps=4, **DISTILLED).finish()
+    assert student.config.num_timesteps == 4
+    assert student.config.dataset == "tensors"
+    assert student.sample(3).shape == (3, 1, SIZE, SIZE)
+    with pytest.raises(VdiffError, match="load it with precision fp32"):
+        vdiff.distill(vdiff.load(teacher, precision="bf16"), data=[images(7)], to_steps=4, **DISTILLED).finish()
+
+
+# Models
+
+
+def test_a_model_is_saved_and_loaded(teacher, tmp_path):
+    model = vdiff.load(teacher)
+    model.save(tmp_path / "saved")
+    assert_equal_bits(tmp_path / "saved" / WEIGHTS, teacher / WEIGHTS)
+    assert read_config(tmp_path / "saved") == read_config(teacher)
+    assert torch.equal(vdiff.load(tmp_path / "saved").sample(3), model.sample(3))
+
+
+def test_the_loss_is_that_of_the_formula(teacher):
+    """Of v: E (SNR + 1) ‖x − x̂‖² = E ‖v − v̂‖²."""
+    model, x = vdiff.load(teacher), images(5)
+    torch.manual_seed(3)
+    loss = model.loss(x, weighting="snr_plus_one")
+    torch.manual_seed(3)
+    noise = torch.randn_like(x)
+    t = 1 - (torch.arange(5) + torch.rand(5, dtype=torch.float64)) / 5
+    angle = model.denoiser.schedule.angle(t)[:, None, None, None]
+    alpha, sigma = angle.cos().float(), angle.sin().float()
+    v = load_checkpoint(teacher)[0](alpha * x + sigma * noise, t).v
+    torch.testing.assert_close(loss, (alpha * noise - sigma * x - v).square().mean(), rtol=1e-4, atol=1e-6)
+    loss.backward()
+    assert all(weight.grad is not None for weight in model.network.parameters())
+
+
+def test_samples_become_pictures(teacher):
+    samples = vdiff.load(teacher).sample(4)
+    assert isinstance(samples, torch.Tensor)
+    assert type(samples * 2) is torch.Tensor
+    first = samples.to_pil()[0]
+    assert (first.size, first.mode) == ((SIZE, SIZE), "L")
+    expected = ((samples[0, 0] + 1) * 127.5).round()
+    assert [first.getpixel((x, y)) for y in range(SIZE) for x in range(SIZE)] == expected.flatten().tolist()
+    assert samples._repr_png_().startswith(b"\x89PNG")
+    waves = torch.zeros(3, 1, 64).as_subclass(vdiff.Samples)
+    assert waves._repr_png_() is None
+    with pytest.raises(ValueError, match=r"\(3, 1, 64\) are no images"):
+        waves.to_pil()

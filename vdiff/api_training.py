@@ -1,0 +1,265 @@
+"""`vdiff.prepare`, `vdiff.train` and `vdiff.distill`: the work of the commands, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdiff.api import Model, load_plain
+from vdiff.data.conversion import ConversionConfig
+from vdiff.data.preparation import prepare as prepare_source
+from vdiff.data.source import SourceOptions
+from vdiff.data.sources import open_source
+from vdiff.diffusion.distillation import METHODS
+from vdiff.errors import OptionError, VdiffError
+from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.denoiser import Denoiser
+from vdiff.replacing import locked
+from vdiff.reporting import Silent
+from vdiff.training.base import base_task, describe, training
+from vdiff.training.config import DistillConfig, TrainConfig, resolve
+from vdiff.training.dataset import TrainingData, open_images
+from vdiff.training.engine import build_engine
+from vdiff.training.folder import RUN, check_resumable, check_same_run, is_run, recorded, start_anew
+from vdiff.training.loop import Run, metrics_in_memory, metrics_of
+from vdiff.training.presets import read_preset, recorded_layer
+from vdiff.training.stages import Stage, plan_stages, teachers_images
+from vdiff.training.step import Task, TrainStep
+from vdiff.training.student import describe_student, stage_task, student_of
+from vdiff.training.tensors import TensorData
+
+Metrics = dict[str, float]
+USUAL: dict[str, Any] = {"num_iters": 1000, "batch_size": 64, "lr": 1e-3, "ema_remainder": 1e-3, "tracker": "none"}
+"""Settings of `train` without a preset, and of `distill`."""
+
+
+def prepare(
+    source: str | Path | None = None,
+    *,
+    out: str | Path,
+    size: int | Iterable[int] | None = None,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    **conversion: Any,
+) -> Path:
+    """Turn images into a dataset, as `prepare_data.py` does, and return its folder.
+
+    Args:
+        source: a folder, an archive, the name of a set; None: the built-in digits.
+        size: pixels of a side, one or several; None: what is usual for the source.
+        conversion: further fields of `ConversionConfig`: `channels`, `crop`, `image_format`, ….
+
+    Raises:
+        VdiffError: see `vdiff.data.preparation.prepare`.
+    """
+    opened = open_source(None if source is None else str(source), SourceOptions(Path("downloads"), "", "", ""))
+    usual = opened.defaults
+    sizes = (size or usual.size,) if size is None or isinstance(size, int) else tuple(sorted(set(size)))
+    values = {"channels": usual.channels, "image_format": usual.image_format, **conversion}
+    config = ConversionConfig(sizes=sizes, **values)
+    return prepare_source(opened, Path(out), config, num_workers=num_workers, overwrite=overwrite).path
+
+
+@dataclass
+class Learner:
+    """What learns at the moment."""
+
+    model: Model
+
+
+class Training:
+    """Work that is done while one iterates over it: each item is the metrics since the one before.
+
+    With a folder, the work can be left and gone on with by the same call; `close` ends it where a loop was left.
+    """
+
+    def __init__(self, model: Model, work: Callable[[Learner], Generator[Metrics, None, None]]) -> None:
+        self._learner = Learner(model)
+        self._metrics = work(self._learner)  # knows the learner, not this object: so a loop that is left ends it
+
+    def __iter__(self) -> Iterator[Metrics]:
+        return self._metrics
+
+    @property
+    def model(self) -> Model:
+        """What is learned, with its averaged weights, as it is now."""
+        return self._learner.model
+
+    def close(self) -> None:
+        """Leave the work as it is, and its folder to others."""
+        self._metrics.close()
+
+    def finish(self) -> Model:
+        """Do all that is left, and return the model."""
+        for _ in self:
+            pass
+        return self.model
+
+
+def train(
+    model: Model | str, data: str | Path | Iterable[Any], *, out: str | Path | None = None, **settings: Any
+) -> Training:
+    """Train a base model while one iterates over the answer.
+
+    Args:
+        model: one of your own network (`vdiff.wrap`), which is trained in place, or the name of a preset: a new UNet.
+        data: the path of a dataset, or tensors in [−1, 1] or uint8: one of all samples, or any iterable of samples or
+            batches, alone or in pairs with classes.
+        out: a folder for checkpoints, log and samples. The same call goes on with a run that it finds there.
+        settings: those of `train.py`; without a preset the usual ones are `USUAL`.
+
+    Raises:
+        VdiffError: settings, data or folder cannot be used.
+    """
+    layers: dict[str, Mapping[str, Any]] = {"usual settings": {**USUAL, **settings}}
+    if isinstance(model, str):
+        layers = {f"preset {model}": read_preset(model).train, "vdiff.train": {"tracker": "none", **settings}}
+    images = _data_of(data, None if isinstance(model, str) else model.shape, settings.get("image_size"))
+    config = resolve(TrainConfig, layers)
+    conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
+    config = replace(
+        config, preset=model if isinstance(model, str) else "", data=images.name, class_conditional=conditional
+    )
+    if isinstance(model, str):
+        torch.manual_seed(config.seed)
+        description = describe(replace(config, image_size=images.image_size), images)
+        denoiser = description.build()
+    else:
+        denoiser = model.plain()
+        description = replace(
+            model.config, method="base", teacher=None, weights=config.weights, num_iters=0, num_images=0,
+            target_iters=config.num_iters, dataset=images.name, dataset_fingerprint=images.fingerprint,
+            train_seconds=0.0, kept_start=False,
+        )  # fmt: skip
+
+    def work(learner: Learner) -> Generator[Metrics, None, None]:
+        def start(step: TrainStep) -> None:
+            learner.model = Model(step.averages.model, description)
+
+        if out is None:
+            engine = build_engine(config)
+            step = TrainStep(base_task(config, denoiser), engine)
+            start(step)
+            yield from metrics_in_memory(step, images.batches(config, engine))
+            learner.model = _finished(learner.model.denoiser, description, config.batch_size)
+            return
+        folder = Path(out)
+        yield from training(
+            config, images, folder=folder, resume=is_run(folder), overwrite=False, reporter=Silent(),
+            model=(denoiser, description), on_start=start,
+        )  # fmt: skip
+        learner.model = load_plain(folder)
+
+    return Training(Model(denoiser, description), work)
+
+
+def distill(
+    teacher: Model | str | Path,
+    *,
+    data: str | Path | Iterable[Any] | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Training:
+    """Distil a model stage by stage while one iterates over the answer; metrics say `num_steps` of the stage's student.
+
+    Students are not compared with their teachers, which `distill.py` does.
+
+    Args:
+        teacher: a model, or a checkpoint's folder.
+        data: as in `train`; None: the teacher's dataset, where the method needs images.
+        out: a folder for the students, `base_0`, `base_1`, …. The same call goes on with what it finds there.
+        settings: those of `distill.py`, such as `to_steps` and `method`; the usual ones are `USUAL`, and the method's.
+
+    Raises:
+        VdiffError: settings, data or folder cannot be used, or the steps do not lead there.
+    """
+    model = teacher if isinstance(teacher, Model) else load_plain(Path(teacher))
+    method = settings.get("then", "progressive") if settings.get("method") == "guided" else settings.get("method")
+    usual = {**USUAL, **(METHODS[method].settings(USUAL) if method in METHODS else {"ema_remainder": 0.0})}
+    given = {"data": str(data)} if isinstance(data, str | Path) else {}
+    config = resolve(DistillConfig, {"usual settings": usual, "vdiff.distill": {**given, **settings}})
+    root = Path(out) if out is not None else Path()
+    config = replace(config, base=(root / "teacher").as_posix())
+    stages = plan_stages(config, model.config)
+    if data is None or isinstance(data, str | Path):
+        images = teachers_images(config if data else replace(config, data=model.config.dataset), model.config)
+    else:
+        images = _data_of(data, model.shape)
+
+    def work(learner: Learner) -> Generator[Metrics, None, None]:
+        engine = build_engine(config)
+        for stage in stages:
+            own, before, base = stage.settings(config), learner.model.config, learner.model.plain()
+            description = replace(
+                describe_student(stage, own, before), dataset=images.name, dataset_fingerprint=images.fingerprint,
+                teacher={**asdict(before), "path": "", "fingerprint": learner.model.fingerprint()},
+            )  # fmt: skip
+            student, _ = student_of(base, before, own, description)
+            task = stage_task(stage, own, engine, base, before, student, description)
+
+            def start(step: TrainStep, description: CheckpointConfig = description) -> None:
+                learner.model = Model(step.averages.model, description)
+
+            if out is None:
+                step = TrainStep(task, engine)
+                start(step)
+                found = metrics_in_memory(step, images.batches(task.config, engine))
+            else:
+                found = _in_folder(task, stage, own, images, description, start)
+            yield from ({"num_steps": stage.num_steps, **metrics} for metrics in found)
+            trained = learner.model.denoiser if out is None else student
+            learner.model = load_plain(stage.folder) if out else _finished(trained, description, task.config.batch_size)
+
+    return Training(model, work)
+
+
+def _in_folder(
+    task: Task,
+    stage: Stage,
+    config: DistillConfig,
+    images: TrainingData,
+    description: CheckpointConfig,
+    on_start: Callable[[TrainStep], object],
+) -> Iterator[Metrics]:
+    """Do what is left of a stage in its folder."""
+    engine = build_engine(config)
+    with locked(stage.folder, kind=RUN, mine=engine.is_main):
+        if is_run(stage.folder):
+            found = recorded(stage.folder)
+            check_same_run(stage.folder, config, resolve(DistillConfig, recorded_layer(DistillConfig, stage.folder)))
+            if found and (found.teacher or {}).get("fingerprint") != (description.teacher or {}).get("fingerprint"):
+                raise VdiffError(f"{stage.folder} was distilled from another teacher", "give another out")
+            if found and found.is_finished:
+                return
+            check_resumable(stage.folder, images)
+        elif engine.is_main:
+            start_anew(stage.folder, config, overwrite=False)
+        engine.wait()
+        batches = images.batches(task.config, engine)
+        run = Run(**vars(task), batches=batches, description=description, folder=stage.folder)
+        on_start(step := TrainStep(run, engine))
+        yield from metrics_of(run, step, Silent())
+
+
+def _data_of(data: Any, shape: tuple[int, ...] | None, image_size: int | None = None) -> TrainingData:
+    """A dataset by its path, or tensors of a shape (None: images, like the first of them)."""
+    if isinstance(data, str | Path):
+        return open_images(str(data), image_size)
+    if shape is None:
+        first = next(iter(data), None)
+        first = first[0] if isinstance(first, tuple | list) and first else first
+        if not isinstance(first, Tensor) or first.ndim not in (3, 4) or first.shape[-1] != first.shape[-2]:
+            raise OptionError("a preset needs square images (C, H, W) or (B, C, H, W)", "give a model, see vdiff.wrap")
+        shape = tuple(first.shape[-3:])
+    return TensorData(shape[-1], shape[0], tensors=data, shape=shape)
+
+
+def _finished(denoiser: Denoiser, description: CheckpointConfig, batch_size: int) -> Model:
+    """The model whose training is over."""
+    done = description.target_iters
+    return Model(denoiser.eval(), replace(description, num_iters=done, num_images=done * batch_size))
