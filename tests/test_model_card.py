@@ -20,6 +20,8 @@ from vdiff.data.images import to_uint8
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError
 from vdiff.interop.card import CARD, PICTURE, card_beside, last_name, new_card, public
+from vdiff.interop.graphs import GraphOptions
+from vdiff.interop.usage import onnx_usage, torch_usage
 from vdiff.models.checkpoint import load_checkpoint, read_config, weights_fingerprint
 from vdiff.models.drawing import draw
 
@@ -310,3 +312,14 @@ def test_only_earlier_exports_are_replaced(tmp_path):
     error(f"vdiff export weights {folder} {tmp_path / 'new'}", 1)
     assert set(contents(tmp_path)) == set(before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base_1", "mine"]
+
+
+def test_a_description_may_leave_out_what_is_usual(tmp_path):
+    """Channels of the images are 3 where config.json does not say."""
+    checkpoint = student(tmp_path / "m", unet={"channels": 8, "multipliers": [1], "num_blocks": 1, "num_groups": 2})
+    config = read_config(checkpoint)
+    assert "in_channels" not in config.unet
+    options = GraphOptions(sampler=True, output="v", num_steps=4)
+    shape = f"(16, 3, {SIZE}, {SIZE})"
+    assert f"torch.randn({shape}" in torch_usage("m.pt2", config, options)
+    assert f"standard_normal({shape}" in onnx_usage("m.onnx", config, options)

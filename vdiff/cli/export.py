@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import reduce
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.diffusers import export_command
-from vdiff.cli.options import CONTEXT, Command, Number, OneOf, Program, option, switch
+from vdiff.cli.options import CONTEXT, Command, Number, OneOf, ProgramGroup, option, switch
 from vdiff.errors import OptionError, VdiffError, shell
+from vdiff.text import plural
 
 if TYPE_CHECKING:
     from vdiff.interop.graphs import GraphOptions
@@ -24,11 +25,16 @@ OUTPUTS = ["v", "x", "eps"]
 LICENSE_HELP = "An identifier for the model card, such as mit or cc-by-4.0."
 
 
-class Group(Program, click.Group):
-    """Commands that export."""
+CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
+FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+def license_option(**attributes: Any) -> Callable[[Any], Any]:
+    """`--license` of every export."""
+    return option("--license", "license_name", group="Output", metavar="NAME", help=LICENSE_HELP, **attributes)
+
+
+@click.group(cls=ProgramGroup, context_settings=CONTEXT)
 def command() -> None:
     """Carry a model to where other tools run it.
 
@@ -40,7 +46,7 @@ def command() -> None:
 def _shared(suffix: str) -> Callable[[Any], Any]:
     """Arguments and options of the exports of graphs, in the order of the help."""
     decorators = [
-        click.argument("checkpoint", type=click.Path(path_type=Path)),
+        CHECKPOINT,
         click.argument("file", metavar=f"FILE{suffix}", type=click.Path(path_type=Path)),
         switch(
             "--sampler_graph",
@@ -76,7 +82,7 @@ def _shared(suffix: str) -> Callable[[Any], Any]:
             group="Sampler",
             help="Take a weight of guidance for each image, and evaluate the network with and without the class.",
         ),
-        option("--license", "license_name", group="Output", metavar="NAME", show_default="unknown", help=LICENSE_HELP),
+        license_option(show_default="unknown"),
         switch("--card", group="Output", default=True, help="Write a model card, README.md, beside FILE."),
         switch("--overwrite", group="Output", help="Replace FILE, and write a card of the same weights anew."),
     ]
@@ -130,9 +136,9 @@ def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
 @command.command(
     "weights", cls=Command, examples=["vdiff export weights checkpoints/base_6 exports/base_6 --license mit"]
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
-@option("--license", "license_name", group="Output", metavar="NAME", default="unknown", help=LICENSE_HELP)
+@CHECKPOINT
+@FOLDER
+@license_option(default="unknown")
 @switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
 def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite: bool) -> None:
     """Copy CHECKPOINT into FOLDER as others may see it: weights, configuration without paths, model card.
@@ -147,7 +153,61 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
     console.result(f"next       {shell('vdiff', 'push', folder, 'OWNER/NAME')}")
 
 
-command.add_command(export_command, "diffusers")
+@command.command(
+    "diffusers",
+    cls=Command,
+    examples=[
+        "vdiff export diffusers checkpoints/base_6 exports/base_6",
+        "vdiff export diffusers checkpoints/base_6 exports/base_6 --clip False --overwrite",
+        "vdiff export diffusers checkpoints/base_6 exports/cats --class cat",
+    ],
+)
+@CHECKPOINT
+@FOLDER
+@switch(
+    "--clip",
+    group="Sampling",
+    default=True,
+    help="Clip predicted images to ±1, as sample.py does; the pipeline is then to be called with "
+    "use_clipped_model_output=True. With False, a plain call draws what sample.py --no_clip draws.",
+)
+@option(
+    "--class",
+    "class_name",
+    group="Sampling",
+    metavar="CLASS",
+    help="Write the network for this class alone (a name, a number, or none), so that the pipeline can be called: it "
+    "has no way to ask for one.",
+)
+@option(
+    "--guidance",
+    group="Sampling",
+    type=click.FLOAT,
+    metavar="W",
+    help="Write the network for this weight of guidance alone, where it takes one as an input.",
+)
+@license_option(default="unknown")
+@switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
+def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
+    """Write CHECKPOINT as a pipeline into FOLDER, which diffusers loads without vdiff; with a model card.
+
+    It is a DDIMPipeline with a UNet2DModel, and draws the same images from the same noise, at every number of steps
+    that divides the model's. Networks that UNet2DModel has no words for are refused.
+    """
+    from vdiff.interop.diffusers.writing import export_pipeline
+
+    console = Console()
+    made = export_pipeline(checkpoint, folder, **options)
+    console.result(f"{folder}: DDIMPipeline, {plural(made.config.num_timesteps, 'step')}")
+    if not made.call:
+        console.line(
+            "DDIMPipeline asks for no class: README.md says how to draw, or give --class to write the network for one"
+        )
+        return
+    arguments = ", ".join(f"{name}={value}" for name, value in made.call.items())
+    load = f"P.from_pretrained({json.dumps(str(folder))})"
+    program = f"from diffusers import DDIMPipeline as P; {load}({arguments}).images[0].show()"
+    console.result(f"next       {shell('python', '-c', program)}")
 
 
 def _export(

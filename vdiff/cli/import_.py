@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.diffusers import import_command
-from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, switch
+from vdiff.cli.options import CONTEXT, Command, OneOf, ProgramGroup, option, switch
 from vdiff.errors import shell
 from vdiff.text import plural
 
+if TYPE_CHECKING:
+    from vdiff.models.checkpoint import CheckpointConfig
+    from vdiff.models.unet import UNetConfig
 
-class Group(Program, click.Group):
-    """Commands that import."""
+
+def out_option(default: str) -> Callable[[Any], Any]:
+    """`--out` of every import."""
+    return option(
+        "--out",
+        group="Output",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        show_default=default,
+        help="The new checkpoint's folder.",
+    )
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+@click.group(cls=ProgramGroup, context_settings=CONTEXT)
 def command() -> None:
     """Bring in a model that another tool wrote: sample.py, distill.py and the exports take it like any other.
 
@@ -65,24 +78,9 @@ def command() -> None:
     default="bgr",
     help="Of the 3 channels that it was trained on: those repositories read images as OpenCV does, blue first.",
 )
-@option(
-    "--out",
-    group="Output",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    show_default="checkpoints/NAME after the file, or after its folder for a checkpoint.pt",
-    help="The new checkpoint's folder.",
-)
+@out_option("checkpoints/NAME after the file, or after its folder for a checkpoint.pt")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
-def reference(
-    file: Path,
-    image_size: int,
-    attention_heads: int,
-    image_channels: int | None,
-    channel_order: str,
-    out: Path | None,
-    overwrite: bool,
-) -> None:
+def reference(file: Path, out: Path | None, **options: Any) -> None:
     """Bring in FILE, the checkpoint.pt of a v-diffusion repository.
 
     That is {"G", "n_timesteps", "time_scale"} with the weights of the rosinality UNet. Its architecture is found from
@@ -95,22 +93,56 @@ def reference(
 
     console = Console()
     target = out or Path("checkpoints") / (file.resolve().parent.name if file.stem == "checkpoint" else file.stem)
-    config = import_reference(
-        file,
-        target,
-        image_size=image_size,
-        attention_heads=attention_heads,
-        image_channels=image_channels,
-        channel_order=channel_order,
-        overwrite=overwrite,
-    )
+    config = import_reference(file, target, **options)
     unet = UNetConfig.from_dict(config.unet)
     console.result(
-        f"{target}: {plural(config.num_timesteps, 'step')}, {image_size} × {image_size} × {unet.in_channels}, "
-        f"{unet.channels} channels × {list(unet.multipliers)}, {plural(unet.num_blocks, 'block')} a level, "
+        f"{target}: {_shape(config, unet)}, {plural(unet.num_blocks, 'block')} a level, "
         f"attention at {list(unet.attention_strides)}, {plural(unet.num_heads, 'head')}"
     )
     console.result(f"next       python sample.py {shell('--checkpoint', target)} --clipped_sampling True")
 
 
-command.add_command(import_command, "diffusers")
+@command.command(
+    "diffusers",
+    cls=Command,
+    examples=[
+        "vdiff import diffusers google/ddpm-cifar10-32          # from the hub, to checkpoints/ddpm-cifar10-32",
+        "vdiff import diffusers exports/base_6 --out checkpoints/again",
+    ],
+)
+@click.argument("source")
+@option(
+    "--num_timesteps",
+    group="Model",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    show_default="as many as it was trained with",
+    help="Sampling steps of the checkpoint.",
+)
+@out_option("checkpoints/NAME after the source")
+@switch("--overwrite", group="Output", help="Replace an imported model.")
+def diffusers(source: str, out: Path | None, **options: Any) -> None:
+    """Import SOURCE, a pipeline of diffusers: a folder, or OWNER/NAME of the Hugging Face hub.
+
+    It is a DDPMPipeline, DDIMPipeline or PNDMPipeline with a UNet2DModel that predicts ε, v or x. Only JSON and
+    safetensors are read. A folder that `vdiff export diffusers` wrote gives back the checkpoint that it was.
+    """
+    from vdiff.interop.diffusers.reading import import_pipeline
+    from vdiff.models.unet import UNetConfig
+
+    console = Console()
+    target = out or Path("checkpoints") / Path(source).resolve().name
+    made = import_pipeline(source, target, **options)
+    config = made.config
+    for remark in made.remarks:
+        console.line(remark)
+    shape = _shape(config, UNetConfig.from_dict(config.unet))
+    console.result(f"{target}: predicts {config.prediction}, schedule {config.schedule['name']}, {shape}")
+    console.result(f"next       python sample.py {shell('--checkpoint', target)}")
+
+
+def _shape(config: CheckpointConfig, unet: UNetConfig) -> str:
+    """`8 steps, 32 × 32 × 3, 64 channels × [1, 2, 4]`."""
+    size = config.image_size
+    images = f"{size} × {size} × {unet.in_channels}"
+    return f"{plural(config.num_timesteps, 'step')}, {images}, {unet.channels} channels × {list(unet.multipliers)}"

@@ -105,6 +105,10 @@ class Command(Program):
                 formatter.write_dl(records)
 
 
+class ProgramGroup(Program, click.Group):
+    """A group of commands whose failures are one line and an exit code."""
+
+
 class GroupedOption(click.Option):
     """An option that knows the heading it stands under in `--help`."""
 
