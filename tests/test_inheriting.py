@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.oracles import randn
 from vdiff.models import unet
 from vdiff.models.inheriting import inherit
-from vdiff.models.unet import Attention, Resample, ResBlock, Stage, UNet, UNetConfig, parameter_count
+from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage, parameter_count
 
 BASE = {"channels": 8, "embedding_channels": 12, "multipliers": (1, 2), "num_blocks": 2, "attention_strides": (2,)}
 SHAPES = {
@@ -78,7 +78,7 @@ def parts_of(modules: nn.ModuleList, width: int) -> Iterator[tuple[nn.Module, li
     for module in modules:
         block = module.block
         first = module.conv if block is None else block.conv1
-        yield module, [width, first.in_channels - width] if isinstance(module, Stage) else [width]
+        yield module, [width, first.in_channels - width] if isinstance(module, UNetStage) else [width]
         width = first.out_channels
 
 
@@ -236,7 +236,7 @@ def test_a_shift_of_the_frequencies_is_heeded(shift):
 # Fewer blocks: a network whose other blocks do nothing
 
 
-def silence(stage: Stage) -> None:
+def silence(stage: UNetStage) -> None:
     """Let a stage pass h on: no residual branch, no attention, no skip from the way down."""
     block = stage.block
     with torch.no_grad():
@@ -248,8 +248,8 @@ def silence(stage: Stage) -> None:
             stage.attention.out.weight.zero_(), stage.attention.out.bias.zero_()
 
 
-def stages_by_level(modules: nn.ModuleList) -> list[list[Stage]]:
-    levels: list[list[Stage]] = [[]]
+def stages_by_level(modules: nn.ModuleList) -> list[list[UNetStage]]:
+    levels: list[list[UNetStage]] = [[]]
     for module in modules:
         if isinstance(module, Resample):
             levels.append([])

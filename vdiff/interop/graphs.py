@@ -58,7 +58,7 @@ class GraphOptions:
         return "images" if self.sampler else self.output
 
 
-class Evaluation(nn.Module):
+class NetworkCall(nn.Module):
     """(z, label [, classes][, guidance]) → v̂, x̂ or ε̂, as `output` says.
 
     z (B, C, H, W), label (B,) = L·t − 1, classes (B,) int64, guidance (B,).
@@ -313,13 +313,13 @@ def export_torch(
 ) -> float:
     """Write the program to `path`, whole or not at all, and answer how far its answers are from vdiff's once reloaded.
 
-    Inputs are those of `Evaluation` and `FewSteps`, given by keyword, for any batch size; `metadata` is the extra file
+    Inputs are those of `NetworkCall` and `FewSteps`, given by keyword, for any batch size; `metadata` is the extra file
     `vdiff.json`.
 
     Raises:
         VdiffError: the answers differ, or the file system refuses.
     """
-    module = FewSteps(denoiser, options) if options.sampler else Evaluation(denoiser, options.output)
+    module = FewSteps(denoiser, options) if options.sampler else NetworkCall(denoiser, options.output)
     example = inputs(denoiser, options, config, range(2))
 
     def compare(program: nn.Module) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vdiff.errors import VdiffError
 from vdiff.files import write_whole
-from vdiff.interop.graphs import Evaluation, GraphOptions, Step, check, grid, inputs, metadata
+from vdiff.interop.graphs import GraphOptions, NetworkCall, Step, check, grid, inputs, metadata
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
 from vdiff.replacing import Kind
@@ -63,7 +63,7 @@ def export_onnx(
 ) -> float:
     """Write the graph to `path`, whole or not at all, and answer how far ONNX Runtime's answers are from vdiff's.
 
-    Inputs and outputs are those of `Evaluation` and `FewSteps`, by name, for any batch size; `metadata` is in the file.
+    Inputs and outputs are those of `NetworkCall` and `FewSteps`, by name, for any batch size; the file has `metadata`.
 
     Raises:
         VdiffError: packages are missing, the network is too large for the format, the answers differ, or the file
@@ -84,7 +84,7 @@ def export_onnx(
         model = _repeated(step, [{name: value.numpy() for name, value in one.items()} for one in told])
     else:
         model = _traced(
-            Evaluation(denoiser, options.output), inputs(denoiser, options, config, range(2)), [options.output]
+            NetworkCall(denoiser, options.output), inputs(denoiser, options, config, range(2)), [options.output]
         )
     _clean(model)
     onnx.helper.set_model_props(model, metadata(denoiser, options, config, fingerprint))

@@ -29,7 +29,7 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.interop.foreign import IMPORTED_MODEL, write_model
 from vdiff.interop.pickles import check_backed, read_pt
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig
-from vdiff.models.unet import Attention, Stage, UNet, UNetConfig
+from vdiff.models.unet import Attention, UNet, UNetConfig, UNetStage
 from vdiff.replacing import check_free
 
 KEYS = ("G", "n_timesteps", "time_scale")
@@ -231,7 +231,7 @@ def _names(network: UNet) -> dict[str, str]:
             for name in ("norm1", "conv1", "norm2", "conv2", "skip"):
                 found[f"{at}.block.{name}"] = f"{there}.resblocks.{name}"
             found[f"{at}.block.time"] = f"{there}.resblocks.time.1"
-            if isinstance(module, Stage) and module.block.time_affine:
+            if isinstance(module, UNetStage) and module.block.time_affine:
                 del found[f"{at}.block.norm2"]
     names = {name: name.rpartition(".")[::2] for name in network.state_dict()}
     return {name: f"{found[module]}.{kind}" for name, (module, kind) in names.items() if module in found}

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vdiff.models.unet import Attention, Resample, ResBlock, Stage, UNet, UNetConfig, parameter_count
+from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage, parameter_count
 
 Parts = tuple[int, ...]
 """The lengths of the pieces that one axis of a tensor is made of, each of a meaning of its own."""
@@ -145,7 +145,7 @@ def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
     at = f"fold {config.fold}"
     found |= _linear(f"in, {at}", network.conv_in, (c,), (config.in_channels * config.fold**2,))
     for place, module, inputs in _places(network, like):
-        if isinstance(module, Stage):
+        if isinstance(module, UNetStage):
             found |= _block(place, module.block, config, inputs)
             if isinstance(module.attention, Attention):
                 found |= _attention(f"{place}, attention", module.attention)
@@ -161,13 +161,13 @@ def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
     return found
 
 
-def _places(network: UNet, like: UNetConfig) -> Iterator[tuple[str, Stage | Resample, Parts]]:
+def _places(network: UNet, like: UNetConfig) -> Iterator[tuple[str, UNetStage | Resample, Parts]]:
     """Name by meaning, module, and the channels of what goes into it (two where it is h and a skip)."""
     config = network.config
     blocks = config.num_blocks
     number = _numbers(blocks, like.num_blocks)
     down, middle, up = (
-        iter(cast(Iterable[Stage | Resample], modules)) for modules in (network.down, network.middle, network.up)
+        iter(cast(Iterable[UNetStage | Resample], modules)) for modules in (network.down, network.middle, network.up)
     )
     levels = [(config.stride(i), config.channels * m) for i, m in enumerate(config.multipliers)]
     width = config.channels

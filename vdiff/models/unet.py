@@ -258,7 +258,7 @@ class Attention(nn.Module):
         return x + h.transpose(1, 2).unflatten(2, (height, width)).reshape(b, c, height, width)
 
 
-class Stage(nn.Module):
+class UNetStage(nn.Module):
     """A residual block and, at the levels that attend, an attention block."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, *, attend: bool) -> None:
@@ -322,20 +322,20 @@ class UNet(nn.Module):
         for level, multiplier in enumerate(config.multipliers):
             width, attend = config.channels * multiplier, config.stride(level) in config.attention_strides
             for _ in range(config.num_blocks):
-                self.down.append(Stage(c, width, config, attend=attend))
+                self.down.append(UNetStage(c, width, config, attend=attend))
                 c = width
                 widths.append(c)
             if level < last:
                 self.down.append(Resample(c, config, "down"))
                 widths.append(c)
 
-        self.middle = nn.ModuleList([Stage(c, c, config, attend=True), Stage(c, c, config, attend=False)])
+        self.middle = nn.ModuleList([UNetStage(c, c, config, attend=True), UNetStage(c, c, config, attend=False)])
 
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             width, attend = config.channels * multiplier, config.stride(level) in config.attention_strides
             for _ in range(config.num_blocks + 1):
-                self.up.append(Stage(c + widths.pop(), width, config, attend=attend))
+                self.up.append(UNetStage(c + widths.pop(), width, config, attend=attend))
                 c = width
             if level > 0:
                 self.up.append(Resample(c, config, "up"))
