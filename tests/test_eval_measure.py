@@ -7,8 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +15,9 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.commands import ROOT
+from tests import evaluating
 from tests.evaluating import NUM, figures, measured, write_all
+from tests.programs import ends, launch
 from tests.toy import SIZE, Watcher, signal_at, write_checkpoint, write_dataset
 from vdiff.cli.evaluate import table
 from vdiff.data.images import from_uint8, to_uint8
@@ -156,18 +155,12 @@ def test_killed_at_many_moments_it_ends_with_the_same_bits(place, tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".") or "partial" in path.name] == []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
 def test_two_processes_find_what_one_finds(place, tmp_path):
     for name in ("model", "teacher", "data"):
         (tmp_path / name).symlink_to(place / name)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    process = subprocess.run(
-        [str(torchrun), "--standalone", "--nproc_per_node", "2", "-m", "tests.evaluating"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
-        capture_output=True, timeout=900,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
+    codes, _, stderr = ends(launch(evaluating.main, tmp_path))
+    assert codes == [0, 0], stderr
     one, two = (Evaluation.read(folder / "out.json") for folder in (place, tmp_path))
     assert two.device == "2 × cpu"
     same = [{**row, "checkpoint": "model"} for row in figures(one.rows)]

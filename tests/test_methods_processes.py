@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.commands import ROOT, done
+from tests.commands import done
+from tests.programs import command, ends, launch
 from tests.toy import scalars, write_checkpoint, write_dataset
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.training.verdict import read_verdict
@@ -22,24 +21,17 @@ WORDS = (
 )
 
 
-@pytest.mark.slow
 def test_a_ladder_of_tract_in_two_processes(tmp_path, monkeypatch):
     """The batch, the statistics of all its losses, the self-teacher and the verdict are those of one process."""
     monkeypatch.chdir(tmp_path)
     data = write_dataset(Path("toy_4"))
     for name in ("one", "two"):
         write_checkpoint(Path(name, "original"), seed=7, dataset=str(data))
-    together = subprocess.run(
-        [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2",
-         str(ROOT / "distill.py"), "--base", "two/original", *WORDS.split()],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=900,
-    )  # fmt: skip
-    assert together.returncode == 0, together.stderr
-    assert "distilling on 2 processes, cpu, fp32, batch 8 = 2 processes × 4 images" in together.stderr
-    assert together.stderr.count("base_1: RMSE to its teacher") == 1
+    line = f"distill.py --base two/original {WORDS}"
+    codes, stdout, stderr = ends(launch(command(line), tmp_path))
+    assert codes == [0, 0], stdout + stderr
+    assert "distilling on 2 processes, cpu, fp32, batch 8 = 2 processes × 4 images" in stderr
+    assert stderr.count("base_1: RMSE to its teacher") == 1
     done(f"distill.py --base one/original {WORDS}")
     z = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for student in ("base_0", "base_1"):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, done
+from tests import together
+from tests.commands import done
+from tests.programs import ends, launch
 from tests.toy import contents, write_checkpoint
 from vdiff.distributed import join
 from vdiff.errors import VdiffError
@@ -20,14 +20,9 @@ from vdiff.errors import VdiffError
 def test_two_processes_draw_as_one(tmp_path, monkeypatch):
     """The same bytes in every kind of output, shares of both, one result; what fails in one process fails in both."""
     write_checkpoint(tmp_path / "model", channels=3, classes=3)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    process = subprocess.run(
-        [str(torchrun), "--standalone", "--nproc_per_node", "2", "-m", "tests.together"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
-        capture_output=True, timeout=900,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    first, *lines = process.stdout.splitlines()
+    codes, stdout, stderr = ends(launch(together.main, tmp_path))
+    assert codes == [0, 0], stderr
+    first, *lines = stdout.splitlines()
     result = json.loads(first)
     assert (result["num"], result["drawn"], result["processes"], result["evaluations"]) == (11, 11, 2, 8)
     assert [line.split()[0] for line in lines] == [
@@ -39,8 +34,8 @@ def test_two_processes_draw_as_one(tmp_path, monkeypatch):
         "two.npz",
         "picture",
     ]
-    assert "two.npz: 6/6 images" in process.stderr  # batches 0, 2 and 4 of six, the last of which has one image
-    assert process.stderr.count("two.npz: ") == 1
+    assert "two.npz: 6/6 images" in stderr  # batches 0, 2 and 4 of six, the last of which has one image
+    assert stderr.count("two.npz: ") == 1
     for number in (0, 1):
         rank, count, heard = json.loads((tmp_path / f"heard_{number}.json").read_text())
         assert (rank, count) == (str(number), 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from tests.commands import ROOT, TINY
+from tests.programs import Forked, command, ends, launch
 from tests.toy import assert_equal_bits, scalars, write_dataset
+from vdiff.cli import distill, train
 from vdiff.files import parse
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint
 from vdiff.training.state import state_path
@@ -31,37 +34,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     write_dataset(folder / "data/toy_4")
     (folder / "tiny.toml").write_text(SETTINGS)
-    for script in ("train.py", "distill.py"):
-        shutil.copy(ROOT / script, folder)
     return folder
-
-
-def launch(line: str, place: Path, processes: int = 2) -> subprocess.Popen[str]:
-    """Start `train.py …` as the README says: `torchrun --standalone --nproc_per_node 2 train.py …`."""
-    torchrun = Path(sys.executable).with_name("torchrun")
-    words = [str(torchrun), "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.Popen(
-        [*(words or [sys.executable]), *line.split()],
-        cwd=place,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-        },
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
 
 
 def done(line: str, place: Path, processes: int = 2) -> str:
     """Run what must succeed; what it said on stderr."""
-    stdout, stderr = (process := launch(line, place, processes)).communicate(timeout=900)
-    assert process.returncode == 0, stdout + stderr
+    codes, stdout, stderr = ends(launch(command(line), place, processes))
+    assert codes == [0] * processes, stdout + stderr
     return stderr
+
+
+def torchrun(line: str, place: Path) -> str:
+    """The same with a real launcher, as the README says it."""
+    for script in ("train.py", "distill.py"):
+        shutil.copy(ROOT / script, place)
+    process = subprocess.run(
+        [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", *line.split()],
+        cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, text=True,
+        capture_output=True, timeout=900,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return process.stderr
 
 
 def close(first: Path, second: Path) -> bool:
@@ -76,7 +69,7 @@ def close(first: Path, second: Path) -> bool:
 def whole(place: Path) -> Path:
     """`one` and `two`: six updates, in one process and in two."""
     done("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out one", place, processes=1)
-    stderr = done("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out two", place)
+    stderr = torchrun("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out two", place)
     assert "2 processes, cpu, fp32, batch 4 = 2 processes × 2 images" in stderr
     assert stderr.count("training two") == 1  # one of them speaks
     return place
@@ -103,7 +96,6 @@ def test_two_processes_resume_to_the_same_bits(whole):
     assert_equal_bits(state_path(whole / "two"), state_path(whole / "cut"))
 
 
-@pytest.mark.slow
 def test_a_ladder_in_two_processes(whole):
     words = "--config tiny.toml --teacher_steps 16 --to_steps 4"
     stderr = done(f"distill.py --base two {words}", whole)
@@ -116,7 +108,6 @@ def test_a_ladder_in_two_processes(whole):
     assert (whole / "base_1" / "ladder.png").exists()
 
 
-@pytest.mark.slow
 def test_weights_shared_out_over_the_processes(whole):
     """FSDP: the same training, resumed to the same bits, with averages, parts and samples; readable without it."""
     words = "--config tiny.toml --fsdp True --grad_accum 2 --ema_profiles True --ema_interval 2 --sample_interval 3"
@@ -140,48 +131,34 @@ def test_weights_shared_out_over_the_processes(whole):
 
 
 def test_one_process_has_nothing_to_share(whole):
-    process = launch("train.py --config tiny.toml --fsdp True --out alone", whole, processes=1)
-    _, stderr = process.communicate(timeout=900)
+    _, _, stderr = ends(launch(command("train.py --config tiny.toml --fsdp True --out alone"), whole, 1))
     assert (
         stderr.splitlines()[-1]
         == "error: --fsdp: there is one process to share the weights; start several, with torchrun"
     )
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_one_process_stops_both_after_the_same_update(whole, number, code):
     out = f"stopped_{code}"
-    process = launch(f"train.py --config tiny.toml --num_iters 100000 --ckpt_interval 100000 --out {out}", whole)
-    deadline = time.monotonic() + 600
+    line = f"train.py --config tiny.toml --num_iters 100000 --ckpt_interval 100000 --out {out}"
+    programs = launch(command(line), whole)
+    deadline = time.monotonic() + 60
     while not list((whole / out / "log").glob("*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    workers = [pid for pid in descendants(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(max(workers), number)  # the second process, which saves nothing
-    _, stderr = process.communicate(timeout=900)
-    assert f"exitcode  : {code}" in stderr or f"exitcode: {code}" in stderr, stderr
+        time.sleep(0.05)
+    time.sleep(0.2)
+    programs[1].send_signal(number)  # the second process, which saves nothing
+    codes, _, stderr = ends(programs)
+    assert codes == [code, code], stderr
     found = re.findall(rf"stopped after update (\d+) of 100000, {out} is saved; go on with --resume", stderr)
     assert len(found) == 1
     config = json.loads((whole / out / CONFIG).read_text())
     assert config["num_iters"] == int(found[0]) > 0
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they started."""
-    found = [pid]
-    for each in found:
-        for children in Path(f"/proc/{each}/task").glob("*/children"):
-            found += map(int, children.read_text().split())
-    return found[1:]
-
-
-@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared(whole):
-    process = launch("train.py --config tiny.toml --batch_size 5 --out odd", whole)
-    _, stderr = process.communicate(timeout=900)
-    assert process.returncode != 0
+    codes, _, stderr = ends(launch(command("train.py --config tiny.toml --batch_size 5 --out odd"), whole))
+    assert 0 not in codes
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
         "error: a batch of 5 cannot be shared equally by 2 processes in 1 parts; give --batch_size a multiple of 2"
@@ -189,74 +166,46 @@ def test_a_batch_that_cannot_be_shared(whole):
     assert not (whole / "odd").exists()
 
 
-KILLER = """
-import os, random, signal, sys, time
-import torch
-from pathlib import Path
-from vdiff.cli import distill, train
-import accelerate, safetensors.torch, tensorboard.summary, vdiff.training.comparison  # once, not in every fork
-
-KILLS = int(sys.argv[1])
-WORDS = ["--config", "tiny.toml", "--ckpt_interval", "2"]
-
-def work(folder):
-    run = ["--resume"] if (Path(folder) / "original" / "run.toml").exists() else []
-    for command, words in [
-        (train.command, [*WORDS, *run, "--num_iters", "30", "--out", f"{folder}/original"]),
-        (distill.command, [*WORDS, "--base", f"{folder}/original", "--teacher_steps", "16", "--to_steps", "4"]),
+def work(folder: Path) -> None:
+    """Train a model and distil it, going on where that was begun."""
+    words = ["--config", "tiny.toml", "--ckpt_interval", "2"]
+    resumed = ["--resume"] if (folder / "original" / "run.toml").exists() else []
+    for program, more in [
+        (train, [*resumed, "--num_iters", "30", "--out", f"{folder}/original"]),
+        (distill, ["--base", f"{folder}/original", "--teacher_steps", "16", "--to_steps", "4"]),
     ]:
         try:
-            command.main(words, standalone_mode=True)
+            program.command.main([*words, *more], standalone_mode=True)
         except SystemExit as end:
             if end.code:
-                os._exit(end.code)
-    os._exit(0)
-
-def attempt(folder, seconds):
-    pid = os.fork()
-    if pid == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        work(folder)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if (status := os.waitpid(pid, os.WNOHANG))[0]:
-            return os.waitstatus_to_exitcode(status[1])
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
-
-began = time.monotonic()
-assert attempt("whole", 120) == 0
-seconds = time.monotonic() - began
-rng, kills, rounds = random.Random(0), 0, 0
-while kills < KILLS or not rounds:
-    rounds += 1
-    folder = f"round_{rounds}"
-    while (code := attempt(folder, rng.uniform(0.05, 0.6) * seconds if kills < KILLS else 120)) is None:
-        kills += 1
-    assert code == 0, (folder, code)
-print(kills, rounds)
-"""
+                raise
 
 
 @pytest.mark.parametrize("least", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tmp_path, least):
     """Training and a ladder, killed so often in all: original and students are those of a run that never was."""
+
+    def attempt(name: str) -> Forked:
+        return Forked(lambda: work(Path(name)), tmp_path)
+
     shutil.copytree(place / "data", tmp_path / "data")
     shutil.copy(place / "tiny.toml", tmp_path)
-    process = subprocess.run(
-        [sys.executable, "-c", KILLER, str(least)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=1800,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    kills, rounds = map(int, process.stdout.split())
-    assert kills >= least
+    began = time.monotonic()
+    assert ends([attempt("whole")])[0] == [0]
+    usual = time.monotonic() - began
+    rng, kills, rounds = random.Random(0), 0, 0
+    while kills < least or not rounds:
+        rounds += 1
+        while True:
+            program, deadline = attempt(f"round_{rounds}"), time.monotonic() + rng.uniform(0.05, 0.6) * usual
+            while program.poll() is None and (kills >= least or time.monotonic() < deadline):
+                time.sleep(0.005)
+            if program.poll() is not None:
+                break
+            program.send_signal(signal.SIGKILL)
+            kills += 1
+            program.communicate(timeout=60)
+        assert ends([program])[0] == [0]
     for number in range(1, rounds + 1):
         for name in ("original", "base_0", "base_1"):
             assert_equal_bits(tmp_path / "whole" / name / WEIGHTS, tmp_path / f"round_{number}" / name / WEIGHTS)
