@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import threading
 import time
 import tomllib
@@ -23,7 +22,8 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 
-from tests.commands import ROOT, TINY, done, error, run, start, tree, typed
+from tests.commands import ROOT, TINY, done, error, run, tree, typed
+from tests.programs import Forked, ends, start
 from tests.test_data_cli import children
 from tests.toy import assert_equal_bits, write_checkpoint, write_dataset
 from vdiff.data.store import ImageStore
@@ -55,6 +55,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 # The documented lines, as programs
 
 
+@pytest.mark.slow
 def test_digits_of_256_pixels(tmp_path):
     stdout = typed("python prepare_data.py --size 256", tmp_path)
     assert "written    1797 images, 10 classes, size 256, to data/digits_256\n" in stdout
@@ -71,14 +72,14 @@ def test_from_nothing_to_samples(tmp_path, monkeypatch):
     assert "python distill.py --base checkpoints/original\n" in stdout
 
     write_checkpoint(tmp_path / "checkpoints/base_5", num_timesteps=16, image_size=8)
-    stdout = typed("python distill.py --base checkpoints/base_5", tmp_path)
+    codes, stdout, stderr = ends([start("distill.py --base checkpoints/base_5", tmp_path)])
+    assert codes == [0], stderr
     student = read_config(Path("checkpoints/base_6"))
     assert (student.num_timesteps, student.method, student.is_finished) == (8, "progressive", True)
     assert student.teacher is not None
     assert (student.teacher["path"], student.teacher["num_timesteps"]) == ("checkpoints/base_5", 16)
     assert stdout.endswith("next       python sample.py --checkpoint checkpoints/base_6\n")
 
-    module = start("python -m vdiff sample --clipped_sampling True --out module", tmp_path)  # meanwhile
     stdout = typed("python sample.py --clipped_sampling True", tmp_path)
     folder = Path("samples/base_6-clipped-8steps-seed0")
     assert stdout.endswith(f"picture    {folder}.grid.png\n")
@@ -88,8 +89,7 @@ def test_from_nothing_to_samples(tmp_path, monkeypatch):
 
     done("sample.py --clipped_sampling --out bare")
     assert pictures(Path("bare")) == pictures(folder)
-    module.communicate(timeout=120)
-    assert module.returncode == 0
+    done("vdiff sample --clipped_sampling True --out module")
     assert pictures(Path("module")) == pictures(folder)
 
     done("sample.py --clipped_sampling False")
@@ -283,15 +283,13 @@ def test_a_full_disk_loses_nothing(monkeypatch):
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
-def stopped(
-    line: str, place: Path, monkeypatch: pytest.MonkeyPatch, at_work: Callable[[subprocess.Popen[str]], bool]
-) -> list[str]:
+def stopped(line: str, place: Path, monkeypatch: pytest.MonkeyPatch, at_work: Callable[[Forked], bool]) -> list[str]:
     """Send Ctrl-C to one program and SIGTERM to another when they are at work; the line that each says at its end.
 
     They run at the same time, in the folders SIGINT and SIGTERM, made by `furnish`.
     """
     folders = [furnish(place / number.name, monkeypatch) for number, _ in STOPS]
-    processes = [start(f"python {line}", folder) for folder in folders]
+    processes = [start(line, folder) for folder in folders]
     waiting = [0, 1]
     deadline = time.monotonic() + 60
     while waiting and time.monotonic() < deadline:
@@ -367,7 +365,7 @@ def test_preparation_is_stopped_and_gone_on_with(tmp_path, monkeypatch):
         os.link(tmp_path / "0.png", photos / f"{k}.png")
     line = f"prepare_data.py {photos} --size 1024 --format png --num_workers 1 --out new/set"
 
-    def worker_is_at_work(process: subprocess.Popen[str]) -> bool:
+    def worker_is_at_work(process: Forked) -> bool:
         began = children(process.pid) > 1
         time.sleep(began)  # a worker whose parent ends before it has begun complains
         return began
