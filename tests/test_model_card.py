@@ -316,7 +316,7 @@ def test_only_earlier_exports_are_replaced(tmp_path):
 
 def test_a_description_may_leave_out_what_is_usual(tmp_path):
     """Channels of the images are 3 where config.json does not say."""
-    checkpoint = student(tmp_path / "m", unet={"channels": 8, "multipliers": [1], "num_blocks": 1, "num_groups": 2})
+    checkpoint = student(tmp_path / "m", unet={**UNET, "num_groups": 4}, channels=3)
     config = read_config(checkpoint)
     assert "in_channels" not in config.unet
     options = GraphOptions(sampler=True, output="v", num_steps=4)

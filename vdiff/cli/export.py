@@ -192,7 +192,7 @@ def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
     """Write CHECKPOINT as a pipeline into FOLDER, which diffusers loads without vdiff; with a model card.
 
     It is a DDIMPipeline with a UNet2DModel, and draws the same images from the same noise, at every number of steps
-    that divides the model's. Networks that UNet2DModel has no words for are refused.
+    that divides the model's. Networks that UNet2DModel does not support are refused.
     """
     from vdiff.interop.diffusers.writing import export_pipeline
 

@@ -153,7 +153,7 @@ class RemoteFile:
             file.seek(self.position)
             return file
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={self.position}-"} if self.position else {})
-        # no blocks: one answer that is read as it comes; a size, so that nobody asks the server for it
+        # block_size 0: one answer, read as it comes; a size, or fsspec asks the server for it
         file = self._system.open(self._path, "rb", block_size=0, size=1, headers=headers)
         with contextlib.ExitStack() as stack:
             stack.callback(file.close)

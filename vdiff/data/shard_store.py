@@ -191,7 +191,7 @@ class ShardStore:
 
 
 def _files_of_dataset(folder: Path) -> str:
-    """Both kinds, whole or damaged; an LMDB is told by the description in it."""
+    """Both kinds, whole or damaged; an LMDB is recognised by the description in it."""
     try:
         if (index := folder / INDEX_FILE).is_file():
             return "|".join([*(re.escape(shard.file) for shard in parse_index(index.read_bytes(), "")[1]), OTHER_FILES])

@@ -107,8 +107,8 @@ class Step(nn.Module):
         if self.guided:
             prediction = self._guided(z, label, angle_t, classes, guidance)
         else:
-            told = Condition().with_tensors(classes=classes, guidance=guidance)
-            output = self.network(z, label, **told.tensors)
+            condition = Condition().with_tensors(classes=classes, guidance=guidance)
+            output = self.network(z, label, **condition.tensors)
             prediction = _read(self.prediction_type, z, output, angle_t)
         if self.clipping_value is not None:
             prediction = prediction.clip(z, angle_t, self.clipping_value)
@@ -135,9 +135,9 @@ class FewSteps(nn.Module):
     def __init__(self, denoiser: Denoiser, options: GraphOptions) -> None:
         super().__init__()
         self.step = Step(denoiser, options)
-        told = grid(denoiser, options.num_steps)
-        for name in told[0]:
-            self.register_buffer(name, torch.stack([values[name] for values in told]))
+        steps = grid(denoiser, options.num_steps)
+        for name in steps[0]:
+            self.register_buffer(name, torch.stack([values[name] for values in steps]))
 
     def forward(self, noise: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         z = noise
@@ -148,7 +148,7 @@ class FewSteps(nn.Module):
 
 
 def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
-    """What each of the steps t = 1, (N−1)/N, … is told: label (1,) float32, angle_t and angle_s (1,) float64."""
+    """The constants of each of the steps t = 1, (N−1)/N, …: label (1,) float32, angle_t and angle_s (1,) float64."""
     times = grid_times(num_steps)
     angles = grid_angles(denoiser.schedule, times)
     labels = denoiser.schedule.timestep(times).float()
@@ -196,16 +196,16 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
     if options.sampler:
         values |= {"sampler": "ddim", "clipping_value": options.clipping_value, "guided": options.guided}
     elif options.num_steps <= MAX_GRID:
-        values["grid"] = [_step_of(told) for told in grid(denoiser, options.num_steps)]
+        values["grid"] = [_step_of(step) for step in grid(denoiser, options.num_steps)]
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in values.items()
     }
 
 
-def _step_of(told: Mapping[str, Tensor]) -> dict[str, float]:
-    t, s = (told[name] for name in ("angle_t", "angle_s"))
+def _step_of(step: Mapping[str, Tensor]) -> dict[str, float]:
+    t, s = (step[name] for name in ("angle_t", "angle_s"))
     return {
-        "label": float(told["label"]),
+        "label": float(step["label"]),
         "alpha_t": float(t.cos()),
         "sigma_t": float(t.sin()),
         "alpha_s": float(s.cos()),
@@ -233,7 +233,7 @@ def check_exportable(denoiser: Denoiser) -> None:
 def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, images: range) -> dict[str, Tensor]:
     """Inputs of the graph by name: the noise of images `images` of seed 0, at times or of classes all over their range.
 
-    What guidance is given stands in `_told_guidance`.
+    The weight of guidance is that of `_test_guidance`.
     """
     takes = denoiser.network.signature
     count = len(images)
@@ -242,24 +242,24 @@ def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, 
     if takes.num_classes:
         values["classes"] = torch.tensor([k % takes.num_classes for k in images])
     if takes.takes_guidance or options.guided:
-        values["guidance"] = torch.full((count,), _told_guidance(config))
+        values["guidance"] = torch.full((count,), _test_guidance(config))
     return values
 
 
 def _labels(denoiser: Denoiser, options: GraphOptions, count: int) -> Tensor:
     """Labels of `count` times of the grid, from t = 1 downwards."""
-    told = grid(denoiser, options.num_steps)
-    return torch.cat([told[k * len(told) // count]["label"] for k in range(count)])
+    steps = grid(denoiser, options.num_steps)
+    return torch.cat([steps[k * len(steps) // count]["label"] for k in range(count)])
 
 
-def _told_guidance(config: CheckpointConfig) -> float:
+def _test_guidance(config: CheckpointConfig) -> float:
     """A weight of guidance to check with: the middle of those that the network knows, or 1.5."""
     return sum(config.guidance_range) / 2 if config.guidance_range else 1.5
 
 
 def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, images: range) -> Tensor:
     """What vdiff itself answers to `inputs`."""
-    told = inputs(denoiser, options, config, images)
+    given = inputs(denoiser, options, config, images)
     if options.sampler:
         drawn = draw(
             denoiser,
@@ -267,12 +267,12 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
             indices=images,
             image_size=config.image_size,
             num_steps=options.num_steps,
-            guidance=_told_guidance(config) if "guidance" in told else 0.0,
+            guidance=_test_guidance(config) if "guidance" in given else 0.0,
         )
         return drawn.clamp(-1, 1)
-    t = (told["label"].double() + 1) / denoiser.schedule.label_scale
+    t = (given["label"].double() + 1) / denoiser.schedule.label_scale
     with torch.inference_mode():
-        prediction = denoiser(told["z"], t, denoiser.condition(**told))
+        prediction = denoiser(given["z"], t, denoiser.condition(**given))
     return {"v": prediction.v, "x": prediction.x, "eps": prediction.eps}[options.output].clone()
 
 

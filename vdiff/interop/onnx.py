@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +79,10 @@ def export_onnx(
             f"{size / 2**30:.1f} GiB of weights are more than the 2 GiB of an ONNX file", "use `vdiff export torch`"
         )
     if options.sampler:
-        told = grid(denoiser, options.num_steps)
-        values = {**inputs(denoiser, options, config, range(2)), **told[0]}
-        step = _traced(Step(denoiser, options), {"z": values.pop("noise"), **values}, ["z_s"], fixed=list(told[0]))
-        model = _repeated(step, [{name: value.numpy() for name, value in one.items()} for one in told])
+        steps = grid(denoiser, options.num_steps)
+        values = {**inputs(denoiser, options, config, range(2)), **steps[0]}
+        step = _traced(Step(denoiser, options), {"z": values.pop("noise"), **values}, ["z_s"], fixed=list(steps[0]))
+        model = _repeated(step, [{name: value.numpy() for name, value in one.items()} for one in steps])
     else:
         model = _traced(
             NetworkCall(denoiser, options.output), inputs(denoiser, options, config, range(2)), [options.output]
@@ -114,7 +115,7 @@ def _traced(
     module.eval().requires_grad_(False)
     batch = torch.export.Dim(BATCH, min=1)
     shapes = {name: None if name in fixed else {0: batch} for name in example}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _silenced(logging.getLogger("torch.onnx")):
         program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes)
         exported = torch.onnx.export(
             program,
@@ -128,21 +129,21 @@ def _traced(
     return exported.model_proto
 
 
-def _repeated(step: onnx.ModelProto, told: Sequence[Mapping[str, Any]]) -> onnx.ModelProto:
-    """A model that applies `step` once for each of `told`, z_s of one being z of the next: noise → images in [−1, 1].
+def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx.ModelProto:
+    """A model that applies `step` with each of `steps`, z_s of one being z of the next: noise → images in [−1, 1].
 
-    What depends on weights alone is computed once; what depends on `told` as well is computed here, for every step, and
-    becomes a constant: the time embedding, α and σ. Only the rest is repeated.
+    What depends on weights alone is computed once. What depends on `steps` as well (the time embedding, α and σ) is
+    computed here and becomes a constant of each step. Only the rest is repeated.
 
     Args:
-        step: inputs z and the names in `told`, which are the same for the whole batch, and others; output z_s.
+        step: inputs z and the names in `steps`, which are the same for the whole batch, and others; output z_s.
     """
     import onnx
     from onnx import helper, numpy_helper
 
     graph = step.graph
     constant = {tensor.name for tensor in graph.initializer}
-    by_step = set(told[0])
+    by_step = set(steps[0])
     once, scalar, rest = [], [], []
     for node in graph.node:  # in the order of computation
         needs = set(filter(None, node.input))
@@ -159,9 +160,9 @@ def _repeated(step: onnx.ModelProto, told: Sequence[Mapping[str, Any]]) -> onnx.
     telling = helper.make_model(
         helper.make_graph(
             [*once, *scalar],
-            "told",
-            [value for value in graph.input if value.name in told[0]],
-            [onnx.ValueInfoProto(name=name) for name in frontier if name not in told[0]],
+            "constants",
+            [value for value in graph.input if value.name in steps[0]],
+            [onnx.ValueInfoProto(name=name) for name in frontier if name not in steps[0]],
             graph.initializer,
         ),
         opset_imports=step.opset_import,
@@ -172,7 +173,7 @@ def _repeated(step: onnx.ModelProto, told: Sequence[Mapping[str, Any]]) -> onnx.
 
     nodes, constants = list(once), list(graph.initializer)
     z = "noise"
-    for k, values in enumerate(told, 1):
+    for k, values in enumerate(steps, 1):
         names = {"z": z}
         found = dict(values)
         if session is not None:
@@ -182,34 +183,29 @@ def _repeated(step: onnx.ModelProto, told: Sequence[Mapping[str, Any]]) -> onnx.
             constants.append(numpy_helper.from_array(found[name], names[name]))
         for node in rest:
             names |= {name: f"{name}_of_step_{k}" for name in node.output if name}
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
+            copy = deepcopy(node)
             copy.name = f"{node.name}_of_step_{k}"
             copy.input[:] = [names.get(name, name) for name in node.input]
             copy.output[:] = [names.get(name, name) for name in node.output]
             nodes.append(copy)
         z = names["z_s"]
-    limits = [
-        numpy_helper.from_array(torch.tensor(limit).numpy(), name)
-        for name, limit in (("lowest", -1.0), ("highest", 1.0))
-    ]
+    for name, limit in (("lowest", -1.0), ("highest", 1.0)):
+        constants.append(numpy_helper.from_array(torch.tensor(limit).numpy(), name))
     nodes.append(helper.make_node("Clip", [z, "lowest", "highest"], ["images"]))
     used = {name for node in nodes for name in node.input}
 
     def renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-        copy = onnx.ValueInfoProto()
-        copy.CopyFrom(value)
+        copy = deepcopy(value)
         copy.name = name
         return copy
 
-    by_name = {value.name: value for value in graph.input}
-    given = [renamed(value, "noise" if name == "z" else name) for name, value in by_name.items() if name not in told[0]]
+    given = [value for value in graph.input if value.name not in steps[0]]
     whole = helper.make_graph(
         nodes,
         "sampler",
-        given,
+        [renamed(value, "noise" if value.name == "z" else value.name) for value in given],
         [renamed(graph.output[0], "images")],
-        [tensor for tensor in [*constants, *limits] if tensor.name in used],
+        [tensor for tensor in constants if tensor.name in used],
     )
     return helper.make_model(whole, opset_imports=step.opset_import, ir_version=step.ir_version)
 
@@ -240,9 +236,8 @@ def _session(model: str | bytes) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's remarks on its own workings stay unsaid."""
-    logger = logging.getLogger("torch.onnx")
+def _silenced(logger: logging.Logger) -> Iterator[None]:
+    """Only errors of `logger` are shown; the exporter remarks on its own workings."""
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

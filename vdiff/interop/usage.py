@@ -126,7 +126,7 @@ def torch_usage(name: str, config: CheckpointConfig, options: GraphOptions) -> s
 
 
 def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, clip: bool) -> str:
-    """For a pipeline folder called `name`, which draws with the arguments `call`; empty: it must be told a class."""
+    """For a pipeline folder called `name`, which draws with the arguments `call`; empty: it needs a class."""
     unet = UNetConfig.from_dict(config.unet)
     values = {
         "name": name,

@@ -55,7 +55,7 @@ DAMAGED = "copy or download it again"
 
 @dataclass(frozen=True)
 class Imported:
-    """The checkpoint's description, and in what the pipeline draws other images than we do, a sentence each."""
+    """The checkpoint's description, and where the pipeline draws other images than vdiff, a sentence each."""
 
     config: CheckpointConfig
     remarks: list[str]
@@ -73,7 +73,7 @@ def import_pipeline(
         num_timesteps: steps that it samples with by default; None: as many as it was trained with.
 
     Raises:
-        VdiffError: `source` is no such pipeline, or one that we have no words for; the folder exists or cannot be
+        VdiffError: `source` is no such pipeline, or one that vdiff does not support; the folder exists or cannot be
             written.
         OptionError: a number of steps that the model has no levels for.
     """
@@ -156,7 +156,7 @@ def _base_model(scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointCon
     """The description of a model that another program trained.
 
     Raises:
-        VdiffError: we have no words for it.
+        VdiffError: vdiff does not support it.
     """
     schedule, prediction = read_schedule(scheduler), read_prediction(scheduler)
     shape, image_size = read_unet_config(unet)

@@ -1,6 +1,6 @@
 """Our schedules and the configurations of diffusers' schedulers: β by name or as a table, and what a network predicts.
 
-Their timestep k − 1 is our level k of a table, t = k/L, and the label that a network is told there is k − 1 in both.
+Their timestep k − 1 is our level k of a table, t = k/L, and the network's timestep there is k − 1 in both.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ RULES = {
     "use_flow_sigmas": _ONLY_FALSE,
     "use_dynamic_shifting": _ONLY_FALSE,
     "rescale_betas_zero_snr": _ONLY_FALSE,
-    "timestep_type": Rule(("discrete",)),  # continuous: the network is told log σ/4 and not the index of a level
+    "timestep_type": Rule(("discrete",)),  # continuous: the timestep is log σ/4 and not the index of a level
 }
-"""Fields that change what is drawn, in the order in which they are spoken of."""
+"""Fields that change what is drawn, in the order of the remarks."""
 AS_IF: dict[str, Any] = {"timestep_spacing": "linspace", "clip_sample": False}
 """What a scheduler does that has no such field; what is in neither is the first of `Rule.same`."""
 WITHOUT_EFFECT = {
@@ -147,7 +147,7 @@ def write_scheduler_config(schedule: Schedule, prediction: str, *, clip: bool) -
         clip: clip x̂ to ±1.
 
     Raises:
-        VdiffError: diffusers has no word for the prediction.
+        VdiffError: diffusers does not support the prediction.
     """
     if prediction not in PREDICTIONS:
         raise VdiffError(
@@ -186,7 +186,7 @@ def read_prediction(file: JsonFile) -> str:
     """What a network predicts, by a scheduler's configuration.
 
     Raises:
-        VdiffError: a scheduler or prediction that we have no word for; the file and key are named.
+        VdiffError: a scheduler or prediction that vdiff does not support; the file and key are named.
     """
     _kind(file)
     usual = "sample" if file.get("predict_epsilon") is False else "epsilon"  # how files of 2022 said it
@@ -215,7 +215,7 @@ def read_schedule(file: JsonFile) -> Schedule:
     """The schedule that a scheduler's configuration describes, by name or by its table.
 
     Raises:
-        VdiffError: β that we have no word for; the file and key are named.
+        VdiffError: β that vdiff does not support; the file and key are named.
     """
     if (betas := read_table(file)) is not None:
         known = next((schedule for schedule in _candidates(betas) if agree(schedule, betas)), None)
@@ -233,10 +233,10 @@ def read_schedule(file: JsonFile) -> Schedule:
 
 
 def remarks(file: JsonFile) -> list[str]:
-    """In what a pipeline of theirs with this configuration draws other images than we do, one sentence each.
+    """Where a pipeline of theirs with this configuration draws other images than vdiff, one sentence each.
 
     Raises:
-        VdiffError: a value that is none of diffusers', or that we have no word for; the file and key are named.
+        VdiffError: a value that diffusers does not know, or that vdiff does not support; the file and key are named.
     """
     size = file.whole("num_train_timesteps", 1000, low=1, high=MAX_LEVELS)
     kind = _kind(file)
@@ -259,7 +259,7 @@ def _value(file: JsonFile, kind: str, key: str, rule: Rule) -> Any:
     """The value of a field, as their scheduler takes it.
 
     Raises:
-        VdiffError: it is none of diffusers', or is refused.
+        VdiffError: diffusers does not know it, or it is refused.
     """
     if key not in SCHEDULERS[kind]:
         return AS_IF.get(key, rule.same[0])

@@ -69,7 +69,7 @@ def write_unet_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
     """The arguments of the `UNet2DModel` that is the network of `config`.
 
     Raises:
-        VdiffError: it names what UNet2DModel has no word for.
+        VdiffError: UNet2DModel does not support it; the option is named.
     """
     if config.fold > 1:
         raise _cannot_say(f"fold {config.fold}: its network always sees single pixels")
@@ -125,7 +125,7 @@ def read_unet_config(file: JsonFile) -> tuple[UNetConfig, int]:
     """The network that a `UNet2DModel`'s configuration describes, and the size of its images.
 
     Raises:
-        VdiffError: a value that is none of diffusers', or that our network has no word for; the file and key are named.
+        VdiffError: a value that diffusers does not know, or our network does not support; it names the file and key.
     """
     if file.get("_class_name") != "UNet2DModel":
         raise file.refusal("_class_name", "only UNet2DModel can be read")

@@ -43,7 +43,7 @@ class Exported:
 
     Attributes:
         config: the checkpoint's description, as far as it holds for what was written.
-        call: the arguments with which the pipeline draws our images; empty where it would have to be told a class,
+        call: the arguments with which the pipeline draws our images; empty where it needs a class,
             which it cannot.
     """
 
@@ -67,12 +67,12 @@ def export_pipeline(
         clip: clip x̂ to ±1 in every step, as `ddim` does. The pipeline then has to be called with
             `use_clipped_model_output=True`. Without a clip it draws what `ddim` without a clip does, called plainly.
         class_name: of a class-conditional network the one class that is drawn ("none": no class); None: the network
-            is told a class at each call.
-        guidance: of a network that takes a weight of guidance, the one weight that it is told.
+            takes a class at each call.
+        guidance: of a network that takes a weight of guidance, the one weight that it takes.
         license_name: what the model card says of the licence; None: no card is written.
 
     Raises:
-        VdiffError: diffusers has no word for something in the checkpoint; the checkpoint cannot be read; the folder
+        VdiffError: diffusers does not support something in the checkpoint; the checkpoint cannot be read; the folder
             exists or cannot be written.
         OptionError: a class or a weight that the network does not know.
     """
@@ -119,7 +119,7 @@ def _fixed(
 ) -> tuple[UNet, CheckpointConfig]:
     """The network for one class and one weight of guidance, and its description; as they are where none is given.
 
-    The network adds what it is told of them to the embedding of the time, so a class and a weight that stay the same
+    The network adds their embeddings to the embedding of the time, so a class and a weight that stay the same
     go into the last bias of that embedding.
 
     Raises:
@@ -138,8 +138,8 @@ def _fixed(
         low, high = config.guidance_range or [guidance, guidance]
         if not low <= guidance <= high:
             raise OptionError(f"--guidance {guidance}: the network was taught {low} to {high}", "give one of these")
-        told = timestep_embedding(torch.tensor([GUIDANCE_SCALE * guidance]), shape.channels)
-        added.append(network.embed_guidance(told)[0])
+        weight = timestep_embedding(torch.tensor([GUIDANCE_SCALE * guidance]), shape.channels)
+        added.append(network.embed_guidance(weight)[0])
         shape = replace(shape, guidance_input=False)
         config = replace(config, guidance_range=[])
     if not added:
