@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import vdiff.cli.distill
+from tests.oracles import randn
 from tests.toy import (
     SIZE,
     Watcher,
@@ -29,12 +32,15 @@ from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import METHODS, DistillContext, Method, TrainTarget
 from vdiff.diffusion.phases import single_plan
 from vdiff.diffusion.prediction import Prediction
-from vdiff.diffusion.schedules import diffuse
+from vdiff.diffusion.samplers import Ddim, ddim_step
+from vdiff.diffusion.schedules import diffuse, grid_angles
 from vdiff.diffusion.targets import grid_times_of
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import Interrupted, OptionError
-from vdiff.models.checkpoint import WEIGHTS, read_config, read_tensors
+from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.models.condition import SECOND_TIME, Condition
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.drawing import draw_from
 from vdiff.settings import setting
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
@@ -42,12 +48,12 @@ from vdiff.training.objectives import weighted_losses
 from vdiff.training.stages import plan_stages, resolve_distillation
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep
-from vdiff.training.student import stage_run
+from vdiff.training.student import begin_student, describe_student, stage_run
 
 
 @dataclass(frozen=True)
 class Adversarial(Method):
-    """The middle between the teacher's x̂ and the image, and a critic that tells the student's x̂ from it.
+    """The middle between the teacher's x̂ and the image, a critic that tells the student's x̂ from it, a second time.
 
     Args:
         critic_weight: of the critic in the student's loss.
@@ -57,6 +63,8 @@ class Adversarial(Method):
     critic_weight: float = setting("Weight of the critic of adversarial.", default=0.25, low=0, high=10)
     critic_width: int = setting("Hidden units of the critic of adversarial.", default=3, low=1, unit="UNITS")
 
+    network_options: ClassVar[Mapping[str, Any]] = {"second_time": True}
+
     def plan(self, num_steps: int, to_steps: int) -> list[int]:
         return single_plan(num_steps, to_steps)
 
@@ -65,7 +73,10 @@ class Adversarial(Method):
         assert all(not parameter.grad_fn for parameter in context.networks.parameters())
         t = grid_times_of(u, context.num_steps)
         z = diffuse(x, noise, context.schedule.angle(t))
-        return TrainTarget(z, t, (context.teacher(z, t).x + x) / 2)
+        inputs = {SECOND_TIME: (t - 1 / context.num_steps).clamp(min=0)}
+        assert context.student is not None
+        assert context.student(z, t, **inputs).x.shape == z.shape
+        return TrainTarget(z, t, (context.teacher(z, t).x + x) / 2, inputs=inputs)
 
     def networks(self, student: nn.Module) -> nn.Module:
         assert next(student.parameters()).requires_grad
@@ -173,7 +184,7 @@ def test_student_and_critic_take_the_steps_of_their_own_losses(data, teacher, mo
     monkeypatch.setattr(Adversarial, "__call__", spied)
     student, critic, after = first_update(data, teacher)
     (target,), config = targets, after.config
-    prediction = student(target.z, target.t)
+    prediction = student(target.z, target.t, Condition(target.inputs))
     logsnr = student.schedule.logsnr(target.t)
     errors = weighted_losses(prediction, target, logsnr, WEIGHTINGS[config.weighting], LOSSES[config.loss])
     loss = errors.mean() - 0.25 * critic(prediction.x).mean()
@@ -216,3 +227,43 @@ def test_a_run_that_is_cut_ends_with_the_same_bits(data, teacher, tmp_path):
     other = run_ladder(dataclasses.replace(plain, base=config.base), described, overwrite=True)[0].folder
     with pytest.raises(AssertionError):
         assert_equal_bits(other / WEIGHTS, once / WEIGHTS)
+
+
+# A second time
+
+
+def at(s: float, count: int) -> Condition:
+    return Condition({SECOND_TIME: torch.full((count,), s, dtype=torch.float64)})
+
+
+def test_a_student_takes_a_second_time_its_teacher_does_not(data, teacher):
+    """At its start it is its teacher at every second time; what it learns depends on it; none given is the first."""
+    described, config = read_config(teacher), distill_config(data, teacher, **SETTINGS)
+    (stage,) = plan_stages(config, described)
+    start, _ = begin_student(stage, config, describe_student(stage, config, described))
+    z, t = randn(4, 1, SIZE, SIZE).float(), torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    original = load_checkpoint(teacher)[0](z, t).x
+    assert original.abs().max() > 0.01
+    for condition in (Condition(), at(0.1, 4)):
+        torch.testing.assert_close(start.eval()(z, t, condition).x, original, rtol=1e-5, atol=1e-6)
+    run_ladder(config, described)
+    student, found = load_checkpoint(stage.folder)
+    assert found.unet["second_time"]
+    near, far = (student(z, t, at(s, 4)).x for s in (0.0, 0.5))
+    assert (near - far).abs().max() > 1e-6
+    torch.testing.assert_close(student(z, t).x, student(z, t, Condition({SECOND_TIME: t})).x)
+    assert not torch.equal(student(z, t).x, near)
+
+
+def test_a_sampler_tells_where_its_step_ends(data, teacher):
+    described, config = read_config(teacher), distill_config(data, teacher, **{**SETTINGS, "lr": 0.05})
+    folder = run_ladder(config, described)[0].folder
+    student, _ = load_checkpoint(folder)
+    z, schedule = randn(3, 1, SIZE, SIZE).float(), student.schedule
+    images = draw_from(student, Ddim(clipping_value=None), noise=lambda: z, num_steps=2)
+    with torch.no_grad():
+        for start, end in ((1.0, 0.5), (0.5, 0.0)):
+            t, s = torch.full((3,), start, dtype=torch.float64), torch.full((3,), end, dtype=torch.float64)
+            v = student(z, t, at(end, 3)).v
+            z = ddim_step(z, v, schedule.angle(t), grid_angles(schedule, s))
+    torch.testing.assert_close(images, z, rtol=1e-4, atol=1e-5)

@@ -100,7 +100,8 @@ class Method(ABC):
         needs_images: whether real images are used; if not, a batch of targets is whole paths of the student's steps.
         is_annealed: whether targets depend on how much of the training is done.
         has_fine_times: targets lie at the times of the teacher's steps, not at those of the student's alone.
-        network_options: options of the student's network that its teacher's need not have: `{"second_time": True}`.
+        network_options: options of the student's network that its teacher's need not have. With `second_time` it takes
+            the time where a step ends, which samplers tell it: targets and questions give `inputs` "second_time".
     """
 
     keeps_steps: ClassVar[bool] = False
@@ -336,6 +337,7 @@ class Guided(Match):
         OptionError: no range.
     """
 
+    network_options: ClassVar[Mapping[str, Any]] = {"guidance_input": True}
     then: str = setting(
         "What --method guided goes on with, once the student takes guidance as an input.",
         default="progressive", choices=lambda: shortening(),

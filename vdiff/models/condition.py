@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-CLASSES, GUIDANCE = "classes", "guidance"
-"""Names of two conditions: a class (B,) int64, and the weight w of classifier-free guidance (B,)."""
+CLASSES, GUIDANCE, SECOND_TIME = "classes", "guidance", "second_time"
+"""Names of conditions: a class (B,) int64, the weight w of classifier-free guidance (B,), and a second time (B,) in
+[0, 1], where the step from t is to end (Kim et al. 2024, *Consistency Trajectory Models*)."""
 Null = Mapping[str, Tensor | float]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction, from_v
 from vdiff.diffusion.schedules import Schedule, coefficient, grid_angles
-from vdiff.models.condition import GUIDANCE, Condition
+from vdiff.models.condition import GUIDANCE, SECOND_TIME, Condition
 from vdiff.models.unet import UNet
 
 NOTHING = Condition()
@@ -18,8 +18,9 @@ NOTHING = Condition()
 class Denoiser(nn.Module):
     """(z, t[, condition]) → Prediction(x̂, ε̂, v̂): z (B, C, …), t ∈ (0, 1] (B,) float64, B rows of the condition.
 
-    The network is told timestep(t) and real conditions in float32 at least, as half precision would round them. Its
-    output is brought to the precision of z before it is read, so that mixed precision ends at the network.
+    The network is told timestep(t), that of a second time too, and real conditions in float32 at least, as half
+    precision would round them. Its output is brought to the precision of z before it is read, so that mixed precision
+    ends at the network.
 
     Raises:
         ValueError: an unknown prediction type, or a network whose output has the wrong number of channels for it.
@@ -46,6 +47,8 @@ class Denoiser(nn.Module):
     def forward(self, z: Tensor, t: Tensor, condition: Condition = NOTHING) -> Prediction:
         precision = torch.promote_types(z.dtype, torch.float32)
         timestep = self.schedule.timestep(t).to(precision).to(z.device)
+        if (second := condition.tensors.get(SECOND_TIME)) is not None:
+            condition = condition.with_tensors(second_time=self.schedule.timestep(second))
         output = self.network(z, timestep, **condition.to(z.device, precision).tensors).to(z.dtype)
         return PREDICTION_TYPES[self.prediction_type].read(z, output, grid_angles(self.schedule, t))
 

@@ -12,7 +12,7 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import NonFiniteSampleError, Sampler, sample
 from vdiff.errors import VdiffError
-from vdiff.models.condition import Condition
+from vdiff.models.condition import SECOND_TIME, Condition
 from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser
 
 EVERYWHERE = (0.0, 1.0)
@@ -124,11 +124,16 @@ def draw_from(
     is_plain = takes_guidance or not guidance
     guided = denoiser if is_plain else GuidedDenoiser(denoiser, guidance, guidance_interval)
 
+    times = grid_of(grid, denoiser.schedule, num_steps)
+
     def denoise(z: Tensor, t: Tensor) -> Prediction:
-        prediction: Prediction = guided(z, t, condition)
+        told = condition
+        if SECOND_TIME in denoiser.network.signature.names:  # where the step from t ends
+            end = (torch.searchsorted(times, t.to(times).contiguous()) - 1).clamp(min=0)
+            told = condition.with_tensors(second_time=times[end])
+        prediction: Prediction = guided(z, t, told)
         return prediction
 
-    times = grid_of(grid, denoiser.schedule, num_steps)
     was_training = denoiser.training
     denoiser.eval()
     try:

@@ -51,7 +51,7 @@ def inherit(student: UNet, teacher: UNet) -> Inherited:
     - Fewer channels: the leading ones, of h and of the skip that the way up joins, of scale and of shift, of q, k and
       v and of each head. Where there are fewer heads, each stands for a group of the teacher's.
     - Fewer blocks a level: the first, the last and evenly between; on the way up the blocks that take their skips.
-    - The embeddings of time and guidance: the nearest frequencies.
+    - The embeddings of times and guidance: the nearest frequencies.
     - A block that changes its width where the teacher's does not begins with the identity.
 
     Equal shapes give equal networks. Dropout, attention that is new, guidance as an input and classes left out change
@@ -132,7 +132,8 @@ def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
     emb, c = (config.embedding_channels,), config.channels
     found: dict[str, _Weight] = {}
 
-    for name, mlp in (("time", network.embed), ("guidance", network.embed_guidance)):
+    embeddings = {"time": network.embed, "guidance": network.embed_guidance, "second time": network.embed_second}
+    for name, mlp in embeddings.items():
         if mlp is not None:
             first = cast(nn.Linear, mlp[0])
             found[f"{name}.0.weight"] = _Weight(_at_frequencies(first.weight, config, like), (emb, _pieces(like)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vdiff.models.condition import CLASSES, GUIDANCE, Signature
+from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME, Signature
 
 MAX_GROUPS = 32
 NORM_EPS = 1e-5
@@ -54,6 +54,7 @@ class UNetConfig:
         num_classes: of a class-conditional network; 0: unconditional.
         null_class: one class more, number `num_classes`, stands for "no class", as classifier-free guidance needs it.
         guidance_input: the network is told a weight w of guidance, whose effect it has learned (Meng et al. 2023).
+        second_time: the network is told a second time, as it is told of the first.
         fold: squares of fold × fold pixels become the channels of one (space to depth) before the first convolution,
             and are unfolded behind the last: the levels begin at 1/fold of the image size.
         num_groups: of every normalisation; 0: as many as divide the channels, 32 at the most.
@@ -78,6 +79,7 @@ class UNetConfig:
     num_classes: int = 0
     null_class: bool = False
     guidance_input: bool = False
+    second_time: bool = False
     fold: int = 1
     num_groups: int = 0
     norm_eps: float = NORM_EPS
@@ -141,7 +143,8 @@ class UNetConfig:
     @property
     def signature(self) -> Signature:
         """What the network takes and answers."""
-        names = (CLASSES,) * bool(self.num_classes) + (GUIDANCE,) * self.guidance_input
+        takes = {CLASSES: self.num_classes, GUIDANCE: self.guidance_input, SECOND_TIME: self.second_time}
+        names = tuple(name for name, value in takes.items() if value)
         null = {CLASSES: self.num_classes} if self.null_class else {}
         return Signature(self.in_channels, self.out_channels, names, null, self.num_classes, self.size_multiple)
 
@@ -291,11 +294,13 @@ class Resample(nn.Module):
 
 
 class UNet(nn.Module):
-    """z (B, in_channels, H, W), timestep (B,) [, classes (B,) int64][, guidance (B,)] → (B, out_channels, H, W).
+    """z (B, in_channels, H, W), timestep (B,) [, classes (B,) int64][, guidance (B,)][, second_time (B,)]
+    → (B, out_channels, H, W).
 
     H and W must be multiples of `config.size_multiple`. With `config.null_class` class number `num_classes` is "no
     class", and so are all where none are given. With `config.guidance_input` guidance is w, and 0 where none is given;
-    a network that has not learned what it means pays no heed to it.
+    a network that has not learned what it means pays no heed to it. The same holds of `config.second_time` and the
+    second timestep, for which the first one stands where none is given.
 
     Attributes:
         full_precision: compute in the precision of the weights, whatever mixed precision is switched on outside.
@@ -312,8 +317,10 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
         rows = config.num_classes + config.null_class
         self.embed_class = nn.Embedding(rows, emb) if rows else None
-        layers = (nn.Linear(c, emb), nn.SiLU(), zero_init(nn.Linear(emb, emb))) if config.guidance_input else ()
-        self.embed_guidance = nn.Sequential(*layers) if layers else None
+        self.embed_guidance, self.embed_second = (
+            nn.Sequential(nn.Linear(c, emb), nn.SiLU(), zero_init(nn.Linear(emb, emb))) if is_told else None
+            for is_told in (config.guidance_input, config.second_time)
+        )
 
         self.conv_in = conv3x3(config.in_channels * config.fold**2, c)
         self.down = nn.ModuleList()
@@ -344,13 +351,17 @@ class UNet(nn.Module):
         self.conv_out = zero_init(conv3x3(c, config.out_channels * config.fold**2))
 
     def forward(
-        self, z: Tensor, timestep: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        z: Tensor,
+        timestep: Tensor,
+        classes: Tensor | None = None,
+        guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
     ) -> Tensor:
         with _without_autocast(z.device) if self.full_precision else nullcontext():
-            return self._forward(z, timestep, classes, guidance)
+            return self._forward(z, self._embedding(timestep, classes, guidance, second_time))
 
-    def _forward(self, z: Tensor, timestep: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
-        embedding = self._embedding(timestep, classes, guidance)
+    def _forward(self, z: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(_folded(z, self.config.fold))
         skips = [h]
         for module in self.down:
@@ -363,8 +374,10 @@ class UNet(nn.Module):
             h = self._run(module, embedding, *joined)
         return _unfolded(self.conv_out(F.silu(self.norm_out(h))), self.config.fold)
 
-    def _embedding(self, timestep: Tensor, classes: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """What the residual blocks are told of time, class and guidance: (B, embedding_channels)."""
+    def _embedding(
+        self, timestep: Tensor, classes: Tensor | None, guidance: Tensor | None, second_time: Tensor | None
+    ) -> Tensor:
+        """What the residual blocks are told of times, class and guidance: (B, embedding_channels)."""
         config, dtype = self.config, self.conv_in.weight.dtype
         with _without_autocast(timestep.device):  # some thousand multiplications an image: rounding them gains no time
             told = timestep_embedding(timestep, config.channels, freq_shift=config.freq_shift).to(dtype)
@@ -373,6 +386,10 @@ class UNet(nn.Module):
                 w = torch.zeros_like(timestep) if guidance is None else guidance
                 told = timestep_embedding(GUIDANCE_SCALE * w, config.channels).to(dtype)
                 embedding = embedding + self.embed_guidance(told)
+            if self.embed_second is not None:
+                second = timestep if second_time is None else second_time
+                told = timestep_embedding(second, config.channels, freq_shift=config.freq_shift).to(dtype)
+                embedding = embedding + self.embed_second(told)
         if self.embed_class is not None:
             if classes is None:
                 if not config.null_class:

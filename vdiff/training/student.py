@@ -37,11 +37,10 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     Raises:
         OptionError: `student_config` describes no network, or one that the teacher's images do not fit.
     """
-    unet = {**student_network(config, teacher), "dropout": config.dropout}
-    taught = list(teacher.guidance_range)
-    method = config.build_method(stage.method)
+    method, taught = config.build_method(stage.method), list(teacher.guidance_range)
+    unet = {**student_network(config, teacher), **method.network_options, "dropout": config.dropout}
     if isinstance(method, Guided):
-        unet["guidance_input"], taught = True, list(method.weights())
+        taught = list(method.weights())
     description = replace(
         teacher,
         unet=unet,
