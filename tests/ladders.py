@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from tests.toy import SIZE, write_checkpoint
-from vdiff.evaluation.results import FILE, PAIRS, EvalRow, Evaluation, Metric, Reference
+from vdiff.evaluation.results import FILE, EvalRow, Evaluation, Metric, Reference
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 
 COLUMNS = 3
@@ -90,12 +90,12 @@ def write_evaluation(root: Path, *, pairs: bool = True, **changes: Any) -> Evalu
         "command": "vdiff evaluate --seed 3",
         "reference": Reference("data/toy", "abc", 1797, SIZE, 1),
         "rows": tuple(rows),
-        "pairs": PAIRS if pairs else None,
+        "pairs": "evaluation-nearest.png" if pairs else None,
         "notes": ("n is small.",),
     }
     evaluation = Evaluation(**values | changes)
     evaluation.write(root / FILE)
-    PIL.Image.new("L", (30, 20)).save(root / PAIRS)
+    PIL.Image.new("L", (30, 20)).save(root / "evaluation-nearest.png")
     return evaluation
 
 

@@ -47,7 +47,6 @@ from vdiff.training.averages import (
     Profile,
     gamma_of,
     profiles_of,
-    sigma_rel_of,
 )
 from vdiff.training.posthoc import (
     MAX_MISFIT,
@@ -194,6 +193,11 @@ def test_the_first_decays_of_a_power_function():
     assert profile.decay_at(0) == 0
     assert profile.decay_at(1) == pytest.approx(0.5 ** (profile.gamma + 1))
     assert profile.decay_at(999) == pytest.approx(0.999 ** (profile.gamma + 1))
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """The standard deviation of p(τ) ∝ τ^γ on [0, t], divided by t (EDM2 equation 123)."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 @pytest.mark.parametrize("sigma_rel", LENGTHS)

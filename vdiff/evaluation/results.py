@@ -17,8 +17,8 @@ from vdiff.replacing import Kind, holds_keys
 from vdiff.text import cause_of
 
 FORMAT = 1
-FILE, PAIRS = "evaluation.json", "evaluation-nearest.png"
-"""Names of a ladder's evaluation and its picture, in the folder that holds the ladder."""
+FILE = "evaluation.json"
+"""Name of a ladder's evaluation, in the folder that holds the ladder."""
 AGAIN = "evaluate again: vdiff evaluate"
 
 

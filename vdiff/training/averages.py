@@ -93,16 +93,11 @@ class PowerFunction:
         return float((1 - 1 / (step + 1)) ** (self.gamma + 1))
 
 
-def sigma_rel_of(gamma: float) -> float:
-    """σ_rel = √((γ + 1)/((γ + 2)² (γ + 3))): the standard deviation of p(τ) ∝ τ^γ on [0, t], divided by t.
-
-    It falls from √(1/12) at γ = 0, the plain mean of all weights, towards 0 (EDM2 equation 123).
-    """
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
 def gamma_of(sigma_rel: float) -> float:
     """The γ ≥ 0 of a σ_rel in (0, √(1/12)]: the largest root of (γ + 2)² (γ + 3) = (γ + 1)/σ_rel².
+
+    σ_rel is the standard deviation of p(τ) ∝ τ^γ on [0, t], divided by t (EDM2 equation 123). It is largest at γ = 0,
+    the plain mean of all weights.
 
     With u = γ + 2 and s = 1/σ_rel² that is u³ + u² − s u + s = 0, and u = w − 1/3 takes the square away:
     w³ − 3 m² w + q = 0 with m² = (s + 1/3)/3 and q = 2/27 + 4 s/3, whose largest root is 2 m cos(⅓ arccos(−q/(2 m³))).
