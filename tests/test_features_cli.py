@@ -88,6 +88,7 @@ def test_evaluations_take_the_file(data, file, folder):
     assert data
 
 
+@pytest.mark.slow
 def test_it_runs_where_vdiff_is_not_installed(folder):
     save_file({"images": randn(3, 1, SIDE, SIDE, dtype=torch.float32)}, folder / "images.safetensors")
     code = """

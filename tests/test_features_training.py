@@ -46,7 +46,7 @@ from vdiff.reporting import Silent
 
 KINDS = ["classifier", "autoencoder"]
 both_kinds = pytest.mark.parametrize("kind", KINDS)
-ITERS = {"classifier": 150, "autoencoder": 150}
+ITERS = {"classifier": 150, "autoencoder": 100}
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,9 @@ def test_too_few_images_are_refused(tmp_path):
 # The network
 
 
-def test_equal_seeds_give_equal_networks_and_touch_no_other_numbers(digits):
+def test_equal_seeds_give_equal_networks_and_touch_no_other_numbers(tmp_path):
+    digits = ImageStore(write_digits(tmp_path / "data", count=100))
+
     def run(seed: int, kind: str) -> dict[str, Tensor]:
         training = FeatureTraining(kind, dim=4, num_iters=3, batch_size=8, seed=seed)
         return train_features(digits, SIDE, training, reporter=Silent())[0].state_dict()
