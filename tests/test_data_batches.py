@@ -20,9 +20,8 @@ import pytest
 import torch
 
 from tests.toy import Watcher
-from vdiff.data import batches, pixel_cache
-from vdiff.data.batches import Batch, BatchPlan, ImageBatches, decode
-from vdiff.data.pixel_cache import cache_limit
+from vdiff.data import batches as batches_module
+from vdiff.data.batches import Batch, BatchPlan, ImageBatches, cache_limit, decode
 from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
@@ -164,7 +163,7 @@ def test_worker_processes_change_nothing(
 ) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot {method}")
-    monkeypatch.setattr(pixel_cache, "ALONE_BYTES", 0)
+    monkeypatch.setattr(batches_module, "ALONE_BYTES", 0)
     before, state = multiprocessing.get_start_method(), torch.get_rng_state()
     multiprocessing.set_start_method(method, force=True)
     try:
@@ -223,7 +222,7 @@ def test_an_image_is_decoded_once_and_not_before_it_is_needed(
 def test_workers_end_once_all_is_decoded_and_when_the_batches_are_closed(
     colour_store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixel_cache, "ALONE_BYTES", 0)
+    monkeypatch.setattr(batches_module, "ALONE_BYTES", 0)
     batches = make(colour_store, num_workers=2)
     for _ in range(2):
         with closing(batches.start_at(0)) as found:
@@ -394,9 +393,9 @@ def test_the_cache_takes_a_quarter_of_what_is_available() -> None:
 def test_without_room_in_shared_memory_this_process_decodes_and_says_so(
     colour_store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixel_cache, "ALONE_BYTES", 0)
-    monkeypatch.setattr(batches, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: SimpleNamespace(free=700))
+    monkeypatch.setattr(batches_module, "ALONE_BYTES", 0)
+    monkeypatch.setattr(batches_module, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(batches_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=700))
     watcher, want = Watcher(), take(make(colour_store), 6)
     for num_workers in (1, 2):  # rings of 3 and 5 batches of 192 bytes
         found = make(colour_store, num_workers=num_workers, reporter=watcher)  # type: ignore[arg-type]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import math
+import mmap
 import shutil
 import signal
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vdiff.data.pixel_cache import PixelCache, cache_limit
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 from vdiff.reporting import Reporter, Silent
@@ -31,8 +31,9 @@ SHARED_MEMORY = Path("/dev/shm")
 # the first word of each random stream, so that order and flips never share numbers
 _ORDER, _FLIPS = 0, 1
 PREFETCH = 2  # batches that each worker is asked for in advance
-# slot of the ring, indices, flips
-_Request = tuple[int, np.ndarray, np.ndarray]
+_Request = tuple[int, np.ndarray]  # slot of the ring, indices
+# so few pixels are decoded before a worker process has started
+ALONE_BYTES = 16 * 2**20
 _PREPARE_AGAIN = "prepare the images again with prepare_data.py"
 
 
@@ -146,7 +147,7 @@ def workers_with_room(num_workers: int, num_bytes: int, reporter: Reporter | Non
     return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def shared_memory_named() -> Iterator[None]:
     """Say in one line that others filled the shared memory meanwhile."""
     try:
@@ -172,6 +173,63 @@ def share_of(batch_size: int, rank: int, world_size: int) -> slice:
         )
     size = batch_size // world_size
     return slice(rank * size, (rank + 1) * size)
+
+
+def cache_limit() -> int:
+    """A quarter of the memory that is available now, in bytes: how much of it decoded images may take."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup/memory.max")  # a container's share of the machine
+    if group.exists() and (text := group.read_text().strip()).isdigit():
+        available = min(available, int(text))
+    return int(available) // 4
+
+
+class PixelCache:
+    """Decoded images in the memory of this process. What is in it stays.
+
+    Only the trainer's process reads and writes it, so nothing is shared, locked, or copied to workers. A set that is
+    too large has part of its images here, and as epochs show all alike, it does not matter which.
+    """
+
+    def __init__(self, store: ImageStore, image_shape: tuple[int, ...], limit_bytes: int) -> None:
+        self.pixels = _room((min(len(store), limit_bytes // math.prod(image_shape)), *image_shape))
+        self.rows = np.full(len(store), -1)  # where each image of the set is; −1: not here
+        self.classes = np.zeros(len(store), np.int64) if store.meta.class_names else None
+        self.used = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image of the set is here."""
+        return self.used == len(self.rows)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether all images will be here before workers would be of help."""
+        return len(self.pixels) == len(self.rows) and self.pixels.nbytes <= ALONE_BYTES
+
+    def keep(self, indices: np.ndarray, pixels: np.ndarray, classes: np.ndarray) -> None:
+        """Take in decoded images as far as there is room, and all classes."""
+        if self.classes is not None:
+            self.classes[indices] = classes
+        for index, image in zip(indices.tolist(), pixels, strict=False):
+            if self.used == len(self.pixels):
+                break
+            if self.rows[index] < 0:  # it may have been asked for twice before it came
+                self.pixels[self.used], self.rows[index] = image, self.used
+                self.used += 1
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """An uint8 array whose memory is taken as it is written, where possible in large pages: far fewer page faults."""
+    num_bytes = math.prod(shape)
+    if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.empty(shape, np.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8).reshape(shape)
 
 
 class ImageBatches:
@@ -225,9 +283,8 @@ class ImageBatches:
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         if not self._cache.complete:
             step = yield from self._decoded(step)
-        nothing = torch.empty(0)
         for later in count(step):
-            yield self._assembled(self._wanted(later), nothing)
+            yield self._assembled(later, self._indices(later))
 
     def _decoded(self, step: int) -> Generator[Batch, None, int]:
         """Batches of images that are decoded unless they are in the cache; ends, with the next step, when all are."""
@@ -235,13 +292,14 @@ class ImageBatches:
         ring = torch.empty((PREFETCH * num_workers + 1, *self._shape), dtype=torch.uint8)
         with shared_memory_named():
             decoder = _Decoder(self._store, ring.share_memory_() if num_workers else ring)
-        under_way: deque[_Wanted] = deque()
+        under_way: deque[tuple[np.ndarray, np.ndarray]] = deque()  # (B,) images of a batch, which of them are decoded
 
         def requests(first: int) -> Iterator[_Request]:
             for later in count(first):
-                wanted = self._wanted(later)
-                under_way.append(wanted)
-                yield later % len(ring), wanted.indices[wanted.missing], wanted.flips[wanted.missing]
+                indices = self._indices(later)
+                missing = self._cache.rows[indices] < 0
+                under_way.append((indices, missing))
+                yield later % len(ring), indices[missing]
 
         loader = DataLoader(
             decoder,
@@ -253,46 +311,38 @@ class ImageBatches:
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # a loader draws a seed, by default from the global generator
         )
-        with closing(answers_of(loader)) as answers:
+        with contextlib.closing(answers_of(loader)) as answers:
             for classes in answers:
                 if isinstance(classes, VdiffError):
                     raise classes
-                wanted, pixels = under_way.popleft(), ring[step % len(ring)]
-                indices, flips = wanted.indices[wanted.missing], wanted.flips[wanted.missing]
-                self._cache.keep(indices, flips, pixels, classes)
-                yield self._assembled(wanted, pixels)
+                (indices, missing), pixels = under_way.popleft(), ring[step % len(ring)].numpy()
+                self._cache.keep(indices[missing], pixels, classes)
+                yield self._assembled(step, indices, missing, pixels)
                 step += 1
                 if self._cache.complete:
                     break
         return step
 
-    def _wanted(self, step: int) -> _Wanted:
-        indices = self.plan.indices(step)[self._share]
-        return _Wanted(indices, self.plan.flips(step)[self._share], self._cache.rows[indices] < 0)
+    def _indices(self, step: int) -> np.ndarray:
+        return self.plan.indices(step)[self._share]
 
-    def _assembled(self, wanted: _Wanted, decoded: Tensor) -> Batch:
-        """The batch of what the cache held when it was asked and, in order, of what was decoded because it did not."""
-        cache, others = self._cache, iter(decoded)
-        rows, flips, missing = cache.rows[wanted.indices].tolist(), wanted.flips.tolist(), wanted.missing.tolist()
-        images = [
-            next(others) if new else cache.image(row, mirrored)
-            for row, mirrored, new in zip(rows, flips, missing, strict=True)
-        ]
+    def _assembled(
+        self, step: int, indices: np.ndarray, missing: np.ndarray | None = None, decoded: np.ndarray | None = None
+    ) -> Batch:
+        """A batch of what the cache held when it was asked and, in order, of what was `decoded` as it was `missing`."""
+        cache, images = self._cache, iter(() if decoded is None else decoded)
+        news = np.zeros(len(indices), bool) if missing is None else missing
         pixels = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-        torch.stack(images, out=pixels)
+        # copied by numpy: torch would wake its threads for each image, and these wait for cores that workers use
+        places = pixels.numpy()
+        flips = self.plan.flips(step)[self._share]
+        for place, (row, new, mirrored) in enumerate(zip(cache.rows[indices], news, flips, strict=True)):
+            image = next(images) if new else cache.pixels[row]
+            places[place] = image[..., ::-1] if mirrored else image
         if cache.classes is None:
             return Batch(pixels, None)
-        classes = torch.from_numpy(cache.classes[wanted.indices])
+        classes = torch.from_numpy(cache.classes[indices])
         return Batch(pixels, classes.pin_memory() if self.pin_memory else classes)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Images of a batch, whether each is mirrored, and whether it was `missing` in the cache; (B,) each."""
-
-    indices: np.ndarray
-    flips: np.ndarray
-    missing: np.ndarray
 
 
 class _Decoder(Dataset[np.ndarray | VdiffError]):
@@ -307,12 +357,11 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
 
     def __getitem__(self, request: _Request) -> np.ndarray | VdiffError:
         store, (channels, size, _) = self.store, self.ring.shape[2:]
-        slot, indices, flips = request
+        slot, indices = request
         pixels, classes = self.ring[slot].numpy(), np.zeros(len(indices), np.int64)
         try:
-            for place, (index, mirrored) in enumerate(zip(indices.tolist(), flips.tolist(), strict=True)):
-                image = decode(store.encoded(size, index), channels, size, f"{store.path}: image {index}")
-                pixels[place] = image[:, :, ::-1] if mirrored else image
+            for place, index in enumerate(indices.tolist()):
+                pixels[place] = decode(store.encoded(size, index), channels, size, f"{store.path}: image {index}")
                 classes[place] = store.label(index) or 0
         except VdiffError as error:
             return error  # raised in a worker, it would reach the user with a worker's traceback in its message
