@@ -245,7 +245,10 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(1, len(CALLS) + 1))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in (4, 10, 14))) for n in range(1, len(CALLS) + 1)],
+)
 def test_killed_at_any_moment_the_same_command_ends_the_same(data, teacher, monkeypatch, number):
     """Three attempts, of which the second is the best: none is done twice, and the second is left alone."""
     told = Told(monkeypatch, {LR: 0.5, LR / 2: 0.4, LR / 4: 0.45})

@@ -205,19 +205,29 @@ def test_every_option_is_a_parameter_that_the_command_reads(name):
     assert read <= set(read_names(callback))
 
 
-@pytest.mark.parametrize(
-    ("kind", "setting"),
-    [(kind.__name__, item.name) for kind in SETTINGS.values() for item in fields(kind) if item.metadata],
-)
-def test_every_setting_is_read_somewhere(kind, setting):
+def test_every_setting_is_read_somewhere():
     """As `config.lr`, in training or at the command line; `image_size` chooses the images before there is a config."""
-    read = {"image_size", *(item.name for method in METHODS.values() for item in fields(method))}
+    read = {"image_size"}
     for path in [*(ROOT / "vdiff/training").glob("*.py"), *(ROOT / "vdiff/cli").glob("*.py")]:
         holder = "self" if path.name == "config.py" else "config"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == holder:
                 read.add(node.attr)
-    assert setting in read, f"{kind}.{setting} is asked for and never used"
+    for kind in SETTINGS.values():
+        unread = [item.name for item in fields(kind) if item.metadata and item.name not in read]
+        assert not unread, f"settings of {kind.__name__} that are asked for and never used"
+
+
+@pytest.mark.parametrize("registry", [METHODS, SAMPLERS])
+def test_every_parameter_of_a_class_is_read_by_it(registry):
+    """As `self.addim`, in the class or one that it is made of; two of methods by what trains a stage."""
+    of_stages = {"self_ema": "method.self_ema", "then": 'method_settings["then"]'}
+    training = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "vdiff/training").glob("*.py"))
+    for kind in registry.values():
+        source = "".join(inspect.getsource(base) for base in kind.__mro__ if base.__module__.startswith("vdiff."))
+        for name in parameters(kind):
+            is_read = of_stages[name] in training if name in of_stages else f"self.{name}" in source
+            assert is_read, f"{kind.__name__}.{name} is asked for and never used"
 
 
 # values that no default or preset gives
