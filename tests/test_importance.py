@@ -358,3 +358,5 @@ def test_uniform_runs_have_no_statistics(data, teacher):
 def test_whole_paths_have_no_noise_levels_to_choose(data, teacher):
     with pytest.raises(OptionError, match="--times importance: trajectory learns from whole paths"):
         distill_config(data, teacher, times="importance", method="trajectory")
+    with pytest.raises(OptionError, match="--times importance: trajectory learns from whole paths"):
+        distill_config(data, teacher, times="importance", method="guided", then="trajectory")

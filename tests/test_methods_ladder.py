@@ -289,11 +289,12 @@ def test_a_trajectory_needs_no_dataset(tmp_path, monkeypatch):
         assert found.num_iters == 4
 
 
-def test_a_guided_student_is_told_its_weight_and_hands_it_on(classes, conditional):
+@pytest.mark.parametrize("then", ["progressive", "tract", "consistency", "trajectory"])
+def test_a_guided_student_is_told_its_weight_and_hands_it_on(classes, conditional, then):
     """Guided, then progressive: w stays an input all the way down, and is sampled with."""
     weights: list[torch.Tensor] = []
     config = distill_config(
-        classes, conditional, method="guided", phases="4,2", guidance_range="0.5,3", batch_size=8, **QUICK
+        classes, conditional, method="guided", then=then, phases="4,2", guidance_range="0.5,3", batch_size=8, **QUICK
     )
     real = GuidedDenoiser.forward
 
@@ -311,7 +312,7 @@ def test_a_guided_student_is_told_its_weight_and_hands_it_on(classes, conditiona
     assert told.min() >= 0.5
     assert told.max() <= 3
     assert told.max() - told.min() > 1.5
-    for folder, (method, steps) in zip(students(conditional, 2), (("guided", 4), ("progressive", 2)), strict=True):
+    for folder, (method, steps) in zip(students(conditional, 2), (("guided", 4), (then, 2)), strict=True):
         student, found = load_checkpoint(folder)
         assert (found.method, found.num_timesteps, found.guidance_range) == (method, steps, [0.5, 3.0])
         assert student.network.config.guidance_input

@@ -310,9 +310,9 @@ class DistillConfig(LoopConfig):
         for name in METHODS:
             self.build_method(name)
         self.phase_steps()
-        if self.times == "importance" and not METHODS[self.method].needs_images:
+        if self.times == "importance" and not METHODS[self.shortening].needs_images:
             raise OptionError(
-                f"--times importance: {self.method} learns from whole paths, in which every step has its part",
+                f"--times importance: {self.shortening} learns from whole paths, in which every step has its part",
                 "leave it out",
             )
 
