@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 # control characters, marks of the direction of writing, ends of lines and paragraphs, halves of surrogate pairs
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -63,6 +64,20 @@ class Interrupted(BaseException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def stop_explained(explain: Callable[[str], str]) -> Iterator[None]:
+    """Say what a signal leaves: `explain` turns what is known of the stop into the message of the `Interrupted`.
+
+    Raises:
+        Interrupted: a signal or Ctrl-C ended the block.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as stop:
+        code = stop.exit_code if isinstance(stop, Interrupted) else 130
+        raise Interrupted(explain(str(stop) or "interrupted"), code) from None
 
 
 def suggestion(word: str, choices: Iterable[str], *, only_near: bool = False) -> str:

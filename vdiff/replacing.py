@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,21 @@ class Kind:
 
     Attributes:
         name: as an error says it.
-        files: a regular expression of the names in a folder (of a file, any text) that vdiff demonstrably wrote; empty
-            where it wrote nothing.
+        find: answers `files`; it may raise what reading raises.
     """
 
     name: str
-    files: Callable[[Path], str]
+    find: Callable[[Path], str]
+
+    def files(self, path: Path) -> str:
+        """A regular expression of the names in a folder (of a file, any text) that vdiff demonstrably wrote.
+
+        Empty where it wrote nothing, or where that cannot be read.
+        """
+        try:
+            return self.find(path)
+        except (OSError, ValueError, SyntaxError, VdiffError, zipfile.BadZipFile):
+            return ""
 
 
 @contextlib.contextmanager

@@ -67,11 +67,8 @@ def save_png(image: Tensor | PIL.Image.Image, path: Path) -> None:
 
 
 def _is_picture(path: Path) -> str:
-    try:
-        with PIL.Image.open(path) as picture:
-            return "picture" if MARK in picture.getexif().tobytes() else ""
-    except (OSError, SyntaxError, ValueError):
-        return ""
+    with PIL.Image.open(path) as picture:
+        return "picture" if MARK in picture.getexif().tobytes() else ""
 
 
 PICTURE = Kind("picture", _is_picture)

@@ -26,7 +26,7 @@ from vdiff.data.sources import build_listing
 from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.workers import ordered_map
 from vdiff.data.writer import StoreWriter
-from vdiff.errors import Interrupted, VdiffError
+from vdiff.errors import VdiffError, stop_explained
 from vdiff.files import parse, write_text
 from vdiff.replacing import check_free, take_place
 from vdiff.reporting import Reporter, Silent
@@ -139,14 +139,12 @@ def prepare(
             return _report(meta, folder, meta.counts["images"], began)
         check_output(folder, source, overwrite=overwrite)
         try:
-            journal.begin(job, command, overwrite=overwrite)
-            meta, kept = _prepare(source, config, part, tars, journal, reporter, num_workers, strict=strict)
-            take_place(journal.dataset, folder)
-            journal.remove()
-            return _report(meta, folder, kept, began)
-        except (KeyboardInterrupt, Interrupted) as stop:
-            code, word = (stop.exit_code, str(stop)) if isinstance(stop, Interrupted) else (130, "interrupted")
-            raise Interrupted(f"{word}; {journal.kept} images are done, the same command goes on", code) from None
+            with stop_explained(lambda word: f"{word}; {journal.kept} images are done, the same command goes on"):
+                journal.begin(job, command, overwrite=overwrite)
+                meta, kept = _prepare(source, config, part, tars, journal, reporter, num_workers, strict=strict)
+                take_place(journal.dataset, folder)
+                journal.remove()
+                return _report(meta, folder, kept, began)
         except VdiffError:
             if journal.is_worthless:
                 journal.remove()

@@ -192,13 +192,10 @@ class ShardStore:
 
 def _files_of_dataset(folder: Path) -> str:
     """Both kinds, whole or damaged; an LMDB is recognised by the description in it."""
-    try:
-        if (index := folder / INDEX_FILE).is_file():
-            return "|".join([*(re.escape(shard.file) for shard in parse_index(index.read_bytes(), "")[1]), OTHER_FILES])
-        with open(folder / DATA_FILE, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return LMDB_FILES if data.find(MARK_OF_META) >= 0 else ""
-    except (OSError, ValueError, VdiffError):
-        return ""
+    if (index := folder / INDEX_FILE).is_file():
+        return "|".join([*(re.escape(shard.file) for shard in parse_index(index.read_bytes(), "")[1]), OTHER_FILES])
+    with open(folder / DATA_FILE, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return LMDB_FILES if data.find(MARK_OF_META) >= 0 else ""
 
 
 DATASET = Kind("dataset", _files_of_dataset)

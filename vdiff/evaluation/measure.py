@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vdiff.data.images import PICTURE
 from vdiff.distributed import Processes, pick_device
-from vdiff.errors import Interrupted, OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, stop_explained
 from vdiff.evaluation import metrics as m
 from vdiff.evaluation.features import INCEPTION, PIXELS, Features, load_features
 from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, save_pairs
@@ -111,7 +111,8 @@ def evaluate_rows(
         raise ValueError("no rows")
     if out is None and processes.world_size > 1:
         raise OptionError("several processes need a file that all of them see", "give --out FILE")
-    with _work_place(out) as place, ExitStack() as lock, _interruption_explained(out):
+    kept = "nothing is kept" if out is None else "what was drawn is kept; the same command goes on"
+    with _work_place(out) as place, ExitStack() as lock, stop_explained(lambda _: f"stopped: {kept}"):
         with processes.together():
             run = _Run(rows, dataset, plan, processes.device)
             pairs = out.with_name(f"{out.stem}-nearest.png") if out and "nearest" in run.plan.metrics else None
@@ -159,17 +160,6 @@ def _work_place(out: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="vdiff-") as folder:
         yield Path(folder) / "work"
-
-
-@contextmanager
-def _interruption_explained(out: Path | None) -> Iterator[None]:
-    """Say what is kept after a signal."""
-    try:
-        yield
-    except (KeyboardInterrupt, Interrupted) as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        kept = "nothing is kept" if out is None else "what was drawn is kept; the same command goes on"
-        raise Interrupted(f"stopped: {kept}", code) from None
 
 
 class _Run:

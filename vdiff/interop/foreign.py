@@ -91,14 +91,7 @@ class JsonFile:
         return VdiffError(f"{self.where}: {key} is {reprlib.repr(self.get(key))}", why)
 
 
-def _files_of_model(folder: Path) -> str:
-    try:
-        return FILES if read_config(folder).is_imported else ""
-    except VdiffError:
-        return ""
-
-
-IMPORTED_MODEL = Kind("imported model", _files_of_model)
+IMPORTED_MODEL = Kind("imported model", lambda folder: FILES if read_config(folder).is_imported else "")
 
 
 def write_model(folder: Path, weights: Mapping[str, Tensor], description: CheckpointConfig, *, overwrite: bool) -> None:

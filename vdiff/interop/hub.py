@@ -29,11 +29,7 @@ DESCRIPTIONS = (CONFIG, f"vdiff/{CONFIG}")
 # A folder
 
 
-def _files_of_export(folder: Path) -> str:
-    return f"{FILES}|{FILES_OF_CARD}" if is_checkpoint(folder) and is_card(folder / CARD) else ""
-
-
-EXPORT = Kind("export", _files_of_export)
+EXPORT = Kind("export", lambda path: f"{FILES}|{FILES_OF_CARD}" if is_checkpoint(path) and is_card(path / CARD) else "")
 
 
 def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwrite: bool) -> None:

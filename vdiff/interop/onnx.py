@@ -35,11 +35,8 @@ BATCH = "batch"
 
 def _is_graph(path: Path) -> str:
     """The producer's name comes first in the file."""
-    try:
-        with open(path, "rb") as file:
-            return BATCH if b"\x12\x05vdiff" in file.read(64) else ""
-    except OSError:
-        return ""
+    with open(path, "rb") as file:
+        return BATCH if b"\x12\x05vdiff" in file.read(64) else ""
 
 
 GRAPH = Kind("ONNX file", _is_graph)

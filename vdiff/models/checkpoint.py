@@ -214,11 +214,10 @@ def is_checkpoint(folder: Path) -> bool:
     return holds_keys(folder / CONFIG, "unet", "schedule", "prediction", "num_timesteps")
 
 
-def _files_of_averaged(folder: Path) -> str:
-    return FILES if is_checkpoint(folder) and holds_keys(folder / AVERAGE, "run", "update", "profile") else ""
-
-
-AVERAGED = Kind("average of a run", _files_of_averaged)
+AVERAGED = Kind(
+    "average of a run",
+    lambda path: FILES if is_checkpoint(path) and holds_keys(path / AVERAGE, "run", "update", "profile") else "",
+)
 
 
 def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, CheckpointConfig]:

@@ -20,11 +20,8 @@ METADATA = "vdiff.json"
 
 
 def _is_program(path: Path) -> str:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return METADATA if any(Path(name).name == METADATA for name in archive.namelist()) else ""
-    except (OSError, zipfile.BadZipFile):
-        return ""
+    with zipfile.ZipFile(path) as archive:
+        return METADATA if any(Path(name).name == METADATA for name in archive.namelist()) else ""
 
 
 PROGRAM = Kind("program", _is_program)

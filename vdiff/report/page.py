@@ -61,11 +61,8 @@ class Rung:
 
 
 def _is_report(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return GENERATOR if f'content="{GENERATOR} '.encode() in file.read(4096) else ""
-    except OSError:
-        return ""
+    with open(path, "rb") as file:
+        return GENERATOR if f'content="{GENERATOR} '.encode() in file.read(4096) else ""
 
 
 REPORT = Kind("report", _is_report)

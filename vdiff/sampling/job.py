@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from vdiff.data.images import save_png
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import Processes, memory_errors_named
-from vdiff.errors import Interrupted, VdiffError
+from vdiff.errors import VdiffError, stop_explained
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from
@@ -121,7 +121,12 @@ def draw_images(
         with processes.together():
             held = np.ones(options.num, bool) if state == "finished" else output.held(options.num)
         job = _Job(spec, output, options, processes, denoiser, config)
-        with _said_when_stopped(output, options.num):
+
+        def explain(_: str) -> str:
+            held = int(output.held(options.num).sum())
+            return f"stopped: {output.place} holds {held} of {options.num} images; the same command goes on"
+
+        with stop_explained(explain):
             with processes.together():
                 job.draw(held, wants_path=wants_path and processes.is_main, reporter=reporter)
             if processes.is_main and state != "finished":
@@ -257,16 +262,3 @@ class AsyncWriter:
     def _wait(self) -> None:
         if self.last is not None:
             self.last.result()
-
-
-@contextmanager
-def _said_when_stopped(output: Output, num: int) -> Iterator[None]:
-    """Say how far the work has come when a signal ends it."""
-    try:
-        yield
-    except (KeyboardInterrupt, Interrupted) as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 130
-        held = int(output.held(num).sum())
-        raise Interrupted(
-            f"stopped: {output.place} holds {held} of {num} images; the same command goes on", code
-        ) from None
