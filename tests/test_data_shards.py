@@ -349,6 +349,7 @@ def test_foreign_sizes_come_from_the_images(tmp_path: Path) -> None:
         ({"txt": "text"}, r"no square images: it has no images"),
         ({"png": encode(pixels(0)), "cls": b"cat"}, r"the class of k is no number"),
         ({"png": encode(pixels(0)), "cls": b"99999999999"}, r"the class of k is no number below 100000"),
+        ({"png": encode(pixels(0)), "cls": b"9" * 5000}, r"the class of k is no number below 100000"),
     ],
 )
 def test_foreign_tars_that_cannot_be_used(tmp_path: Path, sample: dict[str, Any], message: str) -> None:

@@ -40,20 +40,12 @@ def merge(
     reporter = reporter or Silent()
     with new_folder(out, DATASET, overwrite=overwrite) as folder:
         whole = replace(first, shard="", counts={}, fingerprint="")
-        stores = [part for part in parts if isinstance(part, ImageStore)]
-        shards = [part for part in parts if isinstance(part, ShardStore)]
-        if stores:
+        if stores := [part for part in parts if isinstance(part, ImageStore)]:
             meta = _join_stores(stores, folder, whole, counts, reporter)
         else:
-            meta = _join_shards(shards, folder, whole, counts)
-        rejected = [path for part in parts if (path := Path(part.path) / REJECTED_FILE).exists()]
-        if rejected:
-            with open(folder / REJECTED_FILE, "wb") as target:
-                for path in rejected:
-                    with open(path, "rb") as source:
-                        shutil.copyfileobj(source, target)
-                target.flush()
-                os.fsync(target.fileno())
+            meta = _join_shards([part for part in parts if isinstance(part, ShardStore)], folder, whole, counts)
+        if rejected := [path for part in parts if (path := Path(part.path) / REJECTED_FILE).exists()]:
+            write_whole(folder / REJECTED_FILE, partial(_concatenate, rejected))
     return meta
 
 
@@ -128,13 +120,19 @@ def _join_shards(
     return meta
 
 
+def _concatenate(paths: Sequence[Path], target: Path) -> None:
+    with open(target, "wb") as joined:
+        for path in paths:
+            with open(path, "rb") as part:
+                shutil.copyfileobj(part, joined)
+
+
 def _sum(all_counts: Sequence[Any]) -> dict[str, Any]:
     """The counts of all parts as one; every part saw the whole list of files, so `ignored` is that of any."""
-    total: dict[str, Any] = {"images": sum(counts["images"] for counts in all_counts)}
-    total["ignored"] = all_counts[0]["ignored"]
-    for key in ("skipped", "converted"):
-        joined = Counter[str]()
-        for counts in all_counts:
+    total = {key: Counter[str]() for key in ("skipped", "converted")}
+    for counts in all_counts:
+        for key, joined in total.items():
             joined.update(counts[key])
-        total[key] = dict(sorted(joined.items()))
-    return total
+    images = sum(counts["images"] for counts in all_counts)
+    sums = {key: dict(sorted(joined.items())) for key, joined in total.items()}
+    return {"images": images, "ignored": all_counts[0]["ignored"], **sums}

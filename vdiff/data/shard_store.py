@@ -144,10 +144,9 @@ class ShardStore:
     def _label(self, contents: Mapping[str, bytes | None], where: str) -> int | None:
         if not self.meta.class_names:
             return None
-        text = contents.get(LABEL) or b""
-        if not (text.strip().isdigit() and int(text) < len(self.meta.class_names)):
+        if (label := _class_in(contents.get(LABEL) or b"", len(self.meta.class_names))) is None:
             raise VdiffError(f"{where} has no class, or an unknown one", COPY_AGAIN)
-        return int(text)
+        return label
 
     def _open_folder(self, folder: Path) -> None:
         if folder.name == INDEX_FILE:
@@ -220,6 +219,13 @@ class _Hashed:
         return self._hash.hexdigest()
 
 
+def _class_in(text: bytes, limit: int) -> int | None:
+    """The class below `limit` that `text` gives as a decimal number; None where it gives none."""
+    digits = text.strip()
+    is_number = digits.isdigit() and len(digits) < 100  # Python converts no number of thousands of digits
+    return label if is_number and (label := int(digits)) < limit else None
+
+
 def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int, tuple[str, ...]]]:
     """What is in tars that another program wrote: a description, the shards that hold images, the suffixes by size."""
     import PIL.Image
@@ -244,9 +250,9 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
             for key, contents in read_samples(file, is_wanted):
                 num_images += 1
                 if (text := contents.pop(LABEL, None)) is not None:
-                    if not (text.strip().isdigit() and int(text) < MAX_CLASSES):
+                    if (label := _class_in(text, MAX_CLASSES)) is None:
                         raise VdiffError(f"{path}: the class of {key} is no number below {MAX_CLASSES}", PREPARE)
-                    labels.append(int(text))
+                    labels.append(label)
                 for suffix, content in contents.items():
                     if content is not None:
                         try:

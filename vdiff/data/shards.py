@@ -11,13 +11,16 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from msgspec import Meta
 
 from vdiff.data.remote_files import opened
 from vdiff.data.store import INDEX_FILE, PREPARE_AGAIN, DatasetMeta
 from vdiff.data.tar_files import read_samples, require_webdataset
 from vdiff.errors import VdiffError
 from vdiff.files import fsync, make_folder, parse, refusal, write_text
+from vdiff.records import record_of
 
 IMAGES_PER_SHARD = 10_000
 LABEL = "cls"
@@ -29,8 +32,8 @@ class Shard:
     """One tar: its file name beside the index (without an index its path), and what is in it."""
 
     file: str
-    images: int
-    bytes: int
+    images: Annotated[int, Meta(ge=1)]
+    bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     sha256: str = ""
 
 
@@ -66,13 +69,10 @@ def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard
     try:
         values = parse(text)
         description = json.dumps(values["meta"])
-        shards = tuple(Shard(**entry) for entry in values["shards"])
-        for shard in shards:
-            if not (type(shard.images) is type(shard.bytes) is int and 1 <= shard.images <= shard.bytes < 2**63):
-                raise ValueError
-            if not (type(shard.file) is type(shard.sha256) is str and shard.sha256.isalnum()):
-                raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError):
+        shards = tuple(record_of(Shard, entry, place, PREPARE_AGAIN) for entry in values["shards"])
+        if any(shard.images > shard.bytes or not shard.sha256.isalnum() for shard in shards):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, VdiffError):
         raise VdiffError(f"{place} is no index of tar shards", PREPARE_AGAIN) from None
     # a dataset from elsewhere must not make this machine read other files, or run anything
     if foreign := [shard.file for shard in shards if not re.fullmatch(r"[^/\\:\0\r\n]+\.tar", shard.file)]:
