@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 
 from tests.commands import done
 from tests.programs import command, ends, launch
-from tests.toy import scalars, write_checkpoint, write_dataset
-from vdiff.models.checkpoint import load_checkpoint, read_config
+from tests.test_own_method import Adversarial
+from tests.toy import distill_config, run_ladder, scalars, write_checkpoint, write_dataset
+from vdiff.diffusion.distillation import METHODS
+from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.training.state import state_path
 from vdiff.training.verdict import read_verdict
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo")
@@ -46,3 +50,24 @@ def test_a_ladder_of_tract_in_two_processes(tmp_path, monkeypatch):
         verdicts = [read_verdict(folder) for folder in (one, two)]
         assert verdicts[1].rmse == pytest.approx(verdicts[0].rmse, rel=1e-2)
         assert (read_config(two).method, verdicts[1].reason) == ("tract", "")
+
+
+def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch):
+    """A critic takes the mean of all gradients, and the student that of what the critic adds to its loss."""
+    monkeypatch.setitem(METHODS, "adversarial", Adversarial)
+    data = write_dataset(tmp_path / "toy_4")
+    changes = {"batch_size": 8, "num_iters": 2, "lr": 1e-2, "lr_schedule": "constant", "tracker": "none"}
+    for name, count in (("one", 1), ("two", 2)):
+        base = tmp_path / name / "original"
+        write_checkpoint(base, seed=7, dataset=str(data))
+        config = distill_config(data, base, method="adversarial", phases="8,2", check_images=0, **changes)
+        act = partial(run_ladder, config, read_config(base))
+        codes, stdout, stderr = ends(launch(act, tmp_path, count))
+        assert codes == [0] * count, stdout + stderr
+    one, two = (read_tensors(state_path(tmp_path / name / "base_0")) for name in ("one", "two"))
+    start = read_tensors(tmp_path / "one" / "original" / WEIGHTS)
+    for prefix, moved in (("method.weights.", None), ("raw.", start)):  # by gradient descent; by Adam, much of signs
+        names = [name for name in one if name.startswith(prefix) and (moved is None or name[4:] in moved)]
+        first, second = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (one, two))
+        reference = first if moved is None else first - torch.cat([moved[name[4:]].flatten() for name in names])
+        assert (first - second).norm() <= (1e-3 if moved is None else 0.1) * reference.norm()
