@@ -105,7 +105,7 @@ def test_files_that_are_no_features_are_refused_in_one_line(tmp_path):
 
 
 def test_features_made_for_other_images_say_so(tmp_path):
-    told = {item.name: [] if item.name == "class_names" else 1 for item in fields(FeatureMetadata)}
+    told = {item.name: {"str": "x", "list[str]": []}.get(item.type, 1) for item in fields(FeatureMetadata)}
     path = exported(tmp_path / "net.pt2", Net(), metadata=told | {"image_size": 8, "channels": 3})
     with pytest.raises(VdiffError, match="takes images of 8×8 pixels and 3 channels, not 4×4 pixels and 1 channel;"):
         FileFeatures(path, **KIND)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import parse
 from vdiff.models.program import PROGRAM, write_program
+from vdiff.records import record_of
 from vdiff.replacing import check_free
 
 KINDS = ("classifier", "autoencoder")
@@ -237,10 +237,7 @@ def _probe(network: FeatureNet, count: int) -> Tensor:
 def parse_metadata(text: str | bytes) -> FeatureMetadata | None:
     """The description in a program's extra file; None if it is empty or not that of features."""
     try:
-        values: Any = parse(text or "null")
-    except ValueError:
+        found = record_of(FeatureMetadata, parse(text or "null"), "the description", "")
+    except (ValueError, VdiffError):
         return None
-    if not isinstance(values, dict) or values.get("features") != FORMAT:
-        return None
-    names = {item.name for item in fields(FeatureMetadata)}
-    return FeatureMetadata(**values) if values.keys() == names else None
+    return found if found.features == FORMAT else None

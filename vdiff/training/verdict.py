@@ -13,11 +13,11 @@ from torch import Tensor
 
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
-from vdiff.files import parse, read_text, remove, write_json
+from vdiff.files import remove, write_json
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw, squared_errors
-from vdiff.records import FAILED, VERDICT
+from vdiff.records import FAILED, VERDICT, read_record
 from vdiff.reporting import Reporter
 from vdiff.training.stages import Stage
 
@@ -68,8 +68,8 @@ class Verdict:
 def read_verdict(folder: Path) -> Verdict | None:
     """What was found of the student in `folder`; None where nothing was, or nothing that can be read."""
     try:
-        return Verdict(**parse(read_text(folder / VERDICT)))
-    except (OSError, ValueError, TypeError):
+        return read_record(folder / VERDICT, Verdict, "")
+    except VdiffError:
         return None
 
 
