@@ -43,7 +43,7 @@ from vdiff.training.config import TrainConfig
 from vdiff.training.engine import build_engine
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, TrainTarget
-from vdiff.training.records import preview, preview_steps
+from vdiff.training.run_log import preview, preview_steps
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep, seed_update
 

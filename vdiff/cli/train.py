@@ -49,7 +49,7 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
         raise OptionError("--resume and --overwrite exclude each other", "give one of them")
 
     from vdiff.training.base import describe, resolve_training, train
-    from vdiff.training.records import preview_steps
+    from vdiff.training.run_log import preview_steps
 
     console = Console()
     config, images = resolve_training(

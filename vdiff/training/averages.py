@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,17 +27,6 @@ MAX_SIGMA_REL = 12**-0.5
 
 
 # How much each average remembers
-
-
-class Profile(Protocol):
-    """The shape of an average's memory."""
-
-    @property
-    def name(self) -> str:
-        """What the average is called in files."""
-
-    def decay_at(self, step: int) -> float:
-        """β of update `step` (from 0): the part of the average that is kept."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +79,10 @@ class PowerFunction:
     def decay_at(self, step: int) -> float:
         """β of update `step` (from 0)."""
         return float((1 - 1 / (step + 1)) ** (self.gamma + 1))
+
+
+Profile = Exponential | PowerFunction
+"""How much an average remembers; it has a `name` for files and, at update n, a decay β(n)."""
 
 
 def gamma_of(sigma_rel: float) -> float:

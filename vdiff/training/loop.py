@@ -24,7 +24,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import REMEDIES, Engine
 from vdiff.training.meter import Meter, Position
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
-from vdiff.training.records import open_records, preview, preview_steps
+from vdiff.training.run_log import RunLog, preview, preview_steps
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import load_state, remove_state, save_state
 from vdiff.training.step import Task, TrainStep
@@ -123,14 +123,14 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
 
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
         if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
-            records.pictures(preview(averages.model, run.description, seed=config.seed, on_step=on_step), done)
+            log.pictures(preview(averages.model, run.description, seed=config.seed, on_step=on_step), done)
 
     if start.step:
         keep_checkpoint()  # a kill may have come after the state was written, and before the checkpoint was kept
     tracker = config.tracker if engine.is_main else "none"
     with (
         stop_requests(alone=engine.world_size == 1) as stop,
-        closing(open_records(tracker, folder, step=start.step, reporter=reporter)) as records,
+        closing(RunLog(folder, tracker, step=start.step, reporter=reporter)) as log,
     ):
         with (
             reporter.progress(folder.name, config.num_iters, "updates", start=start.step) as bar,
@@ -145,7 +145,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
                 save_due = done % config.ckpt_interval == 0 or is_last or code is not None
                 if save_due or done % config.log_interval == 0:
                     metrics = {**meter.read(), "ema_decay": averages.decay_at(done - 1)}
-                    records.scalars(metrics, done)
+                    log.scalars(metrics, done)
                 bar.update(done, meter.note)
                 if is_snapshot_due(done, config.num_iters, config.ema_interval):
                     images = done * config.batch_size
