@@ -18,7 +18,8 @@ from vdiff.diffusion.distillation import TrainTarget
 from vdiff.diffusion.samplers import SAMPLERS, Denoise, sample
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.weighting import WEIGHTINGS
-from vdiff.models.condition import Condition, Signature
+from vdiff.models.backbone import Signature
+from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.averages import Averages, Exponential
 from vdiff.training.config import LoopConfig

@@ -213,7 +213,7 @@ def main(
         ]
         for side in sides
     ]
-    parameters, flops = count_flops(UNetConfig.from_dict(config.unet), config.image_size)
+    parameters, flops = count_flops(lambda: config.build().network, config.shape)
     size = config.image_size
     title = (
         f"Sampling: {parameters / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP an evaluation, "

@@ -41,8 +41,9 @@ from benchmarks.report import machine, write_report
 from vdiff.data.batches import Batch
 from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import METHODS
+from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.unet import parameter_count, timestep_embedding
+from vdiff.models.unet import timestep_embedding
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, build_engine
 from vdiff.training.objectives import DenoisingObjective, DistillationObjective

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.oracles import randn
-from vdiff.models.condition import Condition, Signature
+from vdiff.models.backbone import Signature
+from vdiff.models.condition import Condition
 
 TEXT, EMPTY = randn(4, 3, 2), randn(3, 2, seed=1)
 CLASSES, WEIGHTS = torch.tensor([2, 0, 1, 2]), torch.tensor([0.0, 1.5, 4.0, 2.0])

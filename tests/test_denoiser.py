@@ -10,7 +10,7 @@ from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, condition, gaussian, m
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim, sample
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule, grid_times
-from vdiff.models.condition import Signature
+from vdiff.models.backbone import Signature
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet, UNetConfig
 

@@ -57,8 +57,8 @@ def of_room(room: str, names: list[str]) -> list[str]:
 
 
 MODELS = (
-    *("condition", "unet", "inheriting", "flops", "reading", "program"),
-    *("denoiser", "checkpoint", "checks", "drawing", "speed"),
+    *("condition", "backbone", "unet", "wrapped", "kinds", "inheriting", "reading", "program"),
+    *("denoiser", "checkpoint", "flops", "checks", "drawing", "speed"),
 )
 LAYERS = [f"vdiff.models.{name}" for name in MODELS]
 MAY_IMPORT = {
@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "vdiff.diffusion.phases": [],
     "vdiff.diffusion.distillation": [*DIFFUSION, "vdiff.errors", "vdiff.settings"],
     **{f"vdiff.models.{name}": [*LAYERS[:k], "vdiff.diffusion", *BASE, "vdiff"] for k, name in enumerate(MODELS)},
-    "vdiff.models.unet": ["vdiff.models.condition"],
+    "vdiff.models.unet": LAYERS[:2],
 }
 """Module or room (the nearest entry above a module rules it) → what it may import of vdiff: the rooms as the table of
 ARCHITECTURE.md has them, and an order within diffusion and models.

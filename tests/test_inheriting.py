@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tests.oracles import randn
 from vdiff.models import unet
+from vdiff.models.backbone import parameter_count
 from vdiff.models.inheriting import inherit
-from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage, parameter_count
+from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage
 
 BASE = {"channels": 8, "embedding_channels": 12, "multipliers": (1, 2), "num_blocks": 2, "attention_strides": (2,)}
 SHAPES = {

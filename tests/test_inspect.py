@@ -13,8 +13,8 @@ from tests.reference_network import Shape, save
 from tests.toy import distill_config, run_ladder, run_training, signal_at, train_config, write_checkpoint, write_dataset
 from vdiff.cli.inspect import ancestors, described, facts
 from vdiff.errors import Interrupted
+from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_config
-from vdiff.models.unet import parameter_count
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.oracles import randn
+from vdiff.models.backbone import parameter_count
 from vdiff.models.flops import count_flops
 from vdiff.models.unet import (
     Attention,
@@ -23,7 +24,6 @@ from vdiff.models.unet import (
     UNet,
     UNetConfig,
     group_norm,
-    parameter_count,
     timestep_embedding,
     upsample_conv,
 )
@@ -400,8 +400,9 @@ def test_folding_moves_sizes_and_strides():
 def test_folding_costs_what_the_network_of_squares_costs():
     folded = UNetConfig(fold=2, attention_strides=(4,), num_classes=5, null_class=True)
     squares = UNetConfig(in_channels=12, out_channels=12, attention_strides=(2,), num_classes=6)
-    assert count_flops(folded, 32) == count_flops(squares, 16)
-    assert count_flops(folded, 32)[1] < 0.3 * count_flops(UNetConfig(), 32)[1]
+    assert count_flops(lambda: UNet(folded), (3, 32, 32)) == count_flops(lambda: UNet(squares), (12, 16, 16))
+    plain = count_flops(lambda: UNet(UNetConfig()), (3, 32, 32))
+    assert count_flops(lambda: UNet(folded), (3, 32, 32))[1] < 0.3 * plain[1]
 
 
 # Memory

@@ -14,15 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vdiff.api import Model, Samples
+    from vdiff.api import Model, Samples, load, wrap
     from vdiff.api_training import Training, distill, prepare, train
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Samples", "Training", "distill", "load", "prepare", "train"]
+__all__ = ["Model", "Samples", "Training", "distill", "load", "prepare", "train", "wrap"]
 PLACES = {
-    **dict.fromkeys(["Model", "Samples"], "vdiff.api"),
+    **dict.fromkeys(["Model", "Samples", "load", "wrap"], "vdiff.api"),
     **dict.fromkeys(["Training", "distill", "prepare", "train"], "vdiff.api_training"),
 }
 """Names that are imported when they are first asked for → their modules."""
@@ -32,10 +30,3 @@ def __getattr__(name: str) -> Any:
     if name not in PLACES:
         raise AttributeError(f"module 'vdiff' has no attribute {name!r}")
     return getattr(import_module(PLACES[name]), name)
-
-
-def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", compiled: bool = False) -> Model:
-    """The model in the folder `checkpoint`, ready to draw; see `vdiff.api.load`."""
-    from vdiff.api import load
-
-    return load(checkpoint, device=device, precision=precision, compiled=compiled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -14,24 +15,36 @@ from torch import Tensor, nn
 
 from vdiff.data.images import cell_scale, make_grid, to_pil
 from vdiff.diffusion.noise import ImageNoise
-from vdiff.diffusion.prediction import Prediction
+from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.samplers import Sampler
+from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.errors import VdiffError
 from vdiff.models import checks
+from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
+from vdiff.models.condition import CLASSES
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
+from vdiff.models.kinds import PYTHON
 from vdiff.models.speed import FastNetwork, ready_to_draw
-from vdiff.models.unet import UNet
+from vdiff.models.wrapped import wrapped
 from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, stratified, weighted_losses
 
 
-def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto", compiled: bool = False) -> Model:
+def load(
+    checkpoint: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    compiled: bool = False,
+    network: nn.Module | None = None,
+) -> Model:
     """The model in the folder `checkpoint`, ready to draw.
 
     Args:
+        network: your own network, of a model that was made by `wrap`; it gets the weights in the folder.
         device: auto (a GPU where there is one), cpu, cuda or mps.
         precision: auto (fp32, on CUDA with products in TF32), fp32, bf16 or fp16.
         compiled: whether the network is compiled at its first evaluation of each shape.
@@ -39,14 +52,69 @@ def load(checkpoint: str | Path, *, device: str = "auto", precision: str = "auto
     Raises:
         VdiffError: no such checkpoint, a damaged one, or a device or precision that this machine has not.
     """
-    denoiser, config = load_checkpoint(checkpoint, pick_device(device))
+    denoiser, config = load_checkpoint(checkpoint, pick_device(device), network)
     return Model(ready_to_draw(denoiser, precision=precision, compiled=compiled), config)
 
 
-def load_plain(folder: Path) -> Model:
-    """The model in a folder as it was trained: in float32, in no layout of its own."""
-    denoiser, config = load_checkpoint(folder)
+def load_plain(folder: Path, like: Model | None = None) -> Model:
+    """The model in a folder as it was trained: in float32, in no layout of its own.
+
+    Args:
+        like: a model of the same network, which is copied where its code is outside of vdiff.
+    """
+    module = copy.deepcopy(like.network) if like is not None and like.config.kind == PYTHON else None
+    denoiser, config = load_checkpoint(folder, module=module)
     return Model(denoiser, config)
+
+
+def wrap(
+    network: nn.Module,
+    shape: Sequence[int],
+    *,
+    prediction: str = "v",
+    schedule: str | Schedule = "cosine",
+    num_timesteps: int = 1024,
+    classes: int | Sequence[str] = 0,
+    null_class: bool = False,
+    drops_variance: bool = False,
+    takes: Sequence[str] = (),
+    size_multiple: int = 1,
+) -> Model:
+    """A model of your own network: network(z, timestep, **condition) → output, z (B, *shape), timestep (B,) = L·t − 1.
+
+    A network of diffusers (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, PixArtTransformer2DModel,
+    UNet1DModel) is used as it is, and a checkpoint builds it again. Of any other module a checkpoint holds the weights
+    alone: `load` is given the module, and the commands cannot use the folder.
+
+    Args:
+        shape: (C, H, W), (C, L), … of a sample.
+        prediction: "v", "x", "eps" or "both": what the network's output is.
+        schedule: a name of `vdiff.diffusion.schedules.SCHEDULES`, or a schedule.
+        num_timesteps: steps that the model samples with by default.
+        classes: how many, or their names, for a network that takes `classes` (B,) int64.
+        null_class: the network knows "no class", the number after the last, as guidance needs it.
+        drops_variance: the second half of the network's output channels is a learned variance, which is left out.
+        takes: names of further conditions.
+        size_multiple: sizes of samples must be multiples of it.
+
+    Raises:
+        ValueError: values that do not fit together.
+    """
+    names = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
+    out_channels = shape[0] * (PREDICTION_TYPES[prediction].channel_factor if prediction in PREDICTION_TYPES else 1)
+    null = {CLASSES: len(names)} if null_class else {}
+    takes = (*(CLASSES,) * bool(names), *takes)
+    own = Signature(shape[0], out_channels, takes, null, len(names), size_multiple)
+    backbone = wrapped(network, own, null_class=null_class, drops_variance=drops_variance)
+    backbone.signature.check_shape(shape)
+    table = build_schedule({"name": schedule}) if isinstance(schedule, str) else schedule
+    config = CheckpointConfig(
+        backbone={"kind": backbone.kind, "config": backbone.describe()}, sample_shape=list(shape),
+        schedule=table.to_dict(), prediction=prediction, num_timesteps=num_timesteps, method="base", weights="raw",
+        num_iters=0, target_iters=0, num_images=0, dataset="", dataset_fingerprint="",
+        class_names=names or [str(k) for k in range(backbone.signature.num_classes)],
+    )  # fmt: skip
+    return Model(Denoiser(backbone, table, prediction), config)
 
 
 class Samples(Tensor):
@@ -103,9 +171,9 @@ class Model:
         return next(self.denoiser.parameters()).device
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-        return (self.denoiser.network.signature.channels, self.config.image_size, self.config.image_size)
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W), (C, L), …: the shape of a sample."""
+        return self.config.shape
 
     @property
     def network(self) -> nn.Module:
@@ -123,7 +191,7 @@ class Model:
             raise VdiffError("a model in half precision is only for drawing", "load it with precision fp32")
         if not isinstance(self.denoiser.network, FastNetwork):
             return self.denoiser
-        return Denoiser(cast(UNet, self.network), self.denoiser.schedule, self.denoiser.prediction_type)
+        return Denoiser(cast(Backbone, self.network), self.denoiser.schedule, self.denoiser.prediction_type)
 
     def loss(self, x: Tensor, *, classes: Tensor | None = None, weighting: str = "truncated_snr") -> Tensor:
         """The training loss of a batch (B, C, …), at noise and times from torch's generator: a number with a gradient.
@@ -232,7 +300,7 @@ class Model:
             VdiffError: classes or guidance that this model does not know.
             ValueError: z or t of another shape, or times outside (0, 1].
         """
-        if z.ndim != 4 or tuple(z.shape[1:]) != self.shape:
+        if tuple(z.shape[1:]) != self.shape:
             raise ValueError(f"z of shape {tuple(z.shape)}; need (B, {', '.join(map(str, self.shape))})")
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         if times.ndim > 1 or (times.ndim == 1 and len(times) != len(z)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def train(
             config, images, folder=folder, resume=is_run(folder), overwrite=False, reporter=Silent(),
             model=(denoiser, description), on_start=start,
         )  # fmt: skip
-        learner.model = load_plain(folder)
+        learner.model = load_plain(folder, learner.model)
 
     return Training(Model(denoiser, description), work)
 
@@ -197,7 +197,7 @@ def distill(
             own, before, base = stage.settings(config), learner.model.config, learner.model.plain()
             description = replace(
                 describe_student(stage, own, before), dataset=images.name, dataset_fingerprint=images.fingerprint,
-                teacher={**asdict(before), "path": "", "fingerprint": learner.model.fingerprint()},
+                teacher={**before.to_dict(), "path": "", "fingerprint": learner.model.fingerprint()},
             )  # fmt: skip
             student, _ = student_of(base, before, own, description)
             task = stage_task(stage, own, engine, base, before, student, description)
@@ -213,7 +213,11 @@ def distill(
                 found = _in_folder(task, stage, own, images, description, start)
             yield from ({"num_steps": stage.num_steps, **metrics} for metrics in found)
             trained = learner.model.denoiser if out is None else student
-            learner.model = load_plain(stage.folder) if out else _finished(trained, description, task.config.batch_size)
+            learner.model = (
+                load_plain(stage.folder, learner.model)
+                if out
+                else _finished(trained, description, task.config.batch_size)
+            )
 
     return Training(model, work)
 

@@ -84,7 +84,7 @@ def read_record(path: Path, kind: type[T], advice: str) -> T:
     return record_of(kind, read_json(path, advice), str(path), advice)
 
 
-def record_of(kind: type[T], values: object, where: str, advice: str) -> T:
+def record_of(kind: type[T], values: object, where: str, advice: str, *, needed: Collection[str] = ()) -> T:
     """The dataclass `kind` of the object `values`, as JSON or TOML gives it; nothing is converted but lists and floats.
 
     Bounds are annotations: `Annotated[int, msgspec.Meta(ge=1)]`.
@@ -92,6 +92,7 @@ def record_of(kind: type[T], values: object, where: str, advice: str) -> T:
     Args:
         where: the file, as an error names it.
         advice: what to do where the values are wrong.
+        needed: keys that must be there although their fields have a default.
 
     Raises:
         VdiffError: a key is unknown or missing, or a value has the wrong kind or lies outside its bounds.
@@ -106,7 +107,7 @@ def record_of(kind: type[T], values: object, where: str, advice: str) -> T:
             hint = suggestion(str(key), known, only_near=True) or advice
             raise VdiffError(f"{where} has an unknown key {key!r}", hint)
     required = {key for key, item in known.items() if item.default is MISSING and item.default_factory is MISSING}
-    if missing := sorted(required - values.keys()):
+    if missing := sorted((required | set(needed)) - values.keys()):
         raise VdiffError(f"{where} lacks the key {', '.join(map(repr, missing))}", advice)
     try:
         record = msgspec.convert(values, kind)

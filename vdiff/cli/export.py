@@ -296,9 +296,9 @@ def graph_options(
             "--no_clip: an eps-prediction at zero signal says nothing about the image, so x must be clipped",
             "leave --no_clip out",
         )
-    if guided and config.unet.get("guidance_input"):
+    if guided and config.signature.takes_guidance:
         raise OptionError("--guided: this network takes a weight of guidance as it is", "leave it out")
-    if guided and not config.unet.get("null_class"):
+    if guided and not config.signature.null:
         raise OptionError(
             "--guided: this network was trained without classes left out, so it has no answer without one",
             "leave it out",

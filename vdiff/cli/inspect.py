@@ -54,7 +54,8 @@ def facts(folder: Path) -> dict[str, Any]:
         raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")
     config = read_config(folder)
     shapes = read_shapes(folder / WEIGHTS)
-    own = {name: getattr(config, name) for name in OWN}
+    said = config.to_dict()
+    own = {name: said[name] for name in (*OWN, *NETWORK) if name in said}
     return {
         "path": folder.as_posix(),
         "fingerprint": weights_fingerprint(folder),
@@ -91,20 +92,23 @@ OWN = (
     *("weights", "num_iters", "target_iters", "num_images", "train_seconds", "dataset", "dataset_fingerprint"),
     "vdiff_version",
 )
-"""What is told as the checkpoint's config has it."""
+"""What is shown as the checkpoint's config has it."""
+NETWORK = ("backbone", "sample_shape")
+"""What a config has in place of `unet` and `image_size` where the network is another."""
 
 
 def described(values: Mapping[str, Any]) -> dict[str, str]:
     """The facts as rows for people."""
-    unet, names = _network(values["unet"]), values["class_names"]
+    names = values["class_names"]
+    shape = values.get("sample_shape") or [values["unet"]["in_channels"], *[values["image_size"]] * 2]
     others = "any other number" if values["takes_any_num_steps"] else "a number that divides them"
-    rows = {"checkpoint": values["path"], "model": _kind(values), **unet}
+    rows = {"checkpoint": values["path"], "model": _kind(values), **_network(values)}
     if names:
         more = ", …" if len(names) > SHOWN_CLASSES else ""
         rows["classes"] = f"{len(names)}: {', '.join(names[:SHOWN_CLASSES])}{more}"
     parameters = ", ".join(f"{key} {value}" for key, value in values["schedule"].items() if key != "name")
     rows |= {
-        "images": f"{values['image_size']} × {values['image_size']} pixels, channels: {values['unet']['in_channels']}",
+        "images": f"{' × '.join(map(str, shape[1:]))} pixels, channels: {shape[0]}",
         "prediction": values["prediction"],
         "schedule": f"{values['schedule']['name']} ({parameters})",
         "steps": f"{values['num_timesteps']}, or {others}",
@@ -135,10 +139,13 @@ def _kind(values: Mapping[str, Any]) -> str:
     return f"student of {teacher['path']} ({teacher['num_timesteps']} steps), method {values['method']}"
 
 
-def _network(unet: Mapping[str, Any]) -> dict[str, str]:
+def _network(values: Mapping[str, Any]) -> dict[str, str]:
     """The network in a line or two."""
     from vdiff.models.unet import UNetConfig
 
+    if "unet" not in values:
+        return {"network": f"{values['backbone']['kind']}, {values['backbone']['config'].get('class')}"}
+    unet = values["unet"]
     config, usual = UNetConfig.from_dict(unet), UNetConfig()
     widths = ", ".join(str(config.channels * multiplier) for multiplier in config.multipliers)
     heads = f"{config.head_channels} channels a head" if config.head_channels else plural(config.num_heads, "head")

@@ -238,7 +238,7 @@ def command(
         path=path,
     )
     target = out or Path("samples") / default_name(folder, spec, form)
-    kind = ImageKind(config.image_size, int(config.unet.get("in_channels", 3)), config.class_names)
+    kind = ImageKind(config.image_size, config.shape[0], config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
     console.line(f"{folder}{progress}")
     report = draw_images(

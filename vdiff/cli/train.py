@@ -74,9 +74,8 @@ def costs(config: TrainConfig, description: CheckpointConfig) -> list[str]:
     from dataclasses import asdict
 
     from vdiff.models.flops import count_flops
-    from vdiff.models.unet import UNetConfig
 
-    parameters, flops = count_flops(UNetConfig.from_dict(description.unet), description.image_size)
+    parameters, flops = count_flops(lambda: description.build().network, description.shape)
     steps = config.num_timesteps
     rows = {
         "parameters": f"{quantity(parameters)} ({parameters:,})",

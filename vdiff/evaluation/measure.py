@@ -175,7 +175,7 @@ class _Run:
         folders = [row.checkpoint for row in rows] + ([plan.teacher] if plan.teacher else [])
         self.configs = {folder: read_config(folder) for folder in dict.fromkeys(folders)}
         config = next(iter(self.configs.values()))
-        size, channels = config.image_size, int(config.unet["in_channels"])
+        size, channels = config.image_size, config.shape[0]
         self.images = images = ReferenceImages(dataset, size)
         self.features = features = load_features(
             plan.features, image_size=size, channels=channels, device=device, weights=plan.weights
@@ -270,7 +270,7 @@ class _Run:
 
     def _time_again(self, found: list[EvalRow], work: WorkFolder) -> list[EvalRow]:
         """The rows; impossible times are measured again on one batch, and marked if they stay impossible."""
-        networks = [json.dumps(self.configs[row.checkpoint].unet, sort_keys=True) for row in self.rows]
+        networks = [self.configs[row.checkpoint].network_id() for row in self.rows]
 
         def doubtful() -> list[int]:
             each = zip(networks, found, strict=True)

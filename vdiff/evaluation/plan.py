@@ -119,7 +119,7 @@ def check_plan(
         VdiffError: models that draw other images than each other or the data, or too few images.
         OptionError: guidance that a model cannot be drawn with, a metric that cannot be computed, or too few samples.
     """
-    kinds = {folder: _kind(config.image_size, int(config.unet["in_channels"])) for folder, config in configs.items()}
+    kinds = {folder: _kind(config.shape[-1], config.shape[0]) for folder, config in configs.items()}
     first, kind = next(iter(kinds.items()))
     for folder, other in kinds.items():
         if other != kind:

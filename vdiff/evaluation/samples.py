@@ -94,7 +94,7 @@ class Generator:
                 self.denoiser,
                 SAMPLERS[self.row.sampler](),
                 indices=indices,
-                image_size=self.config.image_size,
+                image_size=self.config.shape[1:],
                 num_steps=steps,
                 seed=self.plan.seed,
                 guidance=self.plan.guidance,

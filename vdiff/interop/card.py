@@ -7,6 +7,7 @@ have written into it stays.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +23,10 @@ from vdiff.data.images import cell_scale, make_grid, save_png, to_pil
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError, printable
 from vdiff.files import parse, read_text, write_text
+from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
-from vdiff.models.unet import parameter_count
 from vdiff.records import LADDER
 from vdiff.replacing import check_free
 from vdiff.text import plural
@@ -197,18 +198,22 @@ def _license_of(text: str) -> str:
 # What a card says
 
 
+def sizes_of(config: CheckpointConfig) -> str:
+    """`32 × 32`: the sizes of a sample behind its channels."""
+    return " × ".join(map(str, config.shape[1:]))
+
+
 def _summary(config: CheckpointConfig) -> str:
     """One sentence."""
     of = f" of {len(config.class_names)} classes" if config.class_names else ""
     how = "a base model" if config.method == "base" else f"distilled ({_cell(config.method)})"
-    size = config.image_size
+    size = sizes_of(config)
     steps = plural(config.num_timesteps, "step")
-    return f"A diffusion model that draws images{of}, {size} × {size} pixels, in {steps}: {how}."
+    return f"A diffusion model that draws images{of}, {size} pixels, in {steps}: {how}."
 
 
 def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> str:
     """The table of what the model is."""
-    unet = denoiser.network.config
     schedule = ", ".join(f"{key} {value}" for key, value in config.schedule.items() if key != "name")
     names = [_cell(name) for name in config.class_names]
     listed = ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
@@ -219,7 +224,7 @@ def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> st
         "parameters": f"{parameter_count(denoiser):,}",
         "predicts": config.prediction,
         "noise schedule": _cell(f"{config.schedule['name']}" + (f" ({schedule})" if schedule else "")),
-        "images": f"{config.image_size} × {config.image_size}, {plural(unet.in_channels, 'channel')}",
+        "images": f"{sizes_of(config)}, {plural(config.shape[0], 'channel')}",
         "classes": f"{len(names)}: {listed}" if names else "",
         "guidance": "takes a weight from {} to {}".format(*config.guidance_range) if config.guidance_range else "",
         "weights": f"{_cell(config.weights)}, {updates}, {config.num_images:,} images",
@@ -306,11 +311,11 @@ def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None
     if own > PICTURE_STEPS:
         any_will_do = config.takes_any_num_steps
         steps = PICTURE_STEPS if any_will_do else max(k for k in range(1, PICTURE_STEPS + 1) if own % k == 0)
-    if denoiser.network.signature.channels not in (1, 3) or (steps < own and steps < FEWEST_STEPS):
+    if len(config.shape) != 3 or config.shape[0] not in (1, 3) or (steps < own and steps < FEWEST_STEPS):
         return None, steps
-    at_once = max(1, PIXELS_AT_ONCE // config.image_size**2)
+    at_once = max(1, PIXELS_AT_ONCE // math.prod(config.shape[1:]))
     parts = [range(first, min(first + at_once, PICTURE_IMAGES)) for first in range(0, PICTURE_IMAGES, at_once)]
-    size = config.image_size
+    size = config.shape[1:]
     images = torch.cat([draw(denoiser, Ddim(), indices=part, image_size=size, num_steps=steps) for part in parts])
     return to_pil(make_grid(images, columns=round(PICTURE_IMAGES**0.5), scale=cell_scale(images))), steps
 

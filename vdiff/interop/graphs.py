@@ -237,7 +237,7 @@ def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, 
     """
     takes = denoiser.network.signature
     count = len(images)
-    noise = ImageNoise(seed=0, indices=images, shape=(takes.channels, config.image_size, config.image_size))()
+    noise = ImageNoise(seed=0, indices=images, shape=config.shape)()
     values = {"noise": noise} if options.sampler else {"z": noise, "label": _labels(denoiser, options, count)}
     if takes.num_classes:
         values["classes"] = torch.tensor([k % takes.num_classes for k in images])
@@ -265,7 +265,7 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
             denoiser,
             Ddim(clipping_value=options.clipping_value),
             indices=images,
-            image_size=config.image_size,
+            image_size=config.shape[1:],
             num_steps=options.num_steps,
             guidance=_test_guidance(config) if "guidance" in given else 0.0,
         )

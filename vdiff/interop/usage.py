@@ -11,7 +11,6 @@ from jinja2 import Environment, StrictUndefined
 
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.unet import UNetConfig
 from vdiff.text import plural
 
 IMAGES = 16
@@ -142,12 +141,12 @@ def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any]
 
 def _in_words(config: CheckpointConfig, options: GraphOptions) -> str:
     """What it is, and what goes in and out."""
-    unet = UNetConfig.from_dict(config.unet)
+    takes = config.signature
     names = ["`noise` (B, C, H, W)"] if options.sampler else ["`z` (B, C, H, W)", "`label` (B,)"]
-    if unet.num_classes:
-        none = f", {unet.num_classes}: no class" if unet.null_class else ""
-        names.append(f"`classes` (B,) int64, 0 to {unet.num_classes - 1}{none}")
-    if unet.guidance_input or options.guided:
+    if takes.num_classes:
+        none = f", {takes.num_classes}: no class" if takes.null else ""
+        names.append(f"`classes` (B,) int64, 0 to {takes.num_classes - 1}{none}")
+    if takes.takes_guidance or options.guided:
         limits = " from {:g} to {:g}".format(*config.guidance_range) if config.guidance_range else ""
         names.append(f"`guidance` (B,), weights w{limits}")
     steps = plural(options.num_steps, "step")
@@ -158,16 +157,16 @@ def _in_words(config: CheckpointConfig, options: GraphOptions) -> str:
 
 
 def _shape(config: CheckpointConfig) -> str:
-    return f"({IMAGES}, {UNetConfig.from_dict(config.unet).in_channels}, {config.image_size}, {config.image_size})"
+    return f"({', '.join(map(str, (IMAGES, *config.shape)))})"
 
 
 def _inputs(config: CheckpointConfig, options: GraphOptions, *, classes: str, guidance: str) -> dict[str, str]:
     """The graph's inputs by name, each as an expression of the program."""
-    unet = UNetConfig.from_dict(config.unet)
+    takes = config.signature
     found = {"noise": "noise"} if options.sampler else {"z": "z", "label": "label"}
-    if unet.num_classes:
-        found["classes"] = classes.format(n=IMAGES, c=unet.num_classes)
-    if unet.guidance_input or options.guided:
+    if takes.num_classes:
+        found["classes"] = classes.format(n=IMAGES, c=takes.num_classes)
+    if takes.takes_guidance or options.guided:
         found["guidance"] = guidance.format(
             n=IMAGES, w=float(config.guidance_range[0]) if config.guidance_range else 1.0
         )

@@ -10,7 +10,9 @@ Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.tom
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import vdiff
 from vdiff.diffusion.distillation import METHODS
@@ -28,9 +30,10 @@ from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
+from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.kinds import UNET, build_network, kind_of
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
-from vdiff.models.unet import UNet, UNetConfig
 from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
 from vdiff.text import cause_of
@@ -39,20 +42,25 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, AVERAGE = "model.safetensors", "config.json", "average.json"
 FILES = r"model\.safetensors|config\.json|average\.json"
 """A regular expression of their names."""
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
 IMPORTED = "imported:"
 MAX_IMAGE_SIZE = 2**13
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What a checkpoint says of itself.
 
+    A file has either `unet` and `image_size`, for a UNet on square images, or `backbone` and `sample_shape`.
+
     Attributes:
-        unet, schedule, prediction: the denoiser; `schedule` holds the timestep convention.
+        unet, backbone: the network, a `UNetConfig` or {kind, config} of another of the `KINDS`. A UNet is always in
+            `unet` here, however the file has it.
+        schedule, prediction: the rest of the denoiser; `schedule` holds the timestep convention.
         num_timesteps: steps it samples with by default; for a distilled model the only grid it was trained on.
-        image_size: pixels of a side; channels are in `unet`.
+        image_size: pixels of a side; 0 where samples are no square images.
+        sample_shape: (C, H, W), (C, L), …; empty for square images of a UNet; see `shape`.
         method: "base", or the distillation method.
         teacher: the teacher's own description of itself (its config without weights), back to the original.
         weights: "ema" or "raw".
@@ -66,11 +74,13 @@ class CheckpointConfig:
         dataset, dataset_fingerprint: what it was trained on; "imported:…" says where an imported model came from.
     """
 
-    unet: dict[str, Any]
+    unet: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] | None = None
     schedule: dict[str, Any]
     prediction: str
     num_timesteps: Annotated[int, Meta(ge=1, le=2**20)]
-    image_size: Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)]
+    image_size: Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)] = 0
+    sample_shape: list[Annotated[int, Meta(ge=1, le=2**24)]] = field(default_factory=list)
     method: str
     weights: str
     num_iters: Count
@@ -85,6 +95,44 @@ class CheckpointConfig:
     teacher: dict[str, Any] | None = None
     vdiff_version: str = vdiff.__version__
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.backbone is not None and self.kind == UNET:
+            object.__setattr__(self, "unet", self.network_config)
+            object.__setattr__(self, "backbone", None)
+        if len(shape := self.sample_shape) == 3 and shape[1] == shape[2]:
+            object.__setattr__(self, "image_size", shape[1])
+            object.__setattr__(self, "sample_shape", [] if self.backbone is None else shape)
+
+    @property
+    def kind(self) -> str:
+        """The kind of its network."""
+        return UNET if self.backbone is None else str(self.backbone.get("kind"))
+
+    @property
+    def network_config(self) -> dict[str, Any]:
+        """What its kind builds the network from."""
+        return self.unet if self.backbone is None else self.backbone.get("config", {})
+
+    @property
+    def signature(self) -> Signature:
+        """What its network takes and answers.
+
+        Raises:
+            ValueError, TypeError, KeyError: values that describe no network.
+        """
+        return kind_of(self.kind).signature(self.network_config)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W), (C, L), …: the shape of a sample."""
+        if self.sample_shape:
+            return tuple(self.sample_shape)
+        return (self.signature.channels, self.image_size, self.image_size)
+
+    def network_id(self) -> str:
+        """A text that two checkpoints share if their networks are of the same shape; dropout makes no difference."""
+        return json.dumps([self.kind, {**self.network_config, "dropout": 0}], sort_keys=True)
 
     @property
     def is_imported(self) -> bool:
@@ -118,13 +166,23 @@ class CheckpointConfig:
         """Whether every number of steps, up to the levels of a table, is right for the network."""
         return not self.is_distilled
 
-    def build(self) -> Denoiser:
-        """The denoiser, with fresh weights.
+    def build(self, module: nn.Module | None = None) -> Denoiser:
+        """The denoiser, with fresh weights; `module` is the network where its code is outside of vdiff.
 
         Raises:
+            VdiffError: the network's code is not there.
             ValueError: values that do not fit together.
         """
-        return Denoiser(UNet(UNetConfig.from_dict(self.unet)), build_schedule(self.schedule), self.prediction)
+        network: Backbone = build_network(self.kind, self.network_config, module)
+        return Denoiser(network, build_schedule(self.schedule), self.prediction)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `config.json`; those of a UNet on square images are as they always were."""
+        values = asdict(self)
+        if self.backbone is not None or self.sample_shape:
+            del values["unet"], values["image_size"]
+            return {**values, "backbone": self.backbone or {"kind": UNET, "config": self.unet}}
+        return {key: value for key, value in values.items() if key not in ("backbone", "sample_shape")}
 
     def check_num_steps(self, num_steps: int) -> None:
         """Refuse a number of sampling steps for which the network was never trained.
@@ -164,7 +222,7 @@ def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: Checkpo
     make_folder(folder)
     plain = {_plain_name(name): tensor for name, tensor in weights.items()}
     write_tensors(folder / WEIGHTS, plain, {"format": "pt"})
-    write_json(folder / CONFIG, asdict(config))
+    write_json(folder / CONFIG, config.to_dict())
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -190,14 +248,15 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise VdiffError(f"{path} has format {version}, newer than {FORMAT_VERSION}", "update vdiff")
-    config = record_of(CheckpointConfig, values, str(path), advice)
+    needed = {old for old, new in (("unet", "backbone"), ("image_size", "sample_shape")) if new not in values}
+    config = record_of(CheckpointConfig, values, str(path), advice, needed=needed)
     try:
         build_schedule(config.schedule)
-        num_classes = UNetConfig.from_dict(config.unet).num_classes
+        num_classes = config.signature.num_classes
         config = replace(config, class_names=config.class_names or [str(k) for k in range(num_classes)])
         if num_classes and len(config.class_names) != num_classes:
             raise ValueError(f"'class_names' names {len(config.class_names)} of {num_classes} classes")
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, KeyError) as error:
         raise VdiffError(f"{path} describes no model: {error}", advice) from None
     if not all(math.isfinite(weight) for weight in config.guidance_range):
         raise VdiffError(f"{path}: 'guidance_range' must be finite", advice)
@@ -211,7 +270,8 @@ def read_config(folder: str | Path) -> CheckpointConfig:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether the `config.json` in `folder` is one of vdiff's, of any version; many programs write that name."""
-    return holds_keys(folder / CONFIG, "unet", "schedule", "prediction", "num_timesteps")
+    kinds = ("unet", "backbone")
+    return any(holds_keys(folder / CONFIG, kind, "schedule", "prediction", "num_timesteps") for kind in kinds)
 
 
 AVERAGED = Kind(
@@ -220,8 +280,13 @@ AVERAGED = Kind(
 )
 
 
-def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Denoiser, CheckpointConfig]:
+def load_checkpoint(
+    folder: str | Path, device: str | torch.device = "cpu", module: nn.Module | None = None
+) -> tuple[Denoiser, CheckpointConfig]:
     """The denoiser in `folder`, in evaluation mode on `device`, and its description.
+
+    Args:
+        module: the network, which gets the weights, where its code is outside of vdiff.
 
     Raises:
         VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
@@ -229,20 +294,25 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
     folder = Path(folder)
     config, advice = read_config(folder), "restore the file, or train again"
     found = {_plain_name(name): shape for name, shape in read_shapes(folder / WEIGHTS).items()}
-    unet, mismatch = UNetConfig.from_dict(config.unet), f"{folder / WEIGHTS} does not fit {CONFIG}"
-    if len(unet.multipliers) * unet.num_blocks > len(found):
+    mismatch = f"{folder / WEIGHTS} does not fit {CONFIG}"
+    if min_blocks(config.network_config) > len(found):
         raise VdiffError(f"{mismatch}: {len(found)} tensors are too few", "restore the two files together")
     try:
         with torch.device("meta"):  # shapes alone: nothing is allocated before the two files are known to fit
-            shapes = {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in config.build(module).state_dict().items()}
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise VdiffError(f"{folder / CONFIG} describes no model: {cause_of(error)}", advice) from None
     if difference := _difference(shapes, found):
         raise VdiffError(f"{mismatch}: {difference}", "restore the two files together")
-    if config.image_size % unet.size_multiple:
-        raise VdiffError(f"{folder / CONFIG}: 'image_size' must be a multiple of {unet.size_multiple}", advice)
+    multiple = config.signature.size_multiple
+    if config.image_size and config.image_size % multiple:
+        raise VdiffError(f"{folder / CONFIG}: 'image_size' must be a multiple of {multiple}", advice)
+    try:
+        config.signature.check_shape(config.shape)
+    except ValueError as error:
+        raise VdiffError(f"{folder / CONFIG}: {error}", advice) from None
     weights = {_plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
-    denoiser = config.build()
+    denoiser = config.build(module)
     denoiser.load_state_dict(weights)
     return denoiser.to(device).eval(), config
 
@@ -317,11 +387,20 @@ def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
     return found[-1].parent
 
 
+def min_blocks(config: Mapping[str, Any]) -> int:
+    """A number of tensors that a network of this description has at least: one of a million blocks is not made."""
+    counts = [config.get("num_blocks", 1), config.get("num_layers", 1), config.get("layers_per_block", 1)]
+    levels = [config.get(key, ()) for key in ("multipliers", "block_out_channels")]
+    flat = [each for count in counts for each in (count if isinstance(count, list | tuple) else [count])]
+    deepest = max((count for count in flat if isinstance(count, int)), default=1)
+    found = deepest * max(len(level) if isinstance(level, list | tuple) else 1 for level in (*levels, (1,)))
+    inner = config.get("config")
+    return max(found, min_blocks(inner) if isinstance(inner, dict) else 0)
+
+
 def _plain_name(name: str) -> str:
     """Parameter names without what wrappers (DDP, torch.compile) put before them."""
-    for prefix in WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    return re.sub(rf"^{WRAPPERS}(network\.)?{WRAPPERS}", r"\1", name)
 
 
 def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

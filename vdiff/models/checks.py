@@ -64,11 +64,11 @@ def check_guidance(config: CheckpointConfig, weight: float) -> None:
     """
     if not math.isfinite(weight):
         raise VdiffError(f"{weight} is no weight", "give a number such as 1.5")
-    if config.unet.get("guidance_input"):
+    if config.signature.takes_guidance:
         low, high = config.guidance_range or (0.0, 0.0)
         if not low <= weight <= high:
             raise VdiffError(f"this model knows weights from {low:g} to {high:g}, not {weight:g}", "give one of those")
-    elif weight and not config.unet.get("null_class"):
+    elif weight and not config.signature.null:
         raise VdiffError(
             "this model has no answer without a class", "leave it out, or train with --class_dropout 0.1 for guidance"
         )
@@ -87,7 +87,7 @@ def check_interval(config: CheckpointConfig, weight: float, interval: Sequence[f
         raise VdiffError(f"{shown} are no two times that rise within 0 to 1", "give two, such as 0.2,0.8")
     if not weight:
         raise VdiffError("it means nothing without guidance", "give --guidance too")
-    if config.unet.get("guidance_input"):
+    if config.signature.takes_guidance:
         raise VdiffError("this model was distilled with guidance at all times", "leave it out")
 
 

@@ -74,33 +74,3 @@ class Condition:
             for name, tensor in self.tensors.items()
         }
         return replace(self, tensors=moved)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a network takes and answers: network(z, timestep, **condition) → output.
-
-    Attributes:
-        channels, out_channels: of z (B, channels, …) and of the output.
-        names: of the conditions that it takes.
-        null: what stands for "not told" of a condition, where the network has learned what it means.
-        num_classes: of a network that takes classes.
-        size_multiple: the sizes of z behind the channels must be multiples of this.
-    """
-
-    channels: int
-    out_channels: int
-    names: tuple[str, ...] = ()
-    null: Null = field(default_factory=dict)
-    num_classes: int = 0
-    size_multiple: int = 1
-
-    @property
-    def takes_guidance(self) -> bool:
-        """Whether the network is told a weight of guidance, whose effect it has learned."""
-        return GUIDANCE in self.names
-
-    def condition(self, **tensors: Tensor | None) -> Condition:
-        """Those of the tensors that the network takes, with what stands for "not told"."""
-        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None and name in self.names}
-        return Condition(kept, self.null)

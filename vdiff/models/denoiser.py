@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction, from_v
 from vdiff.diffusion.schedules import Schedule, coefficient, grid_angles
-from vdiff.models.condition import GUIDANCE, SECOND_TIME, Condition
-from vdiff.models.unet import UNet
+from vdiff.models.backbone import Backbone
+from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME, Condition
 
 NOTHING = Condition()
 
@@ -26,7 +26,7 @@ class Denoiser(nn.Module):
         ValueError: an unknown prediction type, or a network whose output has the wrong number of channels for it.
     """
 
-    def __init__(self, network: UNet, schedule: Schedule, prediction_type: str) -> None:
+    def __init__(self, network: Backbone, schedule: Schedule, prediction_type: str) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"unknown prediction type {prediction_type!r}, choose from {', '.join(PREDICTION_TYPES)}")
@@ -72,7 +72,7 @@ class GuidedDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser, weight: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__(denoiser.network, denoiser.schedule, denoiser.prediction_type)
-        if not self.network.signature.null:
+        if not self.network.signature.null and set(self.network.signature.names) <= {CLASSES, GUIDANCE, SECOND_TIME}:
             raise ValueError("guidance needs a network that was trained with some classes left out (null_class)")
         if not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"times of guidance must rise within 0 to 1, got {interval[0]} to {interval[1]}")

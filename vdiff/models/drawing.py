@@ -51,7 +51,7 @@ def draw(
     sampler: Sampler,
     *,
     indices: Sequence[int],
-    image_size: int,
+    image_size: int | Sequence[int],
     num_steps: int,
     seed: int = 0,
     classes: Sequence[int] | None = None,
@@ -60,9 +60,10 @@ def draw(
     grid: str = "uniform",
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images number `indices` of `seed`: (B, C, H, W) float32 on the CPU, in [−1, 1] where the sampler clips.
+    """Samples number `indices` of `seed`: (B, C, …) float32 on the CPU, in [−1, 1] where the sampler clips.
 
     Args:
+        image_size: pixels of a side, or the sizes behind the channels: (H, W), (L,), ….
         classes: for a class-conditional network, the classes that the images take in turn; None: all of them.
         guidance, guidance_interval, grid, on_step: see `draw_from`.
 
@@ -70,12 +71,13 @@ def draw(
         VdiffError: the network produced a value that is not finite.
         ValueError: no such grid on the schedule, or no such guidance.
     """
-    signature = denoiser.network.signature
     device = next(denoiser.parameters()).device
+    sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
+    shape = (denoiser.network.signature.channels, *sizes)
     return draw_from(
         denoiser,
         sampler,
-        noise=ImageNoise(seed=seed, indices=indices, shape=(signature.channels, image_size, image_size), device=device),
+        noise=ImageNoise(seed=seed, indices=indices, shape=shape, device=device),
         condition=classes_in_turn(denoiser, indices, classes),
         num_steps=num_steps,
         guidance=guidance,

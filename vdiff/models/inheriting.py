@@ -16,7 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage, parameter_count
+from vdiff.models.backbone import parameter_count
+from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage
 
 Parts = tuple[int, ...]
 """The lengths of the pieces that one axis of a tensor is made of, each of a meaning of its own."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import permutations
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vdiff.errors import OptionError, VdiffError
+from vdiff.models.backbone import Backbone
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNet
 
 CHANNELS_LAST_FROM = 64
 """On the CPU, channels-last takes 0.81 to 0.9 of the time from so many channels on, and 1.1 with 32 at 8×8 pixels."""
@@ -43,8 +42,7 @@ def ready_to_draw(denoiser: Denoiser, *, precision: str = "auto", compiled: bool
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "auto"
     network = FastNetwork(denoiser.network, dtype=dtype, compiled=compiled)
-    # it is called like a UNet and has its config, which is all that a denoiser asks of a network
-    return Denoiser(cast(UNet, network), denoiser.schedule, denoiser.prediction_type).eval()
+    return Denoiser(network, denoiser.schedule, denoiser.prediction_type).eval()
 
 
 def layout_for(device: torch.device, channels: int) -> torch.memory_format:
@@ -53,7 +51,7 @@ def layout_for(device: torch.device, channels: int) -> torch.memory_format:
     return torch.channels_last if is_faster else torch.contiguous_format
 
 
-class FastNetwork(nn.Module):
+class FastNetwork(Backbone):
     """A network that computes in `dtype`, in the layout that is fastest on its device; called like the network itself.
 
     On CUDA a compiled one is replayed as a CUDA graph, which is recorded once for each shape: keep to one batch size.
@@ -62,11 +60,13 @@ class FastNetwork(nn.Module):
         evaluations: how many images it was asked about; one with and without its class counts as two.
     """
 
-    def __init__(self, network: UNet, *, dtype: torch.dtype, compiled: bool) -> None:
+    def __init__(self, network: Backbone, *, dtype: torch.dtype, compiled: bool) -> None:
         super().__init__()
-        device = network.conv_in.weight.device
-        self.config, self.signature = network.config, network.signature
-        self.layout = layout_for(device, network.config.channels)
+        first = next(network.parameters())
+        device, self.signature = first.device, network.signature
+        is_flat = all(parameter.ndim < 5 for parameter in network.parameters())
+        widths = [parameter.shape[0] for parameter in network.parameters() if parameter.ndim == 4]
+        self.layout = layout_for(device, widths[0]) if widths and is_flat else torch.contiguous_format
         self.dtype = dtype
         self.network = network.to(dtype).to(memory_format=self.layout).eval()
         self.is_compiled, self.is_graph = compiled, compiled and device.type == "cuda"

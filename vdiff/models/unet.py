@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME, Signature
+from vdiff.models.backbone import Backbone, Signature, without_autocast
+from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME
 
 MAX_GROUPS = 32
 NORM_EPS = 1e-5
@@ -293,7 +293,7 @@ class Resample(nn.Module):
         return self.conv(h) if self.direction == "down" else upsample_conv(h, self.conv)
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """z (B, in_channels, H, W), timestep (B,) [, classes (B,) int64][, guidance (B,)][, second_time (B,)]
     → (B, out_channels, H, W).
 
@@ -302,17 +302,14 @@ class UNet(nn.Module):
     a network that has not learned what it means pays no heed to it. The same holds of `config.second_time` and the
     second timestep, for which the first one stands where none is given.
 
-    Attributes:
-        full_precision: compute in the precision of the weights, whatever mixed precision is switched on outside.
-        checkpointing: keep only what goes into each stage and compute the rest again for the gradient: less memory, a
-            forward pass more, the same numbers (Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost*).
+    With `checkpointing` only what goes into each stage is kept for the gradient, and the rest computed again.
     """
+
+    kind = "unet"
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config, self.signature = config, config.signature
-        self.checkpointing = False
-        self.full_precision = False
         c, emb = config.channels, config.embedding_channels
         self.embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
         rows = config.num_classes + config.null_class
@@ -358,7 +355,7 @@ class UNet(nn.Module):
         guidance: Tensor | None = None,
         second_time: Tensor | None = None,
     ) -> Tensor:
-        with _without_autocast(z.device) if self.full_precision else nullcontext():
+        with self.own_precision(z.device):
             return self._forward(z, self._embedding(timestep, classes, guidance, second_time))
 
     def _forward(self, z: Tensor, embedding: Tensor) -> Tensor:
@@ -379,7 +376,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """What the residual blocks are told of times, class and guidance: (B, embedding_channels)."""
         config, dtype = self.config, self.conv_in.weight.dtype
-        with _without_autocast(timestep.device):  # some thousand multiplications an image: rounding them gains no time
+        with without_autocast(timestep.device):  # some thousand multiplications an image: rounding them gains no time
             told = timestep_embedding(timestep, config.channels, freq_shift=config.freq_shift).to(dtype)
             embedding = self.embed(told)
             if self.embed_guidance is not None:
@@ -397,6 +394,19 @@ class UNet(nn.Module):
                 classes = torch.full_like(timestep, config.num_classes, dtype=torch.int64)
             embedding = embedding + self.embed_class(classes)
         return F.silu(embedding)
+
+    def describe(self) -> dict[str, Any]:
+        """`UNetConfig.to_dict`."""
+        return self.config.to_dict()
+
+    def blocks(self) -> list[nn.Module]:
+        """The stages."""
+        return [*self.down, *self.middle, *self.up]
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The last convolution."""
+        return self.conv_out
 
     def _run(self, module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
         """`module` on the features, one or two along the channels; see `checkpointing`."""
@@ -421,15 +431,3 @@ def _folded(z: Tensor, fold: int) -> Tensor:
 def _unfolded(h: Tensor, fold: int) -> Tensor:
     """The inverse of `_folded`."""
     return F.pixel_shuffle(h, fold) if fold > 1 else h
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Mixed precision off; where it is off anyway, nothing at all, so that exported graphs stay free of it."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def parameter_count(module: nn.Module) -> int:
-    """The number of parameters."""
-    return sum(p.numel() for p in module.parameters())

@@ -188,7 +188,7 @@ class _Job:
         is_filled = self.network.is_compiled and self.options.num > self.options.batch_size
         full = self.options.batch_size if is_filled else len(batch)
         indices = [*batch, *[batch[-1]] * (full - len(batch))]
-        shape = (self.network.signature.channels, self.config.image_size, self.config.image_size)
+        shape = self.config.shape
         interval = self.spec.guidance_interval
         with memory_errors_named():
             images = draw_from(

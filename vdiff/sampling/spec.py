@@ -47,7 +47,7 @@ class SampleSpec:
     precision: str = "fp32"
     path: list[int] = field(default_factory=list)
 
-    def noise(self, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Callable[[], Tensor]:
+    def noise(self, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
         """The noise of images number `indices`."""
         if not self.path:
             return ImageNoise(seed=self.seed, indices=indices, shape=shape, device=device)
@@ -135,7 +135,7 @@ class PathNoise:
         seed: int,
         ends: tuple[int, int],
         positions: Sequence[float],
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         device: str | torch.device = "cpu",
     ) -> None:
         self.ends = ImageNoise(seed=seed, indices=ends, shape=shape)

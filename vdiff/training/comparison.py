@@ -69,7 +69,7 @@ def compare(
         """Draw with a model; its time is the shortest that was ever measured."""
         folder, steps = entries[k]
         denoiser, model = load_checkpoint(folder, device)
-        began, size = time.monotonic(), model.image_size
+        began, size = time.monotonic(), model.shape[1:]
         found = draw(
             denoiser, Ddim(), indices=range(count), image_size=size, num_steps=steps, seed=seed, on_step=on_step
         )
@@ -82,7 +82,7 @@ def compare(
         for k in wanted:
             images[k] = draw_entry(k, lambda step, done=done: bar.update(done + step))  # type: ignore[misc]
             done += entries[k][1]
-    networks = [json.dumps({**read_config(folder).unet, "dropout": 0}, sort_keys=True) for folder, _ in entries]
+    networks = [read_config(folder).network_id() for folder, _ in entries]
 
     def doubtful() -> set[int]:
         """Models of more evaluations that took less time than others of the same network."""

@@ -86,9 +86,7 @@ class ClassesOnly:
 
 def no_images(teacher: CheckpointConfig) -> TrainingData:
     """No images at all, of the teacher's kind."""
-    return TrainingData(
-        teacher.image_size, int(teacher.unet["in_channels"]), list(teacher.class_names), none_needed=True
-    )
+    return TrainingData(teacher.shape[-1], teacher.shape[0], list(teacher.class_names), none_needed=True)
 
 
 def open_images(path: str, image_size: int | None) -> TrainingData:

@@ -243,7 +243,7 @@ def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | Non
         reason = f"holds a student by {found.method}, not {asked.method}"
     elif (found.teacher or {}).get("fingerprint") != weights_fingerprint(stage.base):
         reason = f"was distilled from another teacher than {stage.base} is now"
-    elif found.unet != asked.unet:
+    elif found.network_config != asked.network_config:
         reason = f"has another network than {config.student_config or 'its teacher'}"
     if reason:
         raise VdiffError(f"{stage.folder} {reason}", "give --overwrite to replace it, or another --out")

@@ -109,7 +109,7 @@ def preview(
         denoiser,
         Ddim() if is_few_step_student else Dpmpp2m(),
         indices=range(64 if description.image_size <= 32 else 16),
-        image_size=description.image_size,
+        image_size=description.shape[1:],
         num_steps=preview_steps(description),
         seed=seed,
         on_step=on_step,

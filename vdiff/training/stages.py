@@ -15,6 +15,7 @@ from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
 from vdiff.errors import OptionError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.kinds import UNET
 from vdiff.records import RUN_FILE
 from vdiff.settings import COMMAND_LINE, parameters
 from vdiff.training.base import check_unet
@@ -141,10 +142,15 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> Trainin
     """
     if not METHODS[config.method].needs_images and not config.data and teacher.prediction != "eps":
         return no_images(teacher)
-    images = open_images(config.data, teacher.image_size)
-    if images.channels != teacher.unet["in_channels"]:
+    images = open_images(config.data, teacher.image_size or None)
+    if images.image_size != teacher.image_size:
         raise OptionError(
-            f"{images.name} has {images.channels} channels, the teacher {teacher.unet['in_channels']}",
+            f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, and datasets hold square images",
+            "distil it in Python, with vdiff.distill",
+        )
+    if images.channels != teacher.shape[0]:
+        raise OptionError(
+            f"{images.name} has {images.channels} channels, the teacher {teacher.shape[0]}",
             "give --data the dataset that it was trained on",
         )
     if teacher.class_names and images.class_names != teacher.class_names:
@@ -191,7 +197,7 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
     if teacher.prediction == "eps" or config.method == "match":
         steps.append(("match", first, first))
     if config.method == "guided" and not teacher.guidance_range:
-        if not teacher.unet.get("null_class"):
+        if not teacher.signature.null:
             raise OptionError(
                 f"--method guided: {config.base} was trained with every class told, and has no answer without one",
                 "train a class-conditional model with --class_dropout 0.1",
@@ -226,7 +232,11 @@ def remarks(config: DistillConfig, teacher: CheckpointConfig) -> list[str]:
     if not config.teacher_steps and not config.phases and first != teacher.num_timesteps:
         own = f"{teacher.num_timesteps} cannot be halved to {config.to_steps}"
         lines.append(f"the ladder begins with {first} steps of the teacher: {own}")
-    if config.method == "match" and teacher.prediction != "eps" and student_network(config, teacher) == teacher.unet:
+    if (
+        config.method == "match"
+        and teacher.prediction != "eps"
+        and student_network(config, teacher) == teacher.network_config
+    ):
         lines.append("match: the student is a copy of its teacher and learns nothing; give --student_config")
     return lines
 
@@ -287,7 +297,11 @@ def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[st
         OptionError: the file cannot be read, or says what no network can be.
     """
     if not config.student_config:
-        return teacher.unet
+        return teacher.network_config
+    if teacher.kind != UNET:
+        raise OptionError(
+            f"--student_config describes a UNet, and the teacher's network is of kind {teacher.kind}", "leave it out"
+        )
     path = Path(config.student_config)
     try:
         values = parse(read_text(path), tomllib.loads)

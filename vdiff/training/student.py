@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 
@@ -17,6 +19,8 @@ from vdiff.errors import OptionError
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
+from vdiff.models.kinds import PYTHON, UNET
+from vdiff.models.unet import UNet
 from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import TrainingData
@@ -38,12 +42,16 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
         OptionError: `student_config` describes no network, or one that the teacher's images do not fit.
     """
     method, taught = config.build_method(stage.method), list(teacher.guidance_range)
-    unet = {**student_network(config, teacher), **method.network_options, "dropout": config.dropout}
+    network = dict(student_network(config, teacher))
+    if teacher.kind == UNET:
+        network |= {**method.network_options, "dropout": config.dropout}
+    elif set(method.network_options) - set(teacher.signature.names):
+        raise OptionError(f"--method {stage.method} needs a UNet, which takes more inputs", "choose another --method")
     if isinstance(method, Guided):
         taught = list(method.weights())
     description = replace(
         teacher,
-        unet=unet,
+        unet=network if teacher.kind == UNET else {},
         prediction="v" if teacher.prediction == "eps" else teacher.prediction,
         num_timesteps=stage.num_steps,
         method=stage.method,
@@ -57,10 +65,10 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
         vdiff_version=vdiff.__version__,
     )
     try:
-        with torch.device("meta"):
-            multiple = description.build().network.signature.size_multiple
-        if teacher.image_size % multiple:
-            raise ValueError(f"images of {teacher.image_size} pixels need a network for multiples of {multiple}")
+        if teacher.kind == UNET:
+            with torch.device("meta"):
+                description.build()
+        description.signature.check_shape(teacher.shape)
     except (ValueError, TypeError) as error:
         raise OptionError(f"--student_config {config.student_config}: {error}", "mend the file") from None
     return description
@@ -76,14 +84,15 @@ def student_of(
 ) -> tuple[Denoiser, str]:
     """As `begin_student`, of a teacher in memory."""
     torch.manual_seed(config.seed)
-    student = description.build()
-    inherited = ""
-    if {**description.unet, "dropout": 0} == {**before.unet, "dropout": 0}:
+    module = copy.deepcopy(teacher.network) if before.kind == PYTHON else None
+    student = description.build(module).requires_grad_(True)
+    inherited, output = "", student.network.output_layer
+    if description.network_id() == before.network_id():
         student.load_state_dict(teacher.state_dict())
     else:
-        inherited = str(inherit(student.network, teacher.network))
-    if description.prediction != before.prediction:  # the last layer says something else from now on
-        for parameter in student.network.conv_out.parameters():
+        inherited = str(inherit(cast(UNet, student.network), cast(UNet, teacher.network)))
+    if description.prediction != before.prediction and output is not None:
+        for parameter in output.parameters():  # it says something else from now on
             torch.nn.init.zeros_(parameter)
     return student, inherited
 
@@ -102,7 +111,7 @@ def stage_run(
         describe_student(stage, config, before),
         dataset=images.name,
         dataset_fingerprint=images.fingerprint,
-        teacher={**asdict(before), **lineage},
+        teacher={**before.to_dict(), **lineage},
     )
     student, _ = begin_student(stage, config, description)
     return Run(

@@ -125,7 +125,7 @@ class Examiner:
             self.reporter.line(f"{name} is checked by {few}, as its training was short")
         theirs = self._images(stage.base, teacher_steps, count, weight)
         student, model = load_checkpoint(stage.folder, self.device)
-        size = model.image_size
+        size = model.shape[1:]
         before = self._draw(start.to(self.device), size, steps, num_images, weight, "before training")
         errors_before = squared_errors(before, theirs)
         rmse_before = float(errors_before.mean().sqrt())
@@ -163,9 +163,11 @@ class Examiner:
         if kept is not None and (len(kept) == count or (len(kept) > count and count % BATCH == 0)):
             return kept[:count]
         denoiser, model = load_checkpoint(folder, self.device)
-        return self._draw(denoiser, model.image_size, num_steps, count, weight, folder.name)
+        return self._draw(denoiser, model.shape[1:], num_steps, count, weight, folder.name)
 
-    def _draw(self, denoiser: Denoiser, size: int, num_steps: int, count: int, weight: float, name: str) -> Tensor:
+    def _draw(
+        self, denoiser: Denoiser, size: Sequence[int], num_steps: int, count: int, weight: float, name: str
+    ) -> Tensor:
         parts: list[Tensor] = []
         guidance = weight if denoiser.network.signature.null else 0.0
         with self.reporter.progress(f"checking {name}", num_steps * -(-count // BATCH), "evaluations") as bar:

@@ -48,8 +48,7 @@ def load_without(module: nn.Module, values: Mapping[str, Tensor], names: Set[str
 def shard(denoiser: Denoiser, device: torch.device, world_size: int, whole_ones: Set[nn.Parameter]) -> None:
     """Share a denoiser's weights out in place, but for `whole_ones`; each block is put together when it computes."""
     mesh, ignored = init_device_mesh(device.type, (world_size,)), set(whole_ones)
-    network = denoiser.network
-    for module in (*network.down, *network.middle, *network.up):
+    for module in denoiser.network.blocks():
         fully_shard(module, mesh=mesh, ignored_params=ignored)
     fully_shard(denoiser, mesh=mesh, ignored_params=ignored)
 

@@ -78,6 +78,11 @@ def export_pipeline(
     """
     check_free(folder, PIPELINE, overwrite=overwrite, flag="another folder")
     denoiser, config = load_checkpoint(checkpoint)
+    if not isinstance(denoiser.network, UNet):
+        raise VdiffError(
+            f"{checkpoint} holds a network of kind {config.kind}, and only vdiff's UNet is written in diffusers' form",
+            "take its own weights, in model.safetensors",
+        )
     levels = denoiser.schedule.label_scale
     if not config.takes_any_num_steps and levels % config.num_timesteps:
         raise VdiffError(

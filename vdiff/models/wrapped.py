@@ -1,0 +1,246 @@
+"""Networks of others, used as they are: a user's own module, and classes of diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vdiff.errors import VdiffError, suggestion
+from vdiff.models.backbone import Backbone, Signature
+from vdiff.models.condition import CLASSES
+
+TEXT, TEXT_MASK, POOLED, TIME_IDS = "text", "text_mask", "text_pooled", "time_ids"
+"""A text's embeddings (B, tokens, channels), which of them count (B, tokens), one vector of it, and SDXL's sizes."""
+MAX_NUMBER = 2**20
+"""Far above any number in a description of a network that exists."""
+
+
+class PythonBackbone(Backbone):
+    """A user's own module: module(z, timestep, **condition) → output. A checkpoint holds its weights alone."""
+
+    kind = "python"
+
+    def __init__(self, model: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.model, self.signature = model, signature
+
+    def forward(self, z: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        with self.own_precision(z.device):
+            return self.evaluate(z, timestep, condition)
+
+    def evaluate(self, z: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The output of the module itself."""
+        output: Tensor = self.model(z, timestep, **condition)
+        return output
+
+    def describe(self) -> dict[str, Any]:
+        """Its class, to be recognised by, and its signature."""
+        takes, kind = self.signature, type(self.model)
+        values = {"channels": takes.channels, "out_channels": takes.out_channels, "names": list(takes.names)}
+        values |= {"null": dict(takes.null), "num_classes": takes.num_classes, "size_multiple": takes.size_multiple}
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", "signature": values}
+
+    def blocks(self) -> list[nn.Module]:
+        """The members of the module's lists of modules."""
+        return [block for part in self.model.children() if isinstance(part, nn.ModuleList) for block in part]
+
+
+def python_signature(config: Mapping[str, Any]) -> Signature:
+    """The signature that `PythonBackbone.describe` described.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    values = dict(config["signature"])
+    return Signature(**{**values, "names": tuple(values["names"])})
+
+
+class DiffusersBackbone(PythonBackbone):
+    """A network of diffusers, of one of the classes `CLASSES_OF_DIFFUSERS`.
+
+    Conditions go by names of their own (`classes`, `text`, …). Where the network has twice as many output channels as
+    the samples and `drops_variance` is set, the second half, a learned variance, is left out. A DiT drops no classes by
+    itself: that is the training's task.
+    """
+
+    kind = "diffusers"
+
+    def __init__(self, model: nn.Module, *, null_class: bool = False, drops_variance: bool = False) -> None:
+        self.class_name = type(model).__name__
+        self.options = {"null_class": null_class, "drops_variance": drops_variance}
+        super().__init__(model, diffusers_signature(self._description(model)))
+        for part in model.modules():
+            if type(part).__name__ == "LabelEmbedding":
+                vars(part)["dropout_prob"] = 0.0
+        if self.class_name == "DiTTransformer2DModel":
+            model.get_submodule("proj_out_2").register_forward_hook(_as_patches)
+
+    def _description(self, model: nn.Module) -> dict[str, Any]:
+        config: Any = model.config
+        values = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+        described: dict[str, Any] = json.loads(json.dumps({"class": self.class_name, **self.options, "config": values}))
+        return described
+
+    def describe(self) -> dict[str, Any]:
+        """The class and its configuration."""
+        return self._description(self.model)
+
+    def evaluate(self, z: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The `sample` of its answer."""
+        told = {name: value.to(z.dtype) if value.is_floating_point() else value for name, value in condition.items()}
+        config: Any = self.model.config
+        arguments = CLASSES_OF_DIFFUSERS[self.class_name](told, config)
+        output: Tensor = self.model(z, timestep=timestep, **arguments, return_dict=False)[0]
+        if self.class_name == "DiTTransformer2DModel":
+            output = _joined(output, z)
+        return output[:, : z.shape[1]] if self.options["drops_variance"] else output
+
+    @property
+    def output_layer(self) -> nn.Module | None:
+        """The last projection."""
+        last = (
+            self.model.get_submodule(name)
+            for name in ("conv_out", "proj_out_2", "proj_out")
+            if hasattr(self.model, name)
+        )
+        return next(last, None)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether diffusers' own gradient checkpointing is on."""
+        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+
+    @checkpointing.setter
+    def checkpointing(self, value: bool) -> None:
+        """Switch it on or off."""
+        model: Any = self.model
+        if value and not self.checkpointing:
+            model.enable_gradient_checkpointing()
+        elif self.checkpointing and not value:
+            model.disable_gradient_checkpointing()
+
+
+def _as_patches(module: nn.Module, inputs: object, tokens: Tensor) -> Tensor:
+    """A DiT puts its tokens together to a square; as images of one patch each they keep their order (B·N, 1, …)."""
+    del module, inputs
+    return tokens.reshape(-1, 1, tokens.shape[-1])
+
+
+def _joined(patches: Tensor, z: Tensor) -> Tensor:
+    """Patches (B·N, C, p, p), row by row, as images (B, C, H, W) of the size of z."""
+    _, channels, p, _ = patches.shape
+    rows, columns = z.shape[-2] // p, z.shape[-1] // p
+    grid = patches.reshape(-1, rows, columns, channels, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, rows * p, columns * p)
+
+
+def _class_labels(condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    del config
+    return {"class_labels": condition.get(CLASSES)}
+
+
+def _text(condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a UNet that attends to a text."""
+    added = {"text_embeds": condition.get(POOLED), "time_ids": condition.get(TIME_IDS)}
+    known = {key: value for key, value in added.items() if value is not None}
+    return {
+        "encoder_hidden_states": condition.get(TEXT),
+        "encoder_attention_mask": condition.get(TEXT_MASK),
+        "added_cond_kwargs": known or None,
+        **({"class_labels": condition[CLASSES]} if config.get("num_class_embeds") and CLASSES in condition else {}),
+    }
+
+
+def _pixart(condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    del config
+    return {
+        "encoder_hidden_states": condition.get(TEXT),
+        "encoder_attention_mask": condition.get(TEXT_MASK),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+CLASSES_OF_DIFFUSERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]] = {
+    "UNet2DModel": _class_labels,
+    "DiTTransformer2DModel": _class_labels,
+    "UNet2DConditionModel": _text,
+    "PixArtTransformer2DModel": _pixart,
+    "UNet1DModel": lambda *_: {},
+}
+"""The classes that may be used → conditions by our names as arguments by theirs."""
+
+
+def diffusers_signature(config: Mapping[str, Any]) -> Signature:
+    """What a network of diffusers takes, from what `DiffusersBackbone.describe` said; diffusers itself is not needed.
+
+    Raises:
+        ValueError, TypeError: a class that is not allowed, or values that no network has.
+    """
+    if (name := config.get("class")) not in CLASSES_OF_DIFFUSERS:
+        raise ValueError(
+            f"the class {name!r} of diffusers cannot be used; {suggestion(str(name), CLASSES_OF_DIFFUSERS)}"
+        )
+    values = config["config"]
+    _check_numbers(values)
+    channels = int(values["in_channels"])
+    out_channels = channels if config.get("drops_variance") else int(values.get("out_channels") or channels)
+    is_dit, is_text = name == "DiTTransformer2DModel", name in ("UNet2DConditionModel", "PixArtTransformer2DModel")
+    classes = int(values.get("num_embeds_ada_norm" if is_dit else "num_class_embeds") or 0)
+    is_unet = "block_out_channels" in values
+    null: dict[str, float] = {CLASSES: classes} if is_dit else {}
+    if classes and config.get("null_class") and not is_dit:  # the last row of the table is "no class"
+        classes, null = classes - 1, {CLASSES: classes - 1}
+    names = (CLASSES,) * bool(classes and name != "PixArtTransformer2DModel")
+    if is_text:
+        names += (TEXT, TEXT_MASK) + (POOLED, TIME_IDS) * (values.get("addition_embed_type") == "text_time")
+    halvings = len(values["block_out_channels"]) - (name != "UNet1DModel") if is_unet else 0
+    multiple = 2**halvings if is_unet else int(values.get("patch_size") or 1)
+    return Signature(channels, out_channels, names, null if classes else {}, classes, multiple)
+
+
+def _check_numbers(values: Any) -> None:
+    """Refuse numbers of blocks and channels that no network has.
+
+    Raises:
+        ValueError: as said.
+    """
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ():
+        if isinstance(value, int) and abs(value) > MAX_NUMBER:
+            raise ValueError(f"{value} is more than any network has")
+        _check_numbers(value)
+
+
+def build_diffusers(config: Mapping[str, Any]) -> DiffusersBackbone:
+    """The network, with fresh weights.
+
+    Raises:
+        VdiffError: diffusers is not installed.
+        ValueError, TypeError: values that do not fit together.
+    """
+    diffusers_signature(config)
+    try:
+        import diffusers
+    except ImportError:
+        raise VdiffError("this network is one of diffusers, which is not installed", "pip install diffusers") from None
+    model = getattr(diffusers, config["class"]).from_config(dict(config["config"]))
+    options = {key: bool(config.get(key, False)) for key in ("null_class", "drops_variance")}
+    return DiffusersBackbone(model, **options)
+
+
+def wrapped(
+    network: nn.Module,
+    signature: Signature,
+    *,
+    null_class: bool = False,
+    drops_variance: bool = False,
+) -> Backbone:
+    """A backbone of any module: itself, a class of diffusers, or a user's own, of which `signature` tells."""
+    if isinstance(network, Backbone):
+        return network
+    is_theirs = type(network).__module__.startswith("diffusers.") and type(network).__name__ in CLASSES_OF_DIFFUSERS
+    if is_theirs:
+        return DiffusersBackbone(network, null_class=null_class, drops_variance=drops_variance)
+    return PythonBackbone(network, signature)
