@@ -20,9 +20,9 @@ from vdiff.models.unet import (
     Attention,
     Resample,
     ResBlock,
-    Stage,
     UNet,
     UNetConfig,
+    UNetStage,
     group_norm,
     timestep_embedding,
     upsample_conv,
@@ -97,7 +97,7 @@ def copy_attention(ours: Attention, their: nn.Module) -> None:
 
 def copy_level(ours: list[nn.Module], their: nn.Module) -> None:
     """A level's stages and the resampling behind them."""
-    stages = [module for module in ours if isinstance(module, Stage)]
+    stages = [module for module in ours if isinstance(module, UNetStage)]
     attentions = getattr(their, "attentions", [None] * len(stages))
     for stage, block, attention in zip(stages, their.resnets, attentions, strict=True):
         copy_block(stage.block, block)
@@ -393,7 +393,7 @@ def test_folding_moves_sizes_and_strides():
     config = UNetConfig(multipliers=(1, 2, 2), fold=2, attention_strides=(2, 8))
     assert config.size_multiple == 8
     assert [config.stride(level) for level in range(3)] == [2, 4, 8]
-    attends = [isinstance(stage.attention, Attention) for stage in UNet(config).down if isinstance(stage, Stage)]
+    attends = [isinstance(stage.attention, Attention) for stage in UNet(config).down if isinstance(stage, UNetStage)]
     assert attends == [True, True, False, False, True, True]
 
 

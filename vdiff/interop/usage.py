@@ -126,11 +126,10 @@ def torch_usage(name: str, config: CheckpointConfig, options: GraphOptions) -> s
 
 def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, clip: bool) -> str:
     """For a pipeline folder called `name`, which draws with the arguments `call`; empty: it needs a class."""
-    unet = UNetConfig.from_dict(config.unet)
     values = {
         "name": name,
         "arguments": ", ".join(f"{key}={value}" for key, value in call.items()),
-        "classes": unet.num_classes + unet.null_class,
+        "classes": config.signature.num_classes + bool(config.signature.null),
         "shape": _shape(config).rstrip(")"),
         "steps": config.num_timesteps,
         "clipped": ", use_clipped_model_output=True" if clip else "",
