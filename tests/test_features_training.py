@@ -33,11 +33,11 @@ from vdiff.evaluation.feature_network import (
 )
 from vdiff.evaluation.feature_training import (
     FeatureTraining,
-    choose_kind,
     endless,
     in_order,
     loss_of,
     measure,
+    network_config,
     split,
     train_features,
 )
@@ -309,8 +309,8 @@ def test_networks_that_cannot_be_are_refused(values):
 def test_a_classifier_where_there_are_classes(tmp_path):
     for count, due in ((0, "autoencoder"), (1, "autoencoder"), (2, "classifier")):
         store = ImageStore(write_dataset(tmp_path / str(count), classes=["a", "b"][:count]))
-        assert choose_kind("auto", store) == due
-        assert choose_kind("autoencoder", store) == "autoencoder"
+        assert network_config(store, SIDE, FeatureTraining()).kind == due
+        assert network_config(store, SIDE, FeatureTraining("autoencoder")).kind == "autoencoder"
 
 
 def test_images_that_are_all_alike_are_refused(digits, monkeypatch):

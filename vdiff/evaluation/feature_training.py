@@ -166,23 +166,6 @@ class FeatureTraining:
     num_workers: int = 0
 
 
-def choose_kind(kind: str, store: AnyStore) -> str:
-    """The kind that "auto" means for a dataset.
-
-    Raises:
-        OptionError: a classifier is asked for, and there are not two classes.
-    """
-    num_classes = len(store.meta.class_names)
-    if kind == "classifier" and num_classes < 2:
-        raise OptionError(
-            f"--kind classifier: {store.path} has {num_classes or 'no'} class{'es' if not num_classes else ''}",
-            "give --kind autoencoder, or prepare a dataset of two classes or more",
-        )
-    if kind == "auto":
-        return "classifier" if num_classes >= 2 else "autoencoder"
-    return kind
-
-
 def network_config(store: AnyStore, image_size: int, training: FeatureTraining) -> FeatureNetConfig:
     """The network for a dataset.
 
@@ -190,13 +173,20 @@ def network_config(store: AnyStore, image_size: int, training: FeatureTraining) 
         VdiffError: the images are too small or too large for it.
         OptionError: a classifier is asked for, and there are not two classes.
     """
-    kind = choose_kind(training.kind, store)
+    num_classes, kind = len(store.meta.class_names), training.kind
+    if kind == "classifier" and num_classes < 2:
+        raise OptionError(
+            f"--kind classifier: {store.path} has {num_classes or 'no'} class{'es' if not num_classes else ''}",
+            "give --kind autoencoder, or prepare a dataset of two classes or more",
+        )
+    if kind == "auto":
+        kind = "classifier" if num_classes >= 2 else "autoencoder"
     if not MIN_SIZE <= image_size <= MAX_SIZE:
         raise VdiffError(
             f"{store.path} has images of {image_size} pixels; a feature network takes {MIN_SIZE} to {MAX_SIZE}",
             "evaluate on pixels, or prepare the images in such a size",
         )
-    num_classes = len(store.meta.class_names) if kind == "classifier" else 0
+    num_classes = num_classes if kind == "classifier" else 0
     return FeatureNetConfig(kind, image_size, store.meta.channels, training.dim, num_classes)
 
 

@@ -6,10 +6,11 @@ import hashlib
 import logging
 import warnings
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ SIDE = 8
 MAKE_ONE = "give a torch.export file (vdiff features makes one), a TorchScript file, pixels or inception"
 
 
-class Features(Protocol):
+class Features(ABC):
     """A function from images to vectors.
 
     Attributes:
@@ -43,16 +44,13 @@ class Features(Protocol):
     dim: int
     fingerprint: str
 
+    @abstractmethod
     def __call__(self, images: Tensor) -> NDArray[np.floating]:
         """(n, C, H, W), uint8 or floating-point in [−1, 1], on any device, to (n, d)."""
 
-
-@runtime_checkable
-class FeaturesWithLogits(Protocol):
-    """Features of a classifier."""
-
-    def with_logits(self, images: Tensor) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-        """Vectors (n, d), and the logits (n, c) of the same images."""
+    def with_logits(self, images: Tensor) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
+        """Vectors (n, d), and a classifier's logits (n, c) of the same images."""
+        return self(images), None
 
 
 def as_unit(images: Tensor) -> Tensor:
@@ -71,7 +69,7 @@ def pixel_vectors(images: Tensor, side: int = SIDE) -> NDArray[np.float64]:
 
 
 class PixelDistance:
-    """The Fréchet distance of images to a reference, both as `pixel_vectors`: to compare a student with its teacher.
+    """The Fréchet distance of images to a reference, both as `pixel_vectors`.
 
     Args:
         reference: real images (n, C, H, W) in [−1, 1], n at least 2.
@@ -85,7 +83,7 @@ class PixelDistance:
         return frechet_distance(pixel_vectors(images), self.reference)
 
 
-class Pixels:
+class Pixels(Features):
     """`pixel_vectors` as features."""
 
     name = PIXELS
@@ -99,7 +97,7 @@ class Pixels:
         return pixel_vectors(as_unit(images))
 
 
-class FileFeatures:
+class FileFeatures(Features):
     """A feature network in a file: a `torch.export` program, or TorchScript. Such a file is code: use trusted ones.
 
     It is called with (n, C, H, W) float32 in [−1, 1] for any n and returns (n, d); more axes are flattened. Loading

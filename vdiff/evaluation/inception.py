@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vdiff.data.images import to_uint8
 from vdiff.errors import VdiffError
+from vdiff.evaluation.features import INCEPTION, Features
 from vdiff.files import check_regular
 
 NAME = "inception-v3-compat"
@@ -24,7 +25,7 @@ MAX_BATCH = 32
 DOWNLOAD = "leave --weights out to download them, or give torch-fidelity's weights-inception-….pth"
 
 
-class InceptionFeatures:
+class InceptionFeatures(Features):
     """The 2048 features of torch-fidelity's Inception v3, and its logits without their bias.
 
     Images become uint8 as when they are saved, grey ones three equal channels, and are resized to 299 × 299 as
@@ -39,7 +40,7 @@ class InceptionFeatures:
         VdiffError: `state` is of another network, or torch-fidelity is not installed.
     """
 
-    name = "inception"
+    name = INCEPTION
     dim = DIM
 
     def __init__(self, state: Mapping[str, Tensor], fingerprint: str, device: str | torch.device = "cpu") -> None:

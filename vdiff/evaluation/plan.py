@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError, suggestion
-from vdiff.evaluation.features import INCEPTION, PIXELS, Features, FeaturesWithLogits
+from vdiff.evaluation.features import INCEPTION, PIXELS, Features
 from vdiff.evaluation.nearest import MAX_QUERIES
 from vdiff.evaluation.reference import MAX_KEPT, ReferenceImages
 from vdiff.models.checkpoint import CheckpointConfig, read_config
@@ -151,9 +151,7 @@ def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
     """
     is_inception = features.name == INCEPTION
     possible = [
-        name
-        for name in METRICS
-        if (name != "isc" or isinstance(features, FeaturesWithLogits)) and (name not in ("rmse", "psnr") or has_teacher)
+        name for name in METRICS if (name != "isc" or is_inception) and (name not in ("rmse", "psnr") or has_teacher)
     ]
     if not wanted:
         return tuple(possible)

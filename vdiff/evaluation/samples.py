@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff.data.images import to_uint8
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import memory_errors_named
 from vdiff.errors import VdiffError
-from vdiff.evaluation.features import Features, FeaturesWithLogits
+from vdiff.evaluation.features import Features
 from vdiff.evaluation.metrics import Arrays, ClassStats, Moments, to_arrays
 from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
 from vdiff.evaluation.plan import EvalPlan, RowSpec
@@ -151,11 +149,7 @@ def sample_stats(
         images = generator.draw(batch, bar, done + batch.start - samples.start)
         drawing += time.monotonic() - start
         pixels = to_uint8(images).to(generator.device)
-        logits: NDArray[Any] | None = None
-        if isinstance(features, FeaturesWithLogits):
-            vectors, logits = features.with_logits(pixels)
-        else:
-            vectors = features(pixels)
+        vectors, logits = features.with_logits(pixels)
         for k, number in enumerate(piece):
             block = blocks.block(number)
             first, last = max(batch.start, block.start), min(batch.stop, block.stop)
