@@ -132,6 +132,8 @@ TOLD: dict[str, dict[str, Any]] = {
 """What our networks are told to answer as the exported ones do."""
 FULLY = ("v False", "x False", "classes False", "eps False")
 CASES = [(name, steps) for name in EXPORTS for steps in ((1, 2, 4, 8) if name in FULLY else (1, 8))]
+SLOW = {"x True", "eps True", "grey True", "uncut True", "sparse True", "uncut False", "name before number"}
+"""Exports that diffusers draws for slow tests only."""
 CARDS = {"v": "v", "classes": "classes"}
 """Exports with a model card, whose program is run."""
 
@@ -272,7 +274,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes = {"image_size": 8, **values, "unet": unet.to_dict()}
         write_checkpoint(checkpoint, seed=seed, channels=unet.in_channels, **changes)
         randomise(checkpoint, seed)
-    jobs: dict[str, list[dict[str, Any]]] = {"make": [], "draw": [], "run": []}
+    jobs: dict[str, list[dict[str, Any]]] = {"make": [], "draw": [], "run": [], "slow": []}
     for name, options in EXPORTS.items():
         values = {"clip": False} | {key: value for key, value in options.items() if key != "checkpoint"}
         export_pipeline(place / "ours" / options["checkpoint"], place / "exports" / name, **values)
@@ -280,7 +282,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         asked = TOLD.get(name.split()[0] if name.startswith("classes") else name, {}).get("classes")
         classes = asked if name.startswith("classes") or name == "one weight" else None
         for steps in [steps for case, steps in CASES if case == name]:
-            jobs["draw"].append(
+            jobs["slow" if name in SLOW else "draw"].append(
                 {"name": f"{name} {steps}", "folder": str(place / "exports" / name), "pipeline": "DDIMPipeline"}
                 | {"call": call | {"num_inference_steps": steps}, "classes": classes, "count": COUNT, "seed": steps}
             )
@@ -294,17 +296,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         call = values.get("call", {}) | {"num_inference_steps": values["steps"]}
         folder = str(place / "theirs" / values["of"])
         jobs["draw"].append({**values, "name": name, "folder": folder, "call": call, "count": COUNT, "seed": 0})
+    (place / "slow.json").write_text(json.dumps({"make": [], "draw": jobs.pop("slow"), "run": []}))
     (place / "jobs.json").write_text(json.dumps(jobs))
-    program = [sys.executable, "-I", str(ROOT / "tests/diffusers_side.py"), "jobs.json", "answers.safetensors"]
+    diffusers_does(place, "jobs")
+    return place
+
+
+def diffusers_does(place: Path, name: str) -> None:
+    """Run a file of jobs in a process of its own."""
+    program = [sys.executable, "-I", str(ROOT / "tests/diffusers_side.py"), f"{name}.json", f"{name}.safetensors"]
     process = subprocess.run(program, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     assert process.returncode == 0, process.stderr.decode()
-    return place
 
 
 @pytest.fixture(scope="module")
 def drawn(place: Path) -> dict[str, Tensor]:
     """What diffusers drew."""
-    return load_file(place / "answers.safetensors")
+    return load_file(place / "jobs.safetensors")
+
+
+@pytest.fixture(scope="module")
+def slowly_drawn(place: Path) -> dict[str, Tensor]:
+    """What diffusers drew of `SLOW`."""
+    diffusers_does(place, "slow")
+    return load_file(place / "slow.safetensors")
 
 
 def randomise(checkpoint: Path, seed: int) -> None:
@@ -353,9 +368,13 @@ def assert_drawn(drawn: dict[str, Tensor], name: str, expected: Tensor) -> None:
 # Export
 
 
-@pytest.mark.parametrize(("name", "steps"), CASES)
-def test_diffusers_draws_our_images(place, drawn, name, steps):
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else []) for case in CASES],
+)
+def test_diffusers_draws_our_images(place, request, name, steps):
     """Without a clip a plain call does; with one, a call with use_clipped_model_output."""
+    drawn = request.getfixturevalue("slowly_drawn" if name in SLOW else "drawn")
     clip = 1.0 if EXPORTS[name].get("clip") else None
     told = TOLD.get(name.split()[0] if name.startswith("classes") else name, {})
     checkpoint = place / "ours" / EXPORTS[name]["checkpoint"]

@@ -148,10 +148,14 @@ def test_steps_without_a_velocity_are_rotations(clip):
     assert [float(step["label"]) for step in grid(denoiser, 4)] == [1023, 767, 511, 255]
 
 
+@pytest.fixture(scope="module")
+def program(folder: Path) -> torch.export.ExportedProgram:
+    return torch.export.load(folder / "out/model.pt2")
+
+
 @pytest.fixture
-def traced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def traced(program: torch.export.ExportedProgram, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of `plain` take the program that is there."""
-    program = torch.export.load(folder / "out/model.pt2")
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: program)
 
 
