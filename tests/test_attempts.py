@@ -373,16 +373,15 @@ def test_a_plan_tells_stages_updates_images_and_time_and_does_nothing(data, tmp_
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("original"), dataset=str(data))
     words = WORDS.replace("--to_steps 2", "").replace("--teacher_steps 8", "")
-    for switch in ("--plan", "--dry_run"):
-        rows = table(done(f"{words} --method tract --phases 8,2,1 --last_factor 3 {switch}").stdout)
-        assert rows[0] == ["Stages"]
-        assert rows[1] == ["student", "teacher", "method", "steps", "updates", "images", "time"]
-        assert [row[:6] for row in rows[2:4]] == [
-            ["base_0", "original", "tract", "8 → 2", "12", "48"], ["base_1", "base_0", "tract", "2 → 1", "6", "24"]
-        ]  # fmt: skip
-        assert rows[4][:2] == ["all", "18"]
-        assert all(re.fullmatch(r"\d+:\d\d", row[-1]) for row in rows[2:])
-    rows = table(done(f"{words} --method trajectory --phases 8,2 --plan").stdout)
+    rows = table(done(f"{words} --method tract --phases 8,2,1 --last_factor 3 --plan").stdout)
+    assert rows[0] == ["Stages"]
+    assert rows[1] == ["student", "teacher", "method", "steps", "updates", "images", "time"]
+    assert [row[:6] for row in rows[2:4]] == [
+        ["base_0", "original", "tract", "8 → 2", "12", "48"], ["base_1", "base_0", "tract", "2 → 1", "6", "24"]
+    ]  # fmt: skip
+    assert rows[4][:2] == ["all", "18"]
+    assert all(re.fullmatch(r"\d+:\d\d", row[-1]) for row in rows[2:])
+    rows = table(done(f"{words} --method trajectory --phases 8,2 --dry_run").stdout)
     assert rows[2][:6] == ["base_0", "original", "trajectory", "8 → 2", "4", "none"]
     assert len(rows) == 3
     result = done(f"{words} --method consistency --phases 8,2 --plan")

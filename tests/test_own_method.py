@@ -154,6 +154,16 @@ def test_two_methods_cannot_have_parameters_of_one_name(monkeypatch):
         distill_config(Path(), Path())
 
 
+def test_a_parameter_of_a_method_has_a_default(monkeypatch):
+    @dataclass(frozen=True)
+    class Other(Method):
+        width: int = setting("Of another critic.", low=1)
+
+    monkeypatch.setitem(METHODS, "other", Other)
+    with pytest.raises(ValueError, match="other: width needs a default"):
+        distill_config(Path(), Path())
+
+
 # Networks of its own
 
 

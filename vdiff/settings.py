@@ -61,7 +61,7 @@ def parameters_of_all(registry: Mapping[str, Any], taken: Iterable[str] = ()) ->
     """Name → field of the settings of every class in a registry.
 
     Raises:
-        ValueError: two classes declare one name differently, or one declares a name of `taken`.
+        ValueError: two classes declare one name differently, one declares a name of `taken`, or one without a default.
     """
     found: dict[str, Field[Any]] = {}
     taken = set(taken)
@@ -69,7 +69,25 @@ def parameters_of_all(registry: Mapping[str, Any], taken: Iterable[str] = ()) ->
         for key, item in parameters(kind).items():
             if key in taken or found.setdefault(key, item) is not item:
                 raise ValueError(f"{name}: another setting is called {key} already")
+            if item.default is MISSING:
+                raise ValueError(f"{name}: {key} needs a default")
     return found
+
+
+def check_values(known: Mapping[str, Field[Any]], values: Any, origin: str) -> dict[str, Any]:
+    """Name → value, each as the type of its setting.
+
+    Raises:
+        OptionError: no table, an unknown name, or a value as in `check_value`; it names `origin`.
+    """
+    if not isinstance(values, Mapping):
+        raise OptionError(f"{origin}: {values!r} is no table", "mend the file")
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            raise OptionError(f"{origin}: unknown setting {key!r}", suggestion(key, known))
+        checked[key] = check_value(known[key], value, origin)
+    return checked
 
 
 def check_value(setting: Field[Any], value: Any, origin: str) -> Any:

@@ -151,9 +151,11 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
     heads = f"{config.head_channels} channels a head" if config.head_channels else plural(config.num_heads, "head")
     strides = ", ".join(map(str, config.attention_strides))
     where = f"at strides {strides} and in the middle" if strides else "in the middle alone"
-    told = ("channels", "multipliers", "num_blocks", "attention_strides", "num_heads", "head_channels", "num_classes")
+    shown = ("channels", "multipliers", "num_blocks", "attention_strides", "num_heads", "head_channels", "num_classes")
     mine, normal = config.to_dict(), usual.to_dict()
-    others = [f"{k} {v}" for k, v in mine.items() if k not in (*told, "in_channels", "out_channels") and v != normal[k]]
+    others = [
+        f"{k} {v}" for k, v in mine.items() if k not in (*shown, "in_channels", "out_channels") and v != normal[k]
+    ]
     rows = {
         "network": f"UNet, widths {widths}, {plural(config.num_blocks, 'block')} a level, attention {where} ({heads})"
     }

@@ -117,7 +117,7 @@ class GroupedOption(click.Option):
         self.group = group
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Show defaults that are told in words as they are, without Click's parentheses."""
+        """Show defaults that are words as they are, without Click's parentheses."""
         extra = super().get_help_extra(ctx)
         if isinstance(self.show_default, str):
             extra["default"] = self.show_default

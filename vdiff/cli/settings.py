@@ -65,18 +65,23 @@ def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
     """The flag of one setting, under a heading; `shown` is its default, as the help tells it."""
     rules, kind, name = item.metadata, value_type(item), item.name
     names = [f"--{rules['flag'] or name}", name]
-    told: dict[str, Any] = {"group": group, "default": None, "help": rules["help"], "show_default": shown or False}
+    attributes: dict[str, Any] = {
+        "group": group,
+        "default": None,
+        "help": rules["help"],
+        "show_default": shown or False,
+    }
     if kind is bool:
-        return switch(*names, **told)
+        return switch(*names, **attributes)
     if choices := choices_of(item) or (PRESETS if name == "preset" else ()):
-        return option(*names, type=OneOf(choices), **told)
-    told["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
+        return option(*names, type=OneOf(choices), **attributes)
+    attributes["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     types: dict[type, click.ParamType] = {
         int: click.IntRange(rules["low"], rules["high"]),
         float: Number(rules["low"], rules["high"], min_open=rules["open_low"]),
         str: click.STRING,
     }
-    return option(*names, type=types[kind], **told)
+    return option(*names, type=types[kind], **attributes)
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:

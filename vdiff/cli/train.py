@@ -84,7 +84,7 @@ def costs(config: TrainConfig, description: CheckpointConfig) -> list[str]:
         f"{config.num_iters:,} updates of {config.batch_size}",
         "schedule": ", ".join(f"{key} {value}" for key, value in description.schedule.items()),
     }
-    told = {key: value for key, value in asdict(config).items() if key not in ("unet", "schedule", "data")}
-    rows |= {key: "none" if value == "" else str(value) for key, value in told.items()}
+    shown = {key: value for key, value in asdict(config).items() if key not in ("unet", "schedule", "data")}
+    rows |= {key: "none" if value == "" else str(value) for key, value in shown.items()}
     rows |= {f"unet.{key}": str(value) for key, value in description.unet.items()}
     return aligned(rows)

@@ -47,7 +47,7 @@ def resolve_training(
         flags: what the command line and the environment said.
         resume: begin from the settings recorded in `folder` instead of a preset.
         assume: where a preset is named and no dataset, take the images that the preset is made for.
-        reporter: who is told that the preset leaves the data's classes unused.
+        reporter: gets a line where the preset leaves the data's classes unused.
 
     Raises:
         VdiffError: settings or dataset cannot be used.

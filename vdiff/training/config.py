@@ -15,14 +15,14 @@ from vdiff.diffusion.distillation import METHODS, Method, build_method
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import SCHEDULES
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
-from vdiff.errors import OptionError, suggestion
+from vdiff.errors import OptionError
 from vdiff.settings import (
     DATA,
     MACHINE,
     MODEL,
     OPTIMISATION,
     RECORDS,
-    check_value,
+    check_values,
     parameters,
     parameters_of_all,
     setting,
@@ -373,11 +373,8 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
         for key, stronger in (("ema", ("ema_images", "ema_remainder")), ("ema_images", ("ema_remainder",))):
             if key in values:  # said later than what would go before it
                 merged = {name: value for name, value in merged.items() if name not in stronger}
-        for key, value in values.items():
-            if key not in known:
-                raise OptionError(f"{origin}: unknown setting {key!r}", suggestion(key, known))
-            checked = check_value(known[key], value, origin)
-            merged[key] = {**merged.get(key, {}), **checked} if isinstance(checked, dict) else checked
+        for key, value in check_values(known, values, origin).items():
+            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
     if merged.get("prediction") == "eps" and "weighting" not in merged:
         merged["weighting"] = "snr"
     missing = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]

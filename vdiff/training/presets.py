@@ -17,7 +17,7 @@ import tomli_w
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import CHECKSUM, checksum, parse, read_text, write_text
 from vdiff.records import RUN_FILE
-from vdiff.settings import check_value
+from vdiff.settings import check_values
 from vdiff.text import cause_of
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of, values_of
 
@@ -65,20 +65,10 @@ def read_settings(path: Path) -> Settings:
     if path.name == RUN_FILE and mark and said.strip() != checksum(settings_text):  # a copy may be edited as it is
         raise OptionError(f"{path} is damaged, or edited", "restore it, or delete its last line, the checksum")
     settings = _settings(text, str(path))
-    _check(TrainConfig, settings.train, str(path))
-    _check(DistillConfig, settings.distill, f"{path} [distill]")
+    # those of the other command too, before any of them is used
+    check_values(settings_of(TrainConfig), settings.train, str(path))
+    check_values(settings_of(DistillConfig), settings.distill, f"{path} [distill]")
     return settings
-
-
-def _check(kind: type[TrainConfig | DistillConfig], values: Any, origin: str) -> None:
-    """Look at keys and values before any of them is used, also at those of the other command."""
-    if not isinstance(values, Mapping):
-        raise OptionError(f"{origin}: {values!r} is no table", "mend the file")
-    known = settings_of(kind)
-    for key, value in values.items():
-        if key not in known:
-            raise OptionError(f"{origin}: unknown setting {key!r}", suggestion(key, known))
-        check_value(known[key], value, origin)
 
 
 def _settings(text: str, origin: str) -> Settings:
