@@ -4,11 +4,13 @@
     python benchmarks/data.py --only reading,memory
 
 *Preparation*: beside the loop of the rosinality-style scripts (decode in full, Lanczos, JPEG of quality 100, an LMDB
-transaction for each image), in one process and with a pool. *Reading*: shuffled, mirrored batches of the same encoded
-images, normalised on the device, beside torchvision's `ImageFolder` and an LMDB read with OpenCV, both in a
-`DataLoader` with the usual transforms. First epoch: nothing was decoded before; later epochs: ours has kept what it
-decoded, the others decode again. The files are in the page cache for all. The sides take turns, and medians are
-compared. *Memory*: of all processes of a preparation together, sampled while it runs.
+transaction for each image), in one process and with a pool; and beside the least that can be done: as many loops as
+workers, each with its share of the files, that decode at the same reduced scale and write JPEG files. *Reading*:
+shuffled, mirrored batches of the same encoded images, normalised on the device, beside torchvision's `ImageFolder` and
+an LMDB read with OpenCV, both in a `DataLoader` with the usual transforms. First epoch: nothing was decoded before;
+later epochs: ours has kept what it decoded, the others decode again. The files are in the page cache for all. The
+sides take turns, and medians are compared. *Memory*: of all processes of a preparation together, sampled while it
+runs.
 """
 
 from __future__ import annotations
@@ -97,6 +99,23 @@ def field_prepare(source: Path, out: Path, size: int, num_workers: int) -> None:
             transaction.put(b"length", str(len(files)).encode())
 
 
+def plain_loop(size: int, out: Path, files: list[Path]) -> None:
+    """Decode at the scale that vdiff takes, Lanczos, JPEG files of quality 100; nothing else."""
+    for path in files:
+        image = PIL.Image.open(path)
+        image.draft("RGB", (2 * size, 2 * size))
+        image = image.convert("RGB").resize((size, size), PIL.Image.Resampling.LANCZOS)
+        image.save(out / path.name, quality=100, subsampling=0)
+
+
+def plain_prepare(source: Path, out: Path, size: int, num_workers: int) -> None:
+    """Plain loops side by side."""
+    out.mkdir()
+    files = sorted(source.iterdir())
+    with multiprocessing.Pool(num_workers) as pool:
+        pool.map(partial(plain_loop, size, out), [files[k::num_workers] for k in range(num_workers)], chunksize=1)
+
+
 def our_prepare(source: Path, out: Path, size: int, num_workers: int) -> None:
     """vdiff's preparation."""
     prepare(Folder(source), out, ConversionConfig(sizes=(size,)), num_workers=num_workers)
@@ -109,6 +128,7 @@ def preparation(source: Path, scratch: Path, *, size: int, num_workers: int, rou
         f"vdiff, {num_workers} workers": partial(our_prepare, num_workers=num_workers),
         "Pillow loop, 1 process": partial(field_prepare, num_workers=0),
         f"Pillow loop, pool of {num_workers}": partial(field_prepare, num_workers=num_workers),
+        f"plain loops at reduced scale, {num_workers} processes": partial(plain_prepare, num_workers=num_workers),
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):

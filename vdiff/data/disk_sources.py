@@ -12,8 +12,9 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,14 +44,11 @@ MAX_RATIO = 100
 """How many times smaller a compressed tar of pictures may be; packed pictures hardly shrink."""
 
 
-class _OnDisk:
+class _OnDisk(Source):
     """What folders and archives have in common."""
 
-    defaults = Defaults()
-
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
-        self.path: Path | None = path
-        self.root = path
+        self.path = self.root = path
         self.options = options or SourceOptions()
         self.options.refuse(str(path), "image_column")
         split = self.options.split.lower()
@@ -63,9 +61,6 @@ class _OnDisk:
         of_file = {} if self.root.is_dir() else {"bytes": status.st_size, "modified": status.st_mtime_ns}
         asked = {key: value for key in ("split", "label_column") if (value := getattr(self.options, key))}
         return {"path": str(self.root.resolve()), **of_file, **asked}
-
-    def fetch(self, scratch: Path) -> None:
-        """Nothing to do."""
 
 
 class _Files(_OnDisk):
@@ -108,17 +103,30 @@ class _Files(_OnDisk):
                 "leave it out, or give none for no classes",
             )
 
+    @abstractmethod
     def _files(self) -> Iterator[tuple[str, str]]:
         """The names of all files, `/` between folders, and where their bytes lie."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def _open(self, item: Item) -> AbstractContextManager[tuple[IO[bytes], int]]:
+        """A file at its first byte, and its length; what goes wrong inside is an UnreadableImageError."""
 
     def read(self, item: Item) -> Sample:
         """The bytes of a file."""
-        raise NotImplementedError
+        with self._open(item) as (file, num_bytes):
+            check_bytes(num_bytes)
+            return Sample(self._content(file, num_bytes), item.label)
+
+    def _content(self, file: IO[bytes], num_bytes: int) -> bytes:
+        return file.read(num_bytes)
 
     def _edge_of(self, item: Item) -> bytes:
-        """`_edge` of a file, nothing where it cannot be read."""
-        raise NotImplementedError
+        """Where a picture says who wrote it: the first of its bytes, of a WebP the last; b"" if unreadable."""
+        with suppress(UnreadableImageError), self._open(item) as (file, num_bytes):
+            if item.name.lower().endswith(".webp"):
+                file.seek(max(num_bytes - EDGE_BYTES, 0), os.SEEK_CUR)
+            return file.read(min(num_bytes, EDGE_BYTES))
+        return b""
 
     def _text(self, item: Item) -> bytes:
         try:
@@ -129,35 +137,20 @@ class _Files(_OnDisk):
         return data
 
 
-def _edge(file: IO[bytes], name: str, start: int, num_bytes: int) -> bytes:
-    """Where a picture says who wrote it: the first of its bytes, of a WebP the last."""
-    file.seek(start + (max(num_bytes - EDGE_BYTES, 0) if name.lower().endswith(".webp") else 0))
-    return file.read(min(num_bytes, EDGE_BYTES))
-
-
 class Folder(_Files):
     """A folder of images, flat or with a folder for each class; links are followed."""
 
-    def read(self, item: Item) -> Sample:
-        """The bytes of the file."""
+    @contextmanager
+    def _open(self, item: Item) -> Iterator[tuple[IO[bytes], int]]:
         path = self.root / item.name
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, for ever
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
                 raise UnreadableImageError("unreadable", "not a regular file")
-            check_bytes(path.stat().st_size)
-            return Sample(path.read_bytes(), item.label)
+            with open(path, "rb") as file:
+                yield file, status.st_size
         except OSError as error:
             raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
-
-    def _edge_of(self, item: Item) -> bytes:
-        path = self.root / item.name
-        try:
-            if not path.is_file():  # a pipe would be waited for, for ever
-                return b""
-            with open(path, "rb") as file:
-                return _edge(file, item.name, 0, path.stat().st_size)
-        except OSError:
-            return b""
 
     def _files(self) -> Iterator[tuple[str, str]]:
         def refuse(error: OSError) -> None:
@@ -196,22 +189,18 @@ class Zip(_Files):
             if not info.filename.endswith("/"):
                 yield info.filename, ""
 
-    def _edge_of(self, item: Item) -> bytes:
-        try:
-            with self._archive().open(item.name) as file:
-                return _edge(file, item.name, 0, self._archive().getinfo(item.name).file_size)
-        except Exception:  # whatever damaged members raise; reading them whole says more
-            return b""
+    def _content(self, file: IO[bytes], num_bytes: int) -> bytes:
+        del num_bytes
+        # bzip2 and LZMA unpack all that they are given, whatever size is said: so they are given little
+        return b"".join(iter(lambda: file.read(4096), b""))
 
-    def read(self, item: Item) -> Sample:
-        """The bytes of the member."""
+    @contextmanager
+    def _open(self, item: Item) -> Iterator[tuple[IO[bytes], int]]:
         archive = self._archive()
         try:
             info = archive.getinfo(item.name)
-            check_bytes(info.file_size)
             with archive.open(info) as member:
-                # bzip2 and LZMA unpack all that they are given, whatever size is said: so they are given little
-                return Sample(b"".join(iter(lambda: member.read(4096), b"")), item.label)
+                yield member, info.file_size
         except UnreadableImageError:
             raise
         except RuntimeError as error:
@@ -266,23 +255,15 @@ class Tar(_Files):
         except (tarfile.TarError, OSError) as error:
             raise self._damaged(error) from None
 
-    def _edge_of(self, item: Item) -> bytes:
-        if not item.place:
-            return b""
-        offset, num_bytes = map(int, item.place.split())
-        with open(self.plain, "rb") as file:
-            return _edge(file, item.name, offset, num_bytes)
-
-    def read(self, item: Item) -> Sample:
-        """The bytes of the member."""
+    @contextmanager
+    def _open(self, item: Item) -> Iterator[tuple[IO[bytes], int]]:
         if not item.place:
             raise UnreadableImageError("unreadable", "not a regular file")
         offset, num_bytes = map(int, item.place.split())  # a listing is checked when it is opened
-        check_bytes(num_bytes)
         try:
             with open(self.plain, "rb") as file:
                 file.seek(offset)
-                return Sample(file.read(num_bytes), item.label)
+                yield file, num_bytes
         except OSError as error:
             raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
 

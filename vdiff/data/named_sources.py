@@ -15,16 +15,7 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.text import cause_of
 
 
-class _InLibrary:
-    """What sets that a library keeps have in common."""
-
-    path: Path | None = None
-
-    def fetch(self, scratch: Path) -> None:
-        """Nothing to do."""
-
-
-class Digits(_InLibrary):
+class Digits(Source):
     """scikit-learn's 1797 handwritten digits: 8 × 8, levels 0 … 16 as round(level · 255 / 16); classes "0" … "9"."""
 
     name = "digits"
@@ -73,7 +64,7 @@ class NamedSet:
     downloads: bool = True
 
 
-class Torchvision(_InLibrary):
+class Torchvision(Source):
     """One of torchvision's sets, found under `root` or downloaded there by torchvision."""
 
     def __init__(self, name: str, options: SourceOptions) -> None:
@@ -162,7 +153,7 @@ class Torchvision(_InLibrary):
         )
 
 
-class HuggingFace(_InLibrary):
+class HuggingFace(Source):
     """A dataset of the Hugging Face hub, or a folder in one of its formats: `hf:NAME` or `hf:NAME:CONFIG`."""
 
     defaults = Defaults()

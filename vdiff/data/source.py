@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vdiff.data.listing import Item, ListingWriter
 from vdiff.errors import OptionError
@@ -46,30 +47,32 @@ class SourceOptions:
                 raise OptionError(f"--{name} {value} has no meaning for {source}", "leave it out")
 
 
-class Source(Protocol):
-    """Images to prepare. A source is pickled to other processes, which read items by themselves."""
+class Source(ABC):
+    """Images to prepare. A source is pickled to other processes, which read items by themselves.
 
-    @property
-    def name(self) -> str:
-        """What the dataset is called by default."""
+    Attributes:
+        name: what the dataset is called by default.
+        path: the file or folder the images are in, None if they come with a library.
+        defaults: what suits the images best.
+    """
 
-    @property
-    def path(self) -> Path | None:
-        """The file or folder the images are in, None if they come with a library."""
+    name: str
+    path: Path | None = None
+    defaults = Defaults()
 
-    @property
-    def defaults(self) -> Defaults:
-        """What suits the images best."""
-
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Plain values that are equal when the images are the same: an unfinished preparation goes on only then."""
 
     def fetch(self, scratch: Path) -> None:
         """Download or unpack, once, in the main process; `scratch` is a folder that lasts until the work is done."""
+        del scratch
 
+    @abstractmethod
     def fill(self, listing: ListingWriter) -> None:
         """Tell the listing of all images, and of the class names if it cannot find them by itself."""
 
+    @abstractmethod
     def read(self, item: Item) -> Sample:
         """One image.
 
