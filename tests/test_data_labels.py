@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 from tests.commands import done, error
-from tests.drawing import order, run
+from tests.drawing import run, spec
 from tests.test_data_preparation import CONFIG, picture, write, write_zip
 from tests.test_data_sources import write_tar
 from tests.toy import Watcher, write_checkpoint
@@ -250,7 +250,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("form", ["png", "zip", "npz", "lmdb"])
 def test_samples_come_back_with_their_classes(model: Path, tmp_path: Path, form: str, classes: list[int]) -> None:
     out = tmp_path / ("samples" if form == "png" else f"samples.{form}")
-    drawn = run(order(model, classes=classes), out, form=form)
+    drawn = run(spec(model, classes=classes), out, form=form)
     assert drawn.drawn == 7
     report = prepare(open_source(out), tmp_path / "back", ConversionConfig(sizes=(4,), image_format="png"))
     store = ImageStore(tmp_path / "back")
@@ -260,14 +260,14 @@ def test_samples_come_back_with_their_classes(model: Path, tmp_path: Path, form:
     assert [store.meta.class_names[store.label(k)] for k in range(7)] == [
         wanted[classes[k % len(classes)]] for k in range(7)
     ]
-    assert run(order(model, classes=classes), out, form=form).drawn == 0
+    assert run(spec(model, classes=classes), out, form=form).drawn == 0
 
 
 def test_classes_of_a_folder_grow_with_it(model: Path, tmp_path: Path) -> None:
-    run(order(model), tmp_path / "out", num=2)
+    run(spec(model), tmp_path / "out", num=2)
     (tmp_path / "out" / "dataset.json").unlink()  # as earlier versions left it
-    run(order(model), tmp_path / "out", num=2)
-    run(order(model), tmp_path / "out", num=5)
+    run(spec(model), tmp_path / "out", num=2)
+    run(spec(model), tmp_path / "out", num=5)
     labels = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert labels == {"labels": [[f"{k:05d}.png", k % 3] for k in range(5)], "class_names": ["owl", "cat", "dog"]}
 
@@ -320,7 +320,7 @@ def test_a_sheet_costs_no_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @every_container
 def test_samples_inside_a_source_are_passed_over(model: Path, tmp_path: Path, container: Any) -> None:
-    run(order(model), tmp_path / "drawn" / "out", trajectory=True)
+    run(spec(model), tmp_path / "drawn" / "out", trajectory=True)
     files = {f"drawn/{p.relative_to(tmp_path / 'drawn')}": p.read_bytes() for p in (tmp_path / "drawn").rglob("*.*")}
     files |= {"cat/0.png": picture(0), "dog/1.png": picture(1)}
     report, _, found = prepared(container(tmp_path, files), tmp_path / "prepared")
