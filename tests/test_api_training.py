@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vdiff
+from tests.commands import ROOT
 from tests.oracles import randn
 from tests.toy import (
     SIZE,
@@ -242,3 +245,85 @@ def test_samples_become_pictures(teacher):
     assert waves._repr_png_() is None
     with pytest.raises(ValueError, match=r"\(3, 1, 64\) are no images"):
         waves.to_pil()
+
+
+# Your own network
+
+
+def readme_example() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- example: tests -->\n")[2].partition("<!-- example end -->")[0]
+    return textwrap.dedent(block)
+
+
+def test_the_example_of_the_readme_trains_and_distils_a_network_of_its_own(tmp_path, monkeypatch, capsys):
+    """As it stands there; the student's 4 steps lead nearer to the teacher's 16 than the teacher's own 4."""
+    code = readme_example()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, "README.md", "exec"), space)
+    lines = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
+    losses = [values[0] for values in lines if len(values) == 1]
+    assert losses[-1] < 0.95 * losses[0]
+    assert [values[0] for values in lines if len(values) == 2] == [8, 4]
+    teacher, student, samples = space["teacher"], space["student"].model, space["samples"]
+    assert samples.shape == (8, 1, 64)
+    assert samples.to("cpu").isfinite().all()
+    far = teacher.sample(64, steps=16)
+    own, learned = ((model.sample(64, steps=4) - far).square().mean().sqrt() for model in (teacher, student))
+    assert learned < 0.7 * own
+    again = vdiff.load("waves", network=space["Network"]())
+    assert torch.equal(again.sample(8, steps=4), samples)
+    with pytest.raises(VdiffError, match=r"its code is not in the folder; load it in Python"):
+        vdiff.load("waves")
+
+
+class Mlp(nn.Module):
+    """(z, timestep, classes) → (B, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 16), nn.Linear(16, 2)
+
+    def forward(self, z: torch.Tensor, timestep: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        told = nn.functional.one_hot(classes, 4).to(z)
+        return self.last(torch.relu(self.first(torch.cat([z, timestep[:, None] / 1000, told], 1))))
+
+
+def points() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Points of the plane, in batches with their classes."""
+    return [(randn(8, 2, seed=k, dtype=torch.float32), torch.arange(8) % 3) for k in range(3)]
+
+
+def test_a_network_with_classes_and_frozen_weights_is_cut_and_resumed(tmp_path):
+    """On points (2,): trained, distilled and guided; frozen weights stay through all of it."""
+    torch.manual_seed(0)
+    weights = Mlp().state_dict()
+    ends = []
+    options = {"batch_size": 8, "ckpt_interval": 1, "log_interval": 1, "class_dropout": 0.2, "num_workers": 0}
+    for name, stops in (("whole", []), ("cut", [2, 3])):
+        network = Mlp()
+        network.load_state_dict(weights)
+        network.first.weight.requires_grad_(False)
+        teacher = vdiff.wrap(network, (2,), classes=["a", "b", "c"], null_class=True, num_timesteps=8)
+        for stop in [*stops, 0]:
+            for metrics in (training := vdiff.train(teacher, points(), out=tmp_path / name, num_iters=5, **options)):
+                if metrics["update"] == stop:
+                    break
+            training.close()
+        keys = read_tensors(state_path(tmp_path / name)).keys()
+        assert not any("first.weight" in key for key in keys)
+        assert any("first.bias" in key for key in keys)
+        student = vdiff.distill(training.model, data=points(), to_steps=2, num_iters=3, **options).finish()
+        assert torch.equal(student.network.model.first.weight, weights["first.weight"])
+        assert not torch.equal(student.network.model.first.bias, weights["first.bias"])
+        ends.append((training.model, student))
+    for first, second in zip(*ends, strict=True):
+        assert_equal_tensors(first.denoiser.state_dict(), second.denoiser.state_dict())
+    model = ends[0][0]
+    guided = model.sample(4, steps=8, classes=["b"], guidance=2.0)
+    assert guided.shape == (4, 2)
+    assert not torch.equal(guided, model.sample(4, steps=8, classes=["b"]))
+    assert model.loss(points()[0][0], classes=points()[0][1]).isfinite()

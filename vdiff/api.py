@@ -238,7 +238,7 @@ class Model:
         batch_size: int = 64,
         **options: Any,
     ) -> Samples:
-        """Draw images: (num, C, H, W) float32 on the CPU, clamped to [−1, 1]; `to_pil()` makes pictures of them.
+        """Draw samples: (num, *shape) float32 on the CPU, images clamped to [−1, 1]; `to_pil()` makes pictures of them.
 
         Args:
             num: how many; without it as many as `noise` has, else 16.
@@ -283,7 +283,8 @@ class Model:
                     grid=grid,
                 )
             drawn.append(images)
-        return torch.cat(drawn).clamp_(-1, 1).as_subclass(Samples)
+        samples = torch.cat(drawn).as_subclass(Samples)
+        return samples.clamp_(-1, 1).as_subclass(Samples) if samples.are_images else samples
 
     def denoise(
         self, z: Tensor, t: Tensor | float, *, classes: Sequence[str | int] | None = None, guidance: float = 0.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ from vdiff.training.stages import Stage, plan_stages, teachers_images
 from vdiff.training.step import Task, TrainStep
 from vdiff.training.student import describe_student, stage_task, student_of
 from vdiff.training.tensors import TensorData
+from vdiff.training.weights import frozen, trainable
 
 Metrics = dict[str, float]
+Learned = TypeVar("Learned", Model, Denoiser)
 USUAL: dict[str, Any] = {"num_iters": 1000, "batch_size": 64, "lr": 1e-3, "ema_remainder": 1e-3, "tracker": "none"}
 """Settings of `train` without a preset, and of `distill`."""
 
@@ -137,6 +139,8 @@ def train(
             train_seconds=0.0, kept_start=False,
         )  # fmt: skip
 
+    fixed = set(frozen(denoiser))
+
     def work(learner: Learner) -> Generator[Metrics, None, None]:
         def start(step: TrainStep) -> None:
             learner.model = Model(step.averages.model, description)
@@ -146,14 +150,14 @@ def train(
             step = TrainStep(base_task(config, denoiser), engine)
             start(step)
             yield from metrics_in_memory(step, images.batches(config, engine))
-            learner.model = _finished(learner.model.denoiser, description, config.batch_size)
+            learner.model = _finished(learner.model.denoiser, description, config.batch_size, fixed)
             return
         folder = Path(out)
         yield from training(
             config, images, folder=folder, resume=is_run(folder), overwrite=False, reporter=Silent(),
             model=(denoiser, description), on_start=start,
         )  # fmt: skip
-        learner.model = load_plain(folder, learner.model)
+        learner.model = _with_frozen(load_plain(folder, learner.model), fixed)
 
     return Training(Model(denoiser, description), work)
 
@@ -191,6 +195,8 @@ def distill(
     else:
         images = _data_of(data, model.shape)
 
+    fixed = set(frozen(model.plain())) if trainable(model.plain()) else set()
+
     def work(learner: Learner) -> Generator[Metrics, None, None]:
         engine = build_engine(config)
         for stage in stages:
@@ -199,7 +205,7 @@ def distill(
                 describe_student(stage, own, before), dataset=images.name, dataset_fingerprint=images.fingerprint,
                 teacher={**before.to_dict(), "path": "", "fingerprint": learner.model.fingerprint()},
             )  # fmt: skip
-            student, _ = student_of(base, before, own, description)
+            student = _with_frozen(student_of(base, before, own, description)[0], fixed)
             task = stage_task(stage, own, engine, base, before, student, description)
 
             def start(step: TrainStep, description: CheckpointConfig = description) -> None:
@@ -212,12 +218,10 @@ def distill(
             else:
                 found = _in_folder(task, stage, own, images, description, start)
             yield from ({"num_steps": stage.num_steps, **metrics} for metrics in found)
-            trained = learner.model.denoiser if out is None else student
-            learner.model = (
-                load_plain(stage.folder, learner.model)
-                if out
-                else _finished(trained, description, task.config.batch_size)
-            )
+            if out is None:
+                learner.model = _finished(learner.model.denoiser, description, task.config.batch_size, fixed)
+            else:
+                learner.model = _with_frozen(load_plain(stage.folder, learner.model), fixed)
 
     return Training(model, work)
 
@@ -263,7 +267,14 @@ def _data_of(data: Any, shape: tuple[int, ...] | None, image_size: int | None = 
     return TensorData(shape[-1], shape[0], tensors=data, shape=shape)
 
 
-def _finished(denoiser: Denoiser, description: CheckpointConfig, batch_size: int) -> Model:
+def _finished(denoiser: Denoiser, description: CheckpointConfig, batch_size: int, fixed: Set[str]) -> Model:
     """The model whose training is over."""
-    done = description.target_iters
-    return Model(denoiser.eval(), replace(description, num_iters=done, num_images=done * batch_size))
+    done = replace(description, num_iters=description.target_iters, num_images=description.target_iters * batch_size)
+    return Model(_with_frozen(denoiser.eval(), fixed), done)
+
+
+def _with_frozen(model: Learned, fixed: Set[str]) -> Learned:
+    """The model, of whose weights all may learn but `fixed`."""
+    for name, weight in (model.denoiser if isinstance(model, Model) else model).named_parameters():
+        weight.requires_grad_(name not in fixed)
+    return model

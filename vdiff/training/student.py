@@ -115,7 +115,7 @@ def stage_run(
     )
     student, _ = begin_student(stage, config, description)
     return Run(
-        **vars(stage_task(stage, config, engine, teacher, before, student, description)),
+        **vars(stage_task(stage, config, engine, teacher.requires_grad_(False), before, student, description)),
         batches=images.batches(config, engine, reporter),
         description=description,
         folder=stage.folder,
@@ -138,7 +138,7 @@ def stage_task(
     """
     for network in (student.network, teacher.network):
         network.full_precision = config.precision == "auto" and stage.is_fine
-    teacher = engine.compiled(engine.place(teacher)).requires_grad_(False)
+    teacher = engine.compiled(engine.place(teacher))
     method = config.build_method(stage.method)
     return Task(
         student,
