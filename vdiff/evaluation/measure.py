@@ -28,13 +28,13 @@ from vdiff.evaluation.features import INCEPTION, PIXELS, Features, load_features
 from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, save_pairs
 from vdiff.evaluation.plan import EXTRAPOLATED_FROM, MAX_PAIRED, EvalPlan, RowSpec, check_plan, notes_for, plan_rows
 from vdiff.evaluation.reference import MAX_KEPT, MOMENTS, DataStats, ReferenceImages, data_stats, random_subset
-from vdiff.evaluation.results import EVALUATION, EvalRow, Evaluation, Metric, plain, row_from
-from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, sample_stats
+from vdiff.evaluation.results import EVALUATION, EvalRow, Evaluation, Metric, plain, with_infinity
+from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, raw_file, sample_stats
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
 from vdiff.files import parse, read_text, write_text
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.speed import impossible_times, pick_precision
-from vdiff.records import STATE
+from vdiff.records import record_of
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked
 from vdiff.reporting import DOUBTFUL_TIMES, Progress, Reporter, Silent
 
@@ -313,10 +313,7 @@ def _weights_of(row: RowSpec) -> str:
     """The SHA-256 of the weights that a row is drawn with."""
     if not row.raw or read_config(row.checkpoint).weights == "raw":
         return weights_fingerprint(row.checkpoint)
-    path = row.checkpoint / STATE
-    if not path.exists():
-        raise VdiffError(f"{row.checkpoint} keeps no raw weights: there is no {STATE}", "leave --raw out")
-    with open(path, "rb") as file:
+    with open(raw_file(row.checkpoint), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -396,7 +393,7 @@ def psnr(squared: Metric) -> Metric:
 def _read_row(work: WorkFolder, number: int) -> EvalRow:
     path = work.file(_row_file(number))
     try:
-        return row_from(parse(read_text(path)))
+        return record_of(EvalRow, with_infinity(parse(read_text(path))), "a row", "")
     except (OSError, ValueError, VdiffError):
         raise VdiffError(f"{path} cannot be read", f"remove {work.path}, then give the command again") from None
 

@@ -149,7 +149,7 @@ class Evaluation:
                 if values.get("format") != FORMAT:
                     raise ValueError(f"its format is {values.get('format')!r}, this vdiff reads {FORMAT}")
                 if isinstance(values.get("rows"), list):
-                    values["rows"] = list(map(_with_infinity, values["rows"]))
+                    values["rows"] = list(map(with_infinity, values["rows"]))
             return record_of(cls, values, "it", AGAIN)
         except (ValueError, VdiffError) as error:
             cause = error.cause if isinstance(error, VdiffError) else error
@@ -183,15 +183,6 @@ class Evaluation:
 EVALUATION = Kind("evaluation", lambda path: FILE if holds_keys(path, "reference", "rows", "vdiff_version") else "")
 
 
-def row_from(values: Any) -> EvalRow:
-    """A row from its JSON object.
-
-    Raises:
-        VdiffError: keys that are missing, unknown or of the wrong type.
-    """
-    return record_of(EvalRow, _with_infinity(values), "a row", AGAIN)
-
-
 def plain(value: Any) -> Any:
     """The same with None for every number that is not finite."""
     if isinstance(value, float):
@@ -201,7 +192,7 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _with_infinity(row: Any) -> Any:
+def with_infinity(row: Any) -> Any:
     """The JSON object of a row, with infinity for metrics that are null there: the PSNR of equal images."""
     if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
         return row

@@ -110,15 +110,25 @@ class Generator:
         self.network = self.denoiser.network
 
 
-def raw_weights(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """The weights without average that an unfinished or base training keeps beside its checkpoint.
+def raw_file(folder: Path) -> Path:
+    """The file with the weights without average that an unfinished or base training keeps beside its checkpoint.
 
     Raises:
-        VdiffError: there are none.
+        VdiffError: there is none.
     """
     path = folder / STATE
     if not path.exists():
         raise VdiffError(f"{folder} keeps no raw weights: there is no {STATE}", "leave --raw out")
+    return path
+
+
+def raw_weights(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """The weights in `raw_file`.
+
+    Raises:
+        VdiffError: there are none, or they are not those of the checkpoint.
+    """
+    path = raw_file(folder)
     found = {name.removeprefix(RAW): tensor for name, tensor in read_tensors(path).items() if name.startswith(RAW)}
     if set(found) != names:
         raise VdiffError(f"{path} does not fit the checkpoint", "leave --raw out, or resume the training")

@@ -148,10 +148,9 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
         raise VdiffError(f"{folder} holds no checkpoint", "run `python train.py` first, or give another folder")
     fingerprints = {path: weights_fingerprint(path) for path in found}
     ends = _ends(found, fingerprints)
-    chosen = _same(last, ends) if last else None
-    if last and chosen is None:
-        chosen = _same(last, list(found)) or last
-    chosen = chosen or ends[-1]
+    chosen = ends[-1]
+    if last:
+        chosen = next((path for path in [*ends, *found] if path.resolve() == last.resolve()), last)
     models = _lineage(chosen, found, fingerprints)
     holder = models[-1].folder or chosen
     compared = _compared(holder / LADDER)
@@ -189,10 +188,6 @@ def _ends(found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, st
         return found[path].teacher is not None, (path / CONFIG).stat().st_mtime_ns, str(path)
 
     return sorted(ends, key=age)
-
-
-def _same(path: Path, among: Sequence[Path]) -> Path | None:
-    return next((other for other in among if other.resolve() == path.resolve()), None)
 
 
 def _lineage(
