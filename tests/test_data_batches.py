@@ -156,7 +156,9 @@ def test_starting_later_is_skipping(store: ImageStore) -> None:
         assert equal(late, take(batches, 6, start=5))  # from what the cache has now
 
 
-@pytest.mark.parametrize(("method", "cached"), [("fork", 0), ("fork", 5), ("fork", COUNT), ("spawn", 5)])
+@pytest.mark.parametrize(
+    ("method", "cached"), [("fork", 0), ("fork", 5), ("fork", COUNT), pytest.param("spawn", 5, marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # of threads of earlier tests
 def test_worker_processes_change_nothing(
     colour_store: ImageStore, method: str, cached: int, monkeypatch: pytest.MonkeyPatch
@@ -290,7 +292,12 @@ def endless(store: ImageStore, folder: Path, what: str) -> subprocess.Popen[str]
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals to a process group")
 @pytest.mark.parametrize(
-    ("what", "number"), [("stop", signal.SIGINT), ("finish", signal.SIGINT), ("finish", signal.SIGTERM)]
+    ("what", "number"),
+    [
+        ("stop", signal.SIGINT),
+        ("finish", signal.SIGTERM),
+        pytest.param("finish", signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_all_processes_is_for_the_trainer_alone(
     colour_store: ImageStore, tmp_path: Path, what: str, number: signal.Signals

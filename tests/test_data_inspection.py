@@ -15,7 +15,7 @@ import pytest
 from tests.commands import ROOT, done, error, run, tree
 from tests.test_data_preparation import EMOJI, picture, write
 from tests.test_data_resume import CONFIG, COUNT, photos
-from vdiff.data import preparation, writer
+from vdiff.data import preparation, workers, writer
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.datasets import open_dataset
 from vdiff.data.disk_sources import Folder, Zip
@@ -83,9 +83,14 @@ def test_the_only_dataset_needs_no_name(source: Path, tmp_path: Path, monkeypatc
 # ---- verify
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("name", ["out", "out.tar"])
-def test_a_whole_dataset_is_good(source: Path, tmp_path: Path, name: str, num_workers: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_workers"),
+    [("out", 0), ("out", 2), ("out.tar", 0), pytest.param("out.tar", 2, marks=pytest.mark.slow)],
+)
+def test_a_whole_dataset_is_good(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, num_workers: int
+) -> None:
+    monkeypatch.setattr(workers, "SECONDS_ALONE", 0)
     verdict = verify(open_dataset(make(source, tmp_path / name)), num_workers=num_workers)
     assert (verdict.checked, verdict.num_problems, verdict.fingerprint, verdict.is_good) == (COUNT, 0, "equal", True)
 
@@ -197,6 +202,7 @@ def test_show_writes_a_png_beside_the_dataset(source: Path, tmp_path: Path) -> N
     assert "is no name for a PNG file" in error(f"vdiff data show {out} --out sheet.jpg", 1)
 
 
+@pytest.mark.slow
 def test_the_emoji_in_two_sizes(tmp_path: Path) -> None:
     if not EMOJI.exists():
         pytest.skip(f"needs {EMOJI.name} in shared/data beside the repository")

@@ -8,20 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import PIL.Image
-import torch
-from torch import Tensor
 
-from vdiff.data.datasets import AnyStore
-from vdiff.data.images import captioned_grid, from_uint8
 from vdiff.data.store import FIRST_LINK, ImageStore, digest_of, next_link
 from vdiff.data.workers import ordered_map
 from vdiff.errors import VdiffError, printable
 from vdiff.reporting import Reporter, Silent
 from vdiff.text import cause_of
+
+# the workers of a verification import this file, and need no torch
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vdiff.data.datasets import AnyStore
 
 Encoded = Callable[[], bytes]
 T = TypeVar("T")
@@ -128,6 +130,10 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     Raises:
         VdiffError: the dataset has no such size, or no images.
     """
+    import torch
+
+    from vdiff.data.images import captioned_grid
+
     size = size or dataset.meta.sizes[-1]
     dataset.check_size(size)
     if not len(dataset):
@@ -166,6 +172,10 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def _tensor(encoded: bytes, channels: int) -> Tensor:
+    import torch
+
+    from vdiff.data.images import from_uint8
+
     with PIL.Image.open(io.BytesIO(encoded)) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB" if channels == 3 else "L")))
     return from_uint8(pixels.permute(2, 0, 1) if channels == 3 else pixels[None])
