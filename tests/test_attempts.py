@@ -216,7 +216,7 @@ class KilledError(Exception):
 
 
 POINTS: list[tuple[object, str]] = [
-    (Path, "rename"), (verdicts, "remove"), (verdicts, "write_verdict"), (ladder, "write_verdict"),
+    (Path, "rename"), (verdicts, "remove"), (verdicts, "write_verdict"),
     (ladder, "start_anew"),
 ]  # fmt: skip
 
@@ -269,7 +269,7 @@ def test_killed_at_any_moment_the_same_command_ends_the_same(data, teacher, monk
 def test_killed_while_the_start_is_put_back_the_same_command_ends_the_same(data, teacher, monkeypatch, dead):
     """Wherever it is cut: the start's weights as the student's, in its steps, and nothing trained twice."""
     told = Told(monkeypatch, {LR: 0.4}, {LR: 1.0})
-    folder, real, calls = teacher.parent / "base_0", getattr(ladder, dead), []
+    folder, real, calls = teacher.parent / "base_0", getattr(verdicts, dead), []
 
     def dying(*args, **kwargs):
         calls.append(1)
@@ -278,7 +278,7 @@ def test_killed_while_the_start_is_put_back_the_same_command_ends_the_same(data,
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ladder, dead, dying)
+        patch.setattr(verdicts, dead, dying)
         with pytest.raises(KilledError):
             climbed(data, teacher)
     watcher = Watcher()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
-
 from vdiff.errors import Interrupted, VdiffError, shell
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
 from vdiff.records import RUN_FILE
 from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
@@ -29,24 +27,16 @@ from vdiff.training.folder import (
 from vdiff.training.loop import fit, settle
 from vdiff.training.presets import recorded_layer
 from vdiff.training.stages import Stage
-from vdiff.training.state import remove_state
-from vdiff.training.student import begin_student, describe_student, stage_run
+from vdiff.training.student import describe_student, stage_run
 from vdiff.training.verdict import (
     MIN_NOISES,
     Distance,
     Examiner,
-    Verdict,
-    collapse,
+    check_student,
     failed_attempts,
     finish_keeping,
-    keep_best,
     read_verdict,
-    set_aside,
-    summary,
     times_failed,
-    warning,
-    why_failed,
-    write_verdict,
 )
 
 
@@ -90,7 +80,7 @@ def run_stages(
                 while not is_good:
                     trained |= train_stage(stage, mine, images, engine, reporter)
                     is_good = not config.check_images or check_student(
-                        stage, mine, engine, examiner, reporter, measure_distance=measured
+                        stage, mine, engine, examiner, measure_distance=measured
                     )
         except Interrupted as stop:
             how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
@@ -150,79 +140,6 @@ def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engin
         engine.wait()
     fit(run, engine, reporter)
     return True
-
-
-def check_student(
-    stage: Stage,
-    config: DistillConfig,
-    engine: Engine,
-    examiner: Examiner,
-    reporter: Reporter,
-    *,
-    measure_distance: bool,
-) -> bool:
-    """Whether the student is good; one that collapsed is set aside, so that the stage can be done again.
-
-    One that is farther from its teacher than before its training is put back to what it was, and is good.
-
-    Raises:
-        VdiffError: it collapsed, as in every attempt before; the best of them is kept.
-    """
-    code = 0
-    if engine.is_main:
-        verdict = read_verdict(stage.folder)
-        if verdict is None:
-            description = describe_student(stage, config, read_config(stage.base))
-            verdict = examiner.examine(
-                stage,
-                begin_student(stage, config, description)[0],
-                guidance=description.guidance_range,
-                measure_distance=measure_distance,
-                max_regression=config.max_regression,
-                attempts=times_failed(stage.folder) + 1,
-                budget=stage.budget(config),
-            )
-            write_verdict(stage.folder, verdict)
-            reporter.line(f"{stage.folder}: {summary(verdict)}")
-            if text := warning(verdict):
-                reporter.line(f"{stage.folder}: {text}")
-        if verdict.reason and (reason := why_failed(verdict, config.max_regression)) != verdict.reason:
-            verdict = replace(verdict, reason=reason)  # a larger --max_regression may be given afterwards
-            write_verdict(stage.folder, verdict)
-        if verdict.reason and not collapse(verdict, config.max_regression):
-            verdict = _keep_start(stage, config, verdict)
-            reporter.line(f"{stage.folder}: {verdict.kept_start}; it stays as it began")
-        if verdict.reason and verdict.attempts <= config.retries:
-            set_aside(stage.folder)
-            reporter.line(f"{stage.folder} failed: {verdict.reason}; once more with half the learning rate")
-            code = 1
-        elif verdict.reason:
-            keep_best(stage.folder, verdict)
-            code = 2
-    code = int(engine.sum(torch.tensor([code], device=engine.device)))
-    if code == 2:
-        found = read_verdict(stage.folder)
-        reason = f": {found.reason}" if found else ""
-        raise VdiffError(
-            f"{stage.folder} collapsed{reason}; the best attempt is kept there",
-            "give --overwrite with a lower --lr or more --num_iters",
-        )
-    return code == 0
-
-
-def _keep_start(stage: Stage, config: DistillConfig, verdict: Verdict) -> Verdict:
-    """Put the student before its training in place of the one that is farther from the teacher.
-
-    The verdict is written last: a kill before that is made good by doing all of it again.
-    """
-    start, _ = begin_student(stage, config, describe_student(stage, config, read_config(stage.base)))
-    save_checkpoint(stage.folder, start.state_dict(), replace(read_config(stage.folder), kept_start=True))
-    remove_state(stage.folder)
-    verdict = replace(
-        verdict, rmse=verdict.rmse_before, distance=verdict.start_distance, reason="", kept_start=verdict.reason
-    )
-    write_verdict(stage.folder, verdict)
-    return verdict
 
 
 def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | None:

@@ -1,4 +1,4 @@
-"""Whether a student may become a teacher: how far it is from its own teacher and from the data; failed attempts."""
+"""Whether a student may become a teacher, by its distance from its own teacher and from the data; and what follows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from torch import Tensor
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
 from vdiff.files import remove, write_json
-from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw, squared_errors
 from vdiff.records import FAILED, VERDICT, read_record
 from vdiff.reporting import Reporter
+from vdiff.training.config import DistillConfig
+from vdiff.training.engine import Engine
 from vdiff.training.stages import Stage
+from vdiff.training.state import remove_state
+from vdiff.training.student import begin_student, describe_student
 
 HELD_OUT = 2**63
 """Added to the seed: noise that is never drawn otherwise."""
@@ -295,3 +299,73 @@ def finish_keeping(folder: Path, retries: int) -> None:
 def _nearest(attempts: list[Path]) -> Path:
     verdicts = {path: read_verdict(path) for path in attempts}
     return min(attempts, key=lambda path: verdict.rmse if (verdict := verdicts[path]) else math.inf)
+
+
+# What follows from a verdict
+
+
+def check_student(
+    stage: Stage, config: DistillConfig, engine: Engine, examiner: Examiner, *, measure_distance: bool
+) -> bool:
+    """Whether the student is good; one that collapsed is set aside, so that the stage can be done again.
+
+    One that is farther from its teacher than before its training is put back to what it was, and is good.
+
+    Raises:
+        VdiffError: it collapsed, as in every attempt before; the best of them is kept.
+    """
+    code, reporter = 0, examiner.reporter
+    if engine.is_main:
+        verdict = read_verdict(stage.folder)
+        if verdict is None:
+            description = describe_student(stage, config, read_config(stage.base))
+            verdict = examiner.examine(
+                stage,
+                begin_student(stage, config, description)[0],
+                guidance=description.guidance_range,
+                measure_distance=measure_distance,
+                max_regression=config.max_regression,
+                attempts=times_failed(stage.folder) + 1,
+                budget=stage.budget(config),
+            )
+            write_verdict(stage.folder, verdict)
+            reporter.line(f"{stage.folder}: {summary(verdict)}")
+            if text := warning(verdict):
+                reporter.line(f"{stage.folder}: {text}")
+        if verdict.reason and (reason := why_failed(verdict, config.max_regression)) != verdict.reason:
+            verdict = replace(verdict, reason=reason)  # a larger --max_regression may be given afterwards
+            write_verdict(stage.folder, verdict)
+        if verdict.reason and not collapse(verdict, config.max_regression):
+            verdict = _keep_start(stage, config, verdict)
+            reporter.line(f"{stage.folder}: {verdict.kept_start}; it stays as it began")
+        if verdict.reason and verdict.attempts <= config.retries:
+            set_aside(stage.folder)
+            reporter.line(f"{stage.folder} failed: {verdict.reason}; once more with half the learning rate")
+            code = 1
+        elif verdict.reason:
+            keep_best(stage.folder, verdict)
+            code = 2
+    code = int(engine.sum(torch.tensor([code], device=engine.device)))
+    if code == 2:
+        found = read_verdict(stage.folder)
+        reason = f": {found.reason}" if found else ""
+        raise VdiffError(
+            f"{stage.folder} collapsed{reason}; the best attempt is kept there",
+            "give --overwrite with a lower --lr or more --num_iters",
+        )
+    return code == 0
+
+
+def _keep_start(stage: Stage, config: DistillConfig, verdict: Verdict) -> Verdict:
+    """Put the student before its training in place of the one that is farther from the teacher.
+
+    The verdict is written last: a kill before that is made good by doing all of it again.
+    """
+    start, _ = begin_student(stage, config, describe_student(stage, config, read_config(stage.base)))
+    save_checkpoint(stage.folder, start.state_dict(), replace(read_config(stage.folder), kept_start=True))
+    remove_state(stage.folder)
+    verdict = replace(
+        verdict, rmse=verdict.rmse_before, distance=verdict.start_distance, reason="", kept_start=verdict.reason
+    )
+    write_verdict(stage.folder, verdict)
+    return verdict
