@@ -1,4 +1,4 @@
-"""Commands that are killed: `python -m tests.killing FOLDER MOST [NAME]`, each at up to MOST of its file operations.
+"""Commands that are killed, each at up to a number of its file operations.
 
 Every command runs in a fork of this process, where an audit hook ends it without a word before one of its operations on
 files: opening to write, renaming, removing, linking, making a folder. Then the same command runs again. Printed are the
@@ -15,11 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import accelerate.tracking  # noqa: F401 - all that is slow to import, once and not in every fork
 import numpy as np
 import PIL.Image
-import torch.utils.tensorboard  # noqa: F401
-import torchvision.utils  # noqa: F401
 
 import vdiff.cli.ema
 import vdiff.cli.evaluate
@@ -29,11 +26,7 @@ import vdiff.data.merging
 import vdiff.data.preparation
 import vdiff.evaluation.measure
 import vdiff.interop.hub
-import vdiff.report.page
-import vdiff.sampling.job
-import vdiff.training.base
-import vdiff.training.comparison
-import vdiff.training.ladder  # noqa: F401
+import vdiff.report.page  # noqa: F401 - all that is slow to import, once and not in every fork
 from tests.commands import TINY, run, tree
 
 EVENTS = {
@@ -162,15 +155,20 @@ def again(line: str, place: Path) -> int:
     return code
 
 
-def main(folder: str, most: str, only: str = "") -> None:
-    """Print the number of kills and the cases that went wrong."""
-    root = Path(folder).resolve()
+def main(folder: Path, most: int, *, both: bool, only: str = "") -> None:
+    """Print the number of kills and the cases that went wrong.
+
+    Args:
+        both: each command with and without `--overwrite`; else with it or without it, in turn.
+        only: the one command to try, if not all.
+    """
+    root = folder.resolve()
     furnish(root / "furnished")
     kills, wrong = 0, []
-    for name, command in COMMANDS.items():
+    for number, (name, command) in enumerate(COMMANDS.items()):
         if only and name != only:
             continue
-        for overwrite in (False, True) if name != "report" else (False,):
+        for overwrite in (False, True) if both and name != "report" else (bool(number % 2) and name != "report",):
             line = f"{command} --overwrite" if overwrite else command
             case = f"{name}{'_overwrite' if overwrite else ''}"
             start = root / case
@@ -184,11 +182,11 @@ def main(folder: str, most: str, only: str = "") -> None:
             count = int((root / "count").read_text())
             twice = root / f"{case}_twice"
             shutil.copytree(start, twice)
-            both = [forked(twice, lambda line=line: run(line).exit_code) for _ in range(2)]  # type: ignore[misc]
-            codes = [code_of(pid) for pid in both]
+            pids = [forked(twice, lambda line=line: run(line).exit_code) for _ in range(2)]  # type: ignore[misc]
+            codes = [code_of(pid) for pid in pids]
             if expected not in codes or not set(codes) <= {expected, 1} or found(twice) != found(whole):
                 wrong.append([case, "two at once", codes, sorted(found(twice).keys() ^ found(whole).keys())[:5]])
-            step = max(count / int(most), 1)
+            step = max(count / most, 1)
             for last in sorted({round(1 + k * step) for k in range(int(count / step))}):
                 place = root / f"{case}_{last}"
                 shutil.copytree(start, place)
@@ -206,7 +204,3 @@ def main(folder: str, most: str, only: str = "") -> None:
                 shutil.rmtree(place)
             print(case, count, kills, file=sys.stderr, flush=True)
     print(json.dumps({"kills": kills, "wrong": wrong}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,8 +1,9 @@
-"""Programs that start at once, as forks of the tests, which have imported torch; several as a launcher has them."""
+"""Programs that start at once: forks of one process that has imported torch; several as a launcher has them."""
 
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shlex
 import signal
@@ -10,92 +11,83 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing import util
 from pathlib import Path
 
-import accelerate.state
-import accelerate.tracking
-import torch.utils.tensorboard  # noqa: F401
-import torchvision.utils  # noqa: F401
-
-import vdiff.sampling.job
-import vdiff.training.base
-import vdiff.training.comparison
-import vdiff.training.ladder  # noqa: F401
 from tests.commands import PROGRAMS
 
+SLOW = [
+    "accelerate.tracking",
+    "torch.utils.tensorboard",
+    "torchvision.utils",
+    "vdiff.evaluation.measure",
+    "vdiff.sampling.job",
+    "vdiff.training.base",
+    "vdiff.training.comparison",
+    "vdiff.training.ladder",
+]
+"""Imported once and not in every fork. The tests' own process cannot be forked: autograd may have threads there."""
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__, *SLOW])
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 """Warnings that Python does not show by itself."""
 
 
 class Forked:
-    """A running fork, with what `subprocess.Popen` has of a process."""
+    """A running program, with what `subprocess.Popen` has of it.
+
+    Args:
+        act: what it does: a function of a module, or a partial of one.
+    """
 
     def __init__(self, act: Callable[[], object], folder: Path, env: Mapping[str, str] | None = None) -> None:
-        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed when it has ended
-        self.returncode: int | None = None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a process with threads, which only wait
-            self.pid = os.fork()
-        if self.pid == 0:
-            code = 70
-            try:
-                self._become_a_program(folder, env or {})
-                code = _code_of(act)
-            finally:
-                os._exit(code)
+        self.said = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        environment = {**os.environ, **(env or {})}
+        self.process = SERVER.Process(target=become, args=(act, folder, environment, self.said))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
 
-    def _become_a_program(self, folder: Path, env: Mapping[str, str]) -> None:
-        """Leave behind what belongs to the tests: captured streams, handlers, warnings as errors, launchers' state."""
-        os.setsid()
-        os.chdir(folder)
-        os.environ.update(env)
-        for number, file in enumerate(self.files, 1):
-            os.dup2(file.fileno(), number)
-        sys.stdin = open(os.devnull)  # noqa: SIM115
-        sys.stdout, sys.stderr = (open(k, "w", buffering=1, encoding="utf-8") for k in (1, 2))  # noqa: SIM115
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        atexit._clear()
-        atexit.register(util._exit_function)  # of multiprocessing: it ends the workers
-        warnings.resetwarnings()
-        for kind in QUIET:
-            warnings.simplefilter("ignore", kind)
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-    def poll(self) -> int | None:
+    @property
+    def returncode(self) -> int | None:
         """The exit code of a program that has ended."""
-        if self.returncode is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.returncode = os.waitstatus_to_exitcode(found[1])
-        return self.returncode
+        return self.process.exitcode
 
     def communicate(self, timeout: float) -> tuple[str, str]:
         """What it said on stdout and stderr, at its end."""
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
-            time.sleep(0.005)
-        said = []
-        for file in self.files:
-            file.seek(0)
-            said.append(file.read().decode())
-            file.close()
-        return said[0], said[1]
+        self.process.join(timeout)
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.process.join()
+        stdout, stderr = (path.read_text() for path in self.said)
+        for path in self.said:
+            path.unlink()
+        return stdout, stderr
 
     def send_signal(self, number: int) -> None:
         """To this process, and not to those that it started."""
         os.kill(self.pid, number)
 
 
-def _code_of(act: Callable[[], object]) -> int:
-    """The exit code of a program that does `act`."""
+def become(act: Callable[[], object], folder: Path, env: Mapping[str, str], said: list[Path]) -> None:
+    """Be a program that does `act`, in a process group of its own."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    atexit._clear()
+    atexit.register(util._exit_function)  # of multiprocessing: it ends the workers
+    warnings.resetwarnings()
+    for kind in QUIET:
+        warnings.simplefilter("ignore", kind)
     code = 0
     try:
         act()
@@ -108,13 +100,18 @@ def _code_of(act: Callable[[], object]) -> int:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    return code
+    os._exit(code)
+
+
+def do(line: str) -> None:
+    """Run `train.py --seed 1`."""
+    name, *words = shlex.split(line)
+    PROGRAMS[name].main(words, prog_name=name)
 
 
 def command(line: str) -> Callable[[], object]:
     """What `train.py --seed 1` does."""
-    name, *words = shlex.split(line)
-    return lambda: PROGRAMS[name].main(words, prog_name=name)
+    return partial(do, line)
 
 
 def start(line: str, folder: Path, env: Mapping[str, str] | None = None) -> Forked:

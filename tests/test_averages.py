@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.commands import ROOT, the_error
 from tests.oracles import randn
+from tests.programs import Forked, ends
 from tests.toy import assert_equal_tensors, train_config, write_checkpoint
 from vdiff.cli import ema
 from vdiff.diffusion.schedules import CosineSchedule
@@ -464,7 +466,8 @@ def nested(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_distributed_training_makes_no_difference(ranks, tmp_path):
     """Two processes with half of each batch: the averages of one with all of it, the same bits in both."""
-    torch.multiprocessing.spawn(in_process, (ranks, tmp_path), nprocs=ranks)
+    codes, _, stderr = ends([Forked(partial(in_process, rank, ranks, tmp_path), tmp_path) for rank in range(ranks)])
+    assert codes == [0] * ranks, stderr
     found = [read_tensors(tmp_path / f"{rank}.safetensors") for rank in range(ranks)]
     for other in found[1:]:
         assert_equal_tensors(found[0], other)

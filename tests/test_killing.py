@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
-from tests.commands import ROOT
+from tests import killing
+from tests.programs import Forked, ends
 
-MOST = os.environ.get("KILLS", "5")
+MOST = int(os.environ.get("KILLS", "5"))
 """Of each command, for the slow test; `KILLS=1000` takes all of its operations, some 600 in all."""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="fork")
-@pytest.mark.parametrize(("most", "least"), [("3", 40), pytest.param(MOST, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("most", "least"), [(3, 25), pytest.param(MOST, 60, marks=pytest.mark.slow)])
 def test_killed_before_any_operation_on_files_the_same_command_ends_the_same(tmp_path, most, least):
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.killing", str(tmp_path), most],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = json.loads(process.stdout)
+    program = Forked(partial(killing.main, tmp_path, most, both=most == MOST), tmp_path)
+    (code,), stdout, stderr = ends([program], 1800)
+    assert code == 0, stderr[-3000:]
+    found = json.loads(stdout)
     assert found["wrong"] == []
     assert found["kills"] >= least

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,10 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.commands import ROOT, error
+from tests import dying
+from tests.commands import error
 from tests.drawing import run, spec
+from tests.programs import Forked, ends
 from tests.toy import SIZE, Watcher, contents, train_config, write_checkpoint
 from vdiff.data.inspection import verify
 from vdiff.data.store import ImageStore
@@ -177,12 +178,9 @@ def test_equal_images_make_equal_bytes_in_any_batches(models, tmp_path, form):
 def test_what_died_anywhere_goes_on_to_the_same_bytes(tmp_path):
     """Also where it was killed: nothing is lost, nothing is left over, and the pictures are the same."""
     write_checkpoint(tmp_path / "model", channels=3, classes=2)
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.dying", str(tmp_path), "1"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=600,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
-    found = json.loads(process.stdout)
+    (code,), stdout, stderr = ends([Forked(partial(dying.main, str(tmp_path), "1"), tmp_path)], 600)
+    assert code == 0, stderr[-3000:]
+    found = json.loads(stdout)
     assert found["wrong"] == []
     assert found["deaths"] >= 25
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,7 @@ def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tm
     """Training and a ladder, killed so often in all: original and students are those of a run that never was."""
 
     def attempt(name: str) -> Forked:
-        return Forked(lambda: work(Path(name)), tmp_path)
+        return Forked(partial(work, Path(name)), tmp_path)
 
     shutil.copytree(place / "data", tmp_path / "data")
     shutil.copy(place / "tiny.toml", tmp_path)
@@ -198,9 +199,9 @@ def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tm
         rounds += 1
         while True:
             program, deadline = attempt(f"round_{rounds}"), time.monotonic() + rng.uniform(0.05, 0.6) * usual
-            while program.poll() is None and (kills >= least or time.monotonic() < deadline):
+            while program.returncode is None and (kills >= least or time.monotonic() < deadline):
                 time.sleep(0.005)
-            if program.poll() is not None:
+            if program.returncode is not None:
                 break
             program.send_signal(signal.SIGKILL)
             kills += 1
