@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.oracles import condition
+from tests.test_own_method import Adversarial
 from tests.toy import SIZE, distill_config, train_config
 from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import METHODS
@@ -119,10 +120,12 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-def test_an_update_of_a_student_stays_on_the_device(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*STUDENTS, "adversarial"])
+def test_an_update_of_a_student_stays_on_the_device(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last method is one of a test, with networks of its own and a second time."""
+    monkeypatch.setitem(METHODS, "adversarial", Adversarial)
     method, _, _ = name.partition(" ")
-    changes = dict(STUDENTS[name])
+    changes = dict(STUDENTS.get(name, {}))
     prediction = changes.pop("prediction", "v")
     classes = 3 if method == "guided" or "class_dropout" in changes else 0
     _, teacher = described(
@@ -130,10 +133,8 @@ def test_an_update_of_a_student_stays_on_the_device(tmp_path: Path, name: str) -
     )
     config = distill_config(tmp_path, tmp_path, method=method, **changes)
     built = config.build_method()
-    guided = (
-        {"unet": {**teacher.unet, "guidance_input": True}, "guidance_range": [0.0, 4.0]} if method == "guided" else {}
-    )
-    student = replace(teacher, **guided)
+    student = replace(teacher, unet={**teacher.unet, **built.network_options})
+    student = replace(student, guidance_range=[0.0, 4.0]) if method == "guided" else student
     with OneDevice():
         frozen = denoiser_of(teacher).requires_grad_(False)
         objective = DistillationObjective(
@@ -144,7 +145,9 @@ def test_an_update_of_a_student_stays_on_the_device(tmp_path: Path, name: str) -
         )
         bins = None if METHODS[method].keeps_steps else 4
         update_once(
-            Task(denoiser_of(student), objective, config, 0.1, student.guidance_range, built.self_ema, bins, bins)
+            Task(
+                denoiser_of(student), objective, config, 0.1, student.guidance_range, built.self_ema, bins, bins, built
+            )
         )
 
 
