@@ -20,21 +20,11 @@ if TYPE_CHECKING:
     from vdiff.evaluation.results import EvalRow, Evaluation
 
 SHORT = 12
-HEADINGS = {
-    "fd_inf": "fd_inf",
-    "fid_inf": "fid_inf",
-    "kd": "kd",
-    "kid": "kid",
-    "precision": "precision",
-    "recall": "recall",
-    "isc": "isc",
-    "rmse": "RMSE",
-    "psnr": "PSNR dB",
-    "nearest": "nearest",
-    "nearest_features": "nearest feat.",
-    "closest": "closest",
-}
-
+ORDER = (
+    *("fd", "fid", "fd_inf", "fid_inf", "kd", "kid", "precision", "recall"),
+    *("isc", "rmse", "psnr", "nearest", "nearest_features", "closest"),
+)
+HEADINGS = {"rmse": "RMSE", "psnr": "PSNR dB", "nearest_features": "nearest feat."}
 OF_DATA = {
     "nearest_data": "median distance of an image to its nearest other",
     "nearest_data_features": "the same in features",
@@ -210,10 +200,9 @@ def head(found: Evaluation) -> list[str]:
 def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: figures with half the width of their 95 % intervals."""
     names = list(dict.fromkeys(name for row in found.rows for name in row.metrics if name not in OF_DATA))
-    order = ["fd", "fid", *HEADINGS]
-    names.sort(key=order.index)
+    names.sort(key=ORDER.index)
     n = found.rows[0].n
-    headings = [f"{name}@{n}" if name in ("fd", "fid") else HEADINGS[name] for name in names]
+    headings = [f"{name}@{n}" if name in ("fd", "fid") else HEADINGS.get(name, name) for name in names]
     columns = ["model", "sampler", "steps", "evals", *headings, "ms/image", "seconds"]
     rows = []
     for row in found.rows:

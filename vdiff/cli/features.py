@@ -12,6 +12,7 @@ import click
 
 from vdiff.cli.console import Console
 from vdiff.cli.options import Command, OneOf, option, switch
+from vdiff.cli.sample import DEVICES
 from vdiff.errors import OptionError, shell
 from vdiff.text import plural
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from vdiff.evaluation.feature_network import FeatureMetadata
 
 KINDS = ["auto", "classifier", "autoencoder"]
-DEVICES = ["auto", "cpu", "cuda", "mps"]
 LITTLE = 0.1
 """A network that avoids less than this part of its baseline's errors has learned little."""
 
