@@ -184,7 +184,7 @@ def theirs(dataset: Any, batch_size: int, num_workers: int) -> Generator[Tensor,
 
 def ours(batches: ImageBatches, start: int = 0) -> Generator[Tensor, None, None]:
     """The batches as the training loop takes them."""
-    from vdiff.data.images import from_uint8
+    from vdiff.models.codec import from_uint8
 
     with closing(batches.start_at(start)) as found:
         for batch in found:

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
-from vdiff.data.images import from_uint8
 from vdiff.data.store import ImageStore
 from vdiff.diffusion.samplers import Ddim
 from vdiff.distributed import pick_device
 from vdiff.evaluation.metrics import frechet_distance
 from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.codec import from_uint8
 from vdiff.models.drawing import draw
 
 BATCH = 600

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vdiff.data.images import from_uint8
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.evaluation.features import PixelDistance
 from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.codec import from_uint8
 from vdiff.models.drawing import draw
 from vdiff.models.speed import ready_to_draw
 from vdiff.reporting import Reporter

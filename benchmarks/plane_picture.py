@@ -11,7 +11,7 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor
 
-from vdiff.data.images import from_uint8
+from vdiff.models.codec import from_uint8
 
 SIDE, FINER = 168, 3
 NOISE_EXTENT, DATA_EXTENT = 3.2, 1.2

@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine, write_report
 from vdiff.data.batches import Batch
-from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import METHODS
 from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.codec import from_uint8
 from vdiff.models.unet import timestep_embedding
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine, build_engine

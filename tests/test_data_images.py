@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 import torch
 
-from vdiff.data.images import captioned_grid, cell_scale, from_uint8, make_grid, save_png, to_pil, to_uint8
+from vdiff.data.images import captioned_grid, cell_scale, make_grid, save_png, to_pil
+from vdiff.models.codec import from_uint8, to_uint8
 
 
 def test_every_level_survives_the_round_trip() -> None:

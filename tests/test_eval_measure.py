@@ -20,7 +20,6 @@ from tests.evaluating import NUM, figures, measured, write_all
 from tests.programs import ends, launch
 from tests.toy import SIZE, Watcher, signal_at, write_checkpoint, write_dataset
 from vdiff.cli.evaluate import table
-from vdiff.data.images import from_uint8, to_uint8
 from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
 from vdiff.diffusion.samplers import Ddim
@@ -31,6 +30,7 @@ from vdiff.evaluation.metrics import KernelDistance, frechet_distance
 from vdiff.evaluation.reference import ReferenceImages
 from vdiff.evaluation.results import Evaluation
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint
+from vdiff.models.codec import from_uint8, to_uint8
 from vdiff.models.drawing import draw
 from vdiff.reporting import DOUBTFUL_TIMES
 

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from tests.commands import error
 from tests.toy import contents, write_checkpoint, write_dataset
-from vdiff.data.images import from_uint8
 from vdiff.errors import VdiffError
 from vdiff.evaluation import inception
 from vdiff.evaluation.inception import InceptionFeatures, inception_features
 from vdiff.evaluation.metrics import ClassStats, KernelDistance, Manifold, frechet_distance, precision_recall
+from vdiff.models.codec import from_uint8
 
 fidelity = pytest.importorskip(
     "torch_fidelity", reason="torch-fidelity is not installed: pip install 'vdiff[fidelity]'"

@@ -19,7 +19,6 @@ from tests.digits import SIDE, write_digits
 from tests.oracles import randn
 from tests.toy import Watcher, write_dataset
 from vdiff.data.batches import Batch
-from vdiff.data.images import from_uint8
 from vdiff.data.shard_store import ShardStore
 from vdiff.data.shards import ShardWriter
 from vdiff.data.store import ImageStore
@@ -42,6 +41,7 @@ from vdiff.evaluation.feature_training import (
     train_features,
 )
 from vdiff.evaluation.metrics import frechet_distance
+from vdiff.models.codec import from_uint8
 from vdiff.reporting import Silent
 
 KINDS = ["classifier", "autoencoder"]

@@ -57,7 +57,7 @@ def of_room(room: str, names: list[str]) -> list[str]:
 
 
 MODELS = (
-    *("condition", "backbone", "unet", "wrapped", "kinds", "inheriting", "reading", "program"),
+    *("codec", "condition", "backbone", "unet", "wrapped", "kinds", "inheriting", "reading", "program"),
     *("denoiser", "checkpoint", "flops", "checks", "drawing", "speed"),
 )
 LAYERS = [f"vdiff.models.{name}" for name in MODELS]
@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "vdiff.diffusion.phases": [],
     "vdiff.diffusion.distillation": [*DIFFUSION, "vdiff.errors", "vdiff.settings"],
     **{f"vdiff.models.{name}": [*LAYERS[:k], "vdiff.diffusion", *BASE, "vdiff"] for k, name in enumerate(MODELS)},
-    "vdiff.models.unet": LAYERS[:2],
+    "vdiff.models.unet": LAYERS[:3],
 }
 """Module or room (the nearest entry above a module rules it) → what it may import of vdiff: the rooms as the table of
 ARCHITECTURE.md has them, and an order within diffusion and models.

@@ -16,13 +16,13 @@ from huggingface_hub import ModelCard
 
 from tests.commands import done, error
 from tests.toy import SIZE, UNET, contents, write_checkpoint
-from vdiff.data.images import to_uint8
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError
 from vdiff.interop.card import CARD, PICTURE, card_beside, last_name, new_card, public
 from vdiff.interop.graphs import GraphOptions
 from vdiff.interop.usage import onnx_usage, torch_usage
 from vdiff.models.checkpoint import load_checkpoint, read_config, weights_fingerprint
+from vdiff.models.codec import to_uint8
 from vdiff.models.drawing import draw
 
 USAGE = {"model.onnx": "Open it."}

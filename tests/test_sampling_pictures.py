@@ -14,12 +14,13 @@ import torch
 from tests.drawing import image_path, run, spec
 from tests.oracles import condition, randn
 from tests.toy import SIZE, contents, write_checkpoint
-from vdiff.data.images import labelled_grid, to_uint8
+from vdiff.data.images import labelled_grid
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.checkpoint import load_checkpoint
+from vdiff.models.codec import to_uint8
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP
 from vdiff.sampling.pictures import TrajectoryRecorder, full_columns, grid_picture, num_shown, spread
 from vdiff.sampling.spec import PathNoise, nearer_end, slerp

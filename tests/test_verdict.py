@@ -16,10 +16,10 @@ from tests.oracles import randn
 from tests.toy import COUNT, SIZE, UNET, Watcher, distill_config, write_checkpoint, write_dataset
 from vdiff.cli.distill import distance_to
 from vdiff.data.batches import Batch
-from vdiff.data.images import from_uint8
 from vdiff.evaluation.features import PixelDistance, pixel_vectors
 from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
+from vdiff.models.codec import from_uint8
 from vdiff.models.drawing import rmse
 from vdiff.models.unet import UNetConfig
 from vdiff.training.dataset import TrainingData, no_images, open_images

@@ -24,6 +24,7 @@ from vdiff.errors import VdiffError
 from vdiff.models import checks
 from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
+from vdiff.models.codec import PIXEL_CODEC, UNBOUNDED
 from vdiff.models.condition import CLASSES
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
@@ -79,6 +80,7 @@ def wrap(
     drops_variance: bool = False,
     takes: Sequence[str] = (),
     size_multiple: int = 1,
+    codec: str | None = None,
 ) -> Model:
     """A model of your own network: network(z, timestep, **condition) → output, z (B, *shape), timestep (B,) = L·t − 1.
 
@@ -96,10 +98,12 @@ def wrap(
         drops_variance: the second half of the network's output channels is a learned variance, which is left out.
         takes: names of further conditions.
         size_multiple: sizes of samples must be multiples of it.
+        codec: "pixels", numbers in [−1, 1] to which samples are clipped, as images are usually, or "unbounded".
 
     Raises:
         ValueError: values that do not fit together.
     """
+    codec = codec or (PIXEL_CODEC if PIXEL_CODEC.are_pictures(shape) else UNBOUNDED).name
     names = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
     out_channels = shape[0] * (PREDICTION_TYPES[prediction].channel_factor if prediction in PREDICTION_TYPES else 1)
     null = {CLASSES: len(names)} if null_class else {}
@@ -109,7 +113,7 @@ def wrap(
     backbone.signature.check_shape(shape)
     table = build_schedule({"name": schedule}) if isinstance(schedule, str) else schedule
     config = CheckpointConfig(
-        backbone={"kind": backbone.kind, "config": backbone.describe()}, sample_shape=list(shape),
+        backbone={"kind": backbone.kind, "config": backbone.describe()}, sample_shape=list(shape), codec=codec,
         schedule=table.to_dict(), prediction=prediction, num_timesteps=num_timesteps, method="base", weights="raw",
         num_iters=0, target_iters=0, num_images=0, dataset="", dataset_fingerprint="",
         class_names=names or [str(k) for k in range(backbone.signature.num_classes)],
@@ -238,7 +242,7 @@ class Model:
         batch_size: int = 64,
         **options: Any,
     ) -> Samples:
-        """Draw samples: (num, *shape) float32 on the CPU, images clamped to [−1, 1]; `to_pil()` makes pictures of them.
+        """Draw samples: (num, *shape) float32 on the CPU, pixels within [−1, 1]; `to_pil()` makes pictures of them.
 
         Args:
             num: how many; without it as many as `noise` has, else 16.
@@ -283,8 +287,7 @@ class Model:
                     grid=grid,
                 )
             drawn.append(images)
-        samples = torch.cat(drawn).as_subclass(Samples)
-        return samples.clamp_(-1, 1).as_subclass(Samples) if samples.are_images else samples
+        return self.config.space.clip(torch.cat(drawn)).as_subclass(Samples)
 
     def denoise(
         self, z: Tensor, t: Tensor | float, *, classes: Sequence[str | int] | None = None, guidance: float = 0.0
@@ -324,5 +327,7 @@ class Model:
             if options:
                 raise ValueError(f"{', '.join(options)}: set it in the sampler that is given, {sampler}")
             return sampler
+        if self.config.space.limit is None and "clipping_value" in checks.sampler_fields(sampler):
+            options = {"clipping_value": None, **options}
         checks.check_limits(self.config, options)
         return checks.build_sampler(sampler, options)

@@ -156,8 +156,8 @@ def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> 
     """The distance of samples to the data, in the process that examines students; None where there are no data."""
     import torch
 
-    from vdiff.data.images import from_uint8
     from vdiff.evaluation.features import PixelDistance
+    from vdiff.models.codec import from_uint8
 
     is_due = config.distance_every and config.check_images and engine.is_main
     if images.store is None or not is_due or len(images.store) < 2:

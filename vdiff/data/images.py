@@ -9,11 +9,11 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import torch
 from torch import Tensor
 
 from vdiff.data.labels import MARK
 from vdiff.files import write_whole
+from vdiff.models.codec import to_uint8
 from vdiff.replacing import Kind
 
 CELL_PIXELS = 72
@@ -22,27 +22,6 @@ SPACING = 4
 MARGIN = 16
 INK = (28, 28, 32)
 SOFT_INK = (96, 96, 104)
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """round((x + 1) · 127.5), clamped to 0 … 255; any shape, floating-point in, uint8 out.
-
-    Raises:
-        ValueError: NaN or infinity among the values, or an integer tensor.
-    """
-    if not x.is_floating_point():
-        raise ValueError(f"images of dtype {x.dtype}; need a floating-point dtype")
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(f"{bad} of {x.numel()} image values are NaN or infinite (dtype {x.dtype})")
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def from_uint8(u: Tensor) -> Tensor:
-    """u / 127.5 − 1: uint8 0 … 255 to float32 in [−1, 1]; `to_uint8` gives back exactly `u`."""
-    if u.dtype != torch.uint8:
-        raise ValueError(f"images of dtype {u.dtype}; need torch.uint8")
-    return u.float().div_(127.5).sub_(1)  # in place: one new tensor, not three
 
 
 def to_pil(image: Tensor) -> PIL.Image.Image:

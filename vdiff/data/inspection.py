@@ -174,7 +174,7 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 def _tensor(encoded: bytes, channels: int) -> Tensor:
     import torch
 
-    from vdiff.data.images import from_uint8
+    from vdiff.models.codec import from_uint8
 
     with PIL.Image.open(io.BytesIO(encoded)) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB" if channels == 3 else "L")))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import parse
+from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.program import PROGRAM, write_program
 from vdiff.records import record_of
 from vdiff.replacing import check_free
@@ -108,7 +109,7 @@ class FeatureNet(nn.Module):
         self.linear = nn.Linear(widths[-1] * places, config.dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = self.blocks(images.clamp(-1, 1))
+        hidden = self.blocks(PIXEL_CODEC.clip(images))
         pooled = hidden.mean((2, 3)) if self.config.kind == "classifier" else hidden.flatten(1)
         features: Tensor = self.linear(pooled)
         return features

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import vdiff
 from vdiff.data.batches import Batch, decode
 from vdiff.data.datasets import AnyStore, open_batches
-from vdiff.data.images import from_uint8
 from vdiff.data.shard_batches import Sample
 from vdiff.data.shard_store import ShardStore
 from vdiff.data.store import ImageStore
@@ -33,6 +32,7 @@ from vdiff.evaluation.feature_network import (
     FeatureNet,
     FeatureNetConfig,
 )
+from vdiff.models.codec import from_uint8
 from vdiff.reporting import Reporter
 
 HELD_OUT = 10

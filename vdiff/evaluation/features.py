@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vdiff.data.images import from_uint8
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.feature_network import parse_metadata
 from vdiff.evaluation.metrics import frechet_distance
 from vdiff.files import check_regular
+from vdiff.models.codec import PIXEL_CODEC, from_uint8
 from vdiff.models.program import METADATA
 from vdiff.text import plural
 
@@ -55,13 +55,13 @@ class Features(ABC):
 
 def as_unit(images: Tensor) -> Tensor:
     """Images as float32 in [−1, 1], from uint8 or floating-point numbers."""
-    return from_uint8(images) if images.dtype == torch.uint8 else images.float().clamp(-1, 1)
+    return from_uint8(images) if images.dtype == torch.uint8 else PIXEL_CODEC.clip(images.float())
 
 
 def pixel_vectors(images: Tensor, side: int = SIDE) -> NDArray[np.float64]:
     """The mean colours of `side` × `side` equal parts of each image (its pixels, if it is smaller), clipped to [−1, 1]:
     (n, C, H, W) → (n, C·side²)."""
-    images = images.clamp(-1, 1).double()
+    images = PIXEL_CODEC.clip(images).double()
     if max(images.shape[-2:]) > side:
         images = F.adaptive_avg_pool2d(images, side)
     vectors: NDArray[np.float64] = images.flatten(1).cpu().numpy()

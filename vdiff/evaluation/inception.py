@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vdiff.data.images import to_uint8
 from vdiff.errors import VdiffError
 from vdiff.evaluation.features import INCEPTION, Features
 from vdiff.files import check_regular
+from vdiff.models.codec import to_uint8
 
 NAME = "inception-v3-compat"
 DIM = 2048

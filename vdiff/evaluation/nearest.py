@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vdiff.data.images import captioned_grid, from_uint8, save_png, to_uint8
+from vdiff.data.images import captioned_grid, save_png
 from vdiff.evaluation.features import as_unit
 from vdiff.evaluation.metrics import Arrays, median_metric, on_device, squared_distances
 from vdiff.evaluation.reference import ReferenceImages, random_subset
 from vdiff.evaluation.results import EvalRow, Metric
 from vdiff.evaluation.work import WorkFolder
+from vdiff.models.codec import PIXEL_CODEC, from_uint8, to_uint8
 from vdiff.reporting import Progress
 from vdiff.text import plural
 
@@ -34,7 +35,7 @@ def thumbnails(images: Tensor) -> Tensor:
     """(n, C, H, W) in [−1, 1], as uint8 of at most `SHOWN_SIDE` pixels a side."""
     if max(images.shape[-2:]) > SHOWN_SIDE:
         images = F.adaptive_avg_pool2d(images.float(), SHOWN_SIDE)
-    return to_uint8(images.clamp(-1, 1))
+    return to_uint8(PIXEL_CODEC.clip(images))
 
 
 def search_vectors(images: Tensor) -> NDArray[np.float32]:

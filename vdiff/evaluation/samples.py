@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdiff.data.images import to_uint8
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import memory_errors_named
 from vdiff.errors import VdiffError
@@ -20,6 +19,7 @@ from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
 from vdiff.evaluation.plan import EvalPlan, RowSpec
 from vdiff.evaluation.reference import MAX_KEPT, MOMENTS
 from vdiff.models.checkpoint import load_checkpoint, read_tensors
+from vdiff.models.codec import to_uint8
 from vdiff.models.drawing import draw, squared_errors
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.records import STATE
@@ -88,7 +88,7 @@ class Generator:
             self._load()
         steps = self.row.num_steps
         with memory_errors_named():
-            return draw(
+            found = draw(
                 self.denoiser,
                 SAMPLERS[self.row.sampler](),
                 indices=indices,
@@ -98,7 +98,8 @@ class Generator:
                 guidance=self.plan.guidance,
                 grid=self.row.grid,
                 on_step=lambda step: bar.update(done, f"step {step}/{steps}"),
-            ).clamp(-1, 1)
+            )
+        return self.config.space.clip(found)
 
     def _load(self) -> None:
         folder = self.row.checkpoint

@@ -22,6 +22,7 @@ from vdiff.diffusion.samplers import Ddim, ddim_step
 from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, grid_times
 from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.condition import CLASSES, Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
@@ -144,7 +145,7 @@ class FewSteps(nn.Module):
         label, angle_t, angle_s = (self.get_buffer(name) for name in ("label", "angle_t", "angle_s"))
         for i in range(len(label)):
             z = self.step(z, label[i], angle_t[i], angle_s[i], classes, guidance)
-        return z.clamp(-1, 1)
+        return PIXEL_CODEC.clip(z)
 
 
 def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
@@ -269,7 +270,7 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
             num_steps=options.num_steps,
             guidance=_test_guidance(config) if "guidance" in given else 0.0,
         )
-        return drawn.clamp(-1, 1)
+        return PIXEL_CODEC.clip(drawn)
     t = (given["label"].double() + 1) / denoiser.schedule.label_scale
     with torch.inference_mode():
         prediction = denoiser(given["z"], t, denoiser.condition(**given))

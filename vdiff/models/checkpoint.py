@@ -28,9 +28,10 @@ import vdiff
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, suggestion
 from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
 from vdiff.models.backbone import Backbone, Signature
+from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.kinds import UNET, build_network, kind_of
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
@@ -61,6 +62,7 @@ class CheckpointConfig:
         num_timesteps: steps it samples with by default; for a distilled model the only grid it was trained on.
         image_size: pixels of a side; 0 where samples are no square images.
         sample_shape: (C, H, W), (C, L), …; empty for square images of a UNet; see `shape`.
+        codec: how samples and x become each other, see `space`.
         method: "base", or the distillation method.
         teacher: the teacher's own description of itself (its config without weights), back to the original.
         weights: "ema" or "raw".
@@ -81,6 +83,7 @@ class CheckpointConfig:
     num_timesteps: Annotated[int, Meta(ge=1, le=2**20)]
     image_size: Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)] = 0
     sample_shape: list[Annotated[int, Meta(ge=1, le=2**24)]] = field(default_factory=list)
+    codec: str = PIXEL_CODEC.name
     method: str
     weights: str
     num_iters: Count
@@ -129,6 +132,11 @@ class CheckpointConfig:
         if self.sample_shape:
             return tuple(self.sample_shape)
         return (self.signature.channels, self.image_size, self.image_size)
+
+    @property
+    def space(self) -> Codec:
+        """What x is: pixels in [−1, 1], or numbers without bounds."""
+        return CODECS[self.codec]
 
     def network_id(self) -> str:
         """A text that two checkpoints share if their networks are of the same shape; dropout makes no difference."""
@@ -179,6 +187,8 @@ class CheckpointConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `config.json`; those of a UNet on square images are as they always were."""
         values = asdict(self)
+        if self.codec == PIXEL_CODEC.name:
+            del values["codec"]
         if self.backbone is not None or self.sample_shape:
             del values["unet"], values["image_size"]
             return {**values, "backbone": self.backbone or {"kind": UNET, "config": self.unet}}
@@ -252,6 +262,8 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     config = record_of(CheckpointConfig, values, str(path), advice, needed=needed)
     try:
         build_schedule(config.schedule)
+        if config.codec not in CODECS:
+            raise ValueError(f"unknown codec {config.codec!r}; {suggestion(config.codec, CODECS)}")
         num_classes = config.signature.num_classes
         config = replace(config, class_names=config.class_names or [str(k) for k in range(num_classes)])
         if num_classes and len(config.class_names) != num_classes:

@@ -12,6 +12,7 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import NonFiniteSampleError, Sampler, sample
 from vdiff.errors import VdiffError
+from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.condition import SECOND_TIME, Condition
 from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser
 
@@ -37,7 +38,7 @@ def squared_errors(images: Tensor, theirs: Tensor) -> Tensor:
     Images are paired by their number, over those that both have.
     """
     count = min(len(images), len(theirs))
-    a, b = (each[:count].double().clamp(-1, 1) for each in (images, theirs))
+    a, b = (PIXEL_CODEC.clip(each[:count].double()) for each in (images, theirs))
     return (a - b).square().flatten(1).mean(1)
 
 

@@ -19,10 +19,11 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vdiff.data.images import PICTURE, from_uint8, to_pil, to_uint8
+from vdiff.data.images import PICTURE, to_pil
 from vdiff.data.labels import LABELS_FILE
 from vdiff.errors import VdiffError
 from vdiff.files import fsync, make_folder, refusal, remove, write_text
+from vdiff.models.codec import from_uint8, to_uint8
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked, start_folder, sweep_inside, take_place
 from vdiff.sampling.packing import PACKERS, SAMPLES, Contents, labels_json, png_name, read_packed_record
 from vdiff.sampling.record_log import RecordLog, RecordReader

@@ -10,19 +10,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vdiff.data.images import (
-    captioned_grid,
-    cell_scale,
-    from_uint8,
-    labelled_grid,
-    make_grid,
-    own_mark,
-    save_png,
-    to_pil,
-    to_uint8,
-)
+from vdiff.data.images import captioned_grid, cell_scale, labelled_grid, make_grid, own_mark, save_png, to_pil
 from vdiff.diffusion.prediction import Prediction
 from vdiff.files import write_whole
+from vdiff.models.codec import PIXEL_CODEC, from_uint8, to_uint8
 
 MAX_GRID, MAX_COLUMNS, MAX_NAME = 64, 16, 24
 MAX_ROWS, MAX_STRIP, MAX_FRAMES = 8, 12, 64
@@ -86,7 +77,7 @@ class TrajectoryRecorder:
         del z
         if step in self.steps:
             x = prediction.x[:MAX_ROWS].float()
-            self.frames.append(to_uint8(x.nan_to_num().clamp(-1, 1)).cpu())
+            self.frames.append(to_uint8(PIXEL_CODEC.clip(x.nan_to_num())).cpu())
 
     def save(self, images: Tensor, strip: Path, animation: Path, names: Sequence[str] = ()) -> None:
         """Write both pictures; `images` (N, C, H, W) in [−1, 1] are what the last step made of x̂.

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vdiff.data.images import cell_scale, make_grid, save_png, to_uint8
+from vdiff.data.images import cell_scale, make_grid, save_png
 from vdiff.diffusion.multistep import Dpmpp2m
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.codec import to_uint8
 from vdiff.models.denoiser import Denoiser
 from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.reporting import Reporter

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from vdiff.data.batches import Batch
-from vdiff.data.images import from_uint8
 from vdiff.diffusion.distillation import Method
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import VdiffError
+from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.averages import Averages, Exponential, profiles_of
 from vdiff.training.config import LoopConfig
@@ -143,7 +143,7 @@ class TrainStep:
         takes = self.denoiser.network.signature
         seed_update(self.config.seed, step)
         images = batch.images.to(device, non_blocking=True)
-        images = from_uint8(images) if images.dtype == torch.uint8 else images
+        images = PIXEL_CODEC.encode(images)
         condition = takes.condition(classes=batch.classes).to(device)
         noise = torch.randn((size, *images.shape[1:]), device=device)[share]
         u = stratified(size, device)[share]
