@@ -788,6 +788,13 @@ def test_a_url_gives_the_same_batches(server: Server, folder: Path, num_workers:
     assert store.fingerprint() == store.meta.fingerprint
 
 
+def test_the_proxy_of_the_environment_is_asked(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/x"))
+    monkeypatch.setenv("no_proxy", "")
+    assert read(ShardStore("http://photos.invalid/x")) == read(ShardStore(folder))
+    assert {path.rpartition("/")[0] for path, _ in server.asked} == {"http://photos.invalid/x"}
+
+
 def test_a_token_goes_to_every_file_and_into_no_message(server: Server) -> None:
     store = ShardStore(server.url + "?token=secret")
     assert store.path == server.url

@@ -140,7 +140,7 @@ class RemoteFile:
         return b""
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection; the next read opens it again where it ended."""
         if self._file is not None:
             self._file.close()
             self._file = None
