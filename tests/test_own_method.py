@@ -16,9 +16,11 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import vdiff.cli.distill
+from tests.commands import error
 from tests.oracles import randn
 from tests.toy import (
     SIZE,
+    UNET,
     Watcher,
     assert_equal_bits,
     assert_equal_tensors,
@@ -277,3 +279,10 @@ def test_a_sampler_tells_where_its_step_ends(data, teacher):
             v = student(z, t, at(end, 3)).v
             z = ddim_step(z, v, schedule.angle(t), grid_angles(schedule, s))
     torch.testing.assert_close(images, z, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["torch", "diffusers"])
+def test_other_formats_have_no_place_for_a_second_time(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("model"), unet={**UNET, "in_channels": 1, "out_channels": 1, "second_time": True})
+    assert "second time" in error(f"vdiff export {kind} model out.pt2", 1)

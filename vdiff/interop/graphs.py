@@ -23,7 +23,7 @@ from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, gri
 from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import PIXEL_CODEC
-from vdiff.models.condition import CLASSES, Condition
+from vdiff.models.condition import CLASSES, SECOND_TIME, Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.program import write_program
@@ -218,11 +218,15 @@ def _step_of(step: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def check_exportable(denoiser: Denoiser) -> None:
-    """Refuse an ε-prediction whose schedule ends at zero signal.
+    """Refuse an ε-prediction whose schedule ends at zero signal, and a network that takes a second time.
 
     Raises:
-        VdiffError: it does.
+        VdiffError: it is one of these.
     """
+    if SECOND_TIME in denoiser.network.signature.names:
+        raise VdiffError(
+            "this network takes the end of a step as a second time, for which graphs have no input", "use sample.py"
+        )
     last = denoiser.schedule.angle(torch.ones(1, dtype=torch.float64))
     if denoiser.prediction_type == "eps" and float(last.cos()) < MIN_SIGNAL:
         raise VdiffError(
