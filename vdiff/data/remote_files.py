@@ -149,7 +149,7 @@ class RemoteFile:
         """The file, to be read from `position` on."""
         if not self._is_http:
             file = self._system.open(self._path, "rb")
-            self._check_length(file.size)
+            self._check_length(getattr(file, "size", None))
             file.seek(self.position)
             return file
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={self.position}-"} if self.position else {})
