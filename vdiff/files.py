@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -146,6 +147,18 @@ def json_text(values: Mapping[str, Any]) -> str:
 def checksum(values: Any) -> str:
     """CRC-32 of values that JSON can hold, whatever the order of their keys."""
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a regular file.
+
+    Raises:
+        VdiffError: it is a pipe, a socket or a device.
+        OSError: it cannot be read.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 import zipfile
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.feature_network import parse_metadata
 from vdiff.evaluation.metrics import frechet_distance
-from vdiff.files import check_regular
+from vdiff.files import sha256_of
 from vdiff.models.codec import PIXEL_CODEC, from_uint8
 from vdiff.models.program import METADATA
 from vdiff.text import plural
@@ -109,7 +108,10 @@ class FileFeatures(Features):
 
     def __init__(self, path: Path, *, image_size: int, channels: int, device: torch.device | str = "cpu") -> None:
         self.name, self.device = path.as_posix(), torch.device(device)
-        self.fingerprint = _sha256(path)
+        try:
+            self.fingerprint = sha256_of(path)
+        except OSError as error:
+            raise VdiffError(f"--features {path}: {error.strerror}", MAKE_ONE) from None
         self.network, description = _load(path, self.device)
         known = parse_metadata(description)
         if known and (known.image_size, known.channels) != (image_size, channels):
@@ -158,15 +160,6 @@ def load_features(
 
 def _kind(image_size: int, channels: int) -> str:
     return f"{image_size}×{image_size} pixels and {plural(channels, 'channel')}"
-
-
-def _sha256(path: Path) -> str:
-    check_regular(path)
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise VdiffError(f"--features {path}: {error.strerror}", MAKE_ONE) from None
 
 
 def _load(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Any], str]:

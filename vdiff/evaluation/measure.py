@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import math
 import tempfile
@@ -31,7 +30,7 @@ from vdiff.evaluation.reference import MAX_KEPT, MOMENTS, DataStats, ReferenceIm
 from vdiff.evaluation.results import EVALUATION, EvalRow, Evaluation, Metric, plain, with_infinity
 from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, raw_file, sample_stats
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
-from vdiff.files import parse, read_text, write_text
+from vdiff.files import parse, read_text, sha256_of, write_text
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.speed import impossible_times, pick_precision
 from vdiff.records import record_of
@@ -313,8 +312,7 @@ def _weights_of(row: RowSpec) -> str:
     """The SHA-256 of the weights that a row is drawn with."""
     if not row.raw or read_config(row.checkpoint).weights == "raw":
         return weights_fingerprint(row.checkpoint)
-    with open(raw_file(row.checkpoint), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(raw_file(row.checkpoint))
 
 
 class MetricCalculator:

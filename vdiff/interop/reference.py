@@ -14,7 +14,6 @@ The schedule is the `ddpm_cosine` table of `n_timesteps` levels, L = n_timesteps
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from vdiff.diffusion.schedules import MAX_LEVELS, DdpmCosineSchedule
 from vdiff.errors import OptionError, VdiffError
+from vdiff.files import sha256_of
 from vdiff.interop.foreign import IMPORTED_MODEL, write_model
 from vdiff.interop.pickles import check_backed, read_pt
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig
@@ -77,7 +77,7 @@ def import_reference(
         num_iters=0,
         target_iters=0,
         num_images=0,
-        dataset=f"{IMPORTED}reference/{path.name} sha256:{_sha256(path)}",
+        dataset=f"{IMPORTED}reference/{path.name} sha256:{sha256_of(path)}",
         dataset_fingerprint="",
     )
     weights = translate(path, tensors, unet, time_scale)
@@ -295,8 +295,3 @@ def _root(number: int) -> int:
     """√number where that is whole, else 0."""
     root = math.isqrt(number)
     return root if root * root == number else 0
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

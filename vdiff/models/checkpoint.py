@@ -9,7 +9,6 @@ Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.tom
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -29,7 +28,7 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
-from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
+from vdiff.files import CHECKSUM, make_folder, read_json, sha256_of, write_json, write_whole
 from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
 from vdiff.models.denoiser import Denoiser
@@ -376,11 +375,8 @@ def weights_fingerprint(folder: Path) -> str:
     Raises:
         VdiffError: there is none, or it cannot be read.
     """
-    digest = hashlib.sha256()
-    with reading(folder / WEIGHTS), open(folder / WEIGHTS, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    with reading(folder / WEIGHTS):
+        return sha256_of(folder / WEIGHTS)
 
 
 def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
