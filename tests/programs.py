@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -45,7 +46,8 @@ class Forked:
     """
 
     def __init__(self, act: Callable[[], object], folder: Path, env: Mapping[str, str] | None = None) -> None:
-        self.said = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self.folder = Path(tempfile.mkdtemp())
+        self.said = [self.folder / "stdout", self.folder / "stderr"]
         environment = {**os.environ, **(env or {})}
         self.process = SERVER.Process(target=become, args=(act, folder, environment, self.said))
         self.process.start()
@@ -61,11 +63,10 @@ class Forked:
         """What it said on stdout and stderr, at its end."""
         self.process.join(timeout)
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
             self.process.join()
-        stdout, stderr = (path.read_text() for path in self.said)
-        for path in self.said:
-            path.unlink()
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in self.said)
+        shutil.rmtree(self.folder)
         return stdout, stderr
 
     def send_signal(self, number: int) -> None:
@@ -80,7 +81,7 @@ def become(act: Callable[[], object], folder: Path, env: Mapping[str, str], said
     os.environ.clear()
     os.environ.update(env)
     for number, path in enumerate(said, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     atexit._clear()

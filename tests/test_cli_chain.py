@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import threading
 import time
 import tomllib
@@ -22,8 +23,9 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 
+from tests import commands
 from tests.commands import ROOT, TINY, done, error, run, tree, typed
-from tests.programs import Forked, ends, start
+from tests.programs import ends, start
 from tests.test_data_cli import children
 from tests.toy import assert_equal_bits, write_checkpoint, write_dataset
 from vdiff.data.store import ImageStore
@@ -283,7 +285,9 @@ def test_a_full_disk_loses_nothing(monkeypatch):
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
-def stopped(line: str, place: Path, monkeypatch: pytest.MonkeyPatch, at_work: Callable[[Forked], bool]) -> list[str]:
+def stopped(
+    line: str, place: Path, monkeypatch: pytest.MonkeyPatch, at_work: Callable[[Any], bool], start: Any = start
+) -> list[str]:
     """Send Ctrl-C to one program and SIGTERM to another when they are at work; the line that each says at its end.
 
     They run at the same time, in the folders SIGINT and SIGTERM, made by `furnish`.
@@ -365,12 +369,15 @@ def test_preparation_is_stopped_and_gone_on_with(tmp_path, monkeypatch):
         os.link(tmp_path / "0.png", photos / f"{k}.png")
     line = f"prepare_data.py {photos} --size 1024 --format png --num_workers 1 --out new/set"
 
-    def worker_is_at_work(process: Forked) -> bool:
+    def worker_is_at_work(process: subprocess.Popen[str]) -> bool:
         began = children(process.pid) > 1
         time.sleep(began)  # a worker whose parent ends before it has begun complains
         return began
 
-    ends = stopped(line, tmp_path, monkeypatch, worker_is_at_work)
+    def program(line: str, folder: Path) -> subprocess.Popen[str]:
+        return commands.start(f"python {line}", folder)
+
+    ends = stopped(line, tmp_path, monkeypatch, worker_is_at_work, program)
     assert [re.sub(r"\d+", "N", end) for end in ends] == [
         f"{word}; N images are done, the same command goes on" for word in ("interrupted", "terminated")
     ]
