@@ -173,5 +173,5 @@ def _unknown(values: Any, record: Any) -> Iterator[str]:
         for key, value in values.items():
             yield from _unknown(value, record[key])
     elif isinstance(record, list | tuple):
-        for value, item in zip(values, record, strict=True):
+        for value, item in zip(values, record, strict=False):  # a record may shorten a list that says nothing new
             yield from _unknown(value, item)

@@ -21,6 +21,7 @@ from vdiff.files import write_whole
 from vdiff.interop.graphs import GraphOptions, NetworkCall, Step, check, grid, inputs, metadata
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.program import exported
 from vdiff.replacing import Kind
 
 if TYPE_CHECKING:
@@ -110,20 +111,17 @@ def _traced(
 ) -> Any:
     """The ONNX model of `module`, called by keyword; every input but those of `fixed` has a dynamic batch size."""
     module.eval().requires_grad_(False)
-    batch = torch.export.Dim(BATCH, min=1)
-    shapes = {name: None if name in fixed else {0: batch} for name in example}
     with torch.no_grad(), _silenced(logging.getLogger("torch.onnx")):
-        program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes)
-        exported = torch.onnx.export(
-            program,
+        written = torch.onnx.export(
+            exported(module, example, fixed),
             input_names=list(example),
             output_names=output_names,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
-    assert exported is not None
-    return exported.model_proto
+    assert written is not None
+    return written.model_proto
 
 
 def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx.ModelProto:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vdiff.errors import VdiffError
 from vdiff.files import write_whole
 from vdiff.replacing import Kind
+from vdiff.text import cause_of
 
 METADATA = "vdiff.json"
 """The extra file in a program that says what it is."""
@@ -25,6 +27,32 @@ def _is_program(path: Path) -> str:
 
 
 PROGRAM = Kind("program", _is_program)
+
+
+def exported(
+    module: nn.Module, example: tuple[Tensor, ...] | Mapping[str, Tensor], fixed: Sequence[str] = ()
+) -> torch.export.ExportedProgram:
+    """The program of a module, whose batch size is free.
+
+    Args:
+        example: inputs of any batch but 1, in order or by name.
+        fixed: names of inputs that have no batch size.
+
+    Raises:
+        VdiffError: the module's code depends on the batch size, or does what a program cannot.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with torch.no_grad():
+            if isinstance(example, tuple):
+                return torch.export.export(module, example, dynamic_shapes=tuple({0: batch} for _ in example))
+            shapes = {name: None if name in fixed else {0: batch} for name in example}
+            return torch.export.export(module, (), dict(example), dynamic_shapes=shapes)
+    except Exception as error:  # a type of torch._dynamo, whose import costs a second
+        if type(error).__name__ != "UserError":
+            raise
+        reason = cause_of(error, 160)
+        raise VdiffError(f"torch cannot export this network: {reason}", "use its folder, with vdiff") from None
 
 
 def write_program(
@@ -45,13 +73,7 @@ def write_program(
         VdiffError: the file system refuses.
     """
     module.eval().requires_grad_(False)
-    batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
-        if isinstance(example, tuple):
-            program = torch.export.export(module, example, dynamic_shapes=tuple({0: batch} for _ in example))
-        else:
-            shapes = {name: {0: batch} for name in example}
-            program = torch.export.export(module, (), dict(example), dynamic_shapes=shapes)
+    program = exported(module, example)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names files of this machine
     told = json.dumps(metadata, ensure_ascii=False, indent=2)
