@@ -6,12 +6,12 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vdiff import __version__
 from vdiff.data.colour import NARROW, common_range
@@ -31,6 +31,8 @@ from vdiff.files import parse, write_text
 from vdiff.replacing import check_free, take_place
 from vdiff.reporting import Reporter, Silent
 from vdiff.text import plural
+
+T = TypeVar("T")
 
 CHUNK_ITEMS = 8
 TAR_SUFFIX = ".tar"
@@ -195,11 +197,7 @@ def _prepare(
         _check_space(work, listing, config, first, stop, journal)
         with (
             reporter.progress("prepare", stop - start, "images", start=tally.position) as progress,
-            closing(
-                ordered_map(
-                    work, listing.items(first, stop), num_workers, chunk_items=CHUNK_ITEMS, num_bytes=_num_bytes
-                )
-            ) as results,
+            closing(_map(work, listing, num_workers, first, stop, _num_bytes)) as results,
         ):
             for result in results:
                 if isinstance(result, Rejected):
@@ -226,6 +224,19 @@ def _prepare(
             what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
             reporter.line(f"{what}, so they are dark or flat; spread them with --range auto --overwrite")
         return writer.finish(tally.counts(listing.ignored)), kept
+
+
+def _map(
+    work: Callable[[Item], T],
+    listing: Listing,
+    num_workers: int,
+    start: int,
+    stop: int,
+    num_bytes: Callable[[T], int] = lambda _: 0,
+) -> Generator[T, None, None]:
+    """The results of the images `start` … `stop` − 1, in their order."""
+    items, count = listing.items(start, stop), stop - start
+    return ordered_map(work, items, num_workers, num_items=count, chunk_items=CHUNK_ITEMS, num_bytes=num_bytes)
 
 
 def _convert(source: Source, config: ConversionConfig, item: Item) -> Result:
@@ -257,9 +268,7 @@ def _common_range(
         found = []
         with (
             reporter.progress("range", len(listing), "images") as progress,
-            closing(
-                ordered_map(partial(_extremes, source), listing.items(), num_workers, chunk_items=CHUNK_ITEMS)
-            ) as results,
+            closing(_map(partial(_extremes, source), listing, num_workers, 0, len(listing))) as results,
         ):
             for done, extremes in enumerate(results, start=1):
                 found += [extremes] if extremes else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -21,7 +22,7 @@ Result = TypeVar("Result")
 _function: Callable[[Any], Any]
 
 SECONDS_ALONE = 0.1
-"""Work that ends within this time is done before another process has started."""
+"""For so long this process works alone; it goes on so where all of the work takes less than ten times as long."""
 CHUNKS_AHEAD = (3, 64)
 BUFFER_BYTES = 128 * 2**20
 
@@ -31,27 +32,29 @@ def ordered_map(
     items: Iterable[Item],
     num_workers: int,
     *,
+    num_items: float = math.inf,
     chunk_items: int = 1,
     num_bytes: Callable[[Result], int] = lambda _: 0,
 ) -> Generator[Result, None, None]:
     """`map(function, items)` in `num_workers` processes (0: in this one), which run ahead of the consumer.
 
     So one slow item holds nobody up: 64 chunks of `chunk_items` a worker may wait behind it, fewer where results of
-    `num_bytes` would fill more than 128 MiB. This process works alone for a moment, and until the first worker has
-    started. Workers are spawned, so threads and locks of the caller are not copied. They ignore SIGINT, which is for
-    the caller to handle, and end with the caller, however that ends.
+    `num_bytes` would fill more than 128 MiB. This process works alone while the work, of `num_items`, looks short, and
+    until the first worker has started. Workers are spawned, so threads and locks of the caller are not copied. They
+    ignore SIGINT, which is for the caller to handle, and end with the caller, however that ends.
 
     Raises:
         VdiffError: a worker died.
     """
     rest = iter(items)
     chunks: Iterator[list[Item]] = iter(lambda: list(islice(rest, chunk_items)), [])
-    count, total_bytes, alone_until = 0, 0, time.monotonic() + SECONDS_ALONE
+    count, total_bytes, began = 0, 0, time.monotonic()
     for chunk in chunks:
         for result in map(function, chunk):
             count, total_bytes = count + 1, total_bytes + num_bytes(result)
             yield result
-        if num_workers and time.monotonic() > alone_until:
+        seconds = time.monotonic() - began
+        if num_workers and seconds > SECONDS_ALONE and seconds * num_items / count > 10 * SECONDS_ALONE:
             break
     else:
         return
