@@ -80,7 +80,7 @@ class TeacherPool:
         """The students after the last of `stages`."""
         if not stages:
             return self.teacher, 0
-        key = (config, *stages)
+        key = (repr(config), *stages)
         if key not in self.students:
             teacher, spent = self.learned(config, stages[:-1])
             before, after, updates = stages[-1]
