@@ -22,10 +22,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = ["cli_chain", "training_processes", "interop_diffusers", "data_resume", "averages", "data_conversion"]
+"""Files that take longest although they hold many tests, in seconds of the processor."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of few tests first: those hold the long ones, and one that begins last keeps all processes but one idle."""
+    """The longest files first, then those of few tests: one that begins last keeps all processes but one idle."""
     sizes = Counter(item.path for item in items)
-    items.sort(key=lambda item: (sizes[item.path], item.path))
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (ranks.get(item.path.stem, len(ranks)), sizes[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
