@@ -85,7 +85,7 @@ class SampleSpec:
 
 
 def is_record(record: object) -> bool:
-    """Whether it is a record of an spec, perhaps of another version of vdiff."""
+    """Whether it is the record of a specification, perhaps of another version of vdiff."""
     needed = {item.name for item in fields(SampleSpec) if _default(item) is MISSING}
     return isinstance(record, dict) and record.keys() >= needed
 
