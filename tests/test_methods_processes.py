@@ -14,7 +14,8 @@ from tests.programs import command, ends, launch
 from tests.test_own_method import Adversarial
 from tests.toy import distill_config, run_ladder, scalars, write_checkpoint, write_dataset
 from vdiff.diffusion.distillation import METHODS
-from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.models.checkpoint import WEIGHTS, CheckpointConfig, load_checkpoint, read_config, read_tensors
+from vdiff.training.config import DistillConfig
 from vdiff.training.state import state_path
 from vdiff.training.verdict import read_verdict
 
@@ -52,6 +53,12 @@ def test_a_ladder_of_tract_in_two_processes(tmp_path, monkeypatch):
         assert (read_config(two).method, verdicts[1].reason) == ("tract", "")
 
 
+def run_adversarial_ladder(config: DistillConfig, teacher: CheckpointConfig) -> None:
+    """A ladder in a program of its own, which does not know what the test has registered."""
+    METHODS["adversarial"] = Adversarial
+    run_ladder(config, teacher)
+
+
 def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch):
     """A critic takes the mean of all gradients, and the student that of what the critic adds to its loss."""
     monkeypatch.setitem(METHODS, "adversarial", Adversarial)
@@ -61,7 +68,7 @@ def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch
         base = tmp_path / name / "original"
         write_checkpoint(base, seed=7, dataset=str(data))
         config = distill_config(data, base, method="adversarial", phases="8,2", check_images=0, **changes)
-        act = partial(run_ladder, config, read_config(base))
+        act = partial(run_adversarial_ladder, config, read_config(base))
         codes, stdout, stderr = ends(launch(act, tmp_path, count))
         assert codes == [0] * count, stdout + stderr
     one, two = (read_tensors(state_path(tmp_path / name / "base_0")) for name in ("one", "two"))

@@ -124,8 +124,13 @@ def stratified(size: int, device: torch.device | str = "cpu") -> Tensor:
     Each is uniform once images are shuffled, and together they cover all times evenly: a loss of lower variance.
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    u = (torch.arange(size, device=device) + torch.rand(size, dtype=dtype, device=device)) / size
-    return u.clamp(max=1 - torch.finfo(dtype).eps / 2)  # the last one might be rounded up to 1
+    return in_strata(torch.rand(size, dtype=dtype, device=device), range(size), size)
+
+
+def in_strata(u: Tensor, rows: range, size: int) -> Tensor:
+    """(k + u)/size for the rows k of a batch of `size`, u (len(rows),) uniform in [0, 1)."""
+    places = torch.arange(rows.start, rows.stop, device=u.device)
+    return ((places + u) / size).clamp(max=1 - torch.finfo(u.dtype).eps / 2)  # the last one might be rounded up to 1
 
 
 def weighted_losses(

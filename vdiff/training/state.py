@@ -24,6 +24,7 @@ from vdiff.training.weights import frozen, like, load_without, state_without, tr
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATISTICS, METHOD = "statistics", "method"
 AVERAGING = {"averaging": "bias-corrected"}  # states without this mark averaged with a warm-up
+RANDOM = {"random": "philox"}  # runs without this mark draw noise and times for the whole batch
 
 
 def state_path(folder: Path) -> Path:
@@ -50,7 +51,7 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
     # bad updates count as updates of the run, but not of the optimiser
     steps = [float(step.optimizer.state[parameter]["step"]) for parameter in learning.values()]
     metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
-    metadata |= AVERAGING
+    metadata |= AVERAGING if step.draws_whole_batch else {**AVERAGING, **RANDOM}
     if (scaler := step.engine.accelerator.scaler) is not None:
         metadata["scaler"] = json.dumps(scaler.state_dict())
     if write:
@@ -60,6 +61,8 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
 
 def load_state(folder: Path, step: TrainStep) -> Position:
     """Bring a step back to where `save_state` left it; without a state file it stays as it is, at update 0.
+
+    The state of an earlier version goes on with the random numbers of that version.
 
     Raises:
         VdiffError: the file is damaged, of another model, or its exponential averages had a warm-up.
@@ -94,6 +97,7 @@ def load_state(folder: Path, step: TrainStep) -> Position:
     except (KeyError, ValueError, RuntimeError) as error:
         cause = f"{path} does not belong to this run ({cause_of(error, 120)})"
         raise VdiffError(cause, "start anew with --overwrite") from None
+    step.draws_whole_batch = not RANDOM.items() <= metadata.items()
     state = {i: {"step": updates.clone(), **values} for i, values in enumerate(moments)} if position.step else {}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return position

@@ -21,8 +21,9 @@ from vdiff.training.engine import Engine
 from vdiff.training.importance import ImportanceSampling, num_bins
 from vdiff.training.meter import StepResult
 from vdiff.training.method_networks import networks_of
-from vdiff.training.objectives import Objective, StudentState, TrainBatch, stratified, weighted_losses
+from vdiff.training.objectives import Objective, StudentState, TrainBatch, in_strata, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
+from vdiff.training.random_numbers import DROPPED, GUIDANCE, TIMES, UpdateRandom, WholeBatchRandom
 from vdiff.training.weights import frozen, shard, trainable
 
 
@@ -54,14 +55,16 @@ class TrainStep:
     """(n, batch) → `StepResult`: update n of a task, and everything that an update changes.
 
     Update n takes its learning rate, noise, times and dropout from (seed, n) alone, so that a resumed run ends with the
-    same bits. Every process draws noise and times of the whole batch and takes its share: the batch is the same however
-    many processes and parts it is computed in. An update whose gradient is not finite changes nothing; the optimiser
-    gets this as a flag on the device, so that the host does not wait.
+    same bits. Noise, time, dropped condition and guidance of a sample are functions of (seed, n, its row in the batch),
+    and a process draws those of its share: the batch is the same however many processes and parts compute it. An update
+    whose gradient is not finite changes nothing; the optimiser gets this as a flag on the device, so that the host does
+    not wait.
 
     Attributes:
         denoiser: in training mode on the engine's device, its weights shared out over processes with FSDP.
         averages, optimizer: of its weights.
         importance: which times are drawn, None where all are equally likely.
+        draws_whole_batch: whether random numbers are those of earlier versions, for a run that one of them began.
         networks: those of the method; None: it has none.
 
     Args:
@@ -86,6 +89,7 @@ class TrainStep:
         self.averages = averages_of(config, self.denoiser, engine, task.self_ema)
         is_uniform = config.times == "uniform"
         self.importance = None if is_uniform else ImportanceSampling(num_bins(task.time_bins), engine.device)
+        self.draws_whole_batch = False
         self.optimizer = build(self.denoiser, config)
         self.networks = networks_of(task.method, self.denoiser, config, engine)
         self._model = engine.wrapped(engine.compiled(self.denoiser))
@@ -139,22 +143,24 @@ class TrainStep:
 
     def _draw(self, step: int, batch: Batch) -> TrainBatch:
         """This process's images, noise, u and condition of update `step`."""
-        size, device, share = self.config.batch_size, self.engine.device, self._share
-        takes = self.denoiser.network.signature
-        seed_update(self.config.seed, step)
+        seed, size, device = self.config.seed, self.config.batch_size, self.engine.device
+        takes, rows = self.denoiser.network.signature, range(self._share.start, self._share.stop)
+        random: UpdateRandom | WholeBatchRandom = UpdateRandom(seed, step, rows, device)
+        if self.draws_whole_batch:
+            seed_update(seed, step)
+            random = WholeBatchRandom(rows, size, device)
         images = batch.images.to(device, non_blocking=True)
         images = PIXEL_CODEC.encode(images)
         condition = takes.condition(classes=batch.classes).to(device)
-        noise = torch.randn((size, *images.shape[1:]), device=device)[share]
-        u = stratified(size, device)[share]
+        noise = random.normal(images.shape[1:])
+        u = in_strata(random.uniform(TIMES), rows, size)
         if condition.can_drop:
-            condition = condition.drop(torch.rand(size, device=device)[share] < self.task.class_dropout)
+            condition = condition.drop(random.uniform(DROPPED) < self.task.class_dropout)
         if takes.takes_guidance:
             low, high = self.task.guidance_range or (0.0, 0.0)
-            weight = low + (high - low) * torch.rand(size, device=device)[share]
-            condition = condition.with_tensors(guidance=weight)
-        if self.engine.rank:
-            seed_update(self.config.seed, step, self.engine.rank)  # dropout differs from process to process
+            condition = condition.with_tensors(guidance=(low + (high - low) * random.uniform(GUIDANCE)).float())
+        if self.engine.rank or not self.draws_whole_batch:
+            seed_update(seed, step, self.engine.rank)  # dropout, which differs from process to process
         return TrainBatch(images, noise, u, condition)
 
     def _descend(self, step: int, is_bad: torch.Tensor) -> None:
