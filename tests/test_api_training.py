@@ -327,3 +327,49 @@ def test_a_network_with_classes_and_frozen_weights_is_cut_and_resumed(tmp_path):
     assert guided.shape == (4, 2)
     assert not torch.equal(guided, model.sample(4, steps=8, classes=["b"]))
     assert model.loss(points()[0][0], classes=points()[0][1]).isfinite()
+
+
+def test_a_training_knows_its_updates_beforehand_and_settings_go_before_the_usual_ones():
+    """Of all stages; an average that is switched off is off, and the default method is the one that is named so."""
+    model = vdiff.wrap(Mlp(), (2,), classes=3, num_timesteps=8)
+    options = {"batch_size": 8, "log_interval": 1, "num_workers": 0}
+    training = vdiff.train(model, points(), num_iters=4, ema=0.0, **options)
+    assert training.num_updates == len(list(training)) == 4
+    assert training.model.config.weights == "raw"
+    students = []
+    for method in ({}, {"method": "progressive"}):
+        distilling = vdiff.distill(training.model, data=points(), to_steps=2, num_iters=3, **method, **options)
+        assert distilling.num_updates == len(list(distilling)) == 3 + 6  # 8 → 4, and twice the updates to 2
+        students.append(distilling.model)
+    assert_equal_tensors(*(student.denoiser.state_dict() for student in students))
+    assert students[0].config.weights == students[1].config.weights == "raw"
+
+
+class GuidedMlp(Mlp):
+    """With a weight of guidance, which it does without where it is not given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guidance = nn.Linear(1, 2)
+
+    def forward(
+        self, z: torch.Tensor, timestep: torch.Tensor, classes: torch.Tensor, guidance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        output = super().forward(z, timestep, classes)
+        return output if guidance is None else output + self.guidance(guidance[:, None])
+
+
+def test_a_network_of_ones_own_learns_guidance():
+    """Its student is told the weight; a network that does not take it is refused in one line."""
+    torch.manual_seed(0)
+    plain = vdiff.wrap(GuidedMlp(), (2,), classes=3, null_class=True, num_timesteps=8)
+    options = {"data": points(), "method": "guided", "num_iters": 3, "batch_size": 8, "num_workers": 0}
+    with pytest.raises(OptionError, match=r"--method guided needs a network that takes guidance; see vdiff\.wrap"):
+        vdiff.distill(plain, **options).finish()
+    takes = vdiff.wrap(plain.network, (2,), classes=3, null_class=True, takes=["guidance"], num_timesteps=8)
+    student = vdiff.distill(takes, **options, to_steps=4).finish()
+    assert (student.config.num_timesteps, student.config.guidance_range) == (4, [0, 4])
+    first, second = (student.sample(4, guidance=weight) for weight in (1.0, 4.0))
+    assert not torch.equal(first, second)
+    with pytest.raises(VdiffError, match="knows weights from 0 to 4, not 5"):
+        student.sample(4, guidance=5.0)

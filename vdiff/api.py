@@ -96,7 +96,8 @@ def wrap(
         classes: how many, or their names, for a network that takes `classes` (B,) int64.
         null_class: the network knows "no class", the number after the last, as guidance needs it.
         drops_variance: the second half of the network's output channels is a learned variance, which is left out.
-        takes: names of further conditions.
+        takes: names of further conditions, (B, …). `vdiff.distill(…, method="guided")` needs "guidance", the weight w,
+            which the network is not given where it is guided by two evaluations.
         size_multiple: sizes of samples must be multiples of it.
         codec: "pixels", numbers in [−1, 1] to which samples are clipped, as images are usually, or "unbounded".
 

@@ -78,9 +78,15 @@ class Training:
     """Work that is done while one iterates over it: each item is the metrics since the one before.
 
     With a folder, the work can be left and gone on with by the same call; `close` ends it where a loop was left.
+
+    Attributes:
+        num_updates: of the whole work, all stages together.
     """
 
-    def __init__(self, model: Model, work: Callable[[Learner], Generator[Metrics, None, None]]) -> None:
+    def __init__(
+        self, model: Model, work: Callable[[Learner], Generator[Metrics, None, None]], num_updates: int
+    ) -> None:
+        self.num_updates = num_updates
         self._learner = Learner(model)
         self._metrics = work(self._learner)  # knows the learner, not this object: so a loop that is left ends it
 
@@ -118,7 +124,7 @@ def train(
     Raises:
         VdiffError: settings, data or folder cannot be used.
     """
-    layers: dict[str, Mapping[str, Any]] = {"usual settings": {**USUAL, **settings}}
+    layers: dict[str, Mapping[str, Any]] = {"usual settings": USUAL, "vdiff.train": settings}
     if isinstance(model, str):
         layers = {f"preset {model}": read_preset(model).train, "vdiff.train": {"tracker": "none", **settings}}
     images = _data_of(data, None if isinstance(model, str) else model.shape, settings.get("image_size"))
@@ -159,7 +165,7 @@ def train(
         )  # fmt: skip
         learner.model = _with_frozen(load_plain(folder, learner.model), fixed)
 
-    return Training(Model(denoiser, description), work)
+    return Training(Model(denoiser, description), work, config.num_iters)
 
 
 def distill(
@@ -184,7 +190,7 @@ def distill(
     """
     model = teacher if isinstance(teacher, Model) else load_plain(Path(teacher))
     method = settings.get("then", "progressive") if settings.get("method") == "guided" else settings.get("method")
-    usual = {**USUAL, **(METHODS[method].settings(USUAL) if method in METHODS else {"ema_remainder": 0.0})}
+    usual = {**USUAL, "ema_remainder": 0.0, **(METHODS[method].settings(USUAL) if method in METHODS else {})}
     given = {"data": str(data)} if isinstance(data, str | Path) else {}
     config = resolve(DistillConfig, {"usual settings": usual, "vdiff.distill": {**given, **settings}})
     root = Path(out) if out is not None else Path()
@@ -223,7 +229,7 @@ def distill(
             else:
                 learner.model = _with_frozen(load_plain(stage.folder, learner.model), fixed)
 
-    return Training(model, work)
+    return Training(model, work, sum(stage.updates(config) for stage in stages))
 
 
 def _in_folder(

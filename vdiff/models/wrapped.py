@@ -238,6 +238,8 @@ def wrapped(
     drops_variance: bool = False,
 ) -> Backbone:
     """A backbone of any module: itself, a class of diffusers, or a user's own, of which `signature` tells."""
+    if type(network) is PythonBackbone:  # the module may be told of anew
+        network = network.model
     if isinstance(network, Backbone):
         return network
     is_theirs = type(network).__module__.startswith("diffusers.") and type(network).__name__ in CLASSES_OF_DIFFUSERS

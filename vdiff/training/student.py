@@ -45,8 +45,11 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     network = dict(student_network(config, teacher))
     if teacher.kind == UNET:
         network |= {**method.network_options, "dropout": config.dropout}
-    elif set(method.network_options) - set(teacher.signature.names):
-        raise OptionError(f"--method {stage.method} needs a UNet, which takes more inputs", "choose another --method")
+    elif missing := {name.removesuffix("_input") for name in method.network_options} - set(teacher.signature.names):
+        name = sorted(missing)[0]
+        raise OptionError(
+            f"--method {stage.method} needs a network that takes {name}", f'see vdiff.wrap(…, takes=["{name}"])'
+        )
     if isinstance(method, Guided):
         taught = list(method.weights())
     description = replace(
