@@ -1,12 +1,12 @@
 """Every way to few steps on points of the plane, where a run takes minutes and its maps can be seen.
 
-    python benchmarks/toy2d.py             # results/toy2d.md and toy2d.png
+    python benchmarks/toy2d.py             # a quarter of an hour: results/toy2d.md and toy2d.png
     python benchmarks/toy2d.py --defaults  # results/toy2d_defaults.md: the methods with other parameters
-    python benchmarks/toy2d.py --quick     # half a minute, to see that it runs; writes nothing
+    python benchmarks/toy2d.py --quick     # a minute, to see that it runs; writes nothing
 
 Data: eight Gaussians on a ring, two moons, a spiral, all within about ±1. The teacher is an MLP that predicts v, taken
-at 64 DDIM steps; its map from noise to points is what students should learn. Losses, weights, averages, plans and the
-methods' defaults are those of distill.py.
+at 64 DDIM steps; its map from noise to points is what students should learn. All learn by `vdiff.train` and
+`vdiff.distill`: losses, weights, averages, plans and the methods' defaults are those of distill.py.
 
 Equal budget: a student of k steps costs the same number of updates by every method, whatever stages the method goes
 through: as many as the halving ladder has done when it comes to k with the shares that distill.py gives it (students of
@@ -29,9 +29,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import click
@@ -41,23 +43,36 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.plane import DATA, MODES, points_of, rms, shadows
-from benchmarks.plane_picture import data_panel, map_panel, noise_panel
-from benchmarks.plane_teachers import PARTS, TEACHER_STEPS, Scale, TeacherPool, guided_pool, open_pool, settings_of
+import vdiff
+from benchmarks.plane import (
+    DATA,
+    MODES,
+    PARTS,
+    TEACHER_STEPS,
+    Mlp,
+    Points,
+    Scale,
+    guided_student,
+    learning,
+    new_teacher,
+    panel,
+    ring,
+    rms,
+    shadows,
+)
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.data.images import captioned_grid, save_png
-from vdiff.diffusion.samplers import Denoise
-from vdiff.models.condition import Condition
-from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 
 STEPS = (1, 2, 4, 8)
+COLUMNS, EVALUATIONS = (*STEPS, TEACHER_STEPS), "evaluations"
+HEAD = ["data", "", *(f"W, {k}" for k in COLUMNS), *(f"RMSE, {k}" for k in COLUMNS), EVALUATIONS]
 COMPARED = ("progressive", "tract", "consistency", "trajectory")
 SAMPLERS_TRIED = ("ddim", "dpmpp_2m", "dpmpp_3m", "heun")
 SHORTENED = ("progressive", "tract")
 WEIGHTS = (0.0, 1.0, 3.0)
 PICTURED = 2000
 COLOURS = 128
-QUICK = Scale(seeds=1, teacher=400, part=25, points=1024, directions=16)
+QUICK = Scale(seeds=1, data=2**14, teacher=400, part=25, points=1024, directions=16)
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "progressive": [{}, {"last_factor": 1.0}, {"ema_remainder": 1e-3}, {"lr_schedule": "constant"}],
     "tract": [
@@ -73,223 +88,172 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({"loss": "l2"}, {"loss": "huber"}),
     ],
 }
+Values = defaultdict[tuple[str, str, str], list[float]]
+"""(data, row, column) → the value of each seed."""
+Maps = dict[tuple[str, str, int], Tensor]
+"""(data, row, steps) → where the first networks lead the first points of noise."""
 
 
 @dataclass
 class Examination:
-    """What all networks of a pool are measured by.
+    """What the networks of one data set and seed are measured by.
 
     Attributes:
-        z: the same noise for each, (n·S, 2), row r for network r mod S.
-        real: shadows of data, (S, directions, n).
-        target: where the teacher leads z in 64 steps, (S, n, 2).
+        data: their name in the table.
+        z: noise (n, 2), the same for each.
+        real: shadows of data, (directions, n).
+        target: where the teacher leads z in 64 steps, (n, 2).
     """
 
+    data: str
     z: Tensor
     real: Tensor
     target: Tensor
 
-    def points(self, denoise: Denoise, steps: int, sampler: str = "ddim") -> Tensor:
-        """Where z is led: (S, n, 2)."""
-        return apart(points_of(denoise, steps, self.z, sampler), len(self.real))
-
-    def distance(self, points: Tensor) -> Tensor:
-        """W of the points (S, n, 2) to data: (S,)."""
-        return rms(shadows(points, self.real.shape[1]) - self.real)
+    def add(self, values: Values, row: str, steps: int, points: Tensor) -> None:
+        """Measure where `steps` evaluations lead z, (n, 2)."""
+        distance = rms(shadows(points, len(self.real)) - self.real)
+        values[self.data, row, f"W, {steps}"].append(distance)
+        values[self.data, row, f"RMSE, {steps}"].append(rms(points - self.target))
 
 
-def apart(rows: Tensor, count: int) -> Tensor:
-    """(n·S, 2), row r of network r mod S, as (S, n, 2)."""
-    return rows.reshape(-1, count, 2).transpose(0, 1)
+def points_of(model: vdiff.Model, z: Tensor, steps: int, sampler: str = "ddim", guidance: float = 0.0) -> Tensor:
+    """Where noise (n, 2) is led, (n, 2); classes come in turn."""
+    return model.sample(noise=z, steps=steps, sampler=sampler, guidance=guidance, batch_size=len(z))
 
 
-@dataclass
-class Row:
-    """A line of the table.
-
-    Attributes:
-        distances, errors: steps → W and RMSE of each network, (S,).
-        evaluations: of networks, for the 1-step student.
-    """
-
-    name: str
-    distances: dict[int, Tensor] = field(default_factory=dict)
-    errors: dict[int, Tensor] = field(default_factory=dict)
-    evaluations: int = 0
-    is_method: bool = False
-
-    def add(self, steps: int, examination: Examination, points: Tensor) -> None:
-        """Measure points (S, n, 2)."""
-        self.distances[steps] = examination.distance(points)
-        self.errors[steps] = rms(points - examination.target)
-
-
-def examine(pool: TeacherPool) -> Examination:
-    """Noise, data and the teacher's map for the networks of a pool."""
-    scale = pool.scale
-    generator = torch.Generator().manual_seed(1)
-    real = torch.stack([DATA[name](scale.points, generator)[0] for name in pool.data for _ in range(scale.seeds)])
-    noise = torch.randn(scale.points, 2, generator=generator)
-    z = noise.repeat_interleave(len(real), 0)
-    target = apart(points_of(pool.teacher, TEACHER_STEPS, z), len(real))
-    return Examination(z, shadows(real, scale.directions), target)
-
-
-def sampler_rows(
-    pool: TeacherPool, examination: Examination, samplers: Sequence[str] = SAMPLERS_TRIED
-) -> Iterator[Row]:
-    """Other data, and the teacher with every sampler."""
-    scale = pool.scale
-    generator = torch.Generator().manual_seed(2)
-    other = torch.stack([DATA[name](scale.points, generator)[0] for name in pool.data for _ in range(scale.seeds)])
-    yield Row("other data", {TEACHER_STEPS: examination.distance(other)})
-    for sampler in samplers:
-        row = Row(f"teacher, {sampler}")
-        for evaluations in (*STEPS, TEACHER_STEPS):
-            steps = (evaluations + 1) // 2 if sampler == "heun" else evaluations
-            row.add(evaluations, examination, examination.points(pool.teacher, steps, sampler))
-        yield row
-
-
-def student_of(pool: TeacherPool, method: str, changes: dict[str, Any], steps: int) -> tuple[Denoiser, int]:
-    """The students of a method with changed parameters, and the evaluations that one of them took."""
-    return pool.student(settings_of(method, changes, pool.scale), steps)
-
-
-def method_row(pool: TeacherPool, examination: Examination, method: str, changes: dict[str, Any]) -> Row:
-    """The students of a method."""
-    said = ", ".join(f"{name} {value}" for name, value in changes.items())
-    row = Row(f"{method}, {said}" if said else method, is_method=True)
+def students_of(
+    teacher: vdiff.Model, data: list[Points], seed: int, scale: Scale, method: str, changes: dict[str, Any]
+) -> tuple[dict[int, vdiff.Model], int]:
+    """Steps → the student of a method, and the evaluations for the one of 1 step."""
+    found = {}
     for steps in sorted(STEPS, reverse=True):
-        student, row.evaluations = student_of(pool, method, changes, steps)
-        row.add(steps, examination, examination.points(student, steps))
-    return row
+        before = Mlp.evaluations
+        found[steps] = learning(
+            teacher, data, seed, scale, PARTS[steps], method=method, to_steps=steps, **changes
+        ).finish()
+    return found, Mlp.evaluations - before
 
 
-def told(denoiser: Denoiser, classes: Tensor, weight: float) -> Denoise:
-    """A denoiser with classes and a weight of guidance."""
-    condition = Condition({"classes": classes, "guidance": torch.full((len(classes),), weight)})
-    return lambda z, t: denoiser(z, t, condition)
+def compare(
+    name: str, seed: int, scale: Scale, variants: Sequence[tuple[str, dict[str, Any]]], values: Values, maps: Maps
+) -> None:
+    """Measure the teacher of a data set and a seed with every sampler, and the students of each method."""
+    generator = torch.Generator().manual_seed(1 + seed)
+    data, real, other = (DATA[name](count, generator) for count in (scale.data, scale.points, scale.points))
+    teacher = new_teacher([data], seed, scale)
+    z = torch.randn(scale.points, 2, generator=torch.Generator().manual_seed(0))
+    target = points_of(teacher, z, TEACHER_STEPS)
+    examination = Examination(name, z, shadows(real[0], scale.directions), target)
+    values[name, "other data", f"W, {TEACHER_STEPS}"].append(
+        rms(shadows(other[0], scale.directions) - examination.real)
+    )
+    for sampler in SAMPLERS_TRIED:
+        for evaluations in COLUMNS:
+            steps = (evaluations + 1) // 2 if sampler == "heun" else evaluations
+            points = points_of(teacher, z, steps, sampler)
+            examination.add(values, f"teacher, {sampler}", evaluations, points)
+            if sampler == "ddim":
+                maps.setdefault((name, "teacher", evaluations), points[:PICTURED])
+    maps.setdefault((name, "data", 0), real[0][:PICTURED])
+    maps.setdefault((name, "noise", 0), z[:PICTURED])
+    for method, changes in variants:
+        began, row = time.monotonic(), ", ".join([method, *(f"{key} {value}" for key, value in changes.items())])
+        students, evaluations = students_of(teacher, [data], seed, scale, method, changes)
+        values[name, row, EVALUATIONS].append(evaluations)
+        for steps, student in students.items():
+            points = points_of(student, z, steps)
+            examination.add(values, row, steps, points)
+            maps.setdefault((name, row, steps), points[:PICTURED])
+        print(f"{name}, seed {seed}, {row}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
-def guided_rows(scale: Scale) -> Iterator[tuple[str, list[Row]]]:
-    """For each weight of guidance: the guided teacher with DDIM, and the students of `guided`."""
-    plain = open_pool(["ring"], scale, num_classes=MODES)
-    pool = guided_pool(plain)
-    teacher = GuidedDenoiser(plain.teacher)
-    generator = torch.Generator().manual_seed(3)
-    classes = torch.randint(MODES, (scale.points,), generator=generator).repeat_interleave(scale.seeds)
-    z, other = (torch.randn(scale.points, 2, generator=generator).repeat_interleave(scale.seeds, 0) for _ in range(2))
-    students = {
-        (method, steps): student_of(pool, method, {}, steps)
-        for method in SHORTENED
-        for steps in sorted(STEPS, reverse=True)
-    }
+def compare_guided(seed: int, scale: Scale, values: Values) -> None:
+    """Measure, for each weight of guidance, the guided teacher with DDIM and the students of `guided`."""
+    generator = torch.Generator().manual_seed(1 + seed)
+    data = [ring(scale.data, generator)]
+    teacher = new_teacher(data, seed, scale, num_classes=MODES)
+    guided = guided_student(teacher, data, seed, scale)
+    students = {method: students_of(guided, data, seed, scale, method, {}) for method in SHORTENED}
+    noise = torch.Generator().manual_seed(3)
+    z, other = (torch.randn(scale.points, 2, generator=noise) for _ in range(2))
     for weight in WEIGHTS:
-        guided = told(teacher, classes, weight)
-        here, there = (apart(points_of(guided, TEACHER_STEPS, noise), scale.seeds) for noise in (z, other))
-        examination = Examination(z, shadows(there, scale.directions), here)
-        plainly = Row("guided teacher, ddim")
-        for steps in (*STEPS, TEACHER_STEPS):
-            plainly.add(steps, examination, examination.points(guided, steps))
-        rows = [plainly]
-        for method in SHORTENED:
-            rows.append(Row(f"guided, then {method}", is_method=True))
-            for steps in STEPS:
-                student, evaluations = students[method, steps]
-                rows[-1].add(steps, examination, examination.points(told(student, classes, weight), steps))
-                rows[-1].evaluations = rows[-1].evaluations or evaluations
-        yield f"ring, w = {weight:g}", rows
+        here, there = (points_of(teacher, start, TEACHER_STEPS, guidance=weight) for start in (z, other))
+        examination = Examination(f"ring, w = {weight:g}", z, shadows(there, scale.directions), here)
+        for steps in COLUMNS:
+            points = points_of(teacher, z, steps, guidance=weight)
+            examination.add(values, "guided teacher, ddim", steps, points)
+        for method, (found, evaluations) in students.items():
+            row = f"guided, then {method}"
+            values[examination.data, row, EVALUATIONS].append(evaluations)
+            for steps, student in found.items():
+                examination.add(values, row, steps, points_of(student, z, steps, guidance=weight))
 
 
 # The table
 
-COLUMNS = (*STEPS, TEACHER_STEPS)
-HEAD = ["data", "", *(f"W, {k}" for k in COLUMNS), *(f"RMSE, {k}" for k in COLUMNS), "evaluations"]
+
+def add_mean(values: Values) -> None:
+    """Add the mean over the data sets, of each seed, as one more of them."""
+    for data, row, column in list(values):
+        if data == next(iter(DATA)):
+            sets = zip(*(values[name, row, column] for name in DATA), strict=True)
+            values["mean", row, column] = [fmean(each) for each in sets]
 
 
-def lines(title: str, rows: Sequence[Row], pick: Callable[[Tensor], Tensor] = lambda values: values) -> list[list[str]]:
-    """Rows as text; `pick` takes what is meant from the values of all networks."""
+def lines(values: Values, shown: Sequence[str]) -> list[list[str]]:
+    """The table: rows of text for each data set that is shown, the best method in bold."""
     table = []
-    for k, row in enumerate(rows):
-        cells = [title if k == 0 else "", row.name]
-        for own, all_methods in (
-            (row.distances, [other.distances for other in rows if other.is_method]),
-            (row.errors, [other.errors for other in rows if other.is_method]),
-        ):
-            for steps in COLUMNS:
-                if steps not in own:
-                    cells.append("")
-                    continue
-                values = pick(own[steps])
-                best = min((float(pick(each[steps]).mean()) for each in all_methods if steps in each), default=-1)
-                cells.append(words(values, bold=row.is_method and float(values.mean()) == best))
-        table.append([*cells, f"{row.evaluations / 1e6:.1f}M" if row.evaluations else ""])
+    for data in shown:
+        rows = list(dict.fromkeys(row for name, row, _ in values if name == data))
+        methods = [row for row in rows if (data, row, EVALUATIONS) in values]
+        for k, row in enumerate(rows):
+            cells = [data if k == 0 else "", row]
+            for column in HEAD[2:-1]:
+                found = values.get((data, row, column))
+                others = (values.get((data, method, column)) for method in methods)
+                best = min((fmean(each) for each in others if each), default=None)
+                cells.append(words(found, bold=row in methods and fmean(found) == best) if found else "")
+            spent = values.get((data, row, EVALUATIONS))
+            table.append([*cells, f"{fmean(spent) / 1e6:.1f}M" if spent else ""])
     return table
 
 
-def words(values: Tensor, *, bold: bool) -> str:
+def words(values: Sequence[float], *, bold: bool) -> str:
     """`0.123 ± 0.004`."""
-    text = f"{float(values.mean()):.3f}" + (f" ± {float(values.std()):.3f}" if len(values) > 1 else "")
+    text = f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
     return f"**{text}**" if bold else text
 
 
-def blocks(rows: Sequence[Row], data: Sequence[str]) -> list[list[str]]:
-    """The rows for each data set, and for the mean over them."""
-    table = []
-    for k, name in enumerate(data):
-        table += lines(name, rows, lambda values, k=k: values.reshape(len(data), -1)[k])
-    return table + lines("mean", rows, lambda values: values.reshape(len(data), -1).mean(0))
-
-
-def compare(pool: TeacherPool, examination: Examination, variants: Sequence[tuple[str, dict[str, Any]]]) -> list[Row]:
-    """The students of methods, with the time of each on stderr."""
-    rows = []
-    for method, changes in variants:
-        began = time.monotonic()
-        rows.append(method_row(pool, examination, method, changes))
-        print(f"{rows[-1].name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return rows
-
-
-def picture(pool: TeacherPool, examination: Examination) -> Image:
+def picture(maps: Maps) -> Image:
     """The maps of each data set's first networks: rows in 1 and 4 steps, columns the teacher and the methods."""
-    seeds, count = pool.scale.seeds, min(PICTURED, pool.scale.points)
-    noise = apart(examination.z, len(examination.real))[0, :count]
-    generator = torch.Generator().manual_seed(1)
     rows, names = [], []
-    for k, name in enumerate(pool.data):
-        data, target = DATA[name](count, generator)[0], examination.target[k * seeds, :count]
-        for steps, first in ((1, noise_panel(noise)), (4, data_panel(data))):
-            drawn = [first, map_panel(noise, target)]
-            for denoiser in (pool.teacher, *(student_of(pool, method, {}, steps)[0] for method in COMPARED)):
-                drawn.append(map_panel(noise, examination.points(denoiser, steps)[k * seeds, :count]))
-            rows.append(drawn)
-            names.append(f"{name}\n{steps} step{'s' if steps > 1 else ''}")
+    for data in DATA:
+        noise = maps[data, "noise", 0]
+        for steps, first in ((1, panel(noise, 3.2, noise)), (4, panel(maps[data, "data", 0]))):
+            led = [maps[data, "teacher", TEACHER_STEPS], *(maps[data, row, steps] for row in ("teacher", *COMPARED))]
+            rows.append([first, *(panel(points, noise=noise) for points in led)])
+            names.append(f"{data}\n{steps} step{'s' if steps > 1 else ''}")
     titles = ["noise,\ndata below", f"teacher,\n{TEACHER_STEPS} steps", "teacher", *COMPARED]
     return captioned_grid(rows, titles, names, "Where noise is led, in the colours of the noise", scale=1)
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="A try of seconds, one seed; writes nothing.")
+@click.option("--quick", is_flag=True, help="A try of a minute, one seed; writes nothing.")
 @click.option("--defaults", is_flag=True, help="Other parameters of the methods instead.")
 @click.option("--seeds", default=3, show_default=True, help="Networks for each data set.")
 def main(quick: bool, defaults: bool, seeds: int) -> None:
     """Print the table, and write it and the picture to benchmarks/results."""
     scale = QUICK if quick else Scale(seeds=seeds)
-    pool = open_pool(list(DATA), scale)
-    examination = examine(pool)
-    if defaults:
-        variants = [(method, changes) for method, each in VARIANTS.items() for changes in each]
-        table = lines(
-            "mean", compare(pool, examination, variants), lambda values: values.reshape(len(DATA), -1).mean(0)
-        )
-    else:
-        rows = list(sampler_rows(pool, examination))
-        rows += compare(pool, examination, [(method, {}) for method in COMPARED])
-        table = blocks(rows, pool.data)
-        for title, guided in guided_rows(scale):
-            table += lines(title, guided)
+    variants = [(method, changes) for method in COMPARED for changes in (VARIANTS[method] if defaults else [{}])]
+    values, maps = Values(list), Maps()
+    for name in DATA:
+        for seed in range(scale.seeds):
+            compare(name, seed, scale, variants, values, maps)
+    add_mean(values)
+    for seed in range(0 if defaults else scale.seeds):
+        compare_guided(seed, scale, values)
+    table = lines(values, ["mean"] if defaults else list(dict.fromkeys(data for data, _, _ in values)))
     if quick:
         print("\n".join(" | ".join(row) for row in [HEAD, *table]))
         return
@@ -299,7 +263,7 @@ def main(quick: bool, defaults: bool, seeds: int) -> None:
     )
     write_report("toy2d_defaults" if defaults else "toy2d", title, HEAD, table, machine())
     if not defaults:
-        few = picture(pool, examination).quantize(COLOURS, dither=Dither.NONE)
+        few = picture(maps).quantize(COLOURS, dither=Dither.NONE)
         save_png(few, RESULTS / "toy2d.png")
 
 
