@@ -98,6 +98,7 @@ def test_classes_go_with_their_samples():
         (["a"], "the data hold a str; give tensors"),
         (iter([torch.zeros(5, 1, SIZE, SIZE)]), "the data are at their end; give a list or a DataLoader"),
         ([], "the data are at their end"),
+        ([(torch.zeros(4, 1, SIZE, SIZE), torch.zeros(3))], "the data hold 4 samples with 3 classes; give each sample"),
     ],
 )
 def test_data_that_cannot_be_used_are_one_line(data, message):
@@ -373,3 +374,55 @@ def test_a_network_of_ones_own_learns_guidance():
     assert not torch.equal(first, second)
     with pytest.raises(VdiffError, match="knows weights from 0 to 4, not 5"):
         student.sample(4, guidance=5.0)
+
+
+def test_a_generator_gives_a_preset_all_its_batches():
+    """The first one too, from which the size is found."""
+    batches = list(images(12).split(4))
+    options = {**TINY, "num_iters": 3, "log_interval": 1}
+    listed, generated = (list(vdiff.train("toy", data, **options)) for data in (batches, iter(batches)))
+    assert [metrics["loss"] for metrics in listed] == [metrics["loss"] for metrics in generated]
+
+
+def test_a_run_of_another_model_is_not_gone_on_with(tmp_path):
+    """Weights of a v-prediction fit a network that predicts x, and mean something else."""
+    options: dict[str, Any] = {"out": tmp_path / "run", "num_iters": 3, "ckpt_interval": 1, "log_interval": 1}
+    training = vdiff.train(vdiff.wrap(Mlp(), (2,), classes=3), points(), **options)
+    next(iter(training))
+    training.close()
+    saved = state_path(tmp_path / "run").read_bytes()
+    for change, words in (({"prediction": "x"}, "prediction v, not x"), ({"schedule": "linear"}, "schedule ")):
+        with pytest.raises(VdiffError, match=f"was begun with {words}"):
+            vdiff.train(vdiff.wrap(Mlp(), (2,), classes=3, **change), points(), **options).finish()
+    assert state_path(tmp_path / "run").read_bytes() == saved
+    vdiff.train(vdiff.wrap(Mlp(), (2,), classes=3), points(), **options).finish()
+
+
+def test_a_network_whose_parts_share_weights_is_saved_and_resumed(tmp_path):
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(2, 2)
+            self.again = self.first
+
+        def forward(self, z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.again((self.first(z) + timestep[:, None] / 1000).tanh())
+
+    torch.manual_seed(0)
+    start, ends = Shared().state_dict(), []
+    for name, stops in (("whole", []), ("cut", [2])):
+        for stop in [*stops, 0]:
+            network = Shared()
+            network.load_state_dict(start)
+            training = vdiff.train(
+                vdiff.wrap(network, (2,)), randn(20, 2, dtype=torch.float32), out=tmp_path / name, num_iters=4,
+                batch_size=4, ckpt_interval=1, log_interval=1,
+            )  # fmt: skip
+            for metrics in training:
+                if metrics["update"] == stop:
+                    break
+            training.close()
+        ends.append(vdiff.load(tmp_path / name, network=Shared()).denoiser.state_dict())
+    assert_equal_tensors(*ends)
+    learned = vdiff.load(tmp_path / "cut", network=Shared()).network.state_dict()
+    assert not torch.equal(learned["model.first.weight"], start["first.weight"])

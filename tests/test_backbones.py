@@ -233,6 +233,25 @@ def test_commands_draw_and_export_what_a_folder_builds_and_refuse_the_rest(tmp_p
     assert "only vdiff's UNet is written in diffusers' form" in error("vdiff export diffusers unet_2d no", 1)
 
 
+@pytest.mark.parametrize(("name", "form"), [("unet_1d", "png"), ("unet_2d", "npz"), ("unet_2d", "lmdb")])
+def test_samples_that_fit_no_format_are_one_line(name, form, tmp_path):
+    """A folder or a zip holds images of any sides; arrays and datasets hold squares."""
+    model_of(name).save(tmp_path / name)
+    line = error(f"sample.py --checkpoint {tmp_path / name} --num 2 --format {form} --out {tmp_path / 'out'}", 1)
+    assert f"no images for {form}; vdiff.load draws them as tensors" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_exported_weights_are_described_as_in_the_checkpoint(tmp_path):
+    """Also by what readers of an earlier version know."""
+    write_checkpoint(tmp_path / "square")
+    model_of("unet_2d").save(tmp_path / "oblong")
+    for name in ("square", "oblong"):
+        done(f"vdiff export weights {tmp_path / name} {tmp_path / 'out' / name}")
+        assert said_in(tmp_path / "out" / name).keys() == said_in(tmp_path / name).keys()
+        assert vdiff.load(tmp_path / "out" / name).shape == vdiff.load(tmp_path / name).shape
+
+
 def test_descriptions_that_build_nothing_are_refused(tmp_path):
     model_of("unet_2d").save(tmp_path)
     said = said_in(tmp_path)
@@ -283,6 +302,9 @@ def test_shapes_are_checked_where_a_network_is_wrapped():
     assert Signature(1, 1, size_multiple=4).size_multiple == 4
     with pytest.raises(ValueError, match="samples of 5 × 8 need a network for multiples of 2"):
         vdiff.wrap(unet_2d(), (1, 5, 8))
+    for options, words in (({"codec": "mp3"}, "unknown codec 'mp3'"), ({"num_timesteps": 0}, "a whole number from 1")):
+        with pytest.raises(ValueError, match=words):
+            vdiff.wrap(unet_2d(), (1, 4, 8), **options)
     with pytest.raises(ValueError, match="v prediction needs 2 output channels"):
         vdiff.wrap(diffusers.UNet1DModel(in_channels=2, out_channels=1), (2, 16))
 

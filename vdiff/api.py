@@ -24,7 +24,7 @@ from vdiff.errors import VdiffError
 from vdiff.models import checks
 from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
-from vdiff.models.codec import PIXEL_CODEC, UNBOUNDED
+from vdiff.models.codec import CODECS, PIXEL_CODEC, UNBOUNDED
 from vdiff.models.condition import CLASSES
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
@@ -105,6 +105,10 @@ def wrap(
         ValueError: values that do not fit together.
     """
     codec = codec or (PIXEL_CODEC if PIXEL_CODEC.are_pictures(shape) else UNBOUNDED).name
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {codec!r}, choose from {', '.join(CODECS)}")
+    if type(num_timesteps) is not int or num_timesteps < 1:
+        raise ValueError(f"num_timesteps = {num_timesteps!r}; need a whole number from 1")
     names = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
     out_channels = shape[0] * (PREDICTION_TYPES[prediction].channel_factor if prediction in PREDICTION_TYPES else 1)
     null = {CLASSES: len(names)} if null_class else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -266,6 +267,8 @@ def _data_of(data: Any, shape: tuple[int, ...] | None, image_size: int | None = 
         return open_images(str(data), image_size)
     if shape is None:
         first = next(iter(data), None)
+        if isinstance(data, Iterator) and first is not None:
+            data = chain([first], data)
         first = first[0] if isinstance(first, tuple | list) and first else first
         if not isinstance(first, Tensor) or first.ndim not in (3, 4) or first.shape[-1] != first.shape[-2]:
             raise OptionError("a preset needs square images (C, H, W) or (B, C, H, W)", "give a model, see vdiff.wrap")

@@ -24,7 +24,7 @@ from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch
 from vdiff.cli.settings import sampler_settings
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
-from vdiff.errors import OptionError
+from vdiff.errors import OptionError, VdiffError
 
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
@@ -203,6 +203,7 @@ def command(
     from vdiff.distributed import join
     from vdiff.models import checks
     from vdiff.models.checkpoint import newest_checkpoint, read_config, weights_fingerprint
+    from vdiff.models.kinds import PYTHON
     from vdiff.models.speed import pick_precision
     from vdiff.sampling.job import RunOptions, draw_images
     from vdiff.sampling.outputs import ImageKind, open_output
@@ -211,6 +212,10 @@ def command(
     console = Console()
     folder = checkpoint or newest_checkpoint()
     config = read_config(folder)
+    fits = config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
+    if config.kind != PYTHON and not fits:  # one in Python is refused when it is loaded
+        shape = " × ".join(map(str, config.shape))
+        raise VdiffError(f"{folder} draws samples of {shape}, no images for {form}", "vdiff.load draws them as tensors")
     with asked_by("--no_clip", "leave --no_clip out"):
         checks.check_limits(config, options)
     steps = sampling_steps(config, num_timesteps, time_scale)

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def _describe(checkpoint: Path, folder: Path, license_name: str) -> None:
     """Write all but the weights into `folder`: config.json without paths, README.md and its picture."""
     usage = {WEIGHTS: weights_usage(checkpoint.resolve().name)}
     new_card(checkpoint, usage=usage, license_name=license_name).write(folder)
-    write_json(folder / CONFIG, public(asdict(read_config(checkpoint))))
+    write_json(folder / CONFIG, public(read_config(checkpoint).to_dict()))
 
 
 # An upload

@@ -334,7 +334,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         VdiffError: the file system refuses (no space, no permission).
     """
-    on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    on_cpu: dict[str, Tensor] = {}
+    memories = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().to("cpu").contiguous()
+        memory = own.untyped_storage().data_ptr()
+        on_cpu[name] = own.clone() if memory in memories else own  # safetensors takes no tensors that share memory
+        memories.add(memory)
 
     def write(temporary: Path) -> None:
         try:

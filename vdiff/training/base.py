@@ -23,7 +23,7 @@ from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import REMEDIES, build_engine, effective_batch
-from vdiff.training.folder import RUN, check_resumable, check_same_run, recorded, start_anew
+from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer, write_run
@@ -207,6 +207,8 @@ def training(
                     settle(folder, config, found.num_iters)
                 return
             check_resumable(folder, images)
+            if found and model:
+                check_same_model(folder, found, description)
         engine.wait()  # until every process has seen the folder as it was
         if engine.is_main and not resume:
             start_anew(folder, config, overwrite=overwrite)

@@ -95,6 +95,19 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
         )
 
 
+def check_same_model(folder: Path, found: CheckpointConfig, now: CheckpointConfig) -> None:
+    """Refuse to resume with a model of another meaning, whose weights fit all the same.
+
+    Raises:
+        VdiffError: it names what differs.
+    """
+    for name in ("sample_shape", "codec", "schedule", "prediction", "class_names"):
+        if (was := getattr(found, name)) != (new := getattr(now, name)):
+            raise VdiffError(
+                f"{folder} was begun with {name} {was}, not {new}", "give the model as it was, or another out"
+            )
+
+
 def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainConfig | DistillConfig) -> None:
     """Refuse to resume a run with settings that make it another one.
 

@@ -83,6 +83,10 @@ class TensorBatches:
             raise VdiffError(f"the data hold {found}", f"give tensors ({shape}) or (B, {shape})")
         rows = x.reshape(-1, *self.shape)
         labels = None if classes is None else torch.as_tensor(classes).reshape(-1).long()
+        if labels is not None and len(labels) != len(rows):
+            raise VdiffError(
+                f"the data hold {len(rows)} samples with {len(labels)} classes", "give each sample its class"
+            )
         return (rows if x.dtype == torch.uint8 else rows.float()), labels
 
 
