@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import textwrap
 from itertools import islice
 from pathlib import Path
@@ -426,3 +428,18 @@ def test_a_network_whose_parts_share_weights_is_saved_and_resumed(tmp_path):
     assert_equal_tensors(*ends)
     learned = vdiff.load(tmp_path / "cut", network=Shared()).network.state_dict()
     assert not torch.equal(learned["model.first.weight"], start["first.weight"])
+
+
+def test_a_loop_that_is_left_ends_quietly_with_the_program(tmp_path):
+    lines = f"""
+        import torch, vdiff
+        left = []
+        for out in (None, {str(tmp_path / "run")!r}):
+            model = vdiff.wrap(torch.nn.Bilinear(1, 1, 1), (1, 1))
+            model.network.model.forward = lambda z, timestep: z * model.network.model.weight
+            left.append(vdiff.train(model, torch.ones(8, 1, 1), out=out, num_iters=4, batch_size=4, log_interval=1))
+            next(iter(left[-1]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(lines)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert (found.returncode, found.stderr) == (0, "")

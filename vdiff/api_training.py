@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -39,6 +42,7 @@ Metrics = dict[str, float]
 Learned = TypeVar("Learned", Model, Denoiser)
 USUAL: dict[str, Any] = {"num_iters": 1000, "batch_size": 64, "lr": 1e-3, "ema_remainder": 1e-3, "tracker": "none"}
 """Settings of `train` without a preset, and of `distill`."""
+_open: WeakSet[Generator[Metrics, None, None]] = WeakSet()
 
 
 def prepare(
@@ -90,6 +94,7 @@ class Training:
         self.num_updates = num_updates
         self._learner = Learner(model)
         self._metrics = work(self._learner)  # knows the learner, not this object: so a loop that is left ends it
+        _open.add(self._metrics)
 
     def __iter__(self) -> Iterator[Metrics]:
         return self._metrics
@@ -108,6 +113,14 @@ class Training:
         for _ in self:
             pass
         return self.model
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the work of loops that were left, while the modules that it needs are still there."""
+    for metrics in list(_open):
+        with suppress(ValueError):  # it runs in another thread
+            metrics.close()
 
 
 def train(
