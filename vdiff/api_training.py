@@ -115,12 +115,14 @@ class Training:
         return self.model
 
 
-@atexit.register
 def _close_all() -> None:
     """End the work of loops that were left, while the modules that it needs are still there."""
     for metrics in list(_open):
         with suppress(ValueError):  # it runs in another thread
             metrics.close()
+
+
+atexit.register(_close_all)
 
 
 def train(
