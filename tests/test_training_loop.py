@@ -279,7 +279,23 @@ def test_a_bad_update_changes_nothing_and_is_counted(data, tmp_path):
     assert float(read_metadata(state_path(folder))["optimizer_step"]) == 4
     shown = scalars(folder)
     assert [shown["bad_updates"][n] for n in (1, 2, 3, 4, 5, 6, 7)] == [0, 0, 1, 0, 1, 1, 0]
-    assert all(math.isfinite(value) for values in shown.values() for value in values.values())
+    for metric, values in shown.items():
+        for n, value in values.items():
+            nothing_good = metric in ("loss", "grad_norm") and n in {3, 5, 6}
+            assert math.isnan(value) if nothing_good else math.isfinite(value)
+
+
+def test_a_run_whose_updates_were_all_bad_has_diverged(data, tmp_path):
+    """Also one of fewer updates than may be bad in a row, and one that was cut; a single good update is enough."""
+    config = train_config(data, num_iters=4, max_bad_steps=10, log_interval=4, ckpt_interval=4)
+    with pytest.raises(VdiffError, match=r"in 4 updates in a row, up to update 4: .*; nothing is saved; train again"):
+        fit_run(spoiled(run_of(config, tmp_path / "bad"), {1, 2, 3, 4}))
+    fit_run(spoiled(run_of(config, tmp_path / "good"), {1, 2, 3}))
+    assert read_config(tmp_path / "good").num_iters == 4
+    cut = dataclasses.replace(config, ckpt_interval=2)
+    for _ in range(2):
+        with pytest.raises(VdiffError, match=r"up to update 4: .* holds update 2; train again"):
+            fit_run(spoiled(run_of(cut, tmp_path / "cut"), {1, 2, 3, 4}))
 
 
 def test_a_run_with_bad_updates_resumes_to_the_same_bits(data, tmp_path):

@@ -64,14 +64,13 @@ def metrics_in_memory(step: TrainStep, batches: Batches) -> Iterator[dict[str, f
     """Do all updates of a step without a folder; yield the metrics every `log_interval` updates and after the last.
 
     Raises:
-        VdiffError: too many updates in a row were bad, or memory ran out.
+        VdiffError: too many updates in a row, or all, were bad, or memory ran out.
     """
     config = step.config
     meter = Meter(Position(), config, step.engine, step.task.step_bins)
     with memory_errors_named(REMEDIES), closing(batches.start_at(0)) as found:
         for done in do_updates(step, found, meter):
-            if meter.has_diverged:
-                raise diverged(None, meter)
+            check_learning(None, step, meter)
             if done % config.log_interval == 0 or done == config.num_iters:
                 yield {"update": done, **meter.read()}
 
@@ -97,7 +96,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
 
     Raises:
         Interrupted: a signal came to one of the processes; the state is saved.
-        VdiffError: too many updates in a row were bad (and nothing was overwritten), or the disk refuses.
+        VdiffError: too many updates in a row, or all, were bad (and nothing was overwritten), or the disk refuses.
     """
     config, engine, folder, averages = run.config, step.engine, run.folder, step.averages
     start = load_state(folder, step)
@@ -140,8 +139,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         ):
             for done in do_updates(step, batches, meter):
                 metrics: dict[str, float] = {}
-                if meter.has_diverged:
-                    raise diverged(folder, meter)
+                check_learning(folder, step, meter)
                 is_last = done == config.num_iters
                 code = engine.agreed(stop.exit_code, done)  # asked once: what comes later waits for the next update
                 save_due = done % config.ckpt_interval == 0 or is_last or code is not None
@@ -184,11 +182,19 @@ def _note_preview(bar: Progress, done: int, step: int) -> None:
     bar.update(done, f"samples, step {step}")
 
 
-def diverged(folder: Path | None, meter: Meter) -> VdiffError:
-    """Too many bad updates in a row, and what there is to go on with."""
+def check_learning(folder: Path | None, step: TrainStep, meter: Meter) -> None:
+    """End a run of too many bad updates in a row, and one that is over and whose updates were all bad.
+
+    Raises:
+        VdiffError: it says what there is to go on with.
+    """
+    if not meter.has_diverged:
+        if meter.position.step < step.config.num_iters or step.has_learned:
+            return
+        meter.catch_up()
     is_kept = folder is not None and (folder / CONFIG).exists()
     kept = f"{folder} holds update {read_config(folder).num_iters}" if folder and is_kept else "nothing is saved"
-    return VdiffError(
+    raise VdiffError(
         f"no finite gradient in {meter.bad_in_a_row} updates in a row, up to update {meter.position.step}: "
         "the training diverged",
         f"{kept}; train again with a lower --lr or a longer --warmup_iters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -103,6 +104,10 @@ class Meter:
         """Whether too many bad updates followed each other."""
         return self.bad_in_a_row >= max(self.config.max_bad_steps, 1)
 
+    def catch_up(self) -> None:
+        """Wait for the newest update, so that `bad_in_a_row` counts it."""
+        self.bad_in_a_row = int(self._row.item())
+
     def _read_late(self) -> float:
         """The row of bad updates: as it is, on CUDA as it was an update ago (the same in every process)."""
         if self._row.device.type != "cuda":
@@ -117,19 +122,19 @@ class Meter:
         return before[0].item()
 
     def read(self) -> dict[str, float]:
-        """The scalars of the updates since the last reading."""
+        """The scalars of the updates since the last reading; `loss` and `grad_norm` are NaN where all of them were bad."""
         sums = self.engine.sum(self._sums).tolist()
         norms, bad = torch.stack([self._norms, self._bad]).tolist()
         now = time.monotonic()
         elapsed = max(now - self.read_at, 1e-9)
         totals, counts = sums[: len(sums) // 2], sums[len(sums) // 2 :]
         by_level, images = totals[:NUM_BINS], counts[:NUM_BINS]
-        good = max(self._updates - bad, 1)
-        loss = sum(by_level) / max(sum(images), 1)
+        good = self._updates - bad
+        loss = sum(by_level) / sum(images) if sum(images) else math.nan
         rate = self._updates * self.config.batch_size / elapsed
         scalars = {
             "loss": loss,
-            "grad_norm": norms / good,
+            "grad_norm": norms / good if good else math.nan,
             "lr": learning_rate(self.config, self.position.step - 1),
             "images_per_second": rate,
             "update_ms": 1000 * elapsed / self._updates,

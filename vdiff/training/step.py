@@ -141,6 +141,11 @@ class TrainStep:
         t = torch.cat(times).to(engine.device)
         return StepResult(torch.cat(losses), t, schedule.logsnr(t), norm, is_bad, counts)
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether any update, of this process or of one whose state it read, changed the weights."""
+        return any(float(state["step"]) > 0 for state in self.optimizer.state.values())
+
     def _draw(self, step: int, batch: Batch) -> TrainBatch:
         """This process's images, noise, u and condition of update `step`."""
         seed, size, device = self.config.seed, self.config.batch_size, self.engine.device
