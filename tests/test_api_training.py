@@ -101,6 +101,8 @@ def test_classes_go_with_their_samples():
         (iter([torch.zeros(5, 1, SIZE, SIZE)]), "the data are at their end; give a list or a DataLoader"),
         ([], "the data are at their end"),
         ([(torch.zeros(4, 1, SIZE, SIZE), torch.zeros(3))], "the data hold 4 samples with 3 classes; give each sample"),
+        ([images(3), images(3).byte()], "the data hold uint8 and real numbers; give all of them alike"),
+        ([(images(3), torch.arange(3)), images(3)], "the data hold samples with and without classes; give all"),
     ],
 )
 def test_data_that_cannot_be_used_are_one_line(data, message):
@@ -150,6 +152,33 @@ def test_a_training_that_is_left_goes_on_with_the_same_bits(tmp_path):
     assert_equal_tensors(again.model.denoiser.state_dict(), read_tensors(tmp_path / "cut" / WEIGHTS))
     with pytest.raises(OptionError, match=r"was begun with lr 0\.01, not 0\.1"):
         vdiff.train("toy", list(images()), out=tmp_path / "cut", **{**options, "lr": 0.1}).finish()
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_model_that_is_left_records_its_updates(teacher, tmp_path, is_kept):
+    options = {**DISTILLED, "num_iters": 6, "log_interval": 1}
+    for training in (
+        vdiff.train("toy", images(), out=tmp_path / "run" if is_kept else None, unet=UNET, **options),
+        vdiff.distill(teacher, data=images(), to_steps=4, out=tmp_path / "all" if is_kept else None, **options),
+    ):
+        for metrics in training:
+            if metrics["update"] == 3:
+                break
+        training.model.save(tmp_path / "saved")
+        training.close()
+        config = read_config(tmp_path / "saved")
+        assert (config.num_iters, config.target_iters, config.num_images) == (3, 6, 12)
+
+
+@pytest.mark.parametrize("other", [images()[:5] * 0, images().flip(0), images().double(), list(images())])
+def test_a_run_does_not_go_on_with_other_tensors(tmp_path, other):
+    options = {**TINY, "out": tmp_path / "run", "log_interval": 2, "ckpt_interval": 2}
+    for _ in (training := vdiff.train("toy", images(), **options)):
+        break
+    training.close()
+    with pytest.raises(VdiffError, match="begun with other images than tensors holds; give the same tensors"):
+        vdiff.train("toy", other, **options).finish()
+    assert vdiff.train("toy", images(), **options).finish().config.num_iters == 6
 
 
 def test_settings_that_are_none_are_one_line(data):

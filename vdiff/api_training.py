@@ -171,14 +171,15 @@ def train(
             engine = build_engine(config)
             step = TrainStep(base_task(config, denoiser), engine)
             start(step)
-            yield from metrics_in_memory(step, images.batches(config, engine))
+            yield from _noted(learner, metrics_in_memory(step, images.batches(config, engine)), config.batch_size)
             learner.model = _finished(learner.model.denoiser, description, config.batch_size, fixed)
             return
         folder = Path(out)
-        yield from training(
+        found = training(
             config, images, folder=folder, resume=is_run(folder), overwrite=False, reporter=Silent(),
             model=(denoiser, description), on_start=start,
         )  # fmt: skip
+        yield from _noted(learner, found, config.batch_size)
         learner.model = _with_frozen(load_plain(folder, learner.model), fixed)
 
     return Training(Model(denoiser, description), work, config.num_iters)
@@ -239,7 +240,8 @@ def distill(
                 found = metrics_in_memory(step, images.batches(task.config, engine))
             else:
                 found = _in_folder(task, stage, own, images, description, start)
-            yield from ({"num_steps": stage.num_steps, **metrics} for metrics in found)
+            for metrics in _noted(learner, found, task.config.batch_size):
+                yield {"num_steps": stage.num_steps, **metrics}
             if out is None:
                 learner.model = _finished(learner.model.denoiser, description, task.config.batch_size, fixed)
             else:
@@ -289,6 +291,15 @@ def _data_of(data: Any, shape: tuple[int, ...] | None, image_size: int | None = 
             raise OptionError("a preset needs square images (C, H, W) or (B, C, H, W)", "give a model, see vdiff.wrap")
         shape = tuple(first.shape[-3:])
     return TensorData(shape[-1], shape[0], tensors=data, shape=shape)
+
+
+def _noted(learner: Learner, found: Iterator[Metrics], batch_size: int) -> Iterator[Metrics]:
+    """The metrics; the model that is learned records how many updates it has seen."""
+    for metrics in found:
+        done = int(metrics["update"])
+        description = replace(learner.model.config, num_iters=done, num_images=done * batch_size)
+        learner.model = Model(learner.model.denoiser, description)
+        yield metrics
 
 
 def _finished(denoiser: Denoiser, description: CheckpointConfig, batch_size: int, fixed: Set[str]) -> Model:

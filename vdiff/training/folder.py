@@ -85,10 +85,8 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
     if found is None:
         return
     if found.dataset_fingerprint != images.fingerprint:
-        raise VdiffError(
-            f"{folder} was begun with other images than {images.name} holds",
-            f"give {shell('--data', found.dataset)} as it was",
-        )
+        was = "the same tensors" if found.dataset == "tensors" else f"{shell('--data', found.dataset)} as it was"
+        raise VdiffError(f"{folder} was begun with other images than {images.name} holds", f"give {was}")
     if not state_path(folder).is_file():
         raise VdiffError(
             f"{folder} cannot be resumed: {state_path(folder)} is missing", "give --overwrite to begin anew"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -52,6 +54,10 @@ class TensorBatches:
                 step += 1
         number, count, waiting = 0, 0, []
         for rows, classes in self._items():
+            if waiting and waiting[0][0].dtype != rows.dtype:
+                raise VdiffError("the data hold uint8 and real numbers", "give all of them alike")
+            if waiting and (waiting[0][1] is None) != (classes is None):
+                raise VdiffError("the data hold samples with and without classes", "give all of them alike")
             waiting.append((rows, classes))
             count += len(rows)
             if count < self.batch_size:
@@ -101,6 +107,16 @@ class TensorData(TrainingData):
     def name(self) -> str:
         """What a checkpoint records in the place of a path."""
         return "tensors"
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """SHA-256 of shape, type and bytes of a tensor; empty for another iterable, which may differ each time."""
+        if not isinstance(self.tensors, Tensor):
+            return ""
+        values = self.tensors.detach().cpu().contiguous()
+        digest = sha256(f"{tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
         """This process's share of the batches."""
