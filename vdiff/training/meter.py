@@ -122,7 +122,7 @@ class Meter:
         return before[0].item()
 
     def read(self) -> dict[str, float]:
-        """The scalars of the updates since the last reading; `loss` and `grad_norm` are NaN where all of them were bad."""
+        """The scalars of the updates since the last reading; loss and gradient are NaN where all of them were bad."""
         sums = self.engine.sum(self._sums).tolist()
         norms, bad = torch.stack([self._norms, self._bad]).tolist()
         now = time.monotonic()
