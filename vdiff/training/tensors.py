@@ -52,7 +52,8 @@ class TensorBatches:
             while True:
                 yield Batch(samples[torch.from_numpy(plan.indices(step)[self.share])], None)
                 step += 1
-        number, count, waiting = 0, 0, []
+        number, count = 0, 0
+        waiting: list[tuple[Tensor, Tensor | None]] = []
         for rows, classes in self._items():
             if waiting and waiting[0][0].dtype != rows.dtype:
                 raise VdiffError("the data hold uint8 and real numbers", "give all of them alike")
@@ -109,13 +110,13 @@ class TensorData(TrainingData):
         return "tensors"
 
     @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         """SHA-256 of shape, type and bytes of a tensor; empty for another iterable, which may differ each time."""
         if not isinstance(self.tensors, Tensor):
             return ""
         values = self.tensors.detach().cpu().contiguous()
         digest = sha256(f"{tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
