@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -188,6 +189,10 @@ def test_settings_that_are_none_are_one_line(data):
         vdiff.train("tony", data)
     with pytest.raises(OptionError, match=r"a preset needs square images .*; give a model, see vdiff\.wrap"):
         vdiff.train("toy", [torch.zeros(4, 1, 64)])
+    for call, kind in [(vdiff.train, "preset's name"), (vdiff.distill, "checkpoint's folder")]:
+        for model in (None, nn.Linear(1, 1)):
+            with pytest.raises(OptionError, match=f"is neither a model nor a {kind}; make a model of your network by"):
+                call(model, data=images())
 
 
 # Distillation
@@ -262,6 +267,46 @@ def test_the_loss_is_that_of_the_formula(teacher):
     torch.testing.assert_close(loss, (alpha * noise - sigma * x - v).square().mean(), rtol=1e-4, atol=1e-6)
     loss.backward()
     assert all(weight.grad is not None for weight in model.network.parameters())
+
+
+def test_a_loss_that_cannot_be_is_one_line():
+    class Network(nn.Module):
+        def forward(self, z: torch.Tensor, timestep: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            return z * classes[:, None, None, None] + 0 * timestep[:, None, None, None]
+
+    x = images(3)
+    model = vdiff.wrap(Network(), (1, SIZE, SIZE), classes=3, null_class=True)
+    assert model.loss(x, classes=torch.tensor([0, 3, 2])).isfinite()  # 3: no class
+    with pytest.raises(VdiffError, match="no weighting 'x'; choose from"):
+        model.loss(x, classes=torch.zeros(3).long(), weighting="x")
+    for classes, found in [([0, 4, 1], "[0, 1, 4]"), ([-1, 0, 0], "[-1, 0]"), ([0.5, 0, 0], "[0.0, 0.5]")]:
+        with pytest.raises(ValueError, match=re.escape(f"classes are integers from 0 to 3, got {found}")):
+            model.loss(x, classes=torch.tensor(classes))
+
+
+def test_a_network_without_weights_draws_and_says_where_it_is():
+    class Network(nn.Module):
+        def forward(self, z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return z * 0.5 + 0 * timestep[:, None, None]
+
+    model = vdiff.wrap(Network(), (2, 5))
+    assert repr(model) == "<vdiff model: base, 1024 steps, (2, 5), on cpu>"
+    assert model.sample(3, steps=2).shape == (3, 2, 5)
+    with pytest.raises(VdiffError, match="no sampler 'dim'; did you mean 'ddim'"):
+        model.sample(1, steps=2, sampler="dim")
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((), {}, "shape = (); need whole numbers from 1"),
+        ((1, 0), {}, "shape = (1, 0); need"),
+        ((1, 4), {"size_multiple": 0}, "size_multiple = 0; need a whole number from 1"),
+    ],
+)
+def test_a_network_is_not_wrapped_for_samples_that_cannot_be(shape, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vdiff.wrap(nn.Linear(4, 4), shape, **options)
 
 
 def test_samples_become_pictures(teacher):

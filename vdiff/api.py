@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from vdiff.data.images import cell_scale, make_grid, to_pil
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
-from vdiff.diffusion.samplers import Sampler
+from vdiff.diffusion.samplers import SAMPLERS, Sampler
 from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.distributed import memory_errors_named, pick_device
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, suggestion
 from vdiff.models import checks
 from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from vdiff.models.codec import CODECS, PIXEL_CODEC, UNBOUNDED
 from vdiff.models.condition import CLASSES
-from vdiff.models.denoiser import Denoiser, GuidedDenoiser
+from vdiff.models.denoiser import Denoiser, GuidedDenoiser, device_of
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
 from vdiff.models.kinds import PYTHON
 from vdiff.models.speed import FastNetwork, ready_to_draw
@@ -104,6 +104,10 @@ def wrap(
     Raises:
         ValueError: values that do not fit together.
     """
+    if not shape or any(type(size) is not int or size < 1 for size in shape):
+        raise ValueError(f"shape = {tuple(shape)}; need whole numbers from 1, such as (3, 32, 32)")
+    if type(size_multiple) is not int or size_multiple < 1:
+        raise ValueError(f"size_multiple = {size_multiple!r}; need a whole number from 1")
     codec = codec or (PIXEL_CODEC if PIXEL_CODEC.are_pictures(shape) else UNBOUNDED).name
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}, choose from {', '.join(CODECS)}")
@@ -176,8 +180,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.denoiser.parameters()).device
+        """Where the network is; the CPU, if it has no weights."""
+        return device_of(self.denoiser)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -210,8 +214,19 @@ class Model:
         Args:
             classes: (B,) int64, for a class-conditional network.
             weighting: a name of `vdiff.diffusion.weighting.WEIGHTINGS`.
+
+        Raises:
+            VdiffError: no such weighting.
+            ValueError: classes that are no integers, or that the network does not know.
         """
-        schedule, condition = self.denoiser.schedule, self.denoiser.network.signature.condition(classes=classes)
+        if weighting not in WEIGHTINGS:
+            raise VdiffError(f"no weighting {weighting!r}", suggestion(str(weighting), WEIGHTINGS))
+        takes, schedule = self.denoiser.network.signature, self.denoiser.schedule
+        if classes is not None and takes.num_classes:
+            count = takes.num_classes + (CLASSES in takes.null)
+            if classes.is_floating_point() or not ((classes >= 0) & (classes < count)).all():
+                raise ValueError(f"classes are integers from 0 to {count - 1}, got {classes.unique().tolist()}")
+        condition = takes.condition(classes=classes)
         batch = TrainBatch(x, torch.randn_like(x), stratified(len(x), x.device), condition)
         target = DenoisingObjective(schedule)(batch, StudentState(self.denoiser, self.denoiser, 0.0))
         prediction = self.denoiser(target.z, target.t, condition)
@@ -265,9 +280,15 @@ class Model:
             VdiffError: something that this model or sampler cannot do, or an image that is not finite.
             ValueError: noise of another shape, or numbers of images that make no sense.
         """
+        if noise is not None and not isinstance(noise, Tensor):
+            raise ValueError(
+                f"noise is a {type(noise).__name__}; need a tensor (num, {', '.join(map(str, self.shape))})"
+            )
         num = num if num is not None else 16 if noise is None else len(noise)
         if num < 1 or batch_size < 1:
             raise ValueError(f"need at least one image, and one in a batch, got {num} and {batch_size}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed}")
         if noise is not None and noise.shape != (num, *self.shape):
             raise ValueError(f"noise of shape {tuple(noise.shape)}; need {(num, *self.shape)}")
         steps = self.config.num_timesteps if steps is None else steps
@@ -323,16 +344,24 @@ class Model:
         if takes_guidance:
             condition = condition.with_tensors(guidance=torch.full((len(z),), guidance))
         denoiser = GuidedDenoiser(self.denoiser, guidance) if guidance and not takes_guidance else self.denoiser
+        is_double = any(weight.dtype == torch.float64 for weight in self.network.parameters())
+        z = z.to(self.device, torch.float64 if is_double else torch.float32)
         with torch.no_grad(), memory_errors_named():
-            prediction: Prediction = denoiser(z.to(self.device), times.expand(len(z)), condition)
+            prediction: Prediction = denoiser(z, times.expand(len(z)), condition)
         return prediction
 
     def _sampler(self, sampler: str | Sampler, options: Mapping[str, Any]) -> Sampler:
         if not isinstance(sampler, str):
+            if not isinstance(sampler, Sampler):
+                raise VdiffError(f"{sampler!r} is no sampler", suggestion("", SAMPLERS))
             if options:
                 raise ValueError(f"{', '.join(options)}: set it in the sampler that is given, {sampler}")
             return sampler
-        if self.config.space.limit is None and "clipping_value" in checks.sampler_fields(sampler):
+        if (
+            sampler in SAMPLERS
+            and self.config.space.limit is None
+            and "clipping_value" in checks.sampler_fields(sampler)
+        ):
             options = {"clipping_value": None, **options}
         checks.check_limits(self.config, options)
         return checks.build_sampler(sampler, options)

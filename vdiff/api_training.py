@@ -42,6 +42,7 @@ Metrics = dict[str, float]
 Learned = TypeVar("Learned", Model, Denoiser)
 USUAL: dict[str, Any] = {"num_iters": 1000, "batch_size": 64, "lr": 1e-3, "ema_remainder": 1e-3, "tracker": "none"}
 """Settings of `train` without a preset, and of `distill`."""
+WRAP = "make a model of your network by vdiff.wrap"
 _open: WeakSet[Generator[Metrics, None, None]] = WeakSet()
 
 
@@ -140,6 +141,8 @@ def train(
     Raises:
         VdiffError: settings, data or folder cannot be used.
     """
+    if not isinstance(model, str | Model):
+        raise OptionError(f"a {type(model).__name__} is neither a model nor a preset's name", WRAP)
     layers: dict[str, Mapping[str, Any]] = {"usual settings": USUAL, "vdiff.train": settings}
     if isinstance(model, str):
         layers = {f"preset {model}": read_preset(model).train, "vdiff.train": {"tracker": "none", **settings}}
@@ -205,6 +208,8 @@ def distill(
     Raises:
         VdiffError: settings, data or folder cannot be used, or the steps do not lead there.
     """
+    if not isinstance(teacher, str | Path | Model):
+        raise OptionError(f"a {type(teacher).__name__} is neither a model nor a checkpoint's folder", WRAP)
     model = teacher if isinstance(teacher, Model) else load_plain(Path(teacher))
     method = settings.get("then", "progressive") if settings.get("method") == "guided" else settings.get("method")
     usual = {**USUAL, "ema_remainder": 0.0, **(METHODS[method].settings(USUAL) if method in METHODS else {})}

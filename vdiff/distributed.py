@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, suggestion
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
@@ -121,6 +121,8 @@ def pick_device(name: str) -> torch.device:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, is_there in has.items() if is_there))
+    if name not in has:
+        raise OptionError(f"no device {name!r}", suggestion(str(name), ["auto", *has]))
     if not has[name]:
         raise OptionError(f"--device {name}: this machine has no {name} device", "give --device auto")
     return torch.device(name)

@@ -15,6 +15,11 @@ from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME, Condition
 NOTHING = Condition()
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where its weights are; the CPU, if it has none."""
+    return next((weight.device for weight in network.parameters()), torch.device("cpu"))
+
+
 class Denoiser(nn.Module):
     """(z, t[, condition]) → Prediction(x̂, ε̂, v̂): z (B, C, …), t ∈ (0, 1] (B,) float64, B rows of the condition.
 

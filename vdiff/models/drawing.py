@@ -14,7 +14,7 @@ from vdiff.diffusion.samplers import NonFiniteSampleError, Sampler, sample
 from vdiff.errors import VdiffError
 from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.condition import SECOND_TIME, Condition
-from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser
+from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser, device_of
 
 EVERYWHERE = (0.0, 1.0)
 OnStep = Callable[[int], None]
@@ -72,7 +72,7 @@ def draw(
         VdiffError: the network produced a value that is not finite.
         ValueError: no such grid on the schedule, or no such guidance.
     """
-    device = next(denoiser.parameters()).device
+    device = device_of(denoiser)
     sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
     shape = (denoiser.network.signature.channels, *sizes)
     return draw_from(
@@ -118,7 +118,7 @@ def draw_from(
         VdiffError: the network produced a value that is not finite.
         ValueError: no such grid on the schedule, or no such guidance.
     """
-    parameter = next(denoiser.parameters())
+    dtype = next((weight.dtype for weight in denoiser.parameters()), torch.float32)
     z = noise()
     z = z if start is None else start.to(z)
     condition, takes_guidance = condition.to(z.device), denoiser.network.signature.takes_guidance
@@ -154,8 +154,8 @@ def draw_from(
             )
     except NonFiniteSampleError as error:
         remedy = "use an earlier checkpoint, or train with a lower --lr"
-        if parameter.dtype.itemsize < 4:
-            error, remedy = NonFiniteSampleError(f"{error}, the network in {parameter.dtype}"), "give --precision fp32"
+        if dtype.itemsize < 4:
+            error, remedy = NonFiniteSampleError(f"{error}, the network in {dtype}"), "give --precision fp32"
         raise VdiffError(f"the model draws no image: {error}", remedy) from None
     finally:
         denoiser.train(was_training)

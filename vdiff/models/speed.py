@@ -8,9 +8,9 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.models.backbone import Backbone
-from vdiff.models.denoiser import Denoiser
+from vdiff.models.denoiser import Denoiser, device_of
 
 CHANNELS_LAST_FROM = 64
 """On the CPU, channels-last takes 0.81 to 0.9 of the time from so many channels on, and 1.1 with 32 at 8×8 pixels."""
@@ -21,8 +21,10 @@ def pick_precision(name: str, device: torch.device) -> str:
     """`fp32`, `bf16` or `fp16`; `auto` is fp32, with products in TF32 on CUDA, so that images stay comparable.
 
     Raises:
-        OptionError: fp16 on the CPU, which computes it slowly.
+        OptionError: no such precision, or fp16 on the CPU, which computes it slowly.
     """
+    if name != "auto" and name not in DTYPES:
+        raise OptionError(f"no precision {name!r}", suggestion(str(name), ["auto", *DTYPES]))
     if name == "fp16" and device.type == "cpu":
         raise OptionError("--precision fp16 needs a GPU", "give --precision bf16 or fp32")
     return "fp32" if name == "auto" else name
@@ -37,7 +39,7 @@ def ready_to_draw(denoiser: Denoiser, *, precision: str = "auto", compiled: bool
     Raises:
         OptionError: a precision that the device has not.
     """
-    device = next(denoiser.parameters()).device
+    device = device_of(denoiser)
     dtype = DTYPES[pick_precision(precision, device)]
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "auto"
@@ -62,8 +64,7 @@ class FastNetwork(Backbone):
 
     def __init__(self, network: Backbone, *, dtype: torch.dtype, compiled: bool) -> None:
         super().__init__()
-        first = next(network.parameters())
-        device, self.signature = first.device, network.signature
+        device, self.signature = device_of(network), network.signature
         is_flat = all(parameter.ndim < 5 for parameter in network.parameters())
         widths = [parameter.shape[0] for parameter in network.parameters() if parameter.ndim == 4]
         self.layout = layout_for(device, widths[0]) if widths and is_flat else torch.contiguous_format
