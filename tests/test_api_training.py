@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ from tests.toy import (
     write_checkpoint,
     write_dataset,
 )
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.training.base import resolve_training
 from vdiff.training.state import state_path
 from vdiff.training.tensors import TensorBatches
 
@@ -66,9 +69,14 @@ def test_items_of_any_size_make_the_same_batches():
     """Samples, batches of every size, a loader: the rows in order, again and again, across the end of the data."""
     x = images()
     expected = torch.cat([x, x])[:20].reshape(5, 4, 1, SIZE, SIZE)
-    for data in (list(x), [x[:3], x[3], x[4:]], [x], DataLoader(TensorDataset(x), 3), DataLoader(x, 4)):
-        if isinstance(data, DataLoader) and data.batch_size == 3:
-            data = [batch for (batch,) in data]
+    for data in (
+        list(x),
+        [x[:3], x[3], x[4:]],
+        [x],
+        DataLoader(TensorDataset(x), 3),
+        TensorDataset(x),
+        DataLoader(x, 4),
+    ):
         assert torch.equal(batches_of(data), expected)
         assert torch.equal(batches_of(data, 2, step=3), expected[3:])
         assert torch.equal(batches_of(data, share=slice(2, 4)), expected[:, 2:])
@@ -86,7 +94,8 @@ def test_a_tensor_is_a_dataset_in_the_order_of_the_seed():
 
 def test_classes_go_with_their_samples():
     x, classes = images(), torch.arange(10)
-    for data in ([(x[:3], classes[:3]), (x[3:], classes[3:])], list(zip(x, classes.tolist(), strict=True))):
+    loader = DataLoader(TensorDataset(x, classes), 3)
+    for data in (loader, [(x[:3], classes[:3]), (x[3:], classes[3:])], list(zip(x, classes.tolist(), strict=True))):
         found = TensorBatches(data, (1, SIZE, SIZE), 4, 0, slice(1, 4)).start_at(0)
         for k, batch in enumerate(islice(found, 4)):
             expected = torch.arange(4 * k + 1, 4 * k + 4) % 10
@@ -169,6 +178,26 @@ def test_a_model_that_is_left_records_its_updates(teacher, tmp_path, is_kept):
         training.close()
         config = read_config(tmp_path / "saved")
         assert (config.num_iters, config.target_iters, config.num_images) == (3, 6, 12)
+
+
+def test_a_signal_leaves_a_run_that_the_same_call_goes_on_with(teacher, tmp_path):
+    options = {**DISTILLED, "log_interval": 1}
+    for call in (
+        partial(vdiff.train, "toy", images(), out=tmp_path / "run", unet=UNET, **options),
+        partial(vdiff.distill, teacher, data=images(), to_steps=4, out=tmp_path / "students", **options),
+    ):
+        training = call()
+        assert next(iter(training))["update"] == 1
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted, match=r"stopped after update 2 of 3, .* is saved; the same call goes on$"):
+            training.finish()
+        assert [metrics["update"] for metrics in call()] == [3]
+
+
+def test_the_command_does_not_go_on_with_tensors(tmp_path):
+    vdiff.train("toy", images(), out=tmp_path / "run", **TINY).finish()
+    with pytest.raises(VdiffError, match=r"run was trained on tensors in Python; the same call of vdiff\.train"):
+        resolve_training({}, None, folder=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("other", [images()[:5] * 0, images().flip(0), images().double(), list(images())])

@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 import torch
 
+import vdiff
 from tests import evaluating
 from tests.evaluating import NUM, figures, measured, write_all
 from tests.programs import ends, launch
@@ -252,6 +253,10 @@ def test_classes_come_in_turn_and_unlike_models_are_refused(place, tmp_path):
     write_checkpoint(tmp_path / "large", image_size=8)
     with pytest.raises(VdiffError, match="has no images of size 8"):
         measured(place, checkpoints=[tmp_path / "large"], teacher=None, out=tmp_path / "x.json")
+    for shape in ((1, 8), (1, 4, 8)):
+        vdiff.wrap(torch.nn.Identity(), shape).save(tmp_path / "waves")
+        with pytest.raises(VdiffError, match=f"waves draws samples of {' × '.join(map(str, shape))}, no square images"):
+            measured(place, checkpoints=[tmp_path / "waves"], teacher=None, out=tmp_path / "x.json")
 
 
 def test_notes_say_what_a_reader_must_know(place):

@@ -151,6 +151,14 @@ def test_what_is_missing_is_said(name, tmp_path):
     assert name in error(f"vdiff inspect {tmp_path / 'model'}", 1)
 
 
+def test_models_made_of_what_was_in_memory(tmp_path):
+    write_checkpoint(tmp_path / "base", dataset="tensors", dataset_fingerprint="")
+    assert told(tmp_path / "base")["dataset"] == "tensors"
+    teacher = {**read_config(tmp_path / "base").to_dict(), "path": "", "fingerprint": "ab"}
+    write_checkpoint(tmp_path / "student", method="progressive", teacher=teacher)
+    assert told(tmp_path / "student")["model"].startswith("student of a model in memory (8 steps)")
+
+
 def test_a_lineage_of_half_descriptions_is_still_told(tmp_path):
     """As an older version, or another hand, may have written them."""
     write_checkpoint(tmp_path / "model", teacher={"method": 3, "train_seconds": "x", "num_iters": [1], "teacher": {}})

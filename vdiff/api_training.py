@@ -20,7 +20,7 @@ from vdiff.data.preparation import prepare as prepare_source
 from vdiff.data.source import SourceOptions
 from vdiff.data.sources import open_source
 from vdiff.diffusion.distillation import METHODS
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
 from vdiff.replacing import locked
@@ -299,12 +299,19 @@ def _data_of(data: Any, shape: tuple[int, ...] | None, image_size: int | None = 
 
 
 def _noted(learner: Learner, found: Iterator[Metrics], batch_size: int) -> Iterator[Metrics]:
-    """The metrics; the model that is learned records how many updates it has seen."""
-    for metrics in found:
-        done = int(metrics["update"])
-        description = replace(learner.model.config, num_iters=done, num_images=done * batch_size)
-        learner.model = Model(learner.model.denoiser, description)
-        yield metrics
+    """The metrics; the model that is learned records how many updates it has seen.
+
+    Raises:
+        Interrupted: a signal came; the run is saved in its folder.
+    """
+    try:
+        for metrics in found:
+            done = int(metrics["update"])
+            description = replace(learner.model.config, num_iters=done, num_images=done * batch_size)
+            learner.model = Model(learner.model.denoiser, description)
+            yield metrics
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; the same call goes on", stop.exit_code) from None
 
 
 def _finished(denoiser: Denoiser, description: CheckpointConfig, batch_size: int, fixed: Set[str]) -> Model:

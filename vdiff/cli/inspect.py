@@ -126,7 +126,8 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
     if values["is_imported"] and values["lineage"]:  # else the first row says it
         rows["imported"] = values["dataset"].removeprefix("imported:")
     if not values["is_imported"]:
-        rows["dataset"] = f"{values['dataset']} (fingerprint {values['dataset_fingerprint']})"
+        fingerprint = values["dataset_fingerprint"]
+        rows["dataset"] = f"{values['dataset']} (fingerprint {fingerprint})" if fingerprint else values["dataset"]
     return rows | {"written by": f"vdiff {values['vdiff_version']}"}
 
 
@@ -136,7 +137,12 @@ def _kind(values: Mapping[str, Any]) -> str:
         kind = "base model" if values["method"] == "base" else f"student, method {values['method']}"
         return f"{kind}, {values['dataset'].replace(':', ': ', 1)}" if values["is_imported"] else kind
     teacher = values["lineage"][0]
-    return f"student of {teacher['path']} ({teacher['num_timesteps']} steps), method {values['method']}"
+    return f"student of {_place(teacher)} ({teacher['num_timesteps']} steps), method {values['method']}"
+
+
+def _place(model: Mapping[str, Any]) -> str:
+    """The folder that a model is described to be in."""
+    return "a model in memory" if model.get("path") == "" else str(model.get("path") or "?")
 
 
 def _network(values: Mapping[str, Any]) -> dict[str, str]:
@@ -181,6 +187,6 @@ def _ancestor(entry: Mapping[str, Any]) -> list[str]:
 
     seconds = entry.get("train_seconds")
     spent = duration(seconds) if isinstance(seconds, int | float) and 0 < seconds < math.inf else ""
-    texts = [str(entry.get("path") or "?"), str(entry.get("method") or "?")]
+    texts = [_place(entry), str(entry.get("method") or "?")]
     numbers = [str(entry.get("num_timesteps") or "?"), count("num_iters"), count("num_images"), spent]
     return [*texts, *numbers, str(entry.get("dataset") or ""), str(entry.get("fingerprint") or "")[:12]]

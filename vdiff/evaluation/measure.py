@@ -173,6 +173,10 @@ class _Run:
         self.rows = rows
         folders = [row.checkpoint for row in rows] + ([plan.teacher] if plan.teacher else [])
         self.configs = {folder: read_config(folder) for folder in dict.fromkeys(folders)}
+        for folder, config in self.configs.items():
+            if not config.image_size:
+                shape = " × ".join(map(str, config.shape))
+                raise VdiffError(f"{folder} draws samples of {shape}, no square images", "evaluate a model of images")
         config = next(iter(self.configs.values()))
         size, channels = config.image_size, config.shape[0]
         self.images = images = ReferenceImages(dataset, size)

@@ -13,7 +13,7 @@ import torch
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.distributed import memory_errors_named
-from vdiff.errors import Interrupted, OptionError, suggestion
+from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNetConfig
@@ -21,7 +21,7 @@ from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
-from vdiff.training.dataset import TrainingData, open_images
+from vdiff.training.dataset import TENSORS, TrainingData, open_images
 from vdiff.training.engine import REMEDIES, build_engine, effective_batch
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
 from vdiff.training.loop import Run, metrics_of, settle
@@ -57,6 +57,8 @@ def resolve_training(
     chosen = {key: value for layer in [*layers.values(), settings.train, flags] for key, value in layer.items()}
     preset = str(chosen.get("preset") or "")
     data, size = str(chosen.get("data") or ""), chosen.get("image_size")
+    if resume and data == TENSORS:
+        raise VdiffError(f"{folder} was trained on tensors in Python", "the same call of vdiff.train goes on")
     images = _assumed(preset, size) if assume and preset and not data else open_images(data, size)
     if not resume:
         preset = preset or preset_for(images.image_size)
@@ -169,8 +171,11 @@ def train(
     Raises:
         Interrupted, VdiffError: as in `training`.
     """
-    for _ in training(config, images, folder=folder, resume=resume, overwrite=overwrite, reporter=reporter):
-        pass
+    try:
+        for _ in training(config, images, folder=folder, resume=resume, overwrite=overwrite, reporter=reporter):
+            pass
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with --resume", stop.exit_code) from None
     return read_config(folder)
 
 
@@ -223,10 +228,7 @@ def training(
         )
         reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         on_start(step := TrainStep(run, engine))
-        try:
-            yield from metrics_of(run, step, reporter)
-        except Interrupted as stop:
-            raise Interrupted(f"{stop}; go on with --resume", stop.exit_code) from None
+        yield from metrics_of(run, step, reporter)
 
 
 def base_task(config: TrainConfig, denoiser: Denoiser) -> Task:

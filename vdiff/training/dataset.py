@@ -16,6 +16,9 @@ from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 
+TENSORS = "tensors"
+"""What a checkpoint records in the place of a dataset's path, where a run was given tensors."""
+
 
 @dataclass(frozen=True)
 class TrainingData:

@@ -13,7 +13,7 @@ from vdiff.models.checkpoint import CONFIG, FILES, CheckpointConfig, is_checkpoi
 from vdiff.records import RUN_FILE, check_same_settings
 from vdiff.replacing import Kind, check_free, is_free, start_folder
 from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
-from vdiff.training.dataset import TrainingData
+from vdiff.training.dataset import TENSORS, TrainingData
 from vdiff.training.presets import run_text
 from vdiff.training.state import state_path
 
@@ -85,7 +85,7 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
     if found is None:
         return
     if found.dataset_fingerprint != images.fingerprint:
-        was = "the same tensors" if found.dataset == "tensors" else f"{shell('--data', found.dataset)} as it was"
+        was = "the same tensors" if found.dataset == TENSORS else f"{shell('--data', found.dataset)} as it was"
         raise VdiffError(f"{folder} was begun with other images than {images.name} holds", f"give {was}")
     if not state_path(folder).is_file():
         raise VdiffError(

@@ -16,7 +16,7 @@ from vdiff.data.datasets import Batches
 from vdiff.errors import VdiffError
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
-from vdiff.training.dataset import TrainingData
+from vdiff.training.dataset import TENSORS, TrainingData
 from vdiff.training.engine import Engine
 
 
@@ -83,7 +83,8 @@ class TensorBatches:
                 raise VdiffError("the data are at their end", "give a list or a DataLoader, which can be read again")
 
     def _rows(self, item: Any) -> tuple[Tensor, Tensor | None]:
-        x, classes = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        parts = item if isinstance(item, tuple | list) and len(item) in (1, 2) else [item]
+        x, classes = parts if len(parts) == 2 else (parts[0], None)
         if not isinstance(x, Tensor) or tuple(x.shape[-len(self.shape) :]) != self.shape:
             found = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             shape = ", ".join(map(str, self.shape))
@@ -107,7 +108,7 @@ class TensorData(TrainingData):
     @property
     def name(self) -> str:
         """What a checkpoint records in the place of a path."""
-        return "tensors"
+        return TENSORS
 
     @cached_property
     def fingerprint(self) -> str:
