@@ -26,8 +26,9 @@ class TensorBatches:
 
     A tensor (N, *shape) is a dataset, whose samples come in the order that the seed gives. Any other iterable, such as
     a list of batches or a `DataLoader`, is read again and again in its own order; its items are samples (*shape) or
-    batches (B, *shape) of any size, uint8 or real, alone or in a pair with their classes. A run that is resumed passes
-    over what it has seen: it ends with the same bits if the iterable gives the same each time.
+    batches (B, *shape) of any size, uint8 or real, alone (or in a list of one) or in a pair with their
+    classes. A run that is resumed passes over what it has seen: it ends with the same bits if the iterable gives the
+    same each time.
 
     Attributes:
         shape: of a sample.
