@@ -10,6 +10,7 @@ import socket
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -423,7 +424,8 @@ def test_classes_without_an_image_are_dropped() -> None:
         for number, label in enumerate([3, 1, 3]):
             listing.add(number, label)
         whole = listing.finish()
-    assert (whole.class_names, [item.label for item in whole.items()]) == (("b", "d"), [1, 0, 1])
+    with closing(whole):
+        assert (whole.class_names, [item.label for item in whole.items()]) == (("b", "d"), [1, 0, 1])
     assert whole.remarks == ["2 of 4 classes have no images, dropped: a, c"]
 
 

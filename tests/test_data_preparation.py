@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import lmdb
@@ -63,11 +64,13 @@ def seeds(path: Path) -> list[int]:
     return [known[store.encoded(8, index)] for index in range(len(store))]
 
 
-def arrange(names: Iterable[str]) -> Listing:
-    with ListingWriter(None, extensions()) as listing:
+@contextmanager
+def arrange(names: Iterable[str]) -> Iterator[Listing]:
+    with ListingWriter(None, extensions()) as writer:
         for name in names:
-            listing.add_file(name)
-        return listing.finish()
+            writer.add_file(name)
+        with closing(writer.finish()) as listing:
+            yield listing
 
 
 @pytest.mark.parametrize(
@@ -85,17 +88,17 @@ def arrange(names: Iterable[str]) -> Listing:
     ],
 )
 def test_order_and_classes(names: list[str], order: list[str], labels: list[int] | None) -> None:
-    listing = arrange(names)
-    assert [item.name for item in listing.items()] == order
-    assert [item.label for item in listing.items()] == (labels or [None] * len(order))
-    assert bool(listing.class_names) == (labels is not None)
-    again = arrange(reversed(names))
-    assert list(again.items()) == list(listing.items())
-    assert again.fingerprint == listing.fingerprint
+    with arrange(names) as listing, arrange(reversed(names)) as again:
+        assert [item.name for item in listing.items()] == order
+        assert [item.label for item in listing.items()] == (labels or [None] * len(order))
+        assert bool(listing.class_names) == (labels is not None)
+        assert list(again.items()) == list(listing.items())
+        assert again.fingerprint == listing.fingerprint
 
 
 def test_ignored_files_are_counted_by_extension() -> None:
-    assert arrange(["a.txt", "b/c.TXT", "README", "d.png"]).ignored == {".txt": 2, "no extension": 1}
+    with arrange(["a.txt", "b/c.TXT", "README", "d.png"]) as listing:
+        assert listing.ignored == {".txt": 2, "no extension": 1}
 
 
 def test_folder_and_zip_give_the_same_records(tmp_path: Path) -> None:
@@ -253,7 +256,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         (tmp_path / "x" / "c").symlink_to(tmp_path / "x")
     except OSError:
         pytest.skip("no links on this system")
-    assert [item.name for item in build_listing(Folder(tmp_path / "x")).items()] == ["a/0.png", "b/1.png"]
+    with closing(build_listing(Folder(tmp_path / "x"))) as listing:
+        assert [item.name for item in listing.items()] == ["a/0.png", "b/1.png"]
 
 
 def test_digits_are_scikit_learns(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.error import URLError
 
@@ -323,6 +324,7 @@ def test_a_listing_in_a_file_is_the_one_in_memory(tmp_path: Path) -> None:
         assert (listing.class_names, listing.ignored, listing.fingerprint, len(listing)) == (
             ("a", "b"), {".txt": 1}, memory.fingerprint, 4,
         )  # fmt: skip
+        listing.close()
     assert list(memory.items(1, 3)) == list(memory.items())[1:3]
     memory.close()
     (tmp_path / "listing").write_bytes(b"no database")
@@ -335,7 +337,8 @@ def test_the_fingerprint_tells_listings_apart() -> None:
         with ListingWriter(None, extensions()) as listing:
             for name in names:
                 listing.add_file(name)
-            return listing.finish().fingerprint
+            with closing(listing.finish()) as whole:
+                return whole.fingerprint
 
     names = (["a.png"], ["b.png"], ["a.png", "b.png"], ["a/b.png"], ["a/b.png", "c.png"])
     assert len({fingerprint(each) for each in names}) == 5
@@ -346,7 +349,8 @@ def test_a_shuffled_listing_is_a_permutation_that_names_alone_decide() -> None:
         with ListingWriter(None, shuffled=shuffled) as listing:
             for number in numbers:
                 listing.add(number, number)
-            return [item.name for item in listing.finish().items()]
+            with closing(listing.finish()) as whole:
+                return [item.name for item in whole.items()]
 
     plain, mixed = names(range(1000), False), names(range(1000), True)
     assert sorted(mixed) == plain
