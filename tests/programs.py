@@ -16,8 +16,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing import util
+from multiprocessing import forkserver, util
 from pathlib import Path
+from unittest import mock
 
 from tests.commands import PROGRAMS
 
@@ -49,6 +50,7 @@ class Forked:
         self.folder = Path(tempfile.mkdtemp())
         self.said = [self.folder / "stdout", self.folder / "stderr"]
         environment = {**os.environ, **(env or {})}
+        serve()
         self.process = SERVER.Process(target=become, args=(act, folder, environment, self.said))
         self.process.start()
         assert self.process.pid is not None
@@ -72,6 +74,12 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """To this process, and not to those that it started."""
         os.kill(self.pid, number)
+
+
+def serve() -> None:
+    """Start the server, if it does not run, with this package on its path: it does not take over `sys.path`."""
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent)):
+        forkserver.ensure_running()
 
 
 def become(act: Callable[[], object], folder: Path, env: Mapping[str, str], said: list[Path]) -> None:
