@@ -32,7 +32,7 @@ def grid_picture(images: Tensor, names: Sequence[str] = (), num_classes: int = 0
 
     Args:
         names: of the class of each image.
-        num_classes: images take so many classes in turn, which then become columns; 0: in no such spec.
+        num_classes: images take so many classes in turn, which then become columns; 0: in no such order.
     """
     columns = full_columns(len(images))
     if not names:
