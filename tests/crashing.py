@@ -16,6 +16,7 @@ from tests.sudden_end import die_at
 from vdiff.data import preparation, shards, writer
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder, Tar
+from vdiff.data.image_files import UnreadableImageError
 from vdiff.data.journal import Journal
 from vdiff.data.listing import Item, ListingWriter
 from vdiff.data.source import Sample
@@ -44,11 +45,23 @@ class SlowFolder(Folder):
         return super().read(item)
 
 
-class OneSlow(Folder):
-    """A folder whose ninth image takes four seconds, and the others, together, a little more than two."""
+class OneWaits(Folder):
+    """A folder whose second image waits until `others` have been read, for a minute at the most.
+
+    Every process notes in the folder `notes` what it has read.
+    """
+
+    def __init__(self, path: Path, notes: Path, others: int) -> None:
+        super().__init__(path)
+        self.notes, self.others = notes, others
 
     def read(self, item: Item) -> Sample:
-        time.sleep(4 if item.name == "008.png" else 0.006)
+        end = time.monotonic() + 60
+        while item.name == "001.png" and len(os.listdir(self.notes)) < self.others:
+            if time.monotonic() > end:
+                raise UnreadableImageError("unreadable", "the others wait for it")
+            time.sleep(0.01)
+        (self.notes / item.name).touch()
         return super().read(item)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -15,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.commands import ROOT
 from vdiff.data import preparation, workers
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder, Zip
@@ -154,8 +157,8 @@ def test_the_pool_reads_only_a_little_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     class Now:
         """A pool that works at once."""
 
-        def __init__(self, *_: object, initargs: tuple[type[int]], **__: object) -> None:
-            (self.function,) = initargs
+        def __init__(self, *_: object, initargs: tuple[type[int], object], **__: object) -> None:
+            self.function = initargs[0]
 
         def submit(self, _: object, chunk: list[str]) -> workers.Future[list[int]]:
             future: workers.Future[list[int]] = workers.Future()
@@ -188,6 +191,18 @@ def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SECONDS_ALONE", 0)
     with pytest.raises(VdiffError, match=r"worker process was killed.*--num_workers"):
         list(workers.ordered_map(end_in_a_worker, [0, 1], 1))
+
+
+def test_a_script_that_its_workers_cannot_import_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    lines = ["from vdiff.data import workers", "workers.SECONDS_ALONE = 0", "list(workers.ordered_map(abs, [1, 2], 1))"]
+    script.write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "vdiff.errors.VdiffError: the worker processes ended while they started, for the reason above; a script that "
+        'asks for workers needs `if __name__ == "__main__":`, since each worker imports it'
+    )
 
 
 def test_strict_stops_at_the_first_bad_file_and_leaves_nothing(tmp_path: Path) -> None:

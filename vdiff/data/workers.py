@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 from vdiff.errors import VdiffError
@@ -22,7 +23,7 @@ Result = TypeVar("Result")
 _function: Callable[[Any], Any]
 
 SECONDS_ALONE = 0.1
-"""For so long this process works alone; it goes on so where all of the work takes less than ten times as long."""
+"""How long this process works without workers; it starts none if all of the work takes less than ten times as long."""
 CHUNKS_AHEAD = (3, 64)
 BUFFER_BYTES = 128 * 2**20
 
@@ -38,33 +39,34 @@ def ordered_map(
 ) -> Generator[Result, None, None]:
     """`map(function, items)` in `num_workers` processes (0: in this one), which run ahead of the consumer.
 
-    So one slow item holds nobody up: 64 chunks of `chunk_items` a worker may wait behind it, fewer where results of
+    A slow item does not stop the others: 64 chunks of `chunk_items` a worker may wait behind it, fewer where results of
     `num_bytes` would fill more than 128 MiB. This process works alone while the work, of `num_items`, looks short, and
     until the first worker has started. Workers are spawned, so threads and locks of the caller are not copied. They
     ignore SIGINT, which is for the caller to handle, and end with the caller, however that ends.
 
     Raises:
-        VdiffError: a worker died.
+        VdiffError: a worker died, or could not start.
     """
     rest = iter(items)
-    chunks: Iterator[list[Item]] = iter(lambda: list(islice(rest, chunk_items)), [])
     count, total_bytes, began = 0, 0, time.monotonic()
-    for chunk in chunks:
-        for result in map(function, chunk):
-            count, total_bytes = count + 1, total_bytes + num_bytes(result)
-            yield result
+    for result in map(function, rest):
+        count, total_bytes = count + 1, total_bytes + num_bytes(result)
+        yield result
         seconds = time.monotonic() - began
         if num_workers and seconds > SECONDS_ALONE and seconds * num_items / count > 10 * SECONDS_ALONE:
             break
     else:
         return
+    chunks: Iterator[list[Item]] = iter(lambda: list(islice(rest, chunk_items)), [])
     fewest, most = (each * num_workers for each in CHUNKS_AHEAD)
 
     def ahead() -> int:
         """How many chunks may be under way."""
         return max(fewest, min(most, BUFFER_BYTES * count // max(total_bytes * chunk_items, 1)))
 
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(function,))
+    spawn = get_context("spawn")
+    has_begun = spawn.Event()
+    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin, initargs=(function, has_begun))
     try:
         first = [_submit(pool, chunk) for chunk in islice(chunks, fewest)]
         waiting = deque(first)
@@ -79,6 +81,11 @@ def ordered_map(
                 count, total_bytes = count + 1, total_bytes + num_bytes(result)
                 yield result
     except BrokenProcessPool:
+        if not has_begun.is_set():
+            raise VdiffError(
+                "the worker processes ended while they started, for the reason above",
+                'a script that asks for workers needs `if __name__ == "__main__":`, since each worker imports it',
+            ) from None
         raise VdiffError(
             "a worker process was killed, most likely for want of memory", "use fewer --num_workers"
         ) from None
@@ -97,10 +104,11 @@ def _submit(pool: ProcessPoolExecutor, chunk: list[Any]) -> Future[list[Any]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(function: Callable[[Any], Any]) -> None:
+def _begin(function: Callable[[Any], Any], has_begun: Event) -> None:
     """Prepare a worker process; the function is sent once, and not with every chunk."""
     global _function
     _function = function
+    has_begun.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name != "nt":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # inherited from `_submit`
