@@ -89,8 +89,8 @@ class RemoteFile:
     where the server knows no ranges.
 
     Raises:
-        VdiffError: the server refuses, has a file of another length than `num_bytes` (None: whatever it says), or fails
-            `RETRIES` times after one another; a package for the scheme is missing.
+        VdiffError: the server refuses, has a file of another length than `num_bytes` (None: any length), or still fails
+            after `RETRIES` retries; a package for the scheme is missing.
     """
 
     def __init__(self, url: str, num_bytes: int | None = None) -> None:
@@ -117,7 +117,7 @@ class RemoteFile:
         while self.position != self.num_bytes:
             try:
                 if self._file is None:
-                    self._file = self._open()
+                    self._open()
                 data: bytes = self._file.read(
                     size if self.num_bytes is None else min(size, self.num_bytes - self.position)
                 )
@@ -145,27 +145,23 @@ class RemoteFile:
             self._file.close()
             self._file = None
 
-    def _open(self) -> Any:
-        """The file, to be read from `position` on."""
+    def _open(self) -> None:
+        """Open the file at `position`; `close` closes it, even if this fails."""
         if not self._is_http:
-            file = self._system.open(self._path, "rb")
+            file = self._file = self._system.open(self._path, "rb")
             self._check_length(getattr(file, "size", None))
             file.seek(self.position)
-            return file
+            return
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={self.position}-"} if self.position else {})
-        # block_size 0: one answer, read as it comes; a size, or fsspec asks the server for it
-        file = self._system.open(self._path, "rb", block_size=0, size=1, headers=headers)
-        with contextlib.ExitStack() as stack:
-            stack.callback(file.close)
-            skipped = self.position if file.r.status == 206 else 0
-            if file.r.content_length is not None:
-                self._check_length(skipped + file.r.content_length)
-            while skipped < self.position:  # the server cannot begin in the middle
-                if not (data := file.read(min(2**20, self.position - skipped))):
-                    raise ConnectionError
-                skipped += len(data)
-            stack.pop_all()
-        return file
+        # block_size 0: one response, read as it comes; size: without one fsspec asks the server for it first
+        file = self._file = self._system.open(self._path, "rb", block_size=0, size=1, headers=headers)
+        skipped = self.position if file.r.status == 206 else 0
+        if file.r.content_length is not None:
+            self._check_length(skipped + file.r.content_length)
+        while skipped < self.position:  # the server cannot begin in the middle
+            if not (data := file.read(min(2**20, self.position - skipped))):
+                raise ConnectionError
+            skipped += len(data)
 
     def _check_length(self, num_bytes: int | None) -> None:
         if num_bytes is not None and self.num_bytes not in (None, num_bytes):
@@ -173,7 +169,7 @@ class RemoteFile:
         self.num_bytes = num_bytes if self.num_bytes is None else self.num_bytes
 
     def _reason(self, error: Exception, status: int | None) -> str:
-        """What an error says, in words that are the same for all libraries where they can be."""
+        """The reason of an error, where possible in the same words for all libraries."""
         if self._is_http and status:
             return f"HTTP status {status}"
         if isinstance(error, FileNotFoundError):
@@ -190,7 +186,7 @@ class RemoteFile:
 
 
 def _http_options() -> dict[str, Any]:
-    """Proxies of the environment; a limit for silence, and none for the time that a whole shard takes."""
+    """Use the proxies of the environment; limit the time without data, and not the time of a whole shard."""
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS)
