@@ -268,6 +268,18 @@ def test_what_others_made_is_left_alone(models, tmp_path, overwrite):
     assert contents(tmp_path) == before
 
 
+def test_images_wait_on_the_disk_that_a_link_points_to(models, tmp_path):
+    (tmp_path / "disk" / "whole").mkdir(parents=True)
+    link = tmp_path / "out.lmdb"
+    link.symlink_to("disk/whole")
+    with pytest.raises(Interrupted):
+        run(spec(models["rgb"]), link, form="lmdb", reporter=stop_at(3))
+    assert (tmp_path / "disk" / "whole.partial").is_dir()
+    assert run(spec(models["rgb"]), link, form="lmdb").drawn == 4
+    assert sorted(os.listdir(tmp_path / "disk")) == ["whole"]
+    assert len(ImageStore(link)) == NUM
+
+
 def test_a_folder_of_files_is_not_filled_with_something_else(models, tmp_path):
     run(spec(models["rgb"]), tmp_path / "out.lmdb", form="lmdb")
     with pytest.raises(VdiffError, match="holds images as lmdb, not png; give --overwrite"):

@@ -1,4 +1,4 @@
-"""Where images go: a folder of PNG files, filled in the open, or one whole that is packed when all images are there."""
+"""Where images go: a folder of PNG files, or one archive that is packed when all images are there."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Output(ABC):
         """
 
     def earlier(self, place: Path, spec: SampleSpec, *, overwrite: bool) -> dict[str, Any] | None:
-        """The record of the images at `place` that are gone on with; None: they are to be made, or replaced.
+        """The record of images at `place` that this call completes; None: there are none, or they are replaced.
 
         Raises:
             VdiffError: something else is there, or images drawn or kept in another way.
@@ -219,7 +219,8 @@ class Archive(Output):
     """One file, or one LMDB folder, packed from the images that wait in the record logs of `OUT.partial`."""
 
     def __init__(self, path: Path, kind: ImageKind, form: str, rank: int = 0) -> None:
-        super().__init__(path, path.with_name(f"{path.name}.partial"), kind, form)
+        target = path.resolve() if path.is_symlink() else path  # on its disk, since the whole is renamed in the end
+        super().__init__(path, target.with_name(f"{target.name}.partial"), kind, form)
         self.log = RecordLog(self.place, rank)
         self.reader: RecordReader | None = None
 
@@ -244,7 +245,7 @@ class Archive(Output):
         sweep_inside(self.place, SAMPLES)
 
     def held(self, num: int) -> np.ndarray:
-        """What lies in the partial folder: all of it is read, and where each image is, is kept in mind."""
+        """What lies in the partial folder: reads all of it, and remembers where each image is."""
         self.reader = RecordReader(self.place, num)
         return self.reader.held
 
