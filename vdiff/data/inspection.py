@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -71,9 +72,11 @@ def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None
     reporter = reporter or Silent()
     link, checked, num_problems = FIRST_LINK, 0, 0
     problems: list[str] = []
+    stretches = list(dataset.stretches())
+    count = len(stretches) if isinstance(dataset, ImageStore) else math.inf  # shards are few and large
     total = len(dataset)
     with reporter.progress("verify", total, "images") as progress:
-        for digests, found in ordered_map(partial(_check, dataset), dataset.stretches(), num_workers):
+        for digests, found in ordered_map(partial(_check, dataset), stretches, num_workers, num_items=count):
             for digest in digests:
                 link = next_link(link, digest)
             checked += len(digests)

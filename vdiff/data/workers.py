@@ -40,23 +40,26 @@ def ordered_map(
     """`map(function, items)` in `num_workers` processes (0: in this one), which run ahead of the consumer.
 
     A slow item does not stop the others: 64 chunks of `chunk_items` a worker may wait behind it, fewer where results of
-    `num_bytes` would fill more than 128 MiB. This process works alone while the work, of `num_items`, looks short, and
-    until the first worker has started. Workers are spawned, so threads and locks of the caller are not copied. They
-    ignore SIGINT, which is for the caller to handle, and end with the caller, however that ends.
+    `num_bytes` would fill more than 128 MiB. This process works alone while the work looks short, and until the first
+    worker has started; where `num_items` is infinite (unknown, or few that are long) it leaves all to the workers.
+    Workers are spawned, so threads and locks of the caller are not copied. They ignore SIGINT, which is for the caller
+    to handle, and end with the caller, however that ends.
 
     Raises:
         VdiffError: a worker died, or could not start.
     """
     rest = iter(items)
     count, total_bytes, began = 0, 0, time.monotonic()
-    for result in map(function, rest):
+    is_helping = num_workers == 0 or num_items < math.inf
+    for result in map(function, rest if is_helping else ()):
         count, total_bytes = count + 1, total_bytes + num_bytes(result)
         yield result
         seconds = time.monotonic() - began
         if num_workers and seconds > SECONDS_ALONE and seconds * num_items / count > 10 * SECONDS_ALONE:
             break
     else:
-        return
+        if is_helping:
+            return
     chunks: Iterator[list[Item]] = iter(lambda: list(islice(rest, chunk_items)), [])
     fewest, most = (each * num_workers for each in CHUNKS_AHEAD)
 
@@ -70,7 +73,7 @@ def ordered_map(
     try:
         first = [_submit(pool, chunk) for chunk in islice(chunks, fewest)]
         waiting = deque(first)
-        while len(waiting) < ahead() and not any(future.done() for future in first) and (chunk := next(chunks, [])):
+        while is_helping and len(waiting) < ahead() and not any(map(Future.done, first)) and (chunk := next(chunks, [])):
             waiting.append(Future())
             waiting[-1].set_result([function(item) for item in chunk])
         while True:
