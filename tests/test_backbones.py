@@ -18,6 +18,7 @@ from tests.toy import write_checkpoint
 from vdiff.api import Model
 from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM
+from vdiff.interop.graphs import check_exportable
 from vdiff.models.backbone import Signature
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_tensors
 from vdiff.models.kinds import KINDS, build_network
@@ -215,6 +216,8 @@ def test_text_goes_to_networks_that_attend_to_it(tmp_path):
         assert (denoiser(z, t, told).v - denoiser(z, t, other).v).abs().max() > 1e-4
         model.save(tmp_path / type(network).__name__)
         assert torch.equal(vdiff.load(tmp_path / type(network).__name__).denoiser(z, t, told).v, denoiser(z, t, told).v)
+        with pytest.raises(VdiffError, match="graphs have no input for this network's text, text mask; draw with"):
+            check_exportable(denoiser)
 
 
 def test_commands_draw_and_export_what_a_folder_builds_and_refuse_the_rest(tmp_path, monkeypatch):

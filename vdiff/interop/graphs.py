@@ -1,4 +1,4 @@
-"""What an exported file computes and says of itself; whether it answers what vdiff answers; the export for torch.
+"""The graphs of exported files and their metadata; the check that they compute what vdiff computes; torch.export.
 
 Times and coefficients of a sampler are constants of its graph, taken in float64. A check compares with `denoiser` and
 `draw`, not with the modules that were exported, which might be wrong themselves.
@@ -23,7 +23,7 @@ from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, gri
 from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import PIXEL_CODEC
-from vdiff.models.condition import CLASSES, SECOND_TIME, Condition
+from vdiff.models.condition import CLASSES, GUIDANCE, Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.program import write_program
@@ -218,14 +218,14 @@ def _step_of(step: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def check_exportable(denoiser: Denoiser) -> None:
-    """Refuse an ε-prediction whose schedule ends at zero signal, and a network that takes a second time.
+    """Refuse an ε-prediction whose schedule ends at zero signal, and a network with other inputs than graphs have.
 
     Raises:
         VdiffError: it is one of these.
     """
-    if SECOND_TIME in denoiser.network.signature.names:
+    if others := [name for name in denoiser.network.signature.names if name not in (CLASSES, GUIDANCE)]:
         raise VdiffError(
-            "this network takes the end of a step as a second time, for which graphs have no input", "use sample.py"
+            f"graphs have no input for this network's {', '.join(others).replace('_', ' ')}", "draw with vdiff.load in Python"
         )
     last = denoiser.schedule.angle(torch.ones(1, dtype=torch.float64))
     if denoiser.prediction_type == "eps" and float(last.cos()) < MIN_SIGNAL:

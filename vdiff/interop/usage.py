@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.condition import CLASSES
 from vdiff.text import plural
 
 IMAGES = 16
@@ -143,7 +144,7 @@ def _in_words(config: CheckpointConfig, options: GraphOptions) -> str:
     takes = config.signature
     names = ["`noise` (B, C, H, W)"] if options.sampler else ["`z` (B, C, H, W)", "`label` (B,)"]
     if takes.num_classes:
-        none = f", {takes.num_classes}: no class" if takes.null else ""
+        none = f", {takes.null[CLASSES]}: no class" if CLASSES in takes.null else ""
         names.append(f"`classes` (B,) int64, 0 to {takes.num_classes - 1}{none}")
     if takes.takes_guidance or options.guided:
         limits = " from {:g} to {:g}".format(*config.guidance_range) if config.guidance_range else ""
