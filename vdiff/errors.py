@@ -68,7 +68,7 @@ class Interrupted(BaseException):
 
 @contextmanager
 def stop_explained(explain: Callable[[str], str]) -> Iterator[None]:
-    """Say what a signal leaves: `explain` turns what is known of the stop into the message of the `Interrupted`.
+    """Explain a stop by a signal: `explain` gets its name and answers the message of the `Interrupted`.
 
     Raises:
         Interrupted: a signal or Ctrl-C ended the block.

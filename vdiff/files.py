@@ -140,7 +140,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def json_text(values: Mapping[str, Any]) -> str:
-    """A JSON object with its checksum, which has the second line, so that JSON is left when that line is deleted."""
+    """A JSON object with its checksum on the second line: without that line it is still JSON."""
     return json.dumps({CHECKSUM: checksum(values), **values}, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What rooms leave on the disk for each other: a JSON object becomes a dataclass whose keys and values were checked."""
+"""Files that one room writes and another reads: JSON objects become dataclasses with checked keys and values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {
     "object": "an object",
     "null": "null",
 }
-"""What msgspec calls the kinds of JSON, and how an error does."""
+"""The kinds of JSON values: their names in msgspec, and in an error."""
 BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 MISMATCH = re.compile(r"Expected `(?P<kinds>.+?)`(?: (?P<sign>[<>]=?) (?P<bound>\S+))?(?:, got .*)?")
 
@@ -85,7 +85,7 @@ def read_record(path: Path, kind: type[T], advice: str) -> T:
 
 
 def record_of(kind: type[T], values: object, where: str, advice: str, *, needed: Collection[str] = ()) -> T:
-    """The dataclass `kind` of the object `values`, as JSON or TOML gives it; nothing is converted but lists and floats.
+    """The dataclass `kind` of the object `values`, as JSON or TOML gives it; only lists and floats are converted.
 
     Bounds are annotations: `Annotated[int, msgspec.Meta(ge=1)]`.
 
@@ -131,7 +131,7 @@ def check_same_settings(
 
     Args:
         before, now: the settings by name, in plain values.
-        done: what was done with those of before, as in `data/x holds images drawn`.
+        done: what the earlier work left, as in `data/x holds images drawn`.
         hint: what to do, given the name of the setting that differs.
         but: settings that may differ.
 
@@ -164,7 +164,7 @@ def _reason(message: str, values: Any) -> str:
 
 
 def _unknown(values: Any, record: Any) -> Iterator[str]:
-    """The keys of objects within `values` that the dataclasses in their place do not have; msgspec passes them over."""
+    """The keys of objects within `values` that their dataclasses do not have; msgspec ignores them."""
     if is_dataclass(record):
         yield from values.keys() - {item.name for item in fields(record)}
         for key, value in values.items():

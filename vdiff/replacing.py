@@ -33,7 +33,7 @@ class Kind:
 
     Attributes:
         name: as an error says it.
-        find: answers `files`; it may raise what reading raises.
+        find: what `files` calls; it may raise any error of reading.
     """
 
     name: str

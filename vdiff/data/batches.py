@@ -329,15 +329,15 @@ class ImageBatches:
     def _assembled(
         self, step: int, indices: np.ndarray, missing: np.ndarray | None = None, decoded: np.ndarray | None = None
     ) -> Batch:
-        """A batch of what the cache held when it was asked and, in order, of what was `decoded` as it was `missing`."""
+        """A batch of images from the cache and, where they were `missing` in it, from `decoded`, in order."""
         cache, images = self._cache, iter(() if decoded is None else decoded)
-        news = np.zeros(len(indices), bool) if missing is None else missing
+        missing = np.zeros(len(indices), bool) if missing is None else missing
         pixels = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         # copied by numpy: torch would wake its threads for each image, and these wait for cores that workers use
         places = pixels.numpy()
         flips = self.plan.flips(step)[self._share]
-        for place, (row, new, mirrored) in enumerate(zip(cache.rows[indices], news, flips, strict=True)):
-            image = next(images) if new else cache.pixels[row]
+        for place, (row, is_new, mirrored) in enumerate(zip(cache.rows[indices], missing, flips, strict=True)):
+            image = next(images) if is_new else cache.pixels[row]
             places[place] = image[..., ::-1] if mirrored else image
         if cache.classes is None:
             return Batch(pixels, None)

@@ -109,7 +109,7 @@ class _Files(_OnDisk):
 
     @abstractmethod
     def _open(self, item: Item) -> AbstractContextManager[tuple[IO[bytes], int]]:
-        """A file at its first byte, and its length; what goes wrong inside is an UnreadableImageError."""
+        """A file at its first byte, and its length; errors in the block become an UnreadableImageError."""
 
     def read(self, item: Item) -> Sample:
         """The bytes of a file."""

@@ -164,7 +164,7 @@ def _prepare(
     *,
     strict: bool,
 ) -> tuple[DatasetMeta, int]:
-    """Do what is left, in `journal.dataset`; answers the description and how many images were there before."""
+    """Convert what is left into `journal.dataset`; answers its description and how many images it had before."""
     source.fetch(journal.folder)
     file = journal.listing_file
     # images that came since a run was cut short do not change what it began

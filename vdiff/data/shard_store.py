@@ -220,9 +220,9 @@ class _Hashed:
 
 
 def _class_in(text: bytes, limit: int) -> int | None:
-    """The class below `limit` that `text` gives as a decimal number; None where it gives none."""
+    """The decimal number below `limit` in `text`; None where there is no such number."""
     digits = text.strip()
-    is_number = digits.isdigit() and len(digits) < 100  # Python converts no number of thousands of digits
+    is_number = digits.isdigit() and len(digits) < 100  # Python refuses to convert thousands of digits
     return label if is_number and (label := int(digits)) < limit else None
 
 

@@ -1,4 +1,4 @@
-"""Members and samples of a tar that may be damaged or made up."""
+"""Members and samples of tar files that may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def members(file: IO[bytes], mode: str = "r:") -> Iterator[tuple[tarfile.TarFile
                 raise tarfile.ReadError(f"the size of {member.name} is {member.size:,}")
             yield tar, member
         if mode == "r:":
-            # tarfile takes a header that is cut or wrong for the end of the tar, which is a block of zeros
+            # tarfile takes a cut or wrong header for the end of the tar; the true end is a block of zeros
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it ends in the middle")

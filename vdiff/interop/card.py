@@ -1,8 +1,8 @@
 """The model card: README.md with a picture, what the model is, where it came from, how far it is from its teachers, its
 licence, and how to use the files beside it; and a checkpoint's description as others may see it.
 
-A card knows the weights it belongs to. A card of the same weights only gets a section for another file; what people
-have written into it stays.
+A card names the weights it belongs to. Another file of the same weights adds a section to it; what people have written
+into it stays.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _license_of(text: str) -> str:
 
     try:
         name = str(ModelCard(text, ignore_metadata_errors=True).data.get("license", UNKNOWN))
-    except Exception:  # what is raised for lines that are no YAML depends on what they are
+    except Exception:  # lines that are not a YAML mapping raise errors of several libraries
         return UNKNOWN
     return name if IDENTIFIER.fullmatch(name) else UNKNOWN
 

@@ -1,4 +1,4 @@
-"""What other people's files say, checked, and the checkpoint folder of what was imported from them."""
+"""Checked values of other programs' JSON files, and the checkpoint folder of an imported model."""
 
 from __future__ import annotations
 

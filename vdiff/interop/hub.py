@@ -1,4 +1,4 @@
-"""A checkpoint to be given away: weights, public description and model card, as a folder or on a hub of models."""
+"""A checkpoint for others: its weights, public description and model card, in a folder or on a hub of models."""
 
 from __future__ import annotations
 

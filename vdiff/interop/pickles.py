@@ -1,7 +1,7 @@
 """The weights in a `.pt` file, read so that nothing in the file is ever run.
 
-`torch.load(weights_only=True)` runs nothing, but would make a bytearray of any size that a file asks for. So the names
-in the pickle are compared with those that weights need, and the sizes in the archive with that of the file, before.
+`torch.load(weights_only=True)` runs nothing, but would make a bytearray of any size that a file asks for. So two checks
+come first: the pickle names nothing that weights do not need, and the archive claims no more bytes than the file has.
 The file is mapped, not read into memory: no claim about sizes reserves more than the file holds.
 """
 
@@ -48,9 +48,9 @@ def read_pt(path: Path) -> Mapping[str, Any]:
         raise VdiffError(f"{path} cannot be read ({cause_of(error)})", "copy it again") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles in newer protocols, which it then refuses
+            warnings.simplefilter("ignore")  # torch warns of newer pickle protocols before it refuses them
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged pickles fail in every way there is
+    except Exception as error:  # damaged pickles raise errors of any type
         # torch advises to open it without a guard, which would run what is in it
         is_advice = re.search("weights.only", str(error), re.IGNORECASE)
         reason = "more than tensors, or damaged" if is_advice else cause_of(error)

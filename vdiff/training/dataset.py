@@ -17,7 +17,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 
 TENSORS = "tensors"
-"""What a checkpoint records in the place of a dataset's path, where a run was given tensors."""
+"""What a checkpoint records instead of a dataset's path when a run was given tensors."""
 
 
 @dataclass(frozen=True)

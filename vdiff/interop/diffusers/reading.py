@@ -1,6 +1,5 @@
 """A pipeline folder of diffusers, or a model of the hub, as a checkpoint.
 
-
 model_index.json                            the pipeline's class and parts
 unet/config.json                            `UNet2DModel`; in old folders these two lie beside model_index.json
 unet/diffusion_pytorch_model.safetensors   with a variant (….fp16.safetensors) or in parts with an index, too
