@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from vdiff.data.store import PREPARE_AGAIN
 from vdiff.errors import VdiffError
 from vdiff.files import check_regular
+from vdiff.text import cause_of
 
 COPY_AGAIN = f"copy the shard again, or {PREPARE_AGAIN}"
 BUFFER_BYTES = 2**18
@@ -78,8 +79,7 @@ def opened(place: str | Path, num_bytes: int | None = None) -> Iterator[Any]:
     except tarfile.TarError as error:
         raise damaged(shown(str(place)), error) from None
     except OSError as error:
-        reason = " ".join(str(error.strerror or error).split())
-        raise VdiffError(f"cannot read {shown(str(place))}: {reason}", "check the place given to --data") from None
+        raise VdiffError(f"cannot read {shown(str(place))}: {cause_of(error)}", "check the place given to --data") from None
 
 
 class RemoteFile:
