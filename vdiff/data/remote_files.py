@@ -79,7 +79,9 @@ def opened(place: str | Path, num_bytes: int | None = None) -> Iterator[Any]:
     except tarfile.TarError as error:
         raise damaged(shown(str(place)), error) from None
     except OSError as error:
-        raise VdiffError(f"cannot read {shown(str(place))}: {cause_of(error)}", "check the place given to --data") from None
+        raise VdiffError(
+            f"cannot read {shown(str(place))}: {cause_of(error)}", "check the place given to --data"
+        ) from None
 
 
 class RemoteFile:

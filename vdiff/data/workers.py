@@ -50,15 +50,15 @@ def ordered_map(
     """
     rest = iter(items)
     count, total_bytes, began = 0, 0, time.monotonic()
-    is_helping = num_workers == 0 or num_items < math.inf
-    for result in map(function, rest if is_helping else ()):
+    helps = num_workers == 0 or num_items < math.inf
+    for result in map(function, rest if helps else ()):
         count, total_bytes = count + 1, total_bytes + num_bytes(result)
         yield result
         seconds = time.monotonic() - began
         if num_workers and seconds > SECONDS_ALONE and seconds * num_items / count > 10 * SECONDS_ALONE:
             break
     else:
-        if is_helping:
+        if helps:
             return
     chunks: Iterator[list[Item]] = iter(lambda: list(islice(rest, chunk_items)), [])
     fewest, most = (each * num_workers for each in CHUNKS_AHEAD)
@@ -73,7 +73,7 @@ def ordered_map(
     try:
         first = [_submit(pool, chunk) for chunk in islice(chunks, fewest)]
         waiting = deque(first)
-        while is_helping and len(waiting) < ahead() and not any(map(Future.done, first)) and (chunk := next(chunks, [])):
+        while helps and len(waiting) < ahead() and not any(map(Future.done, first)) and (chunk := next(chunks, [])):
             waiting.append(Future())
             waiting[-1].set_result([function(item) for item in chunk])
         while True:

@@ -252,7 +252,7 @@ def _lineage(name: str, config: CheckpointConfig, fingerprint: str) -> str:
 
 
 def _read_ladder(checkpoint: Path, config: CheckpointConfig) -> list[dict[str, Any]]:
-    """The rows of the ladder that ends with the checkpoint, which lies beside it; empty where they have no distances."""
+    """The rows of the ladder that ends with the checkpoint, from the file beside it; empty without distances."""
     try:
         rows: list[dict[str, Any]] = parse(read_text(checkpoint / LADDER))
         if rows[-1]["num_steps"] == config.num_timesteps and _distance_keys(rows):

@@ -225,7 +225,8 @@ def check_exportable(denoiser: Denoiser) -> None:
     """
     if others := [name for name in denoiser.network.signature.names if name not in (CLASSES, GUIDANCE)]:
         raise VdiffError(
-            f"graphs have no input for this network's {', '.join(others).replace('_', ' ')}", "draw with vdiff.load in Python"
+            f"graphs have no input for this network's {', '.join(others).replace('_', ' ')}",
+            "draw with vdiff.load in Python",
         )
     last = denoiser.schedule.angle(torch.ones(1, dtype=torch.float64))
     if denoiser.prediction_type == "eps" and float(last.cos()) < MIN_SIGNAL:
