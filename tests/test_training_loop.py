@@ -507,6 +507,12 @@ def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path)
     assert [event.step for event in events.Images("samples")] == [4, 6]
 
 
+def test_samples_without_bounds_are_not_drawn_as_pictures(data, tmp_path):
+    run = run_of(train_config(data, sample_interval=4), tmp_path / "run")
+    fit_run(dataclasses.replace(run, description=dataclasses.replace(run.description, codec="unbounded")))
+    assert list((tmp_path / "run" / "samples").iterdir()) == []
+
+
 def test_what_was_trained_is_saved_before_samples_are_drawn(data, whole, tmp_path, monkeypatch):
     """A kill while the last samples are drawn, or those on the way, loses nothing."""
 

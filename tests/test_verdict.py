@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vdiff
 from tests.by_hand import distance, drawn, drawn_by
 from tests.oracles import randn
 from tests.toy import COUNT, SIZE, UNET, Watcher, distill_config, write_checkpoint, write_dataset
@@ -19,9 +20,10 @@ from vdiff.data.batches import Batch
 from vdiff.evaluation.features import PixelDistance, pixel_vectors
 from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
-from vdiff.models.codec import from_uint8
+from vdiff.models.codec import PIXEL_CODEC, UNBOUNDED, from_uint8
 from vdiff.models.drawing import rmse
 from vdiff.models.unet import UNetConfig
+from vdiff.training.comparison import compare
 from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.stages import Stage
@@ -78,8 +80,9 @@ def test_a_student_fails_where_training_made_it_worse(verdict, reason):
 
 def test_the_difference_is_that_of_clipped_pixels_over_the_images_that_both_have():
     a, b = randn(5, 1, 2, 2), randn(3, 1, 2, 2, seed=1)
-    assert rmse(a, b) == pytest.approx(distance(a[:3].clamp(-1, 1).numpy(), b.clamp(-1, 1).numpy()))
-    assert rmse(b, a) == rmse(a, b)
+    expected = distance(a[:3].clamp(-1, 1).numpy(), b.clamp(-1, 1).numpy())
+    assert rmse(a, b, PIXEL_CODEC) == rmse(b, a, PIXEL_CODEC) == pytest.approx(expected)
+    assert rmse(a, b, UNBOUNDED) == pytest.approx(distance(a[:3].numpy(), b.numpy()))
 
 
 # What is kept
@@ -232,6 +235,18 @@ def test_teacher_and_student_draw_from_the_same_noise(tmp_path):
         ("checking before training", 4, 0),  # which is nearer to the teacher
     ]  # fmt: skip
     assert [done for name, done in watcher.seen if name == "checking original"] == list(range(1, 9))
+
+
+def test_samples_without_bounds_are_compared_as_they_are(tmp_path):
+    """By the check of a student and by the comparison of a ladder: nothing is clipped to ±1."""
+    base, student = pair(tmp_path, codec="unbounded")
+    checked = examine(examiner(), base, student, measure_distance=False)
+    stages, device = [Stage(base, 8, student, 4)], torch.device("cpu")
+    row = compare(stages, seed=3, device=device, reporter=Watcher(), budget=10**9)[1]
+    for error, seed, count in ((checked.rmse, HELD_OUT + 3, 5), (row.rmse_to_first, 3, 24), (row.rmse_to_teacher, 3, 24)):
+        theirs, mine = (vdiff.load(path).sample(count, seed=seed).numpy() for path in (base, student))
+        assert np.abs(theirs).max() > 1.2
+        assert error == pytest.approx(distance(mine, theirs), rel=1e-4)
 
 
 def test_what_rounding_and_the_noises_explain_is_no_harm(tmp_path):

@@ -174,7 +174,8 @@ def sample_stats(
         thumbs.append(thumbnails(images[: max(0, MAX_QUERIES - batch.start)]))
         if of_teacher is not None:
             first = batch.start - samples.start
-            errors.append(squared_errors(images, of_teacher[first : first + len(batch)]).numpy())
+            theirs = of_teacher[first : first + len(batch)]
+            errors.append(squared_errors(images, theirs, generator.config.space).numpy())
         bar.update(done + batch.stop - samples.start)
     known_classes = [each for each in classes if each is not None]
     return {

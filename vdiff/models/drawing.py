@@ -12,7 +12,7 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import NonFiniteSampleError, Sampler, sample
 from vdiff.errors import VdiffError
-from vdiff.models.codec import PIXEL_CODEC
+from vdiff.models.codec import Codec
 from vdiff.models.condition import SECOND_TIME, Condition
 from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser, device_of
 
@@ -32,19 +32,19 @@ def image_classes(indices: Sequence[int], choices: Sequence[int]) -> Tensor:
     return torch.tensor([choices[k % len(choices)] for k in indices])
 
 
-def squared_errors(images: Tensor, theirs: Tensor) -> Tensor:
-    """(n,) float64: the mean over each image of the squared difference of pixels clipped to [−1, 1].
+def squared_errors(images: Tensor, theirs: Tensor, codec: Codec) -> Tensor:
+    """(n,) float64: the mean over each sample of the squared difference, pixels being clipped to [−1, 1].
 
     Images are paired by their number, over those that both have.
     """
     count = min(len(images), len(theirs))
-    a, b = (PIXEL_CODEC.clip(each[:count].double()) for each in (images, theirs))
+    a, b = (codec.clip(each[:count].double()) for each in (images, theirs))
     return (a - b).square().flatten(1).mean(1)
 
 
-def rmse(images: Tensor, theirs: Tensor) -> float:
+def rmse(images: Tensor, theirs: Tensor, codec: Codec) -> float:
     """√ of the mean of `squared_errors`: what every "RMSE" of a ladder, report or evaluation is."""
-    return float(squared_errors(images, theirs).mean().sqrt())
+    return float(squared_errors(images, theirs, codec).mean().sqrt())
 
 
 def draw(

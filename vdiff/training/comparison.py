@@ -71,7 +71,13 @@ def compare(
         denoiser, model = load_checkpoint(folder, device)
         began, size = time.monotonic(), model.shape[1:]
         found = draw(
-            denoiser, Ddim(), indices=range(count), image_size=size, num_steps=steps, seed=seed, on_step=on_step
+            denoiser,
+            Ddim(clipping_value=model.space.limit),
+            indices=range(count),
+            image_size=size,
+            num_steps=steps,
+            seed=seed,
+            on_step=on_step,
         )
         times[k] = min(times.get(k, math.inf), 1000 * (time.monotonic() - began) / count)
         return found
@@ -97,7 +103,7 @@ def compare(
         verdict = read_verdict(folder) if is_student else None
         to_teacher = verdict.rmse if verdict and verdict.every == 1 else None
         if to_teacher is None and is_student and k in images and k - 1 in images:
-            to_teacher = rmse(images[k], images[k - 1])
+            to_teacher = rmse(images[k], images[k - 1], model.space)
         row = LadderRow(
             checkpoint=folder.as_posix(),
             num_steps=steps,
@@ -106,7 +112,7 @@ def compare(
             train_seconds=model.train_seconds,
             ms_per_image=times.get(k),
             rmse_to_teacher=to_teacher,
-            rmse_to_first=rmse(images[k], images[0]) if k and 0 in images else None,
+            rmse_to_first=rmse(images[k], images[0], model.space) if k and 0 in images else None,
             distance=_distance(stages, folder, steps),
             kept_start=model.kept_start,
             is_time_doubtful=k in suspects,

@@ -24,7 +24,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import REMEDIES, Engine
 from vdiff.training.meter import Meter, Position
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
-from vdiff.training.run_log import RunLog, is_picture, preview, preview_steps
+from vdiff.training.run_log import RunLog, preview, preview_steps
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import load_state, remove_state, save_state
 from vdiff.training.step import Task, TrainStep
@@ -121,7 +121,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         engine.wait()  # or a process that leaves first takes the others with it, before all is written
 
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
-        if not is_picture(run.description.shape):
+        if not run.description.space.are_pictures(run.description.shape):
             return
         if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
             log.pictures(preview(averages.model, run.description, seed=config.seed, on_step=on_step), done)

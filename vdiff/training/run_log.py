@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,6 @@ def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
     if tracker == "wandb":
         return tracking.WandBTracker("vdiff", name=name, id=name, resume="allow")
     return tracking.MLflowTracker("vdiff", run_name=name)
-
-
-def is_picture(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape are grey or colour images."""
-    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def preview(

@@ -14,7 +14,7 @@ from torch import Tensor
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import VdiffError
 from vdiff.files import remove, write_json
-from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw, squared_errors
 from vdiff.records import FAILED, VERDICT, read_record
@@ -129,16 +129,15 @@ class Examiner:
             self.reporter.line(f"{name} is checked by {few}, as its training was short")
         theirs = self._images(stage.base, teacher_steps, count, weight)
         student, model = load_checkpoint(stage.folder, self.device)
-        size = model.shape[1:]
-        before = self._draw(start.to(self.device), size, steps, num_images, weight, "before training")
-        errors_before = squared_errors(before, theirs)
+        before = self._draw(start.to(self.device), model, steps, num_images, weight, "before training")
+        errors_before = squared_errors(before, theirs, model.space)
         rmse_before = float(errors_before.mean().sqrt())
         try:
-            mine = self._draw(student, size, steps, count, weight, name)
+            mine = self._draw(student, model, steps, count, weight, name)
         except VdiffError as error:
             reason = str(error).partition(";")[0]
             return Verdict(rmse_before, math.inf, None, None, count, attempts, reason, every=every)
-        errors = squared_errors(mine[:num_images], theirs)
+        errors = squared_errors(mine[:num_images], theirs, model.space)
         # of the same noises the differences scatter much less than the errors do
         scatter = float((errors - errors_before).std() / num_images**0.5) if num_images > 1 else 0.0
         found = Verdict(
@@ -153,7 +152,7 @@ class Examiner:
             every=every,
         )
         if measure and worsening(found, max_regression):
-            before = self._draw(start, size, steps, count, weight, "before training")
+            before = self._draw(start, model, steps, count, weight, "before training")
             found = replace(found, start_distance=measure(before))
         self._kept.clear()
         self._kept[stage.base, teacher_steps] = theirs
@@ -167,10 +166,10 @@ class Examiner:
         if kept is not None and (len(kept) == count or (len(kept) > count and count % BATCH == 0)):
             return kept[:count]
         denoiser, model = load_checkpoint(folder, self.device)
-        return self._draw(denoiser, model.shape[1:], num_steps, count, weight, folder.name)
+        return self._draw(denoiser, model, num_steps, count, weight, folder.name)
 
     def _draw(
-        self, denoiser: Denoiser, size: Sequence[int], num_steps: int, count: int, weight: float, name: str
+        self, denoiser: Denoiser, model: CheckpointConfig, num_steps: int, count: int, weight: float, name: str
     ) -> Tensor:
         parts: list[Tensor] = []
         guidance = weight if denoiser.network.signature.null else 0.0
@@ -180,9 +179,9 @@ class Examiner:
                 parts.append(
                     draw(
                         denoiser,
-                        Ddim(),
+                        Ddim(clipping_value=model.space.limit),
                         indices=range(first, min(first + BATCH, count)),
-                        image_size=size,
+                        image_size=model.shape[1:],
                         num_steps=num_steps,
                         seed=HELD_OUT + self.seed,
                         guidance=guidance,
