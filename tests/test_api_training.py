@@ -305,12 +305,15 @@ def test_a_loss_that_cannot_be_is_one_line():
 
     x = images(3)
     model = vdiff.wrap(Network(), (1, SIZE, SIZE), classes=3, null_class=True)
-    assert model.loss(x, classes=torch.tensor([0, 3, 2])).isfinite()  # 3: no class
+    for classes in (torch.tensor([0, 3, 2]), [0, 3, 2]):  # 3: no class
+        assert model.loss(x, classes=classes).isfinite()
     with pytest.raises(VdiffError, match="no weighting 'x'; choose from"):
         model.loss(x, classes=torch.zeros(3).long(), weighting="x")
     for classes, found in [([0, 4, 1], "[0, 1, 4]"), ([-1, 0, 0], "[-1, 0]"), ([0.5, 0, 0], "[0.0, 0.5]")]:
         with pytest.raises(ValueError, match=re.escape(f"classes are integers from 0 to 3, got {found}")):
             model.loss(x, classes=torch.tensor(classes))
+    with pytest.raises(ValueError, match=re.escape("classes of shape (2,); need one for each of 3 samples")):
+        model.loss(x, classes=[0, 1])
 
 
 def test_a_network_without_weights_draws_and_says_where_it_is():

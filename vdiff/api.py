@@ -206,27 +206,32 @@ class Model:
             return self.denoiser
         return Denoiser(cast(Backbone, self.network), self.denoiser.schedule, self.denoiser.prediction_type)
 
-    def loss(self, x: Tensor, *, classes: Tensor | None = None, weighting: str = "truncated_snr") -> Tensor:
+    def loss(
+        self, x: Tensor, *, classes: Tensor | Sequence[int] | None = None, weighting: str = "truncated_snr"
+    ) -> Tensor:
         """The training loss of a batch (B, C, …), at noise and times from torch's generator: a number with a gradient.
 
         E w(λ_t) ‖x − x̂(α x + σ ε, t)‖² with t uniform, one in each of B equal parts of [0, 1).
 
         Args:
-            classes: (B,) int64, for a class-conditional network.
+            classes: B numbers of classes, for a class-conditional network.
             weighting: a name of `vdiff.diffusion.weighting.WEIGHTINGS`.
 
         Raises:
             VdiffError: no such weighting.
-            ValueError: classes that are no integers, or that the network does not know.
+            ValueError: classes that are not B integers, or that the network does not know.
         """
         if weighting not in WEIGHTINGS:
             raise VdiffError(f"no weighting {weighting!r}", suggestion(str(weighting), WEIGHTINGS))
         takes, schedule = self.denoiser.network.signature, self.denoiser.schedule
-        if classes is not None and takes.num_classes:
+        numbers = None if classes is None else torch.as_tensor(classes, device=x.device)
+        if numbers is not None and takes.num_classes:
             count = takes.num_classes + (CLASSES in takes.null)
-            if classes.is_floating_point() or not ((classes >= 0) & (classes < count)).all():
-                raise ValueError(f"classes are integers from 0 to {count - 1}, got {classes.unique().tolist()}")
-        condition = takes.condition(classes=classes)
+            if numbers.is_floating_point() or not ((numbers >= 0) & (numbers < count)).all():
+                raise ValueError(f"classes are integers from 0 to {count - 1}, got {numbers.unique().tolist()}")
+            if numbers.shape != x.shape[:1]:
+                raise ValueError(f"classes of shape {tuple(numbers.shape)}; need one for each of {len(x)} samples")
+        condition = takes.condition(classes=numbers)
         batch = TrainBatch(x, torch.randn_like(x), stratified(len(x), x.device), condition)
         target = DenoisingObjective(schedule)(batch, StudentState(self.denoiser, self.denoiser, 0.0))
         prediction = self.denoiser(target.z, target.t, condition)
