@@ -33,7 +33,7 @@ from tests.toy import (
     write_dataset,
 )
 from vdiff.errors import Interrupted, OptionError, VdiffError
-from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors, weights_fingerprint
 from vdiff.training.base import resolve_training
 from vdiff.training.state import state_path
 from vdiff.training.tensors import TensorBatches
@@ -246,6 +246,10 @@ def test_students_have_the_bits_of_the_command(data, teacher, tmp_path, method):
         assert_equal_tensors(model.denoiser.state_dict(), read_tensors(tmp_path / "base_1" / WEIGHTS))
         assert (model.config.num_timesteps, model.config.method) == (2, method)
         assert model.config.teacher["num_timesteps"] == 4
+    for student, base in (("base_0", teacher), ("base_1", tmp_path / "api" / "base_0")):
+        found = read_config(tmp_path / "api" / student).teacher
+        assert (found["path"], found["fingerprint"]) == (base.as_posix(), weights_fingerprint(base))
+    assert (alone.config.teacher["path"], alone.config.teacher["teacher"]["path"]) == ("", teacher.as_posix())
 
 
 def test_a_ladder_that_is_left_goes_on(data, teacher, tmp_path):

@@ -21,14 +21,14 @@ from vdiff.data.source import SourceOptions
 from vdiff.data.sources import open_source
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import Interrupted, OptionError, VdiffError
-from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.checkpoint import CheckpointConfig, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
 from vdiff.replacing import locked
 from vdiff.reporting import Silent
 from vdiff.training.base import base_task, describe, training
 from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
-from vdiff.training.engine import build_engine
+from vdiff.training.engine import Engine, build_engine
 from vdiff.training.folder import RUN, check_resumable, check_same_run, is_run, recorded, start_anew
 from vdiff.training.loop import Run, metrics_in_memory, metrics_of
 from vdiff.training.presets import read_preset, recorded_layer
@@ -227,11 +227,14 @@ def distill(
 
     def work(learner: Learner) -> Generator[Metrics, None, None]:
         engine = build_engine(config)
+        folder = None if isinstance(teacher, Model) else Path(teacher)  # where the present teacher lies
         for stage in stages:
             own, before, base = stage.settings(config), learner.model.config, learner.model.plain()
+            fingerprint = weights_fingerprint(folder) if folder else learner.model.fingerprint()
+            lineage = {"path": folder.as_posix() if folder else "", "fingerprint": fingerprint}
             description = replace(
                 describe_student(stage, own, before), dataset=images.name, dataset_fingerprint=images.fingerprint,
-                teacher={**before.to_dict(), "path": "", "fingerprint": learner.model.fingerprint()},
+                teacher={**before.to_dict(), **lineage},
             )  # fmt: skip
             student = _with_frozen(student_of(base, before, own, description)[0], fixed)
             task = stage_task(stage, own, engine, base, before, student, description)
@@ -244,13 +247,14 @@ def distill(
                 start(step)
                 found = metrics_in_memory(step, images.batches(task.config, engine))
             else:
-                found = _in_folder(task, stage, own, images, description, start)
+                found = _in_folder(task, stage, own, images, engine, description, start)
             for metrics in _noted(learner, found, task.config.batch_size):
                 yield {"num_steps": stage.num_steps, **metrics}
-            if out is None:
+            folder = None if out is None else stage.folder
+            if folder is None:
                 learner.model = _finished(learner.model.denoiser, description, task.config.batch_size, fixed)
             else:
-                learner.model = _with_frozen(load_plain(stage.folder, learner.model), fixed)
+                learner.model = _with_frozen(load_plain(folder, learner.model), fixed)
 
     return Training(model, work, sum(stage.updates(config) for stage in stages))
 
@@ -260,11 +264,11 @@ def _in_folder(
     stage: Stage,
     config: DistillConfig,
     images: TrainingData,
+    engine: Engine,
     description: CheckpointConfig,
     on_start: Callable[[TrainStep], object],
 ) -> Iterator[Metrics]:
     """Do what is left of a stage in its folder."""
-    engine = build_engine(config)
     with locked(stage.folder, kind=RUN, mine=engine.is_main):
         if is_run(stage.folder):
             found = recorded(stage.folder)
