@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vdiff
-from tests.commands import ROOT
+from tests.commands import ROOT, done, tree
 from tests.oracles import randn
+from tests.test_data_preparation import picture, write
 from tests.toy import (
     SIZE,
     UNET,
@@ -32,6 +34,7 @@ from tests.toy import (
     write_checkpoint,
     write_dataset,
 )
+from vdiff.data.store import ImageStore
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors, weights_fingerprint
 from vdiff.training.base import resolve_training
@@ -55,6 +58,33 @@ def teacher(tmp_path: Path, data: Path) -> Path:
 
 def images(count: int = 10) -> torch.Tensor:
     return randn(count, 1, SIZE, SIZE, dtype=torch.float32).clamp(-1, 1)
+
+
+# Preparing
+
+
+def test_prepare_makes_the_dataset_of_the_command(tmp_path):
+    """In its usual form, and with every kind of argument."""
+    files = {f"{name}/{k}.png": picture(k) for k, name in enumerate(["cat", "dog", "cat"])}
+    source = write(tmp_path / "pictures", files)
+    for name, words, options in (
+        ("usual", "", {}),
+        ("own", "--size 4,8 --channels 1 --crop pad --format webp", {
+            "size": (8, 4), "channels": 1, "crop": "pad", "image_format": "webp", "num_workers": 1,
+        }),
+        ("small", "--size 4", {"size": 4}),
+    ):  # fmt: skip
+        made = vdiff.prepare(source, out=tmp_path / "api" / name, **options)
+        assert made == tmp_path / "api" / name
+        done(f"prepare_data.py {source} --out {tmp_path / 'command' / name} {words}")
+        assert tree(made) == tree(tmp_path / "command" / name)
+    with pytest.raises(VdiffError, match="small exists already"):
+        vdiff.prepare(source, out=made, size=8)
+    vdiff.prepare(source, out=made, size=8, overwrite=True)
+    with closing(ImageStore(made)) as store:
+        assert (len(store), store.meta.sizes, store.meta.class_names) == (3, (8,), ("cat", "dog"))
+    with pytest.raises(ValueError, match=r"sizes \(0,\); need distinct sizes >= 1"):
+        vdiff.prepare(source, out=tmp_path / "none", size=0)
 
 
 # Data

@@ -64,10 +64,12 @@ def prepare(
 
     Raises:
         VdiffError: see `vdiff.data.preparation.prepare`.
+        ValueError: a size, or another field of the conversion, that it cannot have.
     """
     opened = open_source(None if source is None else str(source), SourceOptions(Path("downloads"), "", "", ""))
     usual = opened.defaults
-    sizes = (size or usual.size,) if size is None or isinstance(size, int) else tuple(sorted(set(size)))
+    size = usual.size if size is None else size
+    sizes = (size,) if isinstance(size, int) else tuple(sorted(set(size)))
     values = {"channels": usual.channels, "image_format": usual.image_format, **conversion}
     config = ConversionConfig(sizes=sizes, **values)
     return prepare_source(opened, Path(out), config, num_workers=num_workers, overwrite=overwrite).path
