@@ -127,6 +127,10 @@ def test_training_cut_and_resumed_ends_with_the_same_bits_and_is_distilled(name,
     assert torch.equal(loaded(out / "base_0", name).sample(3, seed=1), samples)
     assert not torch.equal(trained.sample(3, steps=2, seed=1), samples)
 
+    follower = vdiff.distill(trained, method="trajectory", to_steps=2, num_iters=2, **SETTINGS).finish()
+    assert (follower.config.dataset, follower.config.num_timesteps) == ("no images", 2)
+    assert follower.sample(3).isfinite().all()
+
 
 @every_network
 def test_a_folder_says_kind_and_shape_and_builds_the_network_again(name, tmp_path):
@@ -234,6 +238,17 @@ def test_commands_draw_and_export_what_a_folder_builds_and_refuse_the_rest(tmp_p
     refused = "these are the weights of a network in Python, tests.test_backbones.Mlp: its code is not in the folder"
     assert refused in error("sample.py --checkpoint mlp --out no", 1)
     assert "only vdiff's UNet is written in diffusers' form" in error("vdiff export diffusers unet_2d no", 1)
+
+
+def test_datasets_have_no_samples_that_are_not_square(tmp_path, monkeypatch):
+    """Only a method that needs none distils such a teacher by the command."""
+    monkeypatch.chdir(tmp_path)
+    model_of("unet_2d").save(Path("oblong"))
+    words = "distill.py --base oblong --phases 4,2 --preset toy --num_iters 2 --device cpu --num_workers 0"
+    line = error(words, 2)
+    assert "oblong draws samples of 1 × 4 × 8, and datasets hold square images; distil it in Python" in line
+    done(f"{words} --method trajectory")
+    assert vdiff.load("base_0").sample(2).shape == (2, 1, 4, 8)
 
 
 @pytest.mark.parametrize(("name", "form"), [("unet_1d", "png"), ("unet_2d", "npz"), ("unet_2d", "lmdb")])

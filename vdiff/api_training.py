@@ -32,7 +32,7 @@ from vdiff.training.engine import Engine, build_engine
 from vdiff.training.folder import RUN, check_resumable, check_same_run, is_run, recorded, start_anew
 from vdiff.training.loop import Run, metrics_in_memory, metrics_of
 from vdiff.training.presets import read_preset, recorded_layer
-from vdiff.training.stages import Stage, plan_stages, teachers_images
+from vdiff.training.stages import Stage, is_there, plan_stages, teachers_images
 from vdiff.training.step import Task, TrainStep
 from vdiff.training.student import describe_student, stage_task, student_of
 from vdiff.training.tensors import TensorData
@@ -221,7 +221,8 @@ def distill(
     config = replace(config, base=(root / "teacher").as_posix())
     stages = plan_stages(config, model.config)
     if data is None or isinstance(data, str | Path):
-        images = teachers_images(config if data else replace(config, data=model.config.dataset), model.config)
+        own = model.config.dataset if METHODS[config.method].needs_images or is_there(model.config.dataset) else ""
+        images = teachers_images(config if data else replace(config, data=own), model.config)
     else:
         images = _data_of(data, model.shape)
 

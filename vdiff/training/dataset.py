@@ -22,7 +22,7 @@ TENSORS = "tensors"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images of a run.
+    """The images of a run, or samples of another `shape`; empty: square images.
 
     Without a `store` they are only assumed, to see what a preset would cost, or there are none, since the method needs
     none (`none_needed`).
@@ -33,6 +33,11 @@ class TrainingData:
     class_names: list[str] = field(default_factory=list)
     store: AnyStore | None = None
     none_needed: bool = False
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.shape:
+            object.__setattr__(self, "shape", (self.channels, self.image_size, self.image_size))
 
     @property
     def name(self) -> str:
@@ -49,9 +54,8 @@ class TrainingData:
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
         """This process's share of the batches, in the order that the seed gives."""
         if self.none_needed:
-            shape = (self.channels, self.image_size, self.image_size)
             share = engine.part(config.batch_size)
-            return ClassesOnly(shape, len(self.class_names), config.seed, config.batch_size, share)
+            return ClassesOnly(self.shape, len(self.class_names), config.seed, config.batch_size, share)
         assert self.store is not None, "images that are only assumed cannot be read"
         return open_batches(
             self.store,
@@ -89,7 +93,8 @@ class ClassesOnly:
 
 def no_images(teacher: CheckpointConfig) -> TrainingData:
     """No images at all, of the teacher's kind."""
-    return TrainingData(teacher.shape[-1], teacher.shape[0], list(teacher.class_names), none_needed=True)
+    shape = teacher.shape
+    return TrainingData(shape[-1], shape[0], list(teacher.class_names), none_needed=True, shape=shape)
 
 
 def open_images(path: str, image_size: int | None) -> TrainingData:

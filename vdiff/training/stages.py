@@ -105,8 +105,7 @@ def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> 
     ways = {"--phases": config.phases, "--to_steps": config.to_steps, "--stages": config.stages}
     if len(given := [name for name, value in ways.items() if value]) > 1:
         raise OptionError(f"{given[0]} and {given[1]} say the same in two ways", "give one of them")
-    is_there = "://" in teacher.dataset or Path(teacher.dataset).exists()
-    data = config.data or (teacher.dataset if is_there else "")
+    data = config.data or (teacher.dataset if is_there(teacher.dataset) else "")
     return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
 
 
@@ -134,6 +133,11 @@ def _preset_of(base: Path) -> str:
     return str(settings.train.get("preset") or settings.distill.get("preset") or "")
 
 
+def is_there(dataset: str) -> bool:
+    """Whether a dataset that a checkpoint records can still be opened: it is a folder here, or lies on a server."""
+    return "://" in dataset or Path(dataset).exists()
+
+
 def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> TrainingData:
     """The dataset of a ladder, which must be of the teacher's kind; a method that needs none does without.
 
@@ -142,12 +146,12 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> Trainin
     """
     if not METHODS[config.method].needs_images and not config.data and teacher.prediction != "eps":
         return no_images(teacher)
-    images = open_images(config.data, teacher.image_size or None)
-    if images.image_size != teacher.image_size:
+    if not teacher.image_size:
         raise OptionError(
             f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, and datasets hold square images",
-            "distil it in Python, with vdiff.distill",
+            "distil it in Python: vdiff.distill takes tensors as data",
         )
+    images = open_images(config.data, teacher.image_size)
     if images.channels != teacher.shape[0]:
         raise OptionError(
             f"{images.name} has {images.channels} channels, the teacher {teacher.shape[0]}",

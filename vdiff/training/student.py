@@ -183,7 +183,7 @@ def _seconds(stage: Stage, config: DistillConfig, images: TrainingData, engine: 
     run = stage_run(stage, config, images, engine, {})
     update = TrainStep(run, engine)
     share = engine.part(config.batch_size)
-    size = (share.stop - share.start, images.channels, images.image_size, images.image_size)
+    size = (share.stop - share.start, *images.shape)
     batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))
     times = []
     for step in range(TIMED_UPDATES + 1):

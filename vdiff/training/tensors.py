@@ -104,7 +104,6 @@ class TensorData(TrainingData):
     """Samples of `shape` from an iterable of tensors, see `TensorBatches`; a checkpoint records no path of them."""
 
     tensors: Iterable[Any]
-    shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
