@@ -78,7 +78,7 @@ class Adversarial(Method):
         inputs = {SECOND_TIME: (t - 1 / context.num_steps).clamp(min=0)}
         assert context.student is not None
         assert context.student(z, t, **inputs).x.shape == z.shape
-        return TrainTarget(z, t, (context.teacher(z, t).x + x) / 2, inputs=inputs)
+        return TrainTarget(z, t, (context.teacher(z, t, **inputs).x + x) / 2, inputs=inputs)
 
     def networks(self, student: nn.Module) -> nn.Module:
         assert next(student.parameters()).requires_grad
@@ -265,6 +265,17 @@ def test_a_student_takes_a_second_time_its_teacher_does_not(data, teacher):
     assert (near - far).abs().max() > 1e-6
     torch.testing.assert_close(student(z, t).x, student(z, t, Condition({SECOND_TIME: t})).x)
     assert not torch.equal(student(z, t).x, near)
+
+
+def test_only_a_method_that_gives_a_second_time_distils_a_student_that_takes_it(data, teacher):
+    folder = run_ladder(distill_config(data, teacher, **{**SETTINGS, "phases": "8,4"}), read_config(teacher))[0].folder
+    described, options = read_config(folder), {**SETTINGS, "phases": "4,2"}
+    for method in ("progressive", "match"):
+        steps = {} if method == "match" else {"phases": "4,2"}
+        with pytest.raises(OptionError, match=f"--method {method} does not give the teacher the second time that it"):
+            plan_stages(distill_config(data, folder, method=method, **steps), described)
+    (stage,) = run_ladder(distill_config(data, folder, **options), described)
+    assert read_config(stage.folder).num_timesteps == 2
 
 
 def test_a_sampler_tells_where_its_step_ends(data, teacher):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vdiff.diffusion.phases import halving_plan, single_plan, two_phase_plan
 from vdiff.diffusion.prediction import Prediction
-from vdiff.diffusion.samplers import SAMPLERS, Denoise, ddim_step, sample
+from vdiff.diffusion.samplers import SAMPLERS, ddim_step, sample
 from vdiff.diffusion.schedules import Schedule, alpha_sigma, diffuse, grid_angles, grid_times
 from vdiff.diffusion.targets import addim_velocity, grid_times_of, invert_ddim, progressive_target, segment_target
 from vdiff.errors import OptionError
@@ -43,8 +43,8 @@ class TrainTarget:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Student = Callable[..., Prediction]
-"""(z, t, **inputs) → Prediction: a `Denoise` whose network may take more, by name."""
+DenoiseWith = Callable[..., Prediction]
+"""(z, t, **inputs) → Prediction: a `stepping.Denoise` whose network may take more, by name."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class DistillContext:
         networks: those of the method, without gradient; None: it has none.
     """
 
-    teacher: Denoise
+    teacher: DenoiseWith
     schedule: Schedule
     num_steps: int
     teacher_steps: int
     levels: int | None = None
-    student: Student | None = None
-    average: Student | None = None
+    student: DenoiseWith | None = None
+    average: DenoiseWith | None = None
     progress: float = 0.0
     predicts_noise: bool = False
     networks: nn.Module | None = None
@@ -101,7 +101,8 @@ class Method(ABC):
         is_annealed: whether targets depend on how much of the training is done.
         has_fine_times: targets lie at the times of the teacher's steps, not at those of the student's alone.
         network_options: options of the student's network that its teacher's need not have. With `second_time` it takes
-            the time where a step ends, which samplers tell it: targets and questions give `inputs` "second_time".
+            the time where a step ends, which samplers give it. The method gives it too: in `TrainTarget.inputs`, and by
+            name to the context's student, and to its teacher, which may be such a student.
     """
 
     keeps_steps: ClassVar[bool] = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vdiff.diffusion.distillation import DistillContext, Method, Student, TrainTarget
+from vdiff.diffusion.distillation import DenoiseWith, DistillContext, Method, TrainTarget
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.diffusion.targets import grid_times_of
@@ -104,7 +104,7 @@ class DistillationObjective:
 
 def bind_condition(
     denoiser: Denoiser, condition: Condition, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
-) -> Student:
+) -> DenoiseWith:
     """The denoiser with the first rows of the condition, as many as z has, and what a method adds to them by name.
 
     Weights that are still to be trained must not be seen under `inference_mode`, which FSDP would not forget.

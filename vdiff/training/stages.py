@@ -15,6 +15,7 @@ from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
 from vdiff.errors import OptionError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.condition import SECOND_TIME
 from vdiff.models.kinds import UNET
 from vdiff.records import RUN_FILE
 from vdiff.settings import COMMAND_LINE, parameters
@@ -214,6 +215,11 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
         steps += [(method, before, after) for before, after in zip([first, *students], students, strict=False)]
     elif config.method == "match" and is_shortened:
         raise OptionError("--method match keeps the teacher's steps", "leave --to_steps, --stages and --phases out")
+    if SECOND_TIME in teacher.signature.names and SECOND_TIME not in METHODS[steps[0][0]].network_options:
+        raise OptionError(
+            f"--method {steps[0][0]} does not give the teacher the second time that it takes",
+            f"give --method {teacher.method}, or another --base",
+        )
     return steps
 
 
