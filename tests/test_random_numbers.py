@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.toy import assert_equal_bits, fit_run, run_of, signal_at, train_config, write_dataset
+from tests.toy import Watcher, assert_equal_bits, fit_run, run_of, signal_at, train_config, write_dataset
 from vdiff.data.batches import Batch
 from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import WEIGHTS, read_metadata
@@ -194,12 +194,14 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_random_numbers(data, tmp_p
         with pytest.raises(Interrupted):
             fit_run(run_of(config, tmp_path / "cut"), signal_at(2))
     with pytest.raises(Interrupted):
-        fit_run(run_of(config, tmp_path / "cut"), signal_at(4))
+        fit_run(run_of(config, tmp_path / "cut"), again := signal_at(4))
+    assert "cut was begun by an earlier version: it goes on with the random numbers of that version" in again.lines[0]
     assert "random" not in read_metadata(state_path(tmp_path / "cut"))
     fit_run(run_of(config, tmp_path / "cut"))
     for name in (Path(WEIGHTS), state_path(Path())):
         assert_equal_bits(tmp_path / "cut" / name, tmp_path / "whole" / name)
-    fit_run(run_of(config, tmp_path / "new"))
+    fit_run(run_of(config, tmp_path / "new"), new := Watcher())
+    assert not any("earlier version" in line for line in new.lines)
     assert read_metadata(state_path(tmp_path / "new"))["random"] == "philox"
     with pytest.raises(AssertionError, match="tensors differ"):
         assert_equal_bits(tmp_path / "new" / WEIGHTS, tmp_path / "whole" / WEIGHTS)
