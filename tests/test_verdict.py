@@ -243,7 +243,11 @@ def test_samples_without_bounds_are_compared_as_they_are(tmp_path):
     checked = examine(examiner(), base, student, measure_distance=False)
     stages, device = [Stage(base, 8, student, 4)], torch.device("cpu")
     row = compare(stages, seed=3, device=device, reporter=Watcher(), budget=10**9)[1]
-    for error, seed, count in ((checked.rmse, HELD_OUT + 3, 5), (row.rmse_to_first, 3, 24), (row.rmse_to_teacher, 3, 24)):
+    for error, seed, count in (
+        (checked.rmse, HELD_OUT + 3, 5),
+        (row.rmse_to_first, 3, 24),
+        (row.rmse_to_teacher, 3, 24),
+    ):
         theirs, mine = (vdiff.load(path).sample(count, seed=seed).numpy() for path in (base, student))
         assert np.abs(theirs).max() > 1.2
         assert error == pytest.approx(distance(mine, theirs), rel=1e-4)
