@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate import Accelerator
 from click.testing import CliRunner
 from torch import Tensor, nn
 
@@ -220,6 +221,19 @@ def test_a_gradient_that_is_not_finite_changes_no_critic(data, teacher, monkeypa
     monkeypatch.setattr(Adversarial, "network_loss", lambda _, networks, target, __: networks(target.x) * torch.nan)
     _, critic, after = first_update(data, teacher)
     assert_equal_tensors(after.networks.networks.state_dict(), critic.state_dict())
+
+
+def test_a_critic_learns_in_fp32_where_losses_are_scaled(data, teacher, monkeypatch):
+    """The scale of fp16 is that of the student's loss alone; a scale that is switched off stands for it here."""
+    seen = []
+    make = Adversarial.network_loss
+    monkeypatch.setattr(
+        Adversarial, "network_loss", lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or make(*args)
+    )
+    for scaler in (None, torch.amp.GradScaler("cpu", enabled=False)):
+        monkeypatch.setattr(Accelerator, "scaler", property(lambda _, it=scaler: it, lambda *_: None), raising=False)
+        first_update(data, teacher, precision="bf16")
+    assert seen == [True, False]
 
 
 def test_a_run_that_is_cut_ends_with_the_same_bits(data, teacher, tmp_path):

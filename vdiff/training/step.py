@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -129,7 +130,8 @@ class TrainStep:
                     counted = counted if added is None else counted + added
                 accelerator.backward(counted.mean() / len(self._parts))
             if self.networks is not None:
-                with accelerator.autocast():
+                # a method's own loss is not scaled: with fp16 it is computed in fp32
+                with accelerator.autocast() if accelerator.scaler is None else nullcontext():
                     self.networks.accumulate(target, prediction, len(self._parts))
             losses.append(each.detach())
             times.append(target.t)
