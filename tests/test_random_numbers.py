@@ -10,10 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.toy import Watcher, assert_equal_bits, fit_run, run_of, signal_at, train_config, write_dataset
+from tests.toy import (
+    UNET,
+    Watcher,
+    assert_equal_bits,
+    distill_config,
+    fit_run,
+    run_of,
+    signal_at,
+    train_config,
+    write_checkpoint,
+    write_dataset,
+)
 from vdiff.data.batches import Batch
 from vdiff.errors import Interrupted
-from vdiff.models.checkpoint import WEIGHTS, read_metadata
+from vdiff.models.checkpoint import WEIGHTS, read_config, read_metadata
+from vdiff.models.unet import UNetConfig
+from vdiff.training.dataset import open_images
 from vdiff.training.engine import Engine, build_engine
 from vdiff.training.loop import Run
 from vdiff.training.objectives import StudentState, TrainBatch, TrainTarget
@@ -27,8 +40,10 @@ from vdiff.training.random_numbers import (
     philox,
     philox_on_device,
 )
+from vdiff.training.stages import plan_stages
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep
+from vdiff.training.student import stage_run
 
 CPU = torch.device("cpu")
 PLACES = [
@@ -145,7 +160,9 @@ class ShownError(Exception):
     """What an update was given."""
 
 
-def given_to(run: Run, engine: Engine, step: int, *, old: bool = False) -> TrainBatch:
+def given_to(
+    run: Run, engine: Engine, step: int, *, old: bool = False, classes: torch.Tensor | None = None
+) -> TrainBatch:
     """The batch that the objective sees in an update, the first part of it."""
 
     def show(batch: TrainBatch, _: StudentState) -> TrainTarget:
@@ -155,7 +172,7 @@ def given_to(run: Run, engine: Engine, step: int, *, old: bool = False) -> Train
     update.draws_whole_batch = old
     share = engine.part(run.config.batch_size)
     with pytest.raises(ShownError) as shown:
-        update(step, Batch(torch.zeros(share.stop - share.start, 1, 4, 4), None))
+        update(step, Batch(torch.zeros(share.stop - share.start, 1, 4, 4), None if classes is None else classes[share]))
     batch: TrainBatch = shown.value.args[0]
     return batch
 
@@ -183,6 +200,36 @@ def test_processes_draw_the_batch_of_one(data, tmp_path, monkeypatch, old, world
         assert blocks == ([] if old else list(range(8 * blocks_of_a_sample)))  # each of them once
     assert not torch.equal(given_to(run, engine, 4, old=old).noise, whole.noise)
     assert not torch.equal(given_to(run, engine, 3, old=not old).noise, whole.noise)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_processes_and_parts_have_the_classes_and_weights_of_guidance_of_one(tmp_path, old):
+    """Some classes are dropped; a part of a batch (`grad_accum`) has what its samples have in the whole."""
+    data, base = write_dataset(tmp_path / "classes_4", classes=("a", "b")), tmp_path / "original"
+    unet = {**UNET, "in_channels": 1, "out_channels": 1, "num_classes": 2, "null_class": True}
+    write_checkpoint(base, dataset=str(data), unet=UNetConfig.from_dict(unet).to_dict(), class_names=["a", "b"])
+    config = distill_config(data, base, method="guided", class_dropout=0.4, batch_size=16)
+    (stage,), images, engine = plan_stages(config, read_config(base)), open_images(str(data), 4), build_engine(config)
+    run = stage_run(stage, stage.settings(config), images, engine, {})
+    classes = torch.arange(16) % 2
+    whole = given_to(run, engine, 3, old=old, classes=classes)
+    dropped = whole.condition.tensors["classes"] == 2
+    assert 0 < dropped.sum() < 16
+    assert torch.equal(whole.condition.tensors["classes"][~dropped], classes[~dropped])
+    weights = whole.condition.tensors["guidance"]
+    assert 0 <= weights.min() < 1.5
+    assert 2.5 < weights.max() <= 4
+    in_parts = replace(run, config=replace(run.config, grad_accum=2))
+    for found, rows in (
+        *((given_to(run, replace(engine, rank=k, world_size=2), 3, old=old, classes=classes), slice(8 * k, 8 * k + 8))
+          for k in range(2)),
+        (given_to(in_parts, replace(engine, rank=1, world_size=2), 3, old=old, classes=classes), slice(8, 12)),
+        (given_to(in_parts, engine, 3, old=old, classes=classes), slice(0, 8)),
+    ):  # fmt: skip
+        for name, tensor in whole.condition.tensors.items():
+            assert torch.equal(found.condition.tensors[name], tensor[rows])
+        assert torch.equal(found.noise, whole.noise[rows])
+        assert torch.equal(found.u, whole.u[rows])
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_its_random_numbers(data, tmp_path, monkeypatch):
