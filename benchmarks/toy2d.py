@@ -44,27 +44,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import vdiff
-from benchmarks.plane import (
-    DATA,
-    MODES,
-    PARTS,
-    TEACHER_STEPS,
-    Mlp,
-    Points,
-    Scale,
-    guided_student,
-    learning,
-    new_teacher,
-    panel,
-    ring,
-    rms,
-    shadows,
-)
+from benchmarks import plane
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.data.images import captioned_grid, save_png
 
 STEPS = (1, 2, 4, 8)
-COLUMNS, EVALUATIONS = (*STEPS, TEACHER_STEPS), "evaluations"
+COLUMNS, EVALUATIONS = (*STEPS, plane.TEACHER_STEPS), "evaluations"
 HEAD = ["data", "", *(f"W, {k}" for k in COLUMNS), *(f"RMSE, {k}" for k in COLUMNS), EVALUATIONS]
 COMPARED = ("progressive", "tract", "consistency", "trajectory")
 SAMPLERS_TRIED = ("ddim", "dpmpp_2m", "dpmpp_3m", "heun")
@@ -72,7 +57,7 @@ SHORTENED = ("progressive", "tract")
 WEIGHTS = (0.0, 1.0, 3.0)
 PICTURED = 2000
 COLOURS = 128
-QUICK = Scale(seeds=1, data=2**14, teacher=400, part=25, points=1024, directions=16)
+QUICK = plane.Scale(seeds=1, data=2**14, teacher=400, part=25, points=1024, directions=16)
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "progressive": [{}, {"last_factor": 1.0}, {"ema_remainder": 1e-3}, {"lr_schedule": "constant"}],
     "tract": [
@@ -112,9 +97,9 @@ class Examination:
 
     def add(self, values: Values, row: str, steps: int, points: Tensor) -> None:
         """Measure where `steps` evaluations lead z, (n, 2)."""
-        distance = rms(shadows(points, len(self.real)) - self.real)
+        distance = plane.rms(plane.shadows(points, len(self.real)) - self.real)
         values[self.data, row, f"W, {steps}"].append(distance)
-        values[self.data, row, f"RMSE, {steps}"].append(rms(points - self.target))
+        values[self.data, row, f"RMSE, {steps}"].append(plane.rms(points - self.target))
 
 
 def points_of(model: vdiff.Model, z: Tensor, steps: int, sampler: str = "ddim", guidance: float = 0.0) -> Tensor:
@@ -123,30 +108,30 @@ def points_of(model: vdiff.Model, z: Tensor, steps: int, sampler: str = "ddim", 
 
 
 def students_of(
-    teacher: vdiff.Model, data: list[Points], seed: int, scale: Scale, method: str, changes: dict[str, Any]
+    teacher: vdiff.Model, data: list[plane.Points], seed: int, scale: plane.Scale, method: str, changes: dict[str, Any]
 ) -> tuple[dict[int, vdiff.Model], int]:
     """Steps → the student of a method, and the evaluations for the one of 1 step."""
     found = {}
     for steps in sorted(STEPS, reverse=True):
-        before = Mlp.evaluations
-        found[steps] = learning(
-            teacher, data, seed, scale, PARTS[steps], method=method, to_steps=steps, **changes
+        before = plane.Mlp.evaluations
+        found[steps] = plane.learning(
+            teacher, data, seed, scale, plane.PARTS[steps], method=method, to_steps=steps, **changes
         ).finish()
-    return found, Mlp.evaluations - before
+    return found, plane.Mlp.evaluations - before
 
 
 def compare(
-    name: str, seed: int, scale: Scale, variants: Sequence[tuple[str, dict[str, Any]]], values: Values, maps: Maps
+    name: str, seed: int, scale: plane.Scale, variants: Sequence[tuple[str, dict[str, Any]]], values: Values, maps: Maps
 ) -> None:
     """Measure the teacher of a data set and a seed with every sampler, and the students of each method."""
     generator = torch.Generator().manual_seed(1 + seed)
-    data, real, other = (DATA[name](count, generator) for count in (scale.data, scale.points, scale.points))
-    teacher = new_teacher([data], seed, scale)
+    data, real, other = (plane.DATA[name](count, generator) for count in (scale.data, scale.points, scale.points))
+    teacher = plane.new_teacher([data], seed, scale)
     z = torch.randn(scale.points, 2, generator=torch.Generator().manual_seed(0))
-    target = points_of(teacher, z, TEACHER_STEPS)
-    examination = Examination(name, z, shadows(real[0], scale.directions), target)
-    values[name, "other data", f"W, {TEACHER_STEPS}"].append(
-        rms(shadows(other[0], scale.directions) - examination.real)
+    target = points_of(teacher, z, plane.TEACHER_STEPS)
+    examination = Examination(name, z, plane.shadows(real[0], scale.directions), target)
+    values[name, "other data", f"W, {plane.TEACHER_STEPS}"].append(
+        plane.rms(plane.shadows(other[0], scale.directions) - examination.real)
     )
     for sampler in SAMPLERS_TRIED:
         for evaluations in COLUMNS:
@@ -168,18 +153,18 @@ def compare(
         print(f"{name}, seed {seed}, {row}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
-def compare_guided(seed: int, scale: Scale, values: Values) -> None:
+def compare_guided(seed: int, scale: plane.Scale, values: Values) -> None:
     """Measure, for each weight of guidance, the guided teacher with DDIM and the students of `guided`."""
     generator = torch.Generator().manual_seed(1 + seed)
-    data = [ring(scale.data, generator)]
-    teacher = new_teacher(data, seed, scale, num_classes=MODES)
-    guided = guided_student(teacher, data, seed, scale)
+    data = [plane.ring(scale.data, generator)]
+    teacher = plane.new_teacher(data, seed, scale, num_classes=plane.MODES)
+    guided = plane.guided_student(teacher, data, seed, scale)
     students = {method: students_of(guided, data, seed, scale, method, {}) for method in SHORTENED}
     noise = torch.Generator().manual_seed(3)
     z, other = (torch.randn(scale.points, 2, generator=noise) for _ in range(2))
     for weight in WEIGHTS:
-        here, there = (points_of(teacher, start, TEACHER_STEPS, guidance=weight) for start in (z, other))
-        examination = Examination(f"ring, w = {weight:g}", z, shadows(there, scale.directions), here)
+        here, there = (points_of(teacher, start, plane.TEACHER_STEPS, guidance=weight) for start in (z, other))
+        examination = Examination(f"ring, w = {weight:g}", z, plane.shadows(there, scale.directions), here)
         for steps in COLUMNS:
             points = points_of(teacher, z, steps, guidance=weight)
             examination.add(values, "guided teacher, ddim", steps, points)
@@ -196,8 +181,8 @@ def compare_guided(seed: int, scale: Scale, values: Values) -> None:
 def add_mean(values: Values) -> None:
     """Add the mean over the data sets, of each seed, as one more of them."""
     for data, row, column in list(values):
-        if data == next(iter(DATA)):
-            sets = zip(*(values[name, row, column] for name in DATA), strict=True)
+        if data == next(iter(plane.DATA)):
+            sets = zip(*(values[name, row, column] for name in plane.DATA), strict=True)
             values["mean", row, column] = [fmean(each) for each in sets]
 
 
@@ -228,13 +213,16 @@ def words(values: Sequence[float], *, bold: bool) -> str:
 def picture(maps: Maps) -> Image:
     """The maps of each data set's first networks: rows in 1 and 4 steps, columns the teacher and the methods."""
     rows, names = [], []
-    for data in DATA:
+    for data in plane.DATA:
         noise = maps[data, "noise", 0]
-        for steps, first in ((1, panel(noise, 3.2, noise)), (4, panel(maps[data, "data", 0]))):
-            led = [maps[data, "teacher", TEACHER_STEPS], *(maps[data, row, steps] for row in ("teacher", *COMPARED))]
-            rows.append([first, *(panel(points, noise=noise) for points in led)])
+        for steps, first in ((1, plane.panel(noise, 3.2, noise)), (4, plane.panel(maps[data, "data", 0]))):
+            led = [
+                maps[data, "teacher", plane.TEACHER_STEPS],
+                *(maps[data, row, steps] for row in ("teacher", *COMPARED)),
+            ]
+            rows.append([first, *(plane.panel(points, noise=noise) for points in led)])
             names.append(f"{data}\n{steps} step{'s' if steps > 1 else ''}")
-    titles = ["noise,\ndata below", f"teacher,\n{TEACHER_STEPS} steps", "teacher", *COMPARED]
+    titles = ["noise,\ndata below", f"teacher,\n{plane.TEACHER_STEPS} steps", "teacher", *COMPARED]
     return captioned_grid(rows, titles, names, "Where noise is led, in the colours of the noise", scale=1)
 
 
@@ -244,10 +232,10 @@ def picture(maps: Maps) -> Image:
 @click.option("--seeds", default=3, show_default=True, help="Networks for each data set.")
 def main(quick: bool, defaults: bool, seeds: int) -> None:
     """Print the table, and write it and the picture to benchmarks/results."""
-    scale = QUICK if quick else Scale(seeds=seeds)
+    scale = QUICK if quick else plane.Scale(seeds=seeds)
     variants = [(method, changes) for method in COMPARED for changes in (VARIANTS[method] if defaults else [{}])]
     values, maps = Values(list), Maps()
-    for name in DATA:
+    for name in plane.DATA:
         for seed in range(scale.seeds):
             compare(name, seed, scale, variants, values, maps)
     add_mean(values)
@@ -258,8 +246,8 @@ def main(quick: bool, defaults: bool, seeds: int) -> None:
         print("\n".join(" | ".join(row) for row in [HEAD, *table]))
         return
     title = (
-        f"Sliced Wasserstein distance W to data and RMSE to the teacher's {TEACHER_STEPS}-step points, "
-        f"n = {scale.points}, {seeds} seeds, {PARTS[1] * scale.part:,} updates × {scale.batch_size} to 1 step"
+        f"Sliced Wasserstein distance W to data and RMSE to the teacher's {plane.TEACHER_STEPS}-step points, "
+        f"n = {scale.points}, {seeds} seeds, {plane.PARTS[1] * scale.part:,} updates × {scale.batch_size} to 1 step"
     )
     write_report("toy2d_defaults" if defaults else "toy2d", title, HEAD, table, machine())
     if not defaults:
