@@ -129,7 +129,7 @@ def test_the_held_out_figures_are_of_unseen_images(trained, held_out):
 
 
 class Off(nn.Module):
-    """ClassStats every image with `error` added."""
+    """Answers every image with `error` added."""
 
     def __init__(self, error: float) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Off(nn.Module):
 
 
 class Always(FeatureClassifier):
-    """ClassStats one class."""
+    """Answers one class."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.one_hot(torch.full((len(images),), 2), 4).float()

@@ -184,7 +184,7 @@ def test_the_page_says_the_figures(html):
     assert "distance to the data is 0.4, 2 times the teacher's 0.2 in 8 steps (Fréchet distance on pixels)" in text
     assert "The teacher itself, drawn in 1 step, is at 4." in text
     assert "2,000 samples each against 1,797 images of data/toy" in text
-    assert "1 row of the evaluation are of other weights than those here" in text
+    assert "Not shown: 1 row of the evaluation, measured with other weights than those here." in text
     assert "n is small." in text
     assert "vdiff evaluate --seed 3" in text
     assert "406 10,000 16 s" in text, "updates, images and seconds of all stages"

@@ -378,7 +378,7 @@ def notes(ladder: LadderRun, found: Distances) -> list[str]:
         result.append(f"The times of {', '.join(doubtful)} cannot be: more evaluations took less time, measured twice.")
     if found.left_out:
         rows = plural(found.left_out, "row")
-        result.append(f"{rows} of the evaluation are of other weights than those here, and left out.")
+        result.append(f"Not shown: {rows} of the evaluation, measured with other weights than those here.")
     return result
 
 
