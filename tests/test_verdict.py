@@ -17,7 +17,7 @@ from tests.oracles import randn
 from tests.toy import COUNT, SIZE, UNET, Watcher, distill_config, write_checkpoint, write_dataset
 from vdiff.cli.distill import distance_to
 from vdiff.data.batches import Batch
-from vdiff.evaluation.features import PixelDistance, pixel_vectors
+from vdiff.evaluation.features import PixelDistance, mean_colours, pixel_vectors
 from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.codec import PIXEL_CODEC, UNBOUNDED, from_uint8
@@ -127,7 +127,7 @@ def test_pictures_are_pooled_to_eight_by_eight():
         np.testing.assert_array_equal(pixel_vectors(small), small.clamp(-1, 1).reshape(3, -1).numpy())
     assert pixel_vectors(randn(2, 1, 9, 8)).shape == (2, 64)
     assert pixel_vectors(randn(2, 1, 8, 9)).shape == (2, 64)
-    assert pixel_vectors(randn(2, 3, 9, 9), side=3).shape == (2, 27)
+    assert mean_colours(randn(2, 3, 9, 9), 3).shape == (2, 3, 3, 3)
     assert pixel_vectors(randn(2, 1, 2, 2, dtype=torch.float32)).dtype == np.float64
 
 

@@ -12,7 +12,7 @@ import click
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import PATH, Command, Names, option, switch
 from vdiff.errors import OptionError, VdiffError, shell
-from vdiff.text import plural
+from vdiff.text import megabytes, plural
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,8 +127,6 @@ def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:
 
 def _rows(facts: dict[str, Any]) -> list[str]:
     """Facts as aligned lines for people."""
-    from vdiff.text import megabytes
-
     updates, tracked = facts["updates"], facts["tracked"]
     span = (
         f"after update {updates[0]}" if len(updates) == 1 else f"{len(updates)}, updates {updates[0]} to {updates[-1]}"

@@ -57,12 +57,14 @@ def as_unit(images: Tensor) -> Tensor:
     return from_uint8(images) if images.dtype == torch.uint8 else PIXEL_CODEC.clip(images.float())
 
 
-def pixel_vectors(images: Tensor, side: int = SIDE) -> NDArray[np.float64]:
-    """The mean colours of `side` × `side` equal parts of each image (its pixels, if it is smaller), clipped to [−1, 1]:
-    (n, C, H, W) → (n, C·side²)."""
-    images = PIXEL_CODEC.clip(images).double()
-    if max(images.shape[-2:]) > side:
-        images = F.adaptive_avg_pool2d(images, side)
+def mean_colours(images: Tensor, side: int) -> Tensor:
+    """The mean colours of `side` × `side` equal parts of each image; images that are not larger stay as they are."""
+    return F.adaptive_avg_pool2d(images, side) if max(images.shape[-2:]) > side else images
+
+
+def pixel_vectors(images: Tensor) -> NDArray[np.float64]:
+    """The `mean_colours` of 8 × 8 parts of each image, clipped to [−1, 1]: (n, C, H, W) → (n, C·64) or fewer."""
+    images = mean_colours(PIXEL_CODEC.clip(images).double(), SIDE)
     vectors: NDArray[np.float64] = images.flatten(1).cpu().numpy()
     return vectors
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from vdiff.data.images import captioned_grid, save_png
-from vdiff.evaluation.features import as_unit
+from vdiff.evaluation.features import as_unit, mean_colours
 from vdiff.evaluation.metrics import Arrays, median_metric, on_device, squared_distances
 from vdiff.evaluation.reference import ReferenceImages, random_subset
 from vdiff.evaluation.results import EvalRow, Metric
@@ -33,17 +32,13 @@ COLUMNS, BANDS = 8, 6
 
 def thumbnails(images: Tensor) -> Tensor:
     """(n, C, H, W) in [−1, 1], as uint8 of at most `SHOWN_SIDE` pixels a side."""
-    if max(images.shape[-2:]) > SHOWN_SIDE:
-        images = F.adaptive_avg_pool2d(images.float(), SHOWN_SIDE)
-    return to_uint8(PIXEL_CODEC.clip(images))
+    return to_uint8(PIXEL_CODEC.clip(mean_colours(images.float(), SHOWN_SIDE)))
 
 
 def search_vectors(images: Tensor) -> NDArray[np.float32]:
     """(n, C, H, W) uint8 → (n, D) float32: pixels in [−1, 1], or the mean colours of 32 × 32 parts."""
     x = as_unit(thumbnails(as_unit(images)))  # the data lose the same precision as the samples
-    if max(x.shape[-2:]) > SEARCH_SIDE:
-        x = F.adaptive_avg_pool2d(x, SEARCH_SIDE)
-    vectors: NDArray[np.float32] = x.flatten(1).cpu().numpy()
+    vectors: NDArray[np.float32] = mean_colours(x, SEARCH_SIDE).flatten(1).cpu().numpy()
     return vectors
 
 

@@ -11,14 +11,7 @@ from typing import Any
 
 from vdiff.evaluation.results import EvalRow, Evaluation, Metric
 from vdiff.records import RUN_FILE
-from vdiff.report.formatting import (
-    bounded,
-    figure,
-    milliseconds_text,
-    seconds_text,
-    times_text,
-    whole,
-)
+from vdiff.report.formatting import bounded, figure, milliseconds_text, seconds_text, times_text, whole
 from vdiff.report.ladder import PLAIN, LadderModel, LadderRun
 from vdiff.report.plots import Curve, Point
 from vdiff.reporting import DOUBTFUL
