@@ -1,6 +1,6 @@
 # make quickstart    set up, then digits in 1 to 1024 steps, and a page about it: checkpoints/report.html
 # make test          set up, then all checks and the tests but the slow ones
-# make test_all      the slow tests too: kills at many points, launched processes, exports
+# make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
 # make rounding      numeric tests with the rounding of a processor without vector instructions
 # make check         lint, format and types alone
 # make docs          docs/commands.md from --help; the README's pictures and table from the quickstart's report
