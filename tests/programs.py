@@ -1,4 +1,4 @@
-"""Programs that start at once: forks of one process that has imported torch; several as a launcher has them."""
+"""Programs that start at once: forks of one process that has imported torch already; also several, as by a launcher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing import forkserver, util
+from multiprocessing import util
 from pathlib import Path
 from unittest import mock
 
@@ -32,15 +32,15 @@ SLOW = [
     "vdiff.training.comparison",
     "vdiff.training.ladder",
 ]
-"""Imported once and not in every fork. The tests' own process cannot be forked: autograd may have threads there."""
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__, *SLOW])
+"""Imported once, and not in every fork. The forks are not of pytest's own process: autograd may have threads there."""
+IS_WINDOWS = os.name == "nt"
+SERVER = multiprocessing.get_context("spawn" if IS_WINDOWS else "forkserver")
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-"""Warnings that Python does not show by itself."""
+"""Warnings that Python does not show by default."""
 
 
 class Forked:
-    """A running program, with what `subprocess.Popen` has of it.
+    """A running program, with the part of the interface of `subprocess.Popen` that tests use.
 
     Args:
         act: what it does: a function of a module, or a partial of one.
@@ -65,7 +65,9 @@ class Forked:
         """What it said on stdout and stderr, at its end."""
         self.process.join(timeout)
         if self.returncode is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            if not IS_WINDOWS:
+                os.killpg(self.pid, signal.SIGKILL)
+            self.process.kill()
             self.process.join()
         stdout, stderr = (path.read_text() if path.exists() else "" for path in self.said)
         shutil.rmtree(self.folder)
@@ -77,14 +79,24 @@ class Forked:
 
 
 def serve() -> None:
-    """Start the server, if it does not run, with this package on its path: it does not take over `sys.path`."""
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent)):
+    """Start the server of forks if it does not run; Windows has no forks, there each program is spawned.
+
+    The server does not take over `sys.path`, so the path of this package goes first into PYTHONPATH.
+    """
+    if IS_WINDOWS:
+        return
+    from multiprocessing import forkserver
+
+    SERVER.set_forkserver_preload([__name__, *SLOW])
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
         forkserver.ensure_running()
 
 
 def become(act: Callable[[], object], folder: Path, env: Mapping[str, str], said: list[Path]) -> None:
-    """Be a program that does `act`, in a process group of its own."""
-    os.setsid()
+    """Turn this process into a program that does `act`, in a process group of its own."""
+    if not IS_WINDOWS:
+        os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
@@ -144,6 +156,6 @@ def launch(act: Callable[[], object], folder: Path, count: int = 2) -> list[Fork
 
 
 def ends(programs: list[Forked], timeout: float = 300) -> tuple[list[int | None], str, str]:
-    """The exit codes of processes, and all that they said on stdout and on stderr, the first one first."""
+    """The exit codes of processes, and the text of all of them on stdout and on stderr, in their order."""
     said = [program.communicate(timeout) for program in programs]
     return [program.returncode for program in programs], "".join(s[0] for s in said), "".join(s[1] for s in said)
