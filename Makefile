@@ -3,7 +3,7 @@
 # make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
 # make rounding      numeric tests with the rounding of a processor without vector instructions
 # make check         lint, format and types alone
-# make docs          docs/commands.md from --help; the README's pictures and table from the quickstart's report
+# make docs          docs/commands.md from --help; figures and pictures of README and docs/benchmarks.md
 # make benchmarks    the tables in benchmarks/results
 # make clean         remove the set-up and what tools left behind; data and checkpoints stay
 

@@ -1,6 +1,7 @@
-"""Bring README.md up to the ladder in checkpoints/: `python docs/make_readme.py`, as `make docs` does.
+"""Update the figures of README.md and docs/benchmarks.md from checkpoints/: `python docs/make_readme.py` (`make docs`).
 
-The table between the two marks, the ladder's picture, and (where Chromium is there) a picture of the report.
+It writes the text between the two marks in both files, copies the ladder's picture, and, if Chromium is installed,
+photographs the report.
 """
 
 from __future__ import annotations
@@ -18,13 +19,34 @@ from vdiff.report.content import Distances, distances_of, milliseconds
 from vdiff.report.formatting import figure
 from vdiff.report.ladder import LadderRun, read_ladder
 from vdiff.report.page import write_report
+from vdiff.text import plural
 
 ROOT = Path(__file__).parent.parent
-README, IMAGES = ROOT / "README.md", ROOT / "docs" / "images"
+README, BENCHMARKS, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
 BEGIN, END = "<!-- figures: make docs -->", "<!-- /figures -->"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WINDOW = (1280, 1660)
 COLOURS = 96
+
+
+def sentences(found: Distances) -> str:
+    """The distances in short: the teacher in its most steps, then students beside the teacher in as few steps."""
+    teacher, students = (
+        {round(point.x): point.y for point in curve.points} for curve in (found.samplers[0], found.student_curve)
+    )
+    most = max(teacher)
+    few = [steps for steps in (4, 1) if steps in students and steps in teacher]
+    return "\n".join(
+        [
+            "Fréchet distance of these digits to the data, lower is better:",
+            f"{teacher[most]:.3f} for the teacher in {plural(most, 'step')};",
+            *(
+                f"{students[steps]:.3f} for the student of {plural(steps, 'step')} "
+                f"({teacher[steps]:.3f} for the teacher){'.' if steps == few[-1] else ';'}"
+                for steps in few
+            ),
+        ]
+    )
 
 
 def table(ladder: LadderRun, found: Distances) -> str:
@@ -40,11 +62,11 @@ def table(ladder: LadderRun, found: Distances) -> str:
         texts = ["" if point is None else str(Metric(point.y, point.low, point.high)) for point in cells]
         rows.append([figure(x), *texts, figure(times[round(x)], 2) if x in times else ""])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    told = [
+    heading = [
         f"The models of `make quickstart`; {found.name}: {found.basis.partition(';')[0]};",
         "± is half of a 95 % interval.",
     ]
-    return "\n".join([*told, "", *lines])
+    return "\n".join([*heading, "", *lines])
 
 
 def photograph(page: Path, picture: Path) -> None:
@@ -63,15 +85,20 @@ def photograph(page: Path, picture: Path) -> None:
             shown.convert("RGB").quantize(COLOURS, dither=PIL.Image.Dither.NONE).save(picture, optimize=True)
 
 
-def main(folder: Path) -> None:
-    """Rewrite what README.md shows of the ladder in `folder`."""
-    ladder = read_ladder(folder)
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+def replace_block(page: Path, new: str) -> None:
+    """Replace the text between the two marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, mark, after = rest.partition(END)
-    assert mark, f"README.md lacks {BEGIN} or {END}"
-    new = f"{before}{BEGIN}\n{table(ladder, distances_of(ladder))}\n{END}{after}"
-    README.write_text(new, encoding="utf-8")
+    assert mark, f"{page} lacks {BEGIN} or {END}"
+    page.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
+
+
+def main(folder: Path) -> None:
+    """Rewrite what README.md and docs/benchmarks.md show of the ladder in `folder`."""
+    ladder = read_ladder(folder)
+    found = distances_of(ladder)
+    replace_block(README, sentences(found))
+    replace_block(BENCHMARKS, table(ladder, found))
     if ladder.picture:
         shutil.copy(ladder.picture, IMAGES / "ladder.png")
     photograph(write_report(ladder), IMAGES / "report.png")

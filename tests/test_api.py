@@ -294,7 +294,7 @@ def test_answers_outlive_the_replay_of_a_graph(tmp_path, monkeypatch, prediction
 
 def test_the_lines_in_the_readme_run(folder):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = text.partition("## In Python\n")[2].partition("\n<!-- example")[0].splitlines()
+    lines = text.partition("## In Python\n")[2].partition("\n## ")[0].splitlines()
     code = "\n".join(line.removeprefix("    ") for line in lines if line.startswith("    "))
     names = {"z": randn(2, 3, SIZE, SIZE, dtype=torch.float32)}
     exec(code.replace("checkpoints/base_5", str(folder / "plain")), names)

@@ -393,20 +393,20 @@ def test_samples_become_pictures(teacher):
 # Your own network
 
 
-def readme_example() -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def documented_example() -> str:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     block = text.partition("<!-- example: tests -->\n")[2].partition("<!-- example end -->")[0]
     return textwrap.dedent(block)
 
 
-def test_the_example_of_the_readme_trains_and_distils_a_network_of_its_own(tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_documents_trains_and_distils_a_network_of_its_own(tmp_path, monkeypatch, capsys):
     """As it stands there; the student's 4 steps lead nearer to the teacher's 16 than the teacher's own 4."""
-    code = readme_example()
+    code = documented_example()
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     space: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(code, "README.md", "exec"), space)
+    exec(compile(code, "python.md", "exec"), space)
     lines = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
     losses = [values[0] for values in lines if len(values) == 1]
     assert losses[-1] < 0.95 * losses[0]
