@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -21,8 +23,10 @@ from vdiff.settings import COMMAND_LINE
 from vdiff.training.base import describe, resolve_training
 from vdiff.training.config import DistillConfig, TrainConfig, resolve, settings_of, values_of
 from vdiff.training.presets import (
+    FITTED,
     PRESETS,
     RUN_FILE,
+    Settings,
     preset_for,
     read_preset,
     read_run,
@@ -355,16 +359,56 @@ def test_the_last_stages_get_at_least_one_update():
 
 @pytest.mark.parametrize(
     ("sizes", "name"),
+    [((1, 8, 16), "digits"), ((17, 28, 32), "32"), ((33, 64), "64"), ((65, 128), "128"), ((129, 256, 1024), "256")],
+)
+@pytest.mark.parametrize(
+    ("num_images", "networks"),
     [
-        ((1, 8, 16), "digits"),
-        ((17, 28, 32), "cifar10"),
-        ((33, 64), "imagenet64"),
-        ((65, 128), "lsun128"),
-        ((129, 256, 1024), "celebahq256"),
+        (1, ("small", "small", "small")),
+        (999, ("small", "small", "small")),
+        (0, ("small", "base", "base")),
+        (1_000, ("small", "base", "base")),
+        (99_999, ("small", "base", "base")),
+        (10**7, ("small", "base", "large")),
     ],
 )
-def test_the_preset_of_an_image_size(sizes, name):
-    assert {preset_for(size) for size in sizes} == {name}
+def test_the_preset_fits_image_size_number_of_images_and_device(sizes, name, num_images, networks):
+    for device, network in zip(("cpu", "mps", "cuda"), networks, strict=True):
+        fitting = name if name == "digits" else network + name
+        assert {preset_for(size, num_images, device) for size in sizes} == {fitting}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_presets_are_networks_of_2_9_and_35_million_parameters(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, distill, images = resolved(name, tmp_path)
+    unet = UNetConfig.from_dict(describe(train, images).unet)
+    parameters, flops = count_flops(lambda: UNet(unet), (3, images.image_size, images.image_size))
+    millions, gflops = {"small": (2, 2.4), "base": (9, 9), "large": (35, 34)}[FITTED[name][0]]
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.15)
+    assert flops / 1e9 < gflops
+    grid = images.image_size // unet.fold
+    assert {grid // (stride // unet.fold) for stride in unet.attention_strides} == {8, 16}
+    assert unet.heads(2 * unet.channels) == 2 * unet.channels // 32
+    assert (train.batch_size, train.num_iters, train.dropout) == (32, 30_000, 0.1)
+    assert (distill.batch_size, distill.num_iters) == (train.batch_size, train.num_iters // 20)
+
+
+def test_batch_updates_and_dropout_follow_the_number_of_images():
+    rows = {}
+    for count in (1, 999, 1_000, 99_999, 100_000, 10**7):
+        train, distill = (resolve(kind, {"": values}) for kind, values in pairs(read_preset("small64", count)))
+        rows[count] = (train.batch_size, train.num_iters, train.dropout, distill.batch_size, distill.num_iters)
+        assert train.ema**train.num_iters < 1e-3
+    assert rows[1] == rows[999] == (16, 10_000, 0.2, 16, 500)
+    assert rows[1_000] == rows[99_999] == (32, 30_000, 0.1, 32, 1_500)
+    assert rows[100_000] == rows[10**7] == (128, 300_000, 0.0, 128, 15_000)
+    assert read_preset("digits", 5) == read_preset("digits", 10**7)
+
+
+def pairs(settings: Settings) -> list[tuple[type[TrainConfig | DistillConfig], Mapping[str, Any]]]:
+    """Kind and settings of both commands."""
+    return [(TrainConfig, settings.train), (DistillConfig, settings.distill)]
 
 
 def test_an_unknown_preset():
@@ -464,16 +508,19 @@ def test_a_preset_that_leaves_classes_unused_says_so(data, classes, tmp_path):
         return config.class_conditional, watcher.lines
 
     line = "2 classes, not told to the network (preset {}); --class_conditional True tells them"
-    assert told({}) == (False, [line.format("digits")])
+    why = ", as it fits 10 images of this size on cpu"
+    cpu = {"device": "cpu"}
+    first = f"preset digits, {classes}: 4×4×3{why}"
+    assert told(cpu) == (False, [first, line.format("digits")])
     for name in ("cifar10", "lsun128", "celebahq256"):
-        assert told({"preset": name}) == (False, [line.format(name)])
-    for name in ("toy", "imagenet64"):
-        assert told({"preset": name}) == (True, [])
-    assert told({}, data) == (False, [])
-    assert told({"class_conditional": True}) == (True, [])
-    assert told({"class_conditional": False}) == (False, [])
+        assert told({"preset": name}) == (False, [f"preset {name}, {classes}: 4×4×3", line.format(name)])
+    for name in ("toy", "imagenet64", "small32", "large256"):
+        assert told({"preset": name}) == (True, [f"preset {name}, {classes}: 4×4×3"])
+    assert told(cpu, data) == (False, [f"preset digits, {data}: 4×4×1{why}"])
+    assert told({**cpu, "class_conditional": True}) == (True, [first])
+    assert told({**cpu, "class_conditional": False}) == (False, [first])
     (tmp_path / "my.toml").write_text("class_conditional = false")
-    assert told({}, file=tmp_path / "my.toml") == (False, [])
+    assert told(cpu, file=tmp_path / "my.toml") == (False, [first])
 
 
 def test_one_of_several_sizes_must_be_chosen(tmp_path):
@@ -555,7 +602,8 @@ def test_a_network_that_cannot_be(data, unet, words):
 
 def layers(config: UNetConfig, size: int):
     """(parameters, FLOPs) of every layer of the UNet, counted by hand; a multiply-add is two operations."""
-    embedding, c = config.embedding_channels, config.channels
+    embedding, c, squares = config.embedding_channels, config.channels, config.fold**2
+    size //= config.fold
 
     def conv(a, b, pixels, kernel=9):
         return a * b * kernel + b, 2 * a * b * kernel * pixels
@@ -586,14 +634,14 @@ def layers(config: UNetConfig, size: int):
     yield from (linear(c, embedding), linear(embedding, embedding))
     if config.num_classes:
         yield config.num_classes * embedding, 0
-    yield conv(config.in_channels, c, size**2)
+    yield conv(config.in_channels * squares, c, size**2)
     skips = [c]
     levels = [(k, config.channels * m) for k, m in enumerate(config.multipliers)]
     for k, width in levels:
         pixels = (size >> k) ** 2
         for _ in range(config.num_blocks):
             yield from block(c, width, pixels)
-            yield from attention(width, pixels) if 2**k in config.attention_strides else ()
+            yield from attention(width, pixels) if config.fold * 2**k in config.attention_strides else ()
             c = width
             skips.append(c)
         if k + 1 < len(levels):
@@ -604,11 +652,11 @@ def layers(config: UNetConfig, size: int):
         pixels = (size >> k) ** 2
         for _ in range(config.num_blocks + 1):
             yield from block(c + skips.pop(), width, pixels)
-            yield from attention(width, pixels) if 2**k in config.attention_strides else ()
+            yield from attention(width, pixels) if config.fold * 2**k in config.attention_strides else ()
             c = width
         if k:
             yield from resample(c, 4 * pixels, up=True)
-    yield from (norm(c), conv(c, config.out_channels, size**2))
+    yield from (norm(c), conv(c, config.out_channels * squares, size**2))
 
 
 NETWORKS = {

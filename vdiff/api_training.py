@@ -145,10 +145,11 @@ def train(
     """
     if not isinstance(model, str | Model):
         raise OptionError(f"a {type(model).__name__} is neither a model nor a preset's name", WRAP)
+    images = _data_of(data, None if isinstance(model, str) else model.shape, settings.get("image_size"))
     layers: dict[str, Mapping[str, Any]] = {"usual settings": USUAL, "vdiff.train": settings}
     if isinstance(model, str):
-        layers = {f"preset {model}": read_preset(model).train, "vdiff.train": {"tracker": "none", **settings}}
-    images = _data_of(data, None if isinstance(model, str) else model.shape, settings.get("image_size"))
+        preset = read_preset(model, images.num_images).train
+        layers = {f"preset {model}": preset, "vdiff.train": {"tracker": "none", **settings}}
     config = resolve(TrainConfig, layers)
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     config = replace(

@@ -23,7 +23,7 @@ DEFAULT_OUT = Path("checkpoints/original")
 @click.command(
     cls=Command,
     examples=[
-        "python train.py                                   # the only dataset under data/, the preset of its size",
+        "python train.py                                   # the only dataset under data/, the preset that fits it",
         "python train.py --data data/photos_64 --batch_size 64 --lr 1e-4",
         "python train.py --preset cifar10 --dry_run        # what it would cost",
         "python train.py --resume                          # go on after Ctrl-C",
@@ -55,7 +55,6 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
     config, images = resolve_training(
         given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console
     )
-    console.line(f"preset {config.preset}, {images.name}: {images.image_size}×{images.image_size}×{images.channels}")
     description = describe(config, images)
     if dry_run:
         console.result(*costs(config, description))

@@ -12,7 +12,7 @@ import torch
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
-from vdiff.distributed import memory_errors_named
+from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.denoiser import Denoiser
@@ -47,7 +47,7 @@ def resolve_training(
         flags: what the command line and the environment said.
         resume: begin from the settings recorded in `folder` instead of a preset.
         assume: where a preset is named and no dataset, take the images that the preset is made for.
-        reporter: gets a line where the preset leaves the data's classes unused.
+        reporter: gets a line of the preset and why it was chosen, and one where it leaves the data's classes unused.
 
     Raises:
         VdiffError: settings or dataset cannot be used.
@@ -60,14 +60,21 @@ def resolve_training(
     if resume and data == TENSORS:
         raise VdiffError(f"{folder} was trained on tensors in Python", "the same call of vdiff.train goes on")
     images = _assumed(preset, size) if assume and preset and not data else open_images(data, size)
+    reason = ""
     if not resume:
-        preset = preset or preset_for(images.image_size)
-        layers[f"preset {preset}"] = read_preset(preset).train
+        if not preset:
+            device = pick_device(str(chosen.get("device") or "auto")).type
+            preset = preset_for(images.image_size, images.num_images, device)
+            reason = f", as it fits {images.num_images:,} images of this size on {device}"
+        layers[f"preset {preset}"] = read_preset(preset, images.num_images).train
     if config_file:
         layers[str(config_file)] = settings.train
     config = resolve(TrainConfig, {**layers, COMMAND_LINE: flags})
     if config.class_conditional and not images.class_names:
         raise OptionError(f"--class_conditional: {images.name} has no classes", "give --class_conditional False")
+    if reporter:
+        shape = f"{images.image_size}×{images.image_size}×{images.channels}"
+        reporter.line(f"preset {preset or config.preset}, {images.name}: {shape}{reason}")
     if reporter and images.class_names and config.class_conditional is False and "class_conditional" not in chosen:
         unused = f"{len(images.class_names)} classes, not told to the network (preset {preset})"
         reporter.line(f"{unused}; --class_conditional True tells them")

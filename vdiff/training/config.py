@@ -48,7 +48,7 @@ class LoopConfig:
         "The dataset, a folder that prepare_data.py wrote.",
         group=DATA, default="", unit="FOLDER", shown="the only one under data/", free=True,
     )  # fmt: skip
-    preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="by image size")
+    preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="what fits the data")
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
     batch_size: int = setting(
         "Images in an update, over all processes and parts.", group=OPTIMISATION, low=1, unit="IMAGES"
@@ -227,7 +227,10 @@ class DistillConfig(LoopConfig):
         group=DATA, default="", unit="FOLDER", shown="the teacher's, else the only one under data/", free=True,
     )  # fmt: skip
     preset: str = setting(
-        "Where the other settings come from.", group=DATA, default="", shown="the teacher's, else by image size"
+        "Where the other settings come from.",
+        group=DATA,
+        default="",
+        shown="the teacher's, else what fits",
     )
     num_iters: int = setting(
         "Optimiser updates of a stage, for each time that it halves the steps.",

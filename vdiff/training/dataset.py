@@ -47,6 +47,11 @@ class TrainingData:
         return self.store.path if isinstance(self.store.path, str) else self.store.path.as_posix()
 
     @property
+    def num_images(self) -> int:
+        """How many there are; 0: unknown."""
+        return 0 if self.store is None else len(self.store)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the dataset's content."""
         return self.store.meta.fingerprint if self.store else ""

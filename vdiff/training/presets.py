@@ -21,9 +21,41 @@ from vdiff.settings import check_values
 from vdiff.text import cause_of
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of, values_of
 
-PRESETS = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
+WRITTEN = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
+"""Presets that are files of the package: a trial, the quickstart, and the networks of the papers."""
+CHANNELS = {"small": (32, 5e-4), "base": (64, 3e-4), "large": (128, 2e-4)}
+"""Networks for ordinary machines, of about 2, 9 and 35 million parameters: channels, and the learning rate."""
+IMAGE_SIZES = (32, 64, 128, 256)
+FITTED = {f"{network}{size}": (network, size) for network in CHANNELS for size in IMAGE_SIZES}
+PRESETS = (*WRITTEN, *FITTED)
+LARGEST_OF_DIGITS = 16
+DEVICE_LIMITS = {"cpu": "small", "mps": "base", "cuda": "large"}
+"""The largest network that is chosen on a device without being asked for."""
 CHECKSUM_MARK = f"# {CHECKSUM} "
-LARGEST_SIZE = {16: "digits", 32: "cifar10", 64: "imagenet64", 128: "lsun128"}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How long a fitted preset trains on so many images, and the network that is chosen for them.
+
+    Few images are seen more often: a smaller network and dropout delay the moment when it remembers them. The average
+    forgets all but the last part of the run: `ema`^`num_iters` < 1e-3.
+    """
+
+    network: str
+    batch_size: int
+    num_iters: int
+    dropout: float
+    ema: float
+
+
+AMOUNTS = {
+    1_000: Amount("small", batch_size=16, num_iters=10_000, dropout=0.2, ema=0.999),
+    100_000: Amount("base", batch_size=32, num_iters=30_000, dropout=0.1, ema=0.9997),
+}
+"""Fewer images than this → what fits them."""
+SOME_THOUSANDS = 5_000
+MANY = Amount("large", batch_size=128, num_iters=300_000, dropout=0.0, ema=0.9999)
 
 
 @dataclass(frozen=True)
@@ -35,20 +67,63 @@ class Settings:
     assumed: Mapping[str, int] = field(default_factory=dict)
 
 
-def read_preset(name: str) -> Settings:
+def read_preset(name: str, num_images: int = 0) -> Settings:
     """A preset of the package.
+
+    Args:
+        num_images: of the dataset, which batch, updates and dropout of a fitted preset follow; 0: some thousands.
 
     Raises:
         OptionError: there is none of that name.
     """
     if name not in PRESETS:
         raise OptionError(f"unknown preset {name!r}", suggestion(name, PRESETS))
+    if name in FITTED:
+        return fitted(*FITTED[name], amount_of(num_images))
     return _settings(resources.files("vdiff").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8"), name)
 
 
-def preset_for(image_size: int) -> str:
-    """The preset for images of this size: `LARGEST_SIZE`, and celebahq256 for larger ones."""
-    return next((name for size, name in LARGEST_SIZE.items() if image_size <= size), "celebahq256")
+def amount_of(num_images: int) -> Amount:
+    """What fits so many images; 0: unknown, some thousands."""
+    return next((amount for limit, amount in AMOUNTS.items() if (num_images or SOME_THOUSANDS) < limit), MANY)
+
+
+def fitted(network: str, image_size: int, amount: Amount) -> Settings:
+    """The settings for images of one of `IMAGE_SIZES`: the network by its name in `CHANNELS`.
+
+    Images above 64 pixels are folded to a grid of 64 × 64, so that a network costs about the same at all sizes.
+    """
+    channels, lr = CHANNELS[network]
+    fold = max(1, image_size // 64)
+    shared = {"batch_size": amount.batch_size, "log_interval": 50}
+    often, rarely = amount.num_iters // 20, amount.num_iters // 40
+    unet = {
+        "channels": channels,
+        "embedding_channels": 4 * channels,
+        "multipliers": [1, 2, 2] if image_size == 32 else [1, 1, 2, 2],
+        "num_blocks": 2,
+        "attention_strides": [image_size // 16, image_size // 8],
+        "head_channels": 32,
+        "fold": fold,
+    }
+    train = {
+        **shared, "num_iters": amount.num_iters, "lr": lr, "warmup_iters": 500, "dropout": amount.dropout,
+        "ema": amount.ema, "sample_interval": often, "ckpt_interval": often, "unet": unet,
+    }  # fmt: skip
+    distill = {
+        **shared, "num_iters": often, "lr": lr / 3, "warmup_iters": 20, "sample_interval": rarely,
+        "ckpt_interval": rarely,
+    }  # fmt: skip
+    return Settings(train, distill, {"image_size": image_size, "image_channels": 3})
+
+
+def preset_for(image_size: int, num_images: int, device: str) -> str:
+    """The preset that fits images of a size, their number (0: some thousands) and the device: none of the papers'."""
+    if image_size <= LARGEST_OF_DIGITS:
+        return "digits"
+    order = list(CHANNELS)
+    network = min(amount_of(num_images).network, DEVICE_LIMITS[device], key=order.index)
+    return f"{network}{next((size for size in IMAGE_SIZES if image_size <= size), IMAGE_SIZES[-1])}"
 
 
 def read_settings(path: Path) -> Settings:

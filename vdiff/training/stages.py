@@ -6,13 +6,15 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vdiff.diffusion.distillation import METHODS, Guided, shortening
 from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
-from vdiff.errors import OptionError
+from vdiff.distributed import pick_device
+from vdiff.errors import OptionError, VdiffError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.condition import SECOND_TIME
@@ -91,8 +93,15 @@ def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> 
     chosen = {**settings.distill, **flags}
     base = Path(chosen.get("base") or DEFAULT_BASE)
     teacher = read_config(base)
-    preset = str(chosen.get("preset") or _preset_of(base) or preset_for(teacher.image_size))
-    presets = read_preset(preset).distill
+    data = str(chosen.get("data") or (teacher.dataset if is_there(teacher.dataset) else ""))
+    num_images = 0
+    with suppress(VdiffError):  # whoever reads the images reports what is wrong with them
+        num_images = open_images(data, teacher.image_size or None).num_images
+    preset = str(chosen.get("preset") or _preset_of(base))
+    if not preset:
+        device = pick_device(str(chosen.get("device") or "auto")).type
+        preset = preset_for(teacher.image_size, num_images, device)
+    presets = read_preset(preset, num_images).distill
     layers: dict[str, Mapping[str, Any]] = {f"preset {preset}": presets}
     method = str(chosen.get("method") or DistillConfig.method)
     if method == "guided":
@@ -106,7 +115,6 @@ def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> 
     ways = {"--phases": config.phases, "--to_steps": config.to_steps, "--stages": config.stages}
     if len(given := [name for name, value in ways.items() if value]) > 1:
         raise OptionError(f"{given[0]} and {given[1]} say the same in two ways", "give one of them")
-    data = config.data or (teacher.dataset if is_there(teacher.dataset) else "")
     return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
 
 

@@ -110,6 +110,11 @@ class TensorData(TrainingData):
         """What a checkpoint records in the place of a path."""
         return TENSORS
 
+    @property
+    def num_images(self) -> int:
+        """The samples of a tensor; 0: any other iterable tells its number only at its end."""
+        return len(self.tensors) if isinstance(self.tensors, Tensor) else 0
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of shape, type and bytes of a tensor; empty for another iterable, which may differ each time."""
