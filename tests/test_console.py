@@ -7,8 +7,9 @@ import re
 import sys
 
 import pytest
+from rich.cells import cell_len
 
-from vdiff.cli.console import Console
+from vdiff.cli.console import BarProgress, Console
 from vdiff.cli.distill import HEADINGS
 
 LADDER = [
@@ -18,6 +19,14 @@ LADDER = [
 ]
 EVALUATION = ["model", "sampler", "steps", "evals", "fd@2000", "precision", "recall", "density", "ms/image", "seconds"]
 MEASURED = [["base_0", "dpmpp_2m", "8", "8", *["0.123 ± 0.012"] * 4, "1.23", "10.1"] for _ in range(2)]
+
+
+LONG = "original-dpmpp_2m-16steps-guidance1.5-seed0.zip"
+EXPECTED = {
+    "original": {60: (0, True), 80: (1, True), 100: (1, True), 200: (4, True)},
+    LONG: {100: (0, True), 200: (4, True)},
+}
+"""By name and width: the parts of a note that are shown, and whether there is a bar."""
 
 
 class Terminal(io.StringIO):
@@ -37,32 +46,63 @@ def shown(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows:
 
 def records(lines: list[str]) -> list[list[str]]:
     """The cells of all rows of all tables, headings among them."""
-    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[:1] in "│┃"]
+    return [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 @pytest.mark.parametrize(("columns", "rows", "num_keys"), [(HEADINGS, LADDER, 1), (EVALUATION, MEASURED, 3)])
 def test_a_narrow_terminal_gets_several_tables(monkeypatch, width, columns, rows, num_keys):
     """Every cell is shown whole, beside its row's first ones, and no line is too long."""
-    lines = shown(monkeypatch, width, columns, rows, num_keys=num_keys)
+    title, *lines = shown(monkeypatch, width, columns, rows, num_keys=num_keys)
     assert max(map(len, lines)) <= width
     assert "…" not in "".join(lines)
-    found = records(lines)
-    told = [[""] * len(columns) for _ in rows]
-    height = len(rows) + 1
-    for first in range(0, len(found), height):
-        heads, *cells = found[first : first + height]
+    folder = title.partition(" in ")[2]
+    told: dict[str, list[str]] = {}
+    tables = "\n".join(lines).split("\n\n")
+    for table in tables:
+        head, _, body = (part.splitlines() for part in re.split("\n(─[─┼]*)\n", table))
+        heads = [" ".join(words).strip() for words in zip(*records(head), strict=True)]
         assert heads[:num_keys] == columns[:num_keys]
-        for row, values in zip(told, cells, strict=True):
-            for head, value in zip(heads, values, strict=True):
-                row[columns.index(head)] = value
-    assert told == rows
-    assert len(found) == height or width < 200
+        told |= zip(heads, map(list, zip(*records(body), strict=True)), strict=True)
+    whole = [[row[0].removeprefix(f"{folder}/"), *row[1:]] for row in rows]
+    assert told == dict(zip(columns, map(list, zip(*whole, strict=True)), strict=True))
+    assert len(tables) == 1 or width < 200
+    if columns == HEADINGS and width == 80:
+        assert (len(tables), folder) == (1, "checkpoints")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("name", ["original", LONG])
+def test_a_narrow_terminal_keeps_name_count_rate_and_time(monkeypatch, width, name):
+    """The note goes first, from its last part to its first, then the bar; a long name is shortened."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    bar = BarProgress(name, 25_000, "updates", 1_000)
+    parts = ["loss 0.0123", "129 images/s", "12 % waiting for data", "1.3 GiB"]
+    now += 48_000
+    bar.update(13_000, ", ".join(parts))
+    now += 10  # the time left goes on between two updates
+    bar.console.file = io.StringIO()
+    bar.console.print(bar.line())
+    line = bar.console.file.getvalue().rstrip("\n")
+    assert cell_len(line) <= width
+    assert "13000/25000  0.25 updates/s  13:19:50 left" in line
+    shown = line.split()[1]
+    assert shown == name or (shown[-1] == "…" and name.startswith(shown[:-1]) and "━" not in line)
+    noted = [part for part in parts if part in line]
+    assert noted == parts[: len(noted)]
+    assert not noted or "━" in line
+    assert (len(noted), "━" in line) == EXPECTED[name].get(width, (0, False))
+    bar.update(25_000)
+    bar.console.print(bar.line())
+    assert "25000/25000" in bar.console.file.getvalue()
+    assert "spent" in bar.console.file.getvalue()
 
 
 def test_a_name_wider_than_the_terminal_is_folded(monkeypatch):
-    name = "runs/" + "very_long_" * 6 + "name"
-    lines = shown(monkeypatch, 50, ["model", "steps"], [[name, "8"]])
+    name = "very_long_" * 6 + "name"
+    _, *lines = shown(monkeypatch, 50, ["model", "steps"], [[f"runs/{name}", "8"]])
     assert max(map(len, lines)) <= 50
     rows = records(lines)
     assert "".join(row[0] for row in rows[1:]) == name

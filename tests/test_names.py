@@ -56,7 +56,7 @@ def test_lines_results_tables_and_progress(on_a_terminal, monkeypatch):
     out, err = (Terminal() if on_a_terminal else io.StringIO() for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    for name, value in (("TERM", "dumb"), ("NO_COLOR", "1")):
+    for name, value in (("TERM", "dumb"), ("NO_COLOR", "1"), ("COLUMNS", "200")):
         monkeypatch.setenv(name, value)
     console = Console()
     console.line(EVIL)
@@ -79,8 +79,8 @@ def test_progress_of_a_hostile_name(monkeypatch):
         if isinstance(progress, PlainProgress):
             progress.say()
         else:
-            progress.rich.console.width = 1000
-            progress.rich.console.print(progress.rich.get_renderable())
+            progress.console.width = 1000
+            progress.console.print(progress.line())
         assert commands_in(shown.getvalue()) == []
         assert shown.getvalue().count(SHOWN) == 2
 

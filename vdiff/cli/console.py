@@ -6,14 +6,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vdiff.cli.options import speaks
 from vdiff.errors import printable
 from vdiff.reporting import Progress, Silent
 from vdiff.text import duration
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 SECONDS_BETWEEN_LINES = 10.0
+WIDE, WIDE_BAR, NARROW_BAR, MIN_BAR, MIN_NAME = 100, 24, 10, 4, 8
+"""Columns: a terminal of at least `WIDE` has a bar of `WIDE_BAR`; a bar and a name have at least the last two."""
 
 
 def aligned(facts: Mapping[str, str]) -> list[str]:
@@ -56,33 +61,59 @@ class PlainProgress:
 
 
 class BarProgress:
-    """A bar with rate and time left."""
+    """One line of a terminal: name, bar, count, rate, time left and note.
+
+    In a narrow terminal the parts of the note go first, from the last to the first, then the bar; then the name is
+    shortened.
+    """
 
     def __init__(self, description: str, total: int, unit: str, start: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
+        from rich.live import Live
+        from rich.spinner import Spinner
 
-        self.start, self.unit, self.began = start, unit, time.monotonic()
-        self.rich = RichProgress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=Console(stderr=True),
-        )
-        self.task = self.rich.add_task(printable(description), total=total, completed=start, rate="", note="")
+        self.name, self.total, self.unit, self.start = printable(description), total, unit, start
+        self.completed = start
+        self.parts: list[str] = []
+        self.began = self.updated = time.monotonic()
+        self.spinner = Spinner("dots", style="cyan")
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, get_renderable=self.line, refresh_per_second=10)
 
     def update(self, completed: int, note: str = "") -> None:
         """Move the bar."""
-        rate = (completed - self.start) / max(time.monotonic() - self.began, 1e-9)
-        fields: dict[str, Any] = {"rate": f"{rate:.3g} {self.unit}/s"}
+        self.completed, self.updated = completed, time.monotonic()
         if note:
-            fields["note"] = printable(note)
-        self.rich.update(self.task, completed=completed, **fields)
+            self.parts = printable(note).split(", ")
+
+    def line(self) -> Table:
+        """The line at this moment, in the width of the terminal."""
+        from rich.cells import cell_len
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        now = time.monotonic()
+        rate = (self.completed - self.start) / max(self.updated - self.began, 1e-9)
+        clock = "-:-- left"
+        if self.completed >= self.total:
+            clock = f"{duration(self.updated - self.began)} spent"
+        elif rate > 0:
+            clock = f"{duration(max((self.total - self.completed) / rate - (now - self.updated), 0))} left"
+        facts = Text(f"{self.completed}/{self.total}  {rate:.3g} {self.unit}/s  {clock}")
+        width = self.console.width
+        room = width - facts.cell_len - 3
+        name = Text(self.name)
+        name.truncate(max(room, MIN_NAME), overflow="ellipsis")
+        room -= name.cell_len
+        bar = min(room - 1, WIDE_BAR if width >= WIDE else NARROW_BAR)
+        room -= max(bar, -1) + 1
+        notes = (f", {', '.join(self.parts[:k])}" for k in range(len(self.parts), 0, -1))
+        facts.append(next((note for note in notes if cell_len(note) <= room), ""), style="dim")
+        grid = Table.grid(padding=(0, 1))
+        shown = [ProgressBar(self.total, self.completed, width=bar)] if bar >= MIN_BAR else []
+        grid.add_row(self.spinner, name, *shown, facts)
+        return grid
 
 
 class Console:
@@ -105,7 +136,7 @@ class Console:
             yield Silent()
         elif sys.stderr.isatty():
             bar = BarProgress(description, total, unit, start)
-            with bar.rich:
+            with bar.live:
                 yield bar
         else:
             plain = PlainProgress(description, total, unit, start)
@@ -113,36 +144,58 @@ class Console:
             plain.say()
 
     def table(self, title: str, columns: list[str], rows: list[list[str]], *, num_keys: int = 1) -> None:
-        """Print a table of results on stdout: boxed on a terminal, aligned plain text elsewhere.
+        """Print a table of results on stdout: ruled on a terminal, aligned plain text elsewhere.
 
-        On a terminal that is too narrow, several tables hold the columns; each begins with the first `num_keys` ones.
+        No cell is cut. On a narrow terminal headings take several lines; if that is not enough, several tables hold the
+        columns, each of which begins with the first `num_keys`.
         """
         rows = [[printable(cell) for cell in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         if speaks() and sys.stdout.isatty():
-            from rich.console import Console as RichConsole
-            from rich.table import Table
-
-            terminal = RichConsole(markup=False, emoji=False)
-            for k, part in enumerate(_parts(widths, num_keys, terminal.width)):
-                table = Table(title=printable(title) if k == 0 else None, title_justify="left")
-                for i in part:
-                    table.add_column(columns[i], justify="right" if i else "left", overflow="fold")
-                for row in rows:
-                    table.add_row(*(row[i] for i in part))
-                terminal.print(table)
+            _print_boxed(printable(title), columns, rows, num_keys)
             return
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         self.result(title)
         for row in [columns, *rows]:
-            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            self.result("  ".join(cells).rstrip())
+            texts = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            self.result("  ".join(texts).rstrip())
+
+
+def _print_boxed(title: str, columns: list[str], rows: list[list[str]], num_keys: int) -> None:
+    """Print a table in the width of the terminal, see `Console.table`."""
+    from rich.box import SQUARE
+    from rich.cells import cell_len
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    terminal, folders = RichConsole(markup=False, emoji=False), {row[0].rpartition("/")[0] for row in rows}
+    widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+    if _width(widths) > terminal.width and len(folders) == 1 and folders != {""}:
+        title, rows = f"{title} in {folders.pop()}", [[row[0].rpartition("/")[2], *row[1:]] for row in rows]
+    least = [max(map(cell_len, [*head.split(), *column])) for head, *column in zip(columns, *rows, strict=True)]
+    for k, part in enumerate(_parts(least, num_keys, terminal.width)):
+        terminal.print("" if k else title, soft_wrap=True, highlight=False)
+        table = Table(box=SQUARE, show_edge=False, pad_edge=False)
+        whole, folded = _width([max(least[i], len(columns[i])) for i in part]), _width([least[i] for i in part])
+        for i in part:
+            width = least[i] if folded <= terminal.width < whole else None
+            table.add_column(
+                columns[i], justify="right" if i else "left", overflow="fold", vertical="bottom", width=width
+            )
+        for row in rows:
+            table.add_row(*(row[i] for i in part))
+        terminal.print(table)
+
+
+def _width(widths: Sequence[int]) -> int:
+    """The width of a table whose columns have these."""
+    return sum(widths) + 3 * (len(widths) - 1)
 
 
 def _parts(widths: Sequence[int], num_keys: int, width: int) -> list[list[int]]:
-    """The columns of each boxed table that fits `width` characters; all tables begin with the first `num_keys`."""
+    """The columns of each table that fits `width` characters; all tables begin with the first `num_keys`."""
     keys = list(range(num_keys))
     parts = [keys]
     for i in range(num_keys, len(widths)):
-        is_full = 1 + sum(widths[k] + 3 for k in [*parts[-1], i]) > width
+        is_full = _width([widths[k] for k in [*parts[-1], i]]) > width
         parts = [*parts, [*keys, i]] if is_full and parts[-1] != keys else [*parts[:-1], [*parts[-1], i]]
     return parts
