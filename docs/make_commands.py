@@ -7,16 +7,18 @@ from pathlib import Path
 import click
 
 from vdiff.cli.main import COMMANDS, main
+from vdiff.cli.options import ALL
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "commands.md"
-WIDTH = 100
+WIDTH = 80
 OTHER_NAMES = {"prepare": "prepare_data"}
 
 INTRO = """# Commands
 
-What `--help` prints; `python docs/make_commands.py` writes this page. Once installed, `vdiff prepare`, `vdiff train`,
-`vdiff distill` and `vdiff sample` are the same commands, and so are `python -m vdiff prepare` and the others.
+What `--help_all` prints, by `python docs/make_commands.py`; `--help` shows at most 25 options of a command. Once
+installed, `vdiff prepare`, `vdiff train`, `vdiff distill` and `vdiff sample` are the same commands, and so are
+`python -m vdiff prepare` and the others.
 
 - A name may be spelled with dashes too: `--batch-size`.
 - `[True|False]`: the option takes True, False, or nothing after it, which means True.
@@ -33,10 +35,11 @@ def program(name: str) -> str:
 
 
 def help_text(command: click.Command, typed: str) -> str:
-    """What `--help` prints in a terminal of `WIDTH` columns."""
+    """What `--help_all` prints in a terminal of `WIDTH` columns."""
     context = command.make_context(
         typed, [], resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH, color=False
     )
+    context.meta[ALL] = True
     return command.get_help(context)
 
 

@@ -721,10 +721,10 @@ def test_snapshots_of_two_models_are_not_mixed(tmp_path):
 
 
 def test_without_power_functions_there_is_nothing_to_make_others_of(tmp_path):
-    with pytest.raises(VdiffError, match=r"no snapshots.*--ema_profiles"):
+    with pytest.raises(VdiffError, match=r"no snapshots.*--ema_more profiles"):
         reconstruct(tmp_path, [0.1])
     averages = walked(tmp_path, 6, every=3, further=[Exponential(0.5)], width=3)
-    with pytest.raises(VdiffError, match=r"no power functions.*--ema_profiles"):
+    with pytest.raises(VdiffError, match=r"no power functions.*--ema_more profiles"):
         reconstruct(tmp_path, [0.1])
     found = read_exponential(tmp_path, 0.5)
     assert torch.equal(found["weight"], averages.named()["ema_0.5"]["weight"].float())
@@ -903,7 +903,7 @@ def test_a_wrong_word_is_one_line(words, code, message, run):
 def test_a_run_without_snapshots_is_told_how_to_get_them(words, tmp_path):
     write_checkpoint(tmp_path / "bare")
     message = error(f"{tmp_path / 'bare'} {words}", 1)
-    assert "holds no snapshots of averages; train with --ema_profiles" in message
+    assert "holds no snapshots of averages; train with --ema_more profiles" in message
     assert "no such checkpoint" in error(f"{tmp_path / 'nowhere'} {words}", 1)
 
 

@@ -1,4 +1,5 @@
-"""`--help`: immediate, complete, the same as docs/commands.md; choices are the registries, and every option is used."""
+"""`--help` and `--help_all`: immediate, in 80 columns, the second complete and the same as docs/commands.md; choices
+are the registries, and every option is used."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.commands import PROGRAMS, ROOT, done, start
 from tests.drawing import write_guided
 from tests.toy import UNET, write_checkpoint, write_dataset
 from vdiff.cli import main, prepare, sample
-from vdiff.cli.options import OneOf
+from vdiff.cli.options import GroupedOption, OneOf
 from vdiff.data import conversion
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import GRIDS
@@ -57,13 +58,16 @@ def options(name: str) -> list[click.Option]:
 # The text
 
 
-LINES = [*SCRIPTS, "vdiff", *(f"vdiff {name}" for name in main.COMMANDS)]
+COMMANDS = {"vdiff": main.main, **SCRIPTS}
+for parent, name in [("vdiff", name) for name in main.COMMANDS]:
+    COMMANDS[f"{parent} {name}"] = each = main.main.get_command(click.Context(main.main), name)
+    COMMANDS |= {f"{parent} {name} {sub}": below for sub, below in getattr(each, "commands", {}).items()}
 READ_ALL = """
 import contextlib, io, json, runpy, sys
 found = {}
 for line in json.loads(sys.argv[1]):
     program, *words = line.split()
-    sys.argv, code = [program, *words, "--help"], None
+    sys.argv, code = line.split(), None
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
             if program == "vdiff":
@@ -81,21 +85,42 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def helps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a fresh interpreter prints as help of all commands: exit code, large libraries that are loaded, text."""
+    lines = [f"{line} {flag}" for line in COMMANDS for flag in ("--help", "--help_all")]
     process = subprocess.run(
-        [sys.executable, "-c", f"ROOT, HEAVY = {str(ROOT)!r}, {set(HEAVY)}\n{READ_ALL}", json.dumps(LINES)],
-        cwd=tmp_path_factory.mktemp("helps"), env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True,
+        [sys.executable, "-c", f"ROOT, HEAVY = {str(ROOT)!r}, {set(HEAVY)}\n{READ_ALL}", json.dumps(lines)],
+        cwd=tmp_path_factory.mktemp("helps"), env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert process.stderr == ""
     return parse(process.stdout)
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_the_help_is_immediate(line, helps):
-    """It is printed with none of the large libraries: those are what takes seconds."""
-    code, heavy, text = helps[line]
-    assert (code, heavy) == (0, [])
-    assert text.startswith(f"Usage: {line} [OPTIONS]")
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_help_is_immediate_and_fits(line, helps):
+    """It is printed with none of the large libraries, which take seconds, and in lines of at most 80 columns."""
+    for flag in ("--help", "--help_all"):
+        code, heavy, text = helps[f"{line} {flag}"]
+        assert (code, heavy) == (0, [])
+        assert text.startswith(f"Usage: {line} [OPTIONS]")
+        assert [row for row in text.splitlines() if len(row) > 80] == []
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_first_view_is_short_and_the_second_has_all(line, helps):
+    first, every = (listed(helps[f"{line} {flag}"][2]) for flag in ("--help", "--help_all"))
+    assert len(first) <= 25
+    assert first == [name for name in every if name in first]
+    command = COMMANDS[line]
+    shown = {param.opts[0] for param in command.params if isinstance(param, click.Option) and not param.hidden}
+    names = {f"--{name}" for name in getattr(command, "first", ())}
+    assert {*every} == shown | {"--help"} | ({"--help_all"} if names else set())
+    assert {*first} == (names | {"--help", "--help_all"} if names else {*every})
+
+
+def listed(text: str) -> list[str]:
+    """The options of a help text, by their first long name."""
+    options = re.split(r"^\w+:$", text, maxsplit=1, flags=re.MULTILINE)[1]  # after the first heading
+    return re.findall(r"^  (?:-\w, )?(--\w+)", options, re.MULTILINE)
 
 
 def test_the_scripts_are_thin(tmp_path):
@@ -109,14 +134,15 @@ def test_the_scripts_are_thin(tmp_path):
 
 @every_script
 def test_everything_is_said_in_the_help(name):
-    text = done(f"{name} --help").stdout
+    text = done(f"{name} --help_all").stdout
     for option in options(name):
         for spelling in option.opts:  # whole: --num is not there because --num_timesteps is
-            assert re.search(rf"^  (-.*, )?{spelling}[ ,]", text, re.MULTILINE), spelling
-        if option.name != "help":
-            assert option.help is not None
-            assert option.help.endswith(".")
-    assert done(f"{name} -h").stdout == text
+            is_said = re.search(rf"^  (-.*, )?{spelling}[ ,]", text, re.MULTILINE) is not None
+            assert is_said != (option.hidden or spelling in getattr(option, "old", ())), spelling
+        assert option.help is not None
+        assert option.help.endswith(".")
+    assert done(f"{name} --help-all").stdout == text
+    assert done(f"{name} -h").stdout == done(f"{name} --help").stdout
     examples = text.partition("\nExamples:\n")[2].splitlines()
     assert examples
     assert all(example.startswith(f"  python {name}") for example in examples)
@@ -144,7 +170,7 @@ def test_the_documentation_is_what_the_commands_print(monkeypatch):
     ]  # fmt: skip
     for name in SCRIPTS:
         section = page.partition(f"## python {name}\n")[2].partition("```text\n")[2].partition("\n```")[0]
-        text = done(f"{name} --help").stdout.replace("Usage: ", "Usage: python ")
+        text = done(f"{name} --help_all").stdout.replace("Usage: ", "Usage: python ")
         assert "".join(section.split()) == "".join(text.split())  # only the lines are of another length
 
 
@@ -204,7 +230,8 @@ def test_every_choice_offered_is_a_registry(name):
 def test_every_option_has_its_variable_in_the_environment(name):
     for option in options(name):
         assert option.opts[0].startswith("--")
-        assert option.envvar == f"VDIFF_{option.opts[0][2:].upper()}"
+        assert isinstance(option, GroupedOption)
+        assert option.envvar == [f"VDIFF_{name[2:].upper()}" for name in (option.opts[0], *option.old)]
 
 
 def read_names(function: Callable[..., Any]) -> Iterator[str]:
@@ -350,6 +377,24 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     assert re.search(r"^unet\.null_class +True$", told, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "recorded"),
+    [
+        ("--ema_images 5e5", "--ema 500000", {"ema": 0.9999, "ema_images": 5e5}),
+        ("--ema_remainder 0.001", "--ema 0.1%", {"ema_remainder": 0.001}),
+        ("--ema 0.5", "--ema 0.5", {"ema": 0.5, "ema_images": 0.0, "ema_remainder": 0.0}),
+        ("--ema_profiles True", "--ema_more profiles", {"ema_profiles": True, "ema_more": ""}),
+        ("--ema_profiles True --ema_more 0.5,0.6", "--ema_more 0.5,profiles,0.6", {"ema_more": "0.5,0.6"}),
+    ],
+)
+def test_an_old_spelling_means_the_same(old, new, recorded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [done(f"train.py --preset imagenet64 --dry_run {words}").stdout for words in (old, new)]
+    assert texts[0] == texts[1]
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in texts[1].splitlines())
+    assert {key: rows[key] for key in recorded} == {key: str(value) or "none" for key, value in recorded.items()}
+
+
 @pytest.mark.parametrize("how", ["flags", "environment"])
 def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -429,8 +474,8 @@ def test_every_flag_of_sample_reaches_the_images(words, changed, tmp_path, monke
 
 def test_help_says_where_a_method_has_a_default_of_its_own():
     """The learning rate of tract is not the preset's; train.py has no methods."""
-    student = " ".join(done("distill.py --help").stdout.split())
-    for words in ("by preset, or by method; x>0", "l2, or by method", "linear, or by method", "2.0, or by method"):
+    student = " ".join(done("distill.py --help_all").stdout.split())
+    for words in ("by preset, or by method]", "l2, or by method", "linear, or by method", "2.0, or by method"):
         assert words in student
-    assert student.count("or by method") == 6
-    assert "or by method" not in done("train.py --help").stdout
+    assert student.count("or by method") == 5
+    assert "or by method" not in done("train.py --help_all").stdout

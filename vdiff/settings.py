@@ -32,6 +32,7 @@ def setting(
     shown: str = "",
     free: bool = False,
     flag: str = "",
+    hidden: bool = False,
 ) -> Any:
     """A field that is also a flag and a key of configuration files; without a default, every preset gives it.
 
@@ -44,10 +45,11 @@ def setting(
         shown: the default as `--help` shows it, where the value itself would not tell.
         free: whether a run may be resumed with another value, because its result does not depend on it.
         flag: the flag's name, where it differs from the field's.
+        hidden: whether the flag is left out of all help texts, because another one says the same.
     """
     metadata = {
         "help": text, "group": group, "low": low, "high": high, "open_low": open_low, "choices": choices,
-        "unit": unit, "shown": shown, "free": free, "flag": flag,
+        "unit": unit, "shown": shown, "free": free, "flag": flag, "hidden": hidden,
     }  # fmt: skip
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 

@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    first="out config overwrite dry_run report open data base to_steps teacher_steps phases method student_config "
+    "num_iters batch_size grad_accum lr ckpt_interval seed device precision checkpointing",
     examples=[
-        "python distill.py --base checkpoints/base_5       # one stage: base_6, with half the steps",
-        "python distill.py --to_steps 4                    # checkpoints/original down to 4 steps",
-        "python distill.py --teacher_steps 64 --to_steps 1 # begin at 64 steps of a continuous-time teacher",
-        "python distill.py --method tract --phases 1024,32,1          # two stages",
-        "python distill.py --method guided --to_steps 4 --plan        # what it would do, and for how long",
+        "python distill.py --base checkpoints/base_5         # base_6: half the steps",
+        "python distill.py --to_steps 4                      # original to 4 steps",
+        "python distill.py --teacher_steps 64 --to_steps 1   # begin at 64 steps",
+        "python distill.py --method tract --phases 1024,32,1 # two stages",
+        "python distill.py --method guided --to_steps 4 --dry_run   # how long?",
     ],
 )
 @option(
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @config_option
 @switch("--overwrite", group="Run", help="Replace students that exist.")
-@switch("--plan", "--dry_run", group="Run", help="Print the stages and the time they take, then stop.")
+@switch("--dry_run", "plan", old=["--plan"], group="Run", help="Print the stages and the time they take, then stop.")
 @switch("--report", group="Run", default=True, help="Write report.html beside the students at the end.")
 @switch("--open", "open_it", group="Run", help="Show the report in the browser.")
 @settings(DistillConfig)
@@ -59,7 +61,7 @@ def command(
 ) -> None:
     """Distil a model into students that need fewer steps (Salimans & Ho 2022, and later methods).
 
-    One stage of half the steps by default, or a ladder with --to_steps, --stages or --phases. The same command goes on
+    One stage of half the steps by default, or a ladder with --to_steps or --phases. The same command goes on
     where it was stopped, and skips the stages that are finished. Each student is compared with its teacher: one that
     training made worse is put back to its start, one that collapsed is trained again. At the end the teacher and all
     students are drawn from the same noise: ladder.png and ladder.json in the last student's folder. report.html beside
@@ -123,7 +125,7 @@ def planned(
     *,
     overwrite: bool,
 ) -> list[list[str]]:
-    """The rows of --plan; an update is timed wherever it costs something else."""
+    """The rows of --dry_run; an update is timed wherever it costs something else."""
     from vdiff.training.ladder import found_student
     from vdiff.training.student import seconds_per_update
 

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     examples=[
-        "vdiff ema checkpoints/original                          # what there is",
-        "vdiff ema checkpoints/original --sigma_rel 0.1          # writes checkpoints/original_ema0.100",
+        "vdiff ema checkpoints/original                   # what there is",
+        "vdiff ema checkpoints/original --sigma_rel 0.1   # original_ema0.100",
         "vdiff ema checkpoints/original --sigma_rel 0.05,0.1,0.15",
-        "vdiff ema checkpoints/original --sigma_rel 0.1 --at 40000 --out checkpoints/early",
+        "vdiff ema checkpoints/original --sigma_rel 0.1 --at 40000 --out early",
     ],
 )
 @click.argument("run", type=PATH)
 @option(
     "--sigma_rel", group="Average", type=Names(click.FLOAT, "LENGTH[,LENGTH…]"),
     help="Make power-function averages of these lengths, each the standard deviation of its profile as a part of the "
-    "training; for a run with --ema_profiles.",
+    "training; for a run with --ema_more profiles.",
 )  # fmt: skip
 @option(
     "--decay", group="Average", type=Names(click.FLOAT, "DECAY[,DECAY…]"),

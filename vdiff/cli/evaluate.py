@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch, typed_command
+from vdiff.cli.options import NUM, OLD_NUM, Command, Names, OneOf, option, switch, typed_command
 from vdiff.cli.sample import DEVICES, PRECISIONS
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
@@ -35,11 +35,11 @@ OF_DATA = {
     cls=Command,
     examples=[
         "vdiff evaluate checkpoints/base_5 --data data/photos_64",
-        "vdiff evaluate checkpoints/original --num_timesteps 4,8,16 --samplers ddim,dpmpp_2m --grid logsnr",
-        "vdiff evaluate checkpoints/base_* --teacher checkpoints/original --teacher_steps 128",
+        "vdiff evaluate checkpoints/original --num_timesteps 4,8 --samplers ddim,heun",
+        "vdiff evaluate checkpoints/base_* --teacher checkpoints/original",
         "vdiff evaluate checkpoints/base_5 --features features.pt2 --num 10000",
         "vdiff evaluate checkpoints/base_5 --features inception --num 50000 --json",
-        "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate checkpoints/base_5 -n 50000",
+        "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate -n 50000",
     ],
 )
 @click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
@@ -74,7 +74,7 @@ OF_DATA = {
     help="The ddim steps that the teacher takes.",
 )  # fmt: skip
 @option(
-    *NUM, group="Samples", type=click.IntRange(1), default=2000, metavar="IMAGES",
+    *NUM, old=OLD_NUM, group="Samples", type=click.IntRange(1), default=2000, metavar="IMAGES",
     help="Samples of each row; under torchrun not --num.",
 )  # fmt: skip
 @option(
@@ -96,7 +96,7 @@ OF_DATA = {
     help="All rows draw from its noise.",
 )  # fmt: skip
 @switch("--raw", group="Samples", help="Draw with the weights without average that a training keeps in state/.")
-@switch("--ema", group="Samples", help="Draw with the checkpoint's own weights, the default.")
+@switch("--ema", group="Samples", hidden=True, help="Draw with the checkpoint's own weights, the default.")
 @option(
     "--batch_size", group="Samples", type=click.IntRange(1), default=64, metavar="IMAGES",
     help="Drawn at once by each process.",

@@ -94,7 +94,7 @@ def _shared(suffix: str) -> Callable[[Any], Any]:
     cls=Command,
     examples=[
         "vdiff export onnx checkpoints/base_6 exports/base_6/model.onnx",
-        "vdiff export onnx checkpoints/base_6 exports/base_6/sampler.onnx --sampler_graph",
+        "vdiff export onnx checkpoints/base_6 sampler.onnx --sampler_graph",
     ],
 )
 @_shared(".onnx")
@@ -116,7 +116,7 @@ def onnx_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     cls=Command,
     examples=[
         "vdiff export torch checkpoints/base_6 exports/base_6/model.pt2",
-        "vdiff export torch checkpoints/base_6 exports/base_6/sampler.pt2 --sampler_graph",
+        "vdiff export torch checkpoints/base_6 sampler.pt2 --sampler_graph",
     ],
 )
 @_shared(".pt2")
@@ -158,7 +158,7 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
     cls=Command,
     examples=[
         "vdiff export diffusers checkpoints/base_6 exports/base_6",
-        "vdiff export diffusers checkpoints/base_6 exports/base_6 --clip False --overwrite",
+        "vdiff export diffusers checkpoints/base_6 exports/base_6 --clip False",
         "vdiff export diffusers checkpoints/base_6 exports/cats --class cat",
     ],
 )

@@ -28,7 +28,7 @@ LITTLE = 0.1
     cls=Command,
     examples=[
         "vdiff features --data data/digits_8 --out features.pt2",
-        "vdiff features --data data/photos_64 --out features.pt2 --kind autoencoder --dim 128 --num_iters 10000",
+        "vdiff features --data data/photos_64 --out features.pt2 --dim 128",
         "vdiff evaluate checkpoints/base_5 --data data/digits_8 --features features.pt2",
     ],
 )

@@ -42,8 +42,8 @@ def command() -> None:
     cls=Command,
     examples=[
         "vdiff import reference checkpoint.pt --out checkpoints/celebahq",
-        "vdiff import reference checkpoints/celeba_u/base_6/checkpoint.pt   # a student: checkpoints/base_6",
-        "vdiff import reference digits.pt --image_size 32 --attention_heads 1 --image_channels 1",
+        "vdiff import reference celeba_u/base_6/checkpoint.pt   # to checkpoints/base_6",
+        "vdiff import reference digits.pt --image_size 32 --image_channels 1",
     ],
 )
 @click.argument("file", type=click.Path(path_type=Path))
@@ -106,7 +106,7 @@ def reference(file: Path, out: Path | None, **options: Any) -> None:
     "diffusers",
     cls=Command,
     examples=[
-        "vdiff import diffusers google/ddpm-cifar10-32          # from the hub, to checkpoints/ddpm-cifar10-32",
+        "vdiff import diffusers google/ddpm-cifar10-32    # from the hub",
         "vdiff import diffusers exports/base_6 --out checkpoints/again",
     ],
 )

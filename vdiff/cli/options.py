@@ -24,11 +24,10 @@ from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggesti
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
     "help_option_names": ["--help", "-h"],
-    "max_content_width": 110,
     "show_default": True,
 }
 
-NUM = ("--num", "-n", "--num_images")
+NUM, OLD_NUM = ("--num", "-n"), ["--num_images"]
 """torchrun takes a word after the script that shortens two of its own options, as --num does, for an error."""
 ELSEWHERE = {
     "num_iters": "epochs num_epochs num_train_epochs iterations steps max_train_steps",
@@ -46,6 +45,10 @@ ELSEWHERE = {
 }
 """Options, and what other tools or commands call them."""
 WORDS = "vdiff.words"
+ALL = "vdiff.help_all"
+MAX_SHOWN = 10**6
+LONG, LONGEST_METAVAR = 300, 50
+"""Characters; a longer list of choices stands in the help text of its option."""
 PATH = click.Path(path_type=Path)
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
 """What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
@@ -70,6 +73,14 @@ class Program(click.Command):
             error.ctx = error.ctx or ctx
             raise
 
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The parameters, `--help`, and `--help_all`, which is listed where it shows more."""
+        more = click.Option(
+            ["--help_all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
+            hidden=not getattr(self, "first", ()), help="Show all options and exit.",
+        )  # fmt: skip
+        return [*super().get_params(ctx), more]
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run as a program."""
         standalone = kwargs.pop("standalone_mode", True)
@@ -77,13 +88,28 @@ class Program(click.Command):
         return run_as_program(main) if standalone else main()
 
 
-class Command(Program):
-    """A command whose help ends with examples, and whose options stand under headings."""
+def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """`--help_all`: print the help with all options and leave."""
+    del parameter
+    if value and not ctx.resilient_parsing:
+        ctx.meta[ALL] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+
+class Command(Program):
+    """A command whose help ends with examples, and whose options stand under headings.
+
+    Args:
+        examples: lines as they are typed.
+        first: names of the options in `--help`, without dashes; the others are in `--help_all`. Empty: all are in both.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), first: str = "", **kwargs: Any) -> None:
         kwargs["context_settings"] = {**CONTEXT, **kwargs.get("context_settings", {})}
         super().__init__(*args, **kwargs)
         self.examples = list(examples)
+        self.first = first.split()
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples as they are typed."""
@@ -97,6 +123,9 @@ class Command(Program):
         """Write the options under the headings that `option(group=…)` gave them."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
+            name = parameter.opts[0].removeprefix("--")
+            if self.first and ALL not in ctx.meta and name not in (*self.first, "help", "help_all"):
+                continue
             record = parameter.get_help_record(ctx)
             if record is not None and not isinstance(parameter, click.Argument):
                 groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
@@ -108,19 +137,59 @@ class Command(Program):
 class ProgramGroup(Program, click.Group):
     """A group of commands whose failures are one line and an exit code."""
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands with the whole first sentence of each."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(LONG)) for name, each in self.commands.items()])
+
 
 class GroupedOption(click.Option):
-    """An option that knows the heading it stands under in `--help`."""
+    """An option that knows the heading it stands under in `--help`.
 
-    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        old: earlier names, which go on working and are not shown.
+    """
+
+    def __init__(
+        self, names: Sequence[str], *args: Any, group: str = "Options", old: Sequence[str] = (), **kwargs: Any
+    ):
+        super().__init__([*names, *old], *args, **kwargs)
         self.group = group
+        self.old = old
+
+    @property
+    def long_choices(self) -> list[str]:
+        """The words that it takes, where they are too many for one line."""
+        choices = list(map(str, self.type.choices)) if isinstance(self.type, click.Choice) else []
+        return choices if len("|".join(choices)) > LONGEST_METAVAR else []
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        """What stands behind the option in `--help`."""
+        if self.metavar is None and isinstance(self.type, click.IntRange | click.FloatRange):
+            return "INTEGER" if isinstance(self.type, click.IntRange) else "NUMBER"
+        return "NAME" if self.long_choices else super().make_metavar(ctx)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Names and help text, without the old names."""
+        names, help_text = self.opts, self.help
+        self.opts = [name for name in names if name not in self.old]
+        if self.long_choices:
+            self.help = f"{help_text} NAME: {', '.join(self.long_choices)}."
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts, self.help = names, help_text
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Show defaults that are words as they are, without Click's parentheses."""
+        """Defaults that are words stand as they are; that a switch is off, and usual bounds, need not be said."""
         extra = super().get_help_extra(ctx)
         if isinstance(self.show_default, str):
             extra["default"] = self.show_default
+        if extra.get("default") == "False":
+            del extra["default"]
+        if not 0 < (getattr(self.type, "max", None) or 0) <= MAX_SHOWN:
+            extra.pop("range", None)
         return extra
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
@@ -138,10 +207,10 @@ class GroupedOption(click.Option):
         return f"'{self.opts[0]}'"
 
 
-def option(*names: str, group: str, **attributes: Any) -> Callable[[Any], Any]:
+def option(*names: str, group: str, old: Sequence[str] = (), **attributes: Any) -> Callable[[Any], Any]:
     """`click.option`, under the heading `group` of the help text; `VDIFF_NAME` in the environment gives it too."""
-    envvar = f"VDIFF_{names[0].removeprefix('--').upper()}"
-    return click.option(*names, cls=GroupedOption, group=group, envvar=envvar, **attributes)
+    envvar = [f"VDIFF_{name.removeprefix('--').upper()}" for name in (names[0], *old)]
+    return click.option(*names, cls=GroupedOption, group=group, old=old, envvar=envvar, **attributes)
 
 
 class OneOf(click.Choice[str]):

@@ -67,9 +67,9 @@ class RangeType(click.ParamType):
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",
         "python prepare_data.py photos.zip --crop pad --background black",
-        "python prepare_data.py cifar10      # one of torchvision's sets, downloaded or found under --root",
+        "python prepare_data.py cifar10      # from torchvision: --root, or downloaded",
         "python prepare_data.py hf:huggan/flowers-102-categories --size 64",
-        "python prepare_data.py photos --out data/photos.tar     # tar shards instead of an LMDB",
+        "python prepare_data.py photos --out data/photos.tar     # tar shards",
     ],
 )
 @click.argument("path", required=False)

@@ -17,7 +17,7 @@ from vdiff.text import megabytes
 @click.command(
     cls=Command,
     examples=[
-        "vdiff push checkpoints/base_6 me/digits-2-steps --license mit --dry_run   # what would be uploaded",
+        "vdiff push checkpoints/base_6 me/digits-2-steps --license mit --dry_run",
         "vdiff push exports/base_6 me/digits-2-steps --private",
     ],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import NUM, Command, OneOf, option, switch, typed_command
+from vdiff.cli.options import NUM, OLD_NUM, Command, OneOf, option, switch, typed_command
 from vdiff.cli.sample import DEVICES
 from vdiff.errors import OptionError, VdiffError, shell
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     examples=[
-        "vdiff report                                      # checkpoints/report.html",
-        "vdiff report checkpoints --evaluate --open        # measure the ladder first",
-        "vdiff report checkpoints/base_5 --out page.html   # the ladder that ends with base_5",
+        "vdiff report                                    # checkpoints/report.html",
+        "vdiff report checkpoints --evaluate --open      # measure the ladder first",
+        "vdiff report checkpoints/base_5 --out p.html # the ladder to base_5",
     ],
 )
 @click.argument("run_dir", required=False, type=click.Path(path_type=Path), default=Path("checkpoints"))
@@ -48,7 +48,15 @@ if TYPE_CHECKING:
     "--data", group="Measuring", metavar="DATASET", show_default="what the models learned from",
     help="Real images to measure against.",
 )  # fmt: skip
-@option(*NUM, group="Measuring", type=click.IntRange(1), default=2000, metavar="IMAGES", help="Samples of each row.")
+@option(
+    *NUM,
+    old=OLD_NUM,
+    group="Measuring",
+    type=click.IntRange(1),
+    default=2000,
+    metavar="IMAGES",
+    help="Samples of each row.",
+)
 @option(
     "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
     help="What images are compared by, as in vdiff evaluate.",

@@ -20,7 +20,7 @@ from vdiff.cli.drawing import (
     sampler_options,
     sampling_steps,
 )
-from vdiff.cli.options import NUM, Command, Names, OneOf, option, switch
+from vdiff.cli.options import NUM, OLD_NUM, Command, Names, OneOf, option, switch
 from vdiff.cli.settings import sampler_settings
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
@@ -32,12 +32,14 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 
 @click.command(
     cls=Command,
+    first="checkpoint device precision num batch_size seed classes guidance interpolate out format trajectory "
+    "overwrite json sampler num_timesteps grid",
     examples=[
-        "python sample.py                                              # 64 images from the newest checkpoint",
-        "python sample.py --clipped_sampling True                      # the clipped sampler",
-        "python sample.py --checkpoint checkpoints/original --time_scale 8   # an eighth of its steps",
-        "python sample.py --checkpoint checkpoints/original --sampler dpmpp_2m --num_timesteps 16 --grid logsnr",
-        "python sample.py --checkpoint checkpoints/base_5 --num 50000 --batch_size 500 --out samples/fifty.npz",
+        "python sample.py              # 64 images from the newest checkpoint",
+        "python sample.py --checkpoint checkpoints/original --num_timesteps 128",
+        "python sample.py --sampler dpmpp_2m --num_timesteps 16 --grid logsnr",
+        "python sample.py --sampler clipped",
+        "python sample.py --num 50000 --batch_size 500 --out samples/fifty.npz",
         "python sample.py --classes 3,7 --guidance 1.5 --trajectory --json",
         "python sample.py --interpolate 3 12 --num 16",
     ],
@@ -65,6 +67,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 )
 @option(
     *NUM,
+    old=OLD_NUM,
     group="Images",
     type=click.IntRange(1),
     default=64,

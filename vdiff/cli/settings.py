@@ -14,6 +14,7 @@ import click
 from vdiff.cli.options import Number, OneOf, option, switch
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.samplers import SAMPLERS
+from vdiff.errors import OptionError
 from vdiff.settings import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, choices_of, parameters, value_type
 from vdiff.training.config import DistillConfig, LoopConfig, settings_of
 from vdiff.training.presets import PRESETS
@@ -70,7 +71,10 @@ def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
         "default": None,
         "help": rules["help"],
         "show_default": shown or False,
+        "hidden": rules["hidden"],
     }
+    if name in AVERAGES:
+        return option(*names, type=AVERAGES[name], **attributes)
     if kind is bool:
         return switch(*names, **attributes)
     if choices := choices_of(item) or (PRESETS if name == "preset" else ()):
@@ -84,6 +88,54 @@ def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
     return option(*names, type=types[kind], **attributes)
 
 
+FEWEST = 100
+
+
+class Average(click.ParamType):
+    """The average that is saved, in one of three units; each is a setting of its own."""
+
+    name = "DECAY|IMAGES|PERCENT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
+        """`0.999` → `ema`, `500000` → `ema_images`, `0.1%` → `ema_remainder`."""
+        text = str(value)
+        if text.endswith("%"):
+            return {"ema_remainder": Number(0, 99).convert(text[:-1], param, ctx) / 100}
+        number = Number(0).convert(text, param, ctx)
+        if 1 < number < FEWEST:
+            self.fail(f"{text} is neither a decay up to 1 nor a half-life of at least {FEWEST} images", param, ctx)
+        return {"ema": number} if number <= 1 else {"ema_images": number}
+
+
+class MoreAverages(click.ParamType):
+    """Further averages: decays, and the word `profiles`."""
+
+    name = "DECAY,…|profiles"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        """`0.99,profiles` → `ema_more` and `ema_profiles`."""
+        del param, ctx
+        words = [word.strip() for word in str(value).split(",")]
+        if "profiles" not in words:
+            return {"ema_more": value}
+        decays = ",".join(word for word in words if word != "profiles")
+        return {"ema_more": decays, "ema_profiles": True} if decays else {"ema_profiles": True}
+
+
+AVERAGES: dict[str, click.ParamType] = {"ema": Average(), "ema_more": MoreAverages()}
+
+
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the command line or the environment gave."""
-    return {key: value for key, value in flags.items() if value is not None}
+    """The settings that the command line or the environment gave.
+
+    Raises:
+        OptionError: two flags give one setting two values.
+    """
+    found: dict[str, Any] = {}
+    for key, value in flags.items():
+        for name, part in (value if key in AVERAGES and value is not None else {key: value}).items():
+            if part is None:
+                continue
+            if found.setdefault(name, part) != part:
+                raise OptionError(f"--{key} and --{name} say the same in two ways", f"give --{key} alone")
+    return found

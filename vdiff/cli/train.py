@@ -22,12 +22,14 @@ DEFAULT_OUT = Path("checkpoints/original")
 
 @click.command(
     cls=Command,
+    first="out config resume overwrite dry_run data preset image_size class_conditional num_iters batch_size "
+    "grad_accum lr ema flip sample_interval ckpt_interval seed device precision compile checkpointing",
     examples=[
-        "python train.py                                   # the only dataset under data/, the preset that fits it",
+        "python train.py                   # the only dataset under data/",
         "python train.py --data data/photos_64 --batch_size 64 --lr 1e-4",
         "python train.py --preset cifar10 --dry_run        # what it would cost",
-        "python train.py --resume                          # go on after Ctrl-C",
-        "python train.py --config checkpoints/original/run.toml --seed 1 --out checkpoints/again",
+        "python train.py --resume          # go on after Ctrl-C",
+        "python train.py --config checkpoints/original/run.toml --out checkpoints/b",
     ],
 )
 @option("--out", group="Run", type=PATH, default=DEFAULT_OUT, metavar="FOLDER", help="The checkpoint's folder.")

@@ -38,6 +38,10 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TIMES = ("uniform", "importance")
+AVERAGE = (
+    "Moving average of the weights, which is what is saved: its decay in an update (0.9999), its half-life in images "
+    "(500000), or how much the first weights still count at the end of the training (0.1%); 0: no average."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,29 +77,28 @@ class LoopConfig:
         group=OPTIMISATION, default=20, low=0, unit="UPDATES", free=True,
     )  # fmt: skip
     ema: float = setting(
-        "Decay of the moving average of the weights, which is what is saved: weights one update older count this many "
-        "times as much; 0 turns it off.",
+        AVERAGE,
         group=OPTIMISATION, default=0.9999, low=0, high=1,
     )  # fmt: skip
     ema_images: float = setting(
-        "Half-life of that average in images seen, instead of --ema; 0: --ema says.",
-        group=OPTIMISATION, default=0.0, low=0, unit="IMAGES",
+        "Half-life of that average in images seen, instead of --ema; 0 = use --ema.",
+        group=OPTIMISATION, default=0.0, low=0, hidden=True,
     )  # fmt: skip
     ema_remainder: float = setting(
         "What the first weights of the training count in that average where the last ones count 1, instead of --ema: "
-        "decay is this^(1/updates); 0: --ema says.",
-        group=OPTIMISATION, default=0.0, low=0, high=0.99,
+        "the decay is this^(1/updates); 0 = use --ema.",
+        group=OPTIMISATION, default=0.0, low=0, high=0.99, hidden=True,
     )  # fmt: skip
     ema_more: str = setting(
-        "Decays of further averages, 0.999,0.9995: vdiff ema makes checkpoints of them.",
-        group=OPTIMISATION, default="", unit="DECAYS", shown="none",
+        "Further averages, of which vdiff ema makes checkpoints: decays (0.999,0.9995), or profiles: power functions, "
+        "from which it makes averages of any length.",
+        group=OPTIMISATION, default="", shown="none",
     )  # fmt: skip
     ema_profiles: bool = setting(
-        "Keep power-function averages, so that vdiff ema can make one of any length afterwards.",
-        group=OPTIMISATION, default=False,
+        "The same as --ema_more profiles.", group=OPTIMISATION, default=False, hidden=True
     )  # fmt: skip
     ema_interval: int | None = setting(
-        "Between snapshots of these averages.",
+        "Between snapshots of the averages of --ema_more.",
         group=RECORDS, default=None, low=1, unit="UPDATES", shown="40 snapshots in all", free=True,
     )  # fmt: skip
     weighting: str = setting(
@@ -244,7 +247,7 @@ class DistillConfig(LoopConfig):
         group=MODEL, default=None, low=1, unit="STEPS", shown="one stage",
     )  # fmt: skip
     stages: int | None = setting(
-        "Go on for this many stages, instead of --to_steps.", group=MODEL, default=None, low=1, unit="STAGES", shown="1"
+        "Go on for this many stages, instead of --to_steps.", group=MODEL, default=None, low=1, hidden=True
     )
     teacher_steps: int | None = setting(
         "The steps that the teacher takes, and the first student halves.",
@@ -264,8 +267,7 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, default="linear", choices=LR_SCHEDULES,
     )  # fmt: skip
     ema: float = setting(
-        "Decay of the moving average of the weights, which is what is saved: weights one update older count this many "
-        "times as much; 0 turns it off.",
+        AVERAGE,
         group=OPTIMISATION, default=0.0, low=0, high=1,
     )  # fmt: skip
     precision: str = setting(

@@ -197,7 +197,7 @@ def snapshot_at(folder: Path, snapshots: Sequence[Snapshot], at: int | None) -> 
     """
     if not snapshots:
         raise VdiffError(
-            f"{folder} holds no snapshots of averages", "train with --ema_profiles, or with --ema_more 0.999"
+            f"{folder} holds no snapshots of averages", "train with --ema_more profiles, or --ema_more 0.999"
         )
     if at is None:
         return snapshots[-1]
@@ -304,7 +304,7 @@ def _parts(snapshots: Sequence[Snapshot], step: int) -> tuple[list[tuple[Snapsho
         (snapshot, PowerFunction(s)) for snapshot in snapshots if snapshot.step <= step for s in snapshot.sigma_rels
     ]
     if not found:
-        raise VdiffError("the snapshots hold no power functions", "train with --ema_profiles")
+        raise VdiffError("the snapshots hold no power functions", "train with --ema_more profiles")
     parts = [(snapshot, profile.name) for snapshot, profile in found]
     return parts, [float(snapshot.step) for snapshot, _ in found], [profile.gamma for _, profile in found]
 
