@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import shlex
@@ -102,6 +103,7 @@ def become(act: Callable[[], object], folder: Path, env: Mapping[str, str], said
     os.environ.update(env)
     for number, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    faulthandler.enable()  # a crash in native code tells where each thread was
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     atexit._clear()

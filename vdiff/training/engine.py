@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from vdiff.distributed import Processes, leave_at_exit, pick_device
 from vdiff.errors import OptionError
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.config import LoopConfig
-from vdiff.training.weights import is_sharded, whole
+from vdiff.training.weights import is_sharded
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # while one process draws and saves, the others wait for it
@@ -66,7 +67,8 @@ class Engine(Processes):
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Shorten the gradient to `max_norm`; answers how long it was, over all processes."""
         if is_sharded(model):
-            return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            total = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            return total.full_tensor() if isinstance(total, DTensor) else total
         norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
         return norm
 

@@ -116,7 +116,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
 
     def keep_checkpoint() -> None:
         position = meter.position
-        weights = {name: whole(tensor) for name, tensor in averages.model.state_dict().items()}
+        weights = whole(averages.model.state_dict())
         if engine.is_main:
             save_checkpoint(folder, weights, _describe(run, position))
             history.take(folder, position.step, last=config.keep_last, every=config.keep_every)

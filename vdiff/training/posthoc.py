@@ -81,12 +81,12 @@ def save_snapshot(folder: Path, averages: Averages, *, step: int, images: int, w
     tensors: dict[str, Tensor] = {}
     for profile in averages.further:
         stored = torch.float16 if isinstance(profile, PowerFunction) else torch.float32
-        for name, tensor in values[profile.name].items():
-            tensors[f"{profile.name}.{name}"] = whole(tensor).to("cpu", stored)
+        for name, tensor in whole(values[profile.name]).items():
+            tensors[f"{profile.name}.{name}"] = tensor.to("cpu", stored)
     weights = {name for name, _ in averages.model.named_parameters()}
     for name, tensor in averages.model.state_dict().items():
         if name not in weights:
-            tensors[f"buffer.{name}"] = whole(tensor)
+            tensors[f"buffer.{name}"] = tensor
     names = " ".join(profile.name for profile in averages.further)
     if write:
         make_folder(folder / SNAPSHOT_FOLDER)

@@ -38,13 +38,13 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
     Every process calls this, since weights may be shared out over them; those with `write` write.
     """
     raw = state_without(step.denoiser, frozen(step.denoiser).keys())
-    tensors = {f"raw.{name}": whole(tensor) for name, tensor in raw.items()}
+    tensors = {f"raw.{name}": tensor for name, tensor in whole(raw).items()}
     for average, values in step.averages.named().items():
-        tensors |= {f"{average}.{name}": whole(tensor) for name, tensor in values.items()}
+        tensors |= {f"{average}.{name}": tensor for name, tensor in whole(values).items()}
     learning = trainable(step.denoiser)
-    for name, parameter in learning.items():
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = whole(step.optimizer.state[parameter][moment])
+    for moment in MOMENTS:
+        values = {f"{moment}.{name}": step.optimizer.state[weight][moment] for name, weight in learning.items()}
+        tensors |= whole(values)
     tensors |= {f"{STATISTICS}.{name}": tensor for name, tensor in _statistics(step).items()}
     if step.networks is not None:
         tensors |= {f"{METHOD}.{name}": tensor for name, tensor in step.networks.state().items()}
