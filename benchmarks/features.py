@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
 from vdiff.data.datasets import open_at_size
-from vdiff.evaluation.feature_training import FeatureTraining, in_order, train_features
 from vdiff.evaluation.metrics import frechet_distance
 from vdiff.models.codec import from_uint8
+from vdiff.training.feature_training import FeatureTraining, in_order, train_features
 
 SEED, REFERENCE = 0, 900
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ import diffusers
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.modules["vdiff"] = None  # type: ignore[assignment]
 
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
@@ -84,10 +82,10 @@ def draw(job: dict[str, Any]) -> dict[str, torch.Tensor]:
 def run(job: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The program in a folder's README.md, as it is; what it drew."""
     folder = Path(job["folder"])
-    os.chdir(folder.parent)
     code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
-    exec(code, names)
+    with chdir(folder.parent):
+        exec(code, names)
     found = {"z": names["z"]} if "z" in names else {}
     if "images" in names:
         pixels = np.stack([np.asarray(image) for image in names["images"]])
@@ -97,13 +95,11 @@ def run(job: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def main(jobs: str, answers: str) -> None:
     """Do the jobs."""
-    torch.set_num_threads(1)
     diffusers.utils.logging.disable_progress_bar()
     todo = json.loads(Path(jobs).read_text())
     for job in todo["make"]:
         make(job)
     drawn = {f"{job['name']} {kind}": images for job in todo["draw"] for kind, images in draw(job).items()}
-    answers = str(Path(answers).resolve())
     drawn |= {f"{job['name']} {kind}": images for job in todo["run"] for kind, images in run(job).items()}
     try:
         import vdiff  # noqa: F401
@@ -112,4 +108,6 @@ def main(jobs: str, answers: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["vdiff"] = None  # type: ignore[assignment]
+    torch.set_num_threads(1)
     main(*sys.argv[1:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,25 @@ def programs(card: Path) -> dict[str, str]:
 
 
 def run_without(modules: list[str], code: str, folder: Path) -> str:
-    """Run a program in `folder` that cannot import `modules`; its stdout."""
+    """Run a program in `folder` that cannot import `modules`, in a process of its own; its stdout."""
     blocked = f"import sys\nfor name in {modules!r}: sys.modules[name] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", blocked + code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@contextmanager
+def without(modules: Collection[str], folder: Path) -> Iterator[None]:
+    """In this process and in `folder`, where `modules` can be imported no more, nor what was imported of them found."""
+    known = dict(sys.modules)
+    hidden = [name for name in known if name.partition(".")[0] in modules]
+    with chdir(folder):
+        try:
+            for name in hidden:
+                del sys.modules[name]
+            sys.modules.update(dict.fromkeys(modules))  # type: ignore[arg-type]
+            yield
+        finally:
+            sys.modules.update({name: known[name] for name in hidden})

@@ -14,10 +14,10 @@ from torch import nn
 
 from tests.toy import write_dataset
 from vdiff.errors import OptionError, VdiffError
-from vdiff.evaluation.feature_network import FeatureMetadata
 from vdiff.evaluation.features import FileFeatures, Pixels, as_unit, load_features
 from vdiff.evaluation.nearest import NearestSearch, merged, search_vectors, thumbnails
 from vdiff.evaluation.reference import ReferenceImages, random_subset
+from vdiff.models.feature_network import FeatureMetadata
 
 KIND = {"image_size": 4, "channels": 1}
 

@@ -25,12 +25,13 @@ from tests.toy import contents, write_dataset
 from vdiff.cli.features import learned
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
-from vdiff.evaluation import feature_network, feature_training
-from vdiff.evaluation.feature_network import FeatureMetadata, parse_metadata
-from vdiff.evaluation.feature_training import FeatureTraining, train_features
 from vdiff.evaluation.features import load_features
+from vdiff.models import feature_network
+from vdiff.models.feature_network import FeatureMetadata, parse_metadata
 from vdiff.models.program import METADATA
 from vdiff.reporting import Silent
+from vdiff.training import feature_training
+from vdiff.training.feature_training import FeatureTraining, train_features
 
 ITERS, DIM = 3, 6
 QUICK = f"--num_iters {ITERS} --batch_size 16 --device cpu --num_workers 0 --dim {DIM} --seed 4"

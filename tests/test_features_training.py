@@ -19,20 +19,23 @@ from tests.digits import SIDE, write_digits
 from tests.oracles import randn
 from tests.toy import Watcher, write_dataset
 from vdiff.data.batches import Batch
+from vdiff.data.datasets import open_batches
 from vdiff.data.shard_store import ShardStore
 from vdiff.data.shards import ShardWriter
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
-from vdiff.evaluation.feature_network import (
+from vdiff.evaluation.metrics import frechet_distance
+from vdiff.models.codec import from_uint8
+from vdiff.models.feature_network import (
     FeatureAutoencoder,
     FeatureClassifier,
     FeatureMetadata,
     FeatureNet,
     FeatureNetConfig,
 )
-from vdiff.evaluation.feature_training import (
+from vdiff.reporting import Silent
+from vdiff.training.feature_training import (
     FeatureTraining,
-    endless,
     in_order,
     loss_of,
     measure,
@@ -40,9 +43,6 @@ from vdiff.evaluation.feature_training import (
     split,
     train_features,
 )
-from vdiff.evaluation.metrics import frechet_distance
-from vdiff.models.codec import from_uint8
-from vdiff.reporting import Silent
 
 KINDS = ["classifier", "autoencoder"]
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -216,7 +216,7 @@ def test_batches_show_the_training_part_alone_with_the_right_classes(name, store
                 (part is train, i.numpy().tobytes()): int(c) for i, c in zip(batch.images, batch.classes, strict=True)
             }
     assert sum(is_train for is_train, _ in due) == len(train)
-    stream = endless(train, image_size=4, batch_size=11, seed=0, num_workers=0)
+    stream = open_batches(train, image_size=4, batch_size=11, seed=0, flip=False, num_workers=0).start_at(0)
     seen = set()
     for batch in islice(stream, 200):
         for image, label in zip(batch.images, batch.classes, strict=True):
@@ -314,10 +314,11 @@ def test_a_classifier_where_there_are_classes(tmp_path):
 
 
 def test_images_that_are_all_alike_are_refused(digits, monkeypatch):
-    def alike(*_: Any, **__: Any) -> Iterator[Batch]:
-        while True:
-            yield Batch(torch.full((8, 1, SIDE, SIDE), 9, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+    class Alike:
+        def start_at(self, _: int) -> Iterator[Batch]:
+            while True:
+                yield Batch(torch.full((8, 1, SIDE, SIDE), 9, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
 
-    monkeypatch.setattr("vdiff.evaluation.feature_training.endless", alike)
+    monkeypatch.setattr("vdiff.training.feature_training.open_batches", lambda *_, **__: Alike())
     with pytest.raises(VdiffError, match="the features of all images are equal"):
         train_features(digits, SIDE, FeatureTraining(dim=4, num_iters=1, batch_size=8), reporter=Silent())

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers, both ways: its own process, without vdiff, draws the images that ours draw."""
+"""Pipelines of diffusers, both ways: diffusers, where vdiff cannot be imported, draws the images that ours draw."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests import diffusers_side, exported
 from tests.commands import ROOT, done, error, tree
 from tests.oracles import condition
 from tests.toy import assert_equal_bits, write_checkpoint
@@ -298,15 +299,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs["draw"].append({**values, "name": name, "folder": folder, "call": call, "count": COUNT, "seed": 0})
     (place / "slow.json").write_text(json.dumps({"make": [], "draw": jobs.pop("slow"), "run": []}))
     (place / "jobs.json").write_text(json.dumps(jobs))
-    diffusers_does(place, "jobs")
+    with exported.without(["vdiff"], place):
+        diffusers_side.main("jobs.json", "jobs.safetensors")
     return place
-
-
-def diffusers_does(place: Path, name: str) -> None:
-    """Run a file of jobs in a process of its own."""
-    program = [sys.executable, "-I", str(ROOT / "tests/diffusers_side.py"), f"{name}.json", f"{name}.safetensors"]
-    process = subprocess.run(program, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert process.returncode == 0, process.stderr.decode()
 
 
 @pytest.fixture(scope="module")
@@ -317,8 +312,10 @@ def drawn(place: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def slowly_drawn(place: Path) -> dict[str, Tensor]:
-    """What diffusers drew of `SLOW`."""
-    diffusers_does(place, "slow")
+    """What diffusers drew of `SLOW`, in a process of its own."""
+    program = [sys.executable, "-I", str(ROOT / "tests/diffusers_side.py"), "slow.json", "slow.safetensors"]
+    process = subprocess.run(program, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert process.returncode == 0, process.stderr.decode()
     return load_file(place / "slow.safetensors")
 
 

@@ -18,7 +18,7 @@ import torch
 
 import vdiff
 from tests.commands import done, error
-from tests.exported import SIZE, programs, run_without, write_model
+from tests.exported import SIZE, programs, without, write_model
 from tests.oracles import condition, randn
 from tests.toy import contents
 from vdiff.diffusion.samplers import Ddim
@@ -168,7 +168,8 @@ def test_the_programs_of_the_card_run_without_torch_and_vdiff(folder):
         first = next(line for line in program.splitlines() if line.startswith("noise = "))
         program = program.replace(first, 'noise = np.load("noise.npy")').replace(Path(name).name, name)
         code += f'{program}\nnp.save("{Path(name).parent}.npy", {result})\n'
-    run_without(["vdiff", "torch"], code, folder)
+    with without(["vdiff", "torch"], folder):
+        exec(code, {})
     noise = torch.from_numpy(np.load(folder / "noise.npy"))
     for name, out, clip, weight in (("told", "out", 1.0, 0.0), ("guided", "more", None, 1.0)):
         denoiser, _ = load_checkpoint(folder / name)

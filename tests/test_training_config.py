@@ -17,7 +17,7 @@ from vdiff.data.store import DatasetMeta
 from vdiff.data.writer import StoreWriter
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, VdiffError
-from vdiff.models.flops import count_flops
+from vdiff.models.backbone import count_flops
 from vdiff.models.unet import UNet, UNetConfig
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.base import describe, resolve_training

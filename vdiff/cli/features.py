@@ -17,7 +17,7 @@ from vdiff.errors import OptionError, shell
 from vdiff.text import plural
 
 if TYPE_CHECKING:
-    from vdiff.evaluation.feature_network import FeatureMetadata
+    from vdiff.models.feature_network import FeatureMetadata
 
 KINDS = ["auto", "classifier", "autoencoder"]
 LITTLE = 0.1
@@ -88,21 +88,19 @@ def command(
     from vdiff.data.datasets import open_at_size
     from vdiff.data.store import find_dataset
     from vdiff.distributed import pick_device
-    from vdiff.evaluation.feature_network import check_out, write_features
-    from vdiff.evaluation.feature_training import FeatureTraining, network_config, train_features
+    from vdiff.models.feature_network import check_out, write_features
     from vdiff.replacing import locked
+    from vdiff.training.feature_training import FeatureTraining, network_config, train_features
 
     console = Console()
     store, size = open_at_size(data or find_dataset(), image_size)
     settings = FeatureTraining(**training)
     config = network_config(store, size, settings)
-    where = pick_device(device)
+    where = pick_device(device).type
     with locked(out):
         check_out(out, overwrite=overwrite)
         classes = f" of {len(store.meta.class_names)} classes" if config.num_classes else ""
-        console.line(
-            f"{plural(len(store), 'image')} of {size} × {size} pixels: {config.kind}{classes}, on {where.type}"
-        )
+        console.line(f"{plural(len(store), 'image')} of {size} × {size} pixels: {config.kind}{classes}, on {where}")
         network, metadata = train_features(store, size, settings, device=where, reporter=console)
         write_features(network, metadata, out)
     if learned(metadata) < LITTLE:

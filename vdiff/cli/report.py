@@ -171,11 +171,11 @@ def _evaluate(
     ladder: LadderRun, rows: list[RowSpec], data: str, plan: EvalPlan, processes: Processes, console: Console
 ) -> None:
     """Measure a ladder, into `evaluation.json` in the folder that holds it."""
-    from vdiff.evaluation.measure import evaluate_rows
+    from vdiff.evaluation.measure import evaluate
     from vdiff.evaluation.results import FILE
 
     out, command = ladder.root / FILE, typed_command()
-    evaluate_rows(rows, data, plan, processes=processes, reporter=console, out=out, overwrite=True, command=command)
+    evaluate(rows, data, processes=processes, reporter=console, out=out, overwrite=True, command=command, **vars(plan))
 
 
 def _show(path: Path, console: Console) -> None:

@@ -74,7 +74,7 @@ def costs(config: TrainConfig, description: CheckpointConfig) -> list[str]:
     """The network, the settings and what training and sampling cost, as aligned lines."""
     from dataclasses import asdict
 
-    from vdiff.models.flops import count_flops
+    from vdiff.models.backbone import count_flops
 
     parameters, flops = count_flops(lambda: description.build().network, description.shape)
     steps = config.num_timesteps

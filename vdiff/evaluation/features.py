@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vdiff.errors import OptionError, VdiffError
-from vdiff.evaluation.feature_network import parse_metadata
 from vdiff.evaluation.metrics import frechet_distance
 from vdiff.files import sha256_of
 from vdiff.models.codec import PIXEL_CODEC, from_uint8
+from vdiff.models.feature_network import parse_metadata
 from vdiff.models.program import METADATA
 from vdiff.text import plural
 

@@ -7,8 +7,8 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +40,12 @@ from vdiff.reporting import DOUBTFUL_TIMES, Progress, Reporter, Silent
 FORMAT = 2
 RANGE = 2.0
 """From black to white."""
+ROW, THUMBS, TEACHER = "row-{:03d}.json", "row-{:03d}-small.npz", "teacher-{:04d}.npz"
+"""Files of the work folder: a row's metrics, the thumbnails of its first samples, the teacher's images of a piece."""
 
 
 def evaluate(
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[Path | RowSpec],
     dataset: Path | str,
     *,
     num_timesteps: Sequence[int] = (),
@@ -59,64 +61,42 @@ def evaluate(
     command: str = "",
     **plan: Any,
 ) -> Evaluation:
-    """Measure every checkpoint, in every number of steps (none given: its own), with every sampler.
-
-    Args:
-        plan: the attributes of `EvalPlan`, such as `n=10_000`.
-        out, overwrite, cache, command: see `evaluate_rows`.
-
-    Raises:
-        VdiffError, Interrupted: see `plan_rows` and `evaluate_rows`.
-    """
-    reporter = reporter or Silent()
-    rows, left_out = plan_rows(checkpoints, num_timesteps=num_timesteps, samplers=samplers, grid=grid, raw=raw)
-    for line in left_out:
-        reporter.line(line)
-    return evaluate_rows(
-        rows,
-        dataset,
-        EvalPlan(**plan),
-        processes=processes or Processes(pick_device(device)),
-        reporter=reporter,
-        out=out,
-        overwrite=overwrite,
-        cache=cache,
-        command=command,
-    )
-
-
-def evaluate_rows(
-    rows: Sequence[RowSpec],
-    dataset: Path | str,
-    plan: EvalPlan,
-    *,
-    processes: Processes,
-    reporter: Reporter,
-    out: Path | None = None,
-    overwrite: bool = False,
-    cache: Path | None = None,
-    command: str = "",
-) -> Evaluation:
-    """Measure all rows from the same noise against one dataset; written to `out` if that is given.
+    """Measure every checkpoint, in every number of steps (none given: its own), with every sampler, against a dataset.
 
     The same call goes on where it was stopped, from the folder `.OUT.work` beside the file; if `out` holds this very
     evaluation already, that is returned. Every process of a launcher calls this and gets the same results.
+
+    Args:
+        checkpoints: folders, or rows as they are to be drawn.
+        plan: the attributes of `EvalPlan`, such as `n=10_000`.
+        out: the file of the results; None: they are only returned.
 
     Raises:
         Interrupted: a signal came; the samples so far are kept.
         VdiffError: something in the plan is impossible; `out` exists and is something else.
     """
+    reporter, processes = reporter or Silent(), processes or Processes(pick_device(device))
+    folders = [each for each in checkpoints if not isinstance(each, RowSpec)]
+    rows, left_out = plan_rows(folders, num_timesteps=num_timesteps, samplers=samplers, grid=grid, raw=raw)
+    rows += [each for each in checkpoints if isinstance(each, RowSpec)]
     if not rows:
         raise ValueError("no rows")
+    for line in left_out:
+        reporter.line(line)
     if out is None and processes.world_size > 1:
         raise OptionError("several processes need a file that all of them see", "give --out FILE")
     kept = "nothing is kept" if out is None else "what was drawn is kept; the same command goes on"
-    with _work_place(out) as place, ExitStack() as lock, stop_explained(lambda _: f"stopped: {kept}"):
+    with ExitStack() as stack, stop_explained(lambda _: f"stopped: {kept}"):
+        place = (
+            out.with_name(f".{out.name}.work")
+            if out
+            else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vdiff-")), "work")
+        )
         with processes.together():
-            run = _Run(rows, dataset, plan, processes.device)
+            run = _Run(rows, dataset, EvalPlan(**plan), processes.device)
             pairs = out.with_name(f"{out.stem}-nearest.png") if out and "nearest" in run.plan.metrics else None
             if out is not None:
-                lock.enter_context(locked(out, place, *([pairs] if pairs else []), mine=processes.is_main))
+                stack.enter_context(locked(out, place, *([pairs] if pairs else []), mine=processes.is_main))
                 if pairs is not None and not place.exists() and not EVALUATION.files(out):
                     check_free(pairs, PICTURE, overwrite=True)
         with processes.together():
@@ -149,16 +129,6 @@ def _finished(out: Path | None, key: str, overwrite: bool) -> Evaluation | None:
     if found.job != key:
         raise VdiffError(f"{out} holds another evaluation", "give --overwrite to replace it, or another --out")
     return found
-
-
-@contextmanager
-def _work_place(out: Path | None) -> Iterator[Path]:
-    """Where results of the pieces are kept until the end."""
-    if out is not None:
-        yield out.with_name(f".{out.name}.work")
-        return
-    with tempfile.TemporaryDirectory(prefix="vdiff-") as folder:
-        yield Path(folder) / "work"
 
 
 class _Run:
@@ -203,13 +173,13 @@ class _Run:
         if self.teacher is not None:
             self._draw_teacher(self.teacher, work)
         for number, row in enumerate(self.rows):
-            if not work.has(_row_file(number)):
+            if not work.has(ROW.format(number)):
                 self._measure_row(number, row, calculator, work)
         numbers = range(len(self.rows))
         found = self._time_again([_read_row(work, number) for number in numbers], work)
         if "nearest" not in self.plan.metrics:
             return found, []
-        thumbs = [work.read(_thumbs_file(number))["small"] for number in numbers]
+        thumbs = [work.read(THUMBS.format(number))["small"] for number in numbers]
         return add_nearest(found, thumbs, self.images, work), thumbs
 
     def _draw_teacher(self, teacher: RowSpec, work: WorkFolder) -> None:
@@ -226,7 +196,7 @@ class _Run:
                 bar.update(done)
             return {"images": torch.cat(parts).numpy()}
 
-        sizes = {_teacher_file(piece): len(samples) for piece, samples in enumerate(paired)}
+        sizes = {TEACHER.format(piece): len(samples) for piece, samples in enumerate(paired)}
         work.compute(f"teacher, {teacher.steps}", sizes, compute)
 
     def _measure_row(self, number: int, row: RowSpec, calculator: MetricCalculator, work: WorkFolder) -> None:
@@ -234,42 +204,36 @@ class _Run:
         generator, pieces = Generator(row, self.plan, work.processes.device), self.blocks.pieces()
 
         def compute(piece: int, bar: Progress, done: int) -> m.Arrays:
-            of_teacher = None
-            if work.file(_teacher_file(piece)).exists():
-                of_teacher = torch.from_numpy(work.read(_teacher_file(piece))["images"])
+            name = TEACHER.format(piece)
+            of_teacher = torch.from_numpy(work.read(name)["images"]) if work.file(name).exists() else None
             return sample_stats(generator, self.blocks, pieces[piece], self.features, of_teacher, bar, done)
 
         sizes = {f"row-{number:03d}-piece-{k:04d}.npz": len(self.blocks.samples(p)) for k, p in enumerate(pieces)}
         work.compute(f"{row.checkpoint.name}, {row.sampler}, {row.steps}", sizes, compute)
         with work.processes.together():
-            if work.processes.is_main:
-                self._finish_row(number, row, [work.read(name) for name in sizes], calculator, work)
-                for name in sizes:
-                    work.file(name).unlink()
-
-    def _finish_row(
-        self, number: int, row: RowSpec, stats: Sequence[m.Arrays], calculator: MetricCalculator, work: WorkFolder
-    ) -> None:
-        began, n = time.monotonic(), self.plan.n
-        metrics = calculator.calculate_metrics(stats)
-        thumbs = np.concatenate([each["small"] for each in stats])
-        write_arrays(work.file(_thumbs_file(number)), {"small": thumbs})
-        found = EvalRow(
-            checkpoint=row.checkpoint.as_posix(),
-            checkpoint_fingerprint=self.fingerprints[row],
-            weights="raw" if row.raw else self.configs[row.checkpoint].weights,
-            sampler=row.sampler,
-            grid=row.grid,
-            num_steps=row.num_steps,
-            evaluations=sum(int(each["evaluations"]) for each in stats) / n,
-            n=n,
-            seed=self.plan.seed,
-            seconds=sum(float(each["seconds"]) for each in stats) + time.monotonic() - began,
-            ms_per_image=1000 * sum(float(each["drawing"]) for each in stats) / n,
-            metrics=metrics,
-            guidance=self.plan.guidance,
-        )
-        write_text(work.file(_row_file(number)), json.dumps(plain(asdict(found))) + "\n")
+            if not work.processes.is_main:
+                return
+            stats, began, n = [work.read(name) for name in sizes], time.monotonic(), self.plan.n
+            metrics = calculator.calculate_metrics(stats)
+            write_arrays(work.file(THUMBS.format(number)), {"small": np.concatenate([each["small"] for each in stats])})
+            found = EvalRow(
+                checkpoint=row.checkpoint.as_posix(),
+                checkpoint_fingerprint=self.fingerprints[row],
+                weights="raw" if row.raw else self.configs[row.checkpoint].weights,
+                sampler=row.sampler,
+                grid=row.grid,
+                num_steps=row.num_steps,
+                evaluations=sum(int(each["evaluations"]) for each in stats) / n,
+                n=n,
+                seed=self.plan.seed,
+                seconds=sum(float(each["seconds"]) for each in stats) + time.monotonic() - began,
+                ms_per_image=1000 * sum(float(each["drawing"]) for each in stats) / n,
+                metrics=metrics,
+                guidance=self.plan.guidance,
+            )
+            write_text(work.file(ROW.format(number)), json.dumps(plain(asdict(found))) + "\n")
+            for name in sizes:
+                work.file(name).unlink()
 
     def _time_again(self, found: list[EvalRow], work: WorkFolder) -> list[EvalRow]:
         """The rows; impossible times are measured again on one batch, and marked if they stay impossible."""
@@ -393,23 +357,8 @@ def psnr(squared: Metric) -> Metric:
 
 
 def _read_row(work: WorkFolder, number: int) -> EvalRow:
-    path = work.file(_row_file(number))
+    path = work.file(ROW.format(number))
     try:
         return record_of(EvalRow, with_infinity(parse(read_text(path))), "a row", "")
     except (OSError, ValueError, VdiffError):
         raise VdiffError(f"{path} cannot be read", f"remove {work.path}, then give the command again") from None
-
-
-def _row_file(number: int) -> str:
-    """The metrics of a row."""
-    return f"row-{number:03d}.json"
-
-
-def _thumbs_file(number: int) -> str:
-    """The thumbnails of a row's first samples."""
-    return f"row-{number:03d}-small.npz"
-
-
-def _teacher_file(piece: int) -> str:
-    """The teacher's images of a piece."""
-    return f"teacher-{piece:04d}.npz"

@@ -170,11 +170,7 @@ def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
 
 
 def _check_numbers(n: int, num_images: int, features: Features, metrics: Sequence[str], data: Path | str) -> None:
-    """Refuse fewer images than the metrics need.
-
-    Raises:
-        VdiffError: fewer than `MIN_IMAGES`, or for a Fréchet distance than the features have dimensions.
-    """
+    """Refuse fewer images than the metrics need."""
     least = max(MIN_IMAGES, features.dim if "fd" in metrics else 0)
     why = f"the {features.dim} dimensions of the features {features.name}" if least > MIN_IMAGES else f"{MIN_IMAGES}"
     others = ",".join(name for name in metrics if name not in ("fd", "isc")) or "kd"

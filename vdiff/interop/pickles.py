@@ -77,11 +77,7 @@ def check_backed(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the archive's sizes with the file's, and the names in its pickle with `NAMES`.
-
-    Raises:
-        VdiffError: something is there that weights do not need.
-    """
+    """Compare the archive's sizes with the file's, and the names in its pickle with `NAMES`."""
     if path.is_dir():
         raise VdiffError(f"{path} is a folder", "give the path of the checkpoint.pt in it")
     check_regular(path)

@@ -188,11 +188,7 @@ def translate(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, tim
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], int, int]:
-    """The generator's tensors, the number of levels, and the labels between two of them.
-
-    Raises:
-        VdiffError: the file holds something else.
-    """
+    """The generator's tensors, the number of levels, and the labels between two of them."""
     values = read_pt(path)
     if lacking := [key for key in KEYS if key not in values]:
         held = ", ".join(map(str, list(values)[:6])) or "nothing"
@@ -267,11 +263,7 @@ def _rotated(weight: Tensor, frequencies: Tensor, shift: int) -> Tensor:
 
 
 def _frequencies(path: Path, tensors: Mapping[str, Tensor], channels: int) -> Tensor:
-    """ω_i, i < channels/2, float64.
-
-    Raises:
-        VdiffError: the file's are others than ours.
-    """
+    """ω_i, i < channels/2, float64."""
     half = channels // 2
     usual = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000.0) / half))
     theirs = tensors.get(FREQUENCIES, usual).double()
@@ -281,11 +273,7 @@ def _frequencies(path: Path, tensors: Mapping[str, Tensor], channels: int) -> Te
 
 
 def _shape(path: Path, tensors: Mapping[str, Any], name: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that every such network has.
-
-    Raises:
-        VdiffError: there is none of that name, or it has another number of axes.
-    """
+    """The shape of a tensor that every such network has."""
     if name not in tensors or tensors[name].ndim != ndim or 0 in tensors[name].shape:
         raise VdiffError(f"{path} holds no UNet of these repositories: no {name}", "give another file")
     return tuple(tensors[name].shape)

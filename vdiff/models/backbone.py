@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
     (B, C_out, …).
 
     Attributes:
-        kind: its name in `KINDS`.
+        kind: its name in `vdiff.models.kinds`.
         signature: what it takes and answers.
         full_precision: compute in the precision of the weights, whatever mixed precision is switched on outside.
         checkpointing: keep less for the gradient and compute it again (Chen et al. 2016).
@@ -102,3 +102,21 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def parameter_count(module: nn.Module) -> int:
     """The number of parameters."""
     return sum(p.numel() for p in module.parameters())
+
+
+def count_flops(build: Callable[[], Backbone], shape: Sequence[int]) -> tuple[int, int]:
+    """Parameters, and floating-point operations of one evaluation on one sample (a multiply-add counts as two).
+
+    Nothing is computed: the network is made without weights.
+
+    Args:
+        shape: (C, H, W), (C, L), … of a sample.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = build().eval()
+        condition = network.signature.condition(classes=torch.zeros(1, dtype=torch.int64))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.empty(1, *shape), torch.zeros(1), **condition.tensors)
+    return parameter_count(network), int(counter.get_total_flops())

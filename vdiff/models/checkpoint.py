@@ -32,7 +32,7 @@ from vdiff.files import CHECKSUM, make_folder, read_json, sha256_of, write_json,
 from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.kinds import UNET, build_network, kind_of
+from vdiff.models.kinds import UNET, build_network, signature_of
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
 from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
@@ -55,7 +55,7 @@ class CheckpointConfig:
     A file has either `unet` and `image_size`, for a UNet on square images, or `backbone` and `sample_shape`.
 
     Attributes:
-        unet, backbone: the network, a `UNetConfig` or {kind, config} of another of the `KINDS`. A UNet is always in
+        unet, backbone: the network, a `UNetConfig` or {kind, config} of another kind. A UNet is always in
             `unet` here, however the file has it.
         schedule, prediction: the rest of the denoiser; `schedule` holds the timestep convention.
         num_timesteps: steps it samples with by default; for a distilled model the only grid it was trained on.
@@ -123,7 +123,7 @@ class CheckpointConfig:
         Raises:
             ValueError, TypeError, KeyError: values that describe no network.
         """
-        return kind_of(self.kind).signature(self.network_config)
+        return signature_of(self.kind, self.network_config)
 
     @property
     def shape(self) -> tuple[int, ...]:

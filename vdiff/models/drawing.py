@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,20 +54,16 @@ def draw(
     *,
     indices: Sequence[int],
     image_size: int | Sequence[int],
-    num_steps: int,
     seed: int = 0,
     classes: Sequence[int] | None = None,
-    guidance: float = 0.0,
-    guidance_interval: tuple[float, float] = EVERYWHERE,
-    grid: str = "uniform",
-    on_step: OnStep | None = None,
+    **options: Any,
 ) -> Tensor:
     """Samples number `indices` of `seed`: (B, C, …) float32 on the CPU, in [−1, 1] where the sampler clips.
 
     Args:
         image_size: pixels of a side, or the sizes behind the channels: (H, W), (L,), ….
         classes: for a class-conditional network, the classes that the images take in turn; None: all of them.
-        guidance, guidance_interval, grid, on_step: see `draw_from`.
+        options: of `draw_from`, such as `num_steps` and `guidance`.
 
     Raises:
         VdiffError: the network produced a value that is not finite.
@@ -80,11 +77,7 @@ def draw(
         sampler,
         noise=ImageNoise(seed=seed, indices=indices, shape=shape, device=device),
         condition=classes_in_turn(denoiser, indices, classes),
-        num_steps=num_steps,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        grid=grid,
-        on_step=on_step,
+        **options,
     )
 
 

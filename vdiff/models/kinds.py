@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,14 +15,6 @@ from vdiff.models.wrapped import PythonBackbone, build_diffusers, diffusers_sign
 UNET, DIFFUSERS, PYTHON = "unet", "diffusers", "python"
 
 
-@dataclass(frozen=True)
-class NetworkKind:
-    """How a network of a kind is built from the `config` of a checkpoint, and what it takes."""
-
-    build: Callable[[Mapping[str, Any]], Backbone]
-    signature: Callable[[Mapping[str, Any]], Signature]
-
-
 def _needs_module(config: Mapping[str, Any]) -> Backbone:
     raise VdiffError(
         f"these are the weights of a network in Python, {config.get('class')}: its code is not in the folder",
@@ -31,24 +22,28 @@ def _needs_module(config: Mapping[str, Any]) -> Backbone:
     )
 
 
-KINDS: dict[str, NetworkKind] = {
-    UNET: NetworkKind(
-        lambda config: UNet(UNetConfig.from_dict(config)), lambda config: UNetConfig.from_dict(config).signature
-    ),
-    DIFFUSERS: NetworkKind(build_diffusers, diffusers_signature),
-    PYTHON: NetworkKind(_needs_module, python_signature),
+BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
+    UNET: lambda config: UNet(UNetConfig.from_dict(config)),
+    DIFFUSERS: build_diffusers,
+    PYTHON: _needs_module,
 }
+SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
+    UNET: lambda config: UNetConfig.from_dict(config).signature,
+    DIFFUSERS: diffusers_signature,
+    PYTHON: python_signature,
+}
+"""How a network of a kind is built from the `config` of a checkpoint, and what it takes."""
 
 
-def kind_of(name: str) -> NetworkKind:
-    """The kind of a name.
+def signature_of(kind: str, config: Mapping[str, Any]) -> Signature:
+    """What a network takes and answers.
 
     Raises:
-        ValueError: there is none.
+        ValueError, TypeError, KeyError: no such kind, or values that describe no network.
     """
-    if name not in KINDS:
-        raise ValueError(f"unknown kind of network {name!r}; {suggestion(name, KINDS)}")
-    return KINDS[name]
+    if kind not in SIGNATURE:
+        raise ValueError(f"unknown kind of network {kind!r}; {suggestion(kind, SIGNATURE)}")
+    return SIGNATURE[kind](config)
 
 
 def build_network(kind: str, config: Mapping[str, Any], module: nn.Module | None = None) -> Backbone:
@@ -60,4 +55,5 @@ def build_network(kind: str, config: Mapping[str, Any], module: nn.Module | None
     """
     if kind == PYTHON and module is not None:
         return module if isinstance(module, Backbone) else PythonBackbone(module, python_signature(config))
-    return kind_of(kind).build(config)
+    signature_of(kind, config)
+    return BUILD[kind](config)

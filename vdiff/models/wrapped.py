@@ -202,11 +202,7 @@ def diffusers_signature(config: Mapping[str, Any]) -> Signature:
 
 
 def _check_numbers(values: Any) -> None:
-    """Refuse numbers of blocks and channels that no network has.
-
-    Raises:
-        ValueError: as said.
-    """
+    """Refuse numbers of blocks and channels that no network has."""
     for value in values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ():
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
             raise ValueError(f"{value} is more than any network has")

@@ -1,6 +1,6 @@
 """The run: updates one after another, with the folder, the log, the checkpoints and the signals around them.
 
-It trains base models and students alike, and knows neither; the objective of the task makes the difference.
+It trains base models, students and feature networks alike, and knows none of them; the step makes the difference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_s
 from vdiff.training.run_log import RunLog, preview, preview_steps
 from vdiff.training.signals import stop_requests
 from vdiff.training.state import load_state, remove_state, save_state
-from vdiff.training.step import Task, TrainStep
+from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole
 
 LONG_AVERAGE, SHORT_RUN = 0.1, 100
@@ -50,7 +50,7 @@ class Run(Task):
     on_resumed: Callable[[], None] | None = None
 
 
-def do_updates(step: TrainStep, batches: Iterator[Batch], meter: Meter) -> Iterator[int]:
+def do_updates(step: OptimizerStep, batches: Iterator[Batch], meter: Meter) -> Iterator[int]:
     """Do the updates that are left, and yield the number of those done after each; `meter` knows their metrics."""
     for n in range(meter.position.step, step.config.num_iters):
         began = time.monotonic()
@@ -60,14 +60,14 @@ def do_updates(step: TrainStep, batches: Iterator[Batch], meter: Meter) -> Itera
         yield n + 1
 
 
-def metrics_in_memory(step: TrainStep, batches: Batches) -> Iterator[dict[str, float]]:
+def metrics_in_memory(step: OptimizerStep, batches: Batches) -> Iterator[dict[str, float]]:
     """Do all updates of a step without a folder; yield the metrics every `log_interval` updates and after the last.
 
     Raises:
         VdiffError: too many updates in a row, or all, were bad, or memory ran out.
     """
     config = step.config
-    meter = Meter(Position(), config, step.engine, step.task.step_bins)
+    meter = Meter(Position(), config, step.engine, step.step_bins)
     with memory_errors_named(REMEDIES), closing(batches.start_at(0)) as found:
         for done in do_updates(step, found, meter):
             check_learning(None, step, meter)
@@ -185,7 +185,7 @@ def _note_preview(bar: Progress, done: int, step: int) -> None:
     bar.update(done, f"samples, step {step}")
 
 
-def check_learning(folder: Path | None, step: TrainStep, meter: Meter) -> None:
+def check_learning(folder: Path | None, step: OptimizerStep, meter: Meter) -> None:
     """End a run of too many bad updates in a row, and one that is over and whose updates were all bad.
 
     Raises:
@@ -200,7 +200,7 @@ def check_learning(folder: Path | None, step: TrainStep, meter: Meter) -> None:
     raise VdiffError(
         f"no finite gradient in {meter.bad_in_a_row} updates in a row, up to update {meter.position.step}: "
         "the training diverged",
-        f"{kept}; train again with a lower --lr or a longer --warmup_iters",
+        f"{kept}; {step.remedy}",
     )
 
 

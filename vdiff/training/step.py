@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -52,7 +53,41 @@ class Task:
     method: Method | None = None
 
 
-class TrainStep:
+class OptimizerStep(ABC):
+    """(n, batch) → `StepResult`: update n by an optimiser. One whose gradient is not finite changes nothing.
+
+    Attributes:
+        step_bins: the steps of a model of few steps, each of which gets its own loss in the log; None: none does.
+        remedy: what to do where training diverges.
+    """
+
+    step_bins: int | None = None
+    remedy = "train again with a lower --lr or a longer --warmup_iters"
+
+    def __init__(self, config: LoopConfig, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+        self.config, self.engine, self.optimizer = config, engine, optimizer
+        self._prepared = engine.accelerator.prepare(optimizer)
+
+    @abstractmethod
+    def __call__(self, step: int, batch: Batch) -> StepResult:
+        """Update `step` (from 0) with this process's share of its batch; nothing here waits for the device."""
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether any update, of this process or of one whose state it read, changed the weights."""
+        return any(float(state["step"]) > 0 for state in self.optimizer.state.values())
+
+    def descend(self, step: int, is_bad: torch.Tensor) -> None:
+        """Change the weights by the gradient that is there, at the learning rate of update `step`."""
+        for group in self._prepared.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        if self.engine.accelerator.scaler is None:  # which skips bad updates itself
+            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+        self._prepared.step()
+        self._prepared.zero_grad(set_to_none=True)
+
+
+class TrainStep(OptimizerStep):
     """(n, batch) → `StepResult`: update n of a task, and everything that an update changes.
 
     Update n takes its learning rate, noise, times and dropout from (seed, n) alone, so that a resumed run ends with the
@@ -84,24 +119,22 @@ class TrainStep:
         config = task.config
         if not trainable(task.denoiser):
             raise VdiffError("no weight of the network learns", "set requires_grad of some of its parameters")
-        self.task, self.config, self.engine = task, config, engine
+        self.task, self.step_bins = task, task.step_bins
         self.denoiser = engine.place(task.denoiser).train()
         self.denoiser.network.checkpointing = config.checkpointing
         self.averages = averages_of(config, self.denoiser, engine, task.self_ema)
         is_uniform = config.times == "uniform"
         self.importance = None if is_uniform else ImportanceSampling(num_bins(task.time_bins), engine.device)
         self.draws_whole_batch = False
-        self.optimizer = build(self.denoiser, config)
+        super().__init__(config, engine, build(self.denoiser, config))
         self.networks = networks_of(task.method, self.denoiser, config, engine)
         self._model = engine.wrapped(engine.compiled(self.denoiser))
-        self._prepared = engine.accelerator.prepare(self.optimizer)
         self._share = engine.part(config.batch_size)
         count = self._share.stop - self._share.start
         size = count // config.grad_accum
         self._parts = [slice(start, start + size) for start in range(0, count, size)]
 
     def __call__(self, step: int, batch: Batch) -> StepResult:
-        """Update `step` (from 0) with this process's share of its batch; nothing here waits for the device."""
         config, engine, schedule = self.config, self.engine, self.denoiser.schedule
         accelerator = engine.accelerator
         given = self._draw(step, batch)
@@ -139,14 +172,12 @@ class TrainStep:
             self.importance.learn(given.u, torch.cat(losses), engine)
         norm = engine.clip(self._model, config.clip_norm)
         is_bad = ~torch.isfinite(norm)
-        self._descend(step, is_bad)
+        self.descend(step, is_bad)
+        if self.networks is not None:
+            self.networks.update(learning_rate(config, step))
+        self.averages.update(step)
         t = torch.cat(times).to(engine.device)
         return StepResult(torch.cat(losses), t, schedule.logsnr(t), norm, is_bad, counts)
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether any update, of this process or of one whose state it read, changed the weights."""
-        return any(float(state["step"]) > 0 for state in self.optimizer.state.values())
 
     def _draw(self, step: int, batch: Batch) -> TrainBatch:
         """This process's images, noise, u and condition of update `step`."""
@@ -169,18 +200,6 @@ class TrainStep:
         if self.engine.rank or not self.draws_whole_batch:
             seed_update(seed, step, self.engine.rank)  # dropout, which differs from process to process
         return TrainBatch(images, noise, u, condition)
-
-    def _descend(self, step: int, is_bad: torch.Tensor) -> None:
-        """Change the weights by the gradient that is there, then the averages."""
-        for group in self._prepared.param_groups:
-            group["lr"] = learning_rate(self.config, step)
-        if self.engine.accelerator.scaler is None:  # which skips bad updates itself
-            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
-        self._prepared.step()
-        self._prepared.zero_grad(set_to_none=True)
-        if self.networks is not None:
-            self.networks.update(learning_rate(self.config, step))
-        self.averages.update(step)
 
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:

@@ -185,7 +185,7 @@ class Examiner:
                         num_steps=num_steps,
                         seed=HELD_OUT + self.seed,
                         guidance=guidance,
-                        on_step=lambda step, done=done: bar.update(done + step),  # type: ignore[misc]
+                        on_step=lambda step, done=done: bar.update(done + step),
                     )
                 )
         return torch.cat(parts)

@@ -133,11 +133,7 @@ def _find(source: str) -> tuple[Path, str]:
 
 
 def _open(root: Path) -> tuple[JsonFile, JsonFile]:
-    """The configurations of scheduler and network.
-
-    Raises:
-        VdiffError: no pipeline that we can read, or a file of it is missing.
-    """
+    """The configurations of scheduler and network."""
     if not (root / INDEX).exists():
         raise VdiffError(f"{root} holds no {INDEX}", NOT_THEIRS)
     index = JsonFile.read(root / INDEX, DAMAGED)
@@ -152,11 +148,7 @@ def _open(root: Path) -> tuple[JsonFile, JsonFile]:
 
 
 def _base_model(scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointConfig:
-    """The description of a model that another program trained.
-
-    Raises:
-        VdiffError: vdiff does not support it.
-    """
+    """The description of a model that another program trained."""
     schedule, prediction = read_schedule(scheduler), read_prediction(scheduler)
     shape, image_size = read_unet_config(unet)
     return CheckpointConfig(
@@ -177,11 +169,7 @@ def _base_model(scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointCon
 
 
 def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointConfig:
-    """What a checkpoint that we exported said of itself.
-
-    Raises:
-        VdiffError, ValueError: it cannot be read, or says another thing than diffusers' files.
-    """
+    """What a checkpoint that we exported said of itself."""
     own = read_config((root / NOTE).parent)
     shape = UNetConfig.from_dict(own.unet)
     said = write_unet_config(shape, own.image_size)
@@ -199,11 +187,7 @@ def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str)
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The safetensors files of the network: one, or its parts; of several variants the one without a name.
-
-    Raises:
-        VdiffError: there are none, several variants, or an index names what is no file of the folder.
-    """
+    """The safetensors files of the network: one, or its parts; of several variants the one without a name."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     indices = sorted(folder.glob(PARTS_PATTERN))
@@ -226,11 +210,7 @@ def _weights_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of safetensors files, once their names and shapes are known to be `shapes`.
-
-    Raises:
-        VdiffError: a file is missing, damaged, or of another network.
-    """
+    """The tensors of safetensors files, once their names and shapes are known to be `shapes`."""
     found = {current_name(name): shape for path in files for name, shape in read_shapes(path).items()}
     if difference := _difference(shapes, found):
         raise VdiffError(f"{files[0]} does not fit {CONFIG}: {difference}", DAMAGED)

@@ -256,11 +256,7 @@ def _kind(file: JsonFile) -> str:
 
 
 def _value(file: JsonFile, kind: str, key: str, rule: Rule) -> Any:
-    """The value of a field, as their scheduler takes it.
-
-    Raises:
-        VdiffError: diffusers does not know it, or it is refused.
-    """
+    """The value of a field, as their scheduler takes it."""
     if key not in SCHEDULERS[kind]:
         return AS_IF.get(key, rule.same[0])
     value = file.get(key, SCHEDULERS[kind][key])

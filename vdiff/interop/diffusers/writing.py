@@ -126,9 +126,6 @@ def _fixed(
 
     The network adds their embeddings to the embedding of the time, so a class and a weight that stay the same
     go into the last bias of that embedding.
-
-    Raises:
-        OptionError: the network does not know them.
     """
     shape, added = network.config, list[Tensor]()
     if class_name is not None:
@@ -158,11 +155,7 @@ def _fixed(
 
 
 def _class_row(count: int, names: list[str], name: str, *, null_class: bool) -> int:
-    """The row of a class in the table of classes: by name, by number, or the last one for "no class".
-
-    Raises:
-        OptionError: there is no such class.
-    """
+    """The row of a class in the table of classes: by name, by number, or the last one for "no class"."""
     if not count:
         raise OptionError("--class: this network knows no classes", "leave it out")
     if name in names:

@@ -22,7 +22,8 @@ from vdiff.data.shard_batches import Sample
 from vdiff.data.shard_store import ShardStore
 from vdiff.data.store import ImageStore
 from vdiff.errors import OptionError, VdiffError
-from vdiff.evaluation.feature_network import (
+from vdiff.models.codec import from_uint8
+from vdiff.models.feature_network import (
     FORMAT,
     MAX_SIZE,
     MIN_SIZE,
@@ -32,14 +33,19 @@ from vdiff.evaluation.feature_network import (
     FeatureNet,
     FeatureNetConfig,
 )
-from vdiff.models.codec import from_uint8
 from vdiff.reporting import Reporter
+from vdiff.training.config import LoopConfig
+from vdiff.training.engine import Engine, build_engine
+from vdiff.training.loop import metrics_in_memory
+from vdiff.training.meter import StepResult
+from vdiff.training.optimisation import build_optimizer
+from vdiff.training.step import OptimizerStep
 
 HELD_OUT = 10
 """One image of so many is held out."""
 MAX_MEASURED = 10_000
 WINDOW_IMAGES = 512
-LR, WEIGHT_DECAY, CLIP_NORM = 2e-3, 0.01, 1.0
+LR, WEIGHT_DECAY = 2e-3, 0.01
 WARMUP = 0.05
 LABEL_SMOOTHING = 0.05
 MAX_NOISE = 0.3
@@ -116,15 +122,6 @@ def split(store: AnyStore, seed: int) -> tuple[AnyStore, AnyStore]:
     return train, held
 
 
-def endless(
-    part: AnyStore, *, image_size: int, batch_size: int, seed: int, num_workers: int
-) -> Generator[Batch, None, None]:
-    """Shuffled batches without end; closing the generator ends the workers."""
-    window = {"window": WINDOW_IMAGES} if isinstance(part, ShardStore) else {}
-    options = {"image_size": image_size, "batch_size": batch_size, "seed": seed, "num_workers": num_workers}
-    return open_batches(part, flip=False, **options, **window).start_at(0)
-
-
 def in_order(part: AnyStore, *, image_size: int, batch_size: int, limit: int = MAX_MEASURED) -> Iterator[Batch]:
     """The images of a part once, in order, in batches: all of them, or about `limit`, spread over the part."""
     samples: Iterator[Sample]
@@ -191,12 +188,7 @@ def network_config(store: AnyStore, image_size: int, training: FeatureTraining) 
 
 
 def train_features(
-    store: AnyStore,
-    image_size: int,
-    training: FeatureTraining,
-    *,
-    device: str | torch.device = "cpu",
-    reporter: Reporter,
+    store: AnyStore, image_size: int, training: FeatureTraining, *, device: str = "auto", reporter: Reporter
 ) -> tuple[FeatureNet, FeatureMetadata]:
     """Train on nine tenths of the images, measure on the others; return the part that computes features, on the CPU,
     and the description of it.
@@ -211,36 +203,55 @@ def train_features(
         VdiffError: too few images, an image that cannot be read, images all alike, or a loss that is not finite.
         OptionError: a classifier is asked for, and there are not two classes.
     """
-    config = network_config(store, image_size, training)
+    shape = network_config(store, image_size, training)
     train_part, held_out_part = split(store, training.seed)
+    num_iters, batch_size, seed = training.num_iters, training.batch_size, training.seed
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        network = FeatureClassifier(config) if config.kind == "classifier" else FeatureAutoencoder(config)
-    network = network.to(device)
-    size, batch_size = image_size, training.batch_size
-    batches = endless(
-        train_part, image_size=size, batch_size=batch_size, seed=training.seed, num_workers=training.num_workers
+        torch.manual_seed(seed)
+        network = FeatureClassifier(shape) if shape.kind == "classifier" else FeatureAutoencoder(shape)
+    options = {"image_size": image_size, "batch_size": batch_size, "seed": seed, "num_workers": training.num_workers}
+    window = {"window": WINDOW_IMAGES} if isinstance(train_part, ShardStore) else {}
+    batches = open_batches(train_part, flip=False, **options, **window)
+    config = LoopConfig(
+        num_iters=num_iters,
+        batch_size=batch_size,
+        seed=seed,
+        lr=LR,
+        lr_schedule="cosine",
+        warmup_iters=max(1, round(WARMUP * num_iters)),
+        weight_decay=WEIGHT_DECAY,
+        log_interval=max(1, num_iters // 100),
+        device=device,
+        precision="fp32",
     )
+    engine = build_engine(config)
+    network = network.to(engine.device)
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with exact, closing(batches):
-        _fit(network, batches, training, device, reporter)
+    with exact:
+        with reporter.progress("features", num_iters, "updates") as bar:
+            for metrics in metrics_in_memory(FeatureStep(network, config, engine), batches):
+                done, loss = int(metrics["update"]), metrics["loss"]
+                if not math.isfinite(loss):
+                    raise VdiffError(f"the loss is {loss} at update {done}", FeatureStep.remedy)
+                bar.update(done, f"loss {loss:.4f}")
         network.eval().requires_grad_(False)
-        held_out = in_order(held_out_part, image_size=size, batch_size=batch_size)
-        metric, value, baseline, num_held_out = measure(network, held_out, device)
+        held_out = in_order(held_out_part, image_size=image_size, batch_size=batch_size)
+        metric, value, baseline, num_held_out = measure(network, held_out, engine.device)
         features = network.features
-        features.standardise(*_spread(features, batches, min(len(train_part), MAX_MEASURED), device))
+        with closing(batches.start_at(num_iters)) as more:
+            features.standardise(*_spread(features, more, min(len(train_part), MAX_MEASURED), engine.device))
     return features.cpu(), FeatureMetadata(
         features=FORMAT,
-        kind=config.kind,
-        image_size=size,
-        channels=config.channels,
-        dim=config.dim,
+        kind=shape.kind,
+        image_size=image_size,
+        channels=shape.channels,
+        dim=shape.dim,
         dataset=store.meta.name,
         dataset_fingerprint=store.meta.fingerprint,
-        class_names=list(store.meta.class_names) if config.num_classes else [],
-        num_iters=training.num_iters,
+        class_names=list(store.meta.class_names) if shape.num_classes else [],
+        num_iters=num_iters,
         batch_size=batch_size,
-        seed=training.seed,
+        seed=seed,
         metric=metric,
         held_out=value,
         baseline=baseline,
@@ -249,36 +260,24 @@ def train_features(
     )
 
 
-def _fit(
-    network: FeatureClassifier | FeatureAutoencoder,
-    batches: Iterator[Batch],
-    training: FeatureTraining,
-    device: str | torch.device,
-    reporter: Reporter,
-) -> None:
-    """All updates."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    every = max(1, training.num_iters // 100)
-    with reporter.progress("features", training.num_iters, "updates") as bar:
-        for step in range(training.num_iters):
-            for group in optimizer.param_groups:
-                group["lr"] = LR * _lr_factor(step, training.num_iters)
-            loss = loss_of(network, next(batches), seed=training.seed, step=step, device=device)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
-            optimizer.step()
-            if (step + 1) % every == 0 or step + 1 == training.num_iters:
-                shown = float(loss.detach())
-                if not math.isfinite(shown):
-                    raise VdiffError(f"the loss is {shown} at update {step + 1}", "try another --seed")
-                bar.update(step + 1, f"loss {shown:.4f}")
+class FeatureStep(OptimizerStep):
+    """(n, batch) → `StepResult`: update n of a feature network by `loss_of`."""
 
+    remedy = "try another --seed"
 
-def _lr_factor(step: int, num_iters: int) -> float:
-    """Warm-up, then half a cosine down to 0."""
-    warmup = max(1, round(WARMUP * num_iters))
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / num_iters))
+    def __init__(self, network: nn.Module, config: LoopConfig, engine: Engine) -> None:
+        super().__init__(config, engine, build_optimizer(network, config))
+        self.network = network
+
+    def __call__(self, step: int, batch: Batch) -> StepResult:
+        loss = loss_of(self.network, batch, seed=self.config.seed, step=step, device=self.engine.device)
+        loss.backward()
+        norm = self.engine.clip(self.network, self.config.clip_norm)
+        is_bad = ~torch.isfinite(norm)
+        self.descend(step, is_bad)
+        losses = loss.detach().expand(len(batch.images))
+        no_times = torch.zeros_like(losses)
+        return StepResult(losses, no_times, no_times, norm, is_bad)
 
 
 def loss_of(network: nn.Module, batch: Batch, *, seed: int, step: int, device: str | torch.device) -> Tensor:
@@ -337,11 +336,7 @@ def _psnr(mean_square: float) -> float:
 def _spread(
     features: FeatureNet, batches: Iterator[Batch], count: int, device: str | torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The mean vector of at least `count` images, and the root of the mean of the variances.
-
-    Raises:
-        VdiffError: all images have the same features.
-    """
+    """The mean vector of at least `count` images, and the root of the mean of the variances."""
     seen, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     first: Tensor | None = None
     while seen < count:
