@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import resource
 import subprocess
@@ -23,12 +22,10 @@ from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM
 from vdiff.models import checkpoint
 from vdiff.models.checkpoint import (
-    AVERAGE,
     CONFIG,
     WEIGHTS,
     CheckpointConfig,
     load_checkpoint,
-    newest_checkpoint,
     read_config,
     read_metadata,
     read_tensors,
@@ -327,31 +324,6 @@ def test_weights_that_do_not_fit(tmp_path):
     edit(tmp_path, unet=UNET.to_dict())
     save_file(load_file(tmp_path / WEIGHTS) | {"more": torch.zeros(1)}, tmp_path / WEIGHTS)
     assert_refused(tmp_path, "does not fit", "1 unexpected (more")
-
-
-def test_newest_checkpoint_is_the_one_written_last(tmp_path):
-    for age, name in enumerate(("original", "base_1", "base_0")):
-        saved(tmp_path / name)
-        os.utime(tmp_path / name / CONFIG, ns=(0, 10**18 + age))
-    assert newest_checkpoint(tmp_path) == tmp_path / "base_0"
-    os.utime(tmp_path / "original" / CONFIG, ns=(0, 2 * 10**18))
-    assert newest_checkpoint(tmp_path) == tmp_path / "original"
-    (tmp_path / "no_checkpoint").mkdir()
-    assert newest_checkpoint(tmp_path) == tmp_path / "original"
-
-
-def test_an_average_is_the_newest_only_where_there_is_nothing_else(tmp_path):
-    saved(tmp_path / "original_ema0.100")
-    (tmp_path / "original_ema0.100" / AVERAGE).write_text("{}")
-    assert newest_checkpoint(tmp_path) == tmp_path / "original_ema0.100"
-    saved(tmp_path / "original")
-    os.utime(tmp_path / "original" / CONFIG, ns=(0, 0))
-    assert newest_checkpoint(tmp_path) == tmp_path / "original"
-
-
-def test_no_checkpoint_at_all(tmp_path):
-    assert_refused(tmp_path, "no checkpoint under", "python train.py", load=newest_checkpoint)
-    assert_refused(tmp_path / "nowhere", "no checkpoint under", load=newest_checkpoint)
 
 
 def test_a_failing_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):

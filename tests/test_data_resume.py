@@ -29,8 +29,9 @@ from vdiff.data.journal import Journal, Rejected
 from vdiff.data.listing import Item
 from vdiff.data.preparation import prepare
 from vdiff.data.source import Sample
-from vdiff.data.store import ImageStore, find_dataset, partial_folder
+from vdiff.data.store import ImageStore, partial_folder
 from vdiff.errors import Interrupted, VdiffError
+from vdiff.projects import Project
 
 CONFIG = ConversionConfig(sizes=(4, 8), image_format="png")
 COUNT = 60
@@ -194,6 +195,7 @@ def test_an_incomplete_dataset_is_refused_with_the_command_that_completes_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "data" / "out"
     typed = "python prepare_data.py photos --size 8"
     with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
@@ -202,7 +204,7 @@ def test_an_incomplete_dataset_is_refused_with_the_command_that_completes_it(
         with pytest.raises(VdiffError, match=f"incomplete dataset: .*; complete it: {typed}"):
             ImageStore(path)
     with pytest.raises(VdiffError, match=f"incomplete dataset: .*; complete it: {typed}"):
-        find_dataset(tmp_path / "data")
+        Project().dataset()
 
 
 def test_other_settings_do_not_go_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 from vdiff.data import writer as writer_module
-from vdiff.data.store import DatasetMeta, ImageStore, find_dataset
+from vdiff.data.store import DatasetMeta, ImageStore
 from vdiff.data.writer import StoreWriter
 from vdiff.errors import VdiffError
 
@@ -255,15 +255,3 @@ def test_meta_round_trip_and_its_errors() -> None:
     ]:
         with pytest.raises(VdiffError, match=re.escape(message)):
             DatasetMeta.from_json(wrong)
-
-
-def test_find_dataset(tmp_path: Path) -> None:
-    with pytest.raises(VdiffError, match=r"no dataset under .*python prepare_data\.py"):
-        find_dataset(tmp_path / "data")
-    write(tmp_path / "data" / "b")
-    write(tmp_path / "data" / ".c.tmp")
-    (tmp_path / "data" / "photos").mkdir()
-    assert find_dataset(tmp_path / "data") == tmp_path / "data" / "b"
-    write(tmp_path / "data" / "a")
-    with pytest.raises(VdiffError, match=r"several datasets; choose with --data: .*/a, .*/b"):
-        find_dataset(tmp_path / "data")

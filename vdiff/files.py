@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, shell
 
 CHECKSUM = "vdiff_crc32"
 """The key of the checksum in files that have one."""
@@ -33,6 +33,13 @@ def check_regular(path: Path) -> None:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise VdiffError(f"{path} is a pipe, a socket or a device", "give a regular file")
+
+
+def elsewhere(path: Path) -> str:
+    """`did you mean ../photos?` for a path where nothing is: with slashes for backslashes, or in a folder above."""
+    above = [Path(*[".."] * k, path) for k in (1, 2, 3)] if not path.is_absolute() else []
+    found = (other for other in (Path(str(path).replace("\\", "/")), path.expanduser(), *above) if other.exists())
+    return next((f"did you mean {shell(other)}?" for other in found), "")
 
 
 def read_text(path: Path) -> str:

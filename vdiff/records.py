@@ -13,6 +13,8 @@ from vdiff.errors import VdiffError, suggestion
 from vdiff.files import parse, read_json, read_text
 
 T = TypeVar("T")
+CONFIG, AVERAGE = "config.json", "average.json"
+"""Names in the folder of a checkpoint."""
 RUN_FILE, STATE, VERDICT = "run.toml", "state/state.safetensors", "verdict.json"
 SAMPLES_FOLDER, LOG_FOLDER, FAILED = "samples", "log", ".failed_"
 LADDER, LADDER_PICTURE, LADDER_IMAGES = "ladder.json", "ladder.png", "ladder_images.png"

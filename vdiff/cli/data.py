@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import CONTEXT, Command, Program, option, switch
+from vdiff.cli.options import CONTEXT, Command, Program, option, project_option, switch
 from vdiff.cli.prepare import counted, cpu_cores
 from vdiff.errors import VdiffError, shell
+from vdiff.projects import Project
 from vdiff.text import megabytes, plural, quantity
 
 
@@ -30,20 +31,22 @@ def command() -> None:
 
 @command.command(cls=Command, examples=["vdiff data info data/photos_64", "vdiff data info data/photos_64 --json"])
 @click.argument("dataset", required=False)
+@project_option()
 @switch("--json", group="Output", help="Print one JSON object.")
-def info(dataset: str | None, json: bool) -> None:
+def info(dataset: str | None, project: Project, json: bool) -> None:
     """Print what DATASET holds and how it was made; without DATASET, of the only one under data/."""
     from vdiff.data.inspection import facts
 
-    values = facts(_open(dataset))
+    values = facts(_open(dataset, project))
     Console().result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)))
 
 
 @command.command(cls=Command, examples=["vdiff data verify data/photos_64"])
 @click.argument("dataset", required=False)
+@project_option()
 @option("--num_workers", group="Work", type=click.IntRange(min=0), show_default="CPU cores", help="Processes.")
 @switch("--json", group="Output", help="Print one JSON object.")
-def verify(dataset: str | None, num_workers: int | None, json: bool) -> int:
+def verify(dataset: str | None, project: Project, num_workers: int | None, json: bool) -> int:
     """Decode every image of DATASET and compare its checksum; exit code 1 if anything is wrong."""
     from dataclasses import asdict
 
@@ -51,7 +54,7 @@ def verify(dataset: str | None, num_workers: int | None, json: bool) -> int:
 
     console = Console()
     workers = cpu_cores() if num_workers is None else num_workers
-    verdict = check(_open(dataset), num_workers=workers, reporter=console)
+    verdict = check(_open(dataset, project), num_workers=workers, reporter=console)
     if json:
         console.result(jsonlib.dumps({**asdict(verdict), "is_good": verdict.is_good}, ensure_ascii=False))
         return 0 if verdict.is_good else 1
@@ -74,6 +77,7 @@ def verify(dataset: str | None, num_workers: int | None, json: bool) -> int:
     cls=Command, examples=["vdiff data show data/photos_64", "vdiff data show --out sheet.png --columns 16"]
 )
 @click.argument("dataset", required=False)
+@project_option()
 @option(
     "--out",
     group="Output",
@@ -85,13 +89,15 @@ def verify(dataset: str | None, num_workers: int | None, json: bool) -> int:
 @option("--image_size", group="Output", type=click.IntRange(min=1), show_default="the largest", help="Which size.")
 @option("--columns", group="Output", type=click.IntRange(1, 100), default=10, help="Images in a row.")
 @option("--rows", group="Output", type=click.IntRange(1, 99), default=20, help="Rows at most.")
-def show(dataset: str | None, out: Path | None, image_size: int | None, columns: int, rows: int) -> None:
+def show(
+    dataset: str | None, project: Project, out: Path | None, image_size: int | None, columns: int, rows: int
+) -> None:
     """Draw a contact sheet of DATASET, a row for each class."""
     from vdiff.data.images import PICTURE, save_png
     from vdiff.data.inspection import sheet
     from vdiff.replacing import check_free, locked
 
-    opened = _open(dataset)
+    opened = _open(dataset, project)
     if out is None:
         out = Path(f"{Path(str(opened.path)).name}.png") if "://" in str(opened.path) else Path(f"{opened.path}.png")
     if out.suffix.lower() != ".png":
@@ -131,11 +137,10 @@ def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     console.result(f"next       python train.py {shell('--data', out)}")
 
 
-def _open(dataset: str | None) -> Any:
+def _open(dataset: str | None, project: Project) -> Any:
     from vdiff.data.datasets import open_dataset
-    from vdiff.data.store import find_dataset
 
-    return open_dataset(dataset or str(find_dataset()))
+    return open_dataset(dataset or project.dataset())
 
 
 def _rows(values: dict[str, Any]) -> list[str]:

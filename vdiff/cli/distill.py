@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import PATH, Command, option, switch
+from vdiff.cli.options import PATH, Command, option, project_option, switch
 from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import shell
+from vdiff.projects import Project
 from vdiff.records import LADDER_PICTURE, LadderRow
 from vdiff.reporting import DOUBTFUL, DOUBTFUL_TIMES
 from vdiff.text import duration
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
-    first="out config overwrite dry_run report open data base to_steps teacher_steps phases method student_config "
+    first="name out config overwrite dry_run report open data base to_steps teacher_steps phases method student_config "
     "num_iters batch_size grad_accum lr ckpt_interval seed device precision checkpointing",
     examples=[
         "python distill.py --base checkpoints/base_5         # base_6: half the steps",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         "python distill.py --method guided --to_steps 4 --dry_run   # how long?",
     ],
 )
+@project_option()
 @option(
     "--out", group="Run", type=PATH, metavar="FOLDER", show_default="base_0, base_1, … beside --base",
     help="The student's folder, where there is one student.",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 @switch("--open", "open_it", group="Run", help="Show the report in the browser.")
 @settings(DistillConfig)
 def command(
+    project: Project,
     out: Path | None,
     config_file: Path | None,
     overwrite: bool,
@@ -76,8 +79,8 @@ def command(
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 
     console = Console()
-    config, teacher = resolve_distillation(given(flags), config_file)
-    images = teachers_images(config, teacher)
+    config, teacher = resolve_distillation(given(flags), config_file, project)
+    images = teachers_images(config, teacher, project)
     stages = plan_stages(config, teacher, out)
     console.line(f"preset {config.preset}, {images.name}, method {config.method}")
     for remark in remarks(config, teacher):

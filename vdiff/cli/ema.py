@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import PATH, Command, Names, option, switch
+from vdiff.cli.options import PATH, Checkpoint, Command, Names, option, project_option, switch
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.text import megabytes, plural
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         "vdiff ema checkpoints/original --sigma_rel 0.1 --at 40000 --out early",
     ],
 )
-@click.argument("run", type=PATH)
+@click.argument("run", type=Checkpoint())
+@project_option(read=False)
 @option(
     "--sigma_rel", group="Average", type=Names(click.FLOAT, "LENGTH[,LENGTH…]"),
     help="Make power-function averages of these lengths, each the standard deviation of its profile as a part of the "

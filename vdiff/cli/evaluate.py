@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import NUM, OLD_NUM, Command, Names, OneOf, option, switch, typed_command
+from vdiff.cli.options import (
+    NUM,
+    OLD_NUM,
+    Checkpoint,
+    Command,
+    Names,
+    OneOf,
+    option,
+    project_option,
+    switch,
+    typed_command,
+)
 from vdiff.cli.sample import DEVICES, PRECISIONS
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
+from vdiff.projects import Project
 from vdiff.reporting import DOUBTFUL
 from vdiff.text import plural
 
@@ -42,7 +54,8 @@ OF_DATA = {
         "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate -n 50000",
     ],
 )
-@click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("checkpoints", nargs=-1, type=Checkpoint())
+@project_option()
 @option(
     "--data", group="Reference", metavar="DATASET", show_default="what the first model learned from",
     help="Real images: a folder that prepare_data.py wrote, or tar shards.",
@@ -66,7 +79,7 @@ OF_DATA = {
     help="fd and kd (fid and kid on Inception's features), precision, recall, isc, rmse, psnr, nearest.",
 )  # fmt: skip
 @option(
-    "--teacher", group="Measuring", type=click.Path(path_type=Path), metavar="CHECKPOINT",
+    "--teacher", group="Measuring", type=Checkpoint(), metavar="CHECKPOINT",
     help="Compare samples with its, from the same noise: rmse, psnr.",
 )  # fmt: skip
 @option(
@@ -112,6 +125,7 @@ OF_DATA = {
 @switch("--json", group="Output", help="Print what is in --out instead of a table.")
 def command(
     checkpoints: tuple[Path, ...],
+    project: Project,
     data: str | None,
     num_timesteps: tuple[int, ...] | None,
     samplers: tuple[str, ...],
@@ -134,18 +148,17 @@ def command(
     if out is not None and out.suffix != ".json":
         raise OptionError(f"--out {out} is no name for a JSON file", "give --out FILE.json")
 
-    from vdiff.data.store import dataset_of
     from vdiff.distributed import join
     from vdiff.evaluation.measure import evaluate
     from vdiff.evaluation.results import FILE
-    from vdiff.models.checkpoint import newest_checkpoint, read_config
+    from vdiff.models.checkpoint import read_config
 
     console = Console()
-    folders = list(dict.fromkeys(checkpoints)) or [newest_checkpoint()]
+    folders = list(dict.fromkeys(checkpoints)) or [project.newest()]
     target = out or folders[0].parent / FILE
     found = evaluate(
         folders,
-        data or dataset_of(read_config(folders[0]).dataset),
+        data or project.dataset_of(read_config(folders[0]).dataset),
         num_timesteps=num_timesteps or (),
         samplers=tuple(dict.fromkeys(samplers)),
         out=target,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import CONTEXT, Command, Number, OneOf, ProgramGroup, option, switch
+from vdiff.cli.options import CONTEXT, Checkpoint, Command, Number, OneOf, ProgramGroup, option, project_option, switch
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.text import plural
 
@@ -25,7 +25,7 @@ OUTPUTS = ["v", "x", "eps"]
 LICENSE_HELP = "An identifier for the model card, such as mit or cc-by-4.0."
 
 
-CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
+CHECKPOINT = click.argument("checkpoint", type=Checkpoint())
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 
 
@@ -47,6 +47,7 @@ def _shared(suffix: str) -> Callable[[Any], Any]:
     """Arguments and options of the exports of graphs, in the order of the help."""
     decorators = [
         CHECKPOINT,
+        project_option(read=False),
         click.argument("file", metavar=f"FILE{suffix}", type=click.Path(path_type=Path)),
         switch(
             "--sampler_graph",
@@ -138,6 +139,7 @@ def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
 )
 @CHECKPOINT
 @FOLDER
+@project_option(read=False)
 @license_option(default="unknown")
 @switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
 def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite: bool) -> None:
@@ -164,6 +166,7 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
 )
 @CHECKPOINT
 @FOLDER
+@project_option(read=False)
 @switch(
     "--clip",
     group="Sampling",

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, OneOf, option, switch
+from vdiff.cli.options import Command, OneOf, option, project_option, switch
 from vdiff.cli.sample import DEVICES
 from vdiff.errors import OptionError, shell
+from vdiff.projects import Project
 from vdiff.text import plural
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ LITTLE = 0.1
         "vdiff evaluate checkpoints/base_5 --data data/digits_8 --features features.pt2",
     ],
 )
+@project_option()
 @option(
     "--data", group="Data", metavar="DATASET", show_default="the only dataset under data/",
     help="A dataset that prepare_data.py wrote.",
@@ -74,7 +76,14 @@ LITTLE = 0.1
 @switch("--overwrite", group="Output", help="Replace FILE.pt2.")
 @switch("--json", group="Output", help="Print the file's description as one JSON object.")
 def command(
-    data: str | None, image_size: int | None, device: str, out: Path, overwrite: bool, json: bool, **training: Any
+    project: Project,
+    data: str | None,
+    image_size: int | None,
+    device: str,
+    out: Path,
+    overwrite: bool,
+    json: bool,
+    **training: Any,
 ) -> None:
     """Train a small network on a dataset, and write the part of it that turns an image into a vector of features.
 
@@ -86,14 +95,13 @@ def command(
         raise OptionError("vdiff features trains in one process", "start it without a launcher")
 
     from vdiff.data.datasets import open_at_size
-    from vdiff.data.store import find_dataset
     from vdiff.distributed import pick_device
     from vdiff.models.feature_network import check_out, write_features
     from vdiff.replacing import locked
     from vdiff.training.feature_training import FeatureTraining, network_config, train_features
 
     console = Console()
-    store, size = open_at_size(data or find_dataset(), image_size)
+    store, size = open_at_size(data or project.dataset(), image_size)
     settings = FeatureTraining(**training)
     config = network_config(store, size, settings)
     where = pick_device(device).type

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import CONTEXT, Command, OneOf, ProgramGroup, option, switch
+from vdiff.cli.options import CONTEXT, Command, OneOf, ProgramGroup, option, project_option, switch
 from vdiff.errors import shell
+from vdiff.projects import Project
 from vdiff.text import plural
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def command() -> None:
     ],
 )
 @click.argument("file", type=click.Path(path_type=Path))
+@project_option()
 @option(
     "--image_size",
     group="Model",
@@ -80,7 +82,7 @@ def command() -> None:
 )
 @out_option("checkpoints/NAME after the file, or after its folder for a checkpoint.pt")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
-def reference(file: Path, out: Path | None, **options: Any) -> None:
+def reference(file: Path, project: Project, out: Path | None, **options: Any) -> None:
     """Bring in FILE, the checkpoint.pt of a v-diffusion repository.
 
     That is {"G", "n_timesteps", "time_scale"} with the weights of the rosinality UNet. Its architecture is found from
@@ -92,7 +94,7 @@ def reference(file: Path, out: Path | None, **options: Any) -> None:
     from vdiff.models.unet import UNetConfig
 
     console = Console()
-    target = out or Path("checkpoints") / (file.resolve().parent.name if file.stem == "checkpoint" else file.stem)
+    target = out or project.checkpoints / (file.resolve().parent.name if file.stem == "checkpoint" else file.stem)
     config = import_reference(file, target, **options)
     unet = UNetConfig.from_dict(config.unet)
     console.result(
@@ -111,6 +113,7 @@ def reference(file: Path, out: Path | None, **options: Any) -> None:
     ],
 )
 @click.argument("source")
+@project_option()
 @option(
     "--num_timesteps",
     group="Model",
@@ -121,7 +124,7 @@ def reference(file: Path, out: Path | None, **options: Any) -> None:
 )
 @out_option("checkpoints/NAME after the source")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
-def diffusers(source: str, out: Path | None, **options: Any) -> None:
+def diffusers(source: str, project: Project, out: Path | None, **options: Any) -> None:
     """Import SOURCE, a pipeline of diffusers: a folder, or OWNER/NAME of the Hugging Face hub.
 
     It is a DDPMPipeline, DDIMPipeline or PNDMPipeline with a UNet2DModel that predicts ε, v or x. Only JSON and
@@ -131,7 +134,7 @@ def diffusers(source: str, out: Path | None, **options: Any) -> None:
     from vdiff.models.unet import UNetConfig
 
     console = Console()
-    target = out or Path("checkpoints") / Path(source).resolve().name
+    target = out or project.checkpoints / Path(source).resolve().name
     made = import_pipeline(source, target, **options)
     config = made.config
     for remark in made.remarks:

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import PATH, Command, switch
-from vdiff.errors import VdiffError
-from vdiff.records import RUN_FILE, STATE
+from vdiff.cli.options import Checkpoint, Command, project_option, switch
+from vdiff.projects import Project
+from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
 
 SHOWN_CLASSES = 8
@@ -22,17 +22,16 @@ HEADINGS = ["model", "method", "steps", "updates", "images", "training", "datase
 
 
 @click.command(cls=Command, examples=["vdiff inspect checkpoints/base_5", "vdiff inspect checkpoints/base_5 --json"])
-@click.argument("checkpoint", required=False, type=PATH)
+@click.argument("checkpoint", required=False, type=Checkpoint())
+@project_option()
 @switch("--json", group="Output", help="Print one JSON object.")
-def command(checkpoint: Path | None, json: bool) -> None:
+def command(checkpoint: Path | None, project: Project, json: bool) -> None:
     """Print what CHECKPOINT is and where it came from, teacher by teacher; without it, of the newest one.
 
     Only descriptions are read, and the weights for their checksum: it works on unfinished runs and imported models too.
     """
-    from vdiff.models.checkpoint import newest_checkpoint
-
     console = Console()
-    values = facts(checkpoint or newest_checkpoint())
+    values = facts(checkpoint or project.newest())
     if json:
         console.result(jsonlib.dumps(values, ensure_ascii=False))
         return
@@ -47,11 +46,9 @@ def facts(folder: Path) -> dict[str, Any]:
     Raises:
         VdiffError: there is no checkpoint, or one of its two files cannot be read.
     """
-    from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, weights_fingerprint
+    from vdiff.models.checkpoint import WEIGHTS, read_config, weights_fingerprint
     from vdiff.models.reading import read_shapes
 
-    if (folder / RUN_FILE).is_file() and not (folder / CONFIG).exists():
-        raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")
     config = read_config(folder)
     shapes = read_shapes(folder / WEIGHTS)
     said = config.to_dict()

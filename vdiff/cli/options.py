@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import click
 
 from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggestion
+from vdiff.projects import Project, check_checkpoint
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
@@ -44,11 +45,11 @@ ELSEWHERE = {
     "grad_accum": "gradient_accumulation_steps",
 }
 """Options, and what other tools or commands call them."""
-WORDS = "vdiff.words"
 ALL = "vdiff.help_all"
 MAX_SHOWN = 10**6
 LONG, LONGEST_METAVAR = 300, 50
 """Characters; a longer list of choices stands in the help text of its option."""
+WORDS, PROJECT = "vdiff.words", "vdiff.project"
 PATH = click.Path(path_type=Path)
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
 """What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
@@ -59,6 +60,11 @@ class Program(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Do the work; Ctrl-C is taken here because Click would print an empty line first."""
+        project = ctx.meta.get(PROJECT, Project())
+        for param in self.params:
+            if isinstance(kind := param.type, Checkpoint) and (given := ctx.params[str(param.name)]):
+                found = [kind.find(each, project) for each in (given if param.nargs == -1 else [given])]
+                ctx.params[str(param.name)] = tuple(found) if param.nargs == -1 else found[0]
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -263,6 +269,66 @@ def switch(*names: str, group: str, default: bool | None = False, **attributes: 
         default=default,
         metavar="[True|False]",
         **attributes,
+    )
+
+
+class ProjectName(click.ParamType):
+    """The name of a project."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Project:
+        """The project of that name; `Command.invoke` looks for checkpoints in it."""
+        del param
+        project = value if isinstance(value, Project) else Project(value)
+        if ctx is not None:
+            ctx.meta[PROJECT] = project
+        return project
+
+
+class Checkpoint(click.ParamType):
+    """The folder of a checkpoint, or its name within the project; it is looked for before the command begins."""
+
+    name = "CHECKPOINT"
+
+    def __init__(self, kind: type[Path] | type[str] = Path) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """A path; of a setting, as text."""
+        del param, ctx
+        return self.kind(value)
+
+    def find(self, value: Path | str, project: Project) -> Path | str:
+        """Where it lies.
+
+        Raises:
+            VdiffError: no checkpoint is there.
+        """
+        found = project.inside(Path(value))
+        check_checkpoint(found)
+        return self.kind(found)
+
+
+def project_option(*, read: bool = True) -> Callable[[Any], Any]:
+    """`--name` of every command.
+
+    Args:
+        read: whether the command gets the project; without it, only names of checkpoints are looked for in it.
+    """
+    return option(
+        "--name",
+        "project",
+        group="Project",
+        type=ProjectName(),
+        default="",
+        metavar="NAME",
+        show_default="none",
+        expose_value=read,
+        help="Of a project of its own: data/NAME_SIZE, checkpoints/NAME, samples/NAME. A checkpoint in it may be given "
+        "as base_5."
+        if read
+        else "Of the project whose checkpoint is meant, which may be given as base_5: checkpoints/NAME/base_5.",
     )
 
 

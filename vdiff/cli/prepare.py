@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import Command, Names, Number, OneOf, option, switch, typed_command
+from vdiff.cli.options import Command, Names, Number, OneOf, option, project_option, switch, typed_command
 from vdiff.errors import OptionError, shell
+from vdiff.projects import Project
 from vdiff.text import megabytes
 
 if TYPE_CHECKING:
     from vdiff.data.preparation import Part, Report
-    from vdiff.data.source import Source
 
 # spelled out because the help must not import the data room; a test compares them with its registries
 FORMATS = ["jpeg", "png", "webp"]
@@ -73,6 +73,7 @@ class RangeType(click.ParamType):
     ],
 )
 @click.argument("path", required=False)
+@project_option()
 @option(
     "--size",
     group="Dataset",
@@ -205,6 +206,7 @@ class RangeType(click.ParamType):
 @switch("--json", group="Work", help="Print the summary as one JSON object.")
 def command(
     path: str | None,
+    project: Project,
     size: tuple[int, ...] | None,
     out: Path | None,
     image_format: str | None,
@@ -273,7 +275,7 @@ def command(
     console = Console()
     report = prepare(
         source,
-        out or default_output(source, sizes, share),
+        out or default_output(source.name, sizes, share, project),
         config,
         num_workers=cpu_cores() if num_workers is None else num_workers,
         overwrite=overwrite,
@@ -286,10 +288,10 @@ def command(
     return EXIT_SKIPPED if report.rejected else 0
 
 
-def default_output(source: Source, sizes: tuple[int, ...], part: Part | None = None) -> Path:
-    """`data/NAME_SIZE`, `data/NAME_64_128` for several sizes, `data/NAME_SIZE.1of4` for a part."""
-    suffix = f".{part.number}of{part.count}" if part else ""
-    return Path("data") / ("_".join([source.name, *map(str, sizes)]) + suffix)
+def default_output(source: str, sizes: tuple[int, ...], part: Part | None, project: Project) -> Path:
+    """`data/NAME_SIZE`, `data/NAME_SIZE.1of4` for a part."""
+    whole = project.new_dataset(source, sizes)
+    return whole.with_name(f"{whole.name}.{part.number}of{part.count}") if part else whole
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:

@@ -8,9 +8,10 @@ import click
 
 from vdiff.cli.console import Console
 from vdiff.cli.export import LICENSE_HELP
-from vdiff.cli.options import Command, option, switch
+from vdiff.cli.options import Command, option, project_option, switch
 from vdiff.errors import OptionError
 from vdiff.files import read_text
+from vdiff.projects import Project
 from vdiff.text import megabytes
 
 
@@ -23,6 +24,7 @@ from vdiff.text import megabytes
 )
 @click.argument("folder", metavar="CHECKPOINT_OR_EXPORT", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="OWNER/NAME")
+@project_option()
 @switch("--private", group="Repository", help="Make a repository that only its owner sees.")
 @switch("--overwrite", group="Repository", help="Commit to a repository that exists; equal names are replaced.")
 @option("--license", "license_name", group="Repository", metavar="NAME", show_default="unknown", help=LICENSE_HELP)
@@ -45,6 +47,7 @@ from vdiff.text import megabytes
 def command(
     folder: Path,
     repository: str,
+    project: Project,
     private: bool,
     overwrite: bool,
     license_name: str | None,
@@ -66,7 +69,7 @@ def command(
     token = _token(token_file)
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:
-        upload = collect(folder, Path(scratch), license_name=license_name)
+        upload = collect(project.inside(folder), Path(scratch), license_name=license_name)
         if dry_run:
             rows = [[name, _shown(upload.size(name))] for name in upload.files]
             console.table(f"To {repository}", ["file", "size"], rows)

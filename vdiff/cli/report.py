@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from vdiff.cli.console import Console
-from vdiff.cli.options import NUM, OLD_NUM, Command, OneOf, option, switch, typed_command
+from vdiff.cli.options import NUM, OLD_NUM, Command, OneOf, option, project_option, switch, typed_command
 from vdiff.cli.sample import DEVICES
 from vdiff.errors import OptionError, VdiffError, shell
+from vdiff.projects import Project
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
         "vdiff report checkpoints/base_5 --out p.html # the ladder to base_5",
     ],
 )
-@click.argument("run_dir", required=False, type=click.Path(path_type=Path), default=Path("checkpoints"))
+@click.argument("run_dir", required=False, type=click.Path(path_type=Path))
+@project_option()
 @option(
     "--out", group="Output", type=click.Path(path_type=Path), metavar="FILE.html",
     show_default="RUN_DIR/report.html",
@@ -63,7 +65,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @option("--device", group="Measuring", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
 def command(
-    run_dir: Path,
+    run_dir: Path | None,
+    project: Project,
     out: Path | None,
     open_it: bool,
     json: bool,
@@ -90,14 +93,14 @@ def command(
     from vdiff.report.page import write_report
 
     console = Console()
+    run_dir = run_dir or project.checkpoints
     ladder = read_ladder(run_dir)
     if evaluate:
-        from vdiff.data.store import dataset_of
         from vdiff.distributed import Processes, pick_device
         from vdiff.evaluation.plan import EvalPlan
         from vdiff.report.ladder import ladder_rows
 
-        images = data or dataset_of(str(ladder.first.description.get("dataset", "")))
+        images = data or project.dataset_of(str(ladder.first.description.get("dataset", "")))
         plan = EvalPlan(n=num, features=features)
         _evaluate(ladder, ladder_rows(ladder), images, plan, Processes(pick_device(device)), console)
         ladder = read_ladder(run_dir)

@@ -20,11 +20,12 @@ from vdiff.cli.drawing import (
     sampler_options,
     sampling_steps,
 )
-from vdiff.cli.options import NUM, OLD_NUM, Command, Names, OneOf, option, switch
+from vdiff.cli.options import NUM, OLD_NUM, Checkpoint, Command, Names, OneOf, option, project_option, switch
 from vdiff.cli.settings import sampler_settings
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError
+from vdiff.projects import Project
 
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
@@ -32,7 +33,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 
 @click.command(
     cls=Command,
-    first="checkpoint device precision num batch_size seed classes guidance interpolate out format trajectory "
+    first="name checkpoint device precision num batch_size seed classes guidance interpolate out format trajectory "
     "overwrite json sampler num_timesteps grid",
     examples=[
         "python sample.py              # 64 images from the newest checkpoint",
@@ -44,10 +45,11 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
         "python sample.py --interpolate 3 12 --num 16",
     ],
 )
+@project_option()
 @option(
     "--checkpoint",
     group="Model",
-    type=click.Path(path_type=Path),
+    type=Checkpoint(),
     metavar="FOLDER",
     show_default="the newest under checkpoints/",
     help="A folder that train.py or distill.py wrote.",
@@ -167,6 +169,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 @switch("--no_clip", group="Sampler", help="Do not clip predicted images (all but clipped).")
 @sampler_settings
 def command(
+    project: Project,
     checkpoint: Path | None,
     device: str,
     precision: str,
@@ -205,7 +208,7 @@ def command(
 
     from vdiff.distributed import join
     from vdiff.models import checks
-    from vdiff.models.checkpoint import newest_checkpoint, read_config, weights_fingerprint
+    from vdiff.models.checkpoint import read_config, weights_fingerprint
     from vdiff.models.kinds import PYTHON
     from vdiff.models.speed import pick_precision
     from vdiff.sampling.job import RunOptions, draw_images
@@ -213,7 +216,8 @@ def command(
     from vdiff.sampling.spec import SampleSpec
 
     console = Console()
-    folder = checkpoint or newest_checkpoint()
+    folder = checkpoint or project.newest()
+    project = project if project.name else Project.of_model(folder)
     config = read_config(folder)
     fits = config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # one in Python is refused when it is loaded
@@ -245,7 +249,7 @@ def command(
         precision=pick_precision(precision, processes.device),
         path=path,
     )
-    target = out or Path("samples") / default_name(folder, spec, form)
+    target = out or project.samples / default_name(folder, spec, form)
     kind = ImageKind(config.image_size, config.shape[0], config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
     console.line(f"{folder}{progress}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vdiff.cli.options import Number, OneOf, option, switch
+from vdiff.cli.options import Checkpoint, Number, OneOf, option, switch
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
@@ -83,7 +83,7 @@ def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
     types: dict[type, click.ParamType] = {
         int: click.IntRange(rules["low"], rules["high"]),
         float: Number(rules["low"], rules["high"], min_open=rules["open_low"]),
-        str: click.STRING,
+        str: Checkpoint(str) if name == "base" else click.STRING,
     }
     return option(*names, type=types[kind], **attributes)
 

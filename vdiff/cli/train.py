@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import PATH, Command, option, switch
+from vdiff.cli.options import PATH, Command, option, project_option, switch
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.errors import OptionError, shell
+from vdiff.projects import Project
 from vdiff.text import duration, quantity
 from vdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
 
-DEFAULT_OUT = Path("checkpoints/original")
-
 
 @click.command(
     cls=Command,
-    first="out config resume overwrite dry_run data preset image_size class_conditional num_iters batch_size "
+    first="name out config resume overwrite dry_run data preset image_size class_conditional num_iters batch_size "
     "grad_accum lr ema flip sample_interval ckpt_interval seed device precision compile checkpointing",
     examples=[
         "python train.py                   # the only dataset under data/",
@@ -32,7 +31,15 @@ DEFAULT_OUT = Path("checkpoints/original")
         "python train.py --config checkpoints/original/run.toml --out checkpoints/b",
     ],
 )
-@option("--out", group="Run", type=PATH, default=DEFAULT_OUT, metavar="FOLDER", help="The checkpoint's folder.")
+@project_option()
+@option(
+    "--out",
+    group="Run",
+    type=PATH,
+    metavar="FOLDER",
+    show_default="checkpoints/original",
+    help="The checkpoint's folder.",
+)
 @config_option
 @switch("--resume", group="Run", help="Go on with the run in --out.")
 @switch("--overwrite", group="Run", help="Replace what is in --out.")
@@ -41,7 +48,15 @@ DEFAULT_OUT = Path("checkpoints/original")
     help="Print what would be trained and what it costs, then stop; with --preset it needs no dataset.",
 )  # fmt: skip
 @settings(TrainConfig)
-def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, dry_run: bool, **flags: Any) -> None:
+def command(
+    project: Project,
+    out: Path | None,
+    config_file: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
     """Train a diffusion UNet on a dataset that prepare_data.py wrote.
 
     Settings come from flags, then VDIFF_* environment variables, then --config, then the preset. The folder gets
@@ -54,8 +69,9 @@ def command(out: Path, config_file: Path | None, resume: bool, overwrite: bool, 
     from vdiff.training.run_log import preview_steps
 
     console = Console()
+    out = out or project.original
     config, images = resolve_training(
-        given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console
+        given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console, project=project
     )
     description = describe(config, images)
     if dry_run:

@@ -12,7 +12,7 @@ from vdiff.data.named_sources import BUILT_IN, TORCHVISION, HuggingFace, Torchvi
 from vdiff.data.source import Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
 from vdiff.errors import VdiffError, shell, suggestion
-from vdiff.files import check_regular
+from vdiff.files import check_regular, elsewhere
 
 
 def open_source(place: Path | str | None, options: SourceOptions | None = None) -> Source:
@@ -46,6 +46,8 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
 
 
 def _nearest(path: Path) -> str:
+    if found := elsewhere(path):
+        return found
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if near := get_close_matches(path.name, siblings, n=1):
         return f"did you mean {path.parent / near[0]}?"

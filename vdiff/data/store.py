@@ -310,32 +310,3 @@ def is_lmdb(path: Path) -> bool:
 def is_dataset(path: Path) -> bool:
     """Whether `path` is a folder that holds an LMDB, or tar shards with an index."""
     return is_lmdb(path) or (path / INDEX_FILE).is_file()
-
-
-def find_dataset(root: Path = Path("data")) -> Path:
-    """The only dataset under `root`.
-
-    Raises:
-        VdiffError: there is none, or there are several.
-    """
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    found = [folder for folder in folders if is_dataset(folder) and not folder.name.startswith(".")]
-    unfinished = [folder for folder in folders if folder.name.endswith(PARTIAL_SUFFIX)]
-    if not found and unfinished:
-        raise incomplete(unfinished[0])
-    if not found:
-        raise VdiffError(
-            f"no dataset under {root}/", "make one: python prepare_data.py, or python prepare_data.py FOLDER_OF_IMAGES"
-        )
-    if len(found) > 1:
-        raise VdiffError(f"{root}/ holds several datasets", f"choose with --data: {', '.join(map(str, found))}")
-    return found[0]
-
-
-def dataset_of(recorded: str) -> str:
-    """The dataset that a model learned from, as its checkpoint records it; where it is gone, the only one there is.
-
-    Raises:
-        VdiffError: it is not there, nor is there exactly one.
-    """
-    return recorded if "://" in recorded or (recorded and Path(recorded).exists()) else str(find_dataset())

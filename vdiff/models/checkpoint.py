@@ -34,12 +34,15 @@ from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.kinds import UNET, build_network, signature_of
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
+from vdiff.projects import check_checkpoint
+from vdiff.records import AVERAGE as AVERAGE
+from vdiff.records import CONFIG as CONFIG
 from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
 from vdiff.text import cause_of
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG, AVERAGE = "model.safetensors", "config.json", "average.json"
+WEIGHTS = "model.safetensors"
 FILES = r"model\.safetensors|config\.json|average\.json"
 """A regular expression of their names."""
 WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
@@ -242,16 +245,7 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     """
     folder = Path(folder)
     path = folder / CONFIG
-    if not folder.exists():
-        beside = _checkpoints(folder.parent)
-        hint = f"{folder.parent} holds {beside}" if beside else "run `python train.py` first"
-        raise VdiffError(f"{folder}: no such checkpoint", hint)
-    if not folder.is_dir():
-        raise VdiffError(f"{folder} is a file", "give the checkpoint's folder, the one that holds config.json")
-    if not path.is_file():
-        inside = _checkpoints(folder)
-        hint = f"give one that lies in it: {inside}" if inside else "give a folder that train.py or distill.py wrote"
-        raise VdiffError(f"{folder} holds no {CONFIG}", hint)
+    check_checkpoint(folder)
     advice = "restore the file, or train again"
     values = read_json(path, advice)
     version = values.get("format_version")
@@ -385,22 +379,6 @@ def weights_fingerprint(folder: Path) -> str:
         return sha256_of(folder / WEIGHTS)
 
 
-def newest_checkpoint(root: Path = Path("checkpoints")) -> Path:
-    """The checkpoint under `root` that was written last; another average of a run only where there is nothing else.
-
-    Raises:
-        VdiffError: there is none.
-    """
-
-    def age(path: Path) -> tuple[bool, int, str]:
-        return not (path.parent / AVERAGE).exists(), path.stat().st_mtime_ns, str(path)
-
-    found = sorted(root.glob(f"*/{CONFIG}"), key=age)
-    if not found:
-        raise VdiffError(f"no checkpoint under {root}/", "run `python train.py` first, or give --checkpoint")
-    return found[-1].parent
-
-
 def min_blocks(config: Mapping[str, Any]) -> int:
     """A number of tensors that a network of this description has at least: one of a million blocks is not made."""
     counts = [config.get("num_blocks", 1), config.get("num_layers", 1), config.get("layers_per_block", 1)]
@@ -428,8 +406,3 @@ def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
         if shape != found[name]:
             return f"{name} is {found[name]} where {shape} is due"
     return ""
-
-
-def _checkpoints(folder: Path) -> str:
-    """The names of the checkpoints in a folder, for a hint."""
-    return ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")))

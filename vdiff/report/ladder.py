@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from vdiff.evaluation.results import FILE as EVALUATION
 from vdiff.evaluation.results import Evaluation
 from vdiff.files import read_json, read_text
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, CheckpointConfig, read_config, weights_fingerprint
+from vdiff.projects import models_in
 from vdiff.records import (
-    FAILED,
     LADDER,
     LADDER_IMAGES,
     LADDER_PICTURE,
@@ -27,7 +26,6 @@ from vdiff.records import (
 )
 from vdiff.text import cause_of
 
-FAILED_STUDENT = re.compile(rf".*{re.escape(FAILED)}\d+")
 AGAIN = "move it away: the same distill.py command writes it again"
 PLAIN = "ddim"
 SAMPLERS = (PLAIN, "dpmpp_2m")
@@ -143,7 +141,7 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
     root = folder
     if (folder / CONFIG).is_file():
         last, root = folder, folder.parent if folder.name not in ("", "..") else folder.resolve().parent
-    found = {path: read_config(path) for path in _checkpoints(root)}
+    found = {path: read_config(path) for path in models_in(root)}
     if not found:
         raise VdiffError(f"{folder} holds no checkpoint", "run `python train.py` first, or give another folder")
     fingerprints = {path: weights_fingerprint(path) for path in found}
@@ -169,12 +167,6 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
         pairs=_file(folder / pairs, root / pairs) if pairs else None,
         others=tuple(path for path in ends if path != chosen),
     )
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    """The folders below `root` that hold a checkpoint; students set aside are none."""
-    folders = (path.parent for path in root.glob(f"*/{CONFIG}"))
-    return sorted(path for path in folders if not FAILED_STUDENT.fullmatch(path.name) and not path.name.startswith("."))
 
 
 def _ends(found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]) -> list[Path]:

@@ -17,6 +17,7 @@ from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNetConfig
+from vdiff.projects import Project
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
@@ -40,6 +41,7 @@ def resolve_training(
     resume: bool,
     assume: bool = False,
     reporter: Reporter | None = None,
+    project: Project | None = None,
 ) -> tuple[TrainConfig, TrainingData]:
     """The settings of a base run, and its images.
 
@@ -47,6 +49,7 @@ def resolve_training(
         flags: what the command line and the environment said.
         resume: begin from the settings recorded in `folder` instead of a preset.
         assume: where a preset is named and no dataset, take the images that the preset is made for.
+        project: whose dataset is taken where none is named.
         reporter: gets a line of the preset and why it was chosen, and one where it leaves the data's classes unused.
 
     Raises:
@@ -59,7 +62,7 @@ def resolve_training(
     data, size = str(chosen.get("data") or ""), chosen.get("image_size")
     if resume and data == TENSORS:
         raise VdiffError(f"{folder} was trained on tensors in Python", "the same call of vdiff.train goes on")
-    images = _assumed(preset, size) if assume and preset and not data else open_images(data, size)
+    images = _assumed(preset, size) if assume and preset and not data else open_images(data, size, project)
     reason = ""
     if not resume:
         if not preset:

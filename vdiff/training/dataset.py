@@ -10,8 +10,8 @@ import torch
 
 from vdiff.data.batches import Batch
 from vdiff.data.datasets import AnyStore, Batches, open_at_size, open_batches
-from vdiff.data.store import find_dataset
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.projects import Project
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
@@ -102,12 +102,12 @@ def no_images(teacher: CheckpointConfig) -> TrainingData:
     return TrainingData(shape[-1], shape[0], list(teacher.class_names), none_needed=True, shape=shape)
 
 
-def open_images(path: str, image_size: int | None) -> TrainingData:
-    """The dataset at `path` (empty: the only one under `data/`), at one of its sizes.
+def open_images(path: str, image_size: int | None, project: Project | None = None) -> TrainingData:
+    """The dataset at `path` (empty: the only one of `project`, or under `data/`), at one of its sizes.
 
     Raises:
         VdiffError: no such dataset, or several to choose from.
         OptionError: it has several sizes and none was chosen, or not the one that was.
     """
-    store, size = open_at_size(path or find_dataset(), image_size)
+    store, size = open_at_size(path or (project or Project()).dataset(), image_size)
     return TrainingData(size, store.meta.channels, list(store.meta.class_names), store)

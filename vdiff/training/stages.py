@@ -19,6 +19,7 @@ from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.condition import SECOND_TIME
 from vdiff.models.kinds import UNET
+from vdiff.projects import Project
 from vdiff.records import RUN_FILE
 from vdiff.settings import COMMAND_LINE, parameters
 from vdiff.training.base import check_unet
@@ -26,7 +27,6 @@ from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.presets import Settings, preset_for, read_preset, read_run, read_settings
 
-DEFAULT_BASE = "checkpoints/original"
 EVALUATIONS = 5
 """What an update costs for each image, in network evaluations: the teacher's two, the student's, and its gradient."""
 SHARE = 25
@@ -83,15 +83,17 @@ class Stage:
         )
 
 
-def resolve_distillation(flags: Mapping[str, Any], config_file: Path | None) -> tuple[DistillConfig, CheckpointConfig]:
-    """The settings of a ladder, and its first teacher.
+def resolve_distillation(
+    flags: Mapping[str, Any], config_file: Path | None, project: Project
+) -> tuple[DistillConfig, CheckpointConfig]:
+    """The settings of a ladder, and its first teacher, which is the project's base model where none is named.
 
     Raises:
         VdiffError: settings or teacher cannot be used.
     """
     settings = read_settings(config_file) if config_file else Settings({}, {})
     chosen = {**settings.distill, **flags}
-    base = Path(chosen.get("base") or DEFAULT_BASE)
+    base = Path(chosen.get("base") or project.original)
     teacher = read_config(base)
     data = str(chosen.get("data") or (teacher.dataset if is_there(teacher.dataset) else ""))
     num_images = 0
@@ -147,7 +149,7 @@ def is_there(dataset: str) -> bool:
     return "://" in dataset or Path(dataset).exists()
 
 
-def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> TrainingData:
+def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: Project | None = None) -> TrainingData:
     """The dataset of a ladder, which must be of the teacher's kind; a method that needs none does without.
 
     Raises:
@@ -160,7 +162,7 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig) -> Trainin
             f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, and datasets hold square images",
             "distil it in Python: vdiff.distill takes tensors as data",
         )
-    images = open_images(config.data, teacher.image_size)
+    images = open_images(config.data, teacher.image_size, project)
     if images.channels != teacher.shape[0]:
         raise OptionError(
             f"{images.name} has {images.channels} channels, the teacher {teacher.shape[0]}",

@@ -1,0 +1,163 @@
+"""Where the datasets, models and samples of a project lie, and which one is meant where none is named.
+
+--name photos:   data/photos_64   checkpoints/photos/original, base_0, …   samples/photos/…
+without a name:  data/…           checkpoints/original, base_0, …          samples/…
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vdiff.data.store import PARTIAL_SUFFIX, incomplete, is_dataset
+from vdiff.errors import OptionError, VdiffError, shell
+from vdiff.files import elsewhere
+from vdiff.records import AVERAGE, CONFIG, FAILED, RUN_FILE
+
+DATA, CHECKPOINTS, SAMPLES, ORIGINAL = Path("data"), Path("checkpoints"), Path("samples"), "original"
+OF_MODELS = re.compile(rf"{ORIGINAL}|base_\d+")
+SHOWN = 12
+"""Models that an error lists."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """Everything of one `name`; without one, the folders that all projects without a name share.
+
+    Raises:
+        OptionError: a name that no project can have.
+    """
+
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise OptionError(f"--name {self.name!r}: no name of a project", "give letters, digits, _, - and . alone")
+        if OF_MODELS.fullmatch(self.name) or (self.name and (self.checkpoints / CONFIG).is_file()):
+            raise OptionError(f"--name {self.name}: {self.checkpoints} is a model's folder", "give another name")
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder that holds its models."""
+        return CHECKPOINTS / self.name
+
+    @property
+    def original(self) -> Path:
+        """Its base model."""
+        return self.checkpoints / ORIGINAL
+
+    @property
+    def samples(self) -> Path:
+        """The folder of its samples."""
+        return SAMPLES / self.name
+
+    @classmethod
+    def of_model(cls, folder: Path) -> Project:
+        """The project that a model lies in; the one without a name for models elsewhere."""
+        above = folder.resolve().parent
+        return cls(above.name if above.parent == CHECKPOINTS.resolve() else "")
+
+    def new_dataset(self, source: str, sizes: tuple[int, ...]) -> Path:
+        """`data/NAME_64`, `data/NAME_64_128` for several sizes; without a name, that of the source."""
+        return DATA / "_".join([self.name or source, *map(str, sizes)])
+
+    def datasets(self) -> list[Path]:
+        """Its datasets, finished and unfinished."""
+        mine = rf"{re.escape(self.name)}(_\d+)*(\.tar)?({re.escape(PARTIAL_SUFFIX)})?"
+        named = re.compile(mine if self.name else ".*")
+        found = [path for path in sorted(DATA.glob("*")) if not path.name.startswith(".")]
+        return [path for path in found if named.fullmatch(path.name) and (is_dataset(path) or _is_partial(path))]
+
+    def dataset(self) -> Path:
+        """Its only dataset.
+
+        Raises:
+            VdiffError: there is none, or there are several.
+        """
+        found = [path for path in self.datasets() if not _is_partial(path)]
+        if not found and (unfinished := self.datasets()):
+            raise incomplete(unfinished[0])
+        if len(found) > 1:
+            raise VdiffError(f"{DATA}/ holds several datasets", f"choose with --data: {', '.join(map(str, found))}")
+        if found:
+            return found[0]
+        if not self.name:
+            raise VdiffError(
+                f"no dataset under {DATA}/",
+                "make one: python prepare_data.py, or python prepare_data.py FOLDER_OF_IMAGES",
+            )
+        others = [path for path in [*Path().glob(f"{self.name}_*"), *Project().datasets()] if is_dataset(path)]
+        hint = f"make one: python prepare_data.py FOLDER_OF_IMAGES --name {self.name}"
+        choice = f", or choose with --data: {', '.join(map(str, others))}" if others else ""
+        raise VdiffError(f"{DATA}/ holds no dataset of the project {self.name}", hint + choice)
+
+    def dataset_of(self, recorded: str) -> str:
+        """The dataset that a model learned from, as its checkpoint records it; where it is gone, the only one.
+
+        Raises:
+            VdiffError: it is not there, nor is there exactly one.
+        """
+        return recorded if "://" in recorded or (recorded and Path(recorded).exists()) else str(self.dataset())
+
+    def newest(self) -> Path:
+        """The model that was written last; another average of a run only where there is nothing else.
+
+        Raises:
+            VdiffError: there is none.
+        """
+        if found := models_in(self.checkpoints):
+            return max(found, key=_age)
+        inside = sorted({path.parent.name for path in _below(self.checkpoints)})
+        ways = [f"give --name {name}" for name in inside] or ["run `python train.py` first, or give --checkpoint"]
+        raise VdiffError(f"no checkpoint under {self.checkpoints}/", ", or ".join(ways))
+
+    def inside(self, path: Path) -> Path:
+        """A path as a command gets it: `base_5` may be a checkpoint's name within the project."""
+        found = self.checkpoints / path
+        return found if len(path.parts) == 1 and not path.exists() and found.is_dir() else path
+
+
+def models_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, `base_9` before `base_10`; students set aside are none."""
+    found = (path.parent for path in folder.glob(f"*/{CONFIG}"))
+    shown = [path for path in found if FAILED not in path.name and not path.name.startswith(".")]
+    return sorted(shown, key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path.name)])
+
+
+def check_checkpoint(folder: Path) -> None:
+    """See that a checkpoint is at `folder`, without reading it.
+
+    Raises:
+        VdiffError: nothing is there, or something else; it lists the checkpoints nearby.
+    """
+    if not folder.exists():
+        beside = ", ".join(path.name for path in models_in(folder.parent)[-SHOWN:])
+        hint = f"{folder.parent} holds {beside}" if beside else "run `python train.py` first"
+        raise VdiffError(f"{folder}: no such checkpoint", elsewhere(folder) or hint)
+    if not folder.is_dir():
+        inside = folder.parent if (folder.parent / CONFIG).is_file() else None
+        which = shell(inside) if inside else "the one that holds config.json"
+        raise VdiffError(f"{folder} is a file", f"give the checkpoint's folder, {which}")
+    if not (folder / CONFIG).is_file():
+        if (folder / RUN_FILE).is_file():
+            raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")
+        found = models_in(folder) or _below(folder)
+        listed = ", ".join(path.relative_to(folder).as_posix() for path in found[-SHOWN:])
+        hint = f"give one that lies in it: {shell(max(found, key=_age))} (newest) of {listed}" if found else ""
+        raise VdiffError(f"{folder} holds no {CONFIG}", hint or "give a folder that train.py or distill.py wrote")
+
+
+def _age(model: Path) -> tuple[bool, int, str]:
+    """What the newest of several models has most of."""
+    return not (model / AVERAGE).exists(), (model / CONFIG).stat().st_mtime_ns, str(model)
+
+
+def _below(folder: Path) -> list[Path]:
+    """The checkpoints in the folders of a folder: those of its projects."""
+    return [model for inside in sorted(folder.glob("*/")) for model in models_in(inside)]
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether a folder is of a dataset that is being prepared."""
+    return path.name.endswith(PARTIAL_SUFFIX)
