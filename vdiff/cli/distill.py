@@ -11,6 +11,7 @@ import click
 
 from vdiff.cli.console import Console
 from vdiff.cli.options import PATH, Command, option, project_option, switch
+from vdiff.cli.quality import quality_of
 from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
 from vdiff.diffusion.distillation import METHODS
@@ -71,6 +72,7 @@ def command(
     the students tells all of it in one page; images up to 32 × 32 are measured for it. All this costs about a tenth of
     the training: where that is short, fewer images are drawn, in fewer steps.
     """
+    from vdiff.evaluation.results import NOT_TRAINED
     from vdiff.replacing import locked
     from vdiff.training.comparison import compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
@@ -96,12 +98,19 @@ def command(
             console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
             console.line("the time is that of updates that are left; checking and comparing students comes on top")
         return
+    budget = sum(stage.budget(config) for stage in stages)
+    if config.distance_every and config.check_images and engine.is_main:
+        data = images.name if images.store else ""
+        verdict = quality_of(Path(config.base), data, budget, device=engine.device, console=console)
+        if verdict:
+            console.line(f"{config.base} is {verdict}")
+        if verdict and verdict.word == NOT_TRAINED:
+            console.line("a student is no better than its teacher: train it longer first, unless this is a trial")
     distance = distance_to(images, config, engine)
     trained = run_stages(stages, config, images, engine, overwrite=overwrite, reporter=console, distance=distance)
     if not engine.is_main:
         return
     table = None if trained else known_rows(stages, seed=config.seed)
-    budget = sum(stage.budget(config) for stage in stages)
     if table is None:
         with locked(stages[-1].folder, kind=RUN):
             table = compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)

@@ -6,6 +6,7 @@ import json as jsonlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,18 @@ def facts(folder: Path) -> dict[str, Any]:
     Raises:
         VdiffError: there is no checkpoint, or one of its two files cannot be read.
     """
+    from vdiff.evaluation.results import read_quality
     from vdiff.models.checkpoint import WEIGHTS, read_config, weights_fingerprint
     from vdiff.models.reading import read_shapes
 
     config = read_config(folder)
     shapes = read_shapes(folder / WEIGHTS)
-    said = config.to_dict()
+    said, fingerprint = config.to_dict(), weights_fingerprint(folder)
+    quality = read_quality(folder, fingerprint)
     own = {name: said[name] for name in (*OWN, *NETWORK) if name in said}
     return {
         "path": folder.as_posix(),
-        "fingerprint": weights_fingerprint(folder),
+        "fingerprint": fingerprint,
         **own,
         "is_imported": config.is_imported,
         "is_finished": config.is_finished,
@@ -63,6 +66,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "weights_bytes": (folder / WEIGHTS).stat().st_size,
         "bytes": _bytes_below(folder),
+        "verdict": {"word": quality.word, "text": str(quality), **asdict(quality)} if quality else None,
         "can_be_resumed": (folder / STATE).is_file(),
         "lineage": list(ancestors(config.teacher)),
     }
@@ -120,6 +124,8 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
         "on disk": f"{megabytes(values['bytes'])}{state}",
         "training": _training(values),
     }
+    if values["verdict"]:
+        rows["verdict"] = values["verdict"]["text"]
     if values["is_imported"] and values["lineage"]:  # else the first row says it
         rows["imported"] = values["dataset"].removeprefix("imported:")
     if not values["is_imported"]:

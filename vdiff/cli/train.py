@@ -9,14 +9,18 @@ import click
 
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import PATH, Command, option, project_option, switch
+from vdiff.cli.quality import quality_of
 from vdiff.cli.settings import config_option, given, settings
-from vdiff.errors import OptionError, shell
+from vdiff.errors import Interrupted, OptionError, shell
 from vdiff.projects import Project
 from vdiff.text import duration, quantity
 from vdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
+
+EVALUATIONS, SHARE = 3, 25
+"""An update costs so many network evaluations an image; the verdict costs at most one part in so many of all."""
 
 
 @click.command(
@@ -65,6 +69,7 @@ def command(
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other", "give one of them")
 
+    from vdiff.distributed import pick_device
     from vdiff.training.base import describe, resolve_training, train
     from vdiff.training.run_log import preview_steps
 
@@ -79,6 +84,13 @@ def command(
         return
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
+    data, budget = images.name if images.store else "", done.num_images * EVALUATIONS // SHARE
+    try:
+        verdict = quality_of(out, data, budget, device=pick_device(config.device), console=console)
+    except Interrupted as stop:
+        raise Interrupted(f"stopped; {out} is finished and saved", stop.exit_code) from None
+    if verdict:
+        console.result(f"verdict    {verdict}")
     steps = preview_steps(done)
     console.result(
         f"next       python sample.py {shell('--checkpoint', out)} --sampler dpmpp_2m --num_timesteps {steps}"

@@ -23,11 +23,39 @@ from vdiff.data.images import PICTURE
 from vdiff.distributed import Processes, pick_device
 from vdiff.errors import OptionError, VdiffError, stop_explained
 from vdiff.evaluation import metrics as m
-from vdiff.evaluation.features import INCEPTION, PIXELS, Features, load_features
+from vdiff.evaluation.features import INCEPTION, PIXELS, SIDE, Features, load_features
 from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, save_pairs
-from vdiff.evaluation.plan import EXTRAPOLATED_FROM, MAX_PAIRED, EvalPlan, RowSpec, check_plan, notes_for, plan_rows
-from vdiff.evaluation.reference import MAX_KEPT, MOMENTS, DataStats, ReferenceImages, data_stats, random_subset
-from vdiff.evaluation.results import EVALUATION, EvalRow, Evaluation, Metric, plain, with_infinity
+from vdiff.evaluation.plan import (
+    EXTRAPOLATED_FROM,
+    MAX_PAIRED,
+    EvalPlan,
+    RowSpec,
+    check_plan,
+    notes_for,
+    plan_rows,
+    why_not,
+)
+from vdiff.evaluation.reference import (
+    MAX_KEPT,
+    MOMENTS,
+    DataStats,
+    ReferenceImages,
+    data_stats,
+    random_subset,
+    scale_of,
+)
+from vdiff.evaluation.results import (
+    EVALUATION,
+    QUALITY,
+    EvalRow,
+    Evaluation,
+    Metric,
+    Quality,
+    Scale,
+    plain,
+    read_quality,
+    with_infinity,
+)
 from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, raw_file, sample_stats
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
 from vdiff.files import parse, read_text, sha256_of, write_text
@@ -38,6 +66,8 @@ from vdiff.replacing import check_free, check_ours, discard, is_free, locked
 from vdiff.reporting import DOUBTFUL_TIMES, Progress, Reporter, Silent
 
 FORMAT = 2
+QUALITY_IMAGES, QUALITY_STEPS, QUALITY_DATA = 500, 32, 10_000
+"""A model's quality is measured by so many samples in so many steps against so many images of the data, at most."""
 RANGE = 2.0
 """From black to white."""
 ROW, THUMBS, TEACHER = "row-{:03d}.json", "row-{:03d}-small.npz", "teacher-{:04d}.npz"
@@ -118,6 +148,34 @@ def evaluate(
     return results
 
 
+def measure_quality(
+    folder: Path, dataset: Path | str, budget: int, *, processes: Processes, reporter: Reporter
+) -> Quality | None:
+    """How good a model is, from few samples in few steps; kept in its folder until its weights change.
+
+    Args:
+        budget: network evaluations that this may cost.
+
+    Returns:
+        None: the budget is too small.
+
+    Raises:
+        Interrupted, VdiffError: as in `evaluate`.
+    """
+    config = read_config(folder)
+    if found := read_quality(folder, weights_fingerprint(folder)):
+        return found
+    most = min(config.num_timesteps, QUALITY_STEPS)
+    steps = next(steps for steps in range(most, 0, -1) if not why_not(config, "uniform", steps))
+    n = min(QUALITY_IMAGES, budget // steps)
+    if n < config.shape[0] * min(config.image_size, SIDE) ** 2:
+        return None
+    row = RowSpec(folder, "ddim" if config.is_distilled else "dpmpp_2m", steps)
+    plan: dict[str, Any] = {"n": n, "metrics": ("fd", "nearest"), "most_images": QUALITY_DATA}
+    evaluate([row], dataset, processes=processes, reporter=reporter, out=folder / QUALITY, overwrite=True, **plan)
+    return read_quality(folder, weights_fingerprint(folder))
+
+
 def _finished(out: Path | None, key: str, overwrite: bool) -> Evaluation | None:
     """What lies in `out` already, if it is this evaluation."""
     if out is None or is_free(out):
@@ -149,7 +207,7 @@ class _Run:
                 raise VdiffError(f"{folder} draws samples of {shape}, no square images", "evaluate a model of images")
         config = next(iter(self.configs.values()))
         size, channels = config.image_size, config.shape[0]
-        self.images = images = ReferenceImages(dataset, size)
+        self.images = images = ReferenceImages(dataset, size, plan.most_images)
         self.features = features = load_features(
             plan.features, image_size=size, channels=channels, device=device, weights=plan.weights
         )
@@ -166,10 +224,13 @@ class _Run:
         kind = [FORMAT, images.identity, features.fingerprint, features.dim]
         self.key = key_of([*kind, asked, of_teacher, plan.n, plan.seed, metrics, plan.guidance, self.plan.precision])
         self.blocks = SampleBlocks(plan.n, features.dim)
+        self.scale: Scale | None = None
 
     def measure(self, data: DataStats, work: WorkFolder) -> tuple[list[EvalRow], list[NDArray[np.uint8]]]:
         """The rows, and the thumbnails of each one's first samples; what is done already is in the work folder."""
         calculator = MetricCalculator(data, self.features, self.plan, work.processes.device)
+        if self.features.name == PIXELS and "fd" in self.plan.metrics:
+            self.scale = scale_of(data, self.plan.n, self.images.image_size)
         if self.teacher is not None:
             self._draw_teacher(self.teacher, work)
         for number, row in enumerate(self.rows):
@@ -273,6 +334,7 @@ class _Run:
             teacher_steps=self.teacher.num_steps if self.teacher else None,
             notes=(*notes, *([DOUBTFUL_TIMES] if any(row.is_time_doubtful for row in found) else [])),
             job=self.key,
+            scale=self.scale,
         )
 
 

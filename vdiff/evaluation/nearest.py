@@ -95,7 +95,7 @@ def add_nearest(
     Raises:
         VdiffError: an image cannot be read.
     """
-    own = random_subset(len(images), MAX_QUERIES, 1)
+    own = images.numbers[random_subset(len(images), MAX_QUERIES, 1)]
     sizes, parts = images.parts("nearest")
     queries: NDArray[Any] | None = None
 

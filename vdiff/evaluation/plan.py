@@ -54,6 +54,7 @@ class EvalPlan:
         guidance: the weight w of classifier-free guidance.
         batch_size: drawn at once by each process.
         precision: what networks compute in.
+        most_images: of the data that are read, see `ReferenceImages`; None: all.
     """
 
     n: int = 2000
@@ -66,6 +67,7 @@ class EvalPlan:
     guidance: float = 0.0
     batch_size: int = 64
     precision: str = "auto"
+    most_images: int | None = None
 
 
 def plan_rows(

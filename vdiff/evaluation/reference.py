@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,9 @@ from vdiff.data.batches import decode
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.store import DATA_FILE, ImageStore
 from vdiff.errors import VdiffError
-from vdiff.evaluation.features import Features
-from vdiff.evaluation.metrics import Arrays, Moments, from_arrays, to_arrays, total
-from vdiff.evaluation.results import Reference
+from vdiff.evaluation.features import SIDE, Features
+from vdiff.evaluation.metrics import Arrays, FrechetDistance, Moments, from_arrays, to_arrays, total
+from vdiff.evaluation.results import Reference, Scale
 from vdiff.evaluation.work import WorkFolder, key_of, read_arrays, write_arrays
 from vdiff.files import make_folder
 from vdiff.reporting import Progress, Reporter
@@ -39,20 +40,28 @@ MOMENTS = ("counts", "means", "scatters")
 class ReferenceImages:
     """A dataset at one size, in order, decoded by threads.
 
+    Args:
+        most: of a larger dataset, about so many images are read: the first ones of each stretch.
+
+    Attributes:
+        numbers: of the images that are read, in the dataset.
+
     Raises:
         VdiffError: no such dataset, an incomplete one, or one without images of this size.
     """
 
-    def __init__(self, dataset: Path | str, image_size: int) -> None:
+    def __init__(self, dataset: Path | str, image_size: int, most: int | None = None) -> None:
         self.store: AnyStore = open_dataset(dataset)
         self.store.check_size(image_size)
         self.image_size, self.channels = image_size, self.store.meta.channels
         if not len(self.store):
             raise VdiffError(f"{self.store.path} holds no images", "prepare it again")
-        self.stretches = list(self.store.stretches())
+        self.part = 1 if most is None else -(-len(self.store) // most)
+        self.stretches = [(start, start - (start - stop) // self.part) for start, stop in self.store.stretches()]
+        self.numbers = np.concatenate([np.arange(start, stop) for start, stop in self.stretches])
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.numbers)
 
     @property
     def identity(self) -> str:
@@ -63,8 +72,9 @@ class ReferenceImages:
             file = place / DATA_FILE if isinstance(self.store, ImageStore) else place
             status = file.stat() if file.exists() else None
             times = [status.st_size, status.st_mtime_ns] if status else []
-            fingerprint = key_of(["no fingerprint", str(place), len(self), *times])
-        return key_of([fingerprint, self.image_size, self.channels, len(self)])
+            fingerprint = key_of(["no fingerprint", str(place), len(self.store), *times])
+        part = [] if self.part == 1 else [self.part]
+        return key_of([fingerprint, self.image_size, self.channels, len(self.store), *part])
 
     def describe(self) -> Reference:
         """Its description in the results."""
@@ -149,6 +159,34 @@ class DataStats:
     indices: NDArray[np.int64]
 
 
+def scale_of(data: DataStats, n: int, image_size: int) -> Scale:
+    """The scale of Fréchet distances of `n` samples as `pixel_vectors`, from the statistics of the data alone.
+
+    Of k other images against the remaining N − k, the distance is in the mean proportional to 1/k + 1/(N − k), as both
+    have the same distribution: so the one of n samples against all N follows. Noise is N(0, 1) clipped to ±1, whose
+    variance is 1 − 2 φ(1), φ the normal density; a part of p pixels has the p-th of it.
+    """
+    total, dim = data.moments.count, len(data.moments.mean)
+    side = min(image_size, SIDE)
+    k = min(n, total // 2, len(data.kept))
+    images = data.kept[random_subset(len(data.kept), k, 2)].astype(np.float64)
+    others, padded = (
+        Moments.of(images),
+        np.pad(images.reshape(k, -1, side, side), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge"),
+    )
+    rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
+    blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
+    rest = FrechetDistance(data.moments - others)
+    variance = (1 - math.sqrt(2 / (math.pi * math.e))) / max(image_size / SIDE, 1) ** 2
+    noise = Moments(2, np.zeros(dim), variance * np.eye(dim))
+    return Scale(
+        same=rest(others) * (1 / n + 1 / total) / (1 / k + 1 / (total - k)),
+        blurred=rest(Moments.of(blurred.reshape(k, dim))),
+        mean_image=float(np.trace(data.moments.covariance)),
+        noise=rest(noise),
+    )
+
+
 def cache_folder() -> Path:
     """The default cache: `vdiff` in the user's cache folder, or in that of temporary files."""
     home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
@@ -221,7 +259,7 @@ def _wait_for(lock: FileLock, reporter: Reporter) -> None:
 def _compute(path: Path, images: ReferenceImages, features: Features, work: WorkFolder) -> None:
     """Read all the data, and write their statistics to `path`."""
     sizes, parts = images.parts("part")
-    indices = random_subset(len(images), MAX_KEPT)
+    indices = images.numbers[random_subset(len(images), MAX_KEPT)]
 
     def compute(number: int, bar: Progress, done: int) -> Arrays:
         moments = Moments.none(features.dim)

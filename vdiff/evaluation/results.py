@@ -19,6 +19,9 @@ from vdiff.text import cause_of
 FORMAT = 1
 FILE = "evaluation.json"
 """Name of a ladder's evaluation, in the folder that holds the ladder."""
+QUALITY = "quality.json"
+"""Name of a short evaluation of a checkpoint alone, in its folder."""
+NOT_TRAINED = "not trained yet"
 AGAIN = "evaluate again: vdiff evaluate"
 
 
@@ -105,6 +108,67 @@ class EvalRow:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Fréchet distances to the data of what no model drew: what the distances of samples are read by.
+
+    Attributes:
+        same: of other images of the data, as many as samples: a perfect model's.
+        blurred: of images of the data blurred by (1 2 1)/4 along rows and columns of what is compared.
+        mean_image: of the mean image, again and again: the trace of the data's covariance.
+        noise: of pure noise.
+    """
+
+    same: float
+    blurred: float
+    mean_image: float
+    noise: float
+
+    @property
+    def good(self) -> float:
+        """√(same · blurred): below it, a distance is by its ratio nearer to that of other images."""
+        return math.sqrt(max(self.same * self.blurred, 0.0))
+
+    def __str__(self) -> str:
+        """`other images of the data 0.17, blurred ones 7.9, the mean image 18.6, noise 45`."""
+        shown = (self.same, self.blurred, self.mean_image, self.noise)
+        names = ("other images of the data", "blurred ones", "the mean image", "noise")
+        return ", ".join(f"{name} {value:.3g}" for name, value in zip(names, shown, strict=True))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good samples are, in a word that follows from their distances and the `Scale`.
+
+    `not trained yet`: no nearer to the data than blurred images are. `memorises`: good, and the median sample is nearer
+    to an image of the data than the midpoint between that image and the nearest other one usually is.
+    """
+
+    distance: float
+    scale: Scale
+    nearest: float | None = None
+    nearest_data: float | None = None
+
+    @property
+    def word(self) -> str:
+        """`not trained yet`, `usable`, `good` or `memorises`."""
+        if not self.distance < self.scale.blurred:
+            return NOT_TRAINED
+        if self.distance > self.scale.good:
+            return "usable"
+        if self.nearest is None or self.nearest_data is None or self.nearest >= self.nearest_data / 2:
+            return "good"
+        return "memorises"
+
+    def __str__(self) -> str:
+        """`good: distance to the data 0.21 (other images of the data 0.17, …)`."""
+        text = f"{self.word}: distance to the data {self.distance:.3g} ({self.scale})"
+        if self.word == "memorises":
+            text += f"; half of the samples are within {self.nearest:.3g} of an image of the data, "
+            text += f"whose nearest other image is {self.nearest_data:.3g} away"
+        return text
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Rows measured by one command against one dataset.
 
@@ -116,6 +180,7 @@ class Evaluation:
         teacher_steps: the steps that it was drawn in.
         notes: what a reader must know of the metrics, a sentence each.
         job: the key of everything that determines the metrics.
+        scale: what Fréchet distances on pixels are read by; None where there are none.
     """
 
     features: str
@@ -129,8 +194,16 @@ class Evaluation:
     teacher_steps: int | None = None
     notes: tuple[str, ...] = ()
     job: str = ""
+    scale: Scale | None = None
     vdiff_version: str = vdiff.__version__
     format: int = FORMAT
+
+    def quality(self, row: EvalRow) -> Quality | None:
+        """How good the samples of a row are; None where no distance on pixels was measured."""
+        if self.scale is None or "fd" not in row.metrics:
+            return None
+        near = (row.metrics[name].value if name in row.metrics else None for name in ("nearest", "nearest_data"))
+        return Quality(row.metrics["fd"].value, self.scale, *near)
 
     def to_json(self) -> str:
         """One JSON object; a value that is not finite becomes null."""
@@ -178,6 +251,16 @@ class Evaluation:
             return cls.from_json(text)
         except VdiffError as error:
             raise VdiffError(f"{path}: {error.cause}", error.hint) from None
+
+
+def read_quality(folder: Path, fingerprint: str) -> Quality | None:
+    """What `measure_quality` found of the weights with this fingerprint; None where that is not known."""
+    try:
+        found = Evaluation.read(folder / QUALITY)
+    except VdiffError:
+        return None
+    (row, *_) = found.rows
+    return found.quality(row) if row.checkpoint_fingerprint == fingerprint else None
 
 
 EVALUATION = Kind("evaluation", lambda path: FILE if holds_keys(path, "reference", "rows", "vdiff_version") else "")
