@@ -184,7 +184,8 @@ def test_a_signal_to_everybody_leaves_one_line_and_what_is_done(number: int, cod
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == code
     assert stdout == b""
-    (line,) = [line for line in stderr.decode().splitlines() if not line.startswith("prepare: ")]
+    lines = [line for line in stderr.decode().splitlines() if not line.startswith(("prepare: ", "stopping; "))]
+    (line,) = lines
     assert re.fullmatch(rf"{words}; \d+ images are done, the same command goes on", line)
     assert os.listdir("data") == ["photos_512.partial"]
     with pytest.raises(VdiffError, match=rf"complete it: python prepare_data\.py {' '.join(typed)}"):

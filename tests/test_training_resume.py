@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -336,6 +337,8 @@ def test_a_signal_ends_the_update_and_saves_it(data, whole, tmp_path, number, co
         fit_run(run, reporter)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert caught.value.exit_code == code
+    (said,) = [line for line in reporter.lines if line.startswith("finishing")]
+    assert re.fullmatch(r"finishing update [34](, .*)?; press again to leave now, with nothing saved", said)
     done = read_config(folder).num_iters
     assert done in ((3,) if where == "update" else (3, 4))
     assert read_metadata(state_path(folder))["step"] == str(done)

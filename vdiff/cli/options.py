@@ -21,6 +21,7 @@ import click
 
 from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggestion
 from vdiff.projects import Project, check_checkpoint
+from vdiff.signals import answered
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
@@ -51,6 +52,7 @@ LONG, LONGEST_METAVAR = 300, 50
 """Characters; a longer list of choices stands in the help text of its option."""
 WORDS, PROJECT = "vdiff.words", "vdiff.project"
 PATH = click.Path(path_type=Path)
+SECONDS_UNTIL_SAID = 0.8
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
 """What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
 
@@ -435,15 +437,25 @@ def _discard_output() -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Inside the block SIGTERM raises `Interrupted`; only the main thread can see to that."""
+    """Inside the block SIGTERM raises `Interrupted`, and a second signal ends the process within a second.
+
+    Only the main thread can see to that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield
+        with answered(_stopping, "stopped at once", alone=int(os.environ.get("WORLD_SIZE", "1")) == 1):
+            yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _stopping(over: threading.Event) -> None:
+    """Say that a signal was heard, where leaving takes longer than a moment."""
+    if not over.wait(SECONDS_UNTIL_SAID) and speaks():
+        print("stopping; press again to leave now", file=sys.stderr, flush=True)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

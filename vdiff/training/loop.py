@@ -19,13 +19,13 @@ from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser
 from vdiff.reporting import Progress, Reporter
+from vdiff.signals import stop_requests
 from vdiff.training import history
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import REMEDIES, Engine
 from vdiff.training.meter import Meter, Position
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
 from vdiff.training.run_log import RunLog, preview, preview_steps
-from vdiff.training.signals import stop_requests
 from vdiff.training.state import load_state, remove_state, save_state
 from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole
@@ -109,10 +109,13 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         drop_later_snapshots(folder, start.step)
     report_long_average(config, reporter)
     meter = Meter(start, config, engine, run.step_bins)
+    saved = start.step
 
     def save() -> None:
+        nonlocal saved
         save_state(folder, meter.position, step, write=engine.is_main)
         keep_checkpoint()
+        saved = meter.position.step
 
     def keep_checkpoint() -> None:
         position = meter.position
@@ -136,6 +139,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         stop_requests(alone=engine.world_size == 1) as stop,
         closing(RunLog(folder, tracker, step=start.step, reporter=reporter)) as log,
     ):
+        stop.answer = lambda: reporter.line(_finishing(meter, saved))
         with (
             reporter.progress(folder.name, config.num_iters, "updates", start=start.step) as bar,
             closing(run.batches.start_at(start.step)) as batches,
@@ -178,6 +182,14 @@ def report_long_average(config: LoopConfig, reporter: Reporter) -> None:
     if updates >= SHORT_RUN and decay**updates > LONG_AVERAGE:
         shorter = 1 - float(f"{1 - 1e-3 ** (1 / updates):.1g}")
         reporter.line(f"the average spans all {updates:,} updates, the first too: --ema {shorter:.6g} forgets them")
+
+
+def _finishing(meter: Meter, saved: int) -> str:
+    """What is still done after a first signal, and what a second one gives up."""
+    left = meter.seconds_left_of_update()
+    about = f" (about {left:.0f} s)" if left >= 1 else ""
+    back = f"back to update {saved:,}" if saved else "with nothing saved"
+    return f"finishing update {meter.position.step + 1:,}{about}; press again to leave now, {back}"
 
 
 def _note_preview(bar: Progress, done: int, step: int) -> None:

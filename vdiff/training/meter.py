@@ -60,7 +60,7 @@ class Meter:
     def __init__(self, start: Position, config: LoopConfig, engine: Engine, step_bins: int | None = None) -> None:
         self.position, self.config, self.engine = start, config, engine
         self.began = self.read_at = time.monotonic()
-        self.before = start.seconds
+        self.start = start
         self.note = ""
         self.waited = 0.0
         self._updates = 0
@@ -97,12 +97,17 @@ class Meter:
         self.bad_in_a_row = int(self._read_late())
         self._updates += 1
         self.waited += waited
-        self.position = Position(self.position.step + 1, self.before + time.monotonic() - self.began)
+        self.position = Position(self.position.step + 1, self.start.seconds + time.monotonic() - self.began)
 
     @property
     def has_diverged(self) -> bool:
         """Whether too many bad updates followed each other."""
         return self.bad_in_a_row >= max(self.config.max_bad_steps, 1)
+
+    def seconds_left_of_update(self) -> float:
+        """How long the update at work will take yet, if it is like the mean of those before; 0 before the first."""
+        spent, done = self.position.seconds - self.start.seconds, self.position.step - self.start.step
+        return max(0.0, spent / done - (time.monotonic() - self.began - spent)) if done else 0.0
 
     def catch_up(self) -> None:
         """Wait for the newest update, so that `bad_in_a_row` counts it."""
