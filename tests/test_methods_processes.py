@@ -59,14 +59,19 @@ def run_adversarial_ladder(config: DistillConfig, teacher: CheckpointConfig) -> 
     run_ladder(config, teacher)
 
 
-def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch):
-    """A critic takes the mean of all gradients, and the student that of what the critic adds to its loss."""
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch, fsdp):
+    """A critic takes the mean of all gradients, and the student that of what the critic adds to its loss.
+
+    With FSDP the student is shared out; the critic is whole in every process.
+    """
     monkeypatch.setitem(METHODS, "adversarial", Adversarial)
     data = write_dataset(tmp_path / "toy_4")
     changes = {"batch_size": 8, "num_iters": 2, "lr": 1e-2, "lr_schedule": "constant", "tracker": "none"}
     for name, count in (("one", 1), ("two", 2)):
         base = tmp_path / name / "original"
         write_checkpoint(base, seed=7, dataset=str(data))
+        changes["fsdp"] = fsdp and count > 1
         config = distill_config(data, base, method="adversarial", phases="8,2", check_images=0, **changes)
         act = partial(run_adversarial_ladder, config, read_config(base))
         codes, stdout, stderr = ends(launch(act, tmp_path, count))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.programs import ends, launch
 from tests.toy import assert_equal_bits, fit_run, run_of, signal_at, train_config, write_dataset
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_tensors
@@ -36,9 +40,9 @@ def frozen_weights(denoiser: Denoiser) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, weight) for name, weight in denoiser.named_parameters() if is_frozen(name))
 
 
-def half_frozen(data: Path, folder: Path) -> Run:
+def half_frozen(data: Path, folder: Path, **changes: Any) -> Run:
     """The run of `tests.toy`, half of whose network does not learn, with every kind of average."""
-    run = run_of(train_config(data, **SETTINGS), folder)
+    run = run_of(train_config(data, **SETTINGS | changes), folder)
     for _, weight in frozen_weights(run.denoiser):
         weight.requires_grad_(False)
     return replace(run, self_ema=0.5)
@@ -118,3 +122,28 @@ def test_a_network_that_cannot_learn_is_refused(data, tmp_path):
     run.denoiser.requires_grad_(False)
     with pytest.raises(VdiffError, match=r"no weight of the network learns; set requires_grad"):
         fit_run(run)
+
+
+def train_half_frozen(data: Path, folder: Path, **changes: Any) -> None:
+    """The run, in a program of its own; two processes draw other numbers for dropout, so there is none."""
+    fit_run(half_frozen(data, folder, dropout=0.0, lr=1e-3, lr_schedule="constant", **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="gloo")
+def test_the_others_are_shared_out_over_processes(data, whole, tmp_path):
+    """FSDP: the weights of one process, frozen ones as they were; a run that is cut ends with the same bits."""
+    for name, count, updates in (("one", 1, 6), ("two", 2, 6), ("cut", 2, 3), ("cut", 2, 6)):
+        act = partial(train_half_frozen, data, tmp_path / name, fsdp=count > 1, num_iters=updates)
+        codes, stdout, stderr = ends(launch(act, tmp_path, count))
+        assert codes == [0] * count, stdout + stderr
+    files = Path(WEIGHTS), state_path(Path()), Path("averages/000000006.safetensors")
+    for name in files:
+        assert_equal_bits(tmp_path / "two" / name, tmp_path / "cut" / name)
+        one, two = (read_tensors(tmp_path / folder / name) for folder in ("one", "two"))
+        assert one.keys() == two.keys()
+    one, two = (read_tensors(tmp_path / folder / WEIGHTS) for folder in ("one", "two"))
+    for name, began in whole[1].items():
+        assert torch.equal(two[name], began) == is_frozen(name)
+    learned = [torch.cat([(found[name] - whole[1][name]).flatten() for name in one]) for found in (one, two)]
+    assert (learned[0] - learned[1]).norm() < 0.05 * learned[0].norm()
