@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @project_option()
 @option(
     "--out", group="Run", type=PATH, metavar="FOLDER", show_default="base_0, base_1, … beside --base",
-    help="The student's folder, where there is one student.",
+    help="The student's folder, if there is only one student.",
 )  # fmt: skip
 @config_option
 @switch("--overwrite", group="Run", help="Replace students that exist.")
@@ -65,12 +65,12 @@ def command(
 ) -> None:
     """Distil a model into students that need fewer steps (Salimans & Ho 2022, and later methods).
 
-    One stage of half the steps by default, or a ladder with --to_steps or --phases. The same command goes on
-    where it was stopped, and skips the stages that are finished. Each student is compared with its teacher: one that
-    training made worse is put back to its start, one that collapsed is trained again. At the end the teacher and all
+    By default one stage, which halves the steps; --to_steps or --phases make a ladder of stages. After an interruption
+    the same command continues, and skips finished stages. Each student is compared with its teacher: if training made
+    it worse, it gets its initial weights back; if it collapsed, it is trained again. At the end the teacher and all
     students are drawn from the same noise: ladder.png and ladder.json in the last student's folder. report.html beside
-    the students tells all of it in one page; images up to 32 × 32 are measured for it. All this costs about a tenth of
-    the training: where that is short, fewer images are drawn, in fewer steps.
+    the students is a page about the whole ladder, with distances to the data for images of up to 32 × 32 pixels. All
+    this costs about a tenth of the training; a short training gets fewer images and fewer steps.
     """
     from vdiff.evaluation.results import NOT_TRAINED
     from vdiff.replacing import locked

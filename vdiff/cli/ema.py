@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @option(
     "--decay", group="Average", type=Names(click.FLOAT, "DECAY[,DECAY…]"),
-    help="Take out exponential averages that --ema_more kept.",
+    help="Exponential averages that --ema_more stored.",
 )  # fmt: skip
 @option(
     "--at", group="Average", type=click.IntRange(min=1), metavar="UPDATE", show_default="the last snapshot",
-    help="When: the update of a snapshot.",
+    help="Update of the snapshot.",
 )  # fmt: skip
 @option(
     "--out", group="Output", type=PATH, metavar="FOLDER", help="The new checkpoint's folder.",
@@ -60,7 +60,7 @@ def command(
     overwrite: bool,
     json: bool,
 ) -> None:
-    """Make checkpoints with other averages of the weights from the snapshots in RUN; alone, say what RUN has.
+    """Make checkpoints with other averages of the weights from the snapshots in RUN; without options, list them.
 
     Any length can be made after the training: the snapshots of two power functions are combined into the nearest to it
     (Karras et al. 2024). Each goes to a folder that sample.py and distill.py take like any other checkpoint, with

@@ -63,11 +63,11 @@ OF_DATA = {
 @option(
     "--cache", group="Reference", type=click.Path(path_type=Path), metavar="FOLDER",
     show_default="vdiff in the user's cache",
-    help="Where what was found of a dataset is kept for the next time.",
+    help="Where statistics of datasets are cached.",
 )  # fmt: skip
 @option(
     "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
-    help="What images are compared by: pixels, at most 8×8; a network in a torch.export (vdiff features) or "
+    help="Features that are compared: pixels, at most 8×8; a network in a torch.export (vdiff features) or "
     "TorchScript file, which is code; or torch-fidelity's Inception.",
 )  # fmt: skip
 @option(
@@ -80,41 +80,41 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--teacher", group="Measuring", type=Checkpoint(), metavar="CHECKPOINT",
-    help="Compare samples with its, from the same noise: rmse, psnr.",
+    help="Model to compare samples with, from the same noise: rmse, psnr.",
 )  # fmt: skip
 @option(
     "--teacher_steps", group="Measuring", type=click.IntRange(1), metavar="STEPS", show_default="its own",
-    help="The ddim steps that the teacher takes.",
+    help="DDIM steps of the teacher.",
 )  # fmt: skip
 @option(
     *NUM, old=OLD_NUM, group="Samples", type=click.IntRange(1), default=2000, metavar="IMAGES",
-    help="Samples of each row; under torchrun not --num.",
+    help="Samples per row; under torchrun use -n.",
 )  # fmt: skip
 @option(
     "--num_timesteps", group="Samples", type=Names(click.IntRange(1), "STEPS[,STEPS…]"),
     show_default="each model's own",
-    help="Sampling steps; those that a distilled model was not made for are left out.",
+    help="Sampling steps; those that a distilled model does not support are skipped.",
 )  # fmt: skip
 @option(
     "--samplers", group="Samples", type=Names(OneOf(list(SAMPLERS)), "SAMPLER[,SAMPLER…]"), default="ddim",
-    help="The rules for one step.",
+    help="Samplers.",
 )  # fmt: skip
-@option("--grid", group="Samples", type=OneOf(list(GRIDS)), default="uniform", help="How the steps are spaced.")
+@option("--grid", group="Samples", type=OneOf(list(GRIDS)), default="uniform", help="Spacing of the steps.")
 @option(
     "--guidance", group="Samples", type=float, default=0.0, metavar="W",
-    help="Weight of classifier-free guidance: 0 none.",
+    help="Weight of classifier-free guidance; 0 = none.",
 )  # fmt: skip
 @option(
     "--seed", group="Samples", type=click.IntRange(0, 2**64 - 1), default=0, metavar="INTEGER",
-    help="All rows draw from its noise.",
+    help="Seed of the noise, the same for all rows.",
 )  # fmt: skip
-@switch("--raw", group="Samples", help="Draw with the weights without average that a training keeps in state/.")
-@switch("--ema", group="Samples", hidden=True, help="Draw with the checkpoint's own weights, the default.")
+@switch("--raw", group="Samples", help="Use the raw weights, without average, that a training stores in state/.")
+@switch("--ema", group="Samples", hidden=True, help="Use the checkpoint's own weights (the default).")
 @option(
     "--batch_size", group="Samples", type=click.IntRange(1), default=64, metavar="IMAGES",
-    help="Drawn at once by each process.",
+    help="Images that each process draws at once.",
 )  # fmt: skip
-@option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
+@option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")
 @option("--precision", group="Samples", type=OneOf(PRECISIONS), default="auto", help="As in sample.py.")
 @option(
     "--out", group="Output", type=click.Path(path_type=Path), metavar="FILE.json",

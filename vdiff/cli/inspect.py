@@ -27,7 +27,7 @@ HEADINGS = ["model", "method", "steps", "updates", "images", "training", "datase
 @project_option()
 @switch("--json", group="Output", help="Print one JSON object.")
 def command(checkpoint: Path | None, project: Project, json: bool) -> None:
-    """Print what CHECKPOINT is and where it came from, teacher by teacher; without it, of the newest one.
+    """Print what CHECKPOINT (default: the newest) is and where it came from, teacher by teacher.
 
     Only descriptions are read, and the weights for their checksum: it works on unfinished runs and imported models too.
     """

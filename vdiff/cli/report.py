@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 @option(
     "--out", group="Output", type=click.Path(path_type=Path), metavar="FILE.html",
     show_default="RUN_DIR/report.html",
-    help="The page; an earlier report is replaced, any other file refused.",
+    help="The page; it replaces an earlier report, but no other file.",
 )  # fmt: skip
 @switch("--open", "open_it", group="Output", help="Show it in the browser.")
-@switch("--json", group="Output", help="Print one JSON object: where the page is, and what it tells of each model.")
+@switch("--json", group="Output", help="Print one JSON object: the path of the page, and the figures of each model.")
 @switch(
     "--evaluate", group="Measuring",
     help="First measure each student in its steps, and the teacher with ddim and dpmpp_2m in 1, 2, 4 and 8, into "
@@ -57,13 +57,13 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=2000,
     metavar="IMAGES",
-    help="Samples of each row.",
+    help="Samples per row.",
 )
 @option(
     "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
-    help="What images are compared by, as in vdiff evaluate.",
+    help="Features that are compared, as in vdiff evaluate.",
 )  # fmt: skip
-@option("--device", group="Measuring", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
+@option("--device", group="Measuring", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")
 def command(
     run_dir: Path | None,
     project: Project,

@@ -54,18 +54,18 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     show_default="the newest under checkpoints/",
     help="A folder that train.py or distill.py wrote.",
 )
-@option("--device", group="Model", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU where there is one.")
+@option("--device", group="Model", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")
 @option(
     "--precision",
     group="Model",
     type=OneOf(PRECISIONS),
     default="auto",
-    help="What the network computes in. Auto is fp32, on CUDA with products in TF32.",
+    help="Precision of the network; auto is fp32, on CUDA with TF32 products.",
 )
 @switch(
     "--compile",
     group="Model",
-    help="Compile the network first, a minute's work; on CUDA, record it as a graph too.",
+    help="Compile the network first (about a minute); on CUDA also record it as a graph.",
 )
 @option(
     *NUM,
@@ -74,7 +74,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.IntRange(1),
     default=64,
     metavar="IMAGES",
-    help="How many; under torchrun not --num.",
+    help="Number of images; under torchrun use -n.",
 )
 @option(
     "--batch_size",
@@ -82,7 +82,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.IntRange(1),
     default=64,
     metavar="IMAGES",
-    help="Drawn at once by each process; images do not depend on it.",
+    help="Images that each process draws at once; the images do not depend on it.",
 )
 @option(
     "--seed",
@@ -97,7 +97,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Images",
     type=Names(click.STRING, "CLASS[,CLASS…]"),
     show_default="all in turn",
-    help="Names or numbers of the classes that the images take in turn.",
+    help="Names or numbers of the classes to draw, in turn.",
 )
 @option(
     "--guidance",
@@ -105,15 +105,15 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=float,
     metavar="W",
     show_default="0",
-    help="Weight of classifier-free guidance: 0 none, -1 no class, more than 0 more of the class. A network that was "
-    "not distilled with it is evaluated twice a step. Scales of other tools are W + 1.",
+    help="Weight of classifier-free guidance: 0 = none, -1 = without the class. A network that was not distilled with "
+    "guidance is evaluated twice per step. Guidance scales of other tools are W + 1.",
 )
 @option(
     "--guidance_interval",
     group="Images",
     type=Names(click.FLOAT, "FIRST,LAST"),
     show_default="0,1",
-    help="Guide at these times alone, where 1 is noise and 0 the image.",
+    help="Guide only between these times; 1 is noise, 0 is the image.",
 )
 @option(
     "--interpolate",
@@ -121,7 +121,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.IntRange(0),
     nargs=2,
     metavar="A B",
-    help="Draw --num images on the way from image A to image B of the seed instead.",
+    help="Draw --num images that interpolate from image A to image B of the seed.",
 )
 @option(
     "--out",
@@ -129,7 +129,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.Path(path_type=Path),
     metavar="PATH",
     show_default="samples/CHECKPOINT-SAMPLER-STEPSsteps-seedSEED",
-    help="A folder, or a file or folder that ends in .zip, .npz or .lmdb.",
+    help="A folder, or a path that ends in .zip, .npz or .lmdb.",
 )
 @option(
     "--format",
@@ -137,12 +137,12 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Output",
     type=OneOf(list(SUFFIXES)),
     show_default="what --out ends in, else png",
-    help="A folder of PNG files, PNG files in a zip, arrays as evaluation suites read them, or a dataset for train.py.",
+    help="A folder of PNG files, a zip of PNG files, arrays for evaluation suites, or a dataset for train.py.",
 )
-@switch("--trajectory", group="Output", help="Show how the first images come about: OUT.trajectory.png and .webp.")
+@switch("--trajectory", group="Output", help="Also write the steps of the first images: OUT.trajectory.png and .webp.")
 @switch("--overwrite", group="Output", help="Replace what is in --out.")
 @switch("--json", group="Output", help="Print the result as one JSON object.")
-@option("--sampler", group="Sampler", type=OneOf(list(SAMPLERS)), show_default="ddim", help="The rule for one step.")
+@option("--sampler", group="Sampler", type=OneOf(list(SAMPLERS)), show_default="ddim", help="Sampler.")
 @switch("--clipped_sampling", group="Sampler", help="The same as --sampler clipped.")
 @option(
     "--num_timesteps",
@@ -157,16 +157,16 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Sampler",
     type=click.IntRange(1),
     metavar="K",
-    help="Take every K-th of the model's steps, instead of --num_timesteps.",
+    help="Take every K-th step of the model, instead of --num_timesteps.",
 )
 @option(
     "--grid",
     group="Sampler",
     type=OneOf(list(GRIDS)),
     default="uniform",
-    help="How the steps are spaced; a distilled model has learned the uniform ones alone.",
+    help="Spacing of the steps; a distilled model supports only uniform.",
 )
-@switch("--no_clip", group="Sampler", help="Do not clip predicted images (all but clipped).")
+@switch("--no_clip", group="Sampler", help="Do not clip predicted images (not for the sampler clipped).")
 @sampler_settings
 def command(
     project: Project,
@@ -194,7 +194,7 @@ def command(
     no_clip: bool,
     **flags: Any,
 ) -> None:
-    """Draw images from a checkpoint, which is all that is needed.
+    """Draw images from a checkpoint; nothing else is needed.
 
     The same command goes on where it was stopped, and does nothing where all images exist. Under torchrun or accelerate
     each process draws a share of them.

@@ -45,11 +45,11 @@ EVALUATIONS, SHARE = 3, 25
     help="The checkpoint's folder.",
 )
 @config_option
-@switch("--resume", group="Run", help="Go on with the run in --out.")
+@switch("--resume", group="Run", help="Continue the run in --out.")
 @switch("--overwrite", group="Run", help="Replace what is in --out.")
 @switch(
     "--dry_run", group="Run",
-    help="Print what would be trained and what it costs, then stop; with --preset it needs no dataset.",
+    help="Print what would be trained and its cost, then stop; with --preset it needs no dataset.",
 )  # fmt: skip
 @settings(TrainConfig)
 def command(

@@ -197,7 +197,7 @@ class Tract(Method):
     """
 
     self_ema: float = setting(
-        "Decay of the average that a student of tract learns from.", default=0.5, low=0, high=0.9999
+        "Decay of the average of the student that tract learns from.", default=0.5, low=0, high=0.9999
     )
     has_fine_times: ClassVar[bool] = True
 
@@ -244,11 +244,11 @@ class Consistency(Method):
     """
 
     first_steps: int = setting(
-        "Steps of the teacher at the first update of consistency.",
+        "Teacher steps at the first update of consistency.",
         default=0, low=0, unit="STEPS", shown="an eighth of them, at most 64",
     )  # fmt: skip
     addim: float = setting(
-        "Variance that the teacher of consistency makes good at each step; 0: DDIM.", default=0.0, low=0, high=2
+        "Variance correction of the teacher's steps in consistency; 0 = DDIM.", default=0.0, low=0, high=2
     )
     is_annealed: ClassVar[bool] = True
     has_fine_times: ClassVar[bool] = True
@@ -340,10 +340,10 @@ class Guided(Match):
 
     network_options: ClassVar[Mapping[str, Any]] = {"guidance_input": True}
     then: str = setting(
-        "What --method guided goes on with, once the student takes guidance as an input.",
+        "Method that follows --method guided, when the student takes guidance as an input.",
         default="progressive", choices=lambda: shortening(),
     )  # fmt: skip
-    guidance_range: str = setting("Weights of guidance that --method guided teaches.", default="0,4", unit="LOW,HIGH")
+    guidance_range: str = setting("Guidance weights that --method guided distils.", default="0,4", unit="LOW,HIGH")
 
     def __post_init__(self) -> None:
         self.weights()
@@ -375,9 +375,9 @@ class Trajectory(Method):
             student itself, whose answers lead to the ends of its own steps and are no x̂ that a solver may interpolate.
     """
 
-    path_steps: int = setting("Steps of the teacher's path for trajectory.", default=16, low=2, unit="STEPS")
+    path_steps: int = setting("Steps of the teacher's path in trajectory.", default=16, low=2, unit="STEPS")
     path_sampler: str = setting(
-        "How the teacher of trajectory walks. Auto: dpmpp_3m, and ddim where it is a student itself.",
+        "Sampler of the teacher in trajectory; auto is ddim if the teacher is a student itself, else dpmpp_3m.",
         default="auto", choices=("auto", *(name for name, kind in SAMPLERS.items() if kind.solves_ode)),
     )  # fmt: skip
     needs_images: ClassVar[bool] = False

@@ -272,7 +272,7 @@ class Heun(StatefulSampler):
     """
 
     frame: str = setting(
-        "Slopes that heun compares: of v, as seen from the start of a step, or of eps over σ/α (Karras et al. 2022).",
+        "Slopes that heun averages: of v, seen from the start of a step, or of eps over σ/α (Karras et al. 2022).",
         default="v", choices=("v", "eps"),
     )  # fmt: skip
 

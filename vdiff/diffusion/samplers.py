@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-ETA = "Noise added at each step by ddim and clipped: 0 none, 1 as much as ddpm."
+ETA = "Noise that ddim and clipped add at each step: 0 = none, 1 = as much as ddpm."
 
 
 class NonFiniteSampleError(ValueError):
@@ -121,7 +121,7 @@ class Clipped(Sampler):
     """
 
     clipping_value: float = setting(
-        "Predicted images are clipped to ±LIMIT; by clipped, predicted noise too.",
+        "Clip predicted images to ±LIMIT; clipped clips the predicted noise too.",
         default=1.2, low=0, open_low=True, unit="LIMIT",
     )  # fmt: skip
     eta: float = setting(ETA, default=0.0, low=0, high=1)

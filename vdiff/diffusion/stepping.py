@@ -105,11 +105,11 @@ class Limits:
     """
 
     clipping_value: float | None = setting(
-        "Predicted images are clipped to ±LIMIT; by clipped, predicted noise too.",
+        "Clip predicted images to ±LIMIT; clipped clips the predicted noise too.",
         default=1.0, low=0, open_low=True, unit="LIMIT",
     )  # fmt: skip
     threshold: float | None = setting(
-        "Instead of clipping, scale images down whose QUANTILE of values is beyond the limit (not clipped): 0.995.",
+        "Scale an image down if this quantile of its values exceeds the limit, instead of clipping; 0.995 is usual.",
         default=None, low=0, high=1, open_low=True, unit="QUANTILE", flag="dynamic_threshold",
     )  # fmt: skip
 

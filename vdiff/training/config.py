@@ -55,10 +55,10 @@ class LoopConfig:
     preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="what fits the data")
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
     batch_size: int = setting(
-        "Images in an update, over all processes and parts.", group=OPTIMISATION, low=1, unit="IMAGES"
+        "Images in an update, in all processes and parts together.", group=OPTIMISATION, low=1, unit="IMAGES"
     )
     grad_accum: int = setting(
-        "Parts in which a process computes its share of a batch, one after another: the more, the less memory.",
+        "Compute each process's share of a batch in this many parts, one after another, to save memory.",
         group=OPTIMISATION, default=1, low=1, unit="PARTS",
     )  # fmt: skip
     lr: float = setting("Learning rate of AdamW.", group=OPTIMISATION, low=0, open_low=True)
@@ -70,10 +70,10 @@ class LoopConfig:
     )
     weight_decay: float = setting("Weight decay of AdamW.", group=OPTIMISATION, default=0.0, low=0)
     clip_norm: float = setting(
-        "Gradients longer than this are shortened to it.", group=OPTIMISATION, default=1.0, low=0, open_low=True
+        "Clip the norm of the gradient to this.", group=OPTIMISATION, default=1.0, low=0, open_low=True
     )
     max_bad_steps: int = setting(
-        "Updates in a row whose gradient is not finite before a run stops; such updates change nothing.",
+        "Stop after this many updates in a row whose gradient is not finite; such updates change nothing.",
         group=OPTIMISATION, default=20, low=0, unit="UPDATES", free=True,
     )  # fmt: skip
     ema: float = setting(
@@ -81,24 +81,24 @@ class LoopConfig:
         group=OPTIMISATION, default=0.9999, low=0, high=1,
     )  # fmt: skip
     ema_images: float = setting(
-        "Half-life of that average in images seen, instead of --ema; 0 = use --ema.",
+        "Half-life of the average in images seen, instead of --ema; 0 = use --ema.",
         group=OPTIMISATION, default=0.0, low=0, hidden=True,
     )  # fmt: skip
     ema_remainder: float = setting(
-        "What the first weights of the training count in that average where the last ones count 1, instead of --ema: "
-        "the decay is this^(1/updates); 0 = use --ema.",
+        "Weight of the first update in the average, relative to the last, instead of --ema: decay = this^(1/updates); "
+        "0 = use --ema.",
         group=OPTIMISATION, default=0.0, low=0, high=0.99, hidden=True,
     )  # fmt: skip
     ema_more: str = setting(
-        "Further averages, of which vdiff ema makes checkpoints: decays (0.999,0.9995), or profiles: power functions, "
-        "from which it makes averages of any length.",
+        "Store further averages for vdiff ema: decays such as 0.999,0.9995, or profiles, which are power functions that "
+        "give averages of any length.",
         group=OPTIMISATION, default="", shown="none",
     )  # fmt: skip
     ema_profiles: bool = setting(
         "The same as --ema_more profiles.", group=OPTIMISATION, default=False, hidden=True
     )  # fmt: skip
     ema_interval: int | None = setting(
-        "Between snapshots of the averages of --ema_more.",
+        "Updates between snapshots of the averages of --ema_more.",
         group=RECORDS, default=None, low=1, unit="UPDATES", shown="40 snapshots in all", free=True,
     )  # fmt: skip
     weighting: str = setting(
@@ -106,56 +106,60 @@ class LoopConfig:
         group=OPTIMISATION, default="truncated_snr", choices=WEIGHTINGS,
     )  # fmt: skip
     loss: str = setting(
-        "Of the weighted errors of pixels: squares, absolute values, or pseudo-Huber.",
+        "Loss of the weighted pixel errors: squared, absolute, or pseudo-Huber.",
         group=OPTIMISATION, default="l2", choices=LOSSES,
     )  # fmt: skip
     times: str = setting(
-        "Noise levels of an update: all alike, or those more often where losses are large (which then count less).",
+        "How noise levels are drawn: uniformly, or more often where losses are large (with smaller weights).",
         group=OPTIMISATION, default="uniform", choices=TIMES,
     )  # fmt: skip
-    dropout: float = setting("Rate in the residual blocks.", group=OPTIMISATION, default=0.0, low=0, high=0.99)
+    dropout: float = setting("Dropout rate in the residual blocks.", group=OPTIMISATION, default=0.0, low=0, high=0.99)
     class_dropout: float = setting(
-        "Part of the images whose class is kept from the network, for classifier-free guidance.",
+        "Fraction of the images whose class is dropped, for classifier-free guidance.",
         group=OPTIMISATION, default=0.0, low=0, high=0.99,
     )  # fmt: skip
-    flip: bool = setting("Mirror half of the images.", group=OPTIMISATION, default=True)
+    flip: bool = setting("Flip half of the images left to right.", group=OPTIMISATION, default=True)
     log_interval: int = setting(
-        "Between lines of the log.", group=RECORDS, default=100, low=1, unit="UPDATES", free=True
+        "Updates between log entries.", group=RECORDS, default=100, low=1, unit="UPDATES", free=True
     )
     sample_interval: int = setting(
-        "Between grids of samples from fixed noise.", group=RECORDS, default=5000, low=1, unit="UPDATES", free=True
-    )
-    ckpt_interval: int = setting("Between checkpoints.", group=RECORDS, default=5000, low=1, unit="UPDATES", free=True)
+        "Updates between grids of samples from fixed noise.",
+        group=RECORDS, default=5000, low=1, unit="UPDATES", free=True,
+    )  # fmt: skip
+    ckpt_interval: int = setting(
+        "Updates between checkpoints.",
+        group=RECORDS, default=5000, low=1, unit="UPDATES", free=True,
+    )  # fmt: skip
     keep_last: int = setting(
-        "Checkpoints in history/ besides the newest, which is the run's folder itself.",
+        "Older checkpoints to keep in history/; the newest is the run's folder itself.",
         group=RECORDS, default=0, low=0, unit="CHECKPOINTS", free=True,
     )  # fmt: skip
     keep_every: int = setting(
-        "Keep the checkpoints of every so many updates in history/ for good; 0: none.",
+        "Keep one checkpoint per this many updates in history/ for good; 0 = none.",
         group=RECORDS, default=0, low=0, unit="UPDATES", free=True,
     )  # fmt: skip
     tracker: str = setting(
         "Where scalars and samples are logged.", group=RECORDS, default="tensorboard", choices=TRACKERS, free=True
     )
-    seed: int = setting("Of weights, data order and noise.", group=MACHINE, default=0, low=0, high=2**32 - 1)
+    seed: int = setting("Seed of weights, data order and noise.", group=MACHINE, default=0, low=0, high=2**32 - 1)
     device: str = setting(
-        "Auto takes a GPU where there is one.", group=MACHINE, default="auto", choices=DEVICES, free=True
+        "Auto takes a GPU if there is one.", group=MACHINE, default="auto", choices=DEVICES, free=True
     )
     precision: str = setting(
-        "Of the network; auto is bf16 on CUDA, fp32 elsewhere; fp16 scales the loss.",
+        "Precision of the network; auto is bf16 on CUDA, else fp32; fp16 scales the loss.",
         group=MACHINE, default="auto", choices=PRECISIONS,
     )  # fmt: skip
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
     fsdp: bool = setting(
-        "Share weights, moments and averages out over the processes, for networks that do not fit one device.",
+        "Shard weights, moments and averages over the processes, for networks that do not fit one device.",
         group=MACHINE, default=False, free=True,
     )  # fmt: skip
     checkpointing: bool = setting(
-        "Compute activations again for the gradient instead of keeping them: less memory, more time.",
+        "Recompute activations for the gradient instead of storing them: less memory, more time.",
         group=MACHINE, default=False, free=True,
     )  # fmt: skip
     num_workers: int = setting(
-        "Processes that decode images until all are in memory, or always where they do not fit.",
+        "Processes that decode images: until all are in memory, or always if they do not fit.",
         group=MACHINE, default=2, low=0, unit="PROCESSES", free=True,
     )  # fmt: skip
 
@@ -195,17 +199,17 @@ class TrainConfig(LoopConfig):
     """A base model: `train.py`."""
 
     image_size: int | None = setting(
-        "Which size, where the dataset has several.",
+        "Which size, if the dataset has several.",
         group=DATA, default=None, low=1, unit="PIXELS", shown="the dataset's",
     )  # fmt: skip
     prediction: str = setting("What the network predicts.", group=MODEL, default="v", choices=PREDICTION_TYPES)
     schedule: str = setting("Noise schedule.", group=MODEL, default="cosine", choices=SCHEDULES)
     num_timesteps: int = setting(
-        "Sampling steps of the model; the levels of a schedule that is a table.",
+        "Sampling steps of the model; for a table schedule, its number of levels.",
         group=MODEL, default=1024, low=1, high=2**16, unit="STEPS",
     )  # fmt: skip
     class_conditional: bool | None = setting(
-        "Tell the network the class.",
+        "Condition the network on the class.",
         group=MODEL,
         default=None,
         shown="if the data have classes, but not with the presets digits, cifar10, lsun128, celebahq256",
@@ -236,30 +240,30 @@ class DistillConfig(LoopConfig):
         shown="the teacher's, else what fits",
     )
     num_iters: int = setting(
-        "Optimiser updates of a stage, for each time that it halves the steps.",
+        "Optimiser updates per halving of the steps.",
         group=OPTIMISATION, low=1, unit="UPDATES",
     )  # fmt: skip
     base: str = setting(
         "The teacher, a checkpoint.", group=MODEL, default="", unit="FOLDER", shown="checkpoints/original", free=True
     )
     to_steps: int | None = setting(
-        "Go on, stage by stage, until the student takes this many steps.",
+        "Distil stage by stage until the student takes this many steps.",
         group=MODEL, default=None, low=1, unit="STEPS", shown="one stage",
     )  # fmt: skip
     stages: int | None = setting(
-        "Go on for this many stages, instead of --to_steps.", group=MODEL, default=None, low=1, hidden=True
+        "Number of stages, instead of --to_steps.", group=MODEL, default=None, low=1, hidden=True
     )
     teacher_steps: int | None = setting(
-        "The steps that the teacher takes, and the first student halves.",
+        "Steps that the teacher takes; the first student takes half of them.",
         group=MODEL, default=None, low=2, unit="STEPS", shown="its own, or the most that halve to --to_steps",
     )  # fmt: skip
     phases: str = setting(
-        "The steps of the teacher and of all students, 1024,32,1, instead of --to_steps.",
-        group=MODEL, default="", unit="STEPS", shown="as the method does",
+        "Steps of the teacher and of each student, such as 1024,32,1, instead of --to_steps.",
+        group=MODEL, default="", unit="STEPS", shown="by method",
     )  # fmt: skip
-    method: str = setting("How students learn.", group=MODEL, default="progressive", choices=METHODS)
+    method: str = setting("Distillation method.", group=MODEL, default="progressive", choices=METHODS)
     student_config: str = setting(
-        "A TOML file with a table [unet] of what the first student's network has other than its teacher's.",
+        "TOML file whose table [unet] holds what differs between the first student's network and its teacher's.",
         group=MODEL, default="", unit="FILE.toml", shown="the teacher's network",
     )  # fmt: skip
     lr_schedule: str = setting(
@@ -271,11 +275,12 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, default=0.0, low=0, high=1,
     )  # fmt: skip
     precision: str = setting(
-        "Of the network; auto is bf16 on CUDA for teachers of up to 64 steps, and fp32 else; fp16 scales the loss.",
+        "Precision of the network; auto is bf16 on CUDA if the teacher takes at most 64 steps, else fp32; fp16 scales "
+        "the loss.",
         group=MACHINE, default="auto", choices=PRECISIONS,
     )  # fmt: skip
     class_dropout: float = setting(
-        "Part of the images whose class is kept from the network, where the teacher was trained so.",
+        "Fraction of the images whose class is dropped, if the teacher was trained that way.",
         group=OPTIMISATION, default=0.1, low=0, high=0.99,
     )  # fmt: skip
     last_factor: float = setting(
@@ -284,24 +289,24 @@ class DistillConfig(LoopConfig):
     )  # fmt: skip
 
     check_images: int = setting(
-        "Images by which each student is compared to its teacher, from noise that it never saw: at least 64, no more "
-        "after a short training; 0: it is not.",
+        "Images for comparing each student with its teacher, from noise that training never saw: at least 64, and only "
+        "64 after a short training; 0 = no comparison.",
         group=RECORDS, default=64, low=0, unit="IMAGES", free=True,
     )  # fmt: skip
     distance_images: int = setting(
-        "Images by which a student is compared to the data, fewer after a short training.",
+        "Images for a student's distance to the data; fewer after a short training.",
         group=RECORDS, default=500, low=2, unit="IMAGES", free=True,
     )  # fmt: skip
     distance_every: int = setting(
-        "Stages between measurements of the distance to the data; 0: none.",
+        "Stages between measurements of the distance to the data; 0 = never.",
         group=RECORDS, default=1, low=0, unit="STAGES", free=True,
     )  # fmt: skip
     max_regression: float = setting(
-        "A student whose distance to the data is more than this many times its teacher's has failed.",
+        "A student has failed if its distance to the data exceeds this multiple of its teacher's.",
         group=RECORDS, default=10.0, low=1, free=True,
     )  # fmt: skip
     retries: int = setting(
-        "Times that a stage whose student collapsed is done again, each with half the learning rate.",
+        "How often a stage whose student collapsed is repeated, each time with half the learning rate.",
         group=OPTIMISATION, default=1, low=0, unit="TIMES", free=True,
     )  # fmt: skip
 
