@@ -39,8 +39,8 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TIMES = ("uniform", "importance")
 AVERAGE = (
-    "Moving average of the weights, which is what is saved: its decay in an update (0.9999), its half-life in images "
-    "(500000), or how much the first weights still count at the end of the training (0.1%); 0: no average."
+    "Moving average of the weights, which is what is saved: its decay per update (0.9999), its half-life in images "
+    "(500000), or the weight of the first update at the end of the training (0.1%); 0 = no average."
 )
 
 
@@ -90,8 +90,8 @@ class LoopConfig:
         group=OPTIMISATION, default=0.0, low=0, high=0.99, hidden=True,
     )  # fmt: skip
     ema_more: str = setting(
-        "Store further averages for vdiff ema: decays such as 0.999,0.9995, or profiles, which are power functions that "
-        "give averages of any length.",
+        "Store further averages for vdiff ema: decays such as 0.999,0.9995, or profiles: power functions that give "
+        "averages of any length.",
         group=OPTIMISATION, default="", shown="none",
     )  # fmt: skip
     ema_profiles: bool = setting(
