@@ -14,7 +14,7 @@ import torch
 from tests.drawing import image_path, run, spec
 from tests.oracles import condition, randn
 from tests.toy import SIZE, contents, write_checkpoint
-from vdiff.data.images import labelled_grid
+from vdiff.data.images import full_columns, grid_picture, labelled_grid, num_shown
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS
@@ -22,7 +22,7 @@ from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.codec import to_uint8
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP
-from vdiff.sampling.pictures import TrajectoryRecorder, full_columns, grid_picture, num_shown, spread
+from vdiff.sampling.pictures import TrajectoryRecorder, spread
 from vdiff.sampling.spec import PathNoise, nearer_end, slerp
 
 SHAPE = (3, 4, 4)
@@ -159,9 +159,9 @@ def test_a_grid_has_a_column_for_each_class(model, tmp_path):
     grid = pixels(tmp_path / f"out.{GRID}")
     head = grid.shape[0] - 16 - (3 * 76 - 4)
     assert (grid[16:head] < 128).any()  # the names
-    assert grid.shape[1] == 2 * 16 + 2 * 76 - 4
+    middle = (grid.shape[1] - (2 * 76 - 4)) // 2
     for k in range(6):
-        top, left = head + k // 2 * 76, 16 + k % 2 * 76
+        top, left = head + k // 2 * 76, middle + k % 2 * 76
         cell = grid[top : top + 72 : 18, left : left + 72 : 18]
         assert np.array_equal(cell, pixels(image_path(tmp_path / "out", k)) if k < 5 else np.full_like(cell, 255))
 
@@ -185,9 +185,13 @@ def test_many_classes_are_named_below_each_image():
 def test_one_class_is_the_title():
     images = randn(5, 1, 4, 4, dtype=torch.float32).clamp(-1, 1)
     titled, plain = grid_picture(images, ["cat"] * 5, 1), grid_picture(images)
-    assert isinstance(titled, PIL.Image.Image)
-    assert isinstance(plain, torch.Tensor)
-    assert titled.height > 2 * 76 + 16 + 20
+    assert plain.height == 2 * 16 + 2 * 76 - 4
+    assert titled.height > plain.height + 16
+    both = grid_picture(images, ["cat"] * 5, 1, title="base_0 · ddim · 4 steps · seed 0")
+    assert both.width > plain.width
+    assert np.array_equal(
+        np.array(both)[-16 - 148 : -16, both.width // 2 - 112 : both.width // 2 + 112], np.array(plain)[16:-16, 16:-16]
+    )
 
 
 def test_a_way_is_shown_from_end_to_end(model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.toy import (
     write_checkpoint,
     write_dataset,
 )
+from vdiff.data.images import grid_picture
 from vdiff.diffusion.multistep import Dpmpp2m
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim
@@ -87,7 +89,7 @@ def test_the_loop_is_the_textbook_s(data, tmp_path, monkeypatch):
     run = run_of(config, tmp_path / "run")
     recorder = Recorder(run.objective)
     reference = run_of(config, tmp_path / "run").denoiser.double().train()
-    monkeypatch.setattr("vdiff.training.loop.preview", lambda *_, **__: torch.zeros(1, 1, SIZE, SIZE))
+    monkeypatch.setattr("vdiff.training.loop.preview", lambda *_, **__: PIL.Image.new("L", (1, 1)))
     fit_run(dataclasses.replace(run, objective=recorder, denoiser=run.denoiser.double()))
 
     names = [name for name, _ in reference.named_parameters()]
@@ -321,7 +323,7 @@ def test_bad_updates_apart_do_not_stop_a_run_but_in_a_row_they_do(data, tmp_path
 
 def fit_in_float64(config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """The weights of a run in which rounding plays no part."""
-    monkeypatch.setattr("vdiff.training.loop.preview", lambda *_, **__: torch.zeros(1, 1, SIZE, SIZE))
+    monkeypatch.setattr("vdiff.training.loop.preview", lambda *_, **__: PIL.Image.new("L", (1, 1)))
     run = run_of(config, folder)
     fit_run(dataclasses.replace(run, objective=Recorder(run.objective), denoiser=run.denoiser.double()))
     return read_tensors(folder / WEIGHTS)
@@ -493,14 +495,13 @@ def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path)
     denoiser, _ = load_checkpoint(folder)
     images = draw(denoiser, Dpmpp2m(), indices=range(64), image_size=SIZE, num_steps=8, seed=0)
     with PIL.Image.open(folder / "samples" / "0000006.png") as picture:
-        assert picture.mode == "L"
-        pixels = torch.from_numpy(np.array(picture)).float()
-    scale = 72 // SIZE
-    pitch = scale * SIZE + 2
-    assert pixels.shape == (8 * pitch + 2, 8 * pitch + 2)
+        pixels = torch.from_numpy(np.array(picture)).float()[..., 0]
+    pitch, head = 76, pixels.shape[0] - 16 - (8 * 76 - 4)
+    assert pixels.shape[1] == 2 * 16 + 8 * pitch - 4
+    assert (pixels[16:head] < 128).any(), "a title"
     for k in range(64):
-        top, left = 2 + k // 8 * pitch, 2 + k % 8 * pitch
-        cell = pixels[top : top + scale * SIZE : scale, left : left + scale * SIZE : scale]
+        top, left = head + k // 8 * pitch, 16 + k % 8 * pitch
+        cell = pixels[top : top + 72 : 18, left : left + 72 : 18]
         torch.testing.assert_close(cell / 127.5 - 1, images[k, 0], rtol=0, atol=0.5 / 127.5 + 1e-4)
     events = EventAccumulator(str(folder / "log"))
     events.Reload()
@@ -546,10 +547,31 @@ def test_a_preview_takes_few_evaluations(tmp_path, changes, steps, sampler):
     description = read_config(tmp_path / "model")
     seen, told = [], []
     denoiser.register_forward_hook(lambda *_: seen.append(1))
-    images = preview(denoiser, description, seed=2, on_step=told.append)
+    found = preview(denoiser, description, seed=2, title="model", on_step=told.append)
     assert (len(seen), told, preview_steps(description)) == (steps, list(range(1, steps + 1)), steps)
-    expected = draw(denoiser, sampler(), indices=range(64), image_size=SIZE, num_steps=steps, seed=2)
-    torch.testing.assert_close(images, expected, rtol=0, atol=0)
+    images = draw(denoiser, sampler(), indices=range(64), image_size=SIZE, num_steps=steps, seed=2)
+    expected = grid_picture(images, title=f"model · {steps} steps · seed 2")
+    assert np.array_equal(np.array(found), np.array(expected))
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.1, [2, 40]), (61.0, [1, 2, 40])])
+def test_the_first_samples_come_early(data, tmp_path, monkeypatch, seconds, expected):
+    """After a twentieth of the updates, or a minute; the place is told once, also where the run is resumed."""
+    now = 0.0
+
+    def later(*args: Any) -> Any:
+        nonlocal now
+        now += seconds
+        return step(*args)
+
+    step = TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", later)
+    monkeypatch.setattr("vdiff.training.loop.time", types.SimpleNamespace(monotonic=lambda: now))
+    config, watcher, folder = train_config(data, num_iters=40, sample_interval=100), Watcher(), tmp_path / "original"
+    run_training(config, folder, reporter=watcher)
+    assert sorted(int(path.stem) for path in (folder / "samples").iterdir()) == expected
+    told = [line for line in watcher.lines if line.startswith("samples")]
+    assert told == [f"samples are drawn into {folder / 'samples'}; curves: tensorboard --logdir {tmp_path}"]
 
 
 def test_pictures_change_nothing(data, whole, tmp_path):

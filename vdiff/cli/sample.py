@@ -42,7 +42,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
         "python sample.py --sampler clipped",
         "python sample.py --num 50000 --batch_size 500 --out samples/fifty.npz",
         "python sample.py --classes 3,7 --guidance 1.5 --trajectory --json",
-        "python sample.py --interpolate 3 12 --num 16",
+        "python sample.py --interpolate 32 37 --num 12",
     ],
 )
 @project_option()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import torch
 from torch import Tensor
 
 from vdiff.data.labels import MARK
@@ -17,9 +19,11 @@ from vdiff.models.codec import to_uint8
 from vdiff.replacing import Kind
 
 CELL_PIXELS = 72
+MAX_GRID, MAX_COLUMNS = 64, 16
 GAP = 4
 SPACING = 4
 MARGIN = 16
+TITLE_SIZE = 16
 INK = (28, 28, 32)
 SOFT_INK = (96, 96, 104)
 
@@ -70,7 +74,9 @@ def make_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) ->
     return grid if images.shape[1] == 3 else grid[:1]  # torchvision repeats a grey channel three times
 
 
-def labelled_grid(images: Tensor, labels: Sequence[str], columns: int, scale: int | None = None) -> PIL.Image.Image:
+def labelled_grid(
+    images: Tensor, labels: Sequence[str], columns: int, scale: int | None = None, title: str = ""
+) -> PIL.Image.Image:
     """(N, C, H, W) images in [−1, 1] on white, `columns` a row, each with a label below it, shortened to its width.
 
     Images are enlarged `scale` times without smoothing; by default just enough for cells of 72 pixels.
@@ -85,11 +91,19 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int, scale: in
     text = PIL.ImageFont.load_default(size=max(10, min(16, width // 7)))
     line = int(text.getbbox("Ag")[3]) + SPACING
     rows = -(-len(images) // columns)
-    size = (2 * MARGIN + columns * (width + GAP) - GAP, 2 * MARGIN + rows * (height + line + GAP) - GAP)
+    big = PIL.ImageFont.load_default(size=TITLE_SIZE)
+    head = int(big.getbbox(title)[3]) + 14 if title else 0
+    table_w = columns * (width + GAP) - GAP
+    size = (
+        2 * MARGIN + max(table_w, int(big.getlength(title))),
+        2 * MARGIN + head + rows * (height + line + GAP) - GAP,
+    )
     picture = PIL.Image.new("RGB", size, "white")
     draw = PIL.ImageDraw.Draw(picture)
+    draw.text((size[0] / 2, MARGIN), title, fill=INK, font=big, anchor="ma")
+    left = (size[0] - table_w) // 2
     for k, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x, y = MARGIN + k % columns * (width + GAP), MARGIN + k // columns * (height + line + GAP)
+        x, y = left + k % columns * (width + GAP), MARGIN + head + k // columns * (height + line + GAP)
         picture.paste(to_pil(image).resize((width, height), PIL.Image.Resampling.NEAREST), (x, y))
         words = label
         while len(words) > 2 and draw.textlength(words, font=text) > width:
@@ -124,7 +138,7 @@ def captioned_grid(
     factor = scale or cell_scale(rows[0][0])
     cell_w, cell_h = width * factor, height * factor
     text = PIL.ImageFont.load_default(size=max(12, min(18, cell_w // 6)))
-    big = PIL.ImageFont.load_default(size=20)
+    big = PIL.ImageFont.load_default(size=TITLE_SIZE)
     canvas = PIL.ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
 
     def measure(words: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont) -> tuple[int, int]:
@@ -166,3 +180,42 @@ def captioned_grid(
             cell = to_pil(image).resize((cell_w, cell_h), PIL.Image.Resampling.NEAREST)
             picture.paste(cell, (left + column * step + (step - GAP - cell_w) // 2, y))
     return picture
+
+
+def num_shown(num: int, num_classes: int = 0) -> int:
+    """How many of `num` images the grid shows: full rows of `num_classes`, if that makes sense, but 64 at the most."""
+    if 1 < num_classes <= MAX_COLUMNS:
+        return min(num, MAX_GRID // num_classes * num_classes)
+    return min(num, MAX_GRID)
+
+
+def grid_picture(
+    images: Tensor, names: Sequence[str] = (), num_classes: int = 0, *, title: str = ""
+) -> PIL.Image.Image:
+    """(N, C, H, W) in [−1, 1] as one picture; with the names of their classes, where they have any.
+
+    Args:
+        names: of the class of each image.
+        num_classes: images take so many classes in turn, which then become columns; 0: in no such order.
+        title: what stands above.
+    """
+    columns = full_columns(len(images))
+    if len(names) and not 1 <= num_classes <= MAX_COLUMNS:
+        return labelled_grid(images, names, columns, title=title)
+    if num_classes == 1 and len(names):
+        title = f"{title}: {names[0]}" if title else names[0]
+    is_by_class = len(names) > 0 and num_classes > 1
+    columns = min(num_classes, len(images)) if is_by_class else columns
+    return captioned_grid(in_rows(images, columns), names[:columns] if is_by_class else [""] * columns, title=title)
+
+
+def in_rows(images: Tensor, columns: int) -> list[list[Tensor]]:
+    """The images in rows, the last one filled up with white."""
+    cells = [*images, *[torch.ones_like(images[0])] * (-len(images) % columns)]
+    return [cells[first : first + columns] for first in range(0, len(cells), columns)]
+
+
+def full_columns(count: int) -> int:
+    """Columns of a nearly square grid; one more than that where all rows are then full."""
+    columns = math.ceil(math.sqrt(count))
+    return columns + 1 if count % columns and count % (columns + 1) == 0 else columns

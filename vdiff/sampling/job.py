@@ -20,7 +20,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vdiff.data.images import save_png
+from vdiff.data.images import MAX_GRID, grid_picture, num_shown, save_png
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import Processes, memory_errors_named
 from vdiff.errors import VdiffError, stop_explained
@@ -30,8 +30,9 @@ from vdiff.models.drawing import EVERYWHERE, draw_from
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
-from vdiff.sampling.pictures import MAX_GRID, TrajectoryRecorder, grid_picture, num_shown, path_picture, spread
+from vdiff.sampling.pictures import TrajectoryRecorder, path_picture, spread
 from vdiff.sampling.spec import SampleSpec
+from vdiff.text import plural
 
 PATH = (STRIP, ANIMATION)
 MAX_ENCODERS = 8
@@ -217,17 +218,20 @@ class _Job:
         save_png(self._grid(), self.output.picture_in_work(GRID))
         self.output.finish(self.spec, self.options.num)
 
-    def _grid(self) -> Tensor | PIL.Image.Image:
+    def _grid(self) -> PIL.Image.Image:
         """The first images; of a path images from its whole length."""
         num, path, of_classes = self.options.num, self.spec.path, len(self.spec.classes)
         shown = spread(num, MAX_GRID) if path else range(num_shown(num, of_classes))
         images = torch.stack(list(self.output.read(shown)))
+        spec = self.spec
+        facts = [Path(spec.checkpoint).name, spec.sampler, plural(spec.num_steps, "step"), f"seed {spec.seed}"]
+        title = " · ".join([*facts, *([f"guidance {spec.guidance:g}"] if spec.guidance else [])])
         if not path:
-            return grid_picture(images, self._class_names(shown), of_classes)
+            return grid_picture(images, self._class_names(shown), of_classes, title=title)
         ends = [f"image {end}" for end in path[:2]]
         if names := self._class_names([0, num - 1]):
             ends = [f"{end} ({name})" for end, name in zip(ends, names, strict=True)]
-        return path_picture(images, f"From {ends[0]} to {ends[1]}")
+        return path_picture(images, f"From {ends[0]} to {ends[1]}\n{title}")
 
     def _class_names(self, indices: Sequence[int]) -> list[str]:
         """Of images number `indices`; none of an unconditional model."""

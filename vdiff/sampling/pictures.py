@@ -1,61 +1,38 @@
-"""What people look at: a grid of the first images, and the path of x̂ as a strip and as an animation."""
+"""What people look at: the way from one image to another, and the path of x̂ as a strip and as an animation."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import PIL.Image
-import torch
 from torch import Tensor
 
-from vdiff.data.images import captioned_grid, cell_scale, labelled_grid, make_grid, own_mark, save_png, to_pil
+from vdiff.data.images import (
+    MAX_COLUMNS,
+    captioned_grid,
+    cell_scale,
+    full_columns,
+    in_rows,
+    make_grid,
+    own_mark,
+    save_png,
+    to_pil,
+)
 from vdiff.diffusion.prediction import Prediction
 from vdiff.files import write_whole
 from vdiff.models.codec import PIXEL_CODEC, from_uint8, to_uint8
 
-MAX_GRID, MAX_COLUMNS, MAX_NAME = 64, 16, 24
+MAX_NAME = 24
 MAX_ROWS, MAX_STRIP, MAX_FRAMES = 8, 12, 64
 SECONDS, LAST_SECONDS, MIN_MILLISECONDS = 3.0, 1.5, 40
-
-
-def num_shown(num: int, num_classes: int = 0) -> int:
-    """How many of `num` images the grid shows: full rows of `num_classes`, if that makes sense, but 64 at the most."""
-    if 1 < num_classes <= MAX_COLUMNS:
-        return min(num, MAX_GRID // num_classes * num_classes)
-    return min(num, MAX_GRID)
-
-
-def grid_picture(images: Tensor, names: Sequence[str] = (), num_classes: int = 0) -> Tensor | PIL.Image.Image:
-    """(N, C, H, W) in [−1, 1] as one picture; with the names of their classes, where they have any.
-
-    Args:
-        names: of the class of each image.
-        num_classes: images take so many classes in turn, which then become columns; 0: in no such order.
-    """
-    columns = full_columns(len(images))
-    if not names:
-        return make_grid(images, columns=columns, scale=cell_scale(images))
-    if num_classes == 1:
-        return captioned_grid(_rows(images, columns), [""] * columns, title=names[0])
-    if 1 < num_classes <= MAX_COLUMNS:
-        columns = min(num_classes, len(images))
-        return captioned_grid(_rows(images, columns), names[:columns])
-    return labelled_grid(images, names, columns)
 
 
 def path_picture(images: Tensor, title: str) -> PIL.Image.Image:
     """(N, C, H, W) images on the way from one to another under a title, read like a text: rows of 16 at the most."""
     rows = -(-len(images) // MAX_COLUMNS)
     columns = -(-len(images) // rows)
-    return captioned_grid(_rows(images, columns), [""] * columns, title=title)
-
-
-def _rows(images: Tensor, columns: int) -> list[list[Tensor]]:
-    """The images in rows, the last one filled up with white."""
-    cells = [*images, *[torch.ones_like(images[0])] * (-len(images) % columns)]
-    return [cells[first : first + columns] for first in range(0, len(cells), columns)]
+    return captioned_grid(in_rows(images, columns), [""] * columns, title=title)
 
 
 class TrajectoryRecorder:
@@ -109,12 +86,6 @@ class TrajectoryRecorder:
                 exif=own_mark(),
             ),
         )
-
-
-def full_columns(count: int) -> int:
-    """Columns of a nearly square grid; one more than that where all rows are then full."""
-    columns = math.ceil(math.sqrt(count))
-    return columns + 1 if count % columns and count % (columns + 1) == 0 else columns
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -152,11 +152,12 @@ def picture(drawn: Sequence[tuple[LadderRow, Tensor]]) -> Image:
         error = f"RMSE {row.rmse_to_first:.3f}" if row.rmse_to_first is not None else ""
         titles.append(f"{Path(row.checkpoint).name}\n{plural(row.num_steps, 'step')}\n{error}")
     count = min(PICTURE_ROWS, len(drawn[0][1]))
+    names = read_config(Path(drawn[0][0].checkpoint)).class_names
     return captioned_grid(
         [[images[k] for _, images in drawn] for k in range(count)],
         titles,
-        [f"noise {k}" for k in range(count)],
-        f"The same noise, {drawn[0][0].num_steps} to {drawn[-1][0].num_steps} steps",
+        [f"noise {k}\n{names[k % len(names)]}" if names else f"noise {k}" for k in range(count)],
+        f"The same noise of seed {drawn[0][0].seed}, {drawn[0][0].num_steps} to {drawn[-1][0].num_steps} steps",
     )
 
 

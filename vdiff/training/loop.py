@@ -15,9 +15,10 @@ from pathlib import Path
 from vdiff.data.batches import Batch
 from vdiff.data.datasets import Batches
 from vdiff.distributed import memory_errors_named
-from vdiff.errors import Interrupted, VdiffError
+from vdiff.errors import Interrupted, VdiffError, shell
 from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser
+from vdiff.records import SAMPLES_FOLDER
 from vdiff.reporting import Progress, Reporter
 from vdiff.signals import stop_requests
 from vdiff.training import history
@@ -30,6 +31,8 @@ from vdiff.training.state import load_state, remove_state, save_state
 from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole
 
+EARLY_PART, EARLY_SECONDS = 20, 60.0
+"""The first grid of samples: after so many seconds, in a base model's run after this part of its updates at last."""
 LONG_AVERAGE, SHORT_RUN = 0.1, 100
 """In runs of at least so many updates, an average in which the first weights count more than this part of the last ones
 is reported."""
@@ -127,11 +130,13 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         engine.wait()  # or a process that leaves first takes the others with it, before all is written
 
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
-        if not run.description.space.are_pictures(run.description.shape):
-            return
-        if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
-            log.pictures(preview(averages.model, run.description, seed=config.seed, on_step=on_step), done)
+        if shows and (engine.is_main or config.fsdp):  # weights that are shared out must be put together by all
+            title = f"{folder.name} · update {done:,} of {config.num_iters:,}"
+            log.picture(preview(averages.model, run.description, seed=config.seed, title=title, on_step=on_step), done)
 
+    shows = run.description.space.are_pictures(run.description.shape)
+    began, is_first = time.monotonic(), shows and not any((folder / SAMPLES_FOLDER).glob("*.png"))
+    early = 0 if run.description.is_distilled else config.num_iters // EARLY_PART
     if start.step:
         keep_checkpoint()  # a kill may have come after the state was written, and before the checkpoint was kept
     tracker = config.tracker if engine.is_main else "none"
@@ -159,8 +164,12 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
                     save_snapshot(folder, averages, step=done, images=images, write=engine.is_main)
                 if save_due and not is_last:
                     save()
-                if done % config.sample_interval == 0 and not is_last:  # after saving: a kill here loses nothing
-                    draw_preview(done, partial(_note_preview, bar, done))
+                is_late = is_first and not config.fsdp and time.monotonic() - began > EARLY_SECONDS
+                if (is_late or done == early or done % config.sample_interval == 0) and not is_last:
+                    draw_preview(done, partial(_note_preview, bar, done))  # after saving: a kill here loses nothing
+                    if is_first:
+                        report_pictures(run, reporter)
+                    is_first = False
                 if metrics and not is_last:
                     yield {"update": done, **metrics}
                 if code is not None and not is_last:
@@ -174,6 +183,14 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
             raise Interrupted(f"stopped; {folder} is finished and saved", stop.exit_code)
     if start.step < config.num_iters:
         yield {"update": config.num_iters, **metrics}
+
+
+def report_pictures(run: Run, reporter: Reporter) -> None:
+    """Say where the grids of samples are, and which command shows the curves."""
+    curves = f"; curves: tensorboard {shell('--logdir', run.folder.parent)}"
+    reporter.line(
+        f"samples are drawn into {run.folder / SAMPLES_FOLDER}{curves * (run.config.tracker == 'tensorboard')}"
+    )
 
 
 def report_long_average(config: LoopConfig, reporter: Reporter) -> None:

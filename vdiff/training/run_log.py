@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import PIL.Image
 
-from vdiff.data.images import cell_scale, make_grid, save_png
+from vdiff.data.images import grid_picture, num_shown, save_png
 from vdiff.diffusion.multistep import Dpmpp2m
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.codec import to_uint8
 from vdiff.models.denoiser import Denoiser
 from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.reporting import Reporter
-from vdiff.text import cause_of
+from vdiff.text import cause_of, plural
 
 MAX_PREVIEW_STEPS = 32
 
@@ -52,14 +52,13 @@ class RunLog:
         """Log numbers."""
         self._call("log", dict(values), step=step)
 
-    def pictures(self, images: Tensor, step: int) -> None:
-        """Write (B, C, H, W) images in [−1, 1] as a square grid, and log it where the tracker takes pictures."""
-        grid = make_grid(images, columns=round(len(images) ** 0.5), scale=cell_scale(images))
-        save_png(grid, self.samples / f"{step:07d}.png")
+    def picture(self, picture: PIL.Image.Image, step: int) -> None:
+        """Keep a picture of samples, and log it where the tracker takes pictures."""
+        save_png(picture, self.samples / f"{step:07d}.png")
         if hasattr(self.tracker, "log_images"):
-            pixels = to_uint8(grid).permute(1, 2, 0)[None]
             layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
-            self._call("log_images", {"samples": pixels.expand(-1, -1, -1, 3).numpy()}, step=step, **layout)
+            pixels = np.asarray(picture.convert("RGB"))[None]
+            self._call("log_images", {"samples": pixels}, step=step, **layout)
 
     def close(self) -> None:
         """Write out what is pending."""
@@ -94,27 +93,32 @@ def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
 
 
 def preview(
-    denoiser: Denoiser, description: CheckpointConfig, *, seed: int, on_step: Callable[[int], None] | None = None
-) -> Tensor:
-    """Images (B, C, H, W) from the same noise every time, in at most `MAX_PREVIEW_STEPS` network evaluations each.
+    denoiser: Denoiser, description: CheckpointConfig, *, seed: int, title: str, on_step: Callable[[int], None]
+) -> PIL.Image.Image:
+    """A grid of samples from the same noise every time, in at most `MAX_PREVIEW_STEPS` network evaluations each.
 
     A student of few steps takes its own, by DDIM; every other model takes `preview_steps` of DPM-Solver++ (2M).
 
     Args:
+        title: what the picture says before steps and seed.
         on_step: told after each step how many are done.
     """
     from vdiff.models.drawing import draw
 
+    names, steps = description.class_names, preview_steps(description)
     is_few_step_student = description.is_distilled and description.num_timesteps <= MAX_PREVIEW_STEPS
-    return draw(
+    indices = range(num_shown(64 if description.image_size <= 32 else 16, len(names)))
+    images = draw(
         denoiser,
         Ddim() if is_few_step_student else Dpmpp2m(),
-        indices=range(64 if description.image_size <= 32 else 16),
+        indices=indices,
         image_size=description.shape[1:],
-        num_steps=preview_steps(description),
+        num_steps=steps,
         seed=seed,
         on_step=on_step,
     )
+    shown = [names[k % len(names)] for k in indices] if names else []
+    return grid_picture(images, shown, len(names), title=f"{title} · {plural(steps, 'step')} · seed {seed}")
 
 
 def preview_steps(description: CheckpointConfig) -> int:
