@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder
 from vdiff.data.preparation import prepare
-from vdiff.data.store import ImageStore, image_key
+from vdiff.data.store import ImageStore, record_key
 
 # torch is imported where it is used: the workers of a preparation, which import this file, need none of it
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def field_prepare(source: Path, out: Path, size: int, num_workers: int) -> None:
         encoded = pool.imap(convert, files) if num_workers else map(convert, files)
         for index, each in enumerate(encoded):
             with environment.begin(write=True) as transaction:
-                transaction.put(image_key(size, index), each)
+                transaction.put(record_key(size, index), each)
         with environment.begin(write=True) as transaction:
             transaction.put(b"length", str(len(files)).encode())
 
@@ -158,7 +158,7 @@ class LmdbImages:
         if self.environment is None:
             self.environment = lmdb.open(str(self.path), readonly=True, lock=False, readahead=False, meminit=False)
         with self.environment.begin() as transaction:
-            encoded = transaction.get(image_key(self.size, index))
+            encoded = transaction.get(record_key(self.size, index))
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
         return self.transform(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
 

@@ -24,8 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine, write_report
-from vdiff.data.store import DatasetMeta
-from vdiff.data.writer import StoreWriter
+from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.evaluation.measure import evaluate
 from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
 from vdiff.models.unet import UNetConfig
@@ -55,14 +54,14 @@ def write_inputs(folder: Path) -> None:
     save_checkpoint(folder / "model", config.build().state_dict(), config)
     (folder / "data").mkdir()
     rng = np.random.default_rng(0)
-    with StoreWriter(folder / "data", DatasetMeta("noise", (SIZE,), 1)) as writer:
-        for _ in range(DATA):
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(buffer, format="PNG")
-            writer.add({SIZE: buffer.getvalue()}, None)
-            if writer.is_due:
-                writer.commit()
-        writer.finish({"images": DATA})
+    writer = StoreWriter(folder / "data", DatasetMeta("noise", (SIZE,), 1))
+    for _ in range(DATA):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(buffer, format="PNG")
+        writer.add({SIZE: buffer.getvalue()}, None)
+        if writer.is_due:
+            writer.commit()
+    writer.finish({"images": DATA})
 
 
 def peak_megabytes() -> float:

@@ -26,10 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.report import machine, write_report
 from vdiff.data.image_files import extensions
 from vdiff.data.listing import ListingWriter
-from vdiff.data.shard_store import ShardStore
-from vdiff.data.shards import ShardWriter
-from vdiff.data.store import DatasetMeta, ImageStore
-from vdiff.data.writer import StoreWriter
+from vdiff.data.shards import ShardStore, ShardWriter
+from vdiff.data.store import DatasetMeta, ImageStore, StoreWriter
 
 SIZE = 64
 

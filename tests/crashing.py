@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.sudden_end import die_at
-from vdiff.data import preparation, shards, writer
+from vdiff.data import preparation, shards, store
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder, Tar
 from vdiff.data.image_files import UnreadableImageError
-from vdiff.data.journal import Journal
 from vdiff.data.listing import Item, ListingWriter
+from vdiff.data.preparation import Journal
 from vdiff.data.source import Sample
 
 POINTS: dict[str, tuple[Any, str]] = {
     "begin": (Journal, "begin"),
     "listing": (ListingWriter, "finish"),
     "record": (Journal, "record"),
-    "commit": (writer.StoreWriter, "_write"),
+    "commit": (store.StoreWriter, "_write"),
     "commit_shard": (shards.ShardWriter, "commit"),
     "finish_shards": (shards.ShardWriter, "finish"),
     "place": (preparation, "take_place"),
@@ -67,7 +67,7 @@ class OneWaits(Folder):
 
 def main(folder: str, out: str, point: str = "", number: str = "1") -> None:
     """Prepare, with small batches."""
-    writer.BATCH_IMAGES = BATCH_IMAGES
+    store.BATCH_IMAGES = BATCH_IMAGES
     preparation.IMAGES_PER_SHARD = IMAGES_PER_SHARD
     if "NO_SPACE_CHECK" in os.environ:
         preparation._check_space = lambda *_: None

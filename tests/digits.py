@@ -10,8 +10,7 @@ import numpy as np
 import PIL.Image
 from sklearn.datasets import load_digits
 
-from vdiff.data.store import DatasetMeta
-from vdiff.data.writer import StoreWriter
+from vdiff.data.store import DatasetMeta, StoreWriter
 
 SIDE = 8
 
@@ -22,9 +21,9 @@ def write_digits(folder: Path, *, count: int = 1797, classes: Sequence[str] = tu
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     meta = DatasetMeta("digits", (SIDE,), 1, class_names=tuple(classes))
-    with StoreWriter(folder, meta) as writer:
-        for image, label in zip(pixels[:count], digits.target[:count], strict=True):
-            PIL.Image.fromarray(image).save(buffer := io.BytesIO(), format="PNG")
-            writer.add({SIDE: buffer.getvalue()}, int(label) if classes else None)
-        writer.finish({"images": count})
+    writer = StoreWriter(folder, meta)
+    for image, label in zip(pixels[:count], digits.target[:count], strict=True):
+        PIL.Image.fromarray(image).save(buffer := io.BytesIO(), format="PNG")
+        writer.add({SIDE: buffer.getvalue()}, int(label) if classes else None)
+    writer.finish({"images": count})
     return folder

@@ -22,7 +22,7 @@ import vdiff.cli.ema
 import vdiff.cli.evaluate
 import vdiff.cli.export
 import vdiff.cli.report
-import vdiff.data.merging
+import vdiff.data.datasets
 import vdiff.data.preparation
 import vdiff.evaluation.measure
 import vdiff.interop.hub

@@ -27,6 +27,7 @@ SLOW = [
     "accelerate.tracking",
     "torch.utils.tensorboard",
     "torchvision.utils",
+    "vdiff.data.preparation",
     "vdiff.evaluation.measure",
     "vdiff.sampling.job",
     "vdiff.training.base",

@@ -22,8 +22,7 @@ import torch
 from tests.toy import Watcher
 from vdiff.data import batches as batches_module
 from vdiff.data.batches import Batch, BatchPlan, ImageBatches, cache_limit, decode
-from vdiff.data.store import DatasetMeta, ImageStore
-from vdiff.data.writer import StoreWriter
+from vdiff.data.store import DatasetMeta, ImageStore, StoreWriter
 from vdiff.errors import VdiffError
 
 COUNT, SIZE = 11, 4
@@ -47,10 +46,10 @@ def encoded(pixels: np.ndarray, image_format: str = "PNG", **options: int | bool
 
 
 def write_store(folder: Path, channels: int) -> ImageStore:
-    with StoreWriter(folder, DatasetMeta("toy", (SIZE,), channels, class_names=tuple("abc"))) as writer:
-        for index in range(COUNT):
-            writer.add({SIZE: encoded(picture(index, channels))}, index % 3)
-        writer.finish({"images": COUNT})
+    writer = StoreWriter(folder, DatasetMeta("toy", (SIZE,), channels, class_names=tuple("abc")))
+    for index in range(COUNT):
+        writer.add({SIZE: encoded(picture(index, channels))}, index % 3)
+    writer.finish({"images": COUNT})
     return ImageStore(folder)
 
 
@@ -115,9 +114,9 @@ def test_batches_of_a_part_a_whole_and_more_than_an_epoch(store: ImageStore, bat
 
 
 def test_without_classes(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path, DatasetMeta("toy", (1,), 1)) as writer:
-        writer.add({1: encoded(np.zeros((1, 1, 1), np.uint8))}, None)
-        writer.finish({})
+    writer = StoreWriter(tmp_path, DatasetMeta("toy", (1,), 1))
+    writer.add({1: encoded(np.zeros((1, 1, 1), np.uint8))}, None)
+    writer.finish({})
     for cache_bytes in (0, 1000):
         batches = make(ImageStore(tmp_path), image_size=1, batch_size=3, cache_bytes=cache_bytes)
         assert take(batches, 2)[1].classes is None
@@ -295,8 +294,7 @@ def endless(store: ImageStore, folder: Path, what: str) -> subprocess.Popen[str]
     ("what", "number"),
     [
         ("stop", signal.SIGINT),
-        ("finish", signal.SIGTERM),
-        pytest.param("finish", signal.SIGINT, marks=pytest.mark.slow),
+        *(pytest.param("finish", number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)),
     ],
 )
 def test_a_signal_to_all_processes_is_for_the_trainer_alone(
@@ -322,6 +320,7 @@ def test_a_program_that_leaves_its_batches_open_ends(colour_store: ImageStore, t
     assert program.returncode == 5
 
 
+@pytest.mark.slow
 def test_a_program_whose_workers_fail_ends(colour_store: ImageStore, tmp_path: Path) -> None:
     """The uncaught error keeps its traceback, and that all it passed through, until the interpreter ends."""
     program = endless(colour_store, tmp_path, "fail")
@@ -357,9 +356,9 @@ def test_what_cannot_be_is_refused(store: ImageStore) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_image_of_another_size_than_its_key_is_an_error(tmp_path: Path, num_workers: int) -> None:
     """One line, also from a worker."""
-    with StoreWriter(tmp_path, DatasetMeta("toy", (4,), 1)) as writer:
-        writer.add({4: encoded(np.zeros((4, 5, 1), np.uint8))}, None)
-        writer.finish({})
+    writer = StoreWriter(tmp_path, DatasetMeta("toy", (4,), 1))
+    writer.add({4: encoded(np.zeros((4, 5, 1), np.uint8))}, None)
+    writer.finish({})
     said = f"{tmp_path}: image 0 is 5×4, not 4×4; prepare the images again with prepare_data.py"
     with pytest.raises(VdiffError) as raised:
         take(make(ImageStore(tmp_path), batch_size=1, num_workers=num_workers, cache_bytes=0), 1)

@@ -18,12 +18,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vdiff.cli import prepare as cli
-from vdiff.data import conversion, writer
+from vdiff.data import conversion
+from vdiff.data import store as store_module
 from vdiff.data.disk_sources import Folder
 from vdiff.data.listing import Item
-from vdiff.data.named_sources import Digits
 from vdiff.data.source import Sample
-from vdiff.data.sources import open_source
+from vdiff.data.sources import Digits, open_source
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 
@@ -200,7 +200,7 @@ def children(pid: int) -> int:
 def test_the_same_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(20):
         picture(f"photos/{index:02d}.png")
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 4)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 4)
     words = ["photos", "--size", "4", "--num_workers", "0"]
     with monkeypatch.context() as patch:
         read, seen = Folder.read, []

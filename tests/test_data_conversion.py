@@ -10,6 +10,7 @@ import struct
 import sys
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -915,6 +916,7 @@ def test_boxes_of_smaller_scales_are_where_the_full_boxes_are(
     assert box[3] <= picture.image.height
 
 
+@cache
 def natural(height: int, width: int, seed: int) -> PIL.Image.Image:
     """Colours whose spectrum falls as 1/f, under six discs with edges a few pixels wide."""
     rng = np.random.default_rng(seed)

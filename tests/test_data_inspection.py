@@ -15,13 +15,11 @@ import pytest
 from tests.commands import ROOT, done, error, run, tree
 from tests.test_data_preparation import EMOJI, picture, write
 from tests.test_data_resume import CONFIG, COUNT, photos
-from vdiff.data import preparation, workers, writer
+from vdiff.data import preparation, store, workers
 from vdiff.data.conversion import ConversionConfig
-from vdiff.data.datasets import open_dataset
+from vdiff.data.datasets import facts, merge, open_dataset, sheet, verify
 from vdiff.data.disk_sources import Folder, Zip
 from vdiff.data.images import CELL_PIXELS, GAP
-from vdiff.data.inspection import facts, sheet, verify
-from vdiff.data.merging import merge
 from vdiff.data.preparation import Part, prepare
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
@@ -34,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 7)
+    monkeypatch.setattr(store, "BATCH_IMAGES", 7)
     monkeypatch.setattr(preparation, "IMAGES_PER_SHARD", 10)
 
 

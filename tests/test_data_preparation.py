@@ -23,9 +23,8 @@ from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder, Zip
 from vdiff.data.image_files import extensions
 from vdiff.data.listing import Listing, ListingWriter
-from vdiff.data.named_sources import Digits
 from vdiff.data.preparation import Report, prepare
-from vdiff.data.sources import build_listing, open_source
+from vdiff.data.sources import Digits, build_listing, open_source
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 

@@ -13,21 +13,24 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from tests import crashing
 from tests.commands import ROOT, tree
 from tests.crashing import OneWaits
+from tests.programs import Forked
 from tests.toy import Watcher
-from vdiff.data import preparation, workers, writer
+from vdiff.data import preparation, workers
+from vdiff.data import store as store_module
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder
-from vdiff.data.journal import Journal, Rejected
 from vdiff.data.listing import Item
-from vdiff.data.preparation import prepare
+from vdiff.data.preparation import Journal, Rejected, prepare
 from vdiff.data.source import Sample
 from vdiff.data.store import ImageStore, partial_folder
 from vdiff.errors import Interrupted, VdiffError
@@ -49,14 +52,8 @@ def photos(root: Path, count: int = COUNT) -> Path:
     return root
 
 
-def start(folder: Path, out: Path, *point: str, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.crashing", str(folder), str(out), *point],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        text=True,
-        stderr=subprocess.PIPE,
-    )
+def start(folder: Path, out: Path, *point: str, **env: str) -> Forked:
+    return Forked(partial(crashing.main, str(folder), str(out), *point), ROOT, env)
 
 
 def finish(folder: Path, out: Path, *point: str, **env: str) -> int:
@@ -91,11 +88,8 @@ def test_killed_at_random_moments(source: Path, whole: Path, tmp_path: Path, kin
     kills, finished = 0, 0
     while kills < least or not finished:
         process = start(source, out, SECONDS="0.01")
-        try:
-            _, stderr = process.communicate(timeout=rng.uniform(0.2, 0.9) if kills < least else 60)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        _, stderr = process.communicate(timeout=rng.uniform(0.1, 0.9) if kills < least else 60)
+        if process.returncode == -signal.SIGKILL:
             kills += 1
         else:
             assert process.returncode == 0, stderr
@@ -179,7 +173,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Iterator
 def test_a_signal_keeps_what_is_done(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, word: str
 ) -> None:
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 8)
     with cut_short(monkeypatch, error), pytest.raises(Interrupted, match=f"{word}; 27 images are done") as caught:
         prepare(Folder(source), tmp_path / "out", CONFIG)
     assert caught.value.exit_code == code
@@ -194,7 +188,7 @@ def test_a_signal_keeps_what_is_done(
 def test_an_incomplete_dataset_is_refused_with_the_command_that_completes_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 8)
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "data" / "out"
     typed = "python prepare_data.py photos --size 8"
@@ -208,7 +202,7 @@ def test_an_incomplete_dataset_is_refused_with_the_command_that_completes_it(
 
 
 def test_other_settings_do_not_go_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 8)
     out = tmp_path / "out"
     with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
         prepare(Folder(source), out, CONFIG, command="first command")
@@ -225,7 +219,7 @@ def test_other_settings_do_not_go_on(source: Path, tmp_path: Path, monkeypatch: 
 def test_overwrite_goes_on_too_and_the_old_dataset_lives_until_the_end(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 8)
     out = tmp_path / "out"
     prepare(Folder(source / "a"), out, CONFIG)
     old = tree(out)
@@ -238,7 +232,7 @@ def test_overwrite_goes_on_too_and_the_old_dataset_lives_until_the_end(
 
 def test_images_that_come_or_go_in_between(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was listed first is what counts: new files wait for the next preparation, missing ones are skipped."""
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 8)
     mine = shutil.copytree(source, tmp_path / "photos")
     with cut_short(monkeypatch, KeyboardInterrupt()), pytest.raises(Interrupted):
         prepare(Folder(mine), tmp_path / "out", CONFIG)
@@ -249,7 +243,7 @@ def test_images_that_come_or_go_in_between(source: Path, tmp_path: Path, monkeyp
 
 
 def test_strict_goes_on_once_the_file_is_mended(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 8)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 8)
     mine = shutil.copytree(source, tmp_path / "photos")
     for bad in mine.rglob("*.bad.png"):
         bad.unlink()
@@ -375,7 +369,7 @@ def test_one_range_for_all_images_that_a_run_goes_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     """12 bits in the second image make 12 bits of all; a run that was cut short does not look at all again."""
-    monkeypatch.setattr(writer, "BATCH_IMAGES", 1)
+    monkeypatch.setattr(store_module, "BATCH_IMAGES", 1)
     folder, out, greys = tmp_path / "ct", tmp_path / "out", []
     folder.mkdir()
     for k, most in enumerate([900, 4000, 1000]):

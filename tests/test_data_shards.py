@@ -34,12 +34,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from vdiff.data import remote_files
 from vdiff.data import shards as module
-from vdiff.data.batches import Batch
-from vdiff.data.merging import _join_shards as join_shards
+from vdiff.data.batches import NUM_LANES, Batch, LaneOrder, ShardBatches, _Lanes
+from vdiff.data.datasets import join_shards
 from vdiff.data.remote_files import RemoteFile
-from vdiff.data.shard_batches import NUM_LANES, LaneOrder, ShardBatches, _Lanes
-from vdiff.data.shard_store import ShardStore
-from vdiff.data.shards import ShardWriter, fingerprint_of
+from vdiff.data.shards import ShardStore, ShardWriter, fingerprint_of
 from vdiff.data.store import INDEX_FILE, DatasetMeta
 from vdiff.data.tar_files import members
 from vdiff.errors import VdiffError

@@ -24,10 +24,9 @@ from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Dataset, Folder, Tar
 from vdiff.data.image_files import extensions
 from vdiff.data.listing import Item, ListingWriter, open_listing
-from vdiff.data.named_sources import TORCHVISION, Digits, HuggingFace, Torchvision
 from vdiff.data.preparation import prepare
 from vdiff.data.source import Defaults, SourceOptions
-from vdiff.data.sources import build_listing, open_source
+from vdiff.data.sources import TORCHVISION, Digits, HuggingFace, Torchvision, build_listing, open_source
 from vdiff.data.store import ImageStore
 from vdiff.errors import OptionError, VdiffError
 

@@ -17,9 +17,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vdiff.data import writer as writer_module
-from vdiff.data.store import DatasetMeta, ImageStore
-from vdiff.data.writer import StoreWriter
+from vdiff.data import store as writer_module
+from vdiff.data.store import DatasetMeta, ImageStore, StoreWriter
 from vdiff.errors import VdiffError
 
 
@@ -45,10 +44,10 @@ def png(value: int, size: int) -> bytes:
 def write(path: Path, count: int = 3, *, classes: bool = True) -> DatasetMeta:
     path.mkdir(parents=True)
     meta = DatasetMeta("toy", (4, 8), 3, class_names=("a", "b") if classes else ())
-    with StoreWriter(path, meta) as writer:
-        for index in range(count):
-            writer.add({4: png(index, 4), 8: png(index, 8)}, index % 2 if classes else None)
-        return writer.finish({"images": count})
+    writer = StoreWriter(path, meta)
+    for index in range(count):
+        writer.add({4: png(index, 4), 8: png(index, 8)}, index % 2 if classes else None)
+    return writer.finish({"images": count})
 
 
 def records(path: Path) -> dict[bytes, bytes]:
@@ -117,16 +116,16 @@ def test_the_map_grows_and_batches_lose_nothing(tmp_path: Path, monkeypatch: pyt
 def test_a_batch_is_due_after_images_or_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "BATCH_BYTES", 300)
     monkeypatch.setattr(writer_module, "BATCH_IMAGES", 5)
-    with StoreWriter(tmp_path, DatasetMeta("toy", (4,), 3)) as writer:
-        for num_bytes, after in ((100, 3), (1, 5), (300, 1)):
-            due = []
-            for _ in range(after):
-                writer.add({4: bytes(num_bytes)}, None)
-                due.append(writer.is_due)
-            assert due == [False] * (after - 1) + [True]
-            writer.commit()
-            assert not writer.is_due
-            assert writer._records == []
+    writer = StoreWriter(tmp_path, DatasetMeta("toy", (4,), 3))
+    for num_bytes, after in ((100, 3), (1, 5), (300, 1)):
+        due = []
+        for _ in range(after):
+            writer.add({4: bytes(num_bytes)}, None)
+            due.append(writer.is_due)
+        assert due == [False] * (after - 1) + [True]
+        writer.commit()
+        assert not writer.is_due
+        assert writer._records == []
 
 
 @pytest.mark.parametrize("map_bytes", [16 * 2**20, 16384])
@@ -210,9 +209,9 @@ def test_errors_name_the_cause_and_the_next_step(tmp_path: Path) -> None:
 
 def test_an_unfinished_dataset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    with StoreWriter(tmp_path / "set", DatasetMeta("toy", (4,), 3, complete=True)) as writer:
-        writer.add({4: png(0, 4)}, None)
-        writer.commit()
+    writer = StoreWriter(tmp_path / "set", DatasetMeta("toy", (4,), 3, complete=True))
+    writer.add({4: png(0, 4)}, None)
+    writer.commit()
     with pytest.raises(VdiffError, match=r"incomplete dataset.*--overwrite"):
         ImageStore(tmp_path / "set")
 

@@ -21,8 +21,7 @@ from tests.evaluating import NUM, figures, measured, write_all
 from tests.programs import ends, launch
 from tests.toy import SIZE, Watcher, signal_at, write_checkpoint, write_dataset
 from vdiff.cli.evaluate import table
-from vdiff.data.store import DatasetMeta, ImageStore
-from vdiff.data.writer import StoreWriter
+from vdiff.data.store import DatasetMeta, ImageStore, StoreWriter
 from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.evaluation import samples
@@ -189,12 +188,12 @@ def test_a_planted_copy_is_found(tmp_path):
     pixels = [np.array(ImageStore(random).image(SIZE, k)) for k in range(40)]
     pixels[21] = to_uint8(images_of(tmp_path / "model", 2))[13, 0].numpy()
     (tmp_path / "data").mkdir()
-    with StoreWriter(tmp_path / "data", DatasetMeta("planted", (SIZE,), 1)) as writer:
-        for image in pixels:
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(image).save(buffer, format="PNG")
-            writer.add({SIZE: buffer.getvalue()}, None)
-        writer.finish({"images": 40})
+    writer = StoreWriter(tmp_path / "data", DatasetMeta("planted", (SIZE,), 1))
+    for image in pixels:
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(image).save(buffer, format="PNG")
+        writer.add({SIZE: buffer.getvalue()}, None)
+    writer.finish({"images": 40})
     row = measured(tmp_path, teacher=None, num_timesteps=(2,), metrics=["nearest"]).rows[0]
     assert row.closest[0] == (13, 21, 0.0)
     assert row.metrics["closest"].value == 0

@@ -18,10 +18,8 @@ from torch.nn import functional as F
 from tests.digits import SIDE, write_digits
 from tests.oracles import randn
 from tests.toy import Watcher, write_dataset
-from vdiff.data.batches import Batch
-from vdiff.data.datasets import open_batches
-from vdiff.data.shard_store import ShardStore
-from vdiff.data.shards import ShardWriter
+from vdiff.data.batches import Batch, open_batches
+from vdiff.data.shards import ShardStore, ShardWriter
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 from vdiff.evaluation.metrics import frechet_distance

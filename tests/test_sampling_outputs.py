@@ -19,7 +19,7 @@ from tests.commands import error
 from tests.drawing import run, spec
 from tests.programs import Forked, ends
 from tests.toy import SIZE, Watcher, contents, train_config, write_checkpoint
-from vdiff.data.inspection import verify
+from vdiff.data.datasets import verify
 from vdiff.data.store import ImageStore
 from vdiff.diffusion.samplers import Ddim, Ddpm
 from vdiff.errors import Interrupted, VdiffError

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from tests.toy import SIZE, Watcher, distill_config, train_config, write_dataset
-from vdiff.data.store import DatasetMeta
-from vdiff.data.writer import StoreWriter
+from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.backbone import count_flops
@@ -526,14 +525,14 @@ def test_a_preset_that_leaves_classes_unused_says_so(data, classes, tmp_path):
 def test_one_of_several_sizes_must_be_chosen(tmp_path):
     folder = tmp_path / "two"
     folder.mkdir()
-    with StoreWriter(folder, DatasetMeta("two", (4, 8), 1)) as writer:
-        encoded = {}
-        for size in (4, 8):
-            buffer = io.BytesIO()
-            PIL.Image.new("L", (size, size)).save(buffer, format="PNG")
-            encoded[size] = buffer.getvalue()
-        writer.add(encoded, None)
-        writer.finish({"images": 1})
+    writer = StoreWriter(folder, DatasetMeta("two", (4, 8), 1))
+    encoded = {}
+    for size in (4, 8):
+        buffer = io.BytesIO()
+        PIL.Image.new("L", (size, size)).save(buffer, format="PNG")
+        encoded[size] = buffer.getvalue()
+    writer.add(encoded, None)
+    writer.finish({"images": 1})
     flags = {"data": str(folder), "preset": "toy"}
     with pytest.raises(OptionError, match="has the sizes 4, 8; choose one with --image_size"):
         resolve_training(flags, None, folder=tmp_path, resume=False)

@@ -17,8 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.oracles import randn
-from vdiff.data.store import DatasetMeta
-from vdiff.data.writer import StoreWriter
+from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.models.checkpoint import (
     WEIGHTS,
@@ -99,13 +98,13 @@ def write_dataset(folder: Path, *, count: int = COUNT, channels: int = 1, classe
     """A dataset of random pictures of 4 × 4 pixels."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(count)
-    with StoreWriter(folder, DatasetMeta("toy", (SIZE,), channels, class_names=tuple(classes))) as writer:
-        for k in range(count):
-            pixels = generator.integers(0, 256, (SIZE, SIZE, channels), dtype=np.uint8)
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(pixels.squeeze()).save(buffer, format="PNG")
-            writer.add({SIZE: buffer.getvalue()}, k % len(classes) if classes else None)
-        writer.finish({"images": count})
+    writer = StoreWriter(folder, DatasetMeta("toy", (SIZE,), channels, class_names=tuple(classes)))
+    for k in range(count):
+        pixels = generator.integers(0, 256, (SIZE, SIZE, channels), dtype=np.uint8)
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(pixels.squeeze()).save(buffer, format="PNG")
+        writer.add({SIZE: buffer.getvalue()}, k % len(classes) if classes else None)
+    writer.finish({"images": count})
     return folder
 
 

@@ -80,6 +80,22 @@ def stop_explained(explain: Callable[[str], str]) -> Iterator[None]:
         raise Interrupted(explain(str(stop) or "interrupted"), code) from None
 
 
+@contextmanager
+def explained(cause: str, hint: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise errors of `kinds` in the block as one line: `cause`, what the error says, and the hint.
+
+    Raises:
+        VdiffError: an error of these kinds ended the block.
+    """
+    try:
+        yield
+    except VdiffError:
+        raise
+    except kinds as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise VdiffError(f"{cause}: {said}", hint) from None
+
+
 def suggestion(word: str, choices: Iterable[str], *, only_near: bool = False) -> str:
     """`did you mean 'x'?` for the choice nearest to `word`; when none is near, the list of choices (or nothing)."""
     choices = list(choices)

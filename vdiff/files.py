@@ -8,11 +8,12 @@ import os
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vdiff.errors import VdiffError, shell
+from vdiff.errors import VdiffError, explained, shell
 
 CHECKSUM = "vdiff_crc32"
 """The key of the checksum in files that have one."""
@@ -86,13 +87,11 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     Raises:
         VdiffError: it is too large, no JSON object, or objects lie too deep in objects; `advice` says what to do.
     """
-    try:
+    with explained(f"{path} cannot be read", advice, ValueError, OSError):
         values = parse(read_text(path))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
-    except (ValueError, OSError) as error:
-        raise VdiffError(f"{path} cannot be read: {error}", advice) from None
-    return values
+        return values
 
 
 def refusal(path: Path, error: OSError) -> VdiffError:
@@ -100,6 +99,15 @@ def refusal(path: Path, error: OSError) -> VdiffError:
     return VdiffError(
         f"cannot write {path}: {error.strerror or error}", "free space, mend the permissions or choose another --out"
     )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise the file system's errors in the block as the `refusal` of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(path, error) from None
 
 
 def fsync(path: Path) -> None:
@@ -123,15 +131,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors puts a file of 0600 there
-        write(temporary)
-        temporary.chmod(mode)
-        fsync(temporary)
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except OSError as error:
-        raise refusal(path, error) from None
+        with writing(path):
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors writes a file of 0600
+            write(temporary)
+            temporary.chmod(mode)
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -169,15 +176,9 @@ def sha256_of(path: Path) -> str:
 
 
 def make_folder(path: Path) -> Path:
-    """Create `path` and its parents if missing.
-
-    Raises:
-        VdiffError: a file is in the way, or the file system refuses.
-    """
-    try:
+    """Create `path` and its parents if missing. Raises VdiffError: a file is in the way, or the file system refuses."""
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refusal(path, error) from None
     return path
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vdiff.errors import VdiffError
-from vdiff.files import fsync, make_folder, read_text, refusal, remove, write_text
+from vdiff.files import fsync, make_folder, read_text, refusal, remove, write_text, writing
 
 MARK = r"(?:\d+|[0-9a-f]{32})"
 INNER = re.compile(rf"\.(.+?)(?:\.{MARK})?\.tmp")
@@ -112,15 +112,13 @@ def _sweep(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
         if not name.fullmatch(left.name):
             continue
-        try:
+        with writing(left):
             if left.suffix == ".old" and is_free(path):
                 if path.is_dir():
                     path.rmdir()
                 os.replace(left, path)
             else:
                 remove(left)
-        except OSError as error:
-            raise refusal(left, error) from None
 
 
 def sweep_inside(folder: Path, kind: Kind) -> None:
@@ -152,11 +150,7 @@ def check_free(path: Path, kind: Kind, *, overwrite: bool, flag: str = "another 
 
 
 def check_ours(path: Path, kind: Kind, *, flag: str = "another --out") -> str:
-    """The regular expression of what vdiff wrote at `path`.
-
-    Raises:
-        VdiffError: what is there is not of this kind.
-    """
+    """The regular expression of what vdiff wrote at `path`. Raises VdiffError: what is there is not of this kind."""
     known = kind.files(path)
     if not known:
         raise VdiffError(f"{path} exists and is no {kind.name} that vdiff wrote", f"choose {flag}")
@@ -238,10 +232,8 @@ def _replacement(path: Path) -> Iterator[Path]:
     make_folder(temporary)
     try:
         yield temporary
-        try:
+        with writing(path):
             take_place(temporary, path)
-        except OSError as error:
-            raise refusal(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             remove(temporary)

@@ -93,11 +93,7 @@ def check_values(known: Mapping[str, Field[Any]], values: Any, origin: str) -> d
 
 
 def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
-    """`value` as the setting's type.
-
-    Raises:
-        OptionError: another type, out of range, or none of the choices.
-    """
+    """`value` as the setting's type. Raises OptionError: another type, out of range, or none of the choices."""
     rules = setting.metadata
     where = f"{origin}: {setting.name} =" if origin != COMMAND_LINE else f"--{rules.get('flag') or setting.name}"
     kind = value_type(setting)

@@ -35,7 +35,7 @@ def command() -> None:
 @switch("--json", group="Output", help="Print one JSON object.")
 def info(dataset: str | None, project: Project, json: bool) -> None:
     """Print what DATASET holds and how it was made; without DATASET, of the only one under data/."""
-    from vdiff.data.inspection import facts
+    from vdiff.data.datasets import facts
 
     values = facts(_open(dataset, project))
     Console().result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)))
@@ -50,7 +50,7 @@ def verify(dataset: str | None, project: Project, num_workers: int | None, json:
     """Decode every image of DATASET and compare its checksum; exit code 1 if anything is wrong."""
     from dataclasses import asdict
 
-    from vdiff.data.inspection import verify as check
+    from vdiff.data.datasets import verify as check
 
     console = Console()
     workers = cpu_cores() if num_workers is None else num_workers
@@ -93,8 +93,8 @@ def show(
     dataset: str | None, project: Project, out: Path | None, image_size: int | None, columns: int, rows: int
 ) -> None:
     """Draw a contact sheet of DATASET, a row for each class."""
+    from vdiff.data.datasets import sheet
     from vdiff.data.images import PICTURE, save_png
-    from vdiff.data.inspection import sheet
     from vdiff.replacing import check_free, locked
 
     opened = _open(dataset, project)
@@ -124,7 +124,7 @@ def show(
 @switch("--overwrite", group="Output", help="Replace an existing dataset, once the new one is complete.")
 def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     """Join all PARTS that --shard prepared into the dataset that one run would have written."""
-    from vdiff.data.merging import merge as join
+    from vdiff.data.datasets import merge as join
 
     if out is None:
         name, dot, suffix = parts[0].name.rpartition(".")

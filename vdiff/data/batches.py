@@ -1,4 +1,7 @@
-"""Batches for training: the batch of an optimiser step is a pure function of seed and step."""
+"""Batches for training: the batch of an optimiser step is a pure function of seed and step.
+
+Images of an LMDB come in any order (`ImageBatches`); tar shards are read from beginning to end (`ShardBatches`).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ import shutil
 import signal
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import lru_cache
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -23,14 +27,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vdiff.data.datasets import AnyStore
+from vdiff.data.shards import Sample, ShardStore
 from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 from vdiff.reporting import Reporter, Silent
 
 SHARED_MEMORY = Path("/dev/shm")
-# the first word of each random stream, so that order and flips never share numbers
-_ORDER, _FLIPS = 0, 1
+# the first word of each random stream, so that they never share numbers
+_ORDER, _FLIPS, _SHARDS, _WINDOWS = range(4)
 PREFETCH = 2  # batches that each worker is asked for in advance
+NUM_LANES = 16
+WINDOW_IMAGES = 2048
 _Request = tuple[int, np.ndarray]  # slot of the ring, indices
 # so few pixels are decoded before a worker process has started
 ALONE_BYTES = 16 * 2**20
@@ -48,6 +56,13 @@ class Batch:
     classes: Tensor | None
 
 
+class Batches(Protocol):
+    """Endless batches whose order is a function of seed and step."""
+
+    def start_at(self, step: int) -> Generator[Batch, None, None]:
+        """The batches of optimiser steps `step`, `step` + 1, … without end; closing the generator ends the workers."""
+
+
 class BatchPlan:
     """Which images make up each batch, and which of them are mirrored: pure functions of seed and step.
 
@@ -57,11 +72,8 @@ class BatchPlan:
 
     def __init__(self, *, length: int, batch_size: int, seed: int, flip: bool) -> None:
         if length < 1 or batch_size < 1 or seed < 0:
-            raise ValueError(
-                f"length {length}, batch_size {batch_size}, seed {seed}; need length >= 1, batch_size >= 1, seed >= 0"
-            )
+            raise ValueError(f"length {length}, batch_size {batch_size}, seed {seed}; need at least 1, 1 and 0")
         self.length, self.batch_size, self.seed, self.flip = length, batch_size, seed, flip
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def indices(self, step: int) -> np.ndarray:
         """(B,) int64: the images of batch `step`."""
@@ -82,14 +94,16 @@ class BatchPlan:
 
     def permutation(self, epoch: int) -> np.ndarray:
         """(n,) int64: the order of epoch `epoch`."""
-        if epoch != self._epoch:
-            self._permutation = _generator(self.seed, _ORDER, epoch).permutation(self.length)
-            self._epoch = epoch
-        return self._permutation
+        return _permutation(self.length, self.seed, _ORDER, epoch)
 
 
-def _generator(seed: int, stream: int, counter: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, counter])))
+def _generator(*words: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, *words: int) -> np.ndarray:
+    return _generator(*words).permutation(length)
 
 
 def decode(encoded: bytes, channels: int, size: int, where: str) -> np.ndarray:
@@ -111,17 +125,37 @@ def decode(encoded: bytes, channels: int, size: int, where: str) -> np.ndarray:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def answers_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """What a loader answers; closing the generator ends its workers.
+def answers_of(
+    dataset: Dataset[Any], requests: Iterable[Any], num_workers: int, pin_memory: bool = False
+) -> Generator[Any, None, None]:
+    """`dataset[request]` for each request, by `num_workers` processes; closing the generator ends them.
 
     They are not left to the garbage collector: an error's traceback may keep them alive to the very end.
+
+    Raises:
+        VdiffError: an answer is one (raised in a worker, it would come with a traceback); shared memory is full.
     """
-    answers = iter(loader)
-    try:
-        yield from answers
-    finally:
-        if loader.num_workers:
-            answers._shutdown_workers()  # type: ignore[attr-defined]
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=requests,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=leave_signals_to_the_parent,
+        generator=torch.Generator(),  # a loader draws a seed, by default from the global generator
+        pin_memory=pin_memory,
+    )
+    with shared_memory_named():
+        answers = iter(loader)
+        try:
+            for answer in answers:
+                if isinstance(answer, VdiffError):
+                    raise answer
+                yield answer
+        finally:
+            if num_workers:
+                answers._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
@@ -136,17 +170,6 @@ def closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, No
     return batches
 
 
-def workers_with_room(num_workers: int, num_bytes: int, reporter: Reporter | None) -> int:
-    """`num_workers`, or 0, and a line, where shared memory, by which their images travel, has not `num_bytes` free."""
-    if not num_workers or not SHARED_MEMORY.is_dir() or (free := shutil.disk_usage(SHARED_MEMORY).free) >= num_bytes:
-        return num_workers
-    (reporter or Silent()).line(
-        f"shared memory: {free / 2**20:.0f} of {num_bytes / 2**20:.0f} MiB free, so this process decodes images, "
-        "as with --num_workers 0; docker: --shm-size"
-    )
-    return 0
-
-
 @contextlib.contextmanager
 def shared_memory_named() -> Iterator[None]:
     """Say in one line that others filled the shared memory meanwhile."""
@@ -156,23 +179,6 @@ def shared_memory_named() -> Iterator[None]:
         if "shared memory" not in str(error):
             raise
         raise VdiffError("shared memory is full", "give --num_workers 0, or docker run a larger --shm-size") from None
-
-
-def share_of(batch_size: int, rank: int, world_size: int) -> slice:
-    """The images of a global batch that process `rank` of `world_size` takes.
-
-    Raises:
-        VdiffError: the batch cannot be shared equally.
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} processes; need 0 <= rank < world_size")
-    if batch_size % world_size:
-        raise VdiffError(
-            f"a batch of {batch_size} cannot be shared equally by {world_size} processes",
-            f"give --batch_size a multiple of {world_size}",
-        )
-    size = batch_size // world_size
-    return slice(rank * size, (rank + 1) * size)
 
 
 def cache_limit() -> int:
@@ -232,7 +238,60 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(memory, np.uint8).reshape(shape)
 
 
-class ImageBatches:
+class _StoredBatches:
+    """What both kinds of batches have in common; see there for the options."""
+
+    def __init__(
+        self,
+        store: AnyStore,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        reporter: Reporter | None = None,
+    ) -> None:
+        store.check_size(image_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} processes; need 0 <= rank < world_size")
+        if batch_size % world_size:
+            what = f"a batch of {batch_size} cannot be shared equally by {world_size} processes"
+            raise VdiffError(what, f"give --batch_size a multiple of {world_size}")
+        size = batch_size // world_size
+        self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip)
+        self.share = slice(rank * size, (rank + 1) * size)  # this process's part of each global batch
+        self.shape = (size, store.meta.channels, image_size, image_size)
+        self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory
+        self._reporter = reporter or Silent()
+
+    def start_at(self, step: int) -> Generator[Batch, None, None]:
+        """The batches of optimiser steps `step`, `step` + 1, … without end; closing the generator ends the workers.
+
+        Raises:
+            VdiffError: (from the generator) a shard or an image is missing, damaged or of another size.
+        """
+        return closed_at_exit(self._batches(step))
+
+    def _batches(self, step: int) -> Generator[Batch, None, None]:
+        raise NotImplementedError
+
+    def _keep_workers_with_room(self) -> None:
+        """Do without workers, and say so, where shared memory, by which their images travel, has no room for them."""
+        # a loader asks for so many batches in advance, and for one more before it hands out the first of them
+        num_bytes = (PREFETCH * self.num_workers + 1) * math.prod(self.shape) * self.world_size
+        if self.num_workers and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < num_bytes:
+            self.num_workers = 0
+            self._reporter.line(
+                f"shared memory: {free / 2**20:.0f} of {num_bytes / 2**20:.0f} MiB free, so this process decodes "
+                "images, as with --num_workers 0; docker: --shm-size"
+            )
+
+
+class ImageBatches(_StoredBatches):
     """Endless batches from a dataset; process `rank` of `world_size` gets its equal part of each global batch.
 
     Images are decoded when they are first needed, by `num_workers` processes (0 = in this one), and kept in up to
@@ -245,40 +304,14 @@ class ImageBatches:
         VdiffError: the dataset lacks `image_size`, or the batch cannot be shared equally.
     """
 
-    def __init__(
-        self,
-        store: ImageStore,
-        *,
-        image_size: int,
-        batch_size: int,
-        seed: int,
-        flip: bool,
-        num_workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        cache_bytes: int | None = None,
-        pin_memory: bool = False,
-        reporter: Reporter | None = None,
-    ) -> None:
-        store.check_size(image_size)
-        self._share = share_of(batch_size, rank, world_size)
-        self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip)
-        self.pin_memory = pin_memory
-        share = self._share.stop - self._share.start
-        self._store, self._shape = store, (share, store.meta.channels, image_size, image_size)
-        limit = cache_limit() // world_size if cache_bytes is None else cache_bytes
-        self._cache = PixelCache(store, self._shape[1:], limit)
-        # a loader asks for so many batches in advance, and for one more before it hands out the first of them
-        ring_bytes = (PREFETCH * num_workers + 1) * math.prod(self._shape) * world_size
-        self.num_workers = 0 if self._cache.is_small else workers_with_room(num_workers, ring_bytes, reporter)
-
-    def start_at(self, step: int) -> Generator[Batch, None, None]:
-        """The batches of optimiser steps `step`, `step` + 1, … without end; closing the generator ends the workers.
-
-        Raises:
-            VdiffError: (from the generator) an image is missing, damaged or of another size.
-        """
-        return closed_at_exit(self._batches(step))
+    def __init__(self, store: ImageStore, *, cache_bytes: int | None = None, **options: Any) -> None:
+        super().__init__(store, **options)
+        self._store = store
+        limit = cache_limit() // self.world_size if cache_bytes is None else cache_bytes
+        self._cache = PixelCache(store, self.shape[1:], limit)
+        if self._cache.is_small:
+            self.num_workers = 0
+        self._keep_workers_with_room()
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         if not self._cache.complete:
@@ -288,10 +321,9 @@ class ImageBatches:
 
     def _decoded(self, step: int) -> Generator[Batch, None, int]:
         """Batches of images that are decoded unless they are in the cache; ends, with the next step, when all are."""
-        num_workers = self.num_workers
-        ring = torch.empty((PREFETCH * num_workers + 1, *self._shape), dtype=torch.uint8)
+        ring = torch.empty((PREFETCH * self.num_workers + 1, *self.shape), dtype=torch.uint8)
         with shared_memory_named():
-            decoder = _Decoder(self._store, ring.share_memory_() if num_workers else ring)
+            decoder = _Decoder(self._store, ring.share_memory_() if self.num_workers else ring)
         under_way: deque[tuple[np.ndarray, np.ndarray]] = deque()  # (B,) images of a batch, which of them are decoded
 
         def requests(first: int) -> Iterator[_Request]:
@@ -301,20 +333,8 @@ class ImageBatches:
                 under_way.append((indices, missing))
                 yield later % len(ring), indices[missing]
 
-        loader = DataLoader(
-            decoder,
-            batch_size=None,
-            sampler=requests(step),
-            num_workers=num_workers,
-            prefetch_factor=PREFETCH if num_workers else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=leave_signals_to_the_parent,
-            generator=torch.Generator(),  # a loader draws a seed, by default from the global generator
-        )
-        with contextlib.closing(answers_of(loader)) as answers:
+        with contextlib.closing(answers_of(decoder, requests(step), self.num_workers)) as answers:
             for classes in answers:
-                if isinstance(classes, VdiffError):
-                    raise classes
                 (indices, missing), pixels = under_way.popleft(), ring[step % len(ring)].numpy()
                 self._cache.keep(indices[missing], pixels, classes)
                 yield self._assembled(step, indices, missing, pixels)
@@ -324,7 +344,7 @@ class ImageBatches:
         return step
 
     def _indices(self, step: int) -> np.ndarray:
-        return self.plan.indices(step)[self._share]
+        return self.plan.indices(step)[self.share]
 
     def _assembled(
         self, step: int, indices: np.ndarray, missing: np.ndarray | None = None, decoded: np.ndarray | None = None
@@ -332,10 +352,10 @@ class ImageBatches:
         """A batch of images from the cache and, where they were `missing` in it, from `decoded`, in order."""
         cache, images = self._cache, iter(() if decoded is None else decoded)
         missing = np.zeros(len(indices), bool) if missing is None else missing
-        pixels = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        pixels = torch.empty(self.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         # copied by numpy: torch would wake its threads for each image, and these wait for cores that workers use
         places = pixels.numpy()
-        flips = self.plan.flips(step)[self._share]
+        flips = self.plan.flips(step)[self.share]
         for place, (row, is_new, mirrored) in enumerate(zip(cache.rows[indices], missing, flips, strict=True)):
             image = next(images) if is_new else cache.pixels[row]
             places[place] = image[..., ::-1] if mirrored else image
@@ -364,7 +384,7 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
                 pixels[place] = decode(store.encoded(size, index), channels, size, f"{store.path}: image {index}")
                 classes[place] = store.label(index) or 0
         except VdiffError as error:
-            return error  # raised in a worker, it would reach the user with a worker's traceback in its message
+            return error
         return classes
 
 
@@ -378,3 +398,118 @@ def leave_signals_to_the_parent(worker: int) -> None:
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class LaneOrder:
+    """Which shards each lane reads, and in which order it hands out their images: pure functions of the seed.
+
+    All lanes of all processes, G of them, share one endless sequence of shards: the permutation of epoch 0, of epoch 1,
+    …; lane g reads the turns g, g + G, g + 2G, …. So each shard is read once an epoch by one of the lanes. The images
+    of a lane, one after another, are shuffled within windows: position p is
+    `permutation(seed, g, p // window)[p % window]` of its window.
+
+    With fewer shards than lanes several lanes read a shard in the same round, each for another epoch: all images come
+    equally often, but those that lie close together in a shard also come close together in time. Datasets that should
+    mix well have several times more shards than lanes.
+    """
+
+    def __init__(self, counts: Sequence[int], *, num_lanes: int, window: int, seed: int) -> None:
+        if not counts or min(counts) < 1 or num_lanes < 1 or window < 1 or seed < 0:
+            raise ValueError(f"{len(counts)} shards, {num_lanes} lanes, window {window}, seed {seed}; need at least 1")
+        self.counts, self.num_lanes, self.window, self.seed = tuple(counts), num_lanes, window, seed
+
+    def shards(self, lane: int) -> Iterator[int]:
+        """The numbers of the shards that `lane` reads, without end."""
+        for turn in count(lane, self.num_lanes):
+            epoch, place = divmod(turn, len(self.counts))
+            yield int(_permutation(len(self.counts), self.seed, _SHARDS, epoch)[place])
+
+    def parts(self, lane: int, position: int) -> Iterator[tuple[int, int]]:
+        """(shard, images of it to skip) for all images of `lane` from `position` on, without end."""
+        for shard in self.shards(lane):
+            if position < self.counts[shard]:
+                yield shard, position
+            position = max(position - self.counts[shard], 0)
+
+    def permutation(self, lane: int, window: int) -> np.ndarray:
+        """(window,) int64: the order of window number `window` of `lane`."""
+        return _generator(self.seed, _WINDOWS, lane, window).permutation(self.window)
+
+
+class ShardBatches(_StoredBatches):
+    """Endless batches from tar shards; process `rank` of `world_size` reads shards that no other reads in that epoch.
+
+    Each process reads through 16 lanes (`LaneOrder`), batch n from lane n mod 16, so that the batches depend on seed,
+    rank and world size but not on `num_workers`, of which the largest power of two is used (0 = in this process). A
+    run that starts at step n passes over whole shards without reading them. Unlike those of `ImageBatches`, the parts
+    of the processes together are not the batch of a single process.
+
+    A process holds 16 · `window` encoded images: 0.1 GB at 64 pixels, about 1 GB at 256. Before its first 16 steps it
+    reads as many.
+
+    Raises:
+        VdiffError: the dataset lacks `image_size`, or the batch cannot be shared equally.
+    """
+
+    def __init__(self, store: ShardStore, *, window: int = WINDOW_IMAGES, **options: Any) -> None:
+        super().__init__(store, **options)
+        self.store = store
+        counts = [shard.images for shard in store.shards]
+        self.order = LaneOrder(counts, num_lanes=self.world_size * NUM_LANES, window=window, seed=self.plan.seed)
+        self._keep_workers_with_room()
+        # a power of two divides the number of lanes, so that each lane stays with one worker
+        self.num_workers = 1 << (min(self.num_workers, NUM_LANES).bit_length() - 1) if self.num_workers else 0
+
+    def _batches(self, step: int) -> Generator[Batch, None, None]:
+        with contextlib.closing(answers_of(_Lanes(self), count(step), self.num_workers, self.pin_memory)) as answers:
+            for pixels, classes in answers:
+                yield Batch(pixels, classes)
+
+    def samples(self, lane: int, position: int) -> Generator[Sample, None, None]:
+        """The images of a lane of this process in the order of training, from `position` on, without end."""
+        lane += self.rank * NUM_LANES
+        number, skip = divmod(position, self.order.window)
+        with contextlib.closing(self._in_sequence(lane, position - skip)) as sequence:
+            while True:
+                window = list(islice(sequence, self.order.window))
+                for place in self.order.permutation(lane, number)[skip:].tolist():
+                    yield window[place]
+                window.clear()  # before the next one is read
+                number, skip = number + 1, 0
+
+    def _in_sequence(self, lane: int, position: int) -> Generator[Sample, None, None]:
+        """The images of a lane as they lie in its shards, from `position` on, without end."""
+        for shard, skip in self.order.parts(lane, position):
+            with contextlib.closing(self.store.samples(shard, self.shape[-1:], skip)) as samples:
+                yield from samples
+
+
+class _Lanes(Dataset[tuple[Tensor, Tensor | None] | VdiffError]):
+    """A step to its images and classes. A process that is asked for the next batch of a lane has it at hand."""
+
+    def __init__(self, batches: ShardBatches) -> None:
+        self.batches = batches
+        self._lanes: dict[int, tuple[int, Generator[Sample, None, None]]] = {}
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor | None] | VdiffError:
+        batches, (share, channels, size, _) = self.batches, self.batches.shape
+        turn, lane = divmod(step, NUM_LANES)
+        expected, samples = self._lanes.pop(lane, (-1, None))
+        if samples is None or expected != step:
+            samples = batches.samples(lane, turn * share)
+        flips = batches.plan.flips(step)[batches.share].tolist()
+        pixels, classes = np.empty(batches.shape, np.uint8), np.zeros(share, np.int64)
+        try:
+            for place, (key, encoded, label) in enumerate(islice(samples, share)):
+                image = decode(encoded[size], channels, size, f"{batches.store.path}: image {key}")
+                pixels[place] = image[:, :, ::-1] if flips[place] else image
+                classes[place] = label or 0
+        except VdiffError as error:
+            return error
+        self._lanes[lane] = (step + NUM_LANES, samples)
+        return torch.from_numpy(pixels), torch.from_numpy(classes) if batches.store.meta.class_names else None
+
+
+def open_batches(store: AnyStore, **options: Any) -> Batches:
+    """The batches of a dataset; the options are those of `ImageBatches`, which both kinds share."""
+    return ImageBatches(store, **options) if isinstance(store, ImageStore) else ShardBatches(store, **options)

@@ -48,8 +48,13 @@ def to_8_bit_srgb(
         image, opacity = _split(image)
     grey = image.mode == "L"
     if profile:
-        image, kind = _apply_profile(image, profile)
-        kinds += [kind] if kind else []
+        try:
+            transform = srgb_transform(profile, image.mode)
+        except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+            kinds.append("broken icc")
+        else:
+            kinds += ["icc"] if transform else []
+            image = transform(image) if transform else image
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
     if opacity is not None and opacity.getextrema() != (255, 255):
@@ -63,16 +68,11 @@ def to_8_bit_srgb(
 
 KINDS_OF_MODES = {
     "1": "1-bit",
-    "P": "palette",
-    "PA": "palette",
+    **dict.fromkeys(("P", "PA"), "palette"),
     "CMYK": "cmyk",
     "LAB": "lab",
     "F": "float",
-    "I": "16-bit",
-    "I;16": "16-bit",
-    "I;16B": "16-bit",
-    "I;16L": "16-bit",
-    "I;16N": "16-bit",
+    **dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), "16-bit"),
 }
 
 
@@ -143,15 +143,6 @@ def common_range(found: Iterable[tuple[float, float, bool]]) -> tuple[float, flo
     if low >= 0 and all(is_integer for _, _, is_integer in finite):
         return 0.0, float(2 ** max(8, int(high).bit_length()) - 1)
     return low, high if high > low else low + 1
-
-
-def _apply_profile(image: Image, profile: bytes) -> tuple[Image, str]:
-    """The picture in sRGB, and `icc`, `broken icc` or, where nothing was to be done, nothing."""
-    try:
-        transform = srgb_transform(profile, image.mode)
-    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return image, "broken icc"
-    return (image, "") if transform is None else (transform(image), "icc")
 
 
 # a data set holds pictures of a few cameras: building the transform takes longer than applying it to a small picture

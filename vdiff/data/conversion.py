@@ -37,13 +37,14 @@ import io
 import math
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 from PIL.Image import Image, Resampling, Transpose
-from PIL.ImageFile import ImageFile
 
 from vdiff.data.colour import NARROW, UnsupportedValuesError, extremes, to_8_bit_srgb
 from vdiff.data.image_files import UnreadableImageError, is_image, open_file
@@ -83,35 +84,35 @@ class ConversionConfig:
     value_range: str | tuple[float, float] = "full"
 
     def __post_init__(self) -> None:
-        choices: list[tuple[str, object, list[str] | list[int]]] = [
-            ("channels", self.channels, [1, 3]),
-            ("crop", self.crop, list(CROPS)),
-            ("resample", self.resample, list(RESAMPLES)),
-            ("image_format", self.image_format, list(FORMATS)),
-        ]
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise ValueError(f"{name} {value!r}; choose from {allowed}")
-        if not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
-            raise ValueError(f"sizes {self.sizes}; need distinct sizes >= 1 in ascending order")
-        if self.crop == "none" and len(self.sizes) > 1:
-            raise ValueError(f"sizes {self.sizes}; crop 'none' keeps the one size that the images have")
-        if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
-            raise ValueError(f"background {self.background}; need three levels from 0 to 255")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality {self.quality}; need 1 to 100")
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale {self.crop_scale}; need more than 0, at most 1")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed}; need 0 or more")
-        if self.min_size < 0:
-            raise ValueError(f"min_size {self.min_size}; need 0 or more")
-        limits = self.value_range
-        is_known = (
-            limits in ("full", "auto") if isinstance(limits, str) else -math.inf < limits[0] < limits[1] < math.inf
-        )
-        if not is_known:
-            raise ValueError(f"value_range {limits}; need full, auto or two finite numbers, the smaller first")
+        limits, sizes = self.value_range, self.sizes
+        rules = {
+            "channels": (self.channels in (1, 3), "1 or 3"),
+            "crop": (self.crop in CROPS, f"one of {list(CROPS)}"),
+            "resample": (self.resample in RESAMPLES, f"one of {list(RESAMPLES)}"),
+            "image_format": (self.image_format in FORMATS, f"one of {list(FORMATS)}"),
+            "sizes": (
+                sizes
+                and list(sizes) == sorted(set(sizes))
+                and sizes[0] >= 1
+                and (self.crop != "none" or len(sizes) == 1),
+                "distinct sizes of at least 1 in ascending order; one where crop is none",
+            ),
+            "background": (
+                len(self.background) == 3 and all(0 <= level <= 255 for level in self.background),
+                "three levels from 0 to 255",
+            ),
+            "quality": (1 <= self.quality <= 100, "1 to 100"),
+            "crop_scale": (0 < self.crop_scale <= 1, "more than 0, at most 1"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "min_size": (self.min_size >= 0, "0 or more"),
+            "value_range": (
+                limits in ("full", "auto") if isinstance(limits, str) else -math.inf < limits[0] < limits[1] < math.inf,
+                "full, auto or two finite numbers, the smaller first",
+            ),
+        }
+        for name, (is_good, need) in rules.items():
+            if not is_good:
+                raise ValueError(f"{name} {getattr(self, name)!r}; need {need}")
 
     @property
     def mode(self) -> str:
@@ -172,33 +173,37 @@ def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> P
     Raises:
         UnreadableImageError: see `convert`.
     """
+    try:
+        with _opened(data) as image:
+            full = image.size
+            scale = _draft(image, config, key) if isinstance(data, bytes) else 1
+            return _upright(image, config, key, full, scale)
+    except UnreadableImageError:
+        raise
+    except UnsupportedValuesError as error:
+        raise UnreadableImageError("unsupported values", str(error)) from None
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
+        raise UnreadableImageError("too many pixels", f"more than {PIL.Image.MAX_IMAGE_PIXELS:,}") from None
+    except PIL.UnidentifiedImageError:
+        if isinstance(data, bytes) and is_image(data):
+            raise UnreadableImageError("damaged", "nothing readable after its first bytes") from None
+        raise UnreadableImageError("not an image") from None
+    except Exception as error:
+        # decoders raise whatever a damaged file makes them stumble over: OSError, SyntaxError, struct.error, …
+        raise UnreadableImageError("damaged", cause_of(error)) from None
+
+
+@contextmanager
+def _opened(data: bytes | Image) -> Iterator[Image]:
+    """A picture, or the image in a file's bytes; in the block, too many pixels are an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-        try:
-            if isinstance(data, Image):
-                return _upright(data, config, key)
-            with open_file(data) as image:
-                full = image.size
-                return _upright(image, config, key, full, _draft(image, config, key))
-        except UnreadableImageError:
-            raise
-        except UnsupportedValuesError as error:
-            raise UnreadableImageError("unsupported values", str(error)) from None
-        except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-            raise UnreadableImageError("too many pixels", f"more than {PIL.Image.MAX_IMAGE_PIXELS:,}") from None
-        except PIL.UnidentifiedImageError:
-            if isinstance(data, bytes) and is_image(data):
-                raise UnreadableImageError("damaged", "nothing readable after its first bytes") from None
-            raise UnreadableImageError("not an image") from None
-        except Exception as error:
-            # decoders raise whatever a damaged file makes them stumble over: OSError, SyntaxError, struct.error, …
-            raise UnreadableImageError("damaged", cause_of(error)) from None
+        with nullcontext(data) if isinstance(data, Image) else open_file(data) as image:
+            yield image
 
 
-def _upright(
-    image: Image, config: ConversionConfig, key: str, full: tuple[int, int] = (0, 0), scale: int = 1
-) -> Picture:
+def _upright(image: Image, config: ConversionConfig, key: str, full: tuple[int, int], scale: int) -> Picture:
     """Decode, turn, crop on paper, and make the colours those of `config`; `full` = the stored size if scale > 1."""
     # only the formats that can be animated have the attribute
     kinds = ["animation"] if getattr(image, "is_animated", False) else []
@@ -229,16 +234,11 @@ def _upright(
 
 def value_extremes(data: bytes | Image) -> tuple[float, float, bool] | None:
     """`colour.extremes` of an image file or a picture; None also for what cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-        try:
-            if isinstance(data, Image):
-                return extremes(data)
-            with open_file(data) as image:
-                return extremes(image)
-        except Exception:  # whoever converts it says what is wrong with it
-            return None
+    try:
+        with _opened(data) as image:
+            return extremes(image)
+    except Exception:  # whoever converts it says what is wrong with it
+        return None
 
 
 def _check_size(width: int, height: int, config: ConversionConfig) -> None:
@@ -249,7 +249,7 @@ def _check_size(width: int, height: int, config: ConversionConfig) -> None:
         raise UnreadableImageError(f"not {size}×{size}", f"{width}×{height}")
 
 
-def _draft(image: ImageFile, config: ConversionConfig, key: str) -> int:
+def _draft(image: Image, config: ConversionConfig, key: str) -> int:
     """Have a JPEG decoded at 1/scale of its size, and return that scale; 1 for other formats."""
     if image.format not in ("JPEG", "MPO"):
         return 1
@@ -279,13 +279,12 @@ def _orientation(image: Image) -> int:
         return 1
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """How stored rows and columns become upright; `flips_x`: the first upright column is the last stored line."""
 
     method: Transpose
-    flips_x: bool
-    flips_y: bool
+    flips_x: bool = False
+    flips_y: bool = False
     swaps: bool = False
 
     def size(self, stored: tuple[int, int]) -> tuple[int, int]:
@@ -325,21 +324,13 @@ def _resize(picture: Picture, size: tuple[int, int], resample: Resampling) -> Im
         impulse.putpixel((at, 0), share)
         weights = np.asarray(impulse.resize((size[axis], 1), resample, box=(box[axis], 0, box[axis + 2], 1)))
         if axis == 0:
-            line = image.crop((at, 0, at + 1, image.height))
-            line = line.resize((1, size[1]), resample, box=(0, box[1], 1, box[3]))
-            weights = weights.reshape(1, -1, 1)
+            line = image.crop((at, 0, at + 1, image.height)).resize((1, size[1]), resample, box=(0, box[1], 1, box[3]))
         else:
-            line = image.crop((0, at, image.width, at + 1))
-            line = line.resize((size[0], 1), resample, box=(box[0], 0, box[2], 1))
-            weights = weights.reshape(-1, 1, 1)
+            line = image.crop((0, at, image.width, at + 1)).resize((size[0], 1), resample, box=(box[0], 0, box[2], 1))
+        weights = weights.reshape((1, -1, 1) if axis == 0 else (-1, 1, 1))
         pixels = (pixels - weights * np.asarray(line, np.float32).reshape(*line.size[::-1], -1)) / (1 - weights)
     levels = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
     return PIL.Image.fromarray(levels if image.mode == "RGB" else levels[..., 0])
-
-
-def whole_box(width: int, height: int) -> Box:
-    """Everything."""
-    return 0, 0, width, height
 
 
 def center_box(width: int, height: int) -> Box:
@@ -357,22 +348,19 @@ def random_box(width: int, height: int, smallest: float, rng: random.Random) -> 
     """
     low, high = (math.log(aspect) for aspect in ASPECTS)
     for _ in range(CROP_TRIES):
-        area = width * height * _uniform(rng, smallest, 1)
-        aspect = math.exp(_uniform(rng, low, high))
+        # random() alone, which every version of Python draws alike
+        area = width * height * (smallest + (1 - smallest) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
         new_width, new_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < new_width <= width and 0 < new_height <= height:
-            # random() alone, which every version of Python draws alike
             top = int(rng.random() * (height - new_height + 1))
             left = int(rng.random() * (width - new_width + 1))
-            return left, top, left + new_width, top + new_height
-    new_width = min(width, round(height * ASPECTS[1]))
-    new_height = min(height, round(width / ASPECTS[0]))
-    left, top = (width - new_width) // 2, (height - new_height) // 2
+            break
+    else:
+        new_width = min(width, round(height * ASPECTS[1]))
+        new_height = min(height, round(width / ASPECTS[0]))
+        left, top = (width - new_width) // 2, (height - new_height) // 2
     return left, top, left + new_width, top + new_height
-
-
-def _uniform(rng: random.Random, low: float, high: float) -> float:
-    return low + (high - low) * rng.random()
 
 
 def pad_box(width: int, height: int, size: int) -> Box:
@@ -391,34 +379,17 @@ class Crop:
     where it goes, for (width, height, size); `decisive` = the side, of two, that must be large enough.
     """
 
-    box: Callable[[int, int, ConversionConfig, str], Box]
+    box: Callable[[int, int, ConversionConfig, str], Box] = lambda width, height, _config, _key: (0, 0, width, height)
     decisive: Callable[[int, int], int] = min
-    place: Callable[[int, int, int], Box] = lambda _width, _height, size: whole_box(size, size)
+    place: Callable[[int, int, int], Box] = lambda _width, _height, size: (0, 0, size, size)
 
 
 def encode(image: Image, config: ConversionConfig) -> bytes:
     """The picture as the bytes of a file in `config.image_format`."""
     buffer = io.BytesIO()
-    FORMATS[config.image_format](image, buffer, config.quality)
+    quality = {"quality": config.quality} if config.image_format == "jpeg" else {}
+    image.save(buffer, config.image_format.upper(), **FORMATS[config.image_format], **quality)
     return buffer.getvalue()
-
-
-def _jpeg(image: Image, buffer: io.BytesIO, quality: int) -> None:
-    image.save(buffer, format="JPEG", quality=quality, subsampling=0)  # 4:4:4
-
-
-def _png(image: Image, buffer: io.BytesIO, quality: int) -> None:
-    del quality
-    image.save(buffer, format="PNG")
-
-
-def _webp(image: Image, buffer: io.BytesIO, quality: int) -> None:
-    del quality
-    image.save(buffer, format="WEBP", lossless=True)
-
-
-def _everything(width: int, height: int, _config: ConversionConfig, _key: str) -> Box:
-    return whole_box(width, height)
 
 
 CROPS = {
@@ -429,18 +400,19 @@ CROPS = {
             width, height, config.crop_scale, random.Random(f"{config.seed}/{key}".encode("utf-8", "surrogateescape"))
         )
     ),
-    "pad": Crop(_everything, max, pad_box),
-    "stretch": Crop(_everything),
-    "none": Crop(_everything),
+    "pad": Crop(decisive=max, place=pad_box),
+    "stretch": Crop(),
+    "none": Crop(),
 }
 RESAMPLES = {"lanczos": Resampling.LANCZOS, "bicubic": Resampling.BICUBIC, "box": Resampling.BOX}
-FORMATS: dict[str, Callable[[Image, io.BytesIO, int], None]] = {"jpeg": _jpeg, "png": _png, "webp": _webp}
+FORMATS: dict[str, dict[str, Any]] = {"jpeg": {"subsampling": 0}, "png": {}, "webp": {"lossless": True}}
+"""What Pillow is told; subsampling 0 is 4:4:4."""
 ORIENTATIONS = {
-    2: Turn(Transpose.FLIP_LEFT_RIGHT, flips_x=True, flips_y=False),
+    2: Turn(Transpose.FLIP_LEFT_RIGHT, flips_x=True),
     3: Turn(Transpose.ROTATE_180, flips_x=True, flips_y=True),
-    4: Turn(Transpose.FLIP_TOP_BOTTOM, flips_x=False, flips_y=True),
-    5: Turn(Transpose.TRANSPOSE, flips_x=False, flips_y=False, swaps=True),
-    6: Turn(Transpose.ROTATE_270, flips_x=True, flips_y=False, swaps=True),
+    4: Turn(Transpose.FLIP_TOP_BOTTOM, flips_y=True),
+    5: Turn(Transpose.TRANSPOSE, swaps=True),
+    6: Turn(Transpose.ROTATE_270, flips_x=True, swaps=True),
     7: Turn(Transpose.TRANSVERSE, flips_x=True, flips_y=True, swaps=True),
-    8: Turn(Transpose.ROTATE_90, flips_x=False, flips_y=True, swaps=True),
+    8: Turn(Transpose.ROTATE_90, flips_y=True, swaps=True),
 }

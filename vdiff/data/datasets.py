@@ -1,25 +1,50 @@
-"""Datasets of either kind behind one door: an LMDB folder, or tar shards."""
+"""Datasets of either kind, LMDB or tar shards: opened, described, verified, shown, and joined of their parts."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import io
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vdiff.data.batches import Batch, ImageBatches
-from vdiff.data.shard_batches import ShardBatches
-from vdiff.data.shard_store import ShardStore
-from vdiff.data.store import INDEX_FILE, ImageStore
-from vdiff.errors import OptionError, VdiffError
+import numpy as np
+import PIL.Image
+
+from vdiff.data.shards import DATASET, ShardStore, fingerprint_of, write_index
+from vdiff.data.store import (
+    FIRST_LINK,
+    INDEX_FILE,
+    REJECTED_FILE,
+    DatasetMeta,
+    ImageStore,
+    StoreWriter,
+    digest_of,
+    next_link,
+)
+from vdiff.data.workers import ordered_map
+from vdiff.errors import OptionError, VdiffError, printable
+from vdiff.files import write_whole
+from vdiff.replacing import new_folder
+from vdiff.reporting import Reporter, Silent
+from vdiff.text import cause_of
+
+# the workers of a verification import this file, and need no torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AnyStore = ImageStore | ShardStore
+T = TypeVar("T")
 
-
-class Batches(Protocol):
-    """Endless batches whose order is a function of seed and step."""
-
-    def start_at(self, step: int) -> Generator[Batch, None, None]:
-        """The batches of optimiser steps `step`, `step` + 1, … without end."""
+COUNTED = ("skipped", "converted")
+SHOWN_PROBLEMS = 20
+SHEET_IMAGES = 2_000  # of tar shards, so many are read for a contact sheet
 
 
 def open_dataset(place: Path | str) -> AnyStore:
@@ -46,12 +71,235 @@ def open_at_size(place: Path | str, image_size: int | None) -> tuple[AnyStore, i
     if image_size is None and len(sizes) > 1:
         raise OptionError(f"{store.path} has the sizes {', '.join(map(str, sizes))}", "choose one with --image_size")
     size = image_size or sizes[0]
-    store.check_size(size)
-    if not len(store):
-        raise VdiffError(f"{store.path} holds no images", "prepare it again")
+    _check_images(store, size)
     return store, size
 
 
-def open_batches(store: AnyStore, **options: Any) -> Batches:
-    """The batches of a dataset; the options are those of `ImageBatches`, which both kinds share."""
-    return ImageBatches(store, **options) if isinstance(store, ImageStore) else ShardBatches(store, **options)
+def _check_images(store: AnyStore, size: int) -> None:
+    store.check_size(size)
+    if not len(store):
+        raise VdiffError(f"{store.path} holds no images", "prepare it again")
+
+
+def facts(dataset: AnyStore) -> dict[str, Any]:
+    """What a dataset is and how it was made, as plain values; `classes` counts images where that is quick (LMDB)."""
+    meta = asdict(dataset.meta)
+    values: dict[str, Any] = {"path": str(dataset.path), "images": len(dataset), **meta}
+    if isinstance(dataset, ShardStore):
+        return {**values, "format": "tar shards", "bytes": dataset.num_bytes, "shards": len(dataset.shards)}
+    counts = Counter(dataset.label(index) for index in range(len(dataset))) if meta["class_names"] else Counter()
+    return {
+        **values,
+        "format": "lmdb",
+        "bytes": sum(file.stat().st_size for file in dataset.path.iterdir()),
+        "classes": {name: counts[number] for number, name in enumerate(meta["class_names"])},
+    }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found: `problems` says what is wrong where (the first 20); `checked` images were decoded.
+
+    `fingerprint` is "equal", "unequal", or "none" in a dataset that another program wrote.
+    """
+
+    path: str
+    checked: int
+    num_problems: int
+    problems: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def is_good(self) -> bool:
+        """Whether everything is as it was written."""
+        return not self.num_problems and self.fingerprint != "unequal"
+
+
+def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None = None) -> Verification:
+    """Decode every image in every size, and compare the checksums with those of the description."""
+    link, checked, num_problems, total = FIRST_LINK, 0, 0, len(dataset)
+    problems: list[str] = []
+    stretches = list(dataset.stretches())
+    count = len(stretches) if isinstance(dataset, ImageStore) else math.inf  # shards are few and large
+    with (reporter or Silent()).progress("verify", total, "images") as progress:
+        for digests, found in ordered_map(partial(_check, dataset), stretches, num_workers, num_items=count):
+            for digest in digests:
+                link = next_link(link, digest)
+            checked += len(digests)
+            num_problems += len(found)
+            problems += found[: SHOWN_PROBLEMS - len(problems)]
+            progress.update(checked, f"{num_problems} problems" if num_problems else "")
+    if checked != total:
+        num_problems += 1
+        problems.append(f"{checked} images, not {total}")
+    recorded = dataset.meta.fingerprint
+    actual = link.hex() if isinstance(dataset, ImageStore) else dataset.fingerprint()
+    state = "none" if not recorded else "equal" if recorded == actual else "unequal"
+    return Verification(str(dataset.path), checked, num_problems, tuple(problems), state)
+
+
+def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], list[str]]:
+    """Decode a stretch of a dataset; answers each image's digest, and what is wrong."""
+    digests: list[bytes] = []
+    problems: list[str] = []
+    start, stop = stretch
+    while start + len(digests) < stop:
+        try:
+            for name, images, label in dataset.stretch(start + len(digests), stop):
+                digests.append(digest_of(images, label))
+                for size, encoded in images.items():
+                    if problem := _problem(encoded, size):
+                        problems.append(f"image {name}, size {size}: {problem}")
+            break
+        except VdiffError as error:
+            problems.append(error.cause)
+            if not isinstance(dataset, ImageStore):
+                break
+            digests.append(b"")  # the images after it can be read
+    return digests, problems
+
+
+def _problem(encoded: bytes, size: int) -> str:
+    """What is wrong with an encoded image; nothing if it is whole."""
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+            return "" if image.size == (size, size) else f"it is {image.width}×{image.height}"
+    except Exception as error:  # decoders raise whatever damaged data makes them stumble over
+        return cause_of(error)
+
+
+def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_rows: int = 20) -> PIL.Image.Image:
+    """A contact sheet: a row for each class (evenly chosen where there are more than rows), or rows without names.
+
+    Images are evenly spread over their class, or over the whole set; of tar shards, over the first images.
+
+    Raises:
+        VdiffError: the dataset has no such size, or no images.
+    """
+    import torch
+
+    from vdiff.data.batches import decode
+    from vdiff.data.images import captioned_grid
+    from vdiff.models.codec import from_uint8
+
+    def tensor(encoded: bytes) -> Tensor:
+        return from_uint8(torch.from_numpy(np.array(decode(encoded, channels, side, f"an image of {dataset.path}"))))
+
+    side = size or dataset.meta.sizes[-1]
+    _check_images(dataset, side)
+    names, channels, titles = dataset.meta.class_names, dataset.meta.channels, None
+    of_class: dict[int | None, list[Callable[[], bytes]]] = {}
+    if isinstance(dataset, ImageStore):
+        for index in range(len(dataset)):
+            of_class.setdefault(dataset.label(index), []).append(partial(dataset.encoded, side, index))
+    else:
+        for _, images, label in islice(dataset.stretch(0, len(dataset)), SHEET_IMAGES):
+            of_class.setdefault(label, []).append(partial(bytes, images[side]))
+    if names:
+        shown = [names.index(name) for name in _spread(names, max_rows)]
+        rows = [_spread(of_class.get(label, []), columns) for label in shown]
+        titles = [printable(f"{names[label]} ({len(of_class.get(label, []))})") for label in shown]
+    else:
+        chosen = _spread(of_class[None], columns * max_rows)
+        rows = [chosen[start : start + columns] for start in range(0, len(chosen), columns)]
+    blank = torch.ones(channels, side, side)
+    cells = [[tensor(get()) for get in row] + [blank] * (columns - len(row)) for row in rows]
+    title = printable(f"{dataset.meta.name}: {len(dataset):,} images of {side} pixels")
+    return captioned_grid(cells, [""] * columns, titles, title)
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[len(items) * k // count] for k in range(count)]
+
+
+def merge(
+    paths: Sequence[Path], out: Path, *, overwrite: bool = False, reporter: Reporter | None = None
+) -> DatasetMeta:
+    """Join all parts 1/n … n/n of one preparation, in any order, into the folder `out`.
+
+    Equal to what one run over all images would have written, byte for byte; tar shards are linked or copied.
+
+    Raises:
+        VdiffError: a part is missing, given twice, incomplete or of another preparation; `out` exists; the disk
+            refuses.
+    """
+    parts = in_order([open_dataset(path) for path in paths])
+    whole = replace(parts[0].meta, shard="", counts={}, fingerprint="")
+    counts = {key: sum((Counter(part.meta.counts[key]) for part in parts), Counter[str]()) for key in COUNTED}
+    sums = {key: dict(sorted(joined.items())) for key, joined in counts.items()}
+    # every part saw the whole list of files, so what is ignored is the same in all
+    sums |= {"images": sum(part.meta.counts["images"] for part in parts), "ignored": parts[0].meta.counts["ignored"]}
+    with new_folder(out, DATASET, overwrite=overwrite) as folder:
+        if stores := [part for part in parts if isinstance(part, ImageStore)]:
+            meta = _join_stores(stores, folder, whole, sums, reporter or Silent())
+        else:
+            meta = join_shards([part for part in parts if isinstance(part, ShardStore)], folder, whole, sums)
+        if rejected := [path for part in parts if (path := Path(part.path) / REJECTED_FILE).exists()]:
+            text = b"".join(path.read_bytes() for path in rejected)
+            write_whole(folder / REJECTED_FILE, lambda target: target.write_bytes(text))
+    return meta
+
+
+def in_order(parts: Sequence[AnyStore]) -> list[AnyStore]:
+    """The parts 1/n … n/n. Raises VdiffError: they are not all parts of one preparation, or not each of them once."""
+    first = parts[0]
+    count = first.meta.shard.partition("/")[2]
+    of_number: dict[int, AnyStore] = {}
+    for part in parts:
+        number, _, of = part.meta.shard.partition("/")
+        if not number:
+            raise VdiffError(f"{part.path} is no part of a dataset", "give folders that --shard i/n prepared")
+        if (part.meta.origin, type(part)) != (first.meta.origin, type(first)):
+            raise VdiffError(
+                f"{part.path} and {first.path} come from different images or settings",
+                "prepare all parts from the same source with the same options",
+            )
+        if of != count:
+            raise VdiffError(f"{part.path} is part {part.meta.shard}, {first.path} one of {count}", "cut alike")
+        if (other := of_number.setdefault(int(number), part)) is not part:
+            raise VdiffError(f"{part.path} and {other.path} are both part {number}", "give each once")
+    if missing := [f"{number}/{count}" for number in range(1, int(count) + 1) if number not in of_number]:
+        raise VdiffError(f"part {', '.join(missing)} is missing", f"prepare it with --shard {missing[0]}")
+    return [of_number[number] for number in sorted(of_number)]
+
+
+def _join_stores(
+    parts: Sequence[ImageStore], folder: Path, meta: DatasetMeta, counts: dict[str, Any], reporter: Reporter
+) -> DatasetMeta:
+    writer = StoreWriter(folder, meta)
+    with reporter.progress("merge", sum(map(len, parts)), "images") as progress:
+        for part in parts:
+            for _, images, label in part.stretch(0, len(part)):
+                writer.add(images, label)
+                if writer.is_due:
+                    writer.commit()
+                    progress.update(writer.length)
+            part.close()
+        progress.update(writer.length)
+    return writer.finish(counts)
+
+
+def join_shards(
+    parts: Sequence[ShardStore], folder: Path, meta: DatasetMeta, counts: Mapping[str, object]
+) -> DatasetMeta:
+    """Link (or copy, across disks) the shards of parts in order into `folder` and write their common index.
+
+    Raises:
+        VdiffError: two parts have a shard of the same name; the disk refuses.
+    """
+    shards = [shard for part in parts for shard in part.shards]
+    for part in parts:
+        for shard in part.shards:
+            source, target = Path(part.place(shard)), folder / shard.file
+            if target.exists():
+                raise VdiffError(f"{part.path} has a shard {shard.file}, and so has another part", "give each once")
+            try:
+                os.link(source, target)
+            except OSError:
+                write_whole(target, partial(shutil.copyfile, source))
+    meta = replace(meta, counts=counts, complete=True, fingerprint=fingerprint_of(shard.sha256 for shard in shards))
+    write_index(folder, meta, shards)
+    return meta

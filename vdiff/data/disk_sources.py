@@ -7,7 +7,6 @@ import gzip
 import lzma
 import math
 import os
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -36,21 +35,28 @@ from vdiff.data.listing import OWN_PICTURES, SPLITS, Item, ListingWriter, key_of
 from vdiff.data.source import Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import DATA_FILE, JOB_FILE, PARTIAL_SUFFIX, ImageStore, is_lmdb
 from vdiff.data.tar_files import is_tar, members
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import write_whole
-from vdiff.text import cause_of
 
 MAX_RATIO = 100
 """How many times smaller a compressed tar of pictures may be; packed pictures hardly shrink."""
+TOO_LARGE = f"it unpacks to more than {MAX_RATIO} times its size"
+IMAGES_ARRAY = "arr_0.npy"
+DAMAGE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+"""What reading a damaged archive may raise."""
+COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 class _OnDisk(Source):
     """What folders and archives have in common."""
 
+    unknown_options: tuple[str, ...] = ("image_column",)
+    advice = ""
+
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
-        self.path = self.root = path
+        self.path = self.root = self.plain = path  # `plain` lies elsewhere where it is unpacked
         self.options = options or SourceOptions()
-        self.options.refuse(str(path), "image_column")
+        self.options.refuse(path, *self.unknown_options)
         split = self.options.split.lower()
         suffix = "" if SPLITS.get(split, split) in ("", "train") else f"_{split}"
         self.name = clean_name((path.resolve().name if path.is_dir() else path.name.split(".")[0]) or "images") + suffix
@@ -61,6 +67,26 @@ class _OnDisk(Source):
         of_file = {} if self.root.is_dir() else {"bytes": status.st_size, "modified": status.st_mtime_ns}
         asked = {key: value for key in ("split", "label_column") if (value := getattr(self.options, key))}
         return {"path": str(self.root.resolve()), **of_file, **asked}
+
+    def _damage_explained(self, *kinds: type[Exception]) -> AbstractContextManager[None]:
+        return explained(f"cannot read {self.root}", self.advice, *DAMAGE, *kinds)
+
+    def _unpack_to(self, target: Path, packed: IO[bytes]) -> None:
+        """Write what `packed` holds, in full or not at all, to `target`, from where it is read."""
+        most = max(MAX_RATIO * self.root.stat().st_size, MAX_FILE_BYTES)
+
+        def read() -> bytes:
+            with self._damage_explained():
+                return packed.read(2**20)
+
+        def copy(temporary: Path) -> None:
+            with open(temporary, "wb") as unpacked:
+                while block := read():
+                    if unpacked.tell() + len(block) > most:
+                        raise ValueError(TOO_LARGE)
+                    unpacked.write(block)
+
+        write_whole(target, copy)
 
 
 class _Files(_OnDisk):
@@ -129,12 +155,18 @@ class _Files(_OnDisk):
         return b""
 
     def _text(self, item: Item) -> bytes:
-        try:
+        with explained(f"{self.root}: cannot read {item.name}", "mend it, or move it away", UnreadableImageError):
             data = self.read(item).data
-        except UnreadableImageError as error:
-            raise VdiffError(f"{self.root}: cannot read {item.name}: {error}", "mend it, or move it away") from None
         assert isinstance(data, bytes)
         return data
+
+
+@contextmanager
+def _unreadable_if_refused() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
 
 
 class Folder(_Files):
@@ -142,15 +174,13 @@ class Folder(_Files):
 
     @contextmanager
     def _open(self, item: Item) -> Iterator[tuple[IO[bytes], int]]:
-        path = self.root / item.name
-        try:
+        with _unreadable_if_refused():
+            path = self.root / item.name
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
                 raise UnreadableImageError("unreadable", "not a regular file")
             with open(path, "rb") as file:
                 yield file, status.st_size
-        except OSError as error:
-            raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
 
     def _files(self) -> Iterator[tuple[str, str]]:
         def refuse(error: OSError) -> None:
@@ -158,36 +188,25 @@ class Folder(_Files):
 
         entered = set()
         for folder, subfolders, files in os.walk(self.root, followlinks=True, onerror=refuse):
-            # a link to a folder above would lead in circles
             real = os.path.realpath(folder)
-            if real in entered:
+            # a link to a folder above would lead in circles; a dataset that is being prepared is no folder of images
+            if real in entered or (JOB_FILE in files and folder.endswith(PARTIAL_SUFFIX)):
                 subfolders.clear()
                 continue
             entered.add(real)
             # hidden folders are not worth walking; sorting settles which of two links to a folder counts
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            if JOB_FILE in files and folder.endswith(PARTIAL_SUFFIX):  # a dataset that is being prepared
-                subfolders.clear()
-                continue
             relative = Path(folder).relative_to(self.root)
-            for file in files:
-                yield (relative / file).as_posix(), ""
+            yield from (((relative / file).as_posix(), "") for file in files)
 
 
 class Zip(_Files):
     """A zip of images, by the same rules as a folder; every process opens it for itself."""
 
-    def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
-        super().__init__(path, options)
-        self._opened: tuple[int, zipfile.ZipFile] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+    advice = "give an intact zip, or a folder"
 
     def _files(self) -> Iterator[tuple[str, str]]:
-        for info in self._archive().infolist():
-            if not info.filename.endswith("/"):
-                yield info.filename, ""
+        yield from ((info.filename, "") for info in self._archive().infolist() if not info.filename.endswith("/"))
 
     def _content(self, file: IO[bytes], num_bytes: int) -> bytes:
         del num_bytes
@@ -203,80 +222,59 @@ class Zip(_Files):
                 yield member, info.file_size
         except UnreadableImageError:
             raise
-        except RuntimeError as error:
-            raise UnreadableImageError("encrypted" if "encrypted" in str(error) else "unreadable", str(error)) from None
-        except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError) as error:
-            raise UnreadableImageError("unreadable", str(error)) from None
-        except Exception as error:  # zlib.error and its like, from a damaged member
-            raise UnreadableImageError("unreadable", f"{type(error).__name__}: {error}") from None
+        except Exception as error:  # zipfile's own, and whatever a damaged member makes a decoder stumble over
+            is_known = isinstance(error, (*DAMAGE[:3], RuntimeError, zipfile.BadZipFile))
+            detail = str(error) if is_known else f"{type(error).__name__}: {error}"
+            is_encrypted = isinstance(error, RuntimeError) and "encrypted" in str(error)
+            raise UnreadableImageError("encrypted" if is_encrypted else "unreadable", detail) from None
 
     def _archive(self) -> zipfile.ZipFile:
         # a file handle shared across a fork would share its position
         if self._opened is None or self._opened[0] != os.getpid():
-            try:
+            # zipfile raises whatever a damaged directory makes it stumble over
+            with self._damage_explained(Exception):
                 self._opened = (os.getpid(), zipfile.ZipFile(self.root))
-            except Exception as error:  # zipfile raises whatever a damaged directory makes it stumble over
-                raise VdiffError(f"cannot read {self.root}: {error}", "give an intact zip, or a folder") from None
-        return self._opened[1]
+        archive: zipfile.ZipFile = self._opened[1]
+        return archive
 
 
 class Tar(_Files):
     """A tar of images, by the same rules as a folder; a compressed one is unpacked once, to be read from anywhere."""
 
-    def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
-        super().__init__(path, options)
-        self.plain = path
+    advice = "give an intact tar, or a folder"
 
     def fetch(self, scratch: Path) -> None:
         """Unpack a compressed tar into `scratch`."""
-        if reader_of(self.root) is not open:
+        if (reader := reader_of(self.root)) is not open:
             self.plain = scratch / "unpacked.tar"
             if not self.plain.exists():
-                write_whole(self.plain, self._unpack)
-
-    def _unpack(self, target: Path) -> None:
-        most = max(MAX_RATIO * self.root.stat().st_size, MAX_FILE_BYTES)
-        try:
-            with reader_of(self.root)(self.root, "rb") as packed, open(target, "wb") as unpacked:
-                while block := packed.read(2**20):
-                    if unpacked.tell() + len(block) > most:
-                        raise ValueError(f"it unpacks to more than {MAX_RATIO} times its size")
-                    unpacked.write(block)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, ValueError) as error:
-            raise self._damaged(error) from None
+                with self._damage_explained(), reader(self.root, "rb") as packed:
+                    self._unpack_to(self.plain, packed)
 
     def _files(self) -> Iterator[tuple[str, str]]:
-        try:
-            with open(self.plain, "rb") as file:
-                for _, member in members(file):
-                    if not member.isdir():
-                        is_whole = member.isreg() and not member.issparse()
-                        yield member.name, f"{member.offset_data} {member.size}" if is_whole else ""
-        except (tarfile.TarError, OSError) as error:
-            raise self._damaged(error) from None
+        with self._damage_explained(), open(self.plain, "rb") as file:
+            for _, member in members(file):
+                if not member.isdir():
+                    is_whole = member.isreg() and not member.issparse()
+                    yield member.name, f"{member.offset_data} {member.size}" if is_whole else ""
 
     @contextmanager
     def _open(self, item: Item) -> Iterator[tuple[IO[bytes], int]]:
         if not item.place:
             raise UnreadableImageError("unreadable", "not a regular file")
         offset, num_bytes = map(int, item.place.split())  # a listing is checked when it is opened
-        try:
-            with open(self.plain, "rb") as file:
-                file.seek(offset)
-                yield file, num_bytes
-        except OSError as error:
-            raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
-
-    def _damaged(self, error: Exception) -> VdiffError:
-        return VdiffError(f"cannot read {self.root}: {error}", "give an intact tar, or a folder")
+        with _unreadable_if_refused(), open(self.plain, "rb") as file:
+            file.seek(offset)
+            yield file, num_bytes
 
 
 class Dataset(_OnDisk):
     """A prepared dataset, ours or a rosinality-style LMDB: its largest images once more."""
 
+    unknown_options = ("image_column", "split", "label_column")
+
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
         super().__init__(path, options)
-        self.options.refuse(str(path), "split", "label_column")
         self.store = ImageStore(path)
         meta = self.store.meta
         self.size = meta.sizes[-1]
@@ -309,7 +307,7 @@ def reader_of(path: Path) -> Callable[..., IO[bytes]]:
 
 def is_tar_file(path: Path) -> bool:
     """Whether a file is a tar, perhaps a compressed one."""
-    with suppress(OSError, EOFError, lzma.LZMAError, zlib.error), reader_of(path)(path, "rb") as file:
+    with suppress(*DAMAGE), reader_of(path)(path, "rb") as file:
         return is_tar(file)
     return False
 
@@ -317,40 +315,35 @@ def is_tar_file(path: Path) -> bool:
 class Npz(_OnDisk):
     """`arr_0` (N, H, W, C) uint8 and, where there are classes, `arr_1` (N,), as sample.py and ADM write samples."""
 
+    unknown_options = ("image_column", "split", "label_column")
+    advice = "give an npz of samples, or images in a folder"
+
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
         super().__init__(path, options)
-        self.options.refuse(str(path), "split", "label_column")
-        self.plain = path  # until it is unpacked
-        with self._archive(path) as archive, archive.open(IMAGES_ARRAY) as file:
+        with self._archive() as archive, archive.open(IMAGES_ARRAY) as file:
             read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
             self.shape, is_fortran, dtype = read(file)
             self.offset = file.tell()
             if dtype != np.uint8 or is_fortran or len(self.shape) != 4 or self.shape[3] not in (1, 3):
                 raise ValueError(f"arr_0 is {dtype} {self.shape}, not uint8 (N, H, W, 1 or 3)")
         self.defaults = Defaults(min(self.shape[1:3]), self.shape[3], "png")
-        self._images: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_images": None}
 
     def fetch(self, scratch: Path) -> None:
         """Unpack the images into `scratch`, to be read from anywhere."""
         self.plain = scratch / IMAGES_ARRAY
-        if not self.plain.exists():
-            write_whole(self.plain, self._unpack)
-
-    def _unpack(self, target: Path) -> None:
-        with self._archive(self.root) as archive, archive.open(IMAGES_ARRAY) as file, open(target, "wb") as out:
+        if self.plain.exists():
+            return
+        with self._archive() as archive, archive.open(IMAGES_ARRAY) as file:
             num_bytes = archive.getinfo(IMAGES_ARRAY).file_size
             if num_bytes > max(MAX_RATIO * self.root.stat().st_size, MAX_FILE_BYTES):
-                raise ValueError(f"it unpacks to more than {MAX_RATIO} times its size")
+                raise ValueError(TOO_LARGE)
             if num_bytes != self.offset + math.prod(self.shape):
                 raise ValueError(f"arr_0 has {num_bytes} bytes, which are not {self.shape}")
-            shutil.copyfileobj(file, out, 2**20)
+            self._unpack_to(self.plain, file)
 
     def fill(self, listing: ListingWriter) -> None:
         """The images in their order, with their classes; numbers are names where the file knows none."""
-        with self._archive(self.root) as archive:
+        with self._archive() as archive:
             listing.class_names, labels = (), [None] * self.shape[0]
             if "arr_1.npy" in archive.namelist():
                 with archive.open("arr_1.npy") as file:
@@ -366,33 +359,17 @@ class Npz(_OnDisk):
 
     def read(self, item: Item) -> Sample:
         """The picture."""
-        if self._images is None:
-            self._images = np.memmap(self.plain, np.uint8, "r", self.offset, self.shape)
-        pixels = self._images[int(item.name)]
+        if self._opened is None:
+            self._opened = np.memmap(self.plain, np.uint8, "r", self.offset, self.shape)
+        pixels = self._opened[int(item.name)]
         return Sample(PIL.Image.fromarray(pixels[..., 0] if self.shape[3] == 1 else pixels), item.label)
 
     @contextmanager
-    def _archive(self, path: Path) -> Iterator[zipfile.ZipFile]:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                yield archive
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            MemoryError,
-            NotImplementedError,
-            zlib.error,
-        ) as error:
-            raise VdiffError(
-                f"cannot read {path}: {cause_of(error)}", "give an npz of samples, or images in a folder"
-            ) from None
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
+        with self._damage_explained(KeyError, MemoryError, NotImplementedError), zipfile.ZipFile(self.root) as archive:
+            yield archive
 
 
-IMAGES_ARRAY = "arr_0.npy"
-COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 ON_DISK: tuple[tuple[Callable[[Path], bool], Callable[[Path, SourceOptions], Source]], ...] = (
     (is_lmdb, Dataset),
     (Path.is_dir, Folder),

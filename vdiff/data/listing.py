@@ -9,27 +9,23 @@ import posixpath
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from vdiff.data.labels import FileLabels, clean_name, in_order
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import check_regular, parse
 
-BATCH_ROWS = 2_000
 SHOWN_NAMES = 5
 OWN_PICTURES = "drawn by vdiff"
 SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 
 
@@ -66,8 +62,7 @@ class Listing:
             "SELECT name, label, place FROM images WHERE rowid > ? AND rowid <= ? ORDER BY rowid",
             (start, len(self) if stop is None else stop),
         )
-        for name, label, place in rows:
-            yield Item(_decode(name), label, place)
+        yield from (Item(_decode(name), label, place) for name, label, place in rows)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -94,17 +89,19 @@ class ListingWriter:
         self._order: dict[str, None] | None = None
         self._remarks: list[str] = []
         self._ignored = Counter[str]()
-        self._rows: list[tuple[bytes, bytes, int | None, str]] = []
         self._temporary = path and path.with_name(f".{path.name}.tmp")
         if self._temporary:
             self._temporary.unlink(missing_ok=True)
         self._database = sqlite3.connect(self._temporary or ":memory:", isolation_level=None)
-        # a listing that is cut short is made again, so nothing in it needs to be durable before the end
-        self._execute("PRAGMA journal_mode = OFF")
-        self._execute("PRAGMA synchronous = OFF")
-        self._execute("CREATE TABLE found (key BLOB PRIMARY KEY, name BLOB, label INTEGER, place TEXT) WITHOUT ROWID")
-        self._execute("CREATE TABLE images (name BLOB, label INTEGER, place TEXT)")
-        self._execute("CREATE TABLE facts (facts TEXT)")
+        for statement in (
+            # a listing that is cut short is made again, so nothing in it needs to be durable before the end
+            "PRAGMA journal_mode = OFF",
+            "PRAGMA synchronous = OFF",
+            "CREATE TABLE found (key BLOB PRIMARY KEY, name BLOB, label INTEGER, place TEXT) WITHOUT ROWID",
+            "CREATE TABLE images (name BLOB, label INTEGER, place TEXT)",
+            "CREATE TABLE facts (facts TEXT)",
+        ):
+            self._execute(statement)
 
     def __enter__(self) -> ListingWriter:
         self._execute("BEGIN")
@@ -148,11 +145,8 @@ class ListingWriter:
 
     def leave_out_own(self, folders: Sequence[str], files: Sequence[str]) -> bool:
         """Leave out what vdiff drew: files, and folders of samples unless one is all there is; whether folders were."""
-        self._write_rows()
         bounds = [(key + b"\0", key + b"\1") for folder in folders if (key := _encode(key_of(folder)))]
-        inside = sum(
-            self._execute("SELECT count(*) FROM found WHERE key > ? AND key < ?", ends)[0][0] for ends in bounds
-        )
+        inside = sum(self._value("SELECT count(*) FROM found WHERE key > ? AND key < ?", ends) for ends in bounds)
         before = self._count()
         if others := len(bounds) > 1 or inside < before:
             self._database.executemany("DELETE FROM found WHERE key > ? AND key < ?", bounds)
@@ -169,7 +163,6 @@ class ListingWriter:
         folder's name as their class. A source that sets `class_names` gives its labels itself. Classes without an
         image are dropped, where labels are known before images are read.
         """
-        self._write_rows()
         folders = self._choose_split()
         if self.class_names is not None:
             names = self._used_classes(self.class_names)
@@ -177,17 +170,12 @@ class ListingWriter:
             names = self._label_files(self._order)
         else:
             names = self._class_folders(*folders)
-        class_names = tuple(names)
-        self._database.create_function("shuffle", 1, lambda key: hashlib.sha256(key).digest(), deterministic=True)
+        self._function("shuffle", lambda key: hashlib.sha256(key).digest())
         order = "shuffle(key)" if self.shuffled else "key"
         self._execute("INSERT INTO images SELECT name, label, place FROM found ORDER BY " + order)
         self._execute("DROP TABLE found")
         self._execute("DROP TABLE IF EXISTS labels")
-        facts = {
-            "class_names": class_names,
-            "ignored": dict(sorted(self._ignored.items())),
-            "remarks": self._remarks,
-        }
+        facts = {"class_names": names, "ignored": dict(sorted(self._ignored.items())), "remarks": self._remarks}
         facts["fingerprint"], check = _checksums(self._database, json.dumps(facts))
         self._execute("INSERT INTO facts VALUES (?)", (json.dumps({**facts, "check": check}),))
         self._execute("COMMIT")
@@ -198,28 +186,24 @@ class ListingWriter:
         return open_listing(self.path)
 
     def _add(self, key: str, name: str, label: int | None, place: str) -> None:
-        self._rows.append((_encode(key), _encode(name), label, place))
-        if len(self._rows) >= BATCH_ROWS:
-            self._write_rows()
-
-    def _write_rows(self) -> None:
-        try:
-            self._database.executemany("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", self._rows)
-        except sqlite3.Error as error:
-            raise self._refused(error) from None
-        self._rows.clear()
+        row = (_encode(key), _encode(name), label, place)
+        self._execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", row)
 
     def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        try:
+        with self._refusals_explained():
             return self._database.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise self._refused(error) from None
 
-    def _refused(self, error: sqlite3.Error) -> VdiffError:
-        return VdiffError(f"cannot write {self.path}: {error}", "free space or choose another --out")
+    def _value(self, statement: str, values: tuple[Any, ...] = ()) -> Any:
+        return self._execute(statement, values)[0][0]
+
+    def _function(self, name: str, function: Callable[[Any], Any]) -> None:
+        self._database.create_function(name, 1, function, deterministic=True)
+
+    def _refusals_explained(self) -> AbstractContextManager[None]:
+        return explained(f"cannot write {self.path}", "free space or choose another --out", sqlite3.Error)
 
     def _count(self) -> int:
-        return int(self._execute("SELECT count(*) FROM found")[0][0])
+        return int(self._value("SELECT count(*) FROM found"))
 
     def _choose_split(self) -> tuple[int, list[bytes], int]:
         """Keep the images of one split, where folders are splits; answers `_folders` of what is left, below them.
@@ -240,7 +224,7 @@ class ListingWriter:
             raise OptionError(f"--split {wanted}: there are only {there}", "choose one of them, or all")
         before = self._count()
         if wanted != "all":
-            self._database.create_function("folder_of", 1, lambda key: _folder(key, depth), deterministic=True)
+            self._function("folder_of", lambda key: _folder(key, depth))
             marks = ", ".join("?" * len(kept))
             self._execute(f"DELETE FROM found WHERE folder_of(key) NOT IN ({marks})", tuple(kept))
             taken = ", ".join(clean_name(_decode(folder)) for folder in kept)
@@ -257,27 +241,24 @@ class ListingWriter:
         numbers = {label: number for number, label in enumerate(found)}
         empty = [name for label, name in enumerate(class_names) if label not in numbers]
         self._remarks.append(f"{len(empty)} of {len(class_names)} classes have no images, dropped: {few(empty)}")
-        self._database.create_function("number_of", 1, numbers.__getitem__, deterministic=True)
+        self._function("number_of", numbers.__getitem__)
         self._execute("UPDATE found SET label = number_of(label)")
         return [class_names[label] for label in found]
 
     def _label_files(self, order: dict[str, None]) -> list[str]:
         """Classes by the label files; images that they give none are left out where they give others one."""
-        where = "FROM found JOIN labels USING (key)"
-        found = [name for (name,) in self._execute(f"SELECT DISTINCT labels.name {where}")]
+        found = [name for (name,) in self._execute("SELECT DISTINCT labels.name FROM found JOIN labels USING (key)")]
         if not found:
-            if named := self._execute("SELECT min(key) FROM labels")[0][0]:
+            if named := self._value("SELECT min(key) FROM labels"):
                 shown = _decode(named.replace(b"\0", b"/"))
                 raise VdiffError(f"the label file names none of the images: {shown}", "give --label_column none")
             return []
         names = in_order(found, order)
-        numbers = {name: number for number, name in enumerate(names)}
-        self._database.create_function("number_of", 1, numbers.__getitem__, deterministic=True)
+        self._function("number_of", {name: number for number, name in enumerate(names)}.__getitem__)
         self._execute(
             "UPDATE found SET label = (SELECT number_of(labels.name) FROM labels WHERE labels.key = found.key)"
         )
-        without = self._execute("SELECT count(*) FROM found WHERE label IS NULL")[0][0]
-        if without:
+        if without := self._value("SELECT count(*) FROM found WHERE label IS NULL"):
             self._execute("DELETE FROM found WHERE label IS NULL")
             self.ignore("without a class", without)
         return names
@@ -290,38 +271,28 @@ class ListingWriter:
             return []
         cleaned = {folder: clean_name(_decode(folder)) for folder in folders}
         names = list(dict.fromkeys(cleaned.values()))
-        changed = [name for folder, name in cleaned.items() if name != _decode(folder)]
-        if changed:
+        if changed := [name for folder, name in cleaned.items() if name != _decode(folder)]:
             self._remarks.append(f"class names that cannot be printed are written as {few(changed)}")
         numbers = {folder: names.index(name) for folder, name in cleaned.items()}
-        self._database.create_function("label_of", 1, lambda key: numbers[_folder(key, depth)], deterministic=True)
+        self._function("label_of", lambda key: numbers[_folder(key, depth)])
         self._execute("UPDATE found SET label = label_of(key)")
         return names
 
     def _folders(self, depth: int = 0) -> tuple[int, list[bytes], int]:
         """How many folders all images share (at least `depth`), those below them, and how many images lie in none."""
-        ends = self._execute("SELECT min(key), max(key) FROM found")[0]
-        if ends[0] is None:
+        first, last = self._execute("SELECT min(key), max(key) FROM found")[0]
+        if first is None:
             return depth, [], 0
-        first, last = (key.split(b"\0")[:-1] for key in ends)
         # keys are sorted, so what the first and the last share, all share
-        depth = max(depth, len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))))
-        folders, loose = dict[bytes, None](), 0
-        for (key,) in self._database.execute("SELECT key FROM found ORDER BY key"):
-            folder = _folder(key, depth)
-            if folder:
-                folders[folder] = None
-            else:
-                loose += 1
-        return depth, list(folders), loose
+        pairs = zip(first.split(b"\0")[:-1], last.split(b"\0")[:-1], strict=False)
+        depth = max(depth, len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
+        counts = Counter(_folder(key, depth) for (key,) in self._database.execute("SELECT key FROM found ORDER BY key"))
+        loose = counts.pop(b"", 0)
+        return depth, list(counts), loose
 
 
 def open_listing(path: Path) -> Listing:
-    """The listing in a file that `ListingWriter` finished.
-
-    Raises:
-        VdiffError: it cannot be read.
-    """
+    """The listing in a file that `ListingWriter` finished. Raises VdiffError: it cannot be read."""
     database = None
     try:
         check_regular(path)

@@ -59,43 +59,33 @@ class LmdbFile:
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key; None if there is none."""
-        number = self._root
-        for _ in range(MAX_LEVELS):
-            if number == NO_PAGE:
-                return None
-            is_leaf, page, nodes = self._nodes(number)
-            if not is_leaf:
-                number = self._below(page, nodes, self._place(page, nodes, key))
-                continue
-            place = bisect_left(nodes, key, key=lambda node: self._key(page, node))
-            if place == len(nodes) or self._key(page, nodes[place]) != key:
-                return None
-            return self._value(page, nodes[place])
-        raise self._damaged(f"its tree has more than {MAX_LEVELS} levels")
+        found = self._seek(self._root, key)
+        return self._value(*found) if found and self._key(*found) == key else None
 
     def first_key(self, start: bytes) -> bytes | None:
         """The first key that is not before `start`; None if there is none."""
-        found = self._seek(self._root, start, 0) if self._root != NO_PAGE else None
-        if found is not None and found < start:
+        if not (found := self._seek(self._root, start)):
+            return None
+        if (key := self._key(*found)) < start:
             raise self._damaged("its keys are out of order")
-        return found
+        return key
 
-    def _seek(self, number: int, start: bytes, level: int) -> bytes | None:
-        if level > MAX_LEVELS:
+    def _seek(self, number: int, start: bytes, level: int = 0) -> tuple[bytes, int] | None:
+        """The page and the node of the first key that is not before `start` in the tree below page `number`."""
+        if number == NO_PAGE:
+            return None
+        if level >= MAX_LEVELS:
             raise self._damaged(f"its tree has more than {MAX_LEVELS} levels")
         is_leaf, page, nodes = self._nodes(number)
         if is_leaf:
             place = bisect_left(nodes, start, key=lambda node: self._key(page, node))
-            return self._key(page, nodes[place]) if place < len(nodes) else None
-        place = self._place(page, nodes, start)
-        found = self._seek(self._below(page, nodes, place), start, level + 1)
+            return (page, nodes[place]) if place < len(nodes) else None
+        # the key of the first node of a branch counts as the smallest of all
+        place = bisect_right(nodes, start, lo=1, key=lambda node: self._key(page, node)) - 1
+        found = self._seek(self._below(page, nodes[place]), start, level + 1)
         if found is None and place + 1 < len(nodes):
-            return self._seek(self._below(page, nodes, place + 1), b"", level + 1)
+            return self._seek(self._below(page, nodes[place + 1]), b"", level + 1)
         return found
-
-    def _place(self, page: bytes, nodes: tuple[int, ...], key: bytes) -> int:
-        """Which node of a branch leads to `key`; the key of the first one counts as the smallest of all."""
-        return bisect_right(nodes, key, lo=1, key=lambda node: self._key(page, node)) - 1
 
     def _meta(self, number: int) -> tuple[int, int, int, int]:
         """Transaction, entries, root and last page of one of the two descriptions."""
@@ -129,8 +119,8 @@ class LmdbFile:
         (length,) = struct.unpack_from("=H", page, node + 6)
         return page[node + NODE_BYTES : node + NODE_BYTES + length]
 
-    def _below(self, page: bytes, nodes: tuple[int, ...], place: int) -> int:
-        low, high, top = struct.unpack_from("=HHH", page, nodes[place])
+    def _below(self, page: bytes, node: int) -> int:
+        low, high, top = struct.unpack_from("=HHH", page, node)
         return int(low | high << 16 | top << 32)
 
     def _value(self, page: bytes, node: int) -> bytes:

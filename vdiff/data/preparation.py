@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sqlite3
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,19 +20,18 @@ from typing import Any, TypeVar
 from vdiff import __version__
 from vdiff.data.colour import NARROW, common_range
 from vdiff.data.conversion import ConversionConfig, Converted, convert, value_extremes
+from vdiff.data.datasets import open_dataset
 from vdiff.data.image_files import UnreadableImageError
-from vdiff.data.journal import REJECTED_FILE, Journal, Rejected
 from vdiff.data.listing import Item, Listing, few, open_listing
-from vdiff.data.shard_store import DATASET, ShardStore
-from vdiff.data.shards import IMAGES_PER_SHARD, ShardWriter
+from vdiff.data.shards import DATASET, IMAGES_PER_SHARD, ShardWriter
 from vdiff.data.source import Source
 from vdiff.data.sources import build_listing
-from vdiff.data.store import DatasetMeta, ImageStore
+from vdiff.data.store import BEGIN_ANEW, JOB_FILE, REJECTED_FILE, DatasetMeta, StoreWriter, partial_folder
 from vdiff.data.workers import ordered_map
-from vdiff.data.writer import StoreWriter
-from vdiff.errors import VdiffError, stop_explained
-from vdiff.files import parse, write_text
-from vdiff.replacing import check_free, take_place
+from vdiff.errors import VdiffError, explained, printable, stop_explained
+from vdiff.files import make_folder, parse, read_json, write_text, writing
+from vdiff.records import check_same_settings
+from vdiff.replacing import Kind, check_free, discard, holds_keys, locked, take_place
 from vdiff.reporting import Reporter, Silent
 from vdiff.text import plural
 
@@ -38,6 +41,11 @@ CHUNK_ITEMS = 8
 TAR_SUFFIX = ".tar"
 SAMPLED_ITEMS = 16
 PAGE_BYTES = 4096
+FILES = (
+    r"lock|job\.json|(listing|journal)\.sqlite(-\w+)?|unpacked\.tar|arr_0\.npy|range\.json"
+    r"|dataset/((data|lock)\.mdb|rejected\.jsonl|index\.json|[^/]+-\d{6,}\.tar)"
+)
+PREPARATION = Kind("preparation", lambda folder: FILES if holds_keys(folder / JOB_FILE, "job", "command") else "")
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class Part:
     def bounds(self, length: int, unit: int) -> tuple[int, int]:
         """The positions [start, stop) of the part; only whole units of `unit` images are shared out."""
         units = -(-length // unit)
-        start, stop = (units * k // self.count * unit for k in (self.number - 1, self.number))
-        return min(start, length), min(stop, length)
+        start, stop = (min(units * k // self.count * unit, length) for k in (self.number - 1, self.number))
+        return start, stop
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,158 @@ class Report:
         return {**asdict(self), "path": str(self.path), "images_per_second": self.images_per_second}
 
 
+@dataclass(frozen=True)
+class Rejected:
+    """A file that was skipped: `reason` is one of a few words, `detail` what the decoder said."""
+
+    path: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
 Result = tuple[Converted, int | None] | Rejected
+
+
+@dataclass
+class Tally:
+    """Where a preparation is: images of the source that are done, and what became of them."""
+
+    position: int = 0
+    images: int = 0
+    rejected_bytes: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)
+
+
+class Journal:
+    """The folder `OUT.partial` of an unfinished preparation: what it is of, how far it is, what was skipped.
+
+    `record` comes before the commit of each batch of images. After a kill, the number of batches that the dataset
+    itself has says which record holds; the list of rejected files is cut back to what it was then.
+
+    `tally` counts what was done, `kept` is the position that a run which ends now would go on from.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.folder = out, partial_folder(out)
+        self.dataset = self.folder / "dataset"
+        self.tally = Tally()
+        self.kept = 0
+        self.is_new = False
+        self._rejected: list[str] = []
+        self._rejected_file = self.dataset / REJECTED_FILE
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Make sure that only one process works on it. Raises VdiffError: another does, or it holds something else."""
+        with locked(self.out, self.folder):
+            check_free(self.folder, PREPARATION, overwrite=True)
+            yield
+
+    def is_over(self, job: Mapping[str, Any]) -> bool:
+        """Whether this very job was finished and put in its place by a run that died before it could leave."""
+        before = self._job()
+        return bool(before and before["job"] == job and not self.dataset.exists() and self.out.exists())
+
+    def begin(self, job: Mapping[str, Any], command: str, *, overwrite: bool) -> None:
+        """Go on with the same job, or begin it.
+
+        Raises:
+            VdiffError: another job is unfinished here, and `overwrite` is off.
+        """
+        before = self._job()
+        if before and not overwrite:
+            hint = f"go on with it: {before['command']}; or {BEGIN_ANEW}"
+            done = f"{self.folder} holds an unfinished preparation"
+            check_same_settings(before["job"], job, done=done, hint=lambda _: hint)
+        self.is_new = before is None or before["job"] != job
+        if before and self.is_new:
+            self.remove()
+        make_folder(self.dataset)  # before the job: `is_over` relies on it
+        write_text(self.folder / JOB_FILE, json.dumps({"job": job, "command": command}, indent=1))
+        self._execute("CREATE TABLE IF NOT EXISTS batches (number INTEGER PRIMARY KEY, tally TEXT)")
+
+    def restore(self, num_committed: int) -> None:
+        """Take up the tally after batch `num_committed`; what was noted later did not come to be."""
+        self._execute("DELETE FROM batches WHERE number > ?", num_committed)
+        rows = self._execute("SELECT tally FROM batches WHERE number = ?", num_committed)
+        if num_committed and not rows:
+            raise VdiffError(f"{self.folder} does not fit together", BEGIN_ANEW)
+        if rows:
+            try:
+                text, _, check = rows[0][0].partition("\n")
+                if check not in ("", _check_of(num_committed, text)):
+                    raise ValueError
+                values = parse(text)
+                self.tally = Tally(**values | {key: Counter(values[key]) for key in ("skipped", "converted")})
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise VdiffError(f"{self.folder}/journal.sqlite is damaged", BEGIN_ANEW) from None
+        self.kept = self.tally.position
+        if self._rejected_file.exists():
+            os.truncate(self._rejected_file, self.tally.rejected_bytes)
+
+    def add_image(self, kinds: Sequence[str]) -> None:
+        """Count an image that was converted."""
+        self.tally.position += 1
+        self.tally.images += 1
+        self.tally.converted.update(kinds)
+
+    def add_rejected(self, rejected: Rejected) -> None:
+        """Note a file that was skipped."""
+        self.tally.position += 1
+        self.tally.skipped[rejected.reason] += 1
+        self._rejected.append(printable(json.dumps(asdict(rejected), ensure_ascii=False)) + "\n")
+
+    def record(self, number: int) -> None:
+        """Make durable what will be true once batch `number` is committed."""
+        if self._rejected:
+            with writing(self._rejected_file), open(self._rejected_file, "ab") as file:
+                file.write("".join(self._rejected).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                self.tally.rejected_bytes = file.tell()
+            self._rejected.clear()
+        text = json.dumps(vars(self.tally))
+        self._execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", number, f"{text}\n{_check_of(number, text)}")
+        self.kept = self.tally.position
+
+    def remove(self) -> None:
+        """Take the folder away."""
+        discard(self.folder)
+
+    def rejected(self) -> Iterator[Rejected]:
+        """The files that were skipped, as far as they are recorded.
+
+        Raises:
+            OSError, ValueError, TypeError: the list cannot be read.
+        """
+        with open(self._rejected_file, encoding="utf-8") as file:
+            yield from (Rejected(**parse(line)) for line in file)
+
+    def _job(self) -> dict[str, Any] | None:
+        path, advice = self.folder / JOB_FILE, f"delete {self.folder}"
+        if not path.exists():
+            return None
+        before = read_json(path, advice)
+        if not (isinstance(before.get("job"), dict) and isinstance(before.get("command"), str)):
+            raise VdiffError(f"{path} cannot be read: it describes no preparation", advice)
+        return before
+
+    def _execute(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        file, hint = self.folder / "journal.sqlite", "free space or choose another --out"
+        with (
+            explained(f"cannot write {self.folder}", hint, sqlite3.Error),
+            closing(sqlite3.connect(file, isolation_level=None)) as database,
+        ):
+            database.execute("PRAGMA synchronous = FULL")
+            return database.execute(statement, values).fetchall()
+
+
+def _check_of(number: int, text: str) -> str:
+    return f"{zlib.crc32(f'{number} {text}'.encode()):08x}"
 
 
 def prepare(
@@ -112,7 +271,7 @@ def prepare(
 
     Args:
         out: with the suffix `.tar`, a folder of tar shards is written, in shuffled order.
-        part: only this part of the images, for `merging.merge` to join.
+        part: only this part of the images, for `datasets.merge` to join.
         command: what completes the dataset, for people who find it incomplete.
 
     Raises:
@@ -125,105 +284,108 @@ def prepare(
     folder = out.with_suffix("") if tars else out
     if folder.is_symlink():  # to another disk, say: the unfinished dataset must lie on it, too
         folder = folder.resolve()
-    job = {
-        "source": source.identity(),
-        "conversion": asdict(config),
-        "part": asdict(part),
-        "tars": tars,
-        "version": __version__,
-    }
+    settings = {"conversion": asdict(config), "part": asdict(part), "tars": tars, "version": __version__}
+    job = json.loads(json.dumps({"source": source.identity(), **settings}))  # with lists for tuples, as it is read back
     began = time.monotonic()
     journal = Journal(folder)
     with journal.lock():
         if journal.is_over(job):
             journal.remove()
-            meta = (ShardStore(str(folder)) if tars else ImageStore(folder)).meta
+            meta = open_dataset(folder).meta
             return _report(meta, folder, meta.counts["images"], began)
-        check_output(folder, source, overwrite=overwrite)
+        if source.path is not None and source.path.resolve().is_relative_to(folder.resolve()):
+            raise VdiffError(f"the images lie in the output folder {folder}", "choose another --out")
+        check_free(folder, DATASET, overwrite=overwrite)
         try:
             with stop_explained(lambda word: f"{word}; {journal.kept} images are done, the same command goes on"):
                 journal.begin(job, command, overwrite=overwrite)
-                meta, kept = _prepare(source, config, part, tars, journal, reporter, num_workers, strict=strict)
+                source.fetch(journal.folder)
+                file = journal.folder / "listing.sqlite"
+                # images that came since a run was cut short do not change what it began
+                with closing(
+                    open_listing(file) if file.exists() else build_listing(source, file, shuffled=tars)
+                ) as listing:
+                    meta, kept = _convert_all(
+                        source, listing, config, part, tars, journal, reporter, num_workers, strict
+                    )
                 take_place(journal.dataset, folder)
                 journal.remove()
                 return _report(meta, folder, kept, began)
         except VdiffError:
-            if journal.is_worthless:
+            if journal.is_new and not journal.kept:
                 journal.remove()
             raise
 
 
-def _prepare(
-    source: Source,
-    config: ConversionConfig,
-    part: Part,
-    tars: bool,
-    journal: Journal,
-    reporter: Reporter,
-    num_workers: int,
-    *,
-    strict: bool,
-) -> tuple[DatasetMeta, int]:
+def _convert_all(
+    source: Source, listing: Listing, config: ConversionConfig, part: Part, tars: bool,
+    journal: Journal, reporter: Reporter, num_workers: int, strict: bool,
+) -> tuple[DatasetMeta, int]:  # fmt: skip
     """Convert what is left into `journal.dataset`; answers its description and how many images it had before."""
-    source.fetch(journal.folder)
-    file = journal.listing_file
-    # images that came since a run was cut short do not change what it began
-    with closing(open_listing(file) if file.exists() else build_listing(source, file, shuffled=tars)) as listing:
-        if not len(listing):
-            ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.items())
-            found = f"; it holds {ignored}" if ignored else ""
-            raise VdiffError(
-                f"no images in {source.path or source.name}{found}", "give a folder or an archive with image files"
-            )
-        for remark in listing.remarks:
-            reporter.line(remark)
-        if config.value_range == "auto":
-            config = replace(config, value_range=_common_range(source, listing, journal, reporter, num_workers))
-        meta = _describe(source, listing, config, part, tars)
-        start, stop = part.bounds(len(listing), IMAGES_PER_SHARD if tars else 1)
-        writer = (
-            ShardWriter(journal.dataset, meta, name=source.name, images_per_shard=IMAGES_PER_SHARD, start=start)
-            if tars
-            else StoreWriter(journal.dataset, meta)
-        )
-        if writer.meta.complete:
-            return writer.meta, 0
-        journal.restore(writer.num_committed)
-        tally, kept = journal.tally, journal.tally.images
-        if kept:
-            reporter.line(f"going on after {tally.position} images of an earlier run")
-        work = partial(_convert, source, config)
-        first = start + tally.position
-        _check_space(work, listing, config, first, stop, journal)
-        with (
-            reporter.progress("prepare", stop - start, "images", start=tally.position) as progress,
-            closing(_map(work, listing, num_workers, first, stop, _num_bytes)) as results,
-        ):
-            for result in results:
-                if isinstance(result, Rejected):
-                    if strict:
-                        raise VdiffError(
-                            str(result), "mend it and give the same command again, or leave out --strict to skip it"
-                        )
-                    journal.add_rejected(result)
-                    writer.skip()
-                else:
-                    converted, label = result
-                    journal.add_image(converted.kinds)
-                    writer.add(converted.images, label)
-                if writer.is_due:
-                    journal.record(writer.num_committed + 1)
-                    writer.commit()
-                skipped = tally.skipped.total()
-                progress.update(tally.position, f"{skipped} skipped" if skipped else "")
-        journal.record(writer.num_committed + 1)
-        if part.count == 1:
-            _check_any(listing, journal)
-            _say_empty_classes(listing, journal, reporter)
-        if (narrow := tally.converted[NARROW]) * 2 > tally.converted["16-bit"] + tally.converted["float"]:
-            what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
-            reporter.line(f"{what}, so they are dark or flat; spread them with --range auto --overwrite")
-        return writer.finish(tally.counts(listing.ignored)), kept
+    if not len(listing):
+        ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.items())
+        what = f"no images in {source.path or source.name}{f'; it holds {ignored}' if ignored else ''}"
+        raise VdiffError(what, "give a folder or an archive with image files")
+    for remark in listing.remarks:
+        reporter.line(remark)
+    if config.value_range == "auto":
+        config = replace(config, value_range=_common_range(source, listing, journal, reporter, num_workers))
+    meta = _describe(source, listing, config, part, tars)
+    start, stop = part.bounds(len(listing), IMAGES_PER_SHARD if tars else 1)
+    writer = (
+        ShardWriter(journal.dataset, meta, name=source.name, images_per_shard=IMAGES_PER_SHARD, start=start)
+        if tars
+        else StoreWriter(journal.dataset, meta)
+    )
+    if writer.meta.complete:
+        return writer.meta, 0
+    journal.restore(writer.num_committed)
+    tally, kept = journal.tally, journal.tally.images
+    if kept:
+        reporter.line(f"going on after {tally.position} images of an earlier run")
+    work = partial(_convert, source, config)
+
+    def num_bytes(result: Result) -> int:
+        return 0 if isinstance(result, Rejected) else sum(map(len, result[0].images.values()))
+
+    first = start + tally.position
+    _check_space(work, listing, config, first, stop, journal)
+    with (
+        reporter.progress("prepare", stop - start, "images", start=tally.position) as progress,
+        closing(_map(work, listing, num_workers, first, stop, num_bytes)) as results,
+    ):
+        for result in results:
+            if not isinstance(result, Rejected):
+                converted, label = result
+                journal.add_image(converted.kinds)
+                writer.add(converted.images, label)
+            elif strict:
+                hint = "mend it and give the same command again, or leave out --strict to skip it"
+                raise VdiffError(str(result), hint)
+            else:
+                journal.add_rejected(result)
+                writer.skip()
+            if writer.is_due:
+                journal.record(writer.num_committed + 1)
+                writer.commit()
+            skipped = tally.skipped.total()
+            progress.update(tally.position, f"{skipped} skipped" if skipped else "")
+    journal.record(writer.num_committed + 1)
+    if part.count == 1:
+        if not tally.images:
+            journal.kept = 0
+            try:
+                said = str(next(journal.rejected()))
+            except (OSError, ValueError, TypeError, StopIteration) as error:
+                said = f"{REJECTED_FILE} cannot be read: {error}"
+            raise VdiffError(f"none of {len(listing)} images could be read", f"the first: {said}")
+        _say_empty_classes(listing, journal, reporter)
+    if (narrow := tally.converted[NARROW]) * 2 > tally.converted["16-bit"] + tally.converted["float"]:
+        what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
+        reporter.line(f"{what}, so they are dark or flat; spread them with --range auto --overwrite")
+    skips, kinds = (dict(sorted(counts.items())) for counts in (tally.skipped, tally.converted))
+    counts = {"images": tally.images, "skipped": skips, "ignored": listing.ignored, "converted": kinds}
+    return writer.finish(counts), kept
 
 
 def _map(
@@ -245,10 +407,6 @@ def _convert(source: Source, config: ConversionConfig, item: Item) -> Result:
         return convert(sample.data, config, key=item.name), sample.label
     except UnreadableImageError as error:
         return Rejected(item.name, error.reason, error.detail)
-
-
-def _num_bytes(result: Result) -> int:
-    return 0 if isinstance(result, Rejected) else sum(map(len, result[0].images.values()))
 
 
 def _extremes(source: Source, item: Item) -> tuple[float, float, bool] | None:
@@ -284,11 +442,7 @@ def _common_range(
 def _check_space(
     work: Callable[[Item], Result], listing: Listing, config: ConversionConfig, start: int, stop: int, journal: Journal
 ) -> None:
-    """Refuse what cannot fit, by the size of a few images that are converted for it.
-
-    Raises:
-        VdiffError: the rest of the images needs more than is free.
-    """
+    """Raise VdiffError if the images need more space than is free, by the size of a few that are converted for it."""
     count = stop - start
     free = shutil.disk_usage(journal.folder).free
     if count * sum(config.channels * size**2 + PAGE_BYTES for size in config.sizes) < free / 2:
@@ -327,24 +481,11 @@ def _describe(source: Source, listing: Listing, config: ConversionConfig, part: 
     )
 
 
-def _check_any(listing: Listing, journal: Journal) -> None:
-    """Raise VdiffError, and keep nothing, if no image of a whole set could be read."""
-    if not journal.tally.images:
-        journal.kept = 0
-        try:
-            with open(journal.dataset / REJECTED_FILE, encoding="utf-8") as file:
-                first = str(Rejected(**parse(file.readline())))
-        except (OSError, ValueError, TypeError) as error:
-            first = f"{REJECTED_FILE} cannot be read: {error}"
-        raise VdiffError(f"none of {len(listing)} images could be read", f"the first: {first}")
-
-
 def _say_empty_classes(listing: Listing, journal: Journal, reporter: Reporter) -> None:
     """Name the classes of which no image could be read: they keep their numbers, which other parts share."""
     if not journal.tally.skipped or not listing.class_names:
         return
-    lines = (journal.dataset / REJECTED_FILE).read_text(encoding="utf-8").splitlines()
-    rejected = {json.loads(line)["path"] for line in lines}
+    rejected = {each.path for each in journal.rejected()}
     empty = dict.fromkeys(range(len(listing.class_names)))
     for item in listing.items():
         if item.label is None or not empty:
@@ -357,29 +498,14 @@ def _say_empty_classes(listing: Listing, journal: Journal, reporter: Reporter) -
 
 
 def _report(meta: DatasetMeta, out: Path, kept: int, began: float) -> Report:
-    counts = meta.counts
     return Report(
         path=out,
-        images=counts["images"],
         kept=kept,
         sizes=meta.sizes,
         class_names=meta.class_names,
-        rejected=sum(counts["skipped"].values()),
-        skipped=counts["skipped"],
-        ignored=counts["ignored"],
-        converted=counts["converted"],
+        rejected=sum(meta.counts["skipped"].values()),
         num_bytes=sum(file.stat().st_size for file in out.iterdir()),
         seconds=time.monotonic() - began,
         fingerprint=meta.fingerprint,
+        **meta.counts,
     )
-
-
-def check_output(out: Path, source: Source, *, overwrite: bool) -> None:
-    """Refuse, before any work, an output that must not be replaced.
-
-    Raises:
-        VdiffError: `out` exists and `overwrite` is off; it is no dataset; or the images to be read lie in it.
-    """
-    if source.path is not None and source.path.resolve().is_relative_to(out.resolve()):
-        raise VdiffError(f"the images lie in the output folder {out}", "choose another --out")
-    check_free(out, DATASET, overwrite=overwrite)

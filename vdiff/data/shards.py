@@ -1,30 +1,51 @@
-"""Writing tar shards as WebDataset reads them, and the index beside them that makes them a dataset."""
+"""Tar shards as WebDataset reads them, and the index beside them that makes them a dataset; other programs' tars."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from msgspec import Meta
 
-from vdiff.data.remote_files import opened
-from vdiff.data.store import INDEX_FILE, PREPARE_AGAIN, DatasetMeta
-from vdiff.data.tar_files import read_samples, require_webdataset
+from vdiff.data.remote_files import BUFFER_BYTES, COPY_AGAIN, check_place, damaged, opened, scheme_of, shown
+from vdiff.data.store import (
+    DATA_FILE,
+    INDEX_FILE,
+    PREPARE_AGAIN,
+    DatasetMeta,
+    StoredImages,
+    incomplete,
+    partial_folder,
+)
+from vdiff.data.tar_files import is_image, read_samples, require_webdataset
 from vdiff.errors import VdiffError
-from vdiff.files import fsync, make_folder, parse, refusal, write_text
+from vdiff.files import MAX_TEXT_BYTES, fsync, make_folder, parse, read_text, write_text, writing
 from vdiff.records import record_of
+from vdiff.replacing import Kind
 
 IMAGES_PER_SHARD = 10_000
 LABEL = "cls"
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+PREPARE = "make a dataset of the tar: python prepare_data.py TAR"
+MAX_CLASSES = 100_000
+OTHER_FILES = r"index\.json|rejected\.jsonl"
+LMDB_FILES = r"(data|lock)\.mdb|rejected\.jsonl|samples\.json"
+MARK_OF_META = b'"vdiff_version": "'
+
+Sample = tuple[str, dict[int, bytes], int | None]
+"""Key, encoded images by size, class."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +146,7 @@ class ShardWriter:
         self._shards: list[Shard | Path] = list(self._tidy_up())
         self.num_committed = len(self._shards)
         if self._shards:
-            start = (int(Path(str(self._shards[-1])).stem.rpartition("-")[2]) + 1) * images_per_shard
+            start = (int(str(self._shards[-1])[:-4].rpartition("-")[2]) + 1) * images_per_shard
         if (folder / INDEX_FILE).exists():
             self.meta, _ = parse_index((folder / INDEX_FILE).read_bytes(), str(folder))
         self.position = self._begun_at = start
@@ -137,7 +158,14 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        """Drop the open shard."""
+        if self._file is not None:
+            for file in (self._tar, self._file):
+                with contextlib.suppress(OSError):  # a full disk refuses the last bytes of a file that goes anyway
+                    file.close()
+            self._temporary.unlink(missing_ok=True)
+            self._tar = self._file = None
+            self.position, self._waiting = self._begun_at, 0
 
     @property
     def is_due(self) -> bool:
@@ -150,11 +178,12 @@ class ShardWriter:
             raise ValueError(f"images of sizes {sorted(images)}; need {sorted(self.meta.sizes)}")
         if (label is not None) != bool(self.meta.class_names):
             raise ValueError(f"label {label} in a set with the classes {self.meta.class_names}")
-        self._check_room()
+        position = self.position
+        self.skip()
         sample: dict[str, Any] = {suffix_of(self.meta, size): encoded for size, encoded in images.items()}
         if label is not None:
             sample[LABEL] = str(label).encode()
-        try:
+        with writing(self._path):
             if self._tar is None:
                 if self.meta.complete or self._path.exists():
                     raise ValueError(f"{self._path} is written already")
@@ -162,58 +191,40 @@ class ShardWriter:
                 # the clock and the user's name would make equal images differ in bytes
                 options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
                 self._tar = self._tar_writer(self._file, **options)
-            self._tar.write({"__key__": f"{self.position:09d}", **sample})
-        except OSError as error:
-            raise refusal(self._path, error) from None
+            self._tar.write({"__key__": f"{position:09d}", **sample})
         self._waiting += 1
-        self.position += 1
-        return self.position - 1
+        return position
 
     def skip(self) -> None:
         """Pass over an image that was rejected: the images after it keep their positions, whoever writes them."""
-        self._check_room()
+        if self.is_due:
+            raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
         self.position += 1
 
     def commit(self) -> None:
         """Make the open shard durable and give it its name; without waiting images there is nothing to write."""
         if self._file is not None:
-            try:
+            with writing(self._path):
                 self._tar.close()
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
                 os.replace(self._temporary, self._path)
                 fsync(self.folder)
-            except OSError as error:
-                raise refusal(self._path, error) from None
             self._shards.append(describe(self._path, self._waiting))
             self.num_committed += 1
             self._tar = self._file = None
             self._waiting = 0
         self._begun_at = self.position
 
-    def finish(self, counts: Mapping[str, object], fingerprint: str | None = None) -> DatasetMeta:
-        """Commit what waits and write the index; shards of an earlier writer are read once, for their SHA-256.
-
-        The fingerprint, if none is given, is that of `fingerprint_of` the shards.
-        """
+    def finish(self, counts: Mapping[str, object]) -> DatasetMeta:
+        """Commit what waits and write the index; shards of an earlier writer are read once, for their SHA-256."""
         self.commit()
         shards = [shard if isinstance(shard, Shard) else describe(shard) for shard in self._shards]
-        fingerprint = fingerprint_of(shard.sha256 for shard in shards) if fingerprint is None else fingerprint
+        fingerprint = fingerprint_of(shard.sha256 for shard in shards)
         self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=fingerprint)
         write_index(self.folder, self.meta, shards)
         return self.meta
-
-    def close(self) -> None:
-        """Drop the open shard."""
-        if self._file is None:
-            return
-        for file in (self._tar, self._file):
-            with contextlib.suppress(OSError):  # a full disk refuses the last bytes of a file that goes anyway
-                file.close()
-        self._temporary.unlink(missing_ok=True)
-        self._tar = self._file = None
-        self.position, self._waiting = self._begun_at, 0
 
     @property
     def _path(self) -> Path:
@@ -223,10 +234,6 @@ class ShardWriter:
     def _temporary(self) -> Path:
         return self.folder / f".{self._path.name}.tmp"
 
-    def _check_room(self) -> None:
-        if self.is_due:
-            raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
-
     def _tidy_up(self) -> list[Path]:
         """Remove what a writer that was killed left unfinished; returns the whole shards in order."""
         name = re.compile(rf"{re.escape(self.name)}-\d{{6,}}\.tar")
@@ -235,3 +242,240 @@ class ShardWriter:
             if path.name[:1] == "." and path.suffix == ".tmp" and name.fullmatch(path.name[1:-4]):
                 path.unlink()
         return sorted((path for path in paths if name.fullmatch(path.name)), key=lambda path: (len(path.name), path))
+
+
+class ShardStore(StoredImages):
+    """Tar shards to read: a folder or a URL with an index, or local tars without one, as a path or a brace pattern.
+
+    Tars without an index are scanned once, by their headers: their images must be squares, and a `cls` beside each
+    image, if there is one, its class as a decimal number. `path` is what was given, as text without passwords. A store
+    holds no open file, so it may be pickled and carried across a fork.
+
+    Raises:
+        VdiffError: no such dataset, an incomplete one, a shard that is missing or of another length, another version;
+            shards at a URL without an index; webdataset is not installed.
+    """
+
+    shards: tuple[Shard, ...]
+
+    def __init__(self, source: Path | str) -> None:
+        require_webdataset()
+        place = source.as_posix() if isinstance(source, Path) else source
+        path = Path(place)
+        self._base = ""
+        self._suffixes: dict[int, tuple[str, ...]] = {}
+        if scheme_of(place):
+            self._open_url(place)
+        elif path.is_dir() or not ("{" in place or place.endswith(".tar")):
+            self._open_folder(path)
+        elif not path.exists() and (path.with_suffix("") / INDEX_FILE).is_file():
+            self._open_folder(path.with_suffix(""))  # `--out data/photos.tar` made the folder data/photos
+        else:
+            self.path = place
+            self.meta, self.shards, self._suffixes = scan_foreign(place)
+        self._suffixes = self._suffixes or {size: (suffix_of(self.meta, size),) for size in self.meta.sizes}
+        self._length = sum(shard.images for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def place(self, shard: Shard) -> str:
+        """The path or URL of a shard."""
+        if not scheme_of(self._base):
+            return str(Path(self._base, shard.file))
+        return _beside(self._base, shard.file)
+
+    def samples(self, number: int, sizes: Sequence[int], skip: int = 0) -> Generator[Sample, None, None]:
+        """The images of shard `number` in order, without the first `skip`.
+
+        Raises:
+            VdiffError: the shard cannot be read, is damaged (its checksum is known at its end), or lacks something.
+        """
+        shard = self.shards[number]
+        place = self.place(shard)
+        wanted = {LABEL, *(suffix for size in sizes for suffix in self._suffixes[size])}
+        count = skip
+        # what is read from beginning to end anyway is compared with its checksum
+        is_whole = bool(shard.sha256) and not skip and set(sizes) == set(self.meta.sizes)
+        mode = "r|" if scheme_of(place) or is_whole else "r:"
+        with opened(place, shard.bytes) as stream:
+            file: Any = _Hashed(stream) if is_whole else stream
+            for key, contents in read_samples(file, wanted.__contains__, mode=mode, skip=skip):
+                where = f"{shown(place)}: image {key}"
+                yield key, {size: self._image(contents, size, where) for size in sizes}, self._label(contents, where)
+                count += 1
+            if count != shard.images:
+                raise damaged(shown(place), f"{count} images, not {shard.images}")
+            if is_whole and file.sha256() != shard.sha256:
+                raise damaged(shown(place), "its checksum is another one")
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """The dataset in pieces that may be read by different processes: the images of each shard."""
+        start = 0
+        for shard in self.shards:
+            yield start, start + shard.images
+            start += shard.images
+
+    def stretch(self, start: int, stop: int) -> Iterator[Sample]:
+        """The images `start` … `stop` − 1, counted through all shards."""
+        for number, (first, end) in enumerate(self.stretches()):
+            if first < stop and start < end:
+                with contextlib.closing(self.samples(number, self.meta.sizes, max(start - first, 0))) as samples:
+                    yield from islice(samples, min(stop, end) - max(start, first))
+
+    def fingerprint(self) -> str:
+        """What `meta.fingerprint` is if every shard is what was written; reads them all."""
+        digests = []
+        for shard in self.shards:
+            with opened(self.place(shard), shard.bytes) as file:
+                digests.append(_Hashed(file).sha256())
+        return fingerprint_of(digests)
+
+    def _image(self, contents: Mapping[str, bytes | None], size: int, where: str) -> bytes:
+        for suffix in self._suffixes[size]:
+            if (encoded := contents.get(suffix)) is not None:
+                return encoded
+        raise VdiffError(f"{where} has no size {size}", COPY_AGAIN)
+
+    def _label(self, contents: Mapping[str, bytes | None], where: str) -> int | None:
+        if not self.meta.class_names:
+            return None
+        if (label := _class_in(contents.get(LABEL) or b"", len(self.meta.class_names))) is None:
+            raise VdiffError(f"{where} has no class, or an unknown one", COPY_AGAIN)
+        return label
+
+    def _open_folder(self, folder: Path) -> None:
+        if folder.name == INDEX_FILE:
+            folder = folder.parent
+        self.path, self._base = folder.as_posix(), str(folder)
+        index = folder / INDEX_FILE
+        try:
+            text = read_text(index)
+        except FileNotFoundError:
+            if not folder.exists() and not partial_folder(folder).exists():
+                raise VdiffError(f"{folder}: no such dataset", "give what prepare_data.py wrote (--data)") from None
+            raise incomplete(folder) from None
+        except (OSError, ValueError) as error:
+            raise VdiffError(f"{index} cannot be read: {error}", COPY_AGAIN) from None
+        self.meta, self.shards = parse_index(text, str(index))
+        for shard in self.shards:
+            path = folder / shard.file
+            if not path.is_file():
+                raise VdiffError(f"{path} is missing", COPY_AGAIN)
+            if path.stat().st_size != shard.bytes:
+                raise damaged(path, f"it has {path.stat().st_size} bytes, not {shard.bytes}")
+
+    def _open_url(self, url: str) -> None:
+        check_place(url)
+        parts = urlsplit(url)
+        if "{" in parts.path or parts.path.endswith(".tar"):
+            raise VdiffError(
+                f"{shown(url)} has no index to say what is in it",
+                f"put the {INDEX_FILE} of the dataset beside the shards, and give the URL of their folder",
+            )
+        self._base = urlunsplit(parts._replace(path=parts.path.removesuffix(INDEX_FILE).rstrip("/"), fragment=""))
+        self.path = shown(self._base)
+        index = _beside(self._base, INDEX_FILE)
+        with opened(index) as file:
+            text = b"".join(islice(iter(lambda: file.read(BUFFER_BYTES), b""), MAX_TEXT_BYTES // BUFFER_BYTES))
+        self.meta, self.shards = parse_index(text, shown(index))
+
+
+def _beside(base: str, name: str) -> str:
+    """The URL of a file in the folder `base`; a query, such as a token, is for every file there."""
+    parts = urlsplit(base)
+    return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name) if parts.scheme in ('http', 'https') else name}"))
+
+
+def _files_of_dataset(folder: Path) -> str:
+    """Both kinds, whole or damaged; an LMDB is recognised by the description in it."""
+    if (index := folder / INDEX_FILE).is_file():
+        return "|".join([*(re.escape(shard.file) for shard in parse_index(index.read_bytes(), "")[1]), OTHER_FILES])
+    with open(folder / DATA_FILE, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return LMDB_FILES if data.find(MARK_OF_META) >= 0 else ""
+
+
+DATASET = Kind("dataset", _files_of_dataset)
+
+
+class _Hashed:
+    """A file that is read once from its beginning, and the SHA-256 of what was read."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes."""
+        data: bytes = self._file.read(size)
+        self._hash.update(data)
+        return data
+
+    def sha256(self) -> str:
+        """The SHA-256 (hex) of the whole file, of which the rest is read now."""
+        while self.read(BUFFER_BYTES):
+            pass
+        return self._hash.hexdigest()
+
+
+def _class_in(text: bytes, limit: int) -> int | None:
+    """The decimal number below `limit` in `text`; None where there is no such number."""
+    digits = text.strip()
+    is_number = digits.isdigit() and len(digits) < 100  # Python refuses to convert thousands of digits
+    return label if is_number and (label := int(digits)) < limit else None
+
+
+def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int, tuple[str, ...]]]:
+    """What is in tars that another program wrote: a description, the shards that hold images, the suffixes by size."""
+    import PIL.Image
+    from braceexpand import braceexpand
+
+    try:
+        paths = [Path(place) for place in braceexpand(pattern, escape=False)]
+    except ValueError as error:
+        raise VdiffError(f"{pattern} is no pattern: {error}", "write it as x-{000000..000009}.tar") from None
+    shards: list[Shard] = []
+    sizes: dict[str, tuple[int, int]] = {}  # the width and height of the first image of each suffix
+    modes: set[str] = set()
+    labels: list[int] = []
+    for path in paths:
+        count = 0
+        with opened(path) as file:
+            for key, contents in read_samples(
+                file, lambda name: name == LABEL or (is_image(name) and name not in sizes)
+            ):
+                count += 1
+                if (text := contents.pop(LABEL, None)) is not None:
+                    if (label := _class_in(text, MAX_CLASSES)) is None:
+                        raise VdiffError(f"{path}: the class of {key} is no number below {MAX_CLASSES}", PREPARE)
+                    labels.append(label)
+                for suffix, content in contents.items():
+                    if content is not None:
+                        try:
+                            with PIL.Image.open(io.BytesIO(content)) as image:
+                                sizes[suffix] = image.size
+                                modes.add(image.mode)
+                        except OSError:
+                            raise VdiffError(f"{path}: {key}.{suffix} is no image", PREPARE) from None
+        shards += [Shard(str(path), count, path.stat().st_size)] if count else []
+    num_images = sum(shard.images for shard in shards)
+    suffixes: dict[int, tuple[str, ...]] = {}
+    for suffix in sorted(sizes, key=lambda suffix: (suffix.count("."), suffix)):
+        width, height = sizes[suffix]
+        if width == height:
+            suffixes[width] = (*suffixes.get(width, ()), suffix)
+    if not suffixes:
+        found = next((f"its first is {width}×{height}" for width, height in sizes.values()), "it has no images")
+        raise VdiffError(f"{pattern} holds no square images: {found}", PREPARE)
+    if len(labels) not in (0, num_images):
+        raise VdiffError(f"{pattern}: {num_images - len(labels)} of {num_images} images have no class", PREPARE)
+    meta = DatasetMeta(
+        name=paths[0].stem,
+        sizes=tuple(sorted(suffixes)),
+        channels=1 if modes <= {"1", "L"} else 3,
+        class_names=tuple(map(str, range(max(labels, default=-1) + 1))),
+        counts={"images": num_images},
+        complete=True,
+    )
+    return meta, tuple(shards), suffixes

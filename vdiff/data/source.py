@@ -40,7 +40,7 @@ class SourceOptions:
     image_column: str = ""
     label_column: str = ""
 
-    def refuse(self, source: str, *names: str) -> None:
+    def refuse(self, source: object, *names: str) -> None:
         """Raise if one of the options `names` was given to a source that knows none such."""
         for name in names:
             if value := getattr(self, name):
@@ -59,6 +59,10 @@ class Source(ABC):
     name: str
     path: Path | None = None
     defaults = Defaults()
+    _opened: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # each process opens it for itself
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -74,8 +78,4 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, item: Item) -> Sample:
-        """One image.
-
-        Raises:
-            UnreadableImageError: it cannot be read.
-        """
+        """One image. Raises UnreadableImageError: it cannot be read."""

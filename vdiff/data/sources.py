@@ -1,18 +1,263 @@
-"""The door to all sources of images: a path or a name in, a source out."""
+"""The door to all sources of images, and those that a library keeps under a name: digits, torchvision, hub."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from vdiff.data.disk_sources import ON_DISK
-from vdiff.data.image_files import extensions
-from vdiff.data.listing import Listing, ListingWriter
-from vdiff.data.named_sources import BUILT_IN, TORCHVISION, HuggingFace, Torchvision
-from vdiff.data.source import Source, SourceOptions
+from vdiff.data.image_files import UnreadableImageError, extensions
+from vdiff.data.listing import Item, Listing, ListingWriter
+from vdiff.data.source import Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
-from vdiff.errors import VdiffError, shell, suggestion
+from vdiff.errors import OptionError, VdiffError, shell, suggestion
 from vdiff.files import check_regular, elsewhere
+from vdiff.text import cause_of
+
+
+class Digits(Source):
+    """scikit-learn's 1797 handwritten digits: 8 × 8, levels 0 … 16 as round(level · 255 / 16); classes "0" … "9"."""
+
+    name = "digits"
+    defaults = Defaults(8, 1, "png")
+
+    def __init__(self) -> None:
+        self._pixels: list[bytes] = []
+
+    def identity(self) -> dict[str, Any]:
+        """Its name."""
+        return {"name": self.name}
+
+    def fill(self, listing: ListingWriter) -> None:
+        """The digits in scikit-learn's order."""
+        listing.class_names = tuple("0123456789")
+        for number, label in enumerate(self._load()):
+            listing.add(number, label)
+
+    def read(self, item: Item) -> Sample:
+        """The digit as the bytes of a PGM file; they travel with the source, so that workers need no scikit-learn."""
+        if not self._pixels:
+            self._load()
+        return Sample(b"P5 8 8 255\n" + self._pixels[int(item.name)], item.label)
+
+    def _load(self) -> list[int]:
+        import numpy as np
+        from sklearn.datasets import load_digits
+
+        images, targets = load_digits(return_X_y=True)
+        self._pixels = [row.tobytes() for row in np.floor(images * (255 / 16) + 0.5).astype(np.uint8)]
+        return [int(target) for target in targets]
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """One of torchvision's sets: its class there, its splits (the first is the default), and how they are chosen.
+
+    `argument` is the parameter that takes the split; for `train` it is whether the split is "train".
+    """
+
+    kind: str
+    splits: tuple[str, ...] = ("train", "test")
+    argument: str = "split"
+    defaults: Defaults = field(default_factory=Defaults)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    downloads: bool = True
+
+
+class Torchvision(Source):
+    """One of torchvision's sets, found under `root` or downloaded there by torchvision."""
+
+    def __init__(self, name: str, options: SourceOptions) -> None:
+        self.set = TORCHVISION[name]
+        options.refuse(name, "image_column", "label_column")
+        self.split = options.split or self.set.splits[0]
+        # the classes of LSUN are splits too: bedroom_train
+        if self.split not in self.set.splits and not (name == "lsun" and "_" in self.split):
+            raise OptionError(
+                f"--split {self.split}: {name} has no such split", f"choose from {', '.join(self.set.splits)}"
+            )
+        self.name = name if self.split == self.set.splits[0] else f"{name}_{self.split}"
+        self.defaults = self.set.defaults
+        self.root = options.root
+
+    def identity(self) -> dict[str, Any]:
+        """Name, split and where it lies."""
+        return {"name": self.set.kind, "split": self.split, "root": str(self.root.resolve())}
+
+    def fetch(self, scratch: Path) -> None:
+        """Load the set; download it if torchvision can and it is not there."""
+        del scratch
+        for download in (False, True):
+            try:
+                if download:
+                    self.root.mkdir(parents=True, exist_ok=True)
+                self._opened = self._build(download=download)
+                return
+            except (RuntimeError, OSError, ImportError) as error:
+                if download or not self.set.downloads or isinstance(error, ImportError):
+                    raise self._failed(error) from None
+
+    def fill(self, listing: ListingWriter) -> None:
+        """The images in the set's order; classes where the set has names for them."""
+        listing.class_names = self._class_names()
+        for number in range(len(self._get())):
+            listing.add(number)
+
+    def read(self, item: Item) -> Sample:
+        """The picture and, in a set with class names, its class."""
+        try:
+            picture, target = self._get()[int(item.name)]
+        except Exception as error:  # whatever the set's own loader stumbles over
+            raise UnreadableImageError("unreadable", f"{type(error).__name__}: {error}") from None
+        return Sample(picture, int(target) if self._class_names() else None)
+
+    def keywords(self, *, download: bool) -> dict[str, Any]:
+        """The arguments of the set's class in torchvision."""
+        chosen: dict[str, Any] = {"root": str(self.root), **self.set.extra}
+        if self.set.argument == "train":
+            chosen["train"] = self.split == "train"
+        elif self.set.argument == "classes":
+            chosen["classes"] = self.split if self.split in self.set.splits else [self.split]
+        elif self.set.argument:
+            chosen["split"] = self.split
+        return chosen | ({"download": download} if self.set.downloads else {})
+
+    def _build(self, *, download: bool) -> Any:
+        import torchvision.datasets
+
+        return getattr(torchvision.datasets, self.set.kind)(**self.keywords(download=download))
+
+    def _get(self) -> Any:
+        if self._opened is None:
+            self._opened = self._build(download=False)
+        return self._opened
+
+    def _class_names(self) -> tuple[str, ...]:
+        loaded = self._get()
+        names = getattr(loaded, "classes", None) or getattr(loaded, "categories", None)
+        if self.set.kind == "SVHN":
+            names = range(10)
+        if self.set.kind == "CelebA" or not names:  # its targets are attributes, not classes
+            return ()
+        return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
+
+    def _failed(self, error: Exception) -> VdiffError:
+        get = "" if self.set.downloads else "; torchvision cannot download this set: get it from its publisher"
+        return VdiffError(
+            f"{self.set.kind} under {self.root}: {cause_of(error)}{get}", "give the folder it lies in with --root"
+        )
+
+
+class HuggingFace(Source):
+    """A dataset of the Hugging Face hub, or a folder in one of its formats: `hf:NAME` or `hf:NAME:CONFIG`."""
+
+    defaults = Defaults()
+
+    def __init__(self, name: str, options: SourceOptions) -> None:
+        self.repository, _, self.config = name.removeprefix("hf:").partition(":")
+        if not self.repository:
+            raise OptionError(f"{name!r} names no dataset", "give hf:OWNER/NAME")
+        self.name = Path(self.repository).name
+        self.options = options
+        self.split = options.split or "train"
+
+    def identity(self) -> dict[str, Any]:
+        """Name, configuration, split and columns."""
+        chosen = {key: value for key, value in asdict(self.options).items() if key.endswith("column")}
+        return {"name": self.repository, "config": self.config, "split": self.split, **chosen}
+
+    def fetch(self, scratch: Path) -> None:
+        """Load the dataset, which downloads it into the library's own cache."""
+        del scratch
+        self._get()
+
+    def fill(self, listing: ListingWriter) -> None:
+        """All rows, with the names of a class column."""
+        data, _, label = self._get()
+        listing.class_names = tuple(data.features[label].names) if label else ()
+        labels: Iterable[int | None] = data[label] if label else (None for _ in range(len(data)))
+        for number, target in enumerate(labels):
+            if label and (target is None or target < 0):
+                raise VdiffError(f"row {number} of {self.repository} has no class", "give --label_column none")
+            listing.add(number, target)
+
+    def read(self, item: Item) -> Sample:
+        """The bytes of the image, undecoded."""
+        rows, image, _ = self._get()
+        try:
+            value = rows[int(item.name)][image]
+            if value is None:
+                raise UnreadableImageError("unreadable", "no image in this row")
+            data = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+            return Sample(data, item.label)
+        except OSError as error:
+            raise UnreadableImageError("unreadable", str(error)) from None
+
+    def _get(self) -> tuple[Any, str, str]:
+        """The rows, the name of the image column and that of the class column (empty: no classes)."""
+        if self._opened is None:
+            try:
+                import datasets
+            except ImportError:
+                raise VdiffError("hf:… needs the package datasets", "pip install 'vdiff[hf]'") from None
+            try:
+                data = datasets.load_dataset(self.repository, self.config or None, split=self.split)
+            except Exception as error:  # the library raises its own, the hub's and the network's errors
+                raise VdiffError(
+                    f"hf:{self.repository}, split {self.split}: {cause_of(error)}",
+                    "check the name, --split and the network",
+                ) from None
+            image = self._column(data, self.options.image_column, datasets.Image, "image_column")
+            if not image:
+                raise VdiffError(f"hf:{self.repository} has no image column", "choose another dataset")
+            label = self._column(data, self.options.label_column, datasets.ClassLabel, "label_column")
+            self._opened = data.cast_column(image, datasets.Image(decode=False)), image, label
+        opened: tuple[Any, str, str] = self._opened
+        return opened
+
+    def _column(self, data: Any, chosen: str, kind: type, flag: str) -> str:
+        """The column of a kind: the chosen one, or the only one ("label" or the first among several)."""
+        fitting = [name for name, feature in data.features.items() if isinstance(feature, kind)]
+        if chosen == "none" and flag == "label_column":
+            return ""
+        if chosen and chosen not in fitting:
+            what = "images" if flag == "image_column" else "classes"
+            hint = f"choose from {', '.join(fitting)}" if fitting else "leave it out"
+            raise OptionError(f"--{flag} {chosen}: hf:{self.repository} has no such column of {what}", hint)
+        return chosen or next((name for name in ("image", "label") if name in fitting), fitting[0] if fitting else "")
+
+
+BUILT_IN: dict[str, Callable[[], Source]] = {"digits": Digits}
+_GREY_28, _COLOUR_32 = Defaults(28, 1, "png"), Defaults(32, 3, "png")
+TORCHVISION = {
+    "caltech101": NamedSet("Caltech101", ("all",), ""),
+    "caltech256": NamedSet("Caltech256", ("all",), ""),
+    "celeba": NamedSet("CelebA", ("train", "valid", "test", "all")),
+    "cifar10": NamedSet("CIFAR10", argument="train", defaults=_COLOUR_32),
+    "cifar100": NamedSet("CIFAR100", argument="train", defaults=_COLOUR_32),
+    "country211": NamedSet("Country211", ("train", "valid", "test")),
+    "dtd": NamedSet("DTD", ("train", "val", "test")),
+    "emnist": NamedSet("EMNIST", argument="train", defaults=_GREY_28, extra={"split": "balanced"}),
+    "eurosat": NamedSet("EuroSAT", ("all",), ""),
+    "fashion_mnist": NamedSet("FashionMNIST", argument="train", defaults=_GREY_28),
+    "fgvc_aircraft": NamedSet("FGVCAircraft", ("trainval", "train", "val", "test")),
+    "flowers102": NamedSet("Flowers102", ("train", "val", "test")),
+    "food101": NamedSet("Food101"),
+    "gtsrb": NamedSet("GTSRB"),
+    "imagenet": NamedSet("ImageNet", ("train", "val"), downloads=False),
+    "kmnist": NamedSet("KMNIST", argument="train", defaults=_GREY_28),
+    "lsun": NamedSet("LSUN", ("train", "val", "test"), "classes", downloads=False),
+    "mnist": NamedSet("MNIST", argument="train", defaults=_GREY_28),
+    "oxford_pets": NamedSet("OxfordIIITPet", ("trainval", "test")),
+    "places365": NamedSet("Places365", ("train-standard", "val"), extra={"small": True}),
+    "stl10": NamedSet("STL10", ("train", "test", "unlabeled", "train+unlabeled"), defaults=Defaults(96, 3, "png")),
+    "sun397": NamedSet("SUN397", ("all",), ""),
+    "svhn": NamedSet("SVHN", ("train", "test", "extra"), defaults=_COLOUR_32),
+    "usps": NamedSet("USPS", argument="train", defaults=Defaults(16, 1, "png")),
+}
 
 
 def open_source(place: Path | str | None, options: SourceOptions | None = None) -> Source:
@@ -22,21 +267,18 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
         VdiffError: no such path or name, or nothing that can be read as images.
         OptionError: an option that the source knows nothing of.
     """
-    options = options or SourceOptions()
-    if place is None:
-        place = "digits"
-    if str(place).startswith("hf:"):
-        return HuggingFace(str(place), options)
-    path = Path(place)
+    options, name = options or SourceOptions(), "digits" if place is None else str(place)
+    if name.startswith("hf:"):
+        return HuggingFace(name, options)
+    path = Path(name)
     if not path.exists():
-        if str(place) in TORCHVISION:
-            return Torchvision(str(place), options)
-        if str(place) not in BUILT_IN:
-            raise VdiffError(f"{place}: no such file or folder", _nearest(path))
+        if name in TORCHVISION:
+            return Torchvision(name, options)
+        if name in BUILT_IN:
+            options.refuse(name, "split", "image_column", "label_column")
+            return BUILT_IN[name]()
+        raise VdiffError(f"{name}: no such file or folder", _nearest(path))
     check_regular(path)
-    if not path.exists():
-        options.refuse(str(place), "split", "image_column", "label_column")
-        return BUILT_IN[str(place)]()
     if is_dataset(path) and not is_lmdb(path):
         raise VdiffError(f"{path} holds tar shards already", f"train on them: python train.py {shell('--data', path)}")
     for accepts, make in ON_DISK:

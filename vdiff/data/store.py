@@ -1,16 +1,24 @@
-"""A dataset on disk: one LMDB folder that any rosinality-style reader can read, plus labels and a description."""
+"""A dataset on disk: one LMDB folder that any rosinality-style reader can read, plus labels and a description.
+
+Its writer may be cut short at any moment and gone on with.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import re
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import lmdb
 
 from vdiff.data.labels import clean_name
 from vdiff.data.lmdb_file import LmdbFile
@@ -24,30 +32,24 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 DATA_FILE = "data.mdb"
 INDEX_FILE = "index.json"  # of tar shards
-LENGTH_KEY = b"length"
-META_KEY = b"meta"
-CHECK_KEY = b"check"  # of both
+LENGTH_KEY, META_KEY, CHECK_KEY = b"length", b"meta", b"check"  # the check is of both
+STATE_KEY = b"state"  # of an unfinished dataset
 PREPARE_AGAIN = "run prepare_data.py again with --overwrite"
+BEGIN_ANEW = "give --overwrite to begin anew"
 PARTIAL_SUFFIX = ".partial"
-JOB_FILE = "job.json"
+JOB_FILE, REJECTED_FILE = "job.json", "rejected.jsonl"
 FIRST_LINK = bytes(32)
 STRETCH = 256
 MAX_SIZE = 2**14
+FIRST_MAP_BYTES = 16 * 2**20
+BATCH_BYTES = 16 * 2**20
+BATCH_IMAGES = 1024
+FULL_DISK_BYTES = 2**20
 
 
-def image_key(size: int, index: int) -> bytes:
-    """`64-00007`: the key of image `index` at `size` pixels."""
-    return f"{size}-{index:05d}".encode()
-
-
-def label_key(index: int) -> bytes:
-    """`label-00007`: the key of the class of image `index`."""
-    return f"label-{index:05d}".encode()
-
-
-def check_key(index: int) -> bytes:
-    """`check-00007`: the key of the checksums of image `index` in all its sizes, and of its class."""
-    return f"check-{index:05d}".encode()
+def record_key(kind: int | str, index: int) -> bytes:
+    """`64-00007`, `label-00007`, `check-00007`: the key of image 7 at 64 pixels, its class, the checksums of both."""
+    return f"{kind}-{index:05d}".encode()
 
 
 def check_of(*values: bytes) -> bytes:
@@ -99,19 +101,6 @@ class DatasetMeta:
     format_version: int = FORMAT_VERSION
     value_range: str = ""
 
-    def check_size(self, size: int, path: Path | str) -> None:
-        """Do nothing if the dataset at `path` has images of `size`.
-
-        Raises:
-            VdiffError: it has not; the hint names the sizes it has.
-        """
-        if size not in self.sizes:
-            sizes = ", ".join(map(str, self.sizes))
-            raise VdiffError(
-                f"{path} has no images of size {size}",
-                f"it has {sizes}; choose one of them or prepare again with --size {size}",
-            )
-
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -129,14 +118,12 @@ class DatasetMeta:
             values = None
         if not isinstance(values, dict):
             raise VdiffError("the dataset's description is not a JSON object", PREPARE_AGAIN)
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if (version := values.get("format_version")) != FORMAT_VERSION:
             raise VdiffError(
                 f"the dataset has format version {version}, this vdiff reads version {FORMAT_VERSION}",
                 f"update vdiff, or {PREPARE_AGAIN}",
             )
         meta = record_of(cls, values, "the dataset's description", PREPARE_AGAIN)
-        meta = replace(meta, class_names=tuple(map(clean_name, meta.class_names)))
         counts = [meta.counts.get(key, {}) for key in ("skipped", "ignored", "converted")]
         if not (
             meta.sizes == tuple(sorted(set(meta.sizes)))
@@ -148,34 +135,51 @@ class DatasetMeta:
             and all(isinstance(count, dict) and all(type(n) is int for n in count.values()) for count in counts)
         ):
             raise VdiffError("the dataset's description says what no dataset is", PREPARE_AGAIN)
-        return meta
+        return replace(meta, class_names=tuple(map(clean_name, meta.class_names)))
 
 
-class ImageStore:
+class StoredImages:
+    """What LMDB datasets and tar shards have in common: where they are, what describes them, how many images."""
+
+    path: Path | str
+    meta: DatasetMeta
+    _length: int
+
+    def __len__(self) -> int:
+        return self._length
+
+    def check_size(self, size: int) -> None:
+        """Raise VdiffError, which names the sizes there are, if the dataset has no images of `size`."""
+        if size not in self.meta.sizes:
+            sizes = ", ".join(map(str, self.meta.sizes))
+            hint = f"it has {sizes}; choose one of them or prepare again with --size {size}"
+            raise VdiffError(f"{self.path} has no images of size {size}", hint)
+
+
+class ImageStore(StoredImages):
     """Read access to a dataset; opened when first used in a process, so it may be pickled and carried across a fork.
 
     Raises:
         VdiffError: no such folder, not a dataset, an incomplete or truncated one.
     """
 
+    path: Path
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        _check_folder(self.path)
-        self._file: LmdbFile | None = LmdbFile(self.path / DATA_FILE, PREPARE_AGAIN)
-        length, meta, check = (self._get(key) for key in (LENGTH_KEY, META_KEY, CHECK_KEY))
+        self._file: LmdbFile | None = None
+        file = self._opened()
+        length, meta, check = map(file.get, (LENGTH_KEY, META_KEY, CHECK_KEY))
         if length is None:
             raise incomplete(self.path)
-        if not (length.isdigit() and len(length) < 20 and int(length) <= self._file.entries):
+        if not (length.isdigit() and len(length) < 20 and int(length) <= file.entries):
             raise self._damaged("its length is not the number of its images")
         if check not in (None, check_of(length, meta or b"")):
             raise self._damaged("its description is not what was written")
-        self.meta = self._foreign_meta(int(length)) if meta is None else DatasetMeta.from_json(meta)
+        self._length = int(length)
+        self.meta = self._foreign_meta(file) if meta is None else DatasetMeta.from_json(meta)
         if not self.meta.complete:
             raise incomplete(self.path)
-        self._length = int(length)
-
-    def __len__(self) -> int:
-        return self._length
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -191,27 +195,15 @@ class ImageStore:
             IndexError: `index` outside 0 … len − 1.
             VdiffError: the dataset has no images of this size, or lacks this one.
         """
-        if not 0 <= index < self._length:
-            raise IndexError(f"image {index} of {self._length}")
         self.check_size(size)
-        value, check = self._get(image_key(size, index)), self._get(check_key(index))
-        if value is None:
-            raise VdiffError(f"{self.path} has no image {index} of size {size}", PREPARE_AGAIN)
-        if check is not None and check_of(value) not in check.split():
-            raise self._damaged(f"image {index} of size {size} is not what was written")
-        return value
+        image = f"image {index} of size {size}"
+        return self._record(size, index, image, image)
 
     def label(self, index: int) -> int | None:
         """The class of image `index`, None in a dataset without classes."""
-        if not 0 <= index < self._length:
-            raise IndexError(f"image {index} of {self._length}")
-        if not self.meta.class_names:
+        if not self.meta.class_names and 0 <= index < len(self):
             return None
-        value, check = self._get(label_key(index)), self._get(check_key(index))
-        if value is None:
-            raise VdiffError(f"{self.path} has no class for image {index}", PREPARE_AGAIN)
-        if check is not None and check_of(value) not in check.split():
-            raise self._damaged(f"the class of image {index} is not what was written")
+        value = self._record("label", index, f"class for image {index}", f"the class of image {index}")
         if not (value.isdigit() and len(value) < 10 and int(value) < len(self.meta.class_names)):
             raise self._damaged(f"the class of image {index} is {value[:20]!r}, not one of its classes")
         return int(value)
@@ -232,40 +224,144 @@ class ImageStore:
         for index in range(start, stop):
             yield str(index), {size: self.encoded(size, index) for size in self.meta.sizes}, self.label(index)
 
-    def check_size(self, size: int) -> None:
-        """Do nothing if the dataset has images of `size`.
-
-        Raises:
-            VdiffError: it has not; the hint names the sizes it has.
-        """
-        self.meta.check_size(size, self.path)
-
-    def _foreign_meta(self, length: int) -> DatasetMeta:
-        """What can be said of a dataset that another program wrote: `length` and images, but no `meta`."""
-        sizes = tuple(sorted(self._sizes_in_keys()))
-        if not sizes:
-            raise VdiffError(f"{self.path} is an LMDB without images", "give the folder of a prepared dataset")
-        counts = {"images": length}
-        return DatasetMeta(self.path.resolve().name, sizes, channels=3, counts=counts, complete=True)
-
-    def _sizes_in_keys(self) -> Iterator[int]:
-        """The N of all keys `N-…`, by jumping from prefix to prefix instead of walking through every image."""
-        assert self._file is not None
-        key = self._file.first_key(b"")
-        while key is not None:
+    def _foreign_meta(self, file: LmdbFile) -> DatasetMeta:
+        """What can be said of a dataset that another program wrote: a length and images, but no `meta`."""
+        sizes, key = set(), file.first_key(b"")
+        while key is not None:  # from prefix to prefix, not from image to image
             prefix, dash, _ = key.partition(b"-")
             if dash and prefix.isdigit() and len(prefix) < 6:
-                yield int(prefix)
-            key = self._file.first_key(prefix + b"." if dash else key + b"\0")  # "." comes right after "-"
+                sizes.add(int(prefix))
+            key = file.first_key(prefix + b"." if dash else key + b"\0")  # "." comes right after "-"
+        if not sizes:
+            raise VdiffError(f"{self.path} is an LMDB without images", "give the folder of a prepared dataset")
+        counts = {"images": len(self)}
+        return DatasetMeta(self.path.resolve().name, tuple(sorted(sizes)), channels=3, counts=counts, complete=True)
 
-    def _get(self, key: bytes) -> bytes | None:
+    def _record(self, kind: int | str, index: int, missing: str, what: str) -> bytes:
+        """The value of a record of image `index`, compared with its checksum where there is one."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        file = self._file or self._opened()
+        value, check = file.get(record_key(kind, index)), file.get(record_key("check", index))
+        if value is None:
+            raise VdiffError(f"{self.path} has no {missing}", PREPARE_AGAIN)
+        if check is not None and check_of(value) not in check.split():
+            raise self._damaged(f"{what} is not what was written")
+        return value
+
+    def _opened(self) -> LmdbFile:
         if self._file is None:
-            _check_folder(self.path)
-            self._file = LmdbFile(self.path / DATA_FILE, PREPARE_AGAIN)
-        return self._file.get(key)
+            path = self.path
+            if _job(path) or (not path.exists() and partial_folder(path).exists()):
+                raise incomplete(path)
+            if not path.exists():
+                raise VdiffError(f"{path}: no such dataset", "give the folder that prepare_data.py wrote (--data)")
+            if not is_lmdb(path):
+                what, hint = f"it holds no {DATA_FILE}", "make one of your images: python prepare_data.py PATH"
+                raise VdiffError(f"{path} is not a dataset: {what}", hint)
+            self._file = LmdbFile(path / DATA_FILE, PREPARE_AGAIN)
+        return self._file
 
     def _damaged(self, reason: str) -> VdiffError:
         return VdiffError(f"{self.path} is damaged: {reason}", PREPARE_AGAIN)
+
+
+class StoreWriter:
+    """Appends images to the LMDB in the existing folder `path`; `finish` makes it a dataset.
+
+    What `commit` has written is durable, and a writer that is opened later goes on after it. Every transaction is a
+    function of the file before it and of its images alone: LMDB is opened anew for each, as it would otherwise leave
+    traces of earlier ones in unused bytes. So the same images in the same batches make the same file, byte for byte,
+    however often the work was cut short. A batch is due after a number of images or bytes, never after a time.
+
+    Raises:
+        VdiffError: the disk is full or refuses.
+    """
+
+    def __init__(self, path: Path, meta: DatasetMeta) -> None:
+        self.path = path
+        self.meta = replace(meta, complete=False)
+        self.num_committed, self.length, self.link = 0, 0, FIRST_LINK
+        self._records: list[tuple[bytes, bytes]] = []
+        self._record_bytes = 0
+        self._begun_at = 0
+        self._map_bytes = FIRST_MAP_BYTES
+        if is_lmdb(path):
+            self._go_on()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough images wait for the next batch."""
+        return self.length - self._begun_at >= BATCH_IMAGES or self._record_bytes >= BATCH_BYTES
+
+    def add(self, images: Mapping[int, bytes], label: int | None) -> int:
+        """Append one image in all its sizes (`{size: encoded}`) and its class; returns its index."""
+        index = self.length
+        records = {record_key(size, index): encoded for size, encoded in images.items()}
+        if label is not None:
+            records[record_key("label", index)] = str(label).encode()
+        records[record_key("check", index)] = b" ".join(map(check_of, records.values()))
+        self._records += records.items()
+        self._record_bytes += sum(map(len, records.values()))
+        self.link = next_link(self.link, digest_of(images, label))
+        self.length += 1
+        return index
+
+    def skip(self) -> None:
+        """Pass over an image that was rejected: indices are dense."""
+
+    def commit(self) -> None:
+        """Write the waiting images, and how far the writer is, in one transaction."""
+        if self.length == self._begun_at:
+            return
+        self.num_committed += 1
+        # of the same length in every batch, so that it moves nothing else in the file
+        state = f"{self.num_committed:012d} {self.length:012d} {self.link.hex()}".encode()
+        first = [(META_KEY, self.meta.to_json().encode())] if self.num_committed == 1 else []
+        self._write([*first, *self._records, (STATE_KEY, state)])
+        self._records.clear()
+        self._record_bytes, self._begun_at = 0, self.length
+
+    def finish(self, counts: Mapping[str, object]) -> DatasetMeta:
+        """Write what waits, the length and the complete description."""
+        self.commit()
+        self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=self.link.hex())
+        length, meta = str(self.length).encode(), self.meta.to_json().encode()
+        self._write([(LENGTH_KEY, length), (META_KEY, meta), (CHECK_KEY, check_of(length, meta))], done=True)
+        return self.meta
+
+    def _go_on(self) -> None:
+        file = LmdbFile(self.path / DATA_FILE, BEGIN_ANEW)
+        meta, state = file.get(META_KEY), file.get(STATE_KEY)
+        while self._map_bytes <= file.used_bytes:
+            self._map_bytes *= 2  # as a writer that was never cut short would have done
+        if meta is not None:
+            self.meta = DatasetMeta.from_json(meta)
+        if state is not None:
+            found = re.fullmatch(rb"(\d{12}) (\d{12}) ([0-9a-f]{64})", state)
+            if found is None:
+                raise VdiffError(f"{self.path} is damaged: it does not say how far it is", BEGIN_ANEW)
+            self.num_committed, self.length = int(found[1]), int(found[2])
+            self._begun_at, self.link = self.length, bytes.fromhex(found[3].decode())
+
+    def _write(self, records: list[tuple[bytes, bytes]], *, done: bool = False) -> None:
+        """Write records in one durable transaction; when the map is full, double it and write them again."""
+        while True:
+            try:
+                with lmdb.open(str(self.path), map_size=self._map_bytes, lock=False) as environment:
+                    with environment.begin(write=True) as transaction:
+                        for key, value in records:
+                            transaction.put(key, value)
+                        if done:
+                            transaction.delete(STATE_KEY)
+                    return
+            except lmdb.MapFullError:
+                self._map_bytes *= 2
+            except lmdb.Error as error:
+                # LMDB calls it an input/output error when the last bytes of a disk take a part of a page
+                full = shutil.disk_usage(self.path).free < sum(len(value) for _, value in records) + FULL_DISK_BYTES
+                reason = os.strerror(errno.ENOSPC) if full else error
+                raise VdiffError(f"cannot write {self.path}: {reason}", "free space or choose another --out") from None
 
 
 def partial_folder(path: Path) -> Path:
@@ -275,8 +371,8 @@ def partial_folder(path: Path) -> Path:
 
 def incomplete(path: Path) -> VdiffError:
     """The error for a dataset whose preparation was cut short; it names the command that completes it."""
-    partial = next((folder for folder in (partial_folder(path), path, *path.parents[:1]) if _job(folder)), None)
-    command = _job(partial)["command"] if partial else ""
+    jobs = (_job(folder) for folder in (partial_folder(path), path, *path.parents[:1]))
+    command = next((job["command"] for job in jobs if job), "")
     return VdiffError(
         f"{path} is an incomplete dataset: its preparation was cut short",
         f"complete it: {command}" if command else PREPARE_AGAIN,
@@ -289,17 +385,6 @@ def _job(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return job if isinstance(job, dict) and isinstance(job.get("command"), str) else {}
-
-
-def _check_folder(path: Path) -> None:
-    if _job(path) or (not path.exists() and partial_folder(path).exists()):
-        raise incomplete(path)
-    if not path.exists():
-        raise VdiffError(f"{path}: no such dataset", "give the folder that prepare_data.py wrote (--data)")
-    if not (path / DATA_FILE).is_file():
-        raise VdiffError(
-            f"{path} is not a dataset: it holds no {DATA_FILE}", "make one of your images: python prepare_data.py PATH"
-        )
 
 
 def is_lmdb(path: Path) -> bool:

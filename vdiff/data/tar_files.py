@@ -1,4 +1,8 @@
-"""Members and samples of tar files that may be damaged or malicious."""
+"""Members and samples of tar files that may be damaged or malicious.
+
+WebDataset's reader cannot do this: it reads each member whole, also those to be skipped, trusts the sizes in headers,
+and takes a tar that was cut between two members for a whole one.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,7 @@ MAX_NAME_BYTES = 2**20
 
 
 def require_webdataset() -> ModuleType:
-    """The library webdataset.
-
-    Raises:
-        VdiffError: it is not installed.
-    """
+    """The library webdataset. Raises VdiffError: it is not installed."""
     try:
         import webdataset
     except ImportError:

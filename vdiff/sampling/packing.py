@@ -14,8 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from vdiff.data.labels import LABELS_FILE
-from vdiff.data.store import DatasetMeta
-from vdiff.data.writer import StoreWriter
+from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.files import json_text, make_folder, parse, write_text
 from vdiff.replacing import Kind
 from vdiff.sampling.spec import RECORD, is_record, read_record
@@ -100,12 +99,12 @@ def pack_lmdb(contents: Contents, path: Path) -> None:
         class_names=tuple(contents.class_names),
         origin=hashlib.sha256(contents.record.encode()).hexdigest(),
     )
-    with StoreWriter(make_folder(path), meta) as writer:
-        for k, data in enumerate(contents.images):
-            writer.add({size: data}, None if contents.labels is None else int(contents.labels[k]))
-            if writer.is_due:
-                writer.commit()
-        writer.finish({"images": num, "skipped": {}, "ignored": {}, "converted": {}})
+    writer = StoreWriter(make_folder(path), meta)
+    for k, data in enumerate(contents.images):
+        writer.add({size: data}, None if contents.labels is None else int(contents.labels[k]))
+        if writer.is_due:
+            writer.commit()
+    writer.finish({"images": num, "skipped": {}, "ignored": {}, "converted": {}})
     write_text(path / RECORD, contents.record)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vdiff.data.batches import Batch
-from vdiff.data.datasets import AnyStore, Batches, open_at_size, open_batches
+from vdiff.data.batches import Batch, Batches, open_batches
+from vdiff.data.datasets import AnyStore, open_at_size
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.projects import Project
 from vdiff.reporting import Reporter

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vdiff
-from vdiff.data.batches import Batch, decode
-from vdiff.data.datasets import AnyStore, open_batches
-from vdiff.data.shard_batches import Sample
-from vdiff.data.shard_store import ShardStore
+from vdiff.data.batches import Batch, decode, open_batches
+from vdiff.data.datasets import AnyStore
+from vdiff.data.shards import Sample, ShardStore
 from vdiff.data.store import ImageStore
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.codec import from_uint8

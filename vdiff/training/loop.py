@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from vdiff.data.batches import Batch
-from vdiff.data.datasets import Batches
+from vdiff.data.batches import Batch, Batches
 from vdiff.distributed import memory_errors_named
 from vdiff.errors import Interrupted, VdiffError, shell
 from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, save_checkpoint

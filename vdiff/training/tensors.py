@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdiff.data.batches import Batch, BatchPlan
-from vdiff.data.datasets import Batches
+from vdiff.data.batches import Batch, Batches, BatchPlan
 from vdiff.errors import VdiffError
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
