@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lmdb
-
 from vdiff.data.labels import clean_name
 from vdiff.data.lmdb_file import LmdbFile
 from vdiff.errors import VdiffError
@@ -346,6 +344,8 @@ class StoreWriter:
 
     def _write(self, records: list[tuple[bytes, bytes]], *, done: bool = False) -> None:
         """Write records in one durable transaction; when the map is full, double it and write them again."""
+        import lmdb
+
         while True:
             try:
                 with lmdb.open(str(self.path), map_size=self._map_bytes, lock=False) as environment:
