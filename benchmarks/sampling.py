@@ -37,8 +37,8 @@ import vdiff
 from benchmarks.report import machine, write_report
 from vdiff.distributed import pick_device
 from vdiff.interop.diffusers.writing import export_pipeline
+from vdiff.models.backbone import count_flops
 from vdiff.models.checkpoint import CheckpointConfig, read_config, save_checkpoint
-from vdiff.models.flops import count_flops
 from vdiff.models.speed import DTYPES
 from vdiff.models.unet import UNetConfig
 

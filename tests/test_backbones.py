@@ -21,7 +21,7 @@ from vdiff.files import CHECKSUM
 from vdiff.interop.graphs import check_exportable
 from vdiff.models.backbone import Signature
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_tensors
-from vdiff.models.kinds import KINDS, build_network
+from vdiff.models.kinds import BUILD, build_network
 from vdiff.models.unet import UNet, UNetConfig
 from vdiff.models.wrapped import DiffusersBackbone
 
@@ -295,7 +295,7 @@ def test_a_missing_library_is_named_in_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(VdiffError, match="one of diffusers, which is not installed; pip install diffusers"):
         build_network("diffusers", config)
-    assert set(KINDS) == {"unet", "diffusers", "python"}
+    assert set(BUILD) == {"unet", "diffusers", "python"}
 
 
 def test_samples_that_are_no_pictures_have_no_bounds():

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.oracles import randn
-from vdiff.models.backbone import parameter_count
-from vdiff.models.flops import count_flops
+from vdiff.models.backbone import count_flops, parameter_count
 from vdiff.models.unet import (
     Attention,
     Resample,
