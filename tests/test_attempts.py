@@ -136,7 +136,7 @@ def test_when_all_attempts_failed_the_best_is_kept(data, teacher, monkeypatch, b
     folder = teacher.parent / "base_0"
     assert message == (
         f"{folder} collapsed: {COLLAPSED}; "
-        "the best attempt is kept there; give --overwrite with a lower --lr or more --num_iters"
+        "the best attempt is kept there; give a lower --lr or more --num_iters, with another --out or with --overwrite"
     )
     assert [lr for _, lr in told.trained] == [LR, LR / 2, LR / 4]
     assert lr_of(folder) == LR / 2**best

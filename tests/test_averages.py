@@ -866,7 +866,7 @@ def test_the_command_names_its_folder_wherever_the_run_is(run, monkeypatch):
 def test_nothing_is_replaced_unasked(run):
     done(f"{run} --sigma_rel 0.1 --out made")
     before = (Path("made") / WEIGHTS).read_bytes()
-    assert error(f"{run} --sigma_rel 0.2 --out made", 1).startswith("made exists already; give --overwrite")
+    assert error(f"{run} --sigma_rel 0.2 --out made", 1).startswith("made exists already; give another ")
     assert (Path("made") / WEIGHTS).read_bytes() == before
     done(f"{run} --sigma_rel 0.2 --out made --overwrite")
     assert (Path("made") / WEIGHTS).read_bytes() != before

@@ -324,7 +324,7 @@ def test_training_is_stopped_and_resumed(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path / number.name)
         updates = read_config(Path("checkpoints/original")).num_iters
         assert said == (f"stopped after update {updates} of 100000, checkpoints/original is saved; go on with --resume")
-        assert "give --resume to go on, --overwrite, or another --out" in error(line, 1)
+        assert "give --resume to go on, another --name or --out to keep both, or --overwrite" in error(line, 1)
         done(f"train.py --resume --num_iters {updates + 2}")
         done(f"train.py --config tiny.toml --num_iters {updates + 2} --out whole")
         assert_equal_bits(Path("whole", WEIGHTS), Path("checkpoints/original", WEIGHTS))

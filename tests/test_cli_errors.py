@@ -108,9 +108,9 @@ CASES = [
     ("prepare_data.py empty", FAILED, "no images in empty; give a folder or an archive with image files"),
     ("prepare_data.py photos", FAILED, "no images in photos; it holds 1 .txt; give a folder or an archive"),
     ("prepare_data.py file", FAILED, "file is no folder, zip, tar or dataset; give a folder of images"),
-    ("prepare_data.py --out file", FAILED, "file exists and is no dataset that vdiff wrote; choose another --out"),
+    ("prepare_data.py --out file", FAILED, "file exists and is no dataset that vdiff wrote; choose another --name"),
     ("prepare_data.py --out file/set --num_workers 0", FAILED, "cannot write file/set: Not a directory; "),
-    ("prepare_data.py --out data/toy_4", FAILED, "data/toy_4 exists already; give --overwrite to replace it, or "),
+    ("prepare_data.py --out data/toy_4", FAILED, "data/toy_4 exists already; give another --name or --out to keep b"),
     ("prepare_data.py --out photos --overwrite", FAILED, "photos exists and is no dataset that vdiff wrote; "),
     (f"{TRAIN} --data nowhere", FAILED, "nowhere: no such dataset; give the folder that prepare_data.py wrote"),
     (f"{TRAIN} --data empty", FAILED, "empty is not a dataset: it holds no data.mdb; make one of your images: python"),
@@ -133,19 +133,19 @@ CASES = [
     (f"{SAMPLE}/nowhere", FAILED, "checkpoints/nowhere: no such checkpoint; checkpoints holds base_0, "),
     ("sample.py --checkpoint empty", FAILED, "empty holds no config.json; give a folder that train.py or distill.py"),
     ("sample.py --checkpoint file", FAILED, "file is a file; give the checkpoint's folder"),
-    ("sample.py --checkpoint checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: base_"),
-    ("vdiff inspect checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: base_0, base_"),
+    ("sample.py --checkpoint checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: check"),
+    ("vdiff inspect checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: check"),
     (f"{SAMPLE}/base_5 --out file", FAILED, "file exists and is no set of samples that vdiff wrote; "),
     (f"{SAMPLE}/base_5 --out file/x", FAILED, "cannot write file/x: Not a directory; "),
     (f"{SAMPLE}/base_5 --out photos --overwrite", FAILED, "photos exists and is no set of samples that vdiff wrote; "),
     # existing output
-    ("train.py --config tiny.toml", FAILED, "checkpoints/original exists already (4 of 4 updates); give --overwrite, "),
+    ("train.py --config tiny.toml", FAILED, "checkpoints/original exists already (4 of 4 updates); give another --na"),
     (f"{TRAIN} --out checkpoints/half", FAILED, "checkpoints/half exists already (2 of 4 updates); give --resume to "),
     (f"{DISTILL}/odd --teacher_steps 16 --out checkpoints/base_5", FAILED,
-     "checkpoints/base_5 holds a model of 16 steps, not 8; give --overwrite to replace it, or another --out"),
+     "checkpoints/base_5 holds a model of 16 steps, not 8; give another --name or --out to keep both, or"),
     (f"{DISTILL}/odd --teacher_steps 16 --out checkpoints/base_0", FAILED,
-     "checkpoints/base_0 was distilled from another teacher than checkpoints/odd is now; give --overwrite"),
-    (f"{SAMPLE}/original --out samples/mine", FAILED, "samples/mine holds images drawn with other weights; give --ove"),
+     "checkpoints/base_0 was distilled from another teacher than checkpoints/odd is now; give another --name"),
+    (f"{SAMPLE}/original --out samples/mine", FAILED, "samples/mine holds images drawn with other weights; give anoth"),
     (f"{SAMPLE}/base_5 --seed 1 --out samples/mine", FAILED, "samples/mine holds images drawn with seed 0, not 1; giv"),
     (f"{SAMPLE}/base_5 --time_scale 2 --out samples/mine", FAILED, "samples/mine holds images drawn with num_steps 16"),
     (f"{SAMPLE}/base_5 --clipped_sampling --out samples/mine", FAILED, "samples/mine holds images drawn with sampler "),
@@ -252,7 +252,7 @@ CASES = [
     ("train.py --resume --out checkpoints/half --data other/more", FAILED,
      "checkpoints/half was begun with other images than other/more holds; give --data data/toy_4 as it was"),
     ("train.py --resume --out checkpoints/stateless", FAILED,
-     "checkpoints/stateless cannot be resumed: checkpoints/stateless/state/state.safetensors is missing; give --over"),
+     "checkpoints/stateless cannot be resumed: checkpoints/stateless/state/state.safetensors is missing; give anoth"),
 ]  # fmt: skip
 
 
@@ -385,7 +385,7 @@ def test_a_base_run_in_the_place_of_a_student():
     shutil.copytree("checkpoints/half", "checkpoints/base_6")
     Path("checkpoints/base_6", CONFIG).unlink()
     assert error(f"{DISTILL}/base_5", FAILED).startswith(
-        "checkpoints/base_6 was begun by train.py; give --overwrite to"
+        "checkpoints/base_6 was begun by train.py; give another --name or"
     )
 
 

@@ -248,8 +248,14 @@ def test_outputs_of_others_are_refused_in_one_line(place):
             "plain --out photos.npz --overwrite",
             "photos.npz exists and is no set of samples that vdiff wrote; choose another",
         ),
-        ("plain --out mine.zip --num 3", "mine.zip holds 2 images, not 3; give --overwrite, or another --out"),
-        ("plain --out mine.zip --seed 1", "mine.zip holds images drawn with seed 0, not 1; give --overwrite, or anoth"),
+        (
+            "plain --out mine.zip --num 3",
+            "mine.zip holds 2 images, not 3; give another --name or --out, or --overwrite",
+        ),
+        (
+            "plain --out mine.zip --seed 1",
+            "mine.zip holds images drawn with seed 0, not 1; give another --name or --out",
+        ),
         ("plain --out photos.npz/x.zip", "cannot write photos.npz/x.zip: Not a directory; "),
     ]:
         assert error(f"{SAMPLE}/{line}", FAILED).startswith(words)

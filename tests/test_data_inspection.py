@@ -269,7 +269,7 @@ def test_shards_as_they_are_typed(source: Path, tmp_path: Path, monkeypatch: pyt
     assert "data/photos_8: 60 images of 2 parts" in text
     assert run(f"{base} --out whole").exit_code == 3
     assert tree(tmp_path / "data" / "photos_8") == tree(tmp_path / "whole")
-    assert "exists already; give --overwrite" in error("vdiff data merge data/photos_8.1of2 data/photos_8.2of2", 1)
+    assert "exists already; give another " in error("vdiff data merge data/photos_8.1of2 data/photos_8.2of2", 1)
     done("vdiff data merge data/photos_8.1of2 data/photos_8.2of2 --overwrite")
     assert "is not called NAME.IofN" in error("vdiff data merge whole", 1)
     (tmp_path / "letters").mkdir()

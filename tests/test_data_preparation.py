@@ -229,7 +229,7 @@ def test_an_existing_dataset_survives_refusal_and_failure(tmp_path: Path) -> Non
     source = mixed(tmp_path / "x")
     prepare(source, tmp_path / "out", CONFIG)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(VdiffError, match="exists already; give --overwrite"):
+    with pytest.raises(VdiffError, match="exists already; give another "):
         prepare(source, tmp_path / "out", CONFIG)
     with pytest.raises(VdiffError, match=r"02\.png"):
         prepare(source, tmp_path / "out", CONFIG, overwrite=True, strict=True)

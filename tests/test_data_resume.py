@@ -262,7 +262,7 @@ def test_what_a_finished_run_left_behind_is_not_another_run(source: Path, tmp_pa
     assert finish(source, tmp_path / "out", "before:remove") == 9
     assert partial_folder(tmp_path / "out").exists()
     before = tree(tmp_path / "out")
-    with pytest.raises(VdiffError, match="out exists already; give --overwrite"):
+    with pytest.raises(VdiffError, match="out exists already; give another "):
         prepare(Folder(source), tmp_path / "out", ConversionConfig(sizes=(4,)))
     assert finish(source, tmp_path / "out") == 0
     assert os.listdir(tmp_path) == ["out"]

@@ -89,7 +89,7 @@ def test_the_file_holds_what_was_found_and_answers_the_same_call(place):
     watcher = Watcher()
     assert measured(place, reporter=watcher) == found
     assert watcher.bars == []
-    with pytest.raises(VdiffError, match="holds another evaluation; give --overwrite"):
+    with pytest.raises(VdiffError, match="holds another evaluation; give another --out to keep both"):
         measured(place, seed=4)
 
 

@@ -854,7 +854,7 @@ def test_nothing_is_replaced_unasked(place, tmp_path, monkeypatch):
     assert "mine exists and is no pipeline that vdiff wrote" in error(f"{export} mine --overwrite", 1)
     assert error(f"{export} ours", 1) if Path("ours").exists() else done(f"{export} ours")
     before = tree(Path("ours"))
-    assert "ours exists already; give --overwrite" in error(f"{export} ours", 1)
+    assert "ours exists already; give another " in error(f"{export} ours", 1)
     assert "holds no model_index.json" in error(f"vdiff import diffusers {place}/ours/v --out made", 1)
     assert "missing" in error("vdiff export diffusers nowhere ours --overwrite", 1) or tree(Path("ours")) == before
     assert tree(Path("ours")) == before
@@ -862,7 +862,7 @@ def test_nothing_is_replaced_unasked(place, tmp_path, monkeypatch):
     assert tree(Path("ours")).keys() == before.keys()
     assert tree(Path("ours")) != before
     done("vdiff import diffusers ours --out made")
-    assert "made exists already; give --overwrite" in error("vdiff import diffusers ours --out made", 1)
+    assert "made exists already; give another " in error("vdiff import diffusers ours --out made", 1)
     done("vdiff import diffusers ours --out made --overwrite --num_timesteps 4")
     assert read_config(Path("made")).num_timesteps == 4
     shutil.copytree(place / "ours/v", "trained")

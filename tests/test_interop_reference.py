@@ -229,7 +229,7 @@ def test_an_import_replaces_only_imports(tmp_path, monkeypatch):
     done(f"vdiff import reference digits.pt {flags}")
     before = contents(Path("checkpoints/digits"))
     told = error(f"vdiff import reference digits.pt {flags}", 1)
-    assert told == "checkpoints/digits exists already; give --overwrite to replace it, or another --out"
+    assert told == "checkpoints/digits exists already; give another --out to keep both, or --overwrite to replace it"
     save(Path("digits.pt"), TINY, seed=1)
     error(f"vdiff import reference digits.pt {flags} --overwrite --image_size 5", 2)
     assert contents(Path("checkpoints/digits")) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,26 +82,28 @@ def test_the_dataset_of_a_model():
 
 
 def test_the_newest_checkpoint_is_the_one_written_last():
-    refused("no checkpoint under checkpoints/; run `python train.py` first", Project().newest)
+    refused("no checkpoint under checkpoints/; run `python train.py` first", partial(Project().newest, print))
     aged("checkpoints/photos/base_7", 9)
-    refused("no checkpoint under checkpoints/; give --name photos", Project().newest)
-    refused("no checkpoint under checkpoints/cats/; run `python train.py` first", Project("cats").newest)
+    refused("no checkpoint under checkpoints/; give --name photos", partial(Project().newest, print))
+    refused(
+        "no checkpoint under checkpoints/cats/; run `python train.py` first", partial(Project("cats").newest, print)
+    )
     for age, name in enumerate(("original", "base_1", "base_0")):
         aged(f"checkpoints/{name}", age)
     aged("checkpoints/base_1.failed_1", 10)
-    assert Project().newest() == Path("checkpoints/base_0")
+    assert Project().newest(print) == Path("checkpoints/base_0")
     aged("checkpoints/original", 5)
     Path("checkpoints/no_checkpoint").mkdir()
-    assert Project().newest() == Path("checkpoints/original")
-    assert Project("photos").newest() == Path("checkpoints/photos/base_7")
+    assert Project().newest(print) == Path("checkpoints/original")
+    assert Project("photos").newest(print) == Path("checkpoints/photos/base_7")
 
 
 def test_an_average_is_the_newest_only_where_there_is_nothing_else():
     aged("checkpoints/original_ema0.100", 9)
     Path("checkpoints/original_ema0.100", AVERAGE).write_text("{}")
-    assert Project().newest() == Path("checkpoints/original_ema0.100")
+    assert Project().newest(print) == Path("checkpoints/original_ema0.100")
     aged("checkpoints/original", 0)
-    assert Project().newest() == Path("checkpoints/original")
+    assert Project().newest(print) == Path("checkpoints/original")
 
 
 def test_a_checkpoint_by_its_name_in_the_project():
@@ -132,3 +135,30 @@ def test_what_is_no_checkpoint():
         refused(words, lambda path=path: check_checkpoint(Path(path)))
     os.chdir("inside")
     refused("did you mean ../checkpoints/base_9?", lambda: check_checkpoint(Path("checkpoints/base_9")))
+
+
+def test_what_is_chosen_among_several_is_said():
+    said: list[str] = []
+    aged("checkpoints/base_9", 1)
+    assert (Project().newest(said.append), said) == (Path("checkpoints/base_9"), [])
+    aged("checkpoints/base_10", 0)
+    aged("checkpoints/celebahq", 0)
+    Project().newest(said.append)
+    assert said == ["checkpoints/base_9 is the newest model in checkpoints/; others: base_10, celebahq"]
+    refused(
+        "original: no such checkpoint; choose the teacher with --base: checkpoints/base_9,",
+        partial(Project().teacher, print),
+    )
+    aged("checkpoints/original", 0)
+    aged("checkpoints/photos/original", 0)
+    assert Project().teacher(said.append) == Path("checkpoints/original")
+    assert said[1:] == [
+        "the teacher is checkpoints/original; --base chooses another: checkpoints/celebahq, checkpoints/photos/original"
+    ]
+    assert Project("photos").teacher(said.append) == Path("checkpoints/photos/original")
+    assert len(said) == 2
+
+
+def test_students_lie_in_the_project():
+    base = Path("runs/base_3")
+    assert (Project().students_beside(base), Project("x").students_beside(base)) == (base, Path("checkpoints/x/base_3"))

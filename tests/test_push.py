@@ -220,7 +220,7 @@ def test_an_existing_repository_is_left_alone_unless_told(hub, checkpoint):
     done(f"vdiff push {checkpoint} me/digits --endpoint {hub.url}")
     before = dict(hub.files["me/digits"])
     line = error(f"vdiff push {checkpoint} me/digits --license mit --endpoint {hub.url}", 1)
-    assert line == "me/digits exists already; give --overwrite to commit to it, or another name"
+    assert line == "me/digits exists already; give another name, or --overwrite to commit to it"
     assert hub.files["me/digits"] == before
     done(f"vdiff push {checkpoint} me/digits --license mit --overwrite --endpoint {hub.url}")
     assert b"license: mit" in hub.files["me/digits"]["README.md"]

@@ -226,7 +226,7 @@ def test_images_of_another_order_are_not_mixed(model, tmp_path, changes, words):
     with pytest.raises(VdiffError) as caught:
         run(spec(model, **changes), tmp_path / "out")
     assert str(caught.value) == (
-        f"{tmp_path / 'out'} holds images drawn with {words}; give --overwrite, or another --out"
+        f"{tmp_path / 'out'} holds images drawn with {words}; give another --name or --out, or --overwrite"
     )
     assert written(tmp_path / "out") == before
 

@@ -125,7 +125,7 @@ def test_an_npz_of_an_earlier_version_is_known(models, tmp_path):
         file.writestr(RECORD, record)
     before = contents(tmp_path)
     assert run(wanted, out, form="npz").drawn == 0
-    with pytest.raises(VdiffError, match="drawn with seed 3, not 4; give --overwrite"):
+    with pytest.raises(VdiffError, match="drawn with seed 3, not 4; give another --name or --out, or --overwrite"):
         run(spec(models["rgb"], seed=4), out, form="npz")
     assert contents(tmp_path) == before
 
@@ -228,10 +228,10 @@ def test_a_finished_output_is_left_alone(models, tmp_path, form):
         ({"seed": 4}, NUM, "holds images drawn with seed 3, not 4"),
         ({"guidance": 1.0}, NUM, r"holds images drawn with guidance 0\.0, not 1\.0"),
     ]:
-        with pytest.raises(VdiffError, match=f"{words}; give --overwrite, or another --out"):
+        with pytest.raises(VdiffError, match=f"{words}; give another --name or --out, or --overwrite"):
             run(spec(models["rgb"], **changes), out, form=form, num=num)
     other = {"zip": "npz", "npz": "zip", "lmdb": "zip"}[form]
-    with pytest.raises(VdiffError, match=f"holds images as {form}, not {other}; give --overwrite"):
+    with pytest.raises(VdiffError, match=f"holds images as {form}, not {other}; give another"):
         run(spec(models["rgb"]), out, form=other)
     assert contents(tmp_path) == before
 
@@ -282,7 +282,7 @@ def test_images_wait_on_the_disk_that_a_link_points_to(models, tmp_path):
 
 def test_a_folder_of_files_is_not_filled_with_something_else(models, tmp_path):
     run(spec(models["rgb"]), tmp_path / "out.lmdb", form="lmdb")
-    with pytest.raises(VdiffError, match="holds images as lmdb, not png; give --overwrite"):
+    with pytest.raises(VdiffError, match="holds images as lmdb, not png; give another"):
         run(spec(models["rgb"]), tmp_path / "out.lmdb", form="png")
     run(spec(models["rgb"]), tmp_path / "out.lmdb", form="png", overwrite=True)
     names = sorted(path.name for path in (tmp_path / "out.lmdb").iterdir())

@@ -454,7 +454,7 @@ def test_another_teacher_is_refused(data, teacher):
     run_ladder(config, described)
     folder = teacher.parent / "base_0"
     before = contents(folder)
-    with pytest.raises(VdiffError, match=r"base_0 holds a model of 4 steps, not 2; give --overwrite"):
+    with pytest.raises(VdiffError, match=r"base_0 holds a model of 4 steps, not 2; give another --name"):
         run_ladder(distill_config(data, teacher, teacher_steps=4), described)
     write_checkpoint(teacher, seed=3, num_timesteps=8)
     with pytest.raises(VdiffError, match=r"base_0 was distilled from another teacher than .*original is now"):
@@ -468,7 +468,7 @@ def test_another_teacher_is_refused(data, teacher):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"lr": 0.5}, "was made with lr 0.005, not 0.5; leave --lr out, give --overwrite to make it anew, or --base "),
+        ({"lr": 0.5}, "was made with lr 0.005, not 0.5; leave --lr out, give --base "),
         ({"lr": 0.0025}, "was made with lr 0.005, not 0.0025; "),
         ({"num_iters": 5}, "was made with num_iters 4, not 5; "),
         ({"lr_schedule": "constant", "num_iters": 5}, "was made with num_iters 4, not 5; "),
@@ -506,9 +506,9 @@ def test_a_student_of_another_network_is_refused(data, teacher, tmp_path):
     run_ladder(config, read_config(teacher), reporter=watcher)
     assert watcher.lines == [f"{folder} is finished already: 4 steps"]
     file.write_text("[unet]\nchannels = 12\n")
-    with pytest.raises(VdiffError, match=r"base_0 has another network than .*student\.toml; give --overwrite"):
+    with pytest.raises(VdiffError, match=r"base_0 has another network than .*student\.toml; give another"):
         run_ladder(distill_config(data, teacher, student_config=str(file), check_images=0), read_config(teacher))
-    with pytest.raises(VdiffError, match="base_0 has another network than its teacher; give --overwrite"):
+    with pytest.raises(VdiffError, match="base_0 has another network than its teacher; give another"):
         run_ladder(distill_config(data, teacher, check_images=0), read_config(teacher))
     assert contents(folder) == before
 
@@ -522,7 +522,7 @@ def test_a_student_without_a_record_is_known_by_its_description(data, teacher):
     run_ladder(config, read_config(teacher), reporter=watcher)
     assert watcher.lines == [f"{teacher.parent / 'base_0'} is finished already: 4 steps"]
     for method in ("trajectory", "tract"):
-        with pytest.raises(VdiffError, match=f"base_0 holds a student by progressive, not {method}; give --overwrite"):
+        with pytest.raises(VdiffError, match=f"base_0 holds a student by progressive, not {method}; give another"):
             run_ladder(dataclasses.replace(config, method=method), read_config(teacher))
 
 

@@ -195,7 +195,7 @@ def test_a_missing_state_never_begins_anew_silently(data, tmp_path):
     cut_run(data, folder)
     state_path(folder).unlink()
     before = contents(folder)
-    with pytest.raises(VdiffError, match=r"cannot be resumed: .*state\.safetensors is missing; give --overwrite"):
+    with pytest.raises(VdiffError, match=r"cannot be resumed: .*state\.safetensors is missing; give another --out"):
         run_training(train_config(data), folder, resume=True)
     assert contents(folder) == before
 
@@ -212,7 +212,7 @@ def test_a_state_that_averaged_with_a_warm_up_is_refused(data, tmp_path, changes
         run_training(train_config(data, **changes), folder, resume=True)
         return
     before = contents(folder)
-    with pytest.raises(VdiffError, match=r"older vdiff, whose averages .* had a warm-up; .* give --overwrite"):
+    with pytest.raises(VdiffError, match=r"older vdiff, whose averages .* had a warm-up; .* give another"):
         run_training(train_config(data, log_interval=7, **changes), folder, resume=True)  # a setting that may change
     assert contents(folder) == before
 
@@ -300,12 +300,14 @@ def test_what_exists_is_replaced_only_when_told_to(data, whole, tmp_path):
     folder = tmp_path / "original"
     cut_run(data, folder, seed=5)
     before = contents(folder)
-    with pytest.raises(VdiffError, match=r"exists already \(3 of 6 updates\); give --resume to go on, --overwrite"):
+    with pytest.raises(VdiffError, match=r"exists already \(3 of 6 updates\); give --resume to go on, another"):
         run_training(train_config(data), folder)
     assert contents(folder) == before
     run_training(train_config(data), folder, overwrite=True)
     assert_same_run(folder, whole)
-    with pytest.raises(VdiffError, match=r"exists already \(6 of 6 updates\); give --overwrite, or another --out"):
+    with pytest.raises(
+        VdiffError, match=r"exists already \(6 of 6 updates\); give another --name or --out to keep both"
+    ):
         run_training(train_config(data), folder)
 
 

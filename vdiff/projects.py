@@ -7,6 +7,7 @@ without a name:  data/…           checkpoints/original, base_0, …          s
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from vdiff.records import AVERAGE, CONFIG, FAILED, RUN_FILE
 DATA, CHECKPOINTS, SAMPLES, ORIGINAL = Path("data"), Path("checkpoints"), Path("samples"), "original"
 OF_MODELS = re.compile(rf"{ORIGINAL}|base_\d+")
 SHOWN = 12
-"""Models that an error lists."""
+"""Models that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,47 @@ class Project:
         """
         return recorded if "://" in recorded or (recorded and Path(recorded).exists()) else str(self.dataset())
 
-    def newest(self) -> Path:
+    def newest(self, say: Callable[[str], object]) -> Path:
         """The model that was written last; another average of a run only where there is nothing else.
+
+        Args:
+            say: gets a line of the others, where there are any.
 
         Raises:
             VdiffError: there is none.
         """
         if found := models_in(self.checkpoints):
-            return max(found, key=_age)
+            newest = max(found, key=_age)
+            if others := [path.name for path in found if path != newest]:
+                say(f"{newest} is the newest model in {self.checkpoints}/; others: {_listed(others)}")
+            return newest
         inside = sorted({path.parent.name for path in _below(self.checkpoints)})
         ways = [f"give --name {name}" for name in inside] or ["run `python train.py` first, or give --checkpoint"]
         raise VdiffError(f"no checkpoint under {self.checkpoints}/", ", or ".join(ways))
+
+    def teacher(self, say: Callable[[str], object]) -> Path:
+        """The base model of the project.
+
+        Args:
+            say: gets a line of other models that could be meant, those that no student of this one is.
+
+        Raises:
+            VdiffError: there is none.
+        """
+        if not self.original.is_dir() and (found := [*models_in(self.checkpoints), *_below(self.checkpoints)]):
+            raise VdiffError(
+                f"{self.original}: no such checkpoint", f"choose the teacher with --base: {_listed(found)}"
+            )
+        check_checkpoint(self.original)
+        others = [path for path in models_in(self.checkpoints) if not OF_MODELS.fullmatch(path.name)]
+        others += [] if self.name else [path for path in _below(self.checkpoints) if path.name == ORIGINAL]
+        if others:
+            say(f"the teacher is {self.original}; --base chooses another: {_listed(others)}")
+        return self.original
+
+    def students_beside(self, teacher: Path) -> Path:
+        """The path that students are named after and lie beside: the teacher's, or one within a project with a name."""
+        return self.checkpoints / teacher.name if self.name else teacher
 
     def inside(self, path: Path) -> Path:
         """A path as a command gets it: `base_5` may be a checkpoint's name within the project."""
@@ -122,7 +153,7 @@ def models_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, `base_9` before `base_10`; students set aside are none."""
     found = (path.parent for path in folder.glob(f"*/{CONFIG}"))
     shown = [path for path in found if FAILED not in path.name and not path.name.startswith(".")]
-    return sorted(shown, key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path.name)])
+    return sorted(shown, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(9), path.name))
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -132,7 +163,7 @@ def check_checkpoint(folder: Path) -> None:
         VdiffError: nothing is there, or something else; it lists the checkpoints nearby.
     """
     if not folder.exists():
-        beside = ", ".join(path.name for path in models_in(folder.parent)[-SHOWN:])
+        beside = _listed([path.name for path in models_in(folder.parent)])
         hint = f"{folder.parent} holds {beside}" if beside else "run `python train.py` first"
         raise VdiffError(f"{folder}: no such checkpoint", elsewhere(folder) or hint)
     if not folder.is_dir():
@@ -143,7 +174,7 @@ def check_checkpoint(folder: Path) -> None:
         if (folder / RUN_FILE).is_file():
             raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")
         found = models_in(folder) or _below(folder)
-        listed = ", ".join(path.relative_to(folder).as_posix() for path in found[-SHOWN:])
+        listed = _listed([path.relative_to(folder).as_posix() for path in found])
         hint = f"give one that lies in it: {shell(max(found, key=_age))} (newest) of {listed}" if found else ""
         raise VdiffError(f"{folder} holds no {CONFIG}", hint or "give a folder that train.py or distill.py wrote")
 
@@ -156,6 +187,11 @@ def _age(model: Path) -> tuple[bool, int, str]:
 def _below(folder: Path) -> list[Path]:
     """The checkpoints in the folders of a folder: those of its projects."""
     return [model for inside in sorted(folder.glob("*/")) for model in models_in(inside)]
+
+
+def _listed(names: Sequence[object]) -> str:
+    """Names for a message."""
+    return ", ".join(map(str, names[:SHOWN])) + ", …" * (len(names) > SHOWN)
 
 
 def _is_partial(path: Path) -> bool:

@@ -139,7 +139,7 @@ def check_free(path: Path, kind: Kind, *, overwrite: bool, flag: str = "another 
         return
     known = check_ours(path, kind, flag=flag)
     if not overwrite:
-        raise VdiffError(f"{path} exists already", f"give --overwrite to replace it, or {flag}")
+        raise VdiffError(f"{path} exists already", f"give {flag} to keep both, or --overwrite to replace it")
     names = (name for name in _names(path) if not OF_SYSTEM.fullmatch(name))
     if foreign := sorted(name for name in names if not re.fullmatch(known, _plain(name))):
         more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""

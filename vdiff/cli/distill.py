@@ -81,9 +81,9 @@ def command(
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
 
     console = Console()
-    config, teacher = resolve_distillation(given(flags), config_file, project)
+    config, teacher = resolve_distillation(given(flags), config_file, project, console)
     images = teachers_images(config, teacher, project)
-    stages = plan_stages(config, teacher, out)
+    stages = plan_stages(config, teacher, out, project)
     console.line(f"preset {config.preset}, {images.name}, method {config.method}")
     for remark in remarks(config, teacher):
         console.line(remark)

@@ -154,7 +154,7 @@ def command(
     from vdiff.models.checkpoint import read_config
 
     console = Console()
-    folders = list(dict.fromkeys(checkpoints)) or [project.newest()]
+    folders = list(dict.fromkeys(checkpoints)) or [project.newest(console.line)]
     target = out or folders[0].parent / FILE
     found = evaluate(
         folders,

@@ -32,7 +32,7 @@ def command(checkpoint: Path | None, project: Project, json: bool) -> None:
     Only descriptions are read, and the weights for their checksum: it works on unfinished runs and imported models too.
     """
     console = Console()
-    values = facts(checkpoint or project.newest())
+    values = facts(checkpoint or project.newest(console.line))
     if json:
         console.result(jsonlib.dumps(values, ensure_ascii=False))
         return

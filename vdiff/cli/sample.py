@@ -205,6 +205,9 @@ def command(
     options = sampler_options(name, flags, no_clip=no_clip)
     path = path_of(interpolate, num)
     form = image_format(out, image_store)
+    console = Console()
+    folder = checkpoint or project.newest(console.line)
+    project = project if project.name else Project.of_model(folder)
 
     from vdiff.distributed import join
     from vdiff.models import checks
@@ -215,9 +218,6 @@ def command(
     from vdiff.sampling.outputs import ImageKind, open_output
     from vdiff.sampling.spec import SampleSpec
 
-    console = Console()
-    folder = checkpoint or project.newest()
-    project = project if project.name else Project.of_model(folder)
     config = read_config(folder)
     fits = config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # one in Python is refused when it is loaded

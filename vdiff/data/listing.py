@@ -307,7 +307,9 @@ def open_listing(path: Path) -> Listing:
     except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
         if database is not None:
             database.close()
-        raise VdiffError(f"{path} cannot be read: {error}", "give --overwrite to begin anew") from None
+        raise VdiffError(
+            f"{path} cannot be read: {error}", "give another --out, or --overwrite to begin anew"
+        ) from None
 
 
 def key_of(name: str) -> str:

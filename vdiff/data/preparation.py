@@ -295,7 +295,7 @@ def prepare(
             return _report(meta, folder, meta.counts["images"], began)
         if source.path is not None and source.path.resolve().is_relative_to(folder.resolve()):
             raise VdiffError(f"the images lie in the output folder {folder}", "choose another --out")
-        check_free(folder, DATASET, overwrite=overwrite)
+        check_free(folder, DATASET, overwrite=overwrite, flag="another --name or --out")
         try:
             with stop_explained(lambda word: f"{word}; {journal.kept} images are done, the same command goes on"):
                 journal.begin(job, command, overwrite=overwrite)
@@ -382,7 +382,9 @@ def _convert_all(
         _say_empty_classes(listing, journal, reporter)
     if (narrow := tally.converted[NARROW]) * 2 > tally.converted["16-bit"] + tally.converted["float"]:
         what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
-        reporter.line(f"{what}, so they are dark or flat; spread them with --range auto --overwrite")
+        reporter.line(
+            f"{what}, so they are dark or flat; spread them with --range auto and another --out, or --overwrite"
+        )
     skips, kinds = (dict(sorted(counts.items())) for counts in (tally.skipped, tally.converted))
     counts = {"images": tally.images, "skipped": skips, "ignored": listing.ignored, "converted": kinds}
     return writer.finish(counts), kept

@@ -185,7 +185,9 @@ def _finished(out: Path | None, key: str, overwrite: bool) -> Evaluation | None:
         return None
     found = Evaluation.read(out)
     if found.job != key:
-        raise VdiffError(f"{out} holds another evaluation", "give --overwrite to replace it, or another --out")
+        raise VdiffError(
+            f"{out} holds another evaluation", "give another --out to keep both, or --overwrite to replace it"
+        )
     return found
 
 

@@ -165,6 +165,6 @@ def _refusal(address: str, repository: str, error: Any, hint: str) -> VdiffError
     known = {
         401: (f"{address} does not know the token ({said})", "set HF_TOKEN to one that may write"),
         403: (f"the token may not write to {repository} ({said})", "use a token of its owner that may write"),
-        409: (f"{repository} exists already", "give --overwrite to commit to it, or another name"),
+        409: (f"{repository} exists already", "give another name, or --overwrite to commit to it"),
     }
     return VdiffError(*known.get(code, (f"{address} refuses {repository}: {said}", hint)))

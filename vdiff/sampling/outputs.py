@@ -89,7 +89,9 @@ class Output(ABC):
         check_ours(place, SAMPLES)
         record = read_packed_record(place) or {}
         if (found := record.get("format", "png")) != self.form:
-            raise VdiffError(f"{place} holds images as {found}, not {self.form}", "give --overwrite, or another --out")
+            raise VdiffError(
+                f"{place} holds images as {found}, not {self.form}", "give another --name or --out, or --overwrite"
+            )
         spec.check_same(record, place)
         return record
 
@@ -232,7 +234,8 @@ class Archive(Output):
             if record.get("num") == num:
                 return "finished"
             raise VdiffError(
-                f"{self.path} holds {record.get('num')} images, not {num}", "give --overwrite, or another --out"
+                f"{self.path} holds {record.get('num')} images, not {num}",
+                "give another --name or --out, or --overwrite",
             )
         return "anew" if self.earlier(self.place, spec, overwrite=overwrite) is None else "going on"
 

@@ -73,7 +73,7 @@ class SampleSpec:
         said = {item.name: _default(item) for item in fields(self)} | before
         if isinstance(options := said["options"], dict):  # "clip" in earlier versions
             said["options"] = {"clipping_value" if key == "clip" else key: value for key, value in options.items()}
-        now, advice = asdict(self), "give --overwrite, or another --out"
+        now, advice = asdict(self), "give another --name or --out, or --overwrite"
         if said["fingerprint"] != self.fingerprint:
             raise VdiffError(f"{place} holds images drawn with other weights", advice)
         before = {key: said[key] for key in now}

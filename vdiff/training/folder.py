@@ -72,7 +72,9 @@ def check_new(folder: Path, *, overwrite: bool) -> None:
         found = recorded(folder)
         done = f"{found.num_iters} of {found.target_iters} updates" if found else "no checkpoint yet"
         resume = "" if found and found.is_finished else "--resume to go on, "
-        raise VdiffError(f"{folder} exists already ({done})", f"give {resume}--overwrite, or another --out")
+        raise VdiffError(
+            f"{folder} exists already ({done})", f"give {resume}another --name or --out to keep both, or --overwrite"
+        )
     check_free(folder, RUN, overwrite=True)
 
 
@@ -90,7 +92,8 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
         raise VdiffError(f"{folder} was begun with other images than {images.name} holds", f"give {was}")
     if not state_path(folder).is_file():
         raise VdiffError(
-            f"{folder} cannot be resumed: {state_path(folder)} is missing", "give --overwrite to begin anew"
+            f"{folder} cannot be resumed: {state_path(folder)} is missing",
+            "give another --out, or --overwrite to begin anew",
         )
 
 
@@ -118,7 +121,9 @@ def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainC
         saved,
         now,
         f"{folder} was begun",
-        lambda name: f"leave --{name} out to resume, give --overwrite to begin anew, or another --out",
+        lambda name: (
+            f"leave --{name} out to resume, give another --name or --out to keep both, or --overwrite to begin anew"
+        ),
         but=("num_iters",) if may_go_on else (),
     )
 

@@ -163,7 +163,9 @@ def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | Non
     elif found.network_config != asked.network_config:
         reason = f"has another network than {config.student_config or 'its teacher'}"
     if reason:
-        raise VdiffError(f"{stage.folder} {reason}", "give --overwrite to replace it, or another --out")
+        raise VdiffError(
+            f"{stage.folder} {reason}", "give another --name or --out to keep both, or --overwrite to replace it"
+        )
     if found.is_finished and (stage.folder / RUN_FILE).is_file():
         _check_same_settings(stage, config)
     return found
@@ -174,7 +176,7 @@ def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
     attempts = verdict.attempts if verdict else times_failed(stage.folder) + 1
     is_same_lr = saved.lr in {config.lr / 2**k for k in range(attempts)}
     but = ("student_config", *(["lr"] if is_same_lr else []))
-    ways = f"give --overwrite to make it anew, or {shell('--base', stage.folder)} to go on from it"
+    ways = f"give {shell('--base', stage.folder)} to go on from it, another --name to keep both, or --overwrite"
     check_settings(saved, config, f"{stage.folder} was made", lambda name: f"leave --{name} out, {ways}", but)
 
 

@@ -188,5 +188,7 @@ def recorded_layer(kind: type[LoopConfig], folder: Path) -> dict[str, Mapping[st
     if kind is TrainConfig and not settings.train:
         raise VdiffError(f"{folder} holds a student, not a base model", "the distill.py command that began it goes on")
     if kind is DistillConfig and not settings.distill:
-        raise VdiffError(f"{folder} was begun by train.py", "give --overwrite to replace it, or another --out")
+        raise VdiffError(
+            f"{folder} was begun by train.py", "give another --name or --out to keep both, or --overwrite to replace it"
+        )
     return {str(folder / RUN_FILE): settings.train if kind is TrainConfig else settings.distill}

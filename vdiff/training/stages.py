@@ -21,6 +21,7 @@ from vdiff.models.condition import SECOND_TIME
 from vdiff.models.kinds import UNET
 from vdiff.projects import Project
 from vdiff.records import RUN_FILE
+from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE, parameters
 from vdiff.training.base import check_unet
 from vdiff.training.config import DistillConfig, resolve
@@ -84,7 +85,10 @@ class Stage:
 
 
 def resolve_distillation(
-    flags: Mapping[str, Any], config_file: Path | None, project: Project
+    flags: Mapping[str, Any],
+    config_file: Path | None,
+    project: Project | None = None,
+    reporter: Reporter | None = None,
 ) -> tuple[DistillConfig, CheckpointConfig]:
     """The settings of a ladder, and its first teacher, which is the project's base model where none is named.
 
@@ -93,7 +97,7 @@ def resolve_distillation(
     """
     settings = read_settings(config_file) if config_file else Settings({}, {})
     chosen = {**settings.distill, **flags}
-    base = Path(chosen.get("base") or project.original)
+    base = Path(chosen.get("base") or (project or Project()).teacher(reporter.line if reporter else id))
     teacher = read_config(base)
     data = str(chosen.get("data") or (teacher.dataset if is_there(teacher.dataset) else ""))
     num_images = 0
@@ -175,8 +179,10 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
     return images
 
 
-def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | None = None) -> list[Stage]:
-    """The stages from the teacher's steps down: `base_k` beside the teacher, k counting on from its own name.
+def plan_stages(
+    config: DistillConfig, teacher: CheckpointConfig, out: Path | None = None, project: Project | None = None
+) -> list[Stage]:
+    """The stages from the teacher's steps down: `base_k` beside it or in the project, k counting on from its own name.
 
     An ε-prediction gets a student of v first, at the same steps (at zero signal, where students of few steps start, ε
     says nothing about the image); so does a teacher that is to be guided.
@@ -194,11 +200,12 @@ def plan_stages(config: DistillConfig, teacher: CheckpointConfig, out: Path | No
         raise OptionError(f"--out names one student, and this ladder has {len(steps)}", "leave --out out")
     if out is not None and out.resolve() == base.resolve():
         raise OptionError(f"--out {out} is the teacher itself", "choose another --out")
-    match = re.fullmatch(r"base_(\d+)", base.name)
+    first = (project or Project()).students_beside(base)
+    match = re.fullmatch(r"base_(\d+)", first.name)
     number = int(match.group(1)) + 1 if match else 0
     stages: list[Stage] = []
     for k, (method, before, after) in enumerate(steps):
-        folder = out or base.parent / f"base_{number + k}"
+        folder = out or first.parent / f"base_{number + k}"
         stages.append(Stage(stages[-1].folder if stages else base, before, folder, after, method, is_first=not stages))
     return stages
 

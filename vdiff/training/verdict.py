@@ -350,7 +350,7 @@ def check_student(
         reason = f": {found.reason}" if found else ""
         raise VdiffError(
             f"{stage.folder} collapsed{reason}; the best attempt is kept there",
-            "give --overwrite with a lower --lr or more --num_iters",
+            "give a lower --lr or more --num_iters, with another --out or with --overwrite",
         )
     return code == 0
 
