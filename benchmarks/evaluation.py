@@ -27,7 +27,7 @@ from benchmarks.report import machine, write_report
 from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.evaluation.measure import evaluate
 from vdiff.models.checkpoint import CheckpointConfig, save_checkpoint
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 
 SIZE, DATA = 8, 12_000
 

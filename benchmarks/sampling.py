@@ -40,7 +40,7 @@ from vdiff.interop.diffusers.writing import export_pipeline
 from vdiff.models.backbone import count_flops
 from vdiff.models.checkpoint import CheckpointConfig, read_config, save_checkpoint
 from vdiff.models.speed import DTYPES
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 
 SIZE = 32
 UNET: dict[str, Any] = {

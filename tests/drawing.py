@@ -11,7 +11,7 @@ from tests.toy import UNET, Watcher, contents, write_checkpoint
 from vdiff.distributed import Processes
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.checks import class_numbers
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 from vdiff.reporting import Reporter
 from vdiff.sampling.job import RunOptions, SampleReport, draw_images
 from vdiff.sampling.outputs import PICTURES, ImageKind, open_output

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.toy import write_checkpoint
 from vdiff.diffusion.prediction import PREDICTION_TYPES
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 
 SIZE = 8
 

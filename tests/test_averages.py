@@ -39,7 +39,8 @@ from vdiff.models.checkpoint import (
     write_tensors,
 )
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.averages import (
     MAX_SIGMA_REL,
     TRACKED,

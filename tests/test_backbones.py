@@ -19,10 +19,11 @@ from vdiff.api import Model
 from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM
 from vdiff.interop.graphs import check_exportable
-from vdiff.models.backbone import Signature
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_tensors
+from vdiff.models.condition import Signature
 from vdiff.models.kinds import BUILD, build_network
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 from vdiff.models.wrapped import DiffusersBackbone
 
 

@@ -33,7 +33,7 @@ from vdiff.models.checkpoint import (
     weights_fingerprint,
     write_tensors,
 )
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 
 UNET = UNetConfig(channels=4, embedding_channels=4, multipliers=(1,), num_blocks=1, attention_strides=(1,))
 
@@ -335,7 +335,7 @@ def test_a_failing_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half of the wei")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", disk_fills_up)
+    monkeypatch.setattr("safetensors.torch.save_file", disk_fills_up)
     with pytest.raises(VdiffError, match=r"cannot write .*model\.safetensors: No space left on device; free space"):
         save_checkpoint(tmp_path, denoiser.state_dict(), config(num_iters=99))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.oracles import randn
-from vdiff.models.backbone import Signature
-from vdiff.models.condition import Condition
+from vdiff.models.condition import Condition, Signature
 
 TEXT, EMPTY = randn(4, 3, 2), randn(3, 2, seed=1)
 CLASSES, WEIGHTS = torch.tensor([2, 0, 1, 2]), torch.tensor([0.0, 1.5, 4.0, 2.0])

@@ -16,7 +16,8 @@ from vdiff.diffusion.targets import progressive_target
 from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.drawing import draw
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 
 MEANS = torch.tensor([-0.8, 0.1, 0.7, 0.05], dtype=torch.float64)
 SPREADS = torch.tensor([0.2, 0.3, 0.1, 0.6], dtype=torch.float64)

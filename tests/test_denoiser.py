@@ -10,9 +10,10 @@ from tests.oracles import ALL_SCHEDULES, Z_SHAPE, column, condition, gaussian, m
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import Ddim, sample
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule, grid_times
-from vdiff.models.backbone import Signature
+from vdiff.models.condition import Signature
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
 every_kind = pytest.mark.parametrize("kind", PREDICTION_TYPES)

@@ -57,7 +57,7 @@ def of_room(room: str, names: list[str]) -> list[str]:
 
 
 MODELS = (
-    *("codec", "condition", "backbone", "unet", "wrapped", "kinds", "inheriting", "reading", "program"),
+    *("codec", "condition", "unet_config", "backbone", "unet", "wrapped", "kinds", "inheriting", "reading", "program"),
     *("denoiser", "checkpoint", "flops", "checks", "drawing", "speed"),
 )
 LAYERS = [f"vdiff.models.{name}" for name in MODELS]
@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "vdiff.diffusion.phases": [],
     "vdiff.diffusion.distillation": [*DIFFUSION, "vdiff.errors", "vdiff.settings"],
     **{f"vdiff.models.{name}": [*LAYERS[:k], "vdiff.diffusion", *BASE, "vdiff"] for k, name in enumerate(MODELS)},
-    "vdiff.models.unet": LAYERS[:3],
+    "vdiff.models.unet": LAYERS[:4],
 }
 """Module or room (the nearest entry above a module rules it) → what it may import of vdiff: the rooms as the table of
 ARCHITECTURE.md has them, and an order within diffusion and models.
@@ -166,7 +166,15 @@ def torch_at_import(path: Path) -> bool:
     return False
 
 
-LIGHT = [*WITHOUT_TORCH, *(name for name in MODULES if name.startswith(("vdiff.diffusion", "vdiff.cli")))]
+DESCRIPTIONS = [
+    f"vdiff.models.{name}" for name in ("checkpoint", "kinds", "reading", "codec", "condition", "unet_config")
+]
+"""What reads a checkpoint's description."""
+LIGHT = [
+    *WITHOUT_TORCH,
+    *DESCRIPTIONS,
+    *(name for name in MODULES if name.startswith(("vdiff.diffusion", "vdiff.cli"))),
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -13,7 +13,8 @@ from tests.oracles import randn
 from vdiff.models import unet
 from vdiff.models.backbone import parameter_count
 from vdiff.models.inheriting import inherit
-from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage
+from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetStage
+from vdiff.models.unet_config import UNetConfig
 
 BASE = {"channels": 8, "embedding_channels": 12, "multipliers": (1, 2), "num_blocks": 2, "attention_strides": (2,)}
 SHAPES = {

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.commands import done, error
+from tests.commands import ROOT, done, error
 from tests.reference_network import Shape, save
 from tests.toy import distill_config, run_ladder, run_training, signal_at, train_config, write_checkpoint, write_dataset
 from vdiff.cli.inspect import ancestors, described, facts
 from vdiff.errors import Interrupted
 from vdiff.models.backbone import parameter_count
-from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_config
+from vdiff.models.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_config, read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,25 @@ def test_facts_are_those_of_the_files(ladder):
         assert found[key] == getattr(config, key)
     assert found["is_finished"]
     assert not found["takes_any_num_steps"]
+
+
+def test_torch_is_not_loaded(ladder):
+    """Loading it costs more than all the rest: a fresh interpreter ends without it."""
+    code = (
+        "import sys\nfrom vdiff.cli.main import main\n"
+        f"main(['inspect', {str(ladder / 'base_1')!r}], standalone_mode=False)\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("checkpoint")
+    assert done.stdout.endswith("\nFalse\n")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_in_numbers_that_numpy_does_not_know(dtype, tmp_path):
+    write_checkpoint(tmp_path / "model")
+    weights = {name: tensor.to(dtype) for name, tensor in read_tensors(tmp_path / "model" / WEIGHTS).items()}
+    write_tensors(tmp_path / "model" / WEIGHTS, weights, {})
+    assert facts(tmp_path / "model")["parameters"] == sum(tensor.numel() for tensor in weights.values())
 
 
 def test_lineage_leads_back_to_the_original(ladder):

@@ -45,7 +45,7 @@ from vdiff.interop.diffusers.unet import ONLY, READ, write_unet_config
 from vdiff.interop.diffusers.writing import export_pipeline
 from vdiff.interop.foreign import JsonFile
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 
 TOLERANCE = 1e-4
 COUNT = 3

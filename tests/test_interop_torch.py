@@ -25,8 +25,8 @@ from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.interop import graphs
 from vdiff.interop.graphs import FewSteps, GraphOptions, grid
-from vdiff.models.backbone import Signature
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
+from vdiff.models.condition import Signature
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw_from
 

@@ -21,7 +21,8 @@ from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.weighting import HUBER, LOSSES
 from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.objectives import DistillationObjective, StudentState, TrainBatch, bind_condition
 
 

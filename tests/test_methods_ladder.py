@@ -37,7 +37,7 @@ from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors, save_checkpoint
 from vdiff.models.denoiser import GuidedDenoiser
 from vdiff.models.drawing import draw
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 from vdiff.records import VERDICT
 from vdiff.training import ladder, student
 from vdiff.training.averages import Exponential

@@ -17,7 +17,8 @@ from vdiff.diffusion.schedules import CosineSchedule, DdpmCosineSchedule
 from vdiff.errors import VdiffError
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw, image_classes
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 
 SHAPE = (3, 4, 4)
 SIZE = 4

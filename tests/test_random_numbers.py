@@ -25,7 +25,7 @@ from tests.toy import (
 from vdiff.data.batches import Batch
 from vdiff.errors import Interrupted
 from vdiff.models.checkpoint import WEIGHTS, read_config, read_metadata
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import Engine, build_engine
 from vdiff.training.loop import Run

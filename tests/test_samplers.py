@@ -34,7 +34,8 @@ from vdiff.diffusion.samplers import (
 )
 from vdiff.diffusion.schedules import CosineSchedule, grid_angles, grid_times
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
 every_table = pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES)

@@ -14,7 +14,8 @@ from tests.oracles import randn
 from tests.toy import train_config
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.averages import Averages, Exponential
 from vdiff.training.engine import build_engine
 from vdiff.training.meter import MAX_STEPS, Meter, Position, StepResult

@@ -17,7 +17,8 @@ from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.backbone import count_flops
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.base import describe, resolve_training
 from vdiff.training.config import DistillConfig, TrainConfig, resolve, settings_of, values_of

@@ -14,7 +14,8 @@ from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule
 from vdiff.diffusion.targets import progressive_target
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.objectives import (
     DenoisingObjective,
     DistillationObjective,

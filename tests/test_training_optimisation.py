@@ -11,7 +11,8 @@ import torch
 from tests.toy import train_config
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNet, UNetConfig
+from vdiff.models.unet import UNet
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.config import LR_SCHEDULES
 from vdiff.training.optimisation import build_optimizer, learning_rate
 

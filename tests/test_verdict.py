@@ -22,7 +22,7 @@ from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.codec import PIXEL_CODEC, UNBOUNDED, from_uint8
 from vdiff.models.drawing import rmse
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.comparison import compare
 from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.engine import build_engine

@@ -28,7 +28,7 @@ from vdiff.models.checkpoint import (
     save_checkpoint,
 )
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 from vdiff.training.base import describe, train
 from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images

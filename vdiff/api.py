@@ -22,10 +22,10 @@ from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models import checks
-from vdiff.models.backbone import Backbone, Signature
+from vdiff.models.backbone import Backbone
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from vdiff.models.codec import CODECS, PIXEL_CODEC, UNBOUNDED
-from vdiff.models.condition import CLASSES
+from vdiff.models.condition import CLASSES, Signature
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser, device_of
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
 from vdiff.models.kinds import PYTHON

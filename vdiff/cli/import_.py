@@ -16,7 +16,7 @@ from vdiff.text import plural
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
-    from vdiff.models.unet import UNetConfig
+    from vdiff.models.unet_config import UNetConfig
 
 
 def out_option(default: str) -> Callable[[Any], Any]:
@@ -91,7 +91,7 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
     that repository draws.
     """
     from vdiff.interop.reference import import_reference
-    from vdiff.models.unet import UNetConfig
+    from vdiff.models.unet_config import UNetConfig
 
     console = Console()
     target = out or project.checkpoints / (file.resolve().parent.name if file.stem == "checkpoint" else file.stem)
@@ -131,7 +131,7 @@ def diffusers(source: str, project: Project, out: Path | None, **options: Any) -
     safetensors are read. A folder that `vdiff export diffusers` wrote gives back the checkpoint that it was.
     """
     from vdiff.interop.diffusers.reading import import_pipeline
-    from vdiff.models.unet import UNetConfig
+    from vdiff.models.unet_config import UNetConfig
 
     console = Console()
     target = out or project.checkpoints / Path(source).resolve().name

@@ -150,7 +150,7 @@ def _place(model: Mapping[str, Any]) -> str:
 
 def _network(values: Mapping[str, Any]) -> dict[str, str]:
     """The network in a line or two."""
-    from vdiff.models.unet import UNetConfig
+    from vdiff.models.unet_config import UNetConfig
 
     if "unet" not in values:
         return {"network": f"{values['backbone']['kind']}, {values['backbone']['config'].get('class')}"}

@@ -29,7 +29,8 @@ from vdiff.files import sha256_of
 from vdiff.interop.foreign import IMPORTED_MODEL, write_model
 from vdiff.interop.pickles import check_backed, read_pt
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig
-from vdiff.models.unet import Attention, UNet, UNetConfig, UNetStage
+from vdiff.models.unet import Attention, UNet, UNetStage
+from vdiff.models.unet_config import UNetConfig
 from vdiff.replacing import check_free
 
 KEYS = ("G", "n_timesteps", "time_scale")

@@ -4,56 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vdiff.models.condition import GUIDANCE, Condition, Null
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a network takes and answers.
-
-    Attributes:
-        channels, out_channels: of z (B, channels, …) and of the output.
-        names: of the conditions that it takes.
-        null: what stands for "not told" of a condition, where the network has learned what it means.
-        num_classes: of a network that takes classes.
-        size_multiple: the sizes of z behind the channels must be multiples of this.
-    """
-
-    channels: int
-    out_channels: int
-    names: tuple[str, ...] = ()
-    null: Null = field(default_factory=dict)
-    num_classes: int = 0
-    size_multiple: int = 1
-
-    @property
-    def takes_guidance(self) -> bool:
-        """Whether the network takes a weight of guidance, whose effect it has learned."""
-        return GUIDANCE in self.names
-
-    def condition(self, **tensors: Tensor | None) -> Condition:
-        """Those of the tensors that the network takes, with what stands for "not told"."""
-        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None and name in self.names}
-        return Condition(kept, self.null)
-
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Refuse samples (C, …) of a shape that the network does not take.
-
-        Raises:
-            ValueError: other channels, or a size that is no multiple of `size_multiple`.
-        """
-        if shape[0] != self.channels:
-            raise ValueError(f"samples of {shape[0]} channels do not fit a network of {self.channels}")
-        if any(size % self.size_multiple for size in shape[1:]):
-            is_square = len(shape) == 3 and shape[1] == shape[2]
-            what = f"images of {shape[1]} pixels" if is_square else f"samples of {' × '.join(map(str, shape[1:]))}"
-            raise ValueError(f"{what} need a network for multiples of {self.size_multiple}")
+from vdiff.models.condition import Signature
 
 
 class Backbone(nn.Module):

@@ -5,6 +5,7 @@
     average.json        how `vdiff ema` made them, where it did
 
 Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.toml`); nothing here depends on it.
+Descriptions are read without torch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import vdiff
 from vdiff.diffusion.distillation import METHODS
@@ -29,9 +27,8 @@ from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.files import CHECKSUM, make_folder, read_json, sha256_of, write_json, write_whole
-from vdiff.models.backbone import Backbone, Signature
 from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
-from vdiff.models.denoiser import Denoiser
+from vdiff.models.condition import Signature
 from vdiff.models.kinds import UNET, build_network, signature_of
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
 from vdiff.projects import check_checkpoint
@@ -40,6 +37,13 @@ from vdiff.records import CONFIG as CONFIG
 from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
 from vdiff.text import cause_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vdiff.models.backbone import Backbone
+    from vdiff.models.denoiser import Denoiser
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -183,6 +187,8 @@ class CheckpointConfig:
             VdiffError: the network's code is not there.
             ValueError: values that do not fit together.
         """
+        from vdiff.models.denoiser import Denoiser
+
         network: Backbone = build_network(self.kind, self.network_config, module)
         return Denoiser(network, build_schedule(self.schedule), self.prediction)
 
@@ -296,6 +302,8 @@ def load_checkpoint(
     Raises:
         VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
     """
+    import torch
+
     folder = Path(folder)
     config, advice = read_config(folder), "restore the file, or train again"
     found = {_plain_name(name): shape for name, shape in read_shapes(folder / WEIGHTS).items()}
@@ -328,6 +336,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         VdiffError: the file system refuses (no space, no permission).
     """
+    from safetensors.torch import save_file
+
     on_cpu: dict[str, Tensor] = {}
     memories = set()
     for name, tensor in tensors.items():
@@ -352,6 +362,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         VdiffError: the file is missing, truncated, damaged or of another format.
     """
+    from safetensors.torch import load_file
+
     with reading(path):
         check_tensors(path)
         return load_file(path)
@@ -365,7 +377,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     with reading(path):
         check_tensors(path, header_only=True)
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             return {key: value for key, value in (file.metadata() or {}).items() if key != CHECKSUM}
 
 

@@ -1,12 +1,16 @@
-"""Between samples as people keep them and x, which a model learns: uint8 and pictures ⇄ [−1, 1]."""
+"""Between samples as people keep them and x, which a model learns: uint8 and pictures ⇄ [−1, 1].
+
+Imports torch when tensors are at hand, so that a checkpoint is described without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Codec:
 
     def encode(self, samples: Tensor) -> Tensor:
         """x from uint8, or from numbers that are x already."""
+        import torch
+
         return from_uint8(samples) if samples.dtype == torch.uint8 else samples
 
     def clip(self, x: Tensor) -> Tensor:
@@ -39,6 +45,8 @@ def to_uint8(x: Tensor) -> Tensor:
     Raises:
         ValueError: NaN or infinity among the values, or an integer tensor.
     """
+    import torch
+
     if not x.is_floating_point():
         raise ValueError(f"images of dtype {x.dtype}; need a floating-point dtype")
     if not torch.isfinite(x).all():
@@ -49,6 +57,8 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def from_uint8(u: Tensor) -> Tensor:
     """u / 127.5 − 1: uint8 0 … 255 to float32 in [−1, 1]; `to_uint8` gives back exactly `u`."""
+    import torch
+
     if u.dtype != torch.uint8:
         raise ValueError(f"images of dtype {u.dtype}; need torch.uint8")
     return u.float().div_(127.5).sub_(1)  # in place: one new tensor, not three

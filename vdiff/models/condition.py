@@ -1,17 +1,22 @@
-"""What a network takes besides z and the time: named tensors, and what stands for "not told" of each."""
+"""What a network takes besides z and the time: named tensors, and what stands for "not told" of each.
+
+Imports torch when tensors are at hand, so that a checkpoint is described without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CLASSES, GUIDANCE, SECOND_TIME = "classes", "guidance", "second_time"
 """Names of conditions: a class (B,) int64, the weight w of classifier-free guidance (B,), and a second time (B,) in
 [0, 1], where the step from t is to end (Kim et al. 2024, *Consistency Trajectory Models*)."""
-Null = Mapping[str, Tensor | float]
+Null: TypeAlias = "Mapping[str, Tensor | float]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +60,15 @@ class Condition:
     def _dropped(self, name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
         if (null := self.null.get(name)) is None:
             return tensor
-        rows = null.to(tensor).expand_as(tensor) if isinstance(null, Tensor) else torch.full_like(tensor, null)
+        rows = (
+            tensor.new_full(tensor.shape, null) if isinstance(null, int | float) else null.to(tensor).expand_as(tensor)
+        )
         return rows if mask is None else rows.where(mask.reshape(-1, *[1] * (tensor.ndim - 1)), tensor)
 
     def cat(self, other: Condition) -> Condition:
         """The rows of this one, then those of another of the same names."""
+        import torch
+
         return replace(self, tensors={name: torch.cat([a, other.tensors[name]]) for name, a in self.tensors.items()})
 
     def with_tensors(self, **tensors: Tensor | None) -> Condition:
@@ -74,3 +83,46 @@ class Condition:
             for name, tensor in self.tensors.items()
         }
         return replace(self, tensors=moved)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a network takes and answers.
+
+    Attributes:
+        channels, out_channels: of z (B, channels, …) and of the output.
+        names: of the conditions that it takes.
+        null: what stands for "not told" of a condition, where the network has learned what it means.
+        num_classes: of a network that takes classes.
+        size_multiple: the sizes of z behind the channels must be multiples of this.
+    """
+
+    channels: int
+    out_channels: int
+    names: tuple[str, ...] = ()
+    null: Null = field(default_factory=dict)
+    num_classes: int = 0
+    size_multiple: int = 1
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network takes a weight of guidance, whose effect it has learned."""
+        return GUIDANCE in self.names
+
+    def condition(self, **tensors: Tensor | None) -> Condition:
+        """Those of the tensors that the network takes, with what stands for "not told"."""
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None and name in self.names}
+        return Condition(kept, self.null)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse samples (C, …) of a shape that the network does not take.
+
+        Raises:
+            ValueError: other channels, or a size that is no multiple of `size_multiple`.
+        """
+        if shape[0] != self.channels:
+            raise ValueError(f"samples of {shape[0]} channels do not fit a network of {self.channels}")
+        if any(size % self.size_multiple for size in shape[1:]):
+            is_square = len(shape) == 3 and shape[1] == shape[2]
+            what = f"images of {shape[1]} pixels" if is_square else f"samples of {' × '.join(map(str, shape[1:]))}"
+            raise ValueError(f"{what} need a network for multiples of {self.size_multiple}")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vdiff.models.backbone import parameter_count
-from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetConfig, UNetStage
+from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetStage
+from vdiff.models.unet_config import UNetConfig
 
 Parts = tuple[int, ...]
 """The lengths of the pieces that one axis of a tensor is made of, each of a meaning of its own."""

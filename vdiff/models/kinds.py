@@ -1,16 +1,18 @@
-"""The kinds of networks that a checkpoint may name."""
+"""The kinds of networks that a checkpoint may name; torch is imported when one is built, or wraps another network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from vdiff.errors import VdiffError, suggestion
-from vdiff.models.backbone import Backbone, Signature
-from vdiff.models.unet import UNet, UNetConfig
-from vdiff.models.wrapped import PythonBackbone, build_diffusers, diffusers_signature, python_signature
+from vdiff.models.condition import Signature
+from vdiff.models.unet_config import UNetConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vdiff.models.backbone import Backbone
 
 UNET, DIFFUSERS, PYTHON = "unet", "diffusers", "python"
 
@@ -22,14 +24,42 @@ def _needs_module(config: Mapping[str, Any]) -> Backbone:
     )
 
 
+def python_signature(config: Mapping[str, Any]) -> Signature:
+    """The signature that `PythonBackbone.describe` described.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    values = dict(config["signature"])
+    return Signature(**{**values, "names": tuple(values["names"])})
+
+
+def _diffusers_signature(config: Mapping[str, Any]) -> Signature:
+    from vdiff.models.wrapped import diffusers_signature
+
+    return diffusers_signature(config)
+
+
+def _build_unet(config: Mapping[str, Any]) -> Backbone:
+    from vdiff.models.unet import UNet
+
+    return UNet(UNetConfig.from_dict(config))
+
+
+def _build_diffusers(config: Mapping[str, Any]) -> Backbone:
+    from vdiff.models.wrapped import build_diffusers
+
+    return build_diffusers(config)
+
+
 BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
-    UNET: lambda config: UNet(UNetConfig.from_dict(config)),
-    DIFFUSERS: build_diffusers,
+    UNET: _build_unet,
+    DIFFUSERS: _build_diffusers,
     PYTHON: _needs_module,
 }
 SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
     UNET: lambda config: UNetConfig.from_dict(config).signature,
-    DIFFUSERS: diffusers_signature,
+    DIFFUSERS: _diffusers_signature,
     PYTHON: python_signature,
 }
 """How a network of a kind is built from the `config` of a checkpoint, and what it takes."""
@@ -54,6 +84,9 @@ def build_network(kind: str, config: Mapping[str, Any], module: nn.Module | None
         ValueError, TypeError, KeyError: values that do not fit together.
     """
     if kind == PYTHON and module is not None:
+        from vdiff.models.backbone import Backbone
+        from vdiff.models.wrapped import PythonBackbone
+
         return module if isinstance(module, Backbone) else PythonBackbone(module, python_signature(config))
     signature_of(kind, config)
     return BUILD[kind](config)

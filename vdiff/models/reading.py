@@ -37,7 +37,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if size > MAX_WEIGHTS_BYTES:
             raise VdiffError(f"{path} has {size / 2**30:,.0f} GiB: no weights of ours do", "restore the file")
         check_tensors(path, header_only=True)
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 

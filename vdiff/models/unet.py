@@ -6,8 +6,6 @@ It knows no schedule: `timestep` is a real number that the denoiser derives from
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -15,154 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vdiff.models.backbone import Backbone, Signature, without_autocast
-from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME
+from vdiff.models.backbone import Backbone, without_autocast
+from vdiff.models.unet_config import NORM_EPS, UNetConfig
 
 MAX_GROUPS = 32
-NORM_EPS = 1e-5
-LIMITS = {
-    "in_channels": 2**12,
-    "out_channels": 2**13,
-    "channels": 2**16,
-    "embedding_channels": 2**18,
-    "num_blocks": 64,
-    "fold": 2**8,
-    "num_classes": 10**7,
-}
-MAX_LEVELS, MAX_MULTIPLIER = 16, 2**10
-"""Far above any network that exists: a damaged or hostile description is refused before anything is made of it."""
 GUIDANCE_SCALE = 250.0
 """Weights of guidance are told as this many units of the embedding of times, so that 0 to 4 is told apart as well as
 0 to 1000."""
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """The shape of a UNet.
-
-    Attributes:
-        in_channels, out_channels: of the images, and of the output (twice as many for `both`).
-        channels: of the first level; level i has channels · multipliers[i].
-        embedding_channels: of the time embedding.
-        num_blocks: residual blocks a level.
-        attention_strides: image pixels a pixel of the levels that attend: 4 = at a quarter of the image size.
-        num_heads: attention heads; or `head_channels` channels a head, where that is given (one head where a level
-            is narrower).
-        dropout: rate in the residual blocks.
-        resample: "block" changes the size inside a residual block, "conv" by a strided or upsampled convolution.
-        time_affine: the time scales and shifts the normalised features; off: it is added to them.
-        num_classes: of a class-conditional network; 0: unconditional.
-        null_class: one class more, number `num_classes`, stands for "no class", as classifier-free guidance needs it.
-        guidance_input: the network is told a weight w of guidance, whose effect it has learned (Meng et al. 2023).
-        second_time: the network is told a second time, as it is told of the first.
-        fold: squares of fold × fold pixels become the channels of one (space to depth) before the first convolution,
-            and are unfolded behind the last: the levels begin at 1/fold of the image size.
-        num_groups: of every normalisation; 0: as many as divide the channels, 32 at the most.
-        norm_eps: ε that the normalisations add to the variance.
-        freq_shift: the slowest frequency of the time embedding is max_period^(−(half − 1)/(half − freq_shift)).
-        downsample_pad: where the strided convolutions of `resample` "conv" see zeros beyond the image: on all "sides",
-            or at the "end" alone, below and to the right.
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    channels: int = 64
-    embedding_channels: int = 256
-    multipliers: tuple[int, ...] = (1, 2, 2)
-    num_blocks: int = 2
-    attention_strides: tuple[int, ...] = (4,)
-    num_heads: int = 1
-    head_channels: int = 0
-    dropout: float = 0.0
-    resample: Literal["block", "conv"] = "block"
-    time_affine: bool = True
-    num_classes: int = 0
-    null_class: bool = False
-    guidance_input: bool = False
-    second_time: bool = False
-    fold: int = 1
-    num_groups: int = 0
-    norm_eps: float = NORM_EPS
-    freq_shift: int = 0
-    downsample_pad: Literal["sides", "end"] = "sides"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        object.__setattr__(self, "attention_strides", tuple(self.attention_strides))
-        counts = ("in_channels", "out_channels", "channels", "embedding_channels", "num_blocks", "num_heads", "fold")
-        rest = ("num_classes", "head_channels", "num_groups", "freq_shift")
-        for names, least in ((counts, 1), (rest, 0)):
-            for name in names:
-                if type(value := getattr(self, name)) is not int:
-                    raise ValueError(f"{name} must be a whole number, got {value!r}")
-                if value < least:
-                    raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, limit in LIMITS.items():
-            if getattr(self, name) > limit:
-                raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
-        if len(self.multipliers) > MAX_LEVELS or max(self.multipliers, default=1) > MAX_MULTIPLIER:
-            raise ValueError(f"multipliers must be {MAX_LEVELS} numbers up to {MAX_MULTIPLIER} at the most")
-        if self.null_class and not self.num_classes:
-            raise ValueError("null_class says that classes may be left out, but num_classes is 0")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers must be whole numbers from 1 up, got {self.multipliers}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.resample not in ("block", "conv"):
-            raise ValueError(f"resample must be block or conv, got {self.resample!r}")
-        if self.downsample_pad not in ("sides", "end"):
-            raise ValueError(f"downsample_pad must be sides or end, got {self.downsample_pad!r}")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
-        if self.freq_shift and self.freq_shift >= self.channels // 2:
-            raise ValueError(f"freq_shift must be below channels/2 = {self.channels // 2}, got {self.freq_shift}")
-        if self.num_groups and self.channels % self.num_groups:
-            raise ValueError(f"{self.channels} channels do not split into {self.num_groups} groups")
-        allowed = [self.stride(level) for level in range(len(self.multipliers))]
-        if set(self.attention_strides) - set(allowed):
-            raise ValueError(f"attention_strides must be among {allowed}, got {list(self.attention_strides)}")
-        for multiplier in self.multipliers:
-            width = self.channels * multiplier
-            if width % (min(self.head_channels, width) or self.num_heads):
-                heads = f"heads of {self.head_channels} channels" if self.head_channels else f"{self.num_heads} heads"
-                raise ValueError(f"{width} channels do not split into {heads}")
-
-    def heads(self, channels: int) -> int:
-        """Attention heads at a width of `channels`."""
-        return max(channels // self.head_channels, 1) if self.head_channels else self.num_heads
-
-    def stride(self, level: int) -> int:
-        """Image pixels a pixel of a level, along each side."""
-        return self.fold * 2**level
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width must be multiples of this."""
-        return self.stride(len(self.multipliers) - 1)
-
-    @property
-    def signature(self) -> Signature:
-        """What the network takes and answers."""
-        takes = {CLASSES: self.num_classes, GUIDANCE: self.guidance_input, SECOND_TIME: self.second_time}
-        names = tuple(name for name, value in takes.items() if value)
-        null = {CLASSES: self.num_classes} if self.null_class else {}
-        return Signature(self.in_channels, self.out_channels, names, null, self.num_classes, self.size_multiple)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint's configuration."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: an unknown key.
-        """
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"unknown UNet option {', '.join(unknown)}; choose from {', '.join(known)}")
-        return cls(**values)
 
 
 def group_norm(channels: int, config: UNetConfig | None = None) -> nn.GroupNorm:

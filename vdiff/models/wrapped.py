@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vdiff.errors import VdiffError, suggestion
-from vdiff.models.backbone import Backbone, Signature
-from vdiff.models.condition import CLASSES
+from vdiff.models.backbone import Backbone
+from vdiff.models.condition import CLASSES, Signature
 
 TEXT, TEXT_MASK, POOLED, TIME_IDS = "text", "text_mask", "text_pooled", "time_ids"
 """A text's embeddings (B, tokens, channels), which of them count (B, tokens), one vector of it, and SDXL's sizes."""
@@ -46,16 +46,6 @@ class PythonBackbone(Backbone):
     def blocks(self) -> list[nn.Module]:
         """The members of the module's lists of modules."""
         return [block for part in self.model.children() if isinstance(part, nn.ModuleList) for block in part]
-
-
-def python_signature(config: Mapping[str, Any]) -> Signature:
-    """The signature that `PythonBackbone.describe` described.
-
-    Raises:
-        ValueError, TypeError: it is none.
-    """
-    values = dict(config["signature"])
-    return Signature(**{**values, "names": tuple(values["names"])})
 
 
 class DiffusersBackbone(PythonBackbone):

@@ -16,7 +16,7 @@ from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 from vdiff.projects import Project
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter

@@ -31,7 +31,7 @@ from vdiff.interop.diffusers.unet import (
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, write_model
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config, read_tensors
 from vdiff.models.reading import read_shapes
-from vdiff.models.unet import UNetConfig
+from vdiff.models.unet_config import UNetConfig
 from vdiff.replacing import check_free
 from vdiff.text import cause_of
 

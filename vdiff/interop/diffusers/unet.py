@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vdiff.errors import VdiffError
 from vdiff.interop.foreign import JsonFile
 from vdiff.models.checkpoint import MAX_IMAGE_SIZE
-from vdiff.models.unet import Resample, UNet, UNetConfig
+from vdiff.models.unet import Resample, UNet
+from vdiff.models.unet_config import UNetConfig
 
 MAX_SIZE, MAX_LEVELS, MAX_BLOCKS, MAX_CLASSES = 2**16, 12, 64, 2**20
 """Beyond these a file describes no network: channels, levels, blocks a level, classes."""
