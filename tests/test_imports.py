@@ -126,7 +126,14 @@ def test_the_table_is_read_as_meant():
         "__main__"
     }
     assert MAY_IMPORT["vdiff.cli"] == ["vdiff.*", "vdiff"]
-    assert MAY_IMPORT["vdiff.report"] == ["vdiff.report", "vdiff.evaluation", "vdiff.models", *BASE, "vdiff"]
+    assert MAY_IMPORT["vdiff.report"] == [
+        "vdiff.report",
+        "vdiff.evaluation",
+        "vdiff.models",
+        "vdiff.data.datasets",
+        *BASE,
+        "vdiff",
+    ]
     assert (MAY_IMPORT["vdiff.files"], MAY_IMPORT["vdiff.errors"]) == (["vdiff.errors"], [])
     assert is_allowed("vdiff.models.unet", MAY_IMPORT["vdiff.training"])
     assert not is_allowed("vdiff.models.checkpoint", MAY_IMPORT["vdiff.models.denoiser"])

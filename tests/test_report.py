@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,12 +18,22 @@ import PIL.Image
 import pytest
 
 from tests.commands import done, error
-from tests.ladders import COLUMNS, DISTANCES, verdict, write_evaluation, write_ladder
-from tests.toy import SIZE, write_checkpoint
+from tests.ladders import COLUMNS, DISTANCES, metrics, verdict, write_evaluation, write_ladder
+from tests.toy import SIZE, write_checkpoint, write_dataset
 from vdiff.errors import VdiffError
+from vdiff.evaluation.results import Scale
 from vdiff.files import parse, write_json
 from vdiff.report import plots
-from vdiff.report.content import distances_of, evaluation_table, models, notes, stage_table, summary, time_curve
+from vdiff.report.content import (
+    distances_of,
+    evaluation_table,
+    models,
+    notes,
+    recipes,
+    stage_table,
+    summary,
+    time_curve,
+)
 from vdiff.report.formatting import figure, milliseconds_text, seconds_text, times_text
 from vdiff.report.ladder import read_ladder
 from vdiff.report.page import MAX_POINTS, inlined, page_values, read_losses, render, split_rows, thinned, write_report
@@ -178,7 +190,8 @@ def test_a_teacher_that_was_trained_again_is_told_from_its_description(tmp_path)
 
 
 def test_the_page_says_the_figures(html):
-    text = " ".join(Page(html).text.split())
+    page = Page(html)
+    text = " ".join(page.text.split())
     assert "distilled in 3 stages into one that draws an image in 1 step" in text
     assert "An image takes 0.5 ms instead of 4 ms: it is 8 times as fast" in text
     assert "distance to the data is 0.4, 2 times the teacher's 0.2 in 8 steps (Fréchet distance on pixels)" in text
@@ -188,6 +201,98 @@ def test_the_page_says_the_figures(html):
     assert "n is small." in text
     assert "vdiff evaluate --seed 3" in text
     assert "406 10,000 16 s" in text, "updates, images and seconds of all stages"
+
+
+SCALE = Scale(same=0.1, blurred=6.4, mean_image=20.0, noise=50.0)
+
+
+@pytest.mark.parametrize(
+    ("far", "teacher", "words"),
+    [
+        (0.79, 0.2, "It worked: the student of 1 step is good."),
+        (0.81, 0.2, "It worked in part: the student of 1 step is usable."),
+        (6.5, 0.2, "It did not work: the student of 1 step is not trained yet."),
+        (6.5, 7.0, "It did not work, for its teacher is not trained yet: distance to the data 7 (other images of the"),
+    ],
+)
+def test_the_first_sentence_tells_whether_it_worked(root, tmp_path, far, teacher, words):
+    folder = without_logs(root, tmp_path)
+    ladder = read_ladder(folder)
+    found = distances_of(ladder)
+    assert found.scale is None
+    assert summary(ladder, found)[0].startswith("A model of")
+    mine = {**found.students, ladder.last.key: plots.Point(1, far)}
+    found = dataclasses.replace(found, scale=SCALE, teacher=plots.Point(8, teacher), students=mine)
+    assert summary(ladder, found)[0].startswith(words)
+    assert summary(ladder, found)[1].startswith("A model of")
+
+
+def test_the_scale_is_on_the_page(root, tmp_path):
+    folder = without_logs(root, tmp_path)
+    evaluation = dataclasses.replace(read_ladder(folder).evaluation, scale=SCALE)
+    evaluation.write(folder / "evaluation.json")
+    page = render(read_ladder(folder))
+    text = " ".join(Page(page).text.split())
+    assert "It worked: the student of 1 step is good." in text
+    assert f"For scale, distances without a model: {SCALE}. Samples below 0.8 count as good" in text
+    assert text.count("blurred") == 4, "in the sentence twice, and in both plots"
+    assert "teacher 0.2, other images 0.1" in text
+
+
+def test_a_teacher_alone_is_told_from_its_short_evaluation(tmp_path):
+    write_ladder(tmp_path, steps=(8,))
+    evaluation = write_evaluation(tmp_path, scale=SCALE)
+    row = dataclasses.replace(evaluation.rows[0], metrics=metrics(3.0))
+    dataclasses.replace(evaluation, rows=(row,)).write(tmp_path / "original" / "quality.json")
+    ladder = read_ladder(tmp_path)
+    assert summary(ladder, distances_of(ladder))[0] == f"original is usable: distance to the data 3 ({SCALE})."
+
+
+def test_the_title_is_the_projects_name(tmp_path):
+    for folder, name in ((tmp_path / "photos", "photos"), (tmp_path / "checkpoints", "toy")):
+        write_ladder(folder, steps=(2, 1), data="data/toy_64_128")
+        assert f"<h1>{name}</h1>" in render(read_ladder(folder))
+
+
+def test_samples_over_the_training_are_shown(root, tmp_path):
+    folder = without_logs(root, tmp_path)
+    (folder / "original" / "samples").mkdir()
+    for update in (5, 10, 20, 30, 40, 100):
+        PIL.Image.new("L", (update, 9)).save(folder / "original" / "samples" / f"{update:07d}.png")
+    (folder / "original" / "samples" / "mine.png").write_bytes(b"")
+    shown = page_values(ladder := read_ladder(folder), distances_of(ladder))["progress"]
+    assert [(text, picture.width) for text, picture in shown] == [
+        ("5 updates", 5), ("10 updates", 10), ("30 updates", 30), ("100 updates", 100),
+    ]  # fmt: skip
+
+
+def test_two_points_are_no_plot(tmp_path):
+    write_ladder(tmp_path, steps=(2, 1))
+    write_evaluation(tmp_path)
+    values = page_values(ladder := read_ladder(tmp_path), distances_of(ladder))
+    assert values["time_plot"] == {}
+    assert values["distance_plot"] != {}, "the teacher has more"
+    (tmp_path / "evaluation.json").unlink()
+    values = page_values(ladder := read_ladder(tmp_path), distances_of(ladder))
+    assert values["distance_plot"] == {}
+    assert "0.4" in Page(render(ladder)).text
+
+
+def test_the_commands_make_everything_again_in_one_folder(tmp_path, monkeypatch):
+    """From the images to the page; each as the dataset and the runs record it."""
+    monkeypatch.chdir(tmp_path)
+    write_ladder(Path("checkpoints"), steps=(4, 2), data="data/toy_4")
+    write_dataset(Path("data/toy_4"))
+    commands = [shlex.split(words) for _, words in recipes(read_ladder(Path("checkpoints")))]
+    assert [words[1 if words[0] == "python" else 0] for words in commands] == [
+        "prepare_data.py", "train.py", "distill.py", "sample.py", "vdiff",
+    ]  # fmt: skip
+    assert commands[0][2:5] == ["toy", "--size", "4"]
+    made = ["again/data", "again/original", "again/base_0", "again/samples"]
+    assert [words[words.index("--out") + 1] for words in commands[:4]] == made
+    used = {word for words in commands[1:] for word in words if word.startswith("again/")}
+    assert used == set(made)
+    assert commands[4] == ["vdiff", "report", "again", "--evaluate"]
 
 
 def test_each_model_as_plain_values(root):

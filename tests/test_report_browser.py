@@ -103,7 +103,7 @@ def test_commands_are_copied(tab, page):
     tab.open(page, width=1280)
     tab.run("navigator.clipboard.writeText = text => { window.copied = text; return Promise.resolve(); }")
     tab.run("document.querySelector('.recipes .copy').click()")
-    assert tab.run("copied").startswith("python train.py --config")
+    assert tab.run("copied").startswith("python prepare_data.py")
     assert tab.run("document.querySelector('.recipes .copy').textContent") == "Copied"
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shlex
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vdiff.evaluation.results import EvalRow, Evaluation, Metric
+from vdiff.data.datasets import open_dataset
+from vdiff.errors import VdiffError, shell
+from vdiff.evaluation.results import NOT_TRAINED, EvalRow, Evaluation, Metric, Quality, Scale, read_quality
+from vdiff.projects import CHECKPOINTS
 from vdiff.records import RUN_FILE
 from vdiff.report.formatting import bounded, figure, milliseconds_text, seconds_text, times_text, whole
 from vdiff.report.ladder import PLAIN, LadderModel, LadderRun
@@ -22,6 +26,13 @@ DISTANCES = {"fid": "FID", "fd": "Fréchet distance", "kid": "KID", "kd": "Kerne
 EFFORT = ("num_iters", "num_images", "train_seconds")
 AGAIN = "again"
 OF_TEACHER = f"teacher, {PLAIN}"
+AS_SAID = {
+    NOT_TRAINED: "is not trained yet",
+    "usable": "is usable",
+    "good": "is good",
+    "memorises": "memorises its images",
+}
+"""The words of `Quality` in a sentence."""
 NO_CURVE = Curve("students", ())
 
 
@@ -40,6 +51,7 @@ class Distances:
         samplers: each training-free sampler on the first teacher, over the evaluations per image.
         teacher: the first teacher in the most steps that it was measured in.
         left_out: number of rows of the evaluation whose models are not of this ladder.
+        scale: what these distances are read by; None where they have none.
     """
 
     name: str = ""
@@ -49,6 +61,7 @@ class Distances:
     samplers: tuple[Curve, ...] = ()
     teacher: Point | None = None
     left_out: int = 0
+    scale: Scale | None = None
 
     @property
     def curves(self) -> list[Curve]:
@@ -99,6 +112,7 @@ def _from_evaluation(ladder: LadderRun, evaluation: Evaluation) -> Distances | N
         samplers=tuple(sorted(curves, key=lambda curve: (curve.label != OF_TEACHER, curve.label))),
         teacher=max(map(point, of_teacher), key=lambda point: point.x, default=None),
         left_out=sum(row.checkpoint_fingerprint not in known for row in evaluation.rows),
+        scale=evaluation.scale if metric == "fd" else None,
     )
 
 
@@ -292,18 +306,46 @@ def _cell(metric: Metric | None) -> str:
 # Sentences and commands
 
 
+def title(ladder: LadderRun) -> str:
+    """The project's name: of its folder, or in the folder that projects without a name share, that of its data."""
+    folder = ladder.root.resolve().name
+    data = re.sub(r"(_\d+)+$", "", Path(str(ladder.first.description.get("dataset", ""))).stem)
+    return data if folder == CHECKPOINTS.name and data else folder
+
+
+def outcome(ladder: LadderRun, found: Distances) -> str:
+    """Whether it worked, in one sentence; empty where no distance was measured on the `Scale`."""
+    first, last = ladder.first, ladder.last
+    teacher = read_quality(first.folder, first.fingerprint) if first.folder else None
+    if teacher is None and found.teacher and found.scale:
+        teacher = Quality(found.teacher.y, found.scale)
+    if not ladder.students:
+        return f"{first.name} {AS_SAID[teacher.word]}: {str(teacher).partition(': ')[2]}." if teacher else ""
+    mine = found.students.get(last.key)
+    if mine is None or found.scale is None:
+        return ""
+    student = Quality(mine.y, found.scale)
+    if teacher and teacher.word == NOT_TRAINED:
+        return f"It did not work, for its teacher {AS_SAID[teacher.word]}: {str(teacher).partition(': ')[2]}."
+    worked = {"good": "It worked", "usable": "It worked in part"}.get(student.word, "It did not work")
+    copies = f", and its teacher {AS_SAID['memorises']}" if teacher and teacher.word == "memorises" else ""
+    return f"{worked}: the student of {plural(last.steps, 'step')} {AS_SAID[student.word]}{copies}."
+
+
 def summary(ladder: LadderRun, found: Distances) -> list[str]:
-    """Two or three sentences: what was made, and what it costs."""
+    """A few sentences: whether it worked, what was made, and what it costs."""
     first, last = ladder.first, ladder.last
     size = first.description.get("image_size")
     data = str(first.description.get("dataset", "") or "unknown images")
     base = f"A model of {plural(first.steps, 'step')} for images of {size} × {size} pixels, trained on {data}"
+    worked = [sentence] if (sentence := outcome(ladder, found)) else []
     if not ladder.students:
-        return [f"{base}. Nothing has been distilled from it yet."]
+        return [*worked, f"{base}. Nothing has been distilled from it yet."]
     stages, began = len(ladder.students), ladder.teacher_steps
     begin = "" if began == first.steps else f", beginning at {plural(began, 'step')},"
     by = f"in {stages} stages" if stages > 1 else "in one stage"
-    sentences = [f"{base}, was distilled {by}{begin} into one that draws an image in {plural(last.steps, 'step')}."]
+    end = f"into one that draws an image in {plural(last.steps, 'step')}."
+    sentences = [*worked, f"{base}, was distilled {by}{begin} {end}"]
     if (gain := speed_up(ladder)) is not None:
         before, after, ratio = gain
         sentences.append(
@@ -332,7 +374,8 @@ def facts(ladder: LadderRun, found: Distances) -> list[tuple[str, str, str]]:
     if (gain := speed_up(ladder)) is not None:
         result.append((milliseconds_text(gain[1]), "an image", f"{times_text(gain[2])} as fast"))
     if mine := found.students.get(last.key):
-        against = f"teacher {figure(found.teacher.y)}" if found.teacher else ""
+        others = f", other images {figure(found.scale.same)}" if found.scale else ""
+        against = f"teacher {figure(found.teacher.y)}{others}" if found.teacher else others.removeprefix(", ")
         result.append((figure(mine.y), "distance to the data", against))
     own = seconds_text(sum(model.number("train_seconds") for model in ladder.students))
     base = seconds_text(first.number("train_seconds"))
@@ -377,31 +420,47 @@ def notes(ladder: LadderRun, found: Distances) -> list[str]:
 
 def evaluate_command(ladder: LadderRun) -> str:
     """The command that measures the ladder for this page."""
-    return shlex.join(["vdiff", "report", ladder.folder.as_posix(), "--evaluate"])
+    return shell("vdiff", "report", ladder.folder.as_posix(), "--evaluate")
 
 
 def sample_command(ladder: LadderRun) -> str:
     """The command that draws images with the last model."""
     last = ladder.last.folder or Path(ladder.last.name)
-    return shlex.join(["python", "sample.py", "--checkpoint", last.as_posix()])
+    return shell("python", "sample.py", "--checkpoint", last.as_posix())
 
 
 def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
-    """What for, and the command: those that make the same models again in a folder of their own, and what follows."""
-    result = []
-    for number, model in enumerate(ladder.models):
-        if not (model.folder and model.settings):
-            continue
-        config = ["--config", (model.folder / RUN_FILE).as_posix()]
+    """What for, and the command: all that makes data, models, samples and this page again, in a folder of its own."""
+    made = [(number, model) for number, model in enumerate(ladder.models) if model.folder and model.settings]
+    result = [("Prepare the images; give the path of their source, if it is no named one", prepare_command(ladder))]
+    for number, model in made:
+        config = ["--config", ((model.folder or Path()) / RUN_FILE).as_posix(), "--data", f"{AGAIN}/data"]
         command, what = ["python", "train.py", *config], "Train the teacher"
         if number:
             command = ["python", "distill.py", *config, "--base", f"{AGAIN}/{ladder.models[number - 1].name}"]
             what = f"Distil the student of {plural(model.steps, 'step')}"
-        result.append((what, shlex.join([*command, "--out", f"{AGAIN}/{model.name}"])))
-    made = ladder.evaluation.command if ladder.evaluation else ""
+        result.append((what, shell(*command, "--out", f"{AGAIN}/{model.name}")))
+    folder = Path(AGAIN) if made else ladder.folder
+    checkpoint = folder / ladder.last.name if made else ladder.last.folder or ladder.last.name
+    draw = ["python", "sample.py", "--checkpoint", checkpoint, *(["--out", folder / "samples"] if made else [])]
     return [
-        *result,
-        ("Draw images", sample_command(ladder)),
-        ("Measure them", made if made.startswith("vdiff ") else evaluate_command(ladder)),
-        ("Write this page", shlex.join(["vdiff", "report", ladder.folder.as_posix()])),
+        *(result if made else []),
+        ("Draw images", shell(*draw)),
+        ("Measure all models, and write this page", shell("vdiff", "report", folder, "--evaluate")),
     ]
+
+
+def prepare_command(ladder: LadderRun) -> str:
+    """The command that makes the data of the first teacher again, as far as the dataset or its name tell."""
+    first = ladder.first
+    data, channels = str(first.description.get("dataset", "")), first.description.get("unet", {}).get("in_channels", 3)
+    sizes, source, how = str(first.description.get("image_size")), re.sub(r"(_\d+)+$", "", Path(data).stem), []
+    with contextlib.suppress(VdiffError, OSError, ValueError):
+        meta = open_dataset(data).meta
+        sizes, source = ",".join(map(str, meta.sizes)), meta.name
+        told = {"--format": meta.image_format, "--quality": meta.quality, "--crop": meta.crop}
+        told |= {"--resample": meta.resample, "--background": meta.background}
+        how = [word for flag, value in told.items() if value for word in (flag, value)]
+    return shell(
+        "python", "prepare_data.py", source, "--size", sizes, "--channels", channels, *how, "--out", f"{AGAIN}/data"
+    )

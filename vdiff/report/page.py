@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,13 +19,13 @@ import PIL.Image
 import vdiff
 from vdiff.errors import VdiffError, printable
 from vdiff.files import write_text
-from vdiff.records import LOG_FOLDER
+from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.replacing import Kind, check_free, locked
 from vdiff.report import content, plots
 from vdiff.report.content import Distances
 from vdiff.report.formatting import figure, whole
 from vdiff.report.ladder import LadderRun
-from vdiff.report.plots import Curve, Point
+from vdiff.report.plots import Curve
 from vdiff.text import plural
 
 NAME = "report.html"
@@ -38,6 +38,9 @@ MAX_SIDE = 4096
 AGAIN = "move it away: the command that wrote it writes it again"
 LOSS = "loss"
 MAX_POINTS = 400
+FEWEST = 3
+"""Points that make a plot; fewer are in the tables."""
+SHOWN_GRIDS = 4
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,13 @@ def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
     """The values of the template."""
     strips = rungs(ladder)
     is_second = bool(strips)  # else pictures that are not shown would be in the file
-    dashed, times = found.teacher if found.student_curve.points else None, content.time_curve(ladder)
+    times, levels = content.time_curve(ladder), {}
+    if found.teacher and found.student_curve.points:
+        levels[""] = found.teacher.y
+    if found.scale:
+        levels |= {"other images": found.scale.same, "blurred": found.scale.blurred, "mean": found.scale.mean_image}
     return {
-        "folder": ladder.folder.as_posix(),
+        "title": content.title(ladder),
         "is_ladder": bool(ladder.students),
         "summary": content.summary(ladder, found),
         "facts": content.facts(ladder, found),
@@ -123,13 +130,14 @@ def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
         "picture": _picture(None if is_second else ladder.picture),
         "samples": _picture(None if is_second or ladder.picture else ladder.samples),
         "found": found,
-        "distance_plot": _plot("distance", found.curves, EVALUATIONS, found.name, dashed),
+        "distance_plot": _plot("distance", found.curves, EVALUATIONS, found.name, levels),
         "distance_table": content.distance_table(found),
         "evaluation": ladder.evaluation,
         "evaluation_table": content.evaluation_table(ladder),
         "evaluate_command": content.evaluate_command(ladder),
         "sample_command": content.sample_command(ladder),
-        "time_plot": _plot("time", [times] if len(times.points) > 1 else [], "steps", "milliseconds an image"),
+        "time_plot": _plot("time", [times], "steps", "milliseconds an image"),
+        "progress": progress(ladder),
         "time_table": content.time_table(ladder),
         "losses": losses(ladder),
         "stages": content.stage_table(ladder, found),
@@ -161,7 +169,7 @@ def losses(ladder: LadderRun) -> list[tuple[str, str, str]]:
     result = []
     for k, model in enumerate(ladder.models):
         points = read_losses(model.folder) if model.folder else []
-        if len(points) > 1:
+        if len(points) >= FEWEST:
             steps = plural(model.steps, "step")
             result.append((model.name, steps, plots.losses(f"loss-{k}", points, f"{model.name}, {steps}")))
     return result
@@ -171,10 +179,22 @@ def _picture(path: Path | None) -> Inlined | None:
     return inlined(read_picture(path)) if path else None
 
 
-def _plot(name: str, curves: Sequence[Curve], x: str, y: str, dashed: Point | None = None) -> dict[str, str]:
-    """A plot for wide and for narrow screens; empty if there is nothing to plot."""
-    sizes = {"wide": plots.WIDE, "narrow": plots.NARROW} if curves else {}
-    return {key: plots.trade(f"{name}-{key}", size, curves, x, y, dashed) for key, size in sizes.items()}
+def progress(ladder: LadderRun) -> list[tuple[str, Inlined]]:
+    """Grids of samples that the first teacher drew while it was trained: the first, the last and some between."""
+    folder = ladder.first.folder
+    paths = sorted((folder / SAMPLES_FOLDER).glob("[0-9]*.png")) if folder else []
+    last = min(len(paths), SHOWN_GRIDS) - 1
+    few = [paths[k * (len(paths) - 1) // max(last, 1)] for k in range(last + 1)]
+    return [(f"{int(path.stem):,} updates", inlined(read_picture(path))) for path in few]
+
+
+def _plot(
+    name: str, curves: Sequence[Curve], x: str, y: str, levels: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """A plot for wide and for narrow screens; empty if there are too few points to plot."""
+    is_line = max((len(curve.points) for curve in curves), default=0) >= FEWEST
+    sizes = {"wide": plots.WIDE, "narrow": plots.NARROW} if is_line else {}
+    return {key: plots.trade(f"{name}-{key}", size, curves, x, y, levels or {}) for key, size in sizes.items()}
 
 
 def _printable(value: Any) -> Any:

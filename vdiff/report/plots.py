@@ -51,17 +51,24 @@ class Curve:
 
 
 def trade(
-    name: str, size: tuple[int, int], curves: Sequence[Curve], x_label: str, y_label: str, dashed: Point | None
+    name: str, size: tuple[int, int], curves: Sequence[Curve], x_label: str, y_label: str, levels: Mapping[str, float]
 ) -> str:
     """Curves over the number of evaluations, both axes logarithmic; the first one is emphasised.
 
     Args:
-        dashed: a value to compare the curves with, as a level line.
+        levels: values to compare the curves with, as level lines with these names.
     """
     figure, axes = _canvas(size)
     titles = {}
-    if dashed is not None:
-        axes.axhline(dashed.y, color=SOFT, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+    middle = (min(levels.values(), default=0.0) + max(levels.values(), default=0.0)) / 2
+    for text, level in levels.items():
+        is_high = level > middle  # curves fall to the right: names stand where they are not
+        axes.axhline(level, color=SOFT, linewidth=1, linestyle=(0, (3, 3)) if not text else (0, (1, 3)), zorder=1)
+        axes.annotate(
+            text, (float(is_high), level), (0, 2 if is_high else -2), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color=SOFT, fontsize=10,
+            ha="right" if is_high else "left", va="bottom" if is_high else "top",
+        )  # fmt: skip
     for k, curve in reversed(list(enumerate(curves))):
         _curve(axes, curve, k, gid := f"points-{k}")
         titles[gid] = [f"{curve.label}: {point_text(point, x_label)}" for point in curve.points]
@@ -70,7 +77,8 @@ def trade(
             number(point.y, 2 if point.y < 100 else 3), (point.x, point.low or point.y), (0, -8), ha="center", va="top",
             textcoords="offset points", color=INK, fontsize=11, zorder=9, bbox={"fc": CARD, "ec": "none", "pad": 1},
         )  # fmt: skip
-    every = [point for curve in curves for point in curve.points] + ([dashed] if dashed else [])
+    every = [point for curve in curves for point in curve.points]
+    every += [Point(every[0].x, level) for level in levels.values()]
     _logarithmic(axes, every, narrow=size[0] < WIDE[0])
     axes.set_xlabel(x_label, color=SOFT, fontsize=12)
     axes.set_title(printable(y_label), loc="left", color=SOFT, fontsize=12, pad=10, x=0, parse_math=False)
