@@ -17,6 +17,7 @@ import vdiff
 from vdiff.models.codec import from_uint8
 
 MODES, WAVES, TEACHER_STEPS = 8, 5, 64
+RADIUS, SPREAD = 0.8, 0.06
 PARTS, GUIDED_PARTS = {8: 3, 4: 4, 2: 6, 1: 8}, 4
 SIDE, FINER, FRAME, GREY = 168, 3, (214, 214, 220), (120, 120, 128)
 Points = tuple[Tensor, Tensor]
@@ -27,8 +28,8 @@ def ring(count: int, generator: torch.Generator) -> Points:
     """Eight Gaussians of deviation 0.06 on a circle of radius 0.8, and which of them a point is from."""
     which = torch.randint(MODES, (count,), generator=generator)
     angle = which * (2 * math.pi / MODES)
-    means = 0.8 * torch.stack([angle.cos(), angle.sin()], 1)
-    return means + 0.06 * torch.randn(count, 2, generator=generator), which
+    means = RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
+    return means + SPREAD * torch.randn(count, 2, generator=generator), which
 
 
 def moons(count: int, generator: torch.Generator) -> Points:
