@@ -25,6 +25,7 @@ from tests.commands import PROGRAMS
 
 SLOW = [
     "accelerate.tracking",
+    "torch.fx.experimental.symbolic_shapes",
     "torch.utils.tensorboard",
     "torchvision.utils",
     "vdiff.data.preparation",

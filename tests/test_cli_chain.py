@@ -413,7 +413,7 @@ def test_a_signal_while_an_image_is_converted_is_no_damaged_image(tmp_path, monk
 
 def shown(line: str, env: dict[str, str] | None = None) -> dict[str, str]:
     """The settings that a dry run prints."""
-    result = done(f"train.py --dry_run {line}", env)
+    result = done(f"train.py --dry_run --all {line}", env)
     return dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
 
 
@@ -469,7 +469,7 @@ def test_the_environment_reaches_the_group_and_the_other_commands():
 @pytest.mark.parametrize("preset", WRITTEN)
 def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = done(f"train.py --preset {preset} --dry_run")
+    result = done(f"train.py --preset {preset} --dry_run --all")
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     settings = read_preset(preset)
     count = int(rows["parameters"].split("(")[1].rstrip(")").replace(",", ""))
@@ -488,8 +488,8 @@ def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("place")
 def test_without_a_preset_the_image_size_decides_and_the_first_line_says_so():
     why = "as it fits 10 images of this size on cpu"
-    assert done("train.py --dry_run --device cpu").stderr == f"preset digits, data/toy_4: 4×4×1, {why}\n"
-    assert run("train.py --dry_run --preset toy --image_size 64").stderr == "preset toy, assumed: 64×64×1\n"
+    assert done("train.py --dry_run --all --device cpu").stderr == f"preset digits, data/toy_4: 4×4×1, {why}\n"
+    assert run("train.py --dry_run --all --preset toy --image_size 64").stderr == "preset toy, assumed: 64×64×1\n"
 
 
 # Tar shards

@@ -364,7 +364,7 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     }  # fmt: skip
 
     def shown(words: str, env: dict[str, str]) -> dict[str, str]:
-        result = done(f"train.py --preset imagenet64 --dry_run {words}", env)
+        result = done(f"train.py --preset imagenet64 --dry_run --all {words}", env)
         rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
         rows["schedule"] = rows["schedule"].split()[1].rstrip(",")
         return {key: rows[key] for key in TRAIN_VALUES}
@@ -372,7 +372,7 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     usual = shown("", {})
     assert [key for key in TRAIN_VALUES if usual[key] == TRAIN_VALUES[key]] == []
     assert shown(*as_typed(TRAIN_VALUES, how)) == TRAIN_VALUES
-    told = done("train.py --preset imagenet64 --dry_run --class_dropout 0.25").stdout  # which needs classes
+    told = done("train.py --preset imagenet64 --dry_run --all --class_dropout 0.25").stdout  # which needs classes
     assert re.search(r"^class_dropout +0\.25$", told, re.MULTILINE)
     assert re.search(r"^unet\.null_class +True$", told, re.MULTILINE)
 
@@ -389,7 +389,7 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
 )
 def test_an_old_spelling_means_the_same(old, new, recorded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    texts = [done(f"train.py --preset imagenet64 --dry_run {words}").stdout for words in (old, new)]
+    texts = [done(f"train.py --preset imagenet64 --dry_run --all {words}").stdout for words in (old, new)]
     assert texts[0] == texts[1]
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in texts[1].splitlines())
     assert {key: rows[key] for key in recorded} == {key: str(value) or "none" for key, value in recorded.items()}

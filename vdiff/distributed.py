@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -126,6 +127,19 @@ def pick_device(name: str) -> torch.device:
     if not has[name]:
         raise OptionError(f"--device {name}: this machine has no {name} device", "give --device auto")
     return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; in a container, no more than its limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (text := group.read_text().strip()).isdigit():
+        available = min(available, int(text))
+    return available
 
 
 @contextmanager

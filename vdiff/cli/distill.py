@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vdiff.cli.console import Console
+from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import PATH, Command, option, project_option, switch
 from vdiff.cli.quality import quality_of
 from vdiff.cli.report import report_at_the_end
@@ -76,9 +76,11 @@ def command(
     from vdiff.replacing import locked
     from vdiff.training.comparison import compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
+    from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
     from vdiff.training.folder import RUN
     from vdiff.training.ladder import run_stages
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
+    from vdiff.training.student import memory_of_stage
 
     console = Console()
     config, teacher = resolve_distillation(given(flags), config_file, project, console)
@@ -92,12 +94,19 @@ def command(
         console.line(f"{config.base} is unfinished: {done}")
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
+    memory = check_memory(lambda config: memory_of_stage(stages[0], config, images, engine), config, engine)
+    for row in aligned(facts(memory, config, engine)):
+        console.line(row)
     if plan:
-        rows = planned(stages, config, images, engine, console, overwrite=overwrite)
+        rows, _ = planned(stages, config, images, engine, console, overwrite=overwrite)
         if engine.is_main:
             console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
             console.line("the time is that of updates that are left; checking and comparing students comes on top")
         return
+    if sum(stage.updates(config) for stage in stages) >= FEW_UPDATES:
+        _, seconds = planned(stages, config, images, engine, console, overwrite=overwrite)
+        for row in aligned(time_facts(seconds, sum(stage.updates(config) for stage in stages), engine.device.type)):
+            console.line(row)
     budget = sum(stage.budget(config) for stage in stages)
     if config.distance_every and config.check_images and engine.is_main:
         data = images.name if images.store else ""
@@ -136,10 +145,10 @@ def planned(
     console: Console,
     *,
     overwrite: bool,
-) -> list[list[str]]:
-    """The rows of --dry_run; an update is timed wherever it costs something else."""
+) -> tuple[list[list[str]], float]:
+    """The rows of --dry_run, and the seconds of all; an update is timed wherever it costs something else."""
     from vdiff.training.ladder import found_student
-    from vdiff.training.student import seconds_per_update
+    from vdiff.training.student import seconds_of_stage
 
     seconds: dict[tuple[object, ...], float] = {}
     rows = []
@@ -154,7 +163,7 @@ def planned(
         kind = (stage.method, cost, stage.is_fine, bool(config.student_config) and not stage.is_first)
         if left and kind not in seconds:
             console.line(f"timing updates of {stage.method}")
-            seconds[kind] = seconds_per_update(stage, config, images, engine)
+            seconds[kind] = seconds_of_stage(stage, config, images, engine)
         total += left * seconds.get(kind, 0.0)
         steps = f"{stage.teacher_steps} → {stage.num_steps}"
         names = [stage.folder.as_posix(), stage.base.as_posix(), stage.method, steps]
@@ -163,7 +172,7 @@ def planned(
     if len(stages) > 1:
         updates = sum(stage.updates(config) for stage in stages)
         rows.append(["all", "", "", "", f"{updates:,}", "", duration(total)])
-    return rows
+    return rows, total
 
 
 def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> Callable[[Tensor], float] | None:

@@ -11,13 +11,14 @@ from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import PATH, Command, option, project_option, switch
 from vdiff.cli.quality import quality_of
 from vdiff.cli.settings import config_option, given, settings
-from vdiff.errors import Interrupted, OptionError, shell
+from vdiff.errors import Interrupted, OptionError, VdiffError, shell
 from vdiff.projects import Project
 from vdiff.text import duration, quantity
 from vdiff.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
+    from vdiff.training.dataset import TrainingData
 
 EVALUATIONS, SHARE = 3, 25
 """An update costs so many network evaluations an image; the verdict costs at most one part in so many of all."""
@@ -49,8 +50,9 @@ EVALUATIONS, SHARE = 3, 25
 @switch("--overwrite", group="Run", help="Replace what is in --out.")
 @switch(
     "--dry_run", group="Run",
-    help="Print what would be trained and its cost, then stop; with --preset it needs no dataset.",
+    help="Print what the training takes, in memory, time and disk, then stop; with --preset it needs no dataset.",
 )  # fmt: skip
+@switch("--all", "every_setting", group="Run", help="With --dry_run: print every setting, and time nothing.")
 @settings(TrainConfig)
 def command(
     project: Project,
@@ -59,6 +61,7 @@ def command(
     resume: bool,
     overwrite: bool,
     dry_run: bool,
+    every_setting: bool,
     **flags: Any,
 ) -> None:
     """Train a diffusion UNet on a dataset that prepare_data.py wrote.
@@ -68,6 +71,8 @@ def command(
     """
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other", "give one of them")
+    if every_setting and not dry_run:
+        raise OptionError("--all says what --dry_run prints", "give --dry_run too")
 
     from vdiff.distributed import pick_device
     from vdiff.training.base import describe, resolve_training, train
@@ -80,8 +85,12 @@ def command(
     )
     description = describe(config, images)
     if dry_run:
-        console.result(*costs(config, description))
+        rows = costs(config, description) if every_setting else estimate(config, images, description, is_trial=True)
+        console.result(*aligned(rows))
         return
+    if overwrite or not out.exists():
+        for row in aligned(estimate(config, images, description, is_trial=False)):
+            console.line(row)
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
     data, budget = images.name if images.store else "", done.num_images * EVALUATIONS // SHARE
@@ -98,13 +107,53 @@ def command(
     console.result(f"           python distill.py {shell('--base', out)}")
 
 
-def costs(config: TrainConfig, description: CheckpointConfig) -> list[str]:
-    """The network, the settings and what training and sampling cost, as aligned lines."""
-    from dataclasses import asdict
+def estimate(
+    config: TrainConfig, images: TrainingData, description: CheckpointConfig, *, is_trial: bool
+) -> dict[str, str]:
+    """What a run takes: parameters, memory, disk and time.
 
+    Raises:
+        VdiffError: memory is too small, unless it is a trial.
+    """
+    from vdiff.distributed import memory_errors_named
+    from vdiff.training.base import base_task, memory_of_base
+    from vdiff.training.engine import REMEDIES, build_engine
+    from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, seconds_per_update, time_facts
+    from vdiff.training.presets import preset_for
+
+    engine = build_engine(config)
+    parameters, _ = count_costs(description)
+    seen = f"{quantity(config.num_iters * config.batch_size)}, {config.num_iters:,} updates of {config.batch_size}"
+    rows = {"parameters": quantity(parameters), "images seen": seen}
+    smaller = "" if config.preset.startswith("small") else preset_for(images.image_size, images.num_images, "cpu")
+    try:
+        memory = check_memory(
+            lambda config: memory_of_base(config, images, description, engine), config, engine, smaller
+        )
+    except VdiffError as error:
+        if not is_trial:
+            raise
+        return {**rows, "memory": str(error)}
+    rows |= facts(memory, config, engine)
+    if is_trial or config.num_iters >= FEW_UPDATES:
+        with memory_errors_named(REMEDIES):
+            seconds = seconds_per_update(base_task(config, description.build()), description.shape, engine)
+        rows |= time_facts(seconds * config.num_iters, config.num_iters, engine.device.type)
+    return rows
+
+
+def count_costs(description: CheckpointConfig) -> tuple[int, int]:
+    """Parameters, and FLOPs of an evaluation."""
     from vdiff.models.backbone import count_flops
 
-    parameters, flops = count_flops(lambda: description.build().network, description.shape)
+    return count_flops(lambda: description.build().network, description.shape)
+
+
+def costs(config: TrainConfig, description: CheckpointConfig) -> dict[str, str]:
+    """The network, the settings and what training and sampling cost."""
+    from dataclasses import asdict
+
+    parameters, flops = count_costs(description)
     steps = config.num_timesteps
     rows = {
         "parameters": f"{quantity(parameters)} ({parameters:,})",
@@ -116,4 +165,4 @@ def costs(config: TrainConfig, description: CheckpointConfig) -> list[str]:
     shown = {key: value for key, value in asdict(config).items() if key not in ("unet", "schedule", "data")}
     rows |= {key: "none" if value == "" else str(value) for key, value in shown.items()}
     rows |= {f"unet.{key}": str(value) for key, value in description.unet.items()}
-    return aligned(rows)
+    return rows

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from vdiff.data.datasets import AnyStore
 from vdiff.data.shards import Sample, ShardStore
 from vdiff.data.store import ImageStore
+from vdiff.distributed import free_memory
 from vdiff.errors import VdiffError
 from vdiff.reporting import Reporter, Silent
 
@@ -183,13 +184,7 @@ def shared_memory_named() -> Iterator[None]:
 
 def cache_limit() -> int:
     """A quarter of the memory that is available now, in bytes: how much of it decoded images may take."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup/memory.max")  # a container's share of the machine
-    if group.exists() and (text := group.read_text().strip()).isdigit():
-        available = min(available, int(text))
-    return int(available) // 4
+    return free_memory(torch.device("cpu")) // 4
 
 
 class PixelCache:

@@ -23,7 +23,8 @@ from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TENSORS, TrainingData, open_images
-from vdiff.training.engine import REMEDIES, build_engine, effective_batch
+from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batch
+from vdiff.training.estimate import Memory, memory_of
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective
@@ -239,6 +240,11 @@ def training(
         reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         on_start(step := TrainStep(run, engine))
         yield from metrics_of(run, step, reporter)
+
+
+def memory_of_base(config: TrainConfig, images: TrainingData, description: CheckpointConfig, engine: Engine) -> Memory:
+    """The memory of a base model's training; see `memory_of`."""
+    return memory_of(lambda _: base_task(config, description.build()), description.shape, images.num_images, engine)
 
 
 def base_task(config: TrainConfig, denoiser: Denoiser) -> Task:

@@ -10,9 +10,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from vdiff.data.batches import Batch
-from vdiff.diffusion.distillation import Method
+from vdiff.diffusion.distillation import Method, TrainTarget
+from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import VdiffError
 from vdiff.models.codec import PIXEL_CODEC
@@ -147,15 +149,8 @@ class TrainStep(OptimizerStep):
         losses, times = [], []
         for part in self._parts:
             mine = given[part]
-            with accelerator.autocast():
-                target = self.task.objective(mine, student)
-            condition = mine.condition if target.rows is None else mine.condition[target.rows]
             with engine.synchronised(self._model, part is self._parts[-1]):
-                with accelerator.autocast():
-                    prediction = self._model(target.z, target.t, condition.with_tensors(**target.inputs))
-                each = weighted_losses(
-                    prediction, target, schedule.logsnr(target.t), WEIGHTINGS[config.weighting], LOSSES[config.loss]
-                )
+                each, target, prediction = part_losses(self.task, self._model, mine, student, engine)
                 counted = each if counts is None else each * counts[part].to(each)
                 if self.networks is not None:
                     with accelerator.autocast():
@@ -200,6 +195,21 @@ class TrainStep(OptimizerStep):
         if self.engine.rank or not self.draws_whole_batch:
             seed_update(seed, step, self.engine.rank)  # dropout, which differs from process to process
         return TrainBatch(images, noise, u, condition)
+
+
+def part_losses(
+    task: Task, model: nn.Module, batch: TrainBatch, student: StudentState, engine: Engine
+) -> tuple[torch.Tensor, TrainTarget, Prediction]:
+    """The weighted losses (b,) of a part of a batch, with the target and what `model`, the student, predicts."""
+    config = task.config
+    with engine.accelerator.autocast():
+        target = task.objective(batch, student)
+    condition = batch.condition if target.rows is None else batch.condition[target.rows]
+    with engine.accelerator.autocast():
+        prediction = model(target.z, target.t, condition.with_tensors(**target.inputs))
+    logsnr = student.now.schedule.logsnr(target.t)
+    losses = weighted_losses(prediction, target, logsnr, WEIGHTINGS[config.weighting], LOSSES[config.loss])
+    return losses, target, prediction
 
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:

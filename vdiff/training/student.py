@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import cast
 import torch
 
 import vdiff
-from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import Guided
 from vdiff.errors import OptionError
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
@@ -25,12 +23,11 @@ from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
+from vdiff.training.estimate import Memory, memory_of, seconds_per_update
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.stages import Stage, student_network
-from vdiff.training.step import Task, TrainStep
-
-TIMED_UPDATES = 3
+from vdiff.training.step import Task
 
 
 def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointConfig) -> CheckpointConfig:
@@ -163,7 +160,7 @@ def stage_task(
     )
 
 
-def seconds_per_update(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
+def seconds_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
     """How long an update of a stage takes, measured on a few of them.
 
     The stage's own teacher need not be there yet: its cost is that of the ladder's first teacher, `config.base`, or of
@@ -171,23 +168,22 @@ def seconds_per_update(stage: Stage, config: DistillConfig, images: TrainingData
     """
     there = replace(stage, base=Path(config.base))
     if not config.student_config or stage.base.resolve() == there.base.resolve():
-        return _seconds(there, stage.settings(config), images, engine)
+        return seconds_per_update(stage_run(there, stage.settings(config), images, engine, {}), images.shape, engine)
     description = describe_student(replace(there, method="match"), config, read_config(there.base))
     with TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), description.build().state_dict(), description)
         alone = replace(config, student_config="")
-        return _seconds(replace(stage, base=Path(folder)), stage.settings(alone), images, engine)
+        run = stage_run(replace(stage, base=Path(folder)), stage.settings(alone), images, engine, {})
+        return seconds_per_update(run, images.shape, engine)
 
 
-def _seconds(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
-    run = stage_run(stage, config, images, engine, {})
-    update = TrainStep(run, engine)
-    share = engine.part(config.batch_size)
-    size = (share.stop - share.start, *images.shape)
-    batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))
-    times = []
-    for step in range(TIMED_UPDATES + 1):
-        began = time.monotonic()
-        float(update(step, batch).norm)  # waits for the device
-        times.append(time.monotonic() - began)
-    return min(times[1:])
+def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> Memory:
+    """The memory of the first stage of a ladder, whose teacher is there; see `memory_of`."""
+    config, before = stage.settings(config), read_config(stage.base)
+    description = describe_student(stage, config, before)
+
+    def build(local: Engine) -> Task:
+        teacher, student = before.build().requires_grad_(False), description.build()
+        return stage_task(stage, config, local, teacher, before, student, description)
+
+    return memory_of(build, images.shape, images.num_images, engine)

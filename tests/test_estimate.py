@@ -1,0 +1,194 @@
+"""What a run takes: memory from an update without values, time and disk, and the refusal of what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+import vdiff
+from tests.commands import done, error
+from tests.toy import UNET, train_config, write_checkpoint, write_dataset
+from vdiff.errors import VdiffError
+from vdiff.models.backbone import parameter_count
+from vdiff.models.checkpoint import read_config
+from vdiff.training import estimate
+from vdiff.training.base import base_task, describe, memory_of_base
+from vdiff.training.config import DistillConfig, TrainConfig, resolve
+from vdiff.training.dataset import TrainingData, open_images
+from vdiff.training.engine import build_engine
+from vdiff.training.estimate import FLOAT, LiveBytes, Memory, check_memory, disk_of, facts, memory_of, time_facts
+from vdiff.training.stages import plan_stages
+from vdiff.training.student import memory_of_stage
+
+LARGER = {**UNET, "channels": 16, "embedding_channels": 32, "multipliers": [1, 2], "attention_strides": [2]}
+
+
+def config_of(**changes) -> TrainConfig:
+    return train_config(
+        Path("none"), **{"unet": LARGER, "batch_size": 8, "device": "cpu", "precision": "fp32", **changes}
+    )
+
+
+def memory(**changes) -> Memory:
+    AcceleratorState._reset_state(reset_partial_state=True)  # whose precision would stay
+    config, images = config_of(**changes), TrainingData(16, 3)
+    return memory_of_base(config, images, describe(config, images), build_engine(config))
+
+
+def test_live_bytes_are_those_of_tensors_that_live():
+    with LiveBytes() as live:
+        kept = [torch.ones(256) for _ in range(3)]
+        view, _ = kept[0].view(16, 16), kept[0].add_(1)  # neither is new memory
+        assert (live.now, live.peak) == (3 * 1024, 3 * 1024)
+        kept.pop()
+        assert (live.now, live.peak) == (2 * 1024, 3 * 1024)
+        doubled = (kept[1] * 2) * 2  # a passing one beside it
+        assert (live.now, live.peak) == (3 * 1024, 4 * 1024)
+        del doubled, kept, view, _
+    assert live.now == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"precision": "bf16"}])
+def test_an_update_without_values_takes_what_a_real_one_does(changes):
+    """Counted on real tensors: the same operations make the same tensors."""
+    config, images = config_of(**changes), TrainingData(16, 3)
+    engine, description = build_engine(config), describe(config, images)
+    task = base_task(config, description.build())
+    network = task.denoiser.train().network
+    network.checkpointing = config.checkpointing
+    z, t = torch.randn(8, 3, 16, 16), torch.linspace(0.1, 1, 8).double()
+    live = LiveBytes()
+    for weight in task.denoiser.parameters():
+        live.known(weight)
+    with live:
+        with engine.accelerator.autocast():
+            prediction = task.denoiser(z, t)
+        (z - prediction.x).square().mean().backward()
+    found = memory_of_base(config, images, description, engine)
+    assert found.gradients == parameter_count(network) * FLOAT
+    assert found.activations == pytest.approx(live.peak - found.gradients, rel=0.1)
+
+
+def test_weights_gradients_moments_and_averages_are_counted():
+    found = memory(ema=0.999, ema_more="0.99,0.9")
+    weights = found.gradients
+    assert (found.weights, found.moments, found.averages) == (weights, 2 * weights, 3 * weights)
+    assert memory(ema=0.0, ema_images=0.0, ema_more="", ema_profiles=False).averages == 0
+    assert found.total == sum(vars(found).values())
+
+
+def test_activations_follow_batch_parts_and_checkpointing():
+    whole = memory().activations
+    assert memory(batch_size=16).activations == pytest.approx(2 * whole, rel=0.1)
+    assert memory(grad_accum=2).activations == pytest.approx(whole / 2, rel=0.1)
+    assert memory(checkpointing=True).activations < 0.5 * whole
+    assert memory(precision="bf16").activations < 0.75 * whole
+
+
+@pytest.mark.parametrize("method", ["progressive", "tract", "consistency", "trajectory", "match"])
+def test_a_stage_of_every_method_tells_its_memory(tmp_path, method):
+    write_checkpoint(tmp_path / "teacher", num_timesteps=8)
+    data = write_dataset(tmp_path / "toy_4")
+    values = {"base": str(tmp_path / "teacher"), "num_iters": 4, "batch_size": 4, "lr": 1e-3, "method": method}
+    config = resolve(DistillConfig, {"": {**values, "device": "cpu"}})
+    stage = plan_stages(config, read_config(tmp_path / "teacher"))[0]
+    engine, images = build_engine(config), open_images(str(data), None)
+    found = check_memory(lambda config: memory_of_stage(stage, config, images, engine), config, engine)
+    if method == "trajectory":  # whose sampler looks at its times
+        assert found is None
+        return
+    assert found.weights == 2 * found.gradients > 0
+    assert found.activations > 0
+    assert found.images == 10 * 4 * 4
+
+
+class AsksForValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    def forward(self, z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.layer(z) * (2 if timestep.sum().item() > 0 else 1)
+
+
+def test_a_network_that_computes_by_values_has_no_estimate():
+    config = config_of()
+    engine = build_engine(config)
+
+    def build(_):
+        return base_task(config, vdiff.wrap(AsksForValues(), (1, 4, 4)).denoiser)
+
+    assert check_memory(lambda _: memory_of(build, (1, 4, 4), 0, engine), config, engine) is None
+    assert facts(None, config, engine) == {"memory": "unknown: network or method computes by values"}
+
+
+GIB = 2**30
+NEEDS = Memory(weights=GIB, gradients=GIB, moments=2 * GIB, averages=GIB, activations=8 * GIB, images=0, program=0)
+
+
+def needs(config: TrainConfig) -> Memory:
+    share = config.batch_size / 8 / config.grad_accum * (0.25 if config.checkpointing else 1)
+    return replace(NEEDS, activations=round(NEEDS.activations * share))
+
+
+@pytest.mark.parametrize(
+    ("free", "flags"),
+    [
+        (12, ["--preset small64", "--grad_accum 2", "--batch_size 4", "--checkpointing True"]),
+        (6.5, ["--preset small64", "--grad_accum 8", "--batch_size 1"]),
+        (5.5, ["--preset small64"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit(monkeypatch, free, flags):
+    config = config_of()
+    engine = build_engine(config)
+    monkeypatch.setattr(estimate, "memory_left", lambda memory, _: round(free * GIB) - memory.total)
+    with pytest.raises(VdiffError) as caught:
+        check_memory(needs, config, engine, "small64")
+    assert caught.value.cause == f"the run needs 13.0 GiB of memory, and cpu has {free:.1f} GiB"
+    assert caught.value.hint == f"give {' or '.join(flags)}"
+    for flag in flags[1:]:
+        name, value = flag.removeprefix("--").split()
+        changed = replace(config, **{name: True if value == "True" else int(value)})
+        assert check_memory(needs, changed, engine) == needs(changed)
+    monkeypatch.setattr(estimate, "memory_left", lambda *_: -1)
+    with pytest.raises(VdiffError, match="train on a device with more memory"):
+        check_memory(lambda _: replace(NEEDS, activations=0), config, engine)
+
+
+def test_disk_and_time_in_words():
+    plain = config_of(keep_last=0, keep_every=0, ema=0.9, ema_more="", ema_profiles=False)
+    assert disk_of(NEEDS, plain) == 2 * (1 + 4) * GIB
+    assert disk_of(NEEDS, replace(plain, keep_last=3)) == (2 * (1 + 4) + 3) * GIB
+    assert time_facts(7200, 100, "cpu") == {"time": "2:00:00 on cpu: 100 updates of 72 s"}
+    longer = time_facts(90_000, 100, "cpu")
+    assert longer["warning"].startswith("more than a day on cpu: fewer --num_iters, a smaller --preset or a GPU")
+
+
+def test_a_dry_run_says_what_a_training_takes_and_a_training_says_it_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("data/toy_4"))
+    line = "train.py --preset toy --num_iters 100 --batch_size 2 --device cpu"
+    rows = dict(row.split(maxsplit=1) for row in done(f"{line} --dry_run").stdout.splitlines())
+    assert list(rows) == ["parameters", "images", "memory", "disk", "time"]
+    assert rows["images"].endswith("200, 100 updates of 2")
+    assert "on cpu: 100 updates of" in rows["time"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    assert "give --dry_run too" in error("train.py --all", 2)
+    said = done(line).stderr
+    assert all(said.index(f"\n{name} ") < said.index("training checkpoints/original") for name in rows)
+
+
+def test_a_training_without_memory_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("data/toy_4"))
+    monkeypatch.setattr(estimate, "free_memory", lambda _: 1000)
+    line = "train.py --preset toy --device cpu"
+    assert "GiB of memory, and cpu has" in error(line, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert "\nmemory " in done(f"{line} --dry_run").stdout

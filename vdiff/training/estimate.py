@@ -1,0 +1,262 @@
+"""What a run takes before it begins: memory and disk, derived from its network, and time, measured on a few updates."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vdiff.data.batches import Batch, cache_limit
+from vdiff.distributed import free_memory
+from vdiff.errors import VdiffError
+from vdiff.models.backbone import parameter_count
+from vdiff.models.denoiser import Denoiser
+from vdiff.text import duration
+from vdiff.training.averages import profiles_of
+from vdiff.training.config import LoopConfig
+from vdiff.training.engine import Engine
+from vdiff.training.objectives import StudentState, TrainBatch
+from vdiff.training.posthoc import NUM_SNAPSHOTS
+from vdiff.training.step import Task, TrainStep, part_losses
+from vdiff.training.weights import trainable
+
+FLOAT = 4
+LIBRARIES, COPIES = 80 * 2**20, 6
+"""What kernels take beside the tensors: code that they compile, and on CPUs so many copies, in another layout, of the
+largest tensor. Both were fitted to the peaks in benchmarks/results/memory.md."""
+TIMED_UPDATES, LONG_UPDATE = 3, 4.0
+"""Updates that are timed after the first one; where that takes so many seconds, it is the time of all."""
+DAY = 24 * 3600
+FEW_UPDATES = 100
+"""So short a run is not timed before it begins."""
+NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device of a process.
+
+    Attributes:
+        weights: of the networks that learn, and of those that teach.
+        activations: the most that forward and backward pass hold at once, beyond the gradients.
+        images: decoded ones that are kept.
+        program: what the process has taken already, and what libraries take.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    averages: int
+    activations: int
+    images: int
+    program: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make inside it, for as long as they live.
+
+    Attributes:
+        peak: the most at once.
+        largest: of the largest tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.largest = 0
+        self._known: set[int] = set()
+
+    def known(self, tensor: Tensor) -> None:
+        """Do not count this one, nor views of it."""
+        self._known.add(id(tensor.untyped_storage()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        del types
+        answer = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(answer):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self._known:
+                self.known(tensor)
+                self.now += storage.nbytes()
+                self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
+                weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+        return answer
+
+    def _free(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= num_bytes
+
+
+class WithoutValues(Engine):
+    """An engine for networks without values, which are made where they compute."""
+
+    def place(self, denoiser: Denoiser) -> Denoiser:
+        """Nothing."""
+        return denoiser
+
+
+def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_images: int, engine: Engine) -> Memory:
+    """The memory of an update, from one that is done on tensors without values: any network tells its own.
+
+    Args:
+        build: makes the task anew.
+        shape: of a sample.
+        num_images: of the dataset.
+
+    Raises:
+        one of `NEED_VALUES`: network or method computes by what the values are.
+    """
+    device = engine.device
+    with FakeTensorMode(allow_non_fake_inputs=True), device:
+        task = build(WithoutValues(**{**vars(engine), "compile": False}))
+        config, denoiser = task.config, task.denoiser.train()
+        denoiser.network.checkpointing = config.checkpointing
+        more = task.method.networks(denoiser) if task.method else None
+        count = config.batch_size // (engine.world_size * config.grad_accum)
+        condition = denoiser.condition(classes=torch.zeros(count, dtype=torch.int64))
+        if denoiser.network.signature.takes_guidance:
+            condition = condition.with_tensors(guidance=torch.zeros(count))
+        images = torch.zeros(count, *shape)
+        batch = TrainBatch(images, torch.zeros_like(images), torch.zeros(count).double(), condition)
+        student = StudentState(denoiser, denoiser, 0.0, more)
+        teacher = getattr(task.objective, "teacher", None)
+        modules = [module for module in (denoiser, teacher, more) if module is not None]
+        kept = [parameter for module in modules for parameter in (*module.parameters(), *module.buffers())]
+        live = LiveBytes()
+        for tensor in kept:
+            live.known(tensor)
+        with live:
+            losses, _, _ = part_losses(task, denoiser, batch, student, engine)
+            losses.mean().backward()
+    learning = sum(weight.numel() for weight in trainable(denoiser).values()) * FLOAT
+    gradients = learning + (parameter_count(more) * FLOAT if more else 0)
+    shared = engine.world_size if config.fsdp else 1
+    averages = num_averages(config) + (task.self_ema is not None)
+    is_host = device.type != "cuda"
+    return Memory(
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in kept) // shared,
+        gradients=gradients // shared,
+        moments=2 * gradients // shared,
+        averages=averages * learning // shared,
+        activations=max(0, live.peak - gradients),
+        images=min(num_images * math.prod(shape), cache_limit()) if is_host else 0,
+        program=LIBRARIES + (psutil.Process().memory_info().rss + COPIES * live.largest if is_host else 0),
+    )
+
+
+def num_averages(config: LoopConfig) -> int:
+    """How many averages of the weights a run keeps."""
+    profile, further = profiles_of(
+        ema=config.average_decay, ema_more=config.further_decays(), ema_profiles=config.ema_profiles
+    )
+    return len(further) + (profile is not None)
+
+
+def disk_of(memory: Memory, config: LoopConfig) -> int:
+    """The most bytes that a run's folder takes: a checkpoint and a state with their successors, and what is kept."""
+    weights = memory.gradients
+    state = weights + memory.moments + memory.averages
+    kept = config.keep_last + (config.num_iters // config.keep_every if config.keep_every else 0)
+    further = max(0, num_averages(config) - 1) * weights
+    snapshots = math.ceil(config.num_iters / config.ema_interval) if config.ema_interval else NUM_SNAPSHOTS
+    return 2 * (weights + state) + kept * weights + snapshots * further
+
+
+def seconds_per_update(task: Task, shape: tuple[int, ...], engine: Engine) -> float:
+    """How long an update takes, measured on a few of them from black images; what is learned is thrown away."""
+    step = TrainStep(task, engine)
+    share = engine.part(task.config.batch_size)
+    size = (share.stop - share.start, *shape)
+    batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))
+    times: list[float] = []
+    while len(times) <= TIMED_UPDATES and (not times or times[0] < LONG_UPDATE):
+        began = time.monotonic()
+        float(step(len(times), batch).norm)  # waits for the device
+        times.append(time.monotonic() - began)
+    engine.accelerator.free_memory()  # which keeps all that it prepared
+    return min(times[1:] or times)
+
+
+def memory_left(memory: Memory, engine: Engine) -> int:
+    """Bytes that would be left free on the device; negative: it does not fit."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if engine.device.type == "cpu" else 1
+    resident = psutil.Process().memory_info().rss if engine.device.type != "cuda" else 0
+    return free_memory(engine.device) - processes * (memory.total - resident)
+
+
+def check_memory(
+    build: Callable[[LoopConfig], Memory], config: LoopConfig, engine: Engine, smaller_preset: str = ""
+) -> Memory | None:
+    """The memory of a run, where there is so much; None: unknown, for network or method computes by values.
+
+    Args:
+        build: the memory with other settings.
+        smaller_preset: a preset to propose.
+
+    Raises:
+        VdiffError: there is less; it names flags that make the run fit.
+    """
+    try:
+        memory = build(config)
+    except NEED_VALUES:
+        return None
+    left = memory_left(memory, engine)
+    if left >= 0:
+        return memory
+    share = config.batch_size // engine.world_size
+    parts = [n for n in range(config.grad_accum + 1, share + 1) if share % n == 0]
+    fits = (n for n in parts if left + memory.activations * (1 - config.grad_accum / n) >= 0)
+    ways = [f"--preset {smaller_preset}"] if smaller_preset else []
+    if number := next(fits, 0):
+        ways.append(f"--grad_accum {number}")
+        ways.append(f"--batch_size {config.batch_size * config.grad_accum // number}")
+    if not config.checkpointing and memory_left(build(replace(config, checkpointing=True)), engine) >= 0:
+        ways.append("--checkpointing True")
+    hint = f"give {' or '.join(ways)}" if ways else "train on a device with more memory, or a smaller network"
+    need, free = memory.total / 2**30, (memory.total + left) / 2**30
+    raise VdiffError(f"the run needs {need:.1f} GiB of memory, and {engine.device.type} has {free:.1f} GiB", hint)
+
+
+def facts(memory: Memory | None, config: LoopConfig, engine: Engine) -> dict[str, str]:
+    """Memory and disk in words, by their names."""
+    if memory is None:
+        return {"memory": "unknown: network or method computes by values"}
+    parts = {item.name: getattr(memory, item.name) for item in fields(memory)}
+    named = ", ".join(f"{name} {gib(value)}" for name, value in parts.items() if value >= 0.01 * memory.total)
+    free = memory.total + memory_left(memory, engine)
+    return {
+        "memory": f"{gib(memory.total)} of {gib(free)} GiB: {named}",
+        "disk": f"up to {gib(disk_of(memory, config))} GiB",
+    }
+
+
+def time_facts(seconds: float, updates: int, device: str) -> dict[str, str]:
+    """The time of a run in words, and what shortens it where that is more than a day; `seconds` of all updates."""
+    rows = {"time": f"{duration(seconds)} on {device}: {updates:,} updates of {seconds / updates:.2g} s"}
+    if seconds > DAY:
+        rows["warning"] = f"more than a day on {device}: fewer --num_iters, a smaller --preset or a GPU shorten it"
+    return rows
+
+
+def gib(num_bytes: float) -> str:
+    """`0.35`: gibibytes."""
+    return f"{num_bytes / 2**30:.2g}"
