@@ -29,7 +29,7 @@ from vdiff.models.backbone import parameter_count
 from vdiff.models.denoiser import Denoiser
 from vdiff.text import duration
 from vdiff.training.averages import profiles_of
-from vdiff.training.config import LoopConfig
+from vdiff.training.config import Config, LoopConfig
 from vdiff.training.engine import Engine
 from vdiff.training.objectives import StudentState, TrainBatch
 from vdiff.training.posthoc import NUM_SNAPSHOTS
@@ -204,7 +204,7 @@ def memory_left(memory: Memory, engine: Engine) -> int:
 
 
 def check_memory(
-    build: Callable[[LoopConfig], Memory], config: LoopConfig, engine: Engine, smaller_preset: str = ""
+    build: Callable[[Config], Memory], config: Config, engine: Engine, smaller_preset: str = ""
 ) -> Memory | None:
     """The memory of a run, where there is so much; None: unknown, for network or method computes by values.
 
