@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from tests.commands import error
 from tests.toy import contents, write_checkpoint, write_dataset
 from vdiff.errors import VdiffError
-from vdiff.evaluation import inception
-from vdiff.evaluation.inception import InceptionFeatures, inception_features
+from vdiff.evaluation import features as feature_module
+from vdiff.evaluation.features import InceptionFeatures, inception_features
 from vdiff.evaluation.metrics import ClassStats, KernelDistance, Manifold, frechet_distance, precision_recall
 from vdiff.models.codec import from_uint8
 
@@ -26,7 +26,7 @@ fidelity = pytest.importorskip(
     "torch_fidelity", reason="torch-fidelity is not installed: pip install 'vdiff[fidelity]'"
 )
 
-COUNT, SIDE, SPLITS = 12, 12, 3
+COUNT, SIDE, SPLITS = 8, 12, 2
 
 
 def random_state() -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def test_the_frechet_distance_is_torch_fidelitys(both):
 def test_bytes_and_numbers_and_batches_are_all_the_same(both, monkeypatch):
     features, few = both["features"], both["samples"][:3]
     np.testing.assert_allclose(features(few), both["x"][:3], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(inception, "MAX_BATCH", 2)
+    monkeypatch.setattr(feature_module, "MAX_BATCH", 2)
     np.testing.assert_allclose(features(from_uint8(few)), both["x"][:3], rtol=1e-4, atol=1e-5)
 
 
@@ -219,10 +219,10 @@ def test_weights_are_downloaded_to_where_torch_fidelity_keeps_them(tmp_path, mon
         Path(place).write_bytes(b"downloaded")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    path = inception._download()
+    path = feature_module._download()
     assert path.read_bytes() == b"downloaded"
     assert path.parent == tmp_path / "checkpoints"
-    assert inception._download() == path
+    assert feature_module._download() == path
     ((url, prefix),) = asked
     assert url.startswith("https://github.com/toshas/torch-fidelity/releases/")
     assert url.endswith(f"-{prefix}.pth")

@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vdiff.errors import VdiffError, explained, shell
 
+T = TypeVar("T")
 CHECKSUM = "vdiff_crc32"
 """The key of the checksum in files that have one."""
 MAX_TEXT_BYTES = 64 * 2**20
@@ -121,8 +122,8 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, make it durable, then rename it over `path`.
+def write_whole(path: Path, write: Callable[[Path], T]) -> T:
+    """Let `write` fill a temporary neighbour of `path`, make it durable, then rename it over `path`; its answer.
 
     A kill or a full disk at any moment leaves the old file or the new one, never a part of either.
 
@@ -134,11 +135,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with writing(path):
             temporary.touch()
             mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors writes a file of 0600
-            write(temporary)
+            answer = write(temporary)
             temporary.chmod(mode)
             fsync(temporary)
             os.replace(temporary, path)
             fsync(path.parent)
+        return answer
     finally:
         temporary.unlink(missing_ok=True)
 

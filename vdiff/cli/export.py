@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 OUTPUTS = ["v", "x", "eps"]
 LICENSE_HELP = "An identifier for the model card, such as mit or cc-by-4.0."
-
-
 CHECKPOINT = click.argument("checkpoint", type=Checkpoint())
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 
@@ -43,50 +41,39 @@ def command() -> None:
     """
 
 
+GRAPH_OPTIONS = [
+    switch(
+        "--sampler_graph", group="Graph",
+        help="The whole sampler, noise to images, instead of one evaluation of the network.",
+    ),
+    option(
+        "--num_timesteps", group="Graph", type=click.IntRange(1), metavar="STEPS", show_default="the model's own",
+        help="Steps of the sampler; of an evaluation, those that its metadata tells the coefficients of.",
+    ),
+    option(
+        "--output", group="Graph", type=OneOf(OUTPUTS), show_default="v; eps where the network predicts that",
+        help="What an evaluation answers, whatever the network predicts.",
+    ),
+    option(
+        "--clipping_value", group="Sampler", type=Number(0, min_open=True), metavar="LIMIT", show_default="1",
+        help="Predicted images are clipped to ±LIMIT in every step.",
+    ),
+    switch("--no_clip", group="Sampler", help="Do not clip predicted images."),
+    switch(
+        "--guided", group="Sampler",
+        help="Take a weight of guidance for each image, and evaluate the network with and without the class.",
+    ),
+    license_option(show_default="unknown"),
+    switch("--card", group="Output", default=True, help="Write a model card, README.md, beside FILE."),
+    switch("--overwrite", group="Output", help="Replace FILE, and write a card of the same weights anew."),
+]  # fmt: skip
+"""Of the exports of graphs, in the order of the help."""
+
+
 def _shared(suffix: str) -> Callable[[Any], Any]:
-    """Arguments and options of the exports of graphs, in the order of the help."""
-    decorators = [
-        CHECKPOINT,
-        project_option(read=False),
-        click.argument("file", metavar=f"FILE{suffix}", type=click.Path(path_type=Path)),
-        switch(
-            "--sampler_graph",
-            group="Graph",
-            help="The whole sampler, noise to images, instead of one evaluation of the network.",
-        ),
-        option(
-            "--num_timesteps",
-            group="Graph",
-            type=click.IntRange(1),
-            metavar="STEPS",
-            show_default="the model's own",
-            help="Steps of the sampler; of an evaluation, those that its metadata tells the coefficients of.",
-        ),
-        option(
-            "--output",
-            group="Graph",
-            type=OneOf(OUTPUTS),
-            show_default="v; eps where the network predicts that",
-            help="What an evaluation answers, whatever the network predicts.",
-        ),
-        option(
-            "--clipping_value",
-            group="Sampler",
-            type=Number(0, min_open=True),
-            metavar="LIMIT",
-            show_default="1",
-            help="Predicted images are clipped to ±LIMIT in every step.",
-        ),
-        switch("--no_clip", group="Sampler", help="Do not clip predicted images."),
-        switch(
-            "--guided",
-            group="Sampler",
-            help="Take a weight of guidance for each image, and evaluate the network with and without the class.",
-        ),
-        license_option(show_default="unknown"),
-        switch("--card", group="Output", default=True, help="Write a model card, README.md, beside FILE."),
-        switch("--overwrite", group="Output", help="Replace FILE, and write a card of the same weights anew."),
-    ]
+    """Arguments and options of an export of graphs into a FILE of this suffix."""
+    file = click.argument("file", metavar=f"FILE{suffix}", type=click.Path(path_type=Path))
+    decorators = [CHECKPOINT, project_option(read=False), file, *GRAPH_OPTIONS]
     return lambda function: reduce(lambda inner, decorate: decorate(inner), reversed(decorators), function)
 
 
@@ -168,27 +155,19 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
 @FOLDER
 @project_option(read=False)
 @switch(
-    "--clip",
-    group="Sampling",
-    default=True,
+    "--clip", group="Sampling", default=True,
     help="Clip predicted images to ±1, as sample.py does; the pipeline is then to be called with "
     "use_clipped_model_output=True. With False, a plain call draws what sample.py --no_clip draws.",
-)
+)  # fmt: skip
 @option(
-    "--class",
-    "class_name",
-    group="Sampling",
-    metavar="CLASS",
+    "--class", "class_name", group="Sampling", metavar="CLASS",
     help="Write the network for this class alone (a name, a number, or none), so that the pipeline can be called: it "
     "has no way to ask for one.",
-)
+)  # fmt: skip
 @option(
-    "--guidance",
-    group="Sampling",
-    type=click.FLOAT,
-    metavar="W",
+    "--guidance", group="Sampling", type=click.FLOAT, metavar="W",
     help="Write the network for this weight of guidance alone, where it takes one as an input.",
-)
+)  # fmt: skip
 @license_option(default="unknown")
 @switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
 def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
@@ -284,28 +263,23 @@ def graph_options(
     """
     from vdiff.interop.graphs import MAX_STEPS, GraphOptions
 
-    steps = num_timesteps or config.num_timesteps
-    is_eps = config.prediction == "eps"
-    if no_clip and clipping_value is not None:
-        raise OptionError("--no_clip and --clipping_value exclude each other", "give one of them")
-    if not sampler_graph:
-        given = {"--clipping_value": clipping_value is not None, "--no_clip": no_clip, "--guided": guided}
-        for name in (name for name, is_given in given.items() if is_given):
-            raise OptionError(f"{name} is for samplers, and this is one evaluation", "give --sampler_graph, too")
-    if sampler_graph and output is not None:
-        raise OptionError(f"--output {output} is for evaluations, and a sampler answers images", "leave it out")
-    if is_eps and no_clip:
-        raise OptionError(
-            "--no_clip: an eps-prediction at zero signal says nothing about the image, so x must be clipped",
-            "leave --no_clip out",
-        )
-    if guided and config.signature.takes_guidance:
-        raise OptionError("--guided: this network takes a weight of guidance as it is", "leave it out")
-    if guided and not config.signature.null:
-        raise OptionError(
-            "--guided: this network was trained without classes left out, so it has no answer without one",
-            "leave it out",
-        )
+    steps, is_eps, takes = num_timesteps or config.num_timesteps, config.prediction == "eps", config.signature
+    of_samplers = {"--clipping_value": clipping_value is not None, "--no_clip": no_clip, "--guided": guided}
+    useless = next((name for name, is_given in of_samplers.items() if is_given and not sampler_graph), "")
+    both = "--no_clip and --clipping_value exclude each other"
+    of_graphs = f"--output {output} is for evaluations, and a sampler answers images"
+    eps = "an eps-prediction at zero signal says nothing about the image, so x must be clipped"
+    no_null = "this network was trained without classes left out, so it has no answer without one"
+    for is_wrong, cause, hint in (
+        (no_clip and clipping_value is not None, both, "give one of them"),
+        (useless, f"{useless} is for samplers, and this is one evaluation", "give --sampler_graph, too"),
+        (sampler_graph and output, of_graphs, "leave it out"),
+        (is_eps and no_clip, f"--no_clip: {eps}", "leave --no_clip out"),
+        (guided and takes.takes_guidance, "--guided: this network takes a weight of guidance as it is", "leave it out"),
+        (guided and not takes.null, f"--guided: {no_null}", "leave it out"),
+    ):
+        if is_wrong:
+            raise OptionError(cause, hint)
     try:
         config.check_num_steps(steps)
     except ValueError as error:

@@ -22,13 +22,9 @@ if TYPE_CHECKING:
 def out_option(default: str) -> Callable[[Any], Any]:
     """`--out` of every import."""
     return option(
-        "--out",
-        group="Output",
-        type=click.Path(path_type=Path),
-        metavar="FOLDER",
-        show_default=default,
+        "--out", group="Output", type=click.Path(path_type=Path), metavar="FOLDER", show_default=default,
         help="The new checkpoint's folder.",
-    )
+    )  # fmt: skip
 
 
 @click.group(cls=ProgramGroup, context_settings=CONTEXT)
@@ -50,36 +46,21 @@ def command() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @project_option()
 @option(
-    "--image_size",
-    group="Model",
-    type=click.IntRange(1, 2**13),
-    default=256,
-    metavar="PIXELS",
+    "--image_size", group="Model", type=click.IntRange(1, 2**13), default=256, metavar="PIXELS",
     help="Width and height of its images, which no tensor tells.",
-)
+)  # fmt: skip
 @option(
-    "--attention_heads",
-    group="Model",
-    type=click.IntRange(1),
-    default=4,
-    metavar="HEADS",
+    "--attention_heads", group="Model", type=click.IntRange(1), default=4, metavar="HEADS",
     help="Its attn_heads, which no tensor tells.",
-)
+)  # fmt: skip
 @option(
-    "--image_channels",
-    group="Model",
-    type=click.IntRange(1, 4096),
-    metavar="CHANNELS",
-    show_default="3, or 1 where 3 cannot be",
-    help="Of its images.",
-)
+    "--image_channels", group="Model", type=click.IntRange(1, 4096), metavar="CHANNELS",
+    show_default="3, or 1 where 3 cannot be", help="Of its images.",
+)  # fmt: skip
 @option(
-    "--channel_order",
-    group="Model",
-    type=OneOf(["bgr", "rgb"]),
-    default="bgr",
+    "--channel_order", group="Model", type=OneOf(["bgr", "rgb"]), default="bgr",
     help="Of the 3 channels that it was trained on: those repositories read images as OpenCV does, blue first.",
-)
+)  # fmt: skip
 @out_option("checkpoints/NAME after the file, or after its folder for a checkpoint.pt")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
 def reference(file: Path, project: Project, out: Path | None, **options: Any) -> None:
@@ -115,13 +96,9 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
 @click.argument("source")
 @project_option()
 @option(
-    "--num_timesteps",
-    group="Model",
-    type=click.IntRange(1),
-    metavar="STEPS",
-    show_default="as many as it was trained with",
-    help="Sampling steps of the checkpoint.",
-)
+    "--num_timesteps", group="Model", type=click.IntRange(1), metavar="STEPS",
+    show_default="as many as it was trained with", help="Sampling steps of the checkpoint.",
+)  # fmt: skip
 @out_option("checkpoints/NAME after the source")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
 def diffusers(source: str, project: Project, out: Path | None, **options: Any) -> None:

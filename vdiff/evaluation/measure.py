@@ -56,10 +56,11 @@ from vdiff.evaluation.results import (
     read_quality,
     with_infinity,
 )
-from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, raw_file, sample_stats
+from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, sample_stats, weights_file
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
-from vdiff.files import parse, read_text, sha256_of, write_text
+from vdiff.files import parse, read_text, write_text
 from vdiff.models.checkpoint import read_config, weights_fingerprint
+from vdiff.models.reading import file_fingerprint
 from vdiff.models.speed import impossible_times, pick_precision
 from vdiff.records import record_of
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked
@@ -117,11 +118,8 @@ def evaluate(
         raise OptionError("several processes need a file that all of them see", "give --out FILE")
     kept = "nothing is kept" if out is None else "what was drawn is kept; the same command goes on"
     with ExitStack() as stack, stop_explained(lambda _: f"stopped: {kept}"):
-        place = (
-            out.with_name(f".{out.name}.work")
-            if out
-            else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vdiff-")), "work")
-        )
+        scratch = "" if out else stack.enter_context(tempfile.TemporaryDirectory(prefix="vdiff-"))
+        place = out.with_name(f".{out.name}.work") if out else Path(scratch, "work")
         with processes.together():
             run = _Run(rows, dataset, EvalPlan(**plan), processes.device)
             pairs = out.with_name(f"{out.stem}-nearest.png") if out and "nearest" in run.plan.metrics else None
@@ -220,7 +218,7 @@ class _Run:
             steps = plan.teacher_steps or self.configs[plan.teacher].num_timesteps
             (self.teacher,), _ = plan_rows([plan.teacher], num_timesteps=[steps])
         every = [*rows, *([self.teacher] if self.teacher else [])]
-        self.fingerprints = {row: _weights_of(row) for row in every}
+        self.fingerprints = {row: file_fingerprint(weights_file(row)) for row in every}
         asked = [[self.fingerprints[row], row.sampler, row.num_steps, row.grid] for row in rows]
         of_teacher = [self.fingerprints[self.teacher], self.teacher.num_steps] if self.teacher else []
         kind = [FORMAT, images.identity, features.fingerprint, features.dim]
@@ -338,13 +336,6 @@ class _Run:
             job=self.key,
             scale=self.scale,
         )
-
-
-def _weights_of(row: RowSpec) -> str:
-    """The SHA-256 of the weights that a row is drawn with."""
-    if not row.raw or read_config(row.checkpoint).weights == "raw":
-        return weights_fingerprint(row.checkpoint)
-    return sha256_of(raw_file(row.checkpoint))
 
 
 class MetricCalculator:

@@ -272,22 +272,20 @@ def squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Ten
 
 
 class Manifold:
-    """The union of balls around vectors, each reaching to its centre's `neighbours`-th nearest other vector.
+    """The union of balls around vectors, each reaching to its centre's `NEIGHBOURS`-th nearest other vector.
 
     Args:
-        vectors: (n, d), n > `neighbours`.
+        vectors: (n, d), n > `NEIGHBOURS`.
     """
 
-    def __init__(
-        self, vectors: NDArray[Any], device: torch.device | str = "cpu", *, neighbours: int = NEIGHBOURS
-    ) -> None:
+    def __init__(self, vectors: NDArray[Any], device: torch.device | str = "cpu") -> None:
         self.centres = on_device(vectors, device)
-        if len(self.centres) <= neighbours:
-            raise ValueError(f"{len(self.centres)} vectors; need more than {neighbours}")
+        if len(self.centres) <= NEIGHBOURS:
+            raise ValueError(f"{len(self.centres)} vectors; need more than {NEIGHBOURS}")
         self.radii = torch.empty(len(self.centres), dtype=torch.float64, device=self.centres.device)
         for part, squares, _ in squared_distances(self.centres, self.centres):
             # the nearest of all is the vector itself
-            self.radii[part] = squares.topk(neighbours + 1, largest=False).values[:, -1]
+            self.radii[part] = squares.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
 
     def count_inside(self, vectors: Tensor) -> int:
         """How many of the vectors lie in one of the balls."""

@@ -152,23 +152,19 @@ def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
         OptionError: an unknown one, or one that these features or the lack of a teacher cannot give.
     """
     is_inception = features.name == INCEPTION
-    possible = [
-        name for name in METRICS if (name != "isc" or is_inception) and (name not in ("rmse", "psnr") or has_teacher)
-    ]
-    if not wanted:
-        return tuple(possible)
+    lacking = {"isc": not is_inception, "rmse": not has_teacher, "psnr": not has_teacher}
     found = set()
     for word in wanted:
         name = OF_INCEPTION.get(word, word)
         if name not in METRICS:
             raise OptionError(f"--metrics {word}: no such metric", suggestion(word, [*METRICS, *OF_INCEPTION]))
-        if (word in OF_INCEPTION and not is_inception) or (name == "isc" and name not in possible):
+        if not is_inception and (word in OF_INCEPTION or name == "isc"):
             instead = f", or ask for {name}" if word in OF_INCEPTION else ""
             raise OptionError(f"--metrics {word} needs Inception's features", f"give --features inception{instead}")
-        if name not in possible:
+        if lacking.get(name):
             raise OptionError(f"--metrics {word} compares with a teacher", "give --teacher CHECKPOINT")
         found.add(name)
-    return tuple(name for name in METRICS if name in found)
+    return tuple(name for name in METRICS if (name in found if wanted else not lacking.get(name)))
 
 
 def _check_numbers(n: int, num_images: int, features: Features, metrics: Sequence[str], data: Path | str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vdiff.evaluation.metrics import Arrays, ClassStats, Moments, to_arrays
 from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
 from vdiff.evaluation.plan import EvalPlan, RowSpec
 from vdiff.evaluation.reference import MAX_KEPT, MOMENTS
-from vdiff.models.checkpoint import load_checkpoint, read_tensors
+from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
 from vdiff.models.codec import to_uint8
 from vdiff.models.drawing import draw, squared_errors
 from vdiff.models.speed import FastNetwork, ready_to_draw
@@ -102,38 +103,31 @@ class Generator:
         return self.config.space.clip(found)
 
     def _load(self) -> None:
-        folder = self.row.checkpoint
-        denoiser, self.config = load_checkpoint(folder, self.device)
-        if self.row.raw and self.config.weights != "raw":
-            denoiser.load_state_dict(raw_weights(folder, set(denoiser.state_dict())))
+        denoiser, self.config = load_checkpoint(self.row.checkpoint, self.device)
+        path = weights_file(self.row)
+        if path.name != WEIGHTS:
+            tensors = read_tensors(path).items()
+            raw = {name.removeprefix(RAW): tensor for name, tensor in tensors if name.startswith(RAW)}
+            if raw.keys() != denoiser.state_dict().keys():
+                raise VdiffError(f"{path} does not fit the checkpoint", "leave --raw out, or resume the training")
+            denoiser.load_state_dict(raw)
         self.denoiser = ready_to_draw(denoiser, precision=self.plan.precision)
         assert isinstance(self.denoiser.network, FastNetwork)
         self.network = self.denoiser.network
 
 
-def raw_file(folder: Path) -> Path:
-    """The file with the weights without average that an unfinished or base training keeps beside its checkpoint.
+def weights_file(row: RowSpec) -> Path:
+    """The weights that a row is drawn with; for `raw` those without average, which a training keeps in its state.
 
     Raises:
-        VdiffError: there is none.
+        VdiffError: there are none.
     """
-    path = folder / STATE
+    if not row.raw or read_config(row.checkpoint).weights == "raw":
+        return row.checkpoint / WEIGHTS
+    path = row.checkpoint / STATE
     if not path.exists():
-        raise VdiffError(f"{folder} keeps no raw weights: there is no {STATE}", "leave --raw out")
+        raise VdiffError(f"{row.checkpoint} keeps no raw weights: there is no {STATE}", "leave --raw out")
     return path
-
-
-def raw_weights(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """The weights in `raw_file`.
-
-    Raises:
-        VdiffError: there are none, or they are not those of the checkpoint.
-    """
-    path = raw_file(folder)
-    found = {name.removeprefix(RAW): tensor for name, tensor in read_tensors(path).items() if name.startswith(RAW)}
-    if set(found) != names:
-        raise VdiffError(f"{path} does not fit the checkpoint", "leave --raw out, or resume the training")
-    return found
 
 
 def sample_stats(
@@ -153,7 +147,7 @@ def sample_stats(
     began, samples = time.monotonic(), blocks.samples(piece)
     before, drawing = generator.evaluations, 0.0
     moments = [Moments.none(features.dim) for _ in piece]
-    classes: list[ClassStats | None] = [None for _ in piece]
+    classes: dict[int, list[ClassStats]] = {}
     kept, thumbs, errors = [np.empty((0, features.dim), np.float32)], [], [np.empty(0)]
     for batch in generator.batches(samples):
         start = time.monotonic()
@@ -168,8 +162,7 @@ def sample_stats(
                 part = slice(first - batch.start, last - batch.start)
                 moments[k] = moments[k] + Moments.of(vectors[part])
                 if logits is not None:
-                    found, known = ClassStats.of(logits[part]), classes[k]
-                    classes[k] = found if known is None else known + found
+                    classes.setdefault(k, []).append(ClassStats.of(logits[part]))
         kept.append(vectors[: max(0, MAX_KEPT - batch.start)].astype(np.float32))
         thumbs.append(thumbnails(images[: max(0, MAX_QUERIES - batch.start)]))
         if of_teacher is not None:
@@ -177,10 +170,9 @@ def sample_stats(
             theirs = of_teacher[first : first + len(batch)]
             errors.append(squared_errors(images, theirs, generator.config.space).numpy())
         bar.update(done + batch.stop - samples.start)
-    known_classes = [each for each in classes if each is not None]
     return {
         **to_arrays(moments, MOMENTS),
-        **(to_arrays(known_classes, CLASS_STATS) if known_classes else {}),
+        **(to_arrays([reduce(ClassStats.__add__, each) for each in classes.values()], CLASS_STATS) if classes else {}),
         "kept": np.concatenate(kept),
         "small": torch.cat(thumbs).numpy(),
         "errors": np.concatenate(errors),

@@ -7,7 +7,7 @@ Times and coefficients of a sampler are constants of its graph, taken in float64
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -197,20 +197,16 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
     if options.sampler:
         values |= {"sampler": "ddim", "clipping_value": options.clipping_value, "guided": options.guided}
     elif options.num_steps <= MAX_GRID:
-        values["grid"] = [_step_of(step) for step in grid(denoiser, options.num_steps)]
+        coefficients = (("alpha", torch.cos), ("sigma", torch.sin))
+        values["grid"] = [
+            {
+                "label": float(step["label"]),
+                **{f"{name}_{end}": float(of(step[f"angle_{end}"])) for end in "ts" for name, of in coefficients},
+            }
+            for step in grid(denoiser, options.num_steps)
+        ]
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in values.items()
-    }
-
-
-def _step_of(step: Mapping[str, Tensor]) -> dict[str, float]:
-    t, s = (step[name] for name in ("angle_t", "angle_s"))
-    return {
-        "label": float(step["label"]),
-        "alpha_t": float(t.cos()),
-        "sigma_t": float(t.sin()),
-        "alpha_s": float(s.cos()),
-        "sigma_s": float(s.sin()),
     }
 
 
@@ -244,18 +240,14 @@ def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, 
     takes = denoiser.network.signature
     count = len(images)
     noise = ImageNoise(seed=0, indices=images, shape=config.shape)()
-    values = {"noise": noise} if options.sampler else {"z": noise, "label": _labels(denoiser, options, count)}
+    steps = [] if options.sampler else grid(denoiser, options.num_steps)
+    labels = [steps[k * len(steps) // count]["label"] for k in range(count if steps else 0)]
+    values = {"noise": noise} if options.sampler else {"z": noise, "label": torch.cat(labels)}
     if takes.num_classes:
         values["classes"] = torch.tensor([k % takes.num_classes for k in images])
     if takes.takes_guidance or options.guided:
         values["guidance"] = torch.full((count,), _test_guidance(config))
     return values
-
-
-def _labels(denoiser: Denoiser, options: GraphOptions, count: int) -> Tensor:
-    """Labels of `count` times of the grid, from t = 1 downwards."""
-    steps = grid(denoiser, options.num_steps)
-    return torch.cat([steps[k * len(steps) // count]["label"] for k in range(count)])
 
 
 def _test_guidance(config: CheckpointConfig) -> float:

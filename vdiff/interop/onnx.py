@@ -88,10 +88,7 @@ def export_onnx(
     _clean(model)
     onnx.helper.set_model_props(model, metadata(denoiser, options, config, fingerprint))
 
-    difference = 0.0
-
-    def write(temporary: Path) -> None:
-        nonlocal difference
+    def write(temporary: Path) -> float:
         onnx.save_model(model, temporary)
         onnx.checker.check_model(temporary, full_check=True)
         session = _session(str(temporary))
@@ -100,10 +97,9 @@ def export_onnx(
             found = session.run([options.results], {name: value.numpy() for name, value in named.items()})[0]
             return torch.from_numpy(found)
 
-        difference = check(answer, denoiser, options, config)
+        return check(answer, denoiser, options, config)
 
-    write_whole(path, write)
-    return difference
+    return write_whole(path, write)
 
 
 def _traced(

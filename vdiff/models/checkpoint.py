@@ -26,11 +26,11 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
-from vdiff.files import CHECKSUM, make_folder, read_json, sha256_of, write_json, write_whole
+from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
 from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
 from vdiff.models.condition import Signature
 from vdiff.models.kinds import UNET, build_network, signature_of
-from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, read_shapes, reading
+from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, file_fingerprint, read_shapes, reading
 from vdiff.projects import check_checkpoint
 from vdiff.records import AVERAGE as AVERAGE
 from vdiff.records import CONFIG as CONFIG
@@ -387,8 +387,7 @@ def weights_fingerprint(folder: Path) -> str:
     Raises:
         VdiffError: there is none, or it cannot be read.
     """
-    with reading(folder / WEIGHTS):
-        return sha256_of(folder / WEIGHTS)
+    return file_fingerprint(folder / WEIGHTS)
 
 
 def min_blocks(config: Mapping[str, Any]) -> int:

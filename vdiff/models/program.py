@@ -79,13 +79,10 @@ def write_program(
     told = json.dumps(metadata, ensure_ascii=False, indent=2)
     buffer = io.BytesIO()  # written to a disk that is full, torch would end the whole process
     torch.export.save(program, buffer, extra_files={METADATA: told})
-    found = 0.0
 
-    def write(temporary: Path) -> None:
-        nonlocal found
+    def write(temporary: Path) -> float:
         temporary.write_bytes(buffer.getbuffer())
         with open(temporary, "rb") as written, torch.no_grad():
-            found = compare(torch.export.load(written).module())
+            return compare(torch.export.load(written).module())
 
-    write_whole(path, write)
-    return found
+    return write_whole(path, write)

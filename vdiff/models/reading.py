@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from vdiff.errors import VdiffError
-from vdiff.files import CHECKSUM, check_regular
+from vdiff.files import CHECKSUM, check_regular, sha256_of
 
 MAX_HEADER_BYTES = 100_000_000
 """The most that safetensors itself reads."""
@@ -39,6 +39,16 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         check_tensors(path, header_only=True)
         with safe_open(path, framework="np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a safetensors file.
+
+    Raises:
+        VdiffError: it is missing, or cannot be read.
+    """
+    with reading(path):
+        return sha256_of(path)
 
 
 def add_checksum(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from vdiff.models.condition import CLASSES, Signature
 
 TEXT, TEXT_MASK, POOLED, TIME_IDS = "text", "text_mask", "text_pooled", "time_ids"
 """A text's embeddings (B, tokens, channels), which of them count (B, tokens), one vector of it, and SDXL's sizes."""
+DIT, TEXT_UNET, PIXART = "DiTTransformer2DModel", "UNet2DConditionModel", "PixArtTransformer2DModel"
+CLASSES_OF_DIFFUSERS = ("UNet2DModel", DIT, TEXT_UNET, PIXART, "UNet1DModel")
+"""The classes of diffusers that may be used."""
 MAX_NUMBER = 2**20
 """Far above any number in a description of a network that exists."""
 
@@ -65,7 +68,7 @@ class DiffusersBackbone(PythonBackbone):
         for part in model.modules():
             if type(part).__name__ == "LabelEmbedding":
                 vars(part)["dropout_prob"] = 0.0
-        if self.class_name == "DiTTransformer2DModel":
+        if self.class_name == DIT:
             model.get_submodule("proj_out_2").register_forward_hook(_as_patches)
 
     def _description(self, model: nn.Module) -> dict[str, Any]:
@@ -82,21 +85,17 @@ class DiffusersBackbone(PythonBackbone):
         """The `sample` of its answer."""
         told = {name: value.to(z.dtype) if value.is_floating_point() else value for name, value in condition.items()}
         config: Any = self.model.config
-        arguments = CLASSES_OF_DIFFUSERS[self.class_name](told, config)
+        arguments = _arguments(self.class_name, told, config)
         output: Tensor = self.model(z, timestep=timestep, **arguments, return_dict=False)[0]
-        if self.class_name == "DiTTransformer2DModel":
+        if self.class_name == DIT:
             output = _joined(output, z)
         return output[:, : z.shape[1]] if self.options["drops_variance"] else output
 
     @property
     def output_layer(self) -> nn.Module | None:
         """The last projection."""
-        last = (
-            self.model.get_submodule(name)
-            for name in ("conv_out", "proj_out_2", "proj_out")
-            if hasattr(self.model, name)
-        )
-        return next(last, None)
+        names = ("conv_out", "proj_out_2", "proj_out")
+        return next((self.model.get_submodule(name) for name in names if hasattr(self.model, name)), None)
 
     @property
     def checkpointing(self) -> bool:
@@ -127,40 +126,22 @@ def _joined(patches: Tensor, z: Tensor) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, rows * p, columns * p)
 
 
-def _class_labels(condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    del config
-    return {"class_labels": condition.get(CLASSES)}
-
-
-def _text(condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a UNet that attends to a text."""
-    added = {"text_embeds": condition.get(POOLED), "time_ids": condition.get(TIME_IDS)}
-    known = {key: value for key, value in added.items() if value is not None}
+def _arguments(name: str, condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions by our names as arguments by theirs."""
+    if name in ("UNet2DModel", DIT):
+        return {"class_labels": condition.get(CLASSES)}
+    if name == "UNet1DModel":
+        return {}
+    added: dict[str, Any] = {"text_embeds": condition.get(POOLED), "time_ids": condition.get(TIME_IDS)}
+    added = {key: value for key, value in added.items() if value is not None}
+    if name == PIXART:
+        added = {"resolution": None, "aspect_ratio": None}
     return {
         "encoder_hidden_states": condition.get(TEXT),
         "encoder_attention_mask": condition.get(TEXT_MASK),
-        "added_cond_kwargs": known or None,
+        "added_cond_kwargs": added or None,
         **({"class_labels": condition[CLASSES]} if config.get("num_class_embeds") and CLASSES in condition else {}),
     }
-
-
-def _pixart(condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    del config
-    return {
-        "encoder_hidden_states": condition.get(TEXT),
-        "encoder_attention_mask": condition.get(TEXT_MASK),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-CLASSES_OF_DIFFUSERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]] = {
-    "UNet2DModel": _class_labels,
-    "DiTTransformer2DModel": _class_labels,
-    "UNet2DConditionModel": _text,
-    "PixArtTransformer2DModel": _pixart,
-    "UNet1DModel": lambda *_: {},
-}
-"""The classes that may be used → conditions by our names as arguments by theirs."""
 
 
 def diffusers_signature(config: Mapping[str, Any]) -> Signature:
@@ -177,13 +158,13 @@ def diffusers_signature(config: Mapping[str, Any]) -> Signature:
     _check_numbers(values)
     channels = int(values["in_channels"])
     out_channels = channels if config.get("drops_variance") else int(values.get("out_channels") or channels)
-    is_dit, is_text = name == "DiTTransformer2DModel", name in ("UNet2DConditionModel", "PixArtTransformer2DModel")
+    is_dit, is_text = name == DIT, name in (TEXT_UNET, PIXART)
     classes = int(values.get("num_embeds_ada_norm" if is_dit else "num_class_embeds") or 0)
     is_unet = "block_out_channels" in values
     null: dict[str, float] = {CLASSES: classes} if is_dit else {}
     if classes and config.get("null_class") and not is_dit:  # the last row of the table is "no class"
         classes, null = classes - 1, {CLASSES: classes - 1}
-    names = (CLASSES,) * bool(classes and name != "PixArtTransformer2DModel")
+    names = (CLASSES,) * bool(classes and name != PIXART)
     if is_text:
         names += (TEXT, TEXT_MASK) + (POOLED, TIME_IDS) * (values.get("addition_embed_type") == "text_time")
     halvings = len(values["block_out_channels"]) - (name != "UNet1DModel") if is_unet else 0
@@ -216,19 +197,16 @@ def build_diffusers(config: Mapping[str, Any]) -> DiffusersBackbone:
     return DiffusersBackbone(model, **options)
 
 
-def wrapped(
-    network: nn.Module,
-    signature: Signature,
-    *,
-    null_class: bool = False,
-    drops_variance: bool = False,
-) -> Backbone:
-    """A backbone of any module: itself, a class of diffusers, or a user's own, of which `signature` tells."""
+def wrapped(network: nn.Module, signature: Signature, **options: bool) -> Backbone:
+    """A backbone of any module: itself, a class of diffusers, or a user's own, of which `signature` tells.
+
+    Args:
+        options: of `DiffusersBackbone`.
+    """
     if type(network) is PythonBackbone:  # the module may be told of anew
         network = network.model
     if isinstance(network, Backbone):
         return network
-    is_theirs = type(network).__module__.startswith("diffusers.") and type(network).__name__ in CLASSES_OF_DIFFUSERS
-    if is_theirs:
-        return DiffusersBackbone(network, null_class=null_class, drops_variance=drops_variance)
-    return PythonBackbone(network, signature)
+    kind = type(network)
+    is_theirs = kind.__module__.startswith("diffusers.") and kind.__name__ in CLASSES_OF_DIFFUSERS
+    return DiffusersBackbone(network, **options) if is_theirs else PythonBackbone(network, signature)
