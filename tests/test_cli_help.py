@@ -284,6 +284,7 @@ def test_every_parameter_of_a_class_is_read_by_it(registry):
 
 # values that no default or preset gives
 LOOP_VALUES = {
+    "threads": "1",
     "num_iters": "2",
     "batch_size": "3",
     "grad_accum": "3",

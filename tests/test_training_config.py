@@ -163,6 +163,7 @@ LIMITS = {
     "log_interval": (1, None, 0, None),
     "sample_interval": (1, None, 0, None),
     "ckpt_interval": (1, None, 0, None),
+    "threads": (1, 1024, 0, 1025),
     "seed": (0, 2**32 - 1, -1, 2**32),
     "num_workers": (0, None, -1, None),
     "image_size": (1, None, 0, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ def command(
     from vdiff.training.folder import RUN
     from vdiff.training.ladder import run_stages
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
-    from vdiff.training.student import memory_of_stage
+    from vdiff.training.student import memory_of_stage, recorded_threads
+    from vdiff.training.threads import settled_threads
 
     console = Console()
     config, teacher = resolve_distillation(given(flags), config_file, project, console)
@@ -92,6 +94,9 @@ def command(
     if not teacher.is_finished:
         done = f"{teacher.num_iters} of {teacher.target_iters} updates"
         console.line(f"{config.base} is unfinished: {done}")
+    if (updates := sum(stage.updates(config) for stage in stages)) >= FEW_UPDATES:
+        recorded = recorded_threads(stages)
+        config = replace(config, threads=settled_threads(config, teacher.build, teacher.shape, console, recorded))
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
     memory = check_memory(lambda config: memory_of_stage(stages[0], config, images, engine), config, engine)
@@ -103,9 +108,9 @@ def command(
             console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
             console.line("the time is that of updates that are left; checking and comparing students comes on top")
         return
-    if sum(stage.updates(config) for stage in stages) >= FEW_UPDATES:
+    if updates >= FEW_UPDATES:
         _, seconds = planned(stages, config, images, engine, console, overwrite=overwrite)
-        for row in aligned(time_facts(seconds, sum(stage.updates(config) for stage in stages), engine.device.type)):
+        for row in aligned(time_facts(seconds, updates, engine.device.type)):
             console.line(row)
     budget = sum(stage.budget(config) for stage in stages)
     if config.distance_every and config.check_images and engine.is_main:

@@ -53,6 +53,8 @@ LONG, LONGEST_METAVAR = 300, 50
 WORDS, PROJECT = "vdiff.words", "vdiff.project"
 PATH = click.Path(path_type=Path)
 SECONDS_UNTIL_SAID = 0.8
+BUSY, SPINS = 0.5, "1000"
+"""Programs that want to compute for each core, and how often a thread looks whether another one is ready."""
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
 """What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
 
@@ -396,6 +398,7 @@ def run_as_program(run: Callable[[], Any]) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where × and → cannot be written, ? will do
+    wait_briefly()
     for mpi, name in MPI.items():  # where accelerate launches by mpirun
         if value := os.environ.get(f"OMPI_COMM_WORLD_{mpi}"):
             os.environ.setdefault(name, value)
@@ -427,6 +430,17 @@ def run_as_program(run: Callable[[], Any]) -> None:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         fail(f"{where}{error.strerror or error}; mend that, then give the same command again", 1)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def wait_briefly() -> None:
+    """Have threads that wait for each other give the processor back soon, where other programs want it.
+
+    OpenMP lets them spin for milliseconds, which made two threads beside other programs 50 times slower. It reads this
+    when torch is loaded.
+    """
+    is_chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if not is_chosen and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def _discard_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,9 @@ def command(
 
     from vdiff.distributed import pick_device
     from vdiff.training.base import describe, resolve_training, train
+    from vdiff.training.estimate import FEW_UPDATES
     from vdiff.training.run_log import preview_steps
+    from vdiff.training.threads import settled_threads
 
     console = Console()
     out = out or project.original
@@ -84,11 +87,15 @@ def command(
         given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console, project=project
     )
     description = describe(config, images)
+    is_new = not resume and (overwrite or not out.exists())
+    if is_new and not every_setting and config.num_iters >= FEW_UPDATES:
+        threads = settled_threads(config, description.build, description.shape, console, None)
+        config = replace(config, threads=threads)
     if dry_run:
         rows = costs(config, description) if every_setting else estimate(config, images, description, is_trial=True)
         console.result(*aligned(rows))
         return
-    if overwrite or not out.exists():
+    if is_new:
         for row in aligned(estimate(config, images, description, is_trial=False)):
             console.line(row)
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)

@@ -150,6 +150,10 @@ class LoopConfig:
         group=MACHINE, default="auto", choices=PRECISIONS,
     )  # fmt: skip
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
+    threads: int | None = setting(
+        "Threads of the processor, on which bits depend; a run that goes on takes the same.",
+        group=MACHINE, default=None, low=1, high=1024, unit="THREADS", shown="timed at the start", free=True,
+    )  # fmt: skip
     fsdp: bool = setting(
         "Shard weights, moments and averages over the processes, for networks that do not fit one device.",
         group=MACHINE, default=False, free=True,

@@ -115,6 +115,8 @@ def build_engine(config: LoopConfig) -> Engine:
         OptionError: no such device here, no such precision on the device, or batch or weights cannot be shared.
     """
     picked = pick_device(config.device).type
+    if config.threads:
+        torch.set_num_threads(config.threads)
     on_cuda = picked == "cuda"
     precision = config.precision if config.precision != "auto" else ("bf16" if on_cuda else "fp32")
     if precision == "fp16" and not on_cuda:

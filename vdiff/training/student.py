@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
 from vdiff.models.kinds import PYTHON, UNET
 from vdiff.models.unet import UNet
+from vdiff.records import RUN_FILE
 from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import TrainingData
@@ -26,6 +27,7 @@ from vdiff.training.engine import Engine
 from vdiff.training.estimate import Memory, memory_of, seconds_per_update
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
+from vdiff.training.presets import read_run
 from vdiff.training.stages import Stage, student_network
 from vdiff.training.step import Task
 
@@ -187,3 +189,9 @@ def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, e
         return stage_task(stage, config, local, teacher, before, student, description)
 
     return memory_of(build, images.shape, images.num_images, engine)
+
+
+def recorded_threads(stages: Sequence[Stage]) -> int | None:
+    """The threads that the first student of a ladder was begun with, where it was."""
+    folder = stages[0].folder
+    return read_run(folder).distill.get("threads") if (folder / RUN_FILE).is_file() else None

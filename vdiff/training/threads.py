@@ -1,0 +1,83 @@
+"""How many threads a run computes with: timed before it begins, and kept in its record, as bits depend on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from vdiff.models.denoiser import Denoiser
+from vdiff.reporting import Reporter
+from vdiff.training.config import LoopConfig
+
+IMAGES, ROUNDS, ENOUGH_SECONDS = 8, 3, 1.0
+"""Of a timed pass, and of passes with each number of threads: fewer rounds where they take longer."""
+WORTH_WHILE = 1.2
+"""So many times as fast bf16 must be to be proposed."""
+
+
+def settled_threads(
+    config: LoopConfig, build: Callable[[], Denoiser], shape: tuple[int, ...], reporter: Reporter, recorded: int | None
+) -> int | None:
+    """The threads of a run: those asked for, else of its record, else the fastest; None: torch's own choice.
+
+    OMP_NUM_THREADS, a launcher and a GPU decide by themselves. On a busy machine one thread may be several times as
+    fast as two, which wait for each other.
+
+    Args:
+        build: makes a network like the one that learns.
+        recorded: those of a run that goes on.
+    """
+    threads = config.threads or recorded
+    is_given = "OMP_NUM_THREADS" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if threads or is_given or config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        return threads
+    most = torch.get_num_threads()
+    if most == 1:
+        return None
+    denoiser, z = build().train(), torch.zeros(min(config.batch_size, IMAGES), *shape)
+    times = seconds_by_threads(denoiser, z, sorted({1, (most + 1) // 2, most}))
+    best = min(times, key=lambda number: times[number])
+    others = ", ".join(f"{number}: {seconds:.2g} s" for number, seconds in times.items())
+    reporter.line(f"threads {best}: a pass of {len(z)} images takes with {others}; --threads fixes them")
+    if config.precision == "auto" and computes_bf16():
+        torch.set_num_threads(best)
+        faster = times[best] / seconds_of_pass(denoiser, z, torch.autocast("cpu", dtype=torch.bfloat16))
+        if faster > WORTH_WHILE:
+            reporter.line(
+                f"--precision bf16 would take 1/{faster:.1f} of the time; what it does to quality is not known"
+            )
+    return best
+
+
+def seconds_by_threads(denoiser: Denoiser, z: torch.Tensor, numbers: list[int]) -> dict[int, float]:
+    """Threads → seconds of a forward and backward pass: the mean of rounds in turn, as the machine may get busy."""
+    totals = dict.fromkeys(numbers, 0.0)
+    seconds_of_pass(denoiser, z[:1], nullcontext())  # kernels are chosen
+    rounds = 0
+    while rounds < ROUNDS and max(totals.values()) < ENOUGH_SECONDS:
+        rounds += 1
+        for number in numbers:
+            torch.set_num_threads(number)
+            totals[number] += seconds_of_pass(denoiser, z, nullcontext())
+    return {number: total / rounds for number, total in totals.items()}
+
+
+def seconds_of_pass(denoiser: Denoiser, z: torch.Tensor, precision: AbstractContextManager[object]) -> float:
+    """The time of a forward and a backward pass."""
+    began = time.monotonic()
+    condition = denoiser.condition(classes=torch.zeros(len(z), dtype=torch.int64))
+    with precision:
+        v = denoiser(z, torch.full((len(z),), 0.5, dtype=torch.float64), condition).v
+    v.square().mean().backward()
+    denoiser.zero_grad()
+    return time.monotonic() - began
+
+
+def computes_bf16() -> bool:
+    """Whether this processor has instructions for bf16 (AVX-512-BF16, AMX)."""
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
