@@ -32,7 +32,10 @@ from vdiff.models.feature_network import (
     FeatureNetConfig,
 )
 from vdiff.reporting import Silent
+from vdiff.training.config import LoopConfig
+from vdiff.training.engine import build_engine
 from vdiff.training.feature_training import (
+    FeatureStep,
     FeatureTraining,
     in_order,
     loss_of,
@@ -258,6 +261,26 @@ def test_equal_seeds_give_equal_networks_and_touch_no_other_numbers(tmp_path):
         assert torch.rand(1) == following
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@both_kinds
+def test_a_gradient_that_is_not_finite_changes_nothing(kind, monkeypatch):
+    shape = FeatureNetConfig(kind, 8, 1, dim=4, num_classes=2 if kind == "classifier" else 0, width=8, max_width=8)
+    network = FeatureClassifier(shape) if kind == "classifier" else FeatureAutoencoder(shape)
+    config = LoopConfig(num_iters=4, batch_size=2, lr=1e-2, device="cpu", precision="fp32")
+    step = FeatureStep(network, config, build_engine(config))
+    batch = Batch(torch.arange(128, dtype=torch.uint8).reshape(2, 1, 8, 8), torch.tensor([0, 1]))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr("vdiff.training.feature_training.loss_of", lambda *a, **b: loss_of(*a, **b) * math.inf)
+        assert step(0, batch).is_bad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert not step.has_learned
+    result = step(1, batch)
+    assert not result.is_bad
+    assert result.losses.shape == (2,)
+    assert step.has_learned
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in network.named_parameters())
 
 
 def test_progress_is_told(digits):
