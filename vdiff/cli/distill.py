@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,8 @@ from vdiff.text import duration
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from vdiff.evaluation.features import PixelDistance
+    from vdiff.evaluation.results import Scale
     from vdiff.training.dataset import TrainingData
     from vdiff.training.engine import Engine
     from vdiff.training.stages import Stage
@@ -83,6 +82,7 @@ def command(
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
     from vdiff.training.student import memory_of_stage, recorded_threads
     from vdiff.training.threads import settled_threads
+    from vdiff.training.verdict import read_verdict
 
     console = Console()
     config, teacher = resolve_distillation(given(flags), config_file, project, console)
@@ -134,6 +134,10 @@ def command(
     if any(row.is_time_doubtful for row in table):
         console.line(DOUBTFUL_TIMES)
     last = stages[-1].folder
+    found = read_verdict(last)
+    if distance and found and any(row.distance is not None for row in table):
+        scale = scale_for(distance, found.num_images, images.image_size)
+        console.result(f"scale      distances of {found.num_images} images: {scale}")
     console.result(f"picture    {last / LADDER_PICTURE}")
     if report:
         data, measure = images.name if images.store else "", config.distance_every > 0
@@ -180,7 +184,7 @@ def planned(
     return rows, total
 
 
-def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> Callable[[Tensor], float] | None:
+def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> PixelDistance | None:
     """The distance of samples to the data, in the process that examines students; None where there are no data."""
     import torch
 
@@ -188,14 +192,25 @@ def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> 
     from vdiff.models.codec import from_uint8
 
     is_due = config.distance_every and config.check_images and engine.is_main
-    if images.store is None or not is_due or len(images.store) < 2:
+    if images.store is None or not is_due or len(images.store) < 4:
         return None
     wanted = min(config.distance_images, len(images.store))
-    reference: list[Tensor] = []
+    reference: list[torch.Tensor] = []
     with closing(images.batches(config, engine).start_at(0)) as batches:
         while sum(map(len, reference)) < wanted:
             reference.append(next(batches).images)
     return PixelDistance(from_uint8(torch.cat(reference)[:wanted]))
+
+
+def scale_for(distance: PixelDistance, num_images: int, image_size: int) -> Scale:
+    """What the distances of `num_images` images are read by."""
+    import numpy as np
+
+    from vdiff.evaluation.metrics import Moments
+    from vdiff.evaluation.reference import DataStats, scale_of
+
+    moments, vectors = Moments.of(distance.reference), distance.reference.astype(np.float32)
+    return scale_of(DataStats(moments, vectors, np.arange(len(vectors))), num_images, image_size)
 
 
 KEPT = "kept start"

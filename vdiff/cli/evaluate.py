@@ -206,6 +206,8 @@ def head(found: Evaluation) -> list[str]:
     for name, what in OF_DATA.items():
         if name in first.metrics:
             lines.append(f"data       {what}: {first.metrics[name]}")
+    if found.scale:
+        lines.append(f"scale      {found.scale}")
     lines.append(f"made       {found.date}, vdiff {found.vdiff_version}")
     return lines
 
@@ -217,9 +219,12 @@ def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     n = found.rows[0].n
     headings = [f"{name}@{n}" if name in ("fd", "fid") else HEADINGS.get(name, name) for name in names]
     columns = ["model", "sampler", "steps", "evals", *headings, "ms/image", "seconds"]
+    columns += ["verdict"] if found.scale else []
     rows = []
     for row in found.rows:
         own = [Path(row.checkpoint).name, row.sampler, str(row.num_steps), f"{row.evaluations:g}"]
         figures = [str(row.metrics[name]) if name in row.metrics else "" for name in names]
         rows.append([*own, *figures, f"{row.ms_per_image:.2f}{DOUBTFUL * row.is_time_doubtful}", f"{row.seconds:.1f}"])
+        if found.scale:
+            rows[-1].append(quality.word if (quality := found.quality(row)) else "")
     return columns, rows

@@ -159,10 +159,10 @@ def report_at_the_end(
 
 def _measure_quickly(ladder: LadderRun, data: str, budget: int, device: torch.device, console: Console) -> None:
     from vdiff.distributed import Processes
-    from vdiff.report.ladder import QUICK_SIZE, quick_plan, tells_of
+    from vdiff.report.ladder import QUICK_SIZE, quick_plan
 
-    students = [model.fingerprint for model in ladder.students]
-    if ladder.first.number("image_size") > QUICK_SIZE or tells_of(ladder.evaluation, students[-1:]):
+    measured = {row.checkpoint_fingerprint for row in ladder.evaluation.rows} if ladder.evaluation else set()
+    if ladder.first.number("image_size") > QUICK_SIZE or ladder.last.fingerprint in measured:
         return
     found = quick_plan(ladder, budget)
     if found is None:

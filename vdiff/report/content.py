@@ -26,12 +26,7 @@ DISTANCES = {"fid": "FID", "fd": "Fréchet distance", "kid": "KID", "kd": "Kerne
 EFFORT = ("num_iters", "num_images", "train_seconds")
 AGAIN = "again"
 OF_TEACHER = f"teacher, {PLAIN}"
-AS_SAID = {
-    NOT_TRAINED: "is not trained yet",
-    "usable": "is usable",
-    "good": "is good",
-    "memorises": "memorises its images",
-}
+AS_SAID = {word: f"is {word}" for word in (NOT_TRAINED, "usable", "good")} | {"memorises": "memorises its images"}
 """The words of `Quality` in a sentence."""
 NO_CURVE = Curve("students", ())
 
@@ -315,18 +310,16 @@ def title(ladder: LadderRun) -> str:
 
 def outcome(ladder: LadderRun, found: Distances) -> str:
     """Whether it worked, in one sentence; empty where no distance was measured on the `Scale`."""
-    first, last = ladder.first, ladder.last
+    first, last, mine = ladder.first, ladder.last, found.students.get(ladder.last.key)
     teacher = read_quality(first.folder, first.fingerprint) if first.folder else None
     if teacher is None and found.teacher and found.scale:
         teacher = Quality(found.teacher.y, found.scale)
-    if not ladder.students:
-        return f"{first.name} {AS_SAID[teacher.word]}: {str(teacher).partition(': ')[2]}." if teacher else ""
-    mine = found.students.get(last.key)
+    if teacher and (not ladder.students or teacher.word == NOT_TRAINED):
+        begin = "It did not work, for its teacher" if ladder.students else first.name
+        return f"{begin} {AS_SAID[teacher.word]}: {str(teacher).partition(': ')[2]}."
     if mine is None or found.scale is None:
         return ""
     student = Quality(mine.y, found.scale)
-    if teacher and teacher.word == NOT_TRAINED:
-        return f"It did not work, for its teacher {AS_SAID[teacher.word]}: {str(teacher).partition(': ')[2]}."
     worked = {"good": "It worked", "usable": "It worked in part"}.get(student.word, "It did not work")
     copies = f", and its teacher {AS_SAID['memorises']}" if teacher and teacher.word == "memorises" else ""
     return f"{worked}: the student of {plural(last.steps, 'step')} {AS_SAID[student.word]}{copies}."
@@ -440,14 +433,11 @@ def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
             command = ["python", "distill.py", *config, "--base", f"{AGAIN}/{ladder.models[number - 1].name}"]
             what = f"Distil the student of {plural(model.steps, 'step')}"
         result.append((what, shell(*command, "--out", f"{AGAIN}/{model.name}")))
-    folder = Path(AGAIN) if made else ladder.folder
-    checkpoint = folder / ladder.last.name if made else ladder.last.folder or ladder.last.name
-    draw = ["python", "sample.py", "--checkpoint", checkpoint, *(["--out", folder / "samples"] if made else [])]
-    return [
-        *(result if made else []),
-        ("Draw images", shell(*draw)),
-        ("Measure all models, and write this page", shell("vdiff", "report", folder, "--evaluate")),
-    ]
+    measure = "Measure all models, and write this page"
+    if not made:
+        return [("Draw images", sample_command(ladder)), (measure, evaluate_command(ladder))]
+    draw = shell("python", "sample.py", "--checkpoint", f"{AGAIN}/{ladder.last.name}", "--out", f"{AGAIN}/samples")
+    return [*result, ("Draw images", draw), (measure, shell("vdiff", "report", AGAIN, "--evaluate"))]
 
 
 def prepare_command(ladder: LadderRun) -> str:

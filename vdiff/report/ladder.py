@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,8 +271,3 @@ def quick_plan(ladder: LadderRun, budget: int) -> tuple[list[RowSpec], EvalPlan]
     rows = ladder_rows(ladder, most_steps=QUICK_STEPS)
     num = min(QUICK_IMAGES, budget // sum(row.num_steps for row in rows))
     return (rows, EvalPlan(n=num, batch_size=num)) if num >= QUICK_LEAST else None
-
-
-def tells_of(evaluation: Evaluation | None, fingerprints: Sequence[str]) -> bool:
-    """Whether an evaluation has rows of all these weights."""
-    return evaluation is not None and set(fingerprints) <= {row.checkpoint_fingerprint for row in evaluation.rows}

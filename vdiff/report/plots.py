@@ -64,11 +64,8 @@ def trade(
     for text, level in levels.items():
         is_high = level > middle  # curves fall to the right: names stand where they are not
         axes.axhline(level, color=SOFT, linewidth=1, linestyle=(0, (3, 3)) if not text else (0, (1, 3)), zorder=1)
-        axes.annotate(
-            text, (float(is_high), level), (0, 2 if is_high else -2), xycoords=("axes fraction", "data"),
-            textcoords="offset points", color=SOFT, fontsize=10,
-            ha="right" if is_high else "left", va="bottom" if is_high else "top",
-        )  # fmt: skip
+        place, aligned = axes.get_yaxis_transform(), ("right", "bottom") if is_high else ("left", "top")
+        axes.text(is_high, level, text, transform=place, color=SOFT, fontsize=10, ha=aligned[0], va=aligned[1])
     for k, curve in reversed(list(enumerate(curves))):
         _curve(axes, curve, k, gid := f"points-{k}")
         titles[gid] = [f"{curve.label}: {point_text(point, x_label)}" for point in curve.points]

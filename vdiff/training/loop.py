@@ -166,6 +166,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
                 is_late = is_first and not config.fsdp and time.monotonic() - began > EARLY_SECONDS
                 if (is_late or done == early or done % config.sample_interval == 0) and not is_last:
                     draw_preview(done, partial(_note_preview, bar, done))  # after saving: a kill here loses nothing
+                    bar.update(done, meter.note or "samples drawn")
                     if is_first:
                         report_pictures(run, reporter)
                     is_first = False
