@@ -87,7 +87,7 @@ def test_from_nothing_to_samples(tmp_path, monkeypatch):
     assert stdout.endswith(f"picture    {folder}.grid.png\n")
     assert len(pictures(folder)) == 64
     with PIL.Image.open(f"{folder}.grid.png") as grid:
-        assert grid.size[0] == grid.size[1] >= 64
+        assert grid.size[1] > grid.size[0] >= 8 * 72, "a title above rows of eight"
 
     done("sample.py --clipped_sampling --out bare")
     assert pictures(Path("bare")) == pictures(folder)

@@ -96,8 +96,8 @@ def test_other_images_are_as_far_as_n_new_ones(n):
 def test_a_word_follows_from_the_distances(distance, near, word):
     found = Quality(distance, SCALE, *near)
     assert found.word == word
-    text = f"{word}: distance to the data {distance:.3g} (other images of the data 0.25, blurred ones 4, "
-    assert str(found).startswith(text + "the mean image 16, noise 50)")
+    assert found.short.startswith(f"{word}: distance to the data {distance:.3g}")
+    assert str(found) == f"{found.short} (other images 0.25, blurred 4, mean image 16, noise 50)"
     assert ("half of the samples are within 0.49" in str(found)) == (word == "memorises")
 
 
@@ -174,11 +174,12 @@ def test_commands_tell_it(monkeypatch, tmp_path):
     result = done(f"train.py {common} --num_iters 100 --num_timesteps 8 --out model --overwrite")
     verdict = next(line for line in result.stdout.splitlines() if line.startswith("verdict"))
     found = read_quality(Path("model"), weights_fingerprint(Path("model")))
-    assert verdict == f"verdict    {found}"
+    assert verdict == f"verdict    {found.short}"
+    assert f"scale      {found.scale}\n" in result.stdout
     assert str(found) in done("vdiff inspect model").stdout
     assert json.loads(done("vdiff inspect model --json").stdout)["verdict"]["word"] == found.word
     result = done(f"distill.py {common} --base model --num_iters 2 --report False")
-    assert f"model is {found}" in result.stderr
+    assert f"model is {found.short}\nscale      {found.scale}\n" in result.stderr
     assert ("no better than its teacher" in result.stderr) == (found.word == "not trained yet")
     write_checkpoint(tmp_path / "noise", num_timesteps=8, dataset="data")
     result = done(f"distill.py {common} --base noise --num_iters 60 --out student --report False --check_images 8")

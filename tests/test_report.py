@@ -212,7 +212,7 @@ SCALE = Scale(same=0.1, blurred=6.4, mean_image=20.0, noise=50.0)
         (0.79, 0.2, "It worked: the student of 1 step is good."),
         (0.81, 0.2, "It worked in part: the student of 1 step is usable."),
         (6.5, 0.2, "It did not work: the student of 1 step is not trained yet."),
-        (6.5, 7.0, "It did not work, for its teacher is not trained yet: distance to the data 7 (other images of the"),
+        (6.5, 7.0, "It did not work, for its teacher is not trained yet: distance to the data 7 (other images 0.1"),
     ],
 )
 def test_the_first_sentence_tells_whether_it_worked(root, tmp_path, far, teacher, words):

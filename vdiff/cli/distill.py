@@ -117,7 +117,8 @@ def command(
         data = images.name if images.store else ""
         verdict = quality_of(Path(config.base), data, budget, device=engine.device, console=console)
         if verdict:
-            console.line(f"{config.base} is {verdict}")
+            console.line(f"{config.base} is {verdict.short}")
+            console.line(f"scale      {verdict.scale}")
         if verdict and verdict.word == NOT_TRAINED:
             console.line("a student is no better than its teacher: train it longer first, unless this is a trial")
     distance = distance_to(images, config, engine)
@@ -137,7 +138,7 @@ def command(
     found = read_verdict(last)
     if distance and found and any(row.distance is not None for row in table):
         scale = scale_for(distance, found.num_images, images.image_size)
-        console.result(f"scale      distances of {found.num_images} images: {scale}")
+        console.result(f"scale      {scale}")
     console.result(f"picture    {last / LADDER_PICTURE}")
     if report:
         data, measure = images.name if images.store else "", config.distance_every > 0

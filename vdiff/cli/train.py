@@ -106,7 +106,7 @@ def command(
     except Interrupted as stop:
         raise Interrupted(f"stopped; {out} is finished and saved", stop.exit_code) from None
     if verdict:
-        console.result(f"verdict    {verdict}")
+        console.result(f"verdict    {verdict.short}", f"scale      {verdict.scale}")
     steps = preview_steps(done)
     console.result(
         f"next       python sample.py {shell('--checkpoint', out)} --sampler dpmpp_2m --num_timesteps {steps}"

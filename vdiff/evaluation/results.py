@@ -129,9 +129,9 @@ class Scale:
         return math.sqrt(max(self.same * self.blurred, 0.0))
 
     def __str__(self) -> str:
-        """`other images of the data 0.17, blurred ones 7.9, the mean image 18.6, noise 45`."""
+        """`other images 0.17, blurred 7.9, mean image 18.6, noise 45`."""
         shown = (self.same, self.blurred, self.mean_image, self.noise)
-        names = ("other images of the data", "blurred ones", "the mean image", "noise")
+        names = ("other images", "blurred", "mean image", "noise")
         return ", ".join(f"{name} {value:.3g}" for name, value in zip(names, shown, strict=True))
 
 
@@ -159,13 +159,18 @@ class Quality:
             return "good"
         return "memorises"
 
-    def __str__(self) -> str:
-        """`good: distance to the data 0.21 (other images of the data 0.17, …)`."""
-        text = f"{self.word}: distance to the data {self.distance:.3g} ({self.scale})"
+    @property
+    def short(self) -> str:
+        """`good: distance to the data 0.21`."""
+        text = f"{self.word}: distance to the data {self.distance:.3g}"
         if self.word == "memorises":
             text += f"; half of the samples are within {self.nearest:.3g} of an image of the data, "
             text += f"whose nearest other image is {self.nearest_data:.3g} away"
         return text
+
+    def __str__(self) -> str:
+        """`good: distance to the data 0.21 (other images 0.17, …)`."""
+        return f"{self.short} ({self.scale})"
 
 
 @dataclass(frozen=True)
