@@ -14,6 +14,7 @@ from vdiff.cli.options import PATH, Command, option, project_option, switch
 from vdiff.cli.quality import quality_of
 from vdiff.cli.report import report_at_the_end
 from vdiff.cli.settings import config_option, given, settings
+from vdiff.cli.vdiffusion import home_of, imported
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import shell
 from vdiff.projects import Project
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    theirs="distill",
     first="name out config overwrite dry_run report open data base to_steps teacher_steps phases method student_config "
     "num_iters batch_size grad_accum lr ckpt_interval seed device precision checkpointing",
     examples=[
@@ -85,9 +87,13 @@ def command(
     from vdiff.training.verdict import read_verdict
 
     console = Console()
-    config, teacher = resolve_distillation(given(flags), config_file, project, console)
+    chosen, home = given(flags), None
+    if "base" in chosen:  # else it is in the configuration file, or the project's
+        home = home_of(Path(chosen["base"]), project)
+        chosen["base"] = str(imported(Path(chosen["base"]), console.line))
+    config, teacher = resolve_distillation(chosen, config_file, project, console)
     images = teachers_images(config, teacher, project)
-    stages = plan_stages(config, teacher, out, project)
+    stages = plan_stages(config, teacher, out, project.students_beside(home or Path(config.base)))
     console.line(f"preset {config.preset}, {images.name}, method {config.method}")
     for remark in remarks(config, teacher):
         console.line(remark)

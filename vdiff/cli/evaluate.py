@@ -21,6 +21,7 @@ from vdiff.cli.options import (
     typed_command,
 )
 from vdiff.cli.sample import DEVICES, PRECISIONS
+from vdiff.cli.vdiffusion import home_of, imported
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
@@ -155,7 +156,8 @@ def command(
 
     console = Console()
     folders = list(dict.fromkeys(checkpoints)) or [project.newest(console.line)]
-    target = out or folders[0].parent / FILE
+    target = out or home_of(folders[0], project).parent / FILE
+    folders = [imported(folder, console.line) for folder in folders]
     found = evaluate(
         folders,
         data or project.dataset_of(read_config(folders[0]).dataset),

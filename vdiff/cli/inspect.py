@@ -14,6 +14,7 @@ import click
 
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, project_option, switch
+from vdiff.cli.vdiffusion import imported
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
@@ -32,7 +33,7 @@ def command(checkpoint: Path | None, project: Project, json: bool) -> None:
     Only descriptions are read, and the weights for their checksum: it works on unfinished runs and imported models too.
     """
     console = Console()
-    values = facts(checkpoint or project.newest(console.line))
+    values = facts(imported(checkpoint or project.newest(console.line), console.line))
     if json:
         console.result(jsonlib.dumps(values, ensure_ascii=False))
         return

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import click
 
+from vdiff.cli.vdiffusion import PICKLES, translated
 from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggestion
 from vdiff.projects import Project, check_checkpoint
 from vdiff.signals import answered
@@ -76,6 +77,10 @@ class Program(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse; some of Click's errors do not know which command they belong to."""
+        words = translated(getattr(self, "theirs", ""), args)
+        if words != args and not ctx.resilient_parsing and speaks():
+            print(f"read as: {shlex.join([*_program(ctx), *words])}", file=sys.stderr, flush=True)
+        args = words
         ctx.meta[WORDS] = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -113,13 +118,17 @@ class Command(Program):
     Args:
         examples: lines as they are typed.
         first: names of the options in `--help`, without dashes; the others are in `--help_all`. Empty: all are in both.
+        theirs: the command whose lines of the v-diffusion repositories are understood.
     """
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), first: str = "", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, examples: Sequence[str] = (), first: str = "", theirs: str = "", **kwargs: Any
+    ) -> None:
         kwargs["context_settings"] = {**CONTEXT, **kwargs.get("context_settings", {})}
         super().__init__(*args, **kwargs)
         self.examples = list(examples)
         self.first = first.split()
+        self.theirs = theirs
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples as they are typed."""
@@ -310,7 +319,8 @@ class Checkpoint(click.ParamType):
             VdiffError: no checkpoint is there.
         """
         found = project.inside(Path(value))
-        check_checkpoint(found)
+        if not (found.suffix in PICKLES and found.is_file()):
+            check_checkpoint(found)
         return self.kind(found)
 
 
@@ -358,8 +368,13 @@ class Names(click.ParamType):
 def typed_command() -> str:
     """The running command as it was typed: `python train.py --seed 1`."""
     context = click.get_current_context()
-    program = context.command_path
-    return shlex.join([*(["python"] if program.endswith(".py") else []), *program.split(), *context.meta[WORDS]])
+    return shlex.join([*_program(context), *context.meta[WORDS]])
+
+
+def _program(context: click.Context) -> list[str]:
+    """`python train.py` or `vdiff train`, in words."""
+    program = context.command_path.replace("distillate.py", "distill.py")
+    return ["python", program] if program.endswith(".py") else program.split()
 
 
 def one_line_usage_error(error: click.ClickException) -> str:

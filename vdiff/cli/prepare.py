@@ -63,6 +63,7 @@ class RangeType(click.ParamType):
 
 @click.command(
     cls=Command,
+    theirs="prepare",
     examples=[
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",

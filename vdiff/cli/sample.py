@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from vdiff.cli.drawing import (
 )
 from vdiff.cli.options import NUM, OLD_NUM, Checkpoint, Command, Names, OneOf, option, project_option, switch
 from vdiff.cli.settings import sampler_settings
+from vdiff.cli.vdiffusion import home_of, imported
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError
@@ -33,6 +36,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 
 @click.command(
     cls=Command,
+    theirs="sample",
     first="name checkpoint device precision num batch_size seed classes guidance interpolate out format trajectory "
     "overwrite json sampler num_timesteps grid",
     examples=[
@@ -129,7 +133,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.Path(path_type=Path),
     metavar="PATH",
     show_default="samples/CHECKPOINT-SAMPLER-STEPSsteps-seedSEED",
-    help="A folder, or a path that ends in .zip, .npz or .lmdb.",
+    help="A folder, a path that ends in .zip, .npz or .lmdb, or one picture: FILE.png; its images then go to samples/.",
 )
 @option(
     "--format",
@@ -207,17 +211,22 @@ def command(
     form = image_format(out, image_store)
     console = Console()
     folder = checkpoint or project.newest(console.line)
-    project = project if project.name else Project.of_model(folder)
+    project = project if project.name else Project.of_model(home_of(folder, project))
+    picture = out if out is not None and out.suffix.lower() == ".png" and not out.is_dir() else None
 
+    from vdiff.data.images import PICTURE
     from vdiff.distributed import join
+    from vdiff.files import make_folder, write_whole
     from vdiff.models import checks
     from vdiff.models.checkpoint import read_config, weights_fingerprint
     from vdiff.models.kinds import PYTHON
     from vdiff.models.speed import pick_precision
+    from vdiff.replacing import check_free
     from vdiff.sampling.job import RunOptions, draw_images
     from vdiff.sampling.outputs import ImageKind, open_output
     from vdiff.sampling.spec import SampleSpec
 
+    folder = imported(folder, console.line)
     config = read_config(folder)
     fits = config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # one in Python is refused when it is loaded
@@ -249,10 +258,12 @@ def command(
         precision=pick_precision(precision, processes.device),
         path=path,
     )
-    target = out or project.samples / default_name(folder, spec, form)
+    target = (None if picture else out) or project.samples / default_name(folder, spec, form)
     kind = ImageKind(config.image_size, config.shape[0], config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
     console.line(f"{folder}{progress}")
+    if picture:
+        check_free(picture, PICTURE, overwrite=True)
     report = draw_images(
         spec,
         open_output(form, target, kind, processes.rank),
@@ -260,6 +271,10 @@ def command(
         processes=processes,
         reporter=console,
     )
+    if picture and processes.is_main:
+        drawn = report.picture
+        write_whole(make_folder(picture.parent) / picture.name, lambda temporary: shutil.copyfile(drawn, temporary))
+        report = replace(report, picture=picture)
     if json:
         values = report_values(
             spec, config, report, form=form, device=processes.device.type, processes=processes.world_size

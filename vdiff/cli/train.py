@@ -27,6 +27,7 @@ EVALUATIONS, SHARE = 3, 25
 
 @click.command(
     cls=Command,
+    theirs="train",
     first="name out config resume overwrite dry_run data preset image_size class_conditional num_iters batch_size "
     "grad_accum lr ema flip sample_interval ckpt_interval seed device precision compile checkpointing",
     examples=[

@@ -180,12 +180,15 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
 
 
 def plan_stages(
-    config: DistillConfig, teacher: CheckpointConfig, out: Path | None = None, project: Project | None = None
+    config: DistillConfig, teacher: CheckpointConfig, out: Path | None = None, home: Path | None = None
 ) -> list[Stage]:
-    """The stages from the teacher's steps down: `base_k` beside it or in the project, k counting on from its own name.
+    """The stages from the teacher's steps down: `base_k` beside it, k counting on from its own name.
 
     An ε-prediction gets a student of v first, at the same steps (at zero signal, where students of few steps start, ε
     says nothing about the image); so does a teacher that is to be guided.
+
+    Args:
+        home: a path that students are named after and lie beside, in place of the teacher's.
 
     Raises:
         OptionError: the steps do not lead where they should, or the teacher cannot be taught from.
@@ -200,12 +203,12 @@ def plan_stages(
         raise OptionError(f"--out names one student, and this ladder has {len(steps)}", "leave --out out")
     if out is not None and out.resolve() == base.resolve():
         raise OptionError(f"--out {out} is the teacher itself", "choose another --out")
-    first = (project or Project()).students_beside(base)
-    match = re.fullmatch(r"base_(\d+)", first.name)
+    home = home or base
+    match = re.fullmatch(r"base_(\d+)", home.name)
     number = int(match.group(1)) + 1 if match else 0
     stages: list[Stage] = []
     for k, (method, before, after) in enumerate(steps):
-        folder = out or first.parent / f"base_{number + k}"
+        folder = out or home.parent / f"base_{number + k}"
         stages.append(Stage(stages[-1].folder if stages else base, before, folder, after, method, is_first=not stages))
     return stages
 
