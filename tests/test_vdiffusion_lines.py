@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.commands import PROGRAMS, ROOT, done, error
+from tests.commands import PROGRAMS, done, error
 from tests.reference_network import Shape, save
 from tests.toy import write_checkpoint
 from vdiff.cli import distill
@@ -54,7 +54,8 @@ def test_from_their_checkpoint_to_a_picture(place):
     )
     result = done(f"{line} --batch_size 1")
     assert read_as(result.stderr) == (
-        "python sample.py --out images/x.png --checkpoint checkpoints/celeba/base_6/checkpoint.pt --batch_size 1 --num 1"
+        "python sample.py --out images/x.png --checkpoint checkpoints/celeba/base_6/checkpoint.pt "
+        "--batch_size 1 --num 1"
     )
     assert (
         "checkpoint.pt is read as the network of celeba_u: 256 pixels, 4 heads; of others: vdiff import"
@@ -70,12 +71,13 @@ def test_from_their_checkpoint_to_a_picture(place):
     assert "clipped" in again.stdout
     assert cached.stat().st_mtime_ns == before
     Path("images/x.png").unlink()
-    shutil.copy(ROOT / "docs/images/ladder.png", "images/mine.png")
+    PIL.Image.new("L", (8, 8)).save("images/mine.png")
     assert "images/mine.png exists and is no " in error(
         f"sample.py --checkpoint {cached.parent} --out images/mine.png", 1
     )
 
 
+@pytest.mark.slow
 def test_their_notebook_from_images_to_a_student():
     """`distillate.py` takes what their train.py left, or what ours left under the path that theirs has."""
     generator = np.random.default_rng(0)
@@ -111,13 +113,13 @@ def test_their_notebook_from_images_to_a_student():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("train.py --module mine", "--module mine: vdiff reads no network from Python code; leave it out, and give --preset"),
-        ("train.py --module celeba_u --scheduler StrategyOneCycle", "--scheduler StrategyOneCycle is not in vdiff; give --lr_"),
-        ("train.py --checkpoint_to_continue x.pt", "--checkpoint_to_continue: vdiff continues its own runs; leave it out, "),
+        ("train.py --module mine", "--module mine: vdiff reads no network from Python code; leave it out, and give "),
+        ("train.py --module celeba_u --scheduler StrategyOneCycle", "--scheduler StrategyOneCycle is not in vdiff; "),
+        ("train.py --checkpoint_to_continue x.pt", "--checkpoint_to_continue: vdiff continues its own runs; leave it "),
         ("distillate.py --gamma 0.3", "--gamma 0.3: that weight is not in vdiff; choose another with --weighting"),
         ("distillate.py --diffusion Mine", "--diffusion Mine: vdiff takes no class of yours here; see --method and"),
-        ("sample.py --module mine --checkpoint x.pt", "--module mine: vdiff reads no network from Python code; import it first"
-         ": vdiff import reference x.pt --image_size PIXELS --attention_heads HEADS"),
+        ("sample.py --module mine --checkpoint x.pt", "--module mine: vdiff reads no network from Python code; import "
+         "it first: vdiff import reference x.pt --image_size PIXELS --attention_heads HEADS"),
         ("sample.py --module celeba_u --checkpoint y.pt", "y.pt: no such checkpoint; "),
     ],
 )  # fmt: skip

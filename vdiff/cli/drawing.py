@@ -93,7 +93,7 @@ def image_format(out: Path | None, asked: str | None) -> str:
     Raises:
         OptionError: the two contradict each other.
     """
-    of_suffix = {suffix: form for form, suffix in SUFFIXES.items() if suffix}
+    of_suffix = {suffix or ".png": form for form, suffix in SUFFIXES.items()}
     said = of_suffix.get(out.suffix.lower()) if out else None
     if asked and said and asked != said:
         raise OptionError(f"--out {out} and --format {asked} contradict each other", "give one of them")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,9 +213,11 @@ def command(
     project = project if project.name else Project.of_model(home_of(folder, project))
     picture = out if out is not None and out.suffix.lower() == ".png" and not out.is_dir() else None
 
-    from vdiff.data.images import PICTURE
+    import PIL.Image
+
+    from vdiff.data.images import PICTURE, save_png
     from vdiff.distributed import join
-    from vdiff.files import make_folder, write_whole
+    from vdiff.files import make_folder
     from vdiff.models import checks
     from vdiff.models.checkpoint import read_config, weights_fingerprint
     from vdiff.models.kinds import PYTHON
@@ -224,9 +225,10 @@ def command(
     from vdiff.replacing import check_free
     from vdiff.sampling.job import RunOptions, draw_images
     from vdiff.sampling.outputs import ImageKind, open_output
+    from vdiff.sampling.packing import png_name
     from vdiff.sampling.spec import SampleSpec
 
-    folder = imported(folder, console.line)
+    named, folder = folder, imported(folder, console.line)
     config = read_config(folder)
     fits = config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # one in Python is refused when it is loaded
@@ -261,7 +263,7 @@ def command(
     target = (None if picture else out) or project.samples / default_name(folder, spec, form)
     kind = ImageKind(config.image_size, config.shape[0], config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
-    console.line(f"{folder}{progress}")
+    console.line(f"{named}{progress}")
     if picture:
         check_free(picture, PICTURE, overwrite=True)
     report = draw_images(
@@ -272,8 +274,9 @@ def command(
         reporter=console,
     )
     if picture and processes.is_main:
-        drawn = report.picture
-        write_whole(make_folder(picture.parent) / picture.name, lambda temporary: shutil.copyfile(drawn, temporary))
+        drawn = report.picture if num > 1 else report.out / png_name(0)
+        with PIL.Image.open(drawn) as image:
+            save_png(image, make_folder(picture.parent) / picture.name)
         report = replace(report, picture=picture)
     if json:
         values = report_values(
