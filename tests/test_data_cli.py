@@ -162,7 +162,11 @@ def test_the_help_of_a_fresh_process_imports_nothing_heavy() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(
-    ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "words"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_everybody_leaves_one_line_and_what_is_done(number: int, code: int, words: str) -> None:
     """As a terminal sends Ctrl-C: to the whole process group, the workers included."""

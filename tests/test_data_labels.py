@@ -136,8 +136,14 @@ def image_folder(form: str, values: list[Any]) -> Files:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the library leaves the table open
-@pytest.mark.parametrize("form", ["csv", "jsonl"])
-@pytest.mark.parametrize("values", [KINDS, [10, 9, 10, 9]], ids=["names", "numbers"])
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [
+        ("csv", KINDS),
+        ("jsonl", [10, 9, 10, 9]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("jsonl", KINDS), ("csv", [10, 9, 10, 9]))),
+    ],
+)
 def test_image_folders_have_the_classes_that_datasets_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, values: list[Any]
 ) -> None:

@@ -301,6 +301,7 @@ def emoji_report(tmp_path: Path) -> Report:
     return prepare(Zip(EMOJI), tmp_path / "emoji", ConversionConfig(sizes=(32,), image_format="png"))
 
 
+@pytest.mark.slow
 def test_emoji(tmp_path: Path) -> None:
     report = emoji_report(tmp_path)
     assert (report.images, report.skipped, report.ignored) == (1906, {}, {".txt": 1})

@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -32,6 +31,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.programs import Forked, ends
 from vdiff.data import remote_files
 from vdiff.data import shards as module
 from vdiff.data.batches import NUM_LANES, Batch, LaneOrder, ShardBatches, _Lanes
@@ -171,14 +171,14 @@ def test_jpeg_keeps_the_image_within_its_error(tmp_path: Path) -> None:
     assert 0 < np.abs(difference).max() <= 8
 
 
+def write_and_die(out: Path) -> None:
+    add(ShardWriter(out, meta_of(), name="x", images_per_shard=PER_SHARD), 0, 21)
+    os._exit(9)
+
+
 def test_a_writer_that_was_killed_is_gone_on_with_to_the_same_bytes(tmp_path: Path, folder: Path) -> None:
-    code = (
-        "import os, sys\nfrom pathlib import Path\nfrom tests.test_data_shards import *\n"
-        f"writer = ShardWriter(Path(sys.argv[1]), meta_of(), name='x', images_per_shard={PER_SHARD})\n"
-        "add(writer, 0, 21)\nos._exit(9)"
-    )
     out = tmp_path / "x"
-    assert subprocess.run([sys.executable, "-c", code, out]).returncode == 9
+    assert ends([Forked(partial(write_and_die, out), tmp_path)]) == ([9], "", "")
     assert {"x-000000.tar", "x-000001.tar", ".x-000002.tar.tmp"} == set(files(out))
     with pytest.raises(VdiffError, match="incomplete"):
         ShardStore(out)

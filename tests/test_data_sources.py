@@ -359,7 +359,7 @@ def test_a_shuffled_listing_is_a_permutation_that_names_alone_decide() -> None:
 
 
 def test_a_listing_does_not_grow_in_memory(tmp_path: Path) -> None:
-    """40,000 names of 100 bytes pass through a writer and a reader in no more memory than 10,000."""
+    """12,000 names of 100 bytes pass through a writer and a reader in no more memory than 4,000."""
     import tracemalloc
 
     def peak(count: int) -> int:
@@ -375,7 +375,7 @@ def test_a_listing_does_not_grow_in_memory(tmp_path: Path) -> None:
         return answer
 
     peak(2_000)
-    assert peak(40_000) < peak(10_000) + 1e6
+    assert peak(12_000) < peak(4_000) + 1e6
 
 
 def test_a_source_without_pixels_says_so(tmp_path: Path) -> None:
