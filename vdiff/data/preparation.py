@@ -20,13 +20,12 @@ from typing import Any, TypeVar
 from vdiff import __version__
 from vdiff.data.colour import NARROW, common_range
 from vdiff.data.conversion import ConversionConfig, Converted, convert, value_extremes
-from vdiff.data.datasets import open_dataset
 from vdiff.data.image_files import UnreadableImageError
 from vdiff.data.listing import Item, Listing, few, open_listing
-from vdiff.data.shards import DATASET, IMAGES_PER_SHARD, ShardWriter
+from vdiff.data.shards import DATASET, IMAGES_PER_SHARD, ShardStore, ShardWriter
 from vdiff.data.source import Source
 from vdiff.data.sources import build_listing
-from vdiff.data.store import BEGIN_ANEW, JOB_FILE, REJECTED_FILE, DatasetMeta, StoreWriter, partial_folder
+from vdiff.data.store import BEGIN_ANEW, JOB_FILE, REJECTED_FILE, DatasetMeta, ImageStore, StoreWriter, partial_folder
 from vdiff.data.workers import ordered_map
 from vdiff.errors import VdiffError, explained, printable, stop_explained
 from vdiff.files import make_folder, parse, read_json, write_text, writing
@@ -291,7 +290,7 @@ def prepare(
     with journal.lock():
         if journal.is_over(job):
             journal.remove()
-            meta = open_dataset(folder).meta
+            meta = (ShardStore(folder) if tars else ImageStore(folder)).meta
             return _report(meta, folder, meta.counts["images"], began)
         if source.path is not None and source.path.resolve().is_relative_to(folder.resolve()):
             raise VdiffError(f"the images lie in the output folder {folder}", "choose another --out")
@@ -302,12 +301,9 @@ def prepare(
                 source.fetch(journal.folder)
                 file = journal.folder / "listing.sqlite"
                 # images that came since a run was cut short do not change what it began
-                with closing(
-                    open_listing(file) if file.exists() else build_listing(source, file, shuffled=tars)
-                ) as listing:
-                    meta, kept = _convert_all(
-                        source, listing, config, part, tars, journal, reporter, num_workers, strict
-                    )
+                found = open_listing(file) if file.exists() else build_listing(source, file, shuffled=tars)
+                with closing(found):
+                    meta, kept = _convert_all(source, found, config, part, tars, journal, reporter, num_workers, strict)
                 take_place(journal.dataset, folder)
                 journal.remove()
                 return _report(meta, folder, kept, began)
