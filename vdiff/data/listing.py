@@ -93,25 +93,29 @@ class ListingWriter:
         if self._temporary:
             self._temporary.unlink(missing_ok=True)
         self._database = sqlite3.connect(self._temporary or ":memory:", isolation_level=None)
-        for statement in (
-            # a listing that is cut short is made again, so nothing in it needs to be durable before the end
-            "PRAGMA journal_mode = OFF",
-            "PRAGMA synchronous = OFF",
-            "CREATE TABLE found (key BLOB PRIMARY KEY, name BLOB, label INTEGER, place TEXT) WITHOUT ROWID",
-            "CREATE TABLE images (name BLOB, label INTEGER, place TEXT)",
-            "CREATE TABLE facts (facts TEXT)",
-        ):
-            self._execute(statement)
+        with self._refusals_explained():
+            for statement in (
+                # a listing that is cut short is made again, so nothing in it needs to be durable before the end
+                "PRAGMA journal_mode = OFF",
+                "PRAGMA synchronous = OFF",
+                "CREATE TABLE found (key BLOB PRIMARY KEY, name BLOB, label INTEGER, place TEXT) WITHOUT ROWID",
+                "CREATE TABLE images (name BLOB, label INTEGER, place TEXT)",
+                "CREATE TABLE facts (facts TEXT)",
+                "BEGIN",
+            ):
+                self._execute(statement)
 
     def __enter__(self) -> ListingWriter:
-        self._execute("BEGIN")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         if error[0] is not None:
             self._database.close()
             if self._temporary:
                 self._temporary.unlink(missing_ok=True)
+        if isinstance(error[1], sqlite3.Error):
+            with self._refusals_explained():
+                raise error[1]
 
     def add_file(self, name: str, place: str = "") -> None:
         """Take a file by its `/`-separated name; hidden files and `__MACOSX` do not count, others are no images."""
@@ -187,11 +191,10 @@ class ListingWriter:
 
     def _add(self, key: str, name: str, label: int | None, place: str) -> None:
         row = (_encode(key), _encode(name), label, place)
-        self._execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", row)
+        self._database.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", row)
 
     def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        with self._refusals_explained():
-            return self._database.execute(statement, values).fetchall()
+        return self._database.execute(statement, values).fetchall()
 
     def _value(self, statement: str, values: tuple[Any, ...] = ()) -> Any:
         return self._execute(statement, values)[0][0]
