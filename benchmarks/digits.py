@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
+from vdiff.data.batches import decode
 from vdiff.data.store import ImageStore
 from vdiff.diffusion.samplers import Ddim
 from vdiff.distributed import pick_device
@@ -34,7 +35,7 @@ BATCH = 600
 def real_digits(path: Path) -> NDArray[np.float32]:
     """(n, 64): every digit of the dataset."""
     store = ImageStore(path)
-    pixels = np.stack([np.array(store.image(8, index)) for index in range(len(store))])
+    pixels = np.stack([decode(store.encoded(8, index), 1, 8, "a digit")[0] for index in range(len(store))])
     return from_uint8(torch.from_numpy(pixels)).flatten(1).numpy()
 
 

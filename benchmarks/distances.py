@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vdiff.data.batches import decode
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.evaluation.features import PixelDistance
 from vdiff.models.checkpoint import load_checkpoint
@@ -42,7 +43,8 @@ def reference_of(data: str, image_size: int) -> tuple[PixelDistance, int]:
     store = open_images(data, image_size).store
     assert store is not None
     size = store.meta.sizes[0]
-    pixels = np.stack([np.atleast_3d(np.array(store.image(size, k))).transpose(2, 0, 1) for k in range(len(store))])
+    channels = store.meta.channels
+    pixels = np.stack([decode(store.encoded(size, k), channels, size, f"image {k}") for k in range(len(store))])
     return PixelDistance(from_uint8(torch.from_numpy(pixels))), len(store)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
@@ -11,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import click
+import PIL.Image
 from click.testing import CliRunner, Result
 
 from vdiff.cli import distill, main, prepare, sample, train
+from vdiff.data.store import ImageStore
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS: dict[str, click.Command] = {
@@ -109,3 +112,9 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     """Every file below `folder` with what it holds, and every folder."""
     paths = sorted(folder.rglob("*"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def image_of(store: ImageStore, size: int, index: int) -> PIL.Image.Image:
+    """An image of a dataset."""
+    image = PIL.Image.open(io.BytesIO(store.encoded(size, index)))
+    return image.convert("RGB" if store.meta.channels == 3 else "L")

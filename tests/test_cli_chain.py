@@ -24,7 +24,7 @@ import PIL.PngImagePlugin
 import pytest
 
 from tests import commands
-from tests.commands import ROOT, TINY, done, error, run, tree, typed
+from tests.commands import ROOT, TINY, done, error, image_of, run, tree, typed
 from tests.programs import ends, start
 from tests.test_data_cli import children
 from tests.toy import assert_equal_bits, write_checkpoint, write_dataset
@@ -63,7 +63,7 @@ def test_digits_of_256_pixels(tmp_path):
     assert "written    1797 images, 10 classes, size 256, to data/digits_256\n" in stdout
     store = ImageStore(tmp_path / "data/digits_256")
     assert (len(store), store.meta.sizes, store.meta.channels) == (1797, (256,), 1)
-    assert store.image(256, 1796).size == (256, 256)
+    assert image_of(store, 256, 1796).size == (256, 256)
 
 
 def test_from_nothing_to_samples(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import PIL.Image
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.commands import image_of
 from vdiff.cli import prepare as cli
 from vdiff.data import conversion
 from vdiff.data import store as store_module
@@ -102,7 +103,7 @@ def test_every_option_reaches_the_dataset() -> None:
         "webp", 1, "pad", "box", "#000080", None
     )  # fmt: skip
     assert PIL.Image.open(io.BytesIO(store.encoded(8, 0))).format == "WEBP"
-    assert store.image(8, 0).getpixel((0, 0)) == round(0x80 * 0.114)
+    assert image_of(store, 8, 0).getpixel((0, 0)) == round(0x80 * 0.114)
     assert run("photos", "--size", "8", "--quality", "30", "--out", "x", "--overwrite").exit_code == 0
     assert ImageStore("x").meta.quality == 30
 

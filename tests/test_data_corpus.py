@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 from PIL import ImageCms
 
+from tests.commands import image_of
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder
 from vdiff.data.preparation import prepare
@@ -375,12 +376,12 @@ def test_every_file_is_either_in_the_dataset_or_in_the_list_of_rejected(outcome:
 @pytest.mark.parametrize("name", GOOD)
 def test_good_files_give_these_pixels(outcome: Outcome, name: str) -> None:
     want = GOOD[name].pixels
-    got = np.asarray(outcome.store.image(8, outcome.index[name]), float)
+    got = np.asarray(image_of(outcome.store, 8, outcome.index[name]), float)
     assert np.abs(got - want).max() <= GOOD[name].tolerance
     small = GOOD[name].small
     if small is None:
         small = resized_part(np.round(want).astype(np.uint8), 0, 0.5)
-    got = np.asarray(outcome.store.image(4, outcome.index[name]), float)
+    got = np.asarray(image_of(outcome.store, 4, outcome.index[name]), float)
     assert np.abs(got - small).max() <= GOOD[name].tolerance
 
 

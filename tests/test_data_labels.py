@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.commands import done, error
+from tests.commands import done, error, image_of
 from tests.drawing import run, spec
 from tests.test_data_preparation import CONFIG, picture, write, write_zip
 from tests.test_data_sources import write_tar
@@ -289,7 +289,7 @@ def test_an_npz_of_another_tool(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "out")
     assert store.meta.class_names == ("3", "7")
     for k in range(5):
-        np.testing.assert_array_equal(np.asarray(store.image(8, k)), pixels[k, ..., 0])
+        np.testing.assert_array_equal(np.asarray(image_of(store, 8, k)), pixels[k, ..., 0])
         assert store.meta.class_names[store.label(k) or 0] == str([7, 3, 7, 3, 3][k])
     for arrays, words in [
         ([pixels.astype(float)], r"arr_0 is float64"),

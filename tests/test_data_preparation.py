@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, image_of
 from vdiff.data import preparation, workers
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder, Zip
@@ -291,7 +291,7 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
     assert store.meta.class_names == tuple("0123456789")
     for index in range(0, 1797, 97):
         want = [[round(value * 255 / 16) for value in row] for row in digits.images[index]]
-        assert np.asarray(store.image(8, index)).tolist() == want
+        assert np.asarray(image_of(store, 8, index)).tolist() == want
         assert store.label(index) == digits.target[index]
 
 

@@ -21,7 +21,7 @@ import PIL.Image
 import pytest
 
 from tests import crashing
-from tests.commands import ROOT, tree
+from tests.commands import ROOT, image_of, tree
 from tests.crashing import OneWaits
 from tests.programs import Forked
 from tests.toy import Watcher
@@ -361,7 +361,7 @@ def test_a_slow_image_does_not_stop_the_others(tmp_path: Path, monkeypatch: pyte
     report = prepare(source, tmp_path / "out", CONFIG, num_workers=2)
     assert (report.images, report.skipped) == (400, {})
     store = ImageStore(tmp_path / "out")
-    assert [store.image(8, index).getpixel((0, 0)) for index in range(400)] == colours
+    assert [image_of(store, 8, index).getpixel((0, 0)) for index in range(400)] == colours
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -397,8 +397,8 @@ def test_one_range_for_all_images_that_a_run_goes_on_with(
     assert store.meta.value_range == "0,4095"
     for k, grey in enumerate(greys):
         wanted = (510 * grey.astype(int) + 4095) // 8190
-        np.testing.assert_array_equal(np.asarray(store.image(8, k)), wanted)
-    assert set(np.asarray(store.image(8, 3)).flat) == {77}
+        np.testing.assert_array_equal(np.asarray(image_of(store, 8, k)), wanted)
+    assert set(np.asarray(image_of(store, 8, 3)).flat) == {77}
     said = tmp_path / "said"
     prepare(Folder(folder), said, dataclasses.replace(config, value_range=(0.0, 4095.0)))
     assert ImageStore(said).meta == store.meta

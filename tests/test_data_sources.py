@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.commands import image_of
 from tests.test_data_preparation import picture, records, write
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Dataset, Folder, Tar
@@ -167,7 +168,7 @@ def test_mnist_under_root(tmp_path: Path) -> None:
         store = ImageStore(tmp_path / split)
         assert len(store.meta.class_names) == 10
         for index in range(count):
-            np.testing.assert_array_equal(np.asarray(store.image(28, index)), pixels[index])
+            np.testing.assert_array_equal(np.asarray(image_of(store, 28, index)), pixels[index])
             assert store.label(index) == targets[index]
 
 
@@ -201,7 +202,7 @@ def test_cifar10_under_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     store = ImageStore(tmp_path / "out")
     assert store.meta.class_names == tuple(names)
     for index in range(10):
-        np.testing.assert_array_equal(np.asarray(store.image(32, index)), pixels[index].transpose(1, 2, 0))
+        np.testing.assert_array_equal(np.asarray(image_of(store, 32, index)), pixels[index].transpose(1, 2, 0))
         assert store.label(index) == labels[index]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.commands import image_of
 from vdiff.data import store as writer_module
 from vdiff.data.store import DatasetMeta, ImageStore, StoreWriter
 from vdiff.errors import VdiffError
@@ -72,7 +73,7 @@ def test_the_store_reads_back_what_was_written(tmp_path: Path) -> None:
     assert len(store) == 3
     assert [store.label(index) for index in range(3)] == [0, 1, 0]
     assert store.encoded(8, 2) == png(2, 8)
-    assert store.image(4, 1).getpixel((0, 0)) == (1, 1, 1)
+    assert image_of(store, 4, 1).getpixel((0, 0)) == (1, 1, 1)
     for call in (lambda: store.encoded(8, 3), lambda: store.label(-1)):
         with pytest.raises(IndexError):
             call()
@@ -87,7 +88,7 @@ def test_a_rosinality_dataset_is_read(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "theirs")
     assert store.meta.sizes == (8, 16, 128)
     assert (store.meta.name, store.meta.channels, len(store), store.label(0)) == ("theirs", 3, 5, None)
-    assert store.image(16, 4).getpixel((0, 0)) == (4, 4, 4)
+    assert image_of(store, 16, 4).getpixel((0, 0)) == (4, 4, 4)
 
 
 def test_the_fingerprint_is_of_the_content_in_order(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 
 import vdiff
 from tests import evaluating
+from tests.commands import image_of
 from tests.evaluating import NUM, figures, measured, write_all
 from tests.programs import ends, launch
 from tests.toy import SIZE, Watcher, signal_at, write_checkpoint, write_dataset
@@ -51,7 +52,7 @@ def images_of(folder: Path, steps: int, count: int = NUM) -> torch.Tensor:
 
 def data_of(folder: Path) -> torch.Tensor:
     store = ImageStore(folder)
-    pixels = [np.array(store.image(SIZE, k)) for k in range(len(store))]
+    pixels = [np.array(image_of(store, SIZE, k)) for k in range(len(store))]
     return from_uint8(torch.from_numpy(np.stack(pixels)[:, None]))
 
 
@@ -185,7 +186,7 @@ def test_a_planted_copy_is_found(tmp_path):
     """Sample 13 of the model is image 21 of the data."""
     write_checkpoint(tmp_path / "model")
     random = write_dataset(tmp_path / "random", count=40)
-    pixels = [np.array(ImageStore(random).image(SIZE, k)) for k in range(40)]
+    pixels = [np.array(image_of(ImageStore(random), SIZE, k)) for k in range(40)]
     pixels[21] = to_uint8(images_of(tmp_path / "model", 2))[13, 0].numpy()
     (tmp_path / "data").mkdir()
     writer = StoreWriter(tmp_path / "data", DatasetMeta("planted", (SIZE,), 1))

@@ -22,14 +22,8 @@ BUFFER_BYTES = 2**18
 TIMEOUT_SECONDS = 60.0
 RETRIES = 3
 RETRY_SECONDS = 1.0
-PACKAGES = {
-    "http": "vdiff[webdataset]",
-    "https": "vdiff[webdataset]",
-    "s3": "vdiff[s3]",
-    "gs": "vdiff[gs]",
-    "gcs": "vdiff[gs]",
-}
-"""What `fsspec` needs for the addresses of a scheme."""
+EXTRAS = {"http": "webdataset", "https": "webdataset", "s3": "s3", "gs": "gs", "gcs": "gs"}
+"""The extra of vdiff that holds what `fsspec` needs for the addresses of a scheme."""
 
 
 def damaged(where: str | Path, reason: object) -> VdiffError:
@@ -107,8 +101,8 @@ class RemoteFile:
 
             self._system, self._path = fsspec.core.url_to_fs(url, **(_http_options() if self._is_http else {}))
         except ImportError as error:
-            package = PACKAGES.get(scheme_of(url))
-            hint = f"pip install '{package}'" if package else str(error)
+            extra = EXTRAS.get(scheme_of(url))
+            hint = f"pip install 'vdiff[{extra}]'" if extra else str(error)
             raise VdiffError(f"{scheme_of(url)}:// addresses need a package that is not installed", hint) from None
         except Exception as error:  # unknown schemes, and whatever a scheme's own library refuses: no credentials, …
             raise self._refusal(str(error)) from None

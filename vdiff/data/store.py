@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -16,16 +15,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vdiff.data.labels import clean_name
 from vdiff.data.lmdb_file import LmdbFile
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text
 from vdiff.records import record_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMAT_VERSION = 2
 DATA_FILE = "data.mdb"
@@ -205,13 +201,6 @@ class ImageStore(StoredImages):
         if not (value.isdigit() and len(value) < 10 and int(value) < len(self.meta.class_names)):
             raise self._damaged(f"the class of image {index} is {value[:20]!r}, not one of its classes")
         return int(value)
-
-    def image(self, size: int, index: int) -> Image:
-        """The decoded image, RGB or L as `meta.channels` says."""
-        import PIL.Image
-
-        with PIL.Image.open(io.BytesIO(self.encoded(size, index))) as image:
-            return image.convert("RGB" if self.meta.channels == 3 else "L")
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """The dataset in pieces that may be read by different processes."""
