@@ -424,8 +424,8 @@ def test_devices_in_a_tar_are_counted(tmp_path: Path) -> None:
 # ---- classes without images
 
 
-def test_classes_without_an_image_are_dropped() -> None:
-    with ListingWriter(None) as listing:
+def test_classes_without_an_image_are_dropped(tmp_path: Path) -> None:
+    with ListingWriter(tmp_path / "listing") as listing:
         listing.class_names = ("a", "b", "c", "d")
         for number, label in enumerate([3, 1, 3]):
             listing.add(number, label)

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lmdb
 import numpy as np
@@ -68,7 +69,7 @@ def seeds(path: Path) -> list[int]:
 
 @contextmanager
 def arrange(names: Iterable[str]) -> Iterator[Listing]:
-    with ListingWriter(None, extensions()) as writer:
+    with TemporaryDirectory() as folder, ListingWriter(Path(folder) / "listing", extensions()) as writer:
         for name in names:
             writer.add_file(name)
         with closing(writer.finish()) as listing:
@@ -277,7 +278,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         (tmp_path / "x" / "c").symlink_to(tmp_path / "x")
     except OSError:
         pytest.skip("no links on this system")
-    with closing(build_listing(Folder(tmp_path / "x"))) as listing:
+    with closing(build_listing(Folder(tmp_path / "x"), tmp_path / "listing")) as listing:
         assert [item.name for item in listing.items()] == ["a/0.png", "b/1.png"]
 
 

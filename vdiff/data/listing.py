@@ -73,7 +73,7 @@ class ListingWriter:
     """Takes the images of a source in any order; `finish` gives them theirs.
 
     Args:
-        path: the file to be; it appears when it is whole. None keeps the listing in memory.
+        path: the file to be; it appears when it is whole.
         extensions: what tells an image from other files, lower case with the dot.
         shuffled: order by a hash of the name instead of the name, so that neighbours have nothing in common.
 
@@ -82,17 +82,16 @@ class ListingWriter:
         split: which of the folders train, val and test above the classes; empty: train; `all`: every one.
     """
 
-    def __init__(self, path: Path | None, extensions: Collection[str] = (), *, shuffled: bool = False) -> None:
+    def __init__(self, path: Path, extensions: Collection[str] = (), *, shuffled: bool = False) -> None:
         self.path, self.extensions, self.shuffled = path, extensions, shuffled
         self.class_names: tuple[str, ...] | None = None
         self.split = ""
         self._order: dict[str, None] | None = None
         self._remarks: list[str] = []
         self._ignored = Counter[str]()
-        self._temporary = path and path.with_name(f".{path.name}.tmp")
-        if self._temporary:
-            self._temporary.unlink(missing_ok=True)
-        self._database = sqlite3.connect(self._temporary or ":memory:", isolation_level=None)
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary.unlink(missing_ok=True)
+        self._database = sqlite3.connect(self._temporary, isolation_level=None)
         with self._refusals_explained():
             for statement in (
                 # a listing that is cut short is made again, so nothing in it needs to be durable before the end
@@ -111,8 +110,7 @@ class ListingWriter:
     def __exit__(self, *error: Any) -> None:
         if error[0] is not None:
             self._database.close()
-            if self._temporary:
-                self._temporary.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
         if isinstance(error[1], sqlite3.Error):
             with self._refusals_explained():
                 raise error[1]
@@ -183,8 +181,6 @@ class ListingWriter:
         facts["fingerprint"], check = _checksums(self._database, json.dumps(facts))
         self._execute("INSERT INTO facts VALUES (?)", (json.dumps({**facts, "check": check}),))
         self._execute("COMMIT")
-        if self.path is None or self._temporary is None:
-            return Listing(self._database)
         self._database.close()
         os.replace(self._temporary, self.path)
         return open_listing(self.path)

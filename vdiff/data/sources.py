@@ -297,8 +297,8 @@ def _nearest(path: Path) -> str:
     return named or "give a folder of images, a zip or tar, or the name of a set (see --help)"
 
 
-def build_listing(source: Source, path: Path | None = None, *, shuffled: bool = False) -> Listing:
-    """All images of a source in order, kept in the file `path` or in memory."""
+def build_listing(source: Source, path: Path, *, shuffled: bool = False) -> Listing:
+    """All images of a source in order, kept in the file `path`."""
     with ListingWriter(path, extensions(), shuffled=shuffled) as listing:
         source.fill(listing)
         return listing.finish()
