@@ -91,6 +91,16 @@ def test_a_rosinality_dataset_is_read(tmp_path: Path) -> None:
     assert image_of(store, 16, 4).getpixel((0, 0)) == (4, 4, 4)
 
 
+def test_all_sizes_of_a_rosinality_dataset_are_found_wherever_its_pages_end(tmp_path: Path) -> None:
+    for count in range(5, 40):
+        with lmdb.open(str(tmp_path / str(count))) as env, env.begin(write=True) as transaction:
+            for size in (8, 16, 128):
+                for index in range(count):
+                    transaction.put(f"{size}-{index:05d}".encode(), bytes(300))
+            transaction.put(b"length", str(count).encode())
+        assert ImageStore(tmp_path / str(count)).meta.sizes == (8, 16, 128)
+
+
 def test_the_fingerprint_is_of_the_content_in_order(tmp_path: Path) -> None:
     meta = write(tmp_path / "set")
     link = bytes(32)
