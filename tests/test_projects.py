@@ -86,7 +86,7 @@ def test_the_newest_checkpoint_is_the_one_written_last():
     aged("checkpoints/photos/base_7", 9)
     refused("no checkpoint under checkpoints/; give --name photos", partial(Project().newest, print))
     refused(
-        "no checkpoint under checkpoints/cats/; run `python train.py` first", partial(Project("cats").newest, print)
+        "no checkpoint under checkpoints/cats/; run `python train.py --name", partial(Project("cats").newest, print)
     )
     for age, name in enumerate(("original", "base_1", "base_0")):
         aged(f"checkpoints/{name}", age)

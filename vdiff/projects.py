@@ -53,6 +53,10 @@ class Project:
         """The folder of its samples."""
         return SAMPLES / self.name
 
+    @property
+    def _flag(self) -> str:
+        return f" --name {self.name}" if self.name else ""
+
     @classmethod
     def of_model(cls, folder: Path) -> Project:
         """The project that a model lies in; the one without a name for models elsewhere."""
@@ -116,7 +120,9 @@ class Project:
                 say(f"{newest} is the newest model in {self.checkpoints}/; others: {_listed(others)}")
             return newest
         inside = sorted({path.parent.name for path in _below(self.checkpoints)})
-        ways = [f"give --name {name}" for name in inside] or ["run `python train.py` first, or give --checkpoint"]
+        ways = [f"give --name {name}" for name in inside] or [
+            f"run `python train.py{self._flag}` first, or give --checkpoint"
+        ]
         raise VdiffError(f"no checkpoint under {self.checkpoints}/", ", or ".join(ways))
 
     def teacher(self, say: Callable[[str], object]) -> Path:

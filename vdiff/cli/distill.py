@@ -13,7 +13,7 @@ from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import PATH, Command, option, project_option, switch
 from vdiff.cli.quality import quality_of
 from vdiff.cli.report import report_at_the_end
-from vdiff.cli.settings import config_option, given, settings
+from vdiff.cli.settings import check_early, config_option, given, settings
 from vdiff.cli.vdiffusion import home_of, imported
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import shell
@@ -74,6 +74,11 @@ def command(
     the students is a page about the whole ladder, with distances to the data for images of up to 32 × 32 pixels. All
     this costs about a tenth of the training; a short training gets fewer images and fewer steps.
     """
+    console, chosen, home = Console(), given(flags), None
+    check_early(DistillConfig, chosen, config_file)
+    if not config_file and "base" not in chosen:
+        chosen["base"] = str(project.teacher(console.line))
+
     from vdiff.evaluation.results import NOT_TRAINED
     from vdiff.replacing import locked
     from vdiff.training.comparison import compare, known_rows
@@ -86,9 +91,7 @@ def command(
     from vdiff.training.threads import settled_threads
     from vdiff.training.verdict import read_verdict
 
-    console = Console()
-    chosen, home = given(flags), None
-    if "base" in chosen:  # else it is in the configuration file, or the project's
+    if "base" in chosen:  # else it is in the configuration file
         home = home_of(Path(chosen["base"]), project)
         chosen["base"] = str(imported(Path(chosen["base"]), console.line))
     config, teacher = resolve_distillation(chosen, config_file, project, console)

@@ -15,9 +15,9 @@ from vdiff.cli.options import Checkpoint, Number, OneOf, option, switch
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
-from vdiff.settings import DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, choices_of, parameters, value_type
-from vdiff.training.config import DistillConfig, LoopConfig, settings_of
-from vdiff.training.presets import PRESETS
+from vdiff.settings import COMMAND_LINE, DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, choices_of, parameters, value_type
+from vdiff.training.config import Config, DistillConfig, LoopConfig, resolve, settings_of
+from vdiff.training.presets import PRESETS, Settings, read_preset, read_settings
 
 config_option = option(
     "--config",
@@ -123,6 +123,21 @@ class MoreAverages(click.ParamType):
 
 
 AVERAGES: dict[str, click.ParamType] = {"ema": Average(), "ema_more": MoreAverages()}
+
+
+def check_early(kind: type[Config], flags: Mapping[str, Any], file: Path | None) -> None:
+    """Find mistakes in settings before torch is imported, which takes seconds.
+
+    Raises:
+        OptionError: a preset, a file or a value that cannot be used, or settings that contradict each other.
+    """
+    own, name = (
+        read_settings(file) if file else Settings({}, {}),
+        "distill" if issubclass(kind, DistillConfig) else "train",
+    )
+    settings = getattr(own, name)
+    preset = read_preset(str(flags.get("preset") or settings.get("preset") or "toy"))  # toy stands in for what is found
+    resolve(kind, {"preset": getattr(preset, name), str(file): settings, COMMAND_LINE: flags})
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:

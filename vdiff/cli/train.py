@@ -11,7 +11,7 @@ import click
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import PATH, Command, option, project_option, switch
 from vdiff.cli.quality import quality_of
-from vdiff.cli.settings import config_option, given, settings
+from vdiff.cli.settings import check_early, config_option, given, settings
 from vdiff.errors import Interrupted, OptionError, VdiffError, shell
 from vdiff.projects import Project
 from vdiff.text import duration, quantity
@@ -73,6 +73,8 @@ def command(
     """
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other", "give one of them")
+    if not resume:
+        check_early(TrainConfig, given(flags), config_file)
     if every_setting and not dry_run:
         raise OptionError("--all says what --dry_run prints", "give --dry_run too")
 

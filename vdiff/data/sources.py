@@ -15,6 +15,7 @@ from vdiff.data.source import Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
 from vdiff.errors import OptionError, VdiffError, shell, suggestion
 from vdiff.files import check_regular, elsewhere
+from vdiff.network import hub_answers
 from vdiff.text import cause_of
 
 
@@ -199,6 +200,7 @@ class HuggingFace(Source):
     def _get(self) -> tuple[Any, str, str]:
         """The rows, the name of the image column and that of the class column (empty: no classes)."""
         if self._opened is None:
+            is_there = Path(self.repository).exists() or hub_answers()
             try:
                 import datasets
             except ImportError:
@@ -206,10 +208,9 @@ class HuggingFace(Source):
             try:
                 data = datasets.load_dataset(self.repository, self.config or None, split=self.split)
             except Exception as error:  # the library raises its own, the hub's and the network's errors
-                raise VdiffError(
-                    f"hf:{self.repository}, split {self.split}: {cause_of(error)}",
-                    "check the name, --split and the network",
-                ) from None
+                cause = cause_of(error) if is_there else "the hub does not answer"
+                hint = "check the name, --split and the network"
+                raise VdiffError(f"hf:{self.repository}, split {self.split}: {cause}", hint) from None
             image = self._column(data, self.options.image_column, datasets.Image, "image_column")
             if not image:
                 raise VdiffError(f"hf:{self.repository} has no image column", "choose another dataset")

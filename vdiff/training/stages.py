@@ -118,9 +118,6 @@ def resolve_distillation(
         layers[str(config_file)] = settings.distill
     config = resolve(DistillConfig, {**layers, COMMAND_LINE: flags})
     _check_read(config, flags)
-    ways = {"--phases": config.phases, "--to_steps": config.to_steps, "--stages": config.stages}
-    if len(given := [name for name, value in ways.items() if value]) > 1:
-        raise OptionError(f"{given[0]} and {given[1]} say the same in two ways", "give one of them")
     return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
 
 

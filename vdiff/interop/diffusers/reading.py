@@ -32,6 +32,7 @@ from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, write_model
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config, read_tensors
 from vdiff.models.reading import read_shapes
 from vdiff.models.unet_config import UNetConfig
+from vdiff.network import hub_answers
 from vdiff.replacing import check_free
 from vdiff.text import cause_of
 
@@ -108,13 +109,15 @@ def fetch(name: str) -> Path:
     Raises:
         VdiffError: the hub cannot be reached or does not give it.
     """
+    is_there = hub_answers()
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # what it raises depends on its version and on the library that it speaks HTTP with
         raise VdiffError(
-            f"{name}: no such folder, and the hub does not give it ({cause_of(error)})",
+            f"{name}: no such folder, and the hub does not "
+            + (f"give it ({cause_of(error)})" if is_there else "answer"),
             "check the name and the network (HF_TOKEN opens what is private), or give a folder",
         ) from None
 
