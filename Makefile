@@ -1,5 +1,5 @@
-# make quickstart    set up, then digits in 1 to 1024 steps, and a page about it: checkpoints/report.html
-# make test          set up, then all checks and the tests but the slow ones
+# make quickstart    install what running needs, then digits in 1 to 1024 steps, and a page about it: checkpoints/report.html
+# make test          install what developing needs, then all checks and the tests but the slow ones
 # make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
 # make rounding      numeric tests with the rounding of a processor without vector instructions
 # make check         lint, format and types alone
@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 PYTEST := -m pytest -rs --durations=30 --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 NUMERIC := unet distillation methods methods_ladder method_objectives trajectory self_teacher \
 	training_objectives training_optimisation verdict interop_reference noise_and_drawing conditioning
@@ -26,13 +27,13 @@ test: check
 
 test_all: test slow rounding
 
-slow: .venv/ready
+slow: .venv/ready_dev
 	$(RUN) $(PYTEST) -m slow
 
-rounding: .venv/ready
+rounding: .venv/ready_dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(RUN) $(PYTEST) $(NUMERIC:%=tests/test_%.py)
 
-check: .venv/ready
+check: .venv/ready_dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
@@ -51,6 +52,11 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch .venv/ready
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(INSTALL) .
+	touch $@
+
+.venv/ready_dev: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(INSTALL) '.[dev]'
+	touch .venv/ready $@

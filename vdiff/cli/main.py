@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("vdiff.cli.export", "Write checkpoints for other programs."),
     "push": ("vdiff.cli.push", "Upload a model to a hub."),
     "data": ("vdiff.cli.data", "Look at datasets, check them, join parts of them."),
+    "doctor": ("vdiff.cli.doctor", "Check this machine and this installation."),
 }
 
 
