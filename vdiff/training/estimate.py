@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -43,6 +44,8 @@ largest tensor. Both were fitted to the peaks in benchmarks/results/memory.md.""
 TIMED_UPDATES, LONG_UPDATE = 3, 4.0
 """Updates that are timed after the first one; where that takes so many seconds, it is the time of all."""
 DAY = 24 * 3600
+MAX_WIDTH = 66
+"""Of what stands behind a name in 80 columns."""
 FEW_UPDATES = 100
 """So short a run is not timed before it begins."""
 NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -243,8 +246,10 @@ def facts(memory: Memory | None, config: LoopConfig, engine: Engine) -> dict[str
     parts = {item.name: getattr(memory, item.name) for item in fields(memory)}
     named = ", ".join(f"{name} {gib(value)}" for name, value in parts.items() if value >= 0.01 * memory.total)
     free = memory.total + memory_left(memory, engine)
+    rows = textwrap.wrap(f"{gib(memory.total)} of {gib(free)} GiB: {named}", MAX_WIDTH)
     return {
-        "memory": f"{gib(memory.total)} of {gib(free)} GiB: {named}",
+        "memory": rows[0],
+        **{" " * k: row for k, row in enumerate(rows[1:], 1)},
         "disk": f"up to {gib(disk_of(memory, config))} GiB",
     }
 
@@ -253,7 +258,7 @@ def time_facts(seconds: float, updates: int, device: str) -> dict[str, str]:
     """The time of a run in words, and what shortens it where that is more than a day; `seconds` of all updates."""
     rows = {"time": f"{duration(seconds)} on {device}: {updates:,} updates of {seconds / updates:.2g} s"}
     if seconds > DAY:
-        rows["warning"] = f"more than a day on {device}: fewer --num_iters, a smaller --preset or a GPU shorten it"
+        rows["warning"] = "more than a day: fewer --num_iters, a smaller --preset or a GPU"
     return rows
 
 
