@@ -219,7 +219,7 @@ def test_a_signal_leaves_a_run_that_the_same_call_goes_on_with(teacher, tmp_path
         training = call()
         assert next(iter(training))["update"] == 1
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(Interrupted, match=r"stopped after update 2 of 3, .* is saved; the same call goes on$"):
+        with pytest.raises(Interrupted, match=r"stopped after update 2 of 3, .* is saved; the same call continues$"):
             training.finish()
         assert [metrics["update"] for metrics in call()] == [3]
 

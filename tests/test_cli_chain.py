@@ -323,8 +323,10 @@ def test_training_is_stopped_and_resumed(tmp_path, monkeypatch):
     for (number, _), said in zip(STOPS, ends, strict=True):
         monkeypatch.chdir(tmp_path / number.name)
         updates = read_config(Path("checkpoints/original")).num_iters
-        assert said == (f"stopped after update {updates} of 100000, checkpoints/original is saved; go on with --resume")
-        assert "give --resume to go on, another --name or --out to keep both, or --overwrite" in error(line, 1)
+        assert said == (
+            f"stopped after update {updates} of 100000, checkpoints/original is saved; continue with --resume"
+        )
+        assert "give --resume to continue, another --name or --out to keep both, or --overwrite" in error(line, 1)
         done(f"train.py --resume --num_iters {updates + 2}")
         done(f"train.py --config tiny.toml --num_iters {updates + 2} --out whole")
         assert_equal_bits(Path("whole", WEIGHTS), Path("checkpoints/original", WEIGHTS))
@@ -338,7 +340,7 @@ def test_a_ladder_is_stopped_and_goes_on(tmp_path, monkeypatch):
     for (number, _), said in zip(STOPS, ends, strict=True):
         monkeypatch.chdir(tmp_path / number.name)
         updates = read_config(Path("checkpoints/base_6")).num_iters
-        assert said == f"stopped after update {updates} of 80, checkpoints/base_6 is saved; the same command goes on"
+        assert said == f"stopped after update {updates} of 80, checkpoints/base_6 is saved; the same command continues"
         assert f"\nbase_6: {updates}/" not in done(line).stderr
         assert read_config(Path("checkpoints/base_6")).num_iters == 80
         students.append(Path("checkpoints/base_6", WEIGHTS).resolve())
@@ -353,7 +355,7 @@ def test_sampling_is_stopped_and_goes_on(tmp_path, monkeypatch):
     for (number, _), said in zip(STOPS, ends, strict=True):
         monkeypatch.chdir(tmp_path / number.name)
         before = pictures(Path("out"))
-        assert said == f"stopped: out holds {len(before)} of 60 images; the same command goes on"
+        assert said == f"stopped: out holds {len(before)} of 60 images; the same command continues"
         assert done(line).stdout.startswith(f"{60 - len(before)} images in ")
         after = pictures(Path("out"))
         assert after == pictures(tmp_path / "whole")
@@ -379,7 +381,7 @@ def test_preparation_is_stopped_and_gone_on_with(tmp_path, monkeypatch):
 
     ends = stopped(line, tmp_path, monkeypatch, worker_is_at_work, program)
     assert [re.sub(r"\d+", "N", end) for end in ends] == [
-        f"{word}; N images are done, the same command goes on" for word in ("interrupted", "terminated")
+        f"{word}; N images are done, the same command continues" for word in ("interrupted", "terminated")
     ]
     for number, _ in STOPS:
         assert [path.name for path in (tmp_path / number.name / "new").iterdir()] == ["set.partial"]
@@ -404,7 +406,7 @@ def test_a_signal_while_an_image_is_converted_is_no_damaged_image(tmp_path, monk
 
     monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", terminated)
     result = run("prepare_data.py photos --size 4 --num_workers 0")
-    assert (result.exit_code, result.stderr) == (143, "terminated; 0 images are done, the same command goes on\n")
+    assert (result.exit_code, result.stderr) == (143, "terminated; 0 images are done, the same command continues\n")
     assert [path.name for path in Path("data").iterdir()] == ["photos_4.partial"]
 
 

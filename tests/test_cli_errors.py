@@ -107,7 +107,7 @@ CASES = [
     ("prepare_data.py photo", FAILED, "photo: no such file or folder; did you mean photos?"),
     ("prepare_data.py empty", FAILED, "no images in empty; give a folder or an archive with image files"),
     ("prepare_data.py photos", FAILED, "no images in photos; it holds 1 .txt; give a folder or an archive"),
-    ("prepare_data.py file", FAILED, "file is no folder, zip, tar or dataset; give a folder of images"),
+    ("prepare_data.py file", FAILED, "file is not a folder, zip, tar or dataset; give a folder of images"),
     ("prepare_data.py --out file", FAILED, "file exists and is no dataset that vdiff wrote; choose another --name"),
     ("prepare_data.py --out file/set --num_workers 0", FAILED, "cannot write file/set: Not a directory; "),
     ("prepare_data.py --out data/toy_4", FAILED, "data/toy_4 exists already; give another --name or --out to keep b"),
@@ -117,7 +117,7 @@ CASES = [
     (f"{TRAIN} --data file", FAILED, "file is not a dataset: it holds no data.mdb; "),
     ("train.py --config nowhere.toml", USAGE, "nowhere.toml cannot be read: No such file or directory; give --config"),
     ("train.py --config photos", USAGE, "photos cannot be read: Is a directory; give --config a TOML file"),
-    ("train.py --config file", USAGE, "file is no TOML: …; mend the file"),
+    ("train.py --config file", USAGE, "file is no TOML: …; correct the file"),
     (f"{TRAIN}/x --out file", FAILED, "file exists and is no run that vdiff wrote; choose another --out"),
     (f"{TRAIN} --out file/x", FAILED, "cannot write file/x: Not a directory; "),
     (f"{TRAIN} --out photos", FAILED, "photos exists and is no run that vdiff wrote; choose another --out"),
@@ -156,7 +156,7 @@ CASES = [
     (f"{SAMPLE}/truncated", FAILED, "checkpoints/truncated/model.safetensors cannot be read …truncated or damaged; "),
     (f"{SAMPLE}/foreign", FAILED, "checkpoints/foreign/model.safetensors does not fit config.json: …; restore the two"),
     (f"{SAMPLE}/torn", FAILED, "checkpoints/torn/config.json cannot be read: …; restore the file, or train again"),
-    (f"{SAMPLE}/listed", FAILED, "checkpoints/listed/config.json cannot be read: it is no JSON object; restore the"),
+    (f"{SAMPLE}/listed", FAILED, "checkpoints/listed/config.json cannot be read: it is not a JSON object; restore the"),
     (f"{SAMPLE}/strange", FAILED, "checkpoints/strange/config.json has an unknown key 'methode'; did you mean 'method"),
     (f"{SAMPLE}/lacking", FAILED, "checkpoints/lacking/config.json lacks the key 'prediction'; restore the file, or"),
     (f"{SAMPLE}/newer", FAILED, "checkpoints/newer/config.json has format 99, newer than 1; update vdiff"),
@@ -279,7 +279,7 @@ FILES = [
     ('image_size = "4"', ": image_size = '4' is no whole number; "),
     ('weighting = "snrr"', ": weighting = 'snrr' is unknown; did you mean 'snr'?"),
     ("unet = 5", ": unet = 5 is no table; give a table"),
-    ("distill = 5", " [distill]: 5 is no table; mend the file"),
+    ("distill = 5", " [distill]: 5 is no table; correct the file"),
     ("[distill]\nbase = 5", " [distill]: base = 5 is no word; give a word"),
     ("[distill]\nto_step = 5", " [distill]: unknown setting 'to_step'; did you mean 'to_steps'?"),
     ("lr = ", " is no TOML: "),
@@ -443,7 +443,7 @@ def test_results_that_cannot_be_written_down(tmp_path):
         process = start("python sample.py --help", tmp_path, stdout=full.fileno())
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == FAILED
-    assert the_error("", stderr) == "No space left on device; mend that, then give the same command again"
+    assert the_error("", stderr) == "No space left on device; correct that, then give the same command again"
 
 
 @pytest.mark.usefixtures("place")

@@ -183,7 +183,7 @@ CASES = [
     ),
     (
         "guided --guidance 1 --guidance_interval 0.5",
-        "--guidance_interval: 0.5 are no two times that rise within 0 to 1;",
+        "--guidance_interval: 0.5 are not two increasing times between 0 and 1;",
     ),
     (
         "taught --guidance 1 --guidance_interval 0,0.5",

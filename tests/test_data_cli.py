@@ -122,7 +122,7 @@ def test_errors_say_what_to_do() -> None:
     Path("text.zip").write_text("no zip")
     Path("file").write_text("")
     assert "photo: no such file or folder; did you mean photos?" in error("photo")
-    assert "text.zip is no folder, zip, tar or dataset" in error("text.zip")
+    assert "text.zip is not a folder, zip, tar or dataset" in error("text.zip")
     assert "no images in empty" in error("empty")
     assert "0 is not in the range" in error("photos", "--size", "0", code=2)
     assert "5000 is not in the range" in error("photos", "--size", "64,5000", code=2)
@@ -191,7 +191,7 @@ def test_a_signal_to_everybody_leaves_one_line_and_what_is_done(number: int, cod
     assert stdout == b""
     lines = [line for line in stderr.decode().splitlines() if not line.startswith(("prepare: ", "stopping; "))]
     (line,) = lines
-    assert re.fullmatch(rf"{words}; \d+ images are done, the same command goes on", line)
+    assert re.fullmatch(rf"{words}; \d+ images are done, the same command continues", line)
     assert os.listdir("data") == ["photos_512.partial"]
     with pytest.raises(VdiffError, match=rf"complete it: python prepare_data\.py {' '.join(typed)}"):
         ImageStore("data/photos_512")
@@ -219,7 +219,7 @@ def test_the_same_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(Folder, "read", interrupted)
         result = run(*words)
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr.splitlines()[-1] == "interrupted; 8 images are done, the same command goes on"
+    assert result.stderr.splitlines()[-1] == "interrupted; 8 images are done, the same command continues"
     result = run(*words)
     assert result.exit_code == 0
     assert "going on after 8 images" in result.stderr

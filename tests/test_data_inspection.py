@@ -197,7 +197,7 @@ def test_show_writes_a_png_beside_the_dataset(source: Path, tmp_path: Path) -> N
     with PIL.Image.open(f"{out}.png") as image:
         assert image.format == "PNG"
     assert "no images of size 5" in error(f"vdiff data show {out} --image_size 5", 1)
-    assert "is no name for a PNG file" in error(f"vdiff data show {out} --out sheet.jpg", 1)
+    assert "is not a name for a PNG file" in error(f"vdiff data show {out} --out sheet.jpg", 1)
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_parts_make_what_one_run_would_have_written(source: Path, tmp_path: Path
     suffix = Path(name).suffix
     parts = [make(source, tmp_path / f"p_{k}of{count}{suffix}", Part(k, count)) for k in range(1, count + 1)]
     if count == 1:
-        with pytest.raises(VdiffError, match="is no part of a dataset; give folders that --shard"):
+        with pytest.raises(VdiffError, match="is not a part of a dataset; give folders that --shard"):
             merge(parts, tmp_path / "joined")
         return
     assert sum(len(open_dataset(part)) for part in parts) == COUNT

@@ -1,4 +1,4 @@
-"""Killed at any moment, on a full disk, by a signal: the same command goes on and ends with the same bytes."""
+"""Killed at any moment, on a full disk, by a signal: the same command continues and ends with the same bytes."""
 
 from __future__ import annotations
 

@@ -346,8 +346,8 @@ def test_foreign_sizes_come_from_the_images(tmp_path: Path) -> None:
         ({"png": b"nothing"}, r"k\.png is no image"),
         ({"txt": "text"}, r"no square images: it has no images"),
         ({"png": encode(pixels(0)), "cls": b"cat"}, r"the class of k is no number"),
-        ({"png": encode(pixels(0)), "cls": b"99999999999"}, r"the class of k is no number below 100000"),
-        ({"png": encode(pixels(0)), "cls": b"9" * 5000}, r"the class of k is no number below 100000"),
+        ({"png": encode(pixels(0)), "cls": b"99999999999"}, r"the class of k is not a number below 100000"),
+        ({"png": encode(pixels(0)), "cls": b"9" * 5000}, r"the class of k is not a number below 100000"),
     ],
 )
 def test_foreign_tars_that_cannot_be_used(tmp_path: Path, sample: dict[str, Any], message: str) -> None:
@@ -569,10 +569,10 @@ def test_the_name_given_to_out_opens_the_folder(folder: Path) -> None:
         (lambda index: index["meta"].update(format_version=999), r"index\.json: the dataset has format version 999"),
         (lambda index: index["meta"].update(complete=False), "incomplete dataset"),
         (lambda index: index["meta"].pop("sizes"), "lacks the key 'sizes'"),
-        (lambda index: index.pop("meta"), "is no index of tar shards"),
-        (lambda index: index["shards"][0].update(images=0), "is no index of tar shards"),
-        (lambda index: index["shards"][0].update(images="8"), "is no index of tar shards"),
-        (lambda index: index["shards"][0].update(more=1), "is no index of tar shards"),
+        (lambda index: index.pop("meta"), "is not an index of tar shards"),
+        (lambda index: index["shards"][0].update(images=0), "is not an index of tar shards"),
+        (lambda index: index["shards"][0].update(images="8"), "is not an index of tar shards"),
+        (lambda index: index["shards"][0].update(more=1), "is not an index of tar shards"),
         (lambda index: index["shards"][0].update(file="../x-000000.tar"), "names the shard '../x-000000.tar', which"),
         (lambda index: index["shards"][0].update(file="pipe:touch x.tar"), "which is not a file beside it"),
     ],
@@ -586,7 +586,7 @@ def test_an_index_that_is_wrong(tmp_path: Path, folder: Path, change: Any, messa
         ShardStore(copy)
     one_line(caught)
     (copy / INDEX_FILE).write_text("no JSON")
-    with pytest.raises(VdiffError, match="is no index of tar shards"):
+    with pytest.raises(VdiffError, match="is not an index of tar shards"):
         ShardStore(copy)
 
 

@@ -116,7 +116,7 @@ def test_one_sample_more_or_another_seed_is_another_job(place, tmp_path):
 def test_a_signal_leaves_what_the_same_call_goes_on_with(place, tmp_path):
     found = Evaluation.read(place / "out.json")
     out = tmp_path / "out.json"
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="the same command continues"):
         measured(place, out=out, reporter=signal_at(37, bar="model, ddim, 4 steps"))
     assert not out.exists()
     watcher = Watcher()

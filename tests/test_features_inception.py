@@ -171,11 +171,11 @@ def bad_weights(folder: Path) -> dict[str, str]:
     torch.save({"fc.weight": Evil()}, folder / "evil.pth")
     (folder / "folder.pth").mkdir()
     return {
-        "text": "is no file of weights",
-        "empty": "is no file of weights",
+        "text": "is not a file of weights",
+        "empty": "is not a file of weights",
         "list": "it holds no tensors by name",
         "other": "not torch-fidelity's weights of Inception",
-        "evil": "is no file of weights",
+        "evil": "is not a file of weights",
         "folder": "Is a directory",
         "none": "No such file",
     }
@@ -200,7 +200,7 @@ def test_the_command_says_it_in_one_line(tmp_path):
     (tmp_path / "text.pth").write_text("weights, they said")
     before = contents(tmp_path)
     line = f"vdiff evaluate {tmp_path / 'model'} --data {tmp_path / 'data'} --features inception --num 5"
-    assert "text.pth is no file of weights" in error(f"{line} --weights {tmp_path / 'text.pth'} --metrics kid", 1)
+    assert "text.pth is not a file of weights" in error(f"{line} --weights {tmp_path / 'text.pth'} --metrics kid", 1)
     assert contents(tmp_path) == before
 
 

@@ -776,7 +776,7 @@ def huge(folder: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "holds no model_index.json; give a folder"),
-    "index": (written("model_index.json", b"[]"), "model_index.json cannot be read: it is no JSON object"),
+    "index": (written("model_index.json", b"[]"), "model_index.json cannot be read: it is not a JSON object"),
     "pipeline": (with_values("model_index.json", _class_name="StableDiffusionPipeline"), "_class_name is 'StableDiff"),
     "network": (with_values("model_index.json", unet=["diffusers", "UNet2DConditionModel"]), "only UNet2DModel"),
     "no scheduler": (without("scheduler/scheduler_config.json"), "scheduler_config.json is missing"),

@@ -291,9 +291,9 @@ def test_two_channels_are_told_apart_from_a_fold(tmp_path):
     [
         ({"G": ...}, "lacks 'G': it holds n_timesteps, time_scale"),
         ({"n_timesteps": ..., "time_scale": ...}, "lacks 'n_timesteps', 'time_scale': it holds G"),
-        ({"G": 3}, "'G' is no dictionary of weights"),
+        ({"G": 3}, "'G' is not a dictionary of weights"),
         ({"G": {}}, "holds no UNet of these repositories: no down.0.weight"),
-        ({"G": {"a": torch.zeros(1, dtype=torch.int64)}}, "'G' is no dictionary of weights"),
+        ({"G": {"a": torch.zeros(1, dtype=torch.int64)}}, "'G' is not a dictionary of weights"),
         ({"n_timesteps": 0}, "n_timesteps must be a whole number from 1"),
         ({"n_timesteps": 10**9}, "n_timesteps must be a whole number from 1 to 100000"),
         ({"n_timesteps": 1001, "time_scale": 100}, "n_timesteps × time_scale is 100100; 100000 is the most"),

@@ -290,7 +290,7 @@ def test_a_hub_that_is_not_there_is_one_line(hub, checkpoint):
 @pytest.mark.parametrize("name", ["digits", "me/", "me/a/b", "../x", "me/x y", "me/" + "x" * 97])
 def test_a_repository_has_an_owner_and_a_name(name, hub, checkpoint):
     line = error(f"vdiff push {checkpoint} '{name}' --endpoint {hub.url}", 2)
-    assert line == f"{name!r} is no name of a repository; give OWNER/NAME"
+    assert line == f"{name!r} is not the name of a repository; give OWNER/NAME"
 
 
 def test_only_models_are_uploaded(hub, checkpoint, tmp_path):

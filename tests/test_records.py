@@ -95,7 +95,7 @@ def test_what_is_wrong_is_said_in_one_line(changes, message):
 
 @pytest.mark.parametrize("values", [[], None, 3, "{}"])
 def test_what_is_no_object(values):
-    with pytest.raises(VdiffError, match="x is no JSON object; advice"):
+    with pytest.raises(VdiffError, match="x is not a JSON object; advice"):
         record_of(Outer, values, "x", "advice")
 
 

@@ -256,9 +256,9 @@ def test_files_that_describe_no_network(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("num_heads = 3", "mend the file"),
-        ("multipliers = [1, 1, 1, 1]", "images of 4 pixels need a network for multiples of 8; mend the file"),
-        ("channels = 0", "mend the file"),
+        ("num_heads = 3", "correct the file"),
+        ("multipliers = [1, 1, 1, 1]", "images of 4 pixels need a network for multiples of 8; correct the file"),
+        ("channels = 0", "correct the file"),
     ],
 )
 def test_networks_that_cannot_be_are_refused_before_anything_is_written(tmp_path, text, words):

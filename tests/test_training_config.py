@@ -508,7 +508,7 @@ def test_a_preset_that_leaves_classes_unused_says_so(data, classes, tmp_path):
         )
         return config.class_conditional, watcher.lines
 
-    line = "2 classes, not told to the network (preset {}); --class_conditional True tells them"
+    line = "2 classes, not used by the network (preset {}); --class_conditional True uses them"
     why = ", as it fits 10 images of this size on cpu"
     cpu = {"device": "cpu"}
     first = f"preset digits, {classes}: 4×4×3{why}"

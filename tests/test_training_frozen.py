@@ -100,7 +100,7 @@ def test_a_state_with_other_frozen_weights_is_refused(data, tmp_path):
         fit_run(half_frozen(data, tmp_path / "run"), signal_at(2))
     run = half_frozen(data, tmp_path / "run")
     run.denoiser.requires_grad_(True)
-    with pytest.raises(VdiffError, match=r"does not belong to this run .*start anew with another --out"):
+    with pytest.raises(VdiffError, match=r"does not belong to this run .*start again with another --out"):
         fit_run(run)
 
 

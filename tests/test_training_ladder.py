@@ -370,7 +370,7 @@ def times(folder: Path) -> dict[str, int]:
 def test_a_ladder_that_is_cut_ends_with_the_same_bits(data, teacher, whole, cuts):
     config, described = distill_config(data, teacher, to_steps=1), read_config(teacher)
     for name, update in cuts:
-        with pytest.raises(Interrupted, match=rf"stopped after update .*{name} is saved; the same command goes on"):
+        with pytest.raises(Interrupted, match=rf"stopped after update .*{name} is saved; the same command continues"):
             run_ladder(config, described, reporter=signal_at(update, bar=name))
     finished = times(teacher.parent / "base_0") if cuts[0][0] == "base_1" else {}
     watcher = Watcher()
@@ -395,7 +395,7 @@ def test_a_whole_ladder_that_is_replaced_and_cut_goes_on(data, teacher, whole):
     config, described = distill_config(data, teacher, to_steps=1), read_config(teacher)
     for k in range(3):
         shutil.copytree(whole / f"base_{k}", teacher.parent / f"base_{k}")
-    with pytest.raises(Interrupted, match="; the same command without --overwrite goes on"):
+    with pytest.raises(Interrupted, match="; the same command without --overwrite continues"):
         run_ladder(config, described, reporter=signal_at(2, bar="base_0"), overwrite=True)
     run_ladder(config, described)
     assert_same_ladder(teacher.parent, whole)
@@ -404,7 +404,7 @@ def test_a_whole_ladder_that_is_replaced_and_cut_goes_on(data, teacher, whole):
 def test_a_replacement_that_is_cut_goes_on_without_replacing_again(data, teacher, whole):
     config, described = distill_config(data, teacher), read_config(teacher)
     run_ladder(distill_config(data, teacher, seed=5), described)
-    with pytest.raises(Interrupted, match="; the same command without --overwrite goes on"):
+    with pytest.raises(Interrupted, match="; the same command without --overwrite continues"):
         run_ladder(config, described, reporter=signal_at(2), overwrite=True)
     run_ladder(config, described)
     assert_equal_bits(teacher.parent / "base_0" / WEIGHTS, whole / "base_0" / WEIGHTS)

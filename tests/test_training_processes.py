@@ -151,7 +151,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_update(whole, number,
     programs[1].send_signal(number)  # the second process, which saves nothing
     codes, _, stderr = ends(programs)
     assert codes == [code, code], stderr
-    found = re.findall(rf"stopped after update (\d+) of 100000, {out} is saved; go on with --resume", stderr)
+    found = re.findall(rf"stopped after update (\d+) of 100000, {out} is saved; continue with --resume", stderr)
     assert len(found) == 1
     config = json.loads((whole / out / CONFIG).read_text())
     assert config["num_iters"] == int(found[0]) > 0

@@ -300,7 +300,7 @@ def test_what_exists_is_replaced_only_when_told_to(data, whole, tmp_path):
     folder = tmp_path / "original"
     cut_run(data, folder, seed=5)
     before = contents(folder)
-    with pytest.raises(VdiffError, match=r"exists already \(3 of 6 updates\); give --resume to go on, another"):
+    with pytest.raises(VdiffError, match=r"exists already \(3 of 6 updates\); give --resume to continue, another"):
         run_training(train_config(data), folder)
     assert contents(folder) == before
     run_training(train_config(data), folder, overwrite=True)

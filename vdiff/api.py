@@ -147,7 +147,7 @@ class Samples(Tensor):
             ValueError: these are no images.
         """
         if not self.are_images:
-            raise ValueError(f"samples of shape {tuple(self.shape)} are no images (num, 1 or 3, H, W)")
+            raise ValueError(f"samples of shape {tuple(self.shape)} are not images (num, 1 or 3, H, W)")
         return [to_pil(image) for image in self]
 
     def _repr_png_(self) -> bytes | None:

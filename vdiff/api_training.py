@@ -319,7 +319,7 @@ def _noted(learner: Learner, found: Iterator[Metrics], batch_size: int) -> Itera
             learner.model = Model(learner.model.denoiser, description)
             yield metrics
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; the same call goes on", stop.exit_code) from None
+        raise Interrupted(f"{stop}; the same call continues", stop.exit_code) from None
 
 
 def _finished(denoiser: Denoiser, description: CheckpointConfig, batch_size: int, fixed: Set[str]) -> Model:

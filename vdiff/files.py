@@ -91,7 +91,7 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     with explained(f"{path} cannot be read", advice, ValueError, OSError):
         values = parse(read_text(path))
         if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return values
 
 

@@ -102,7 +102,7 @@ def record_of(kind: type[T], values: object, where: str, advice: str, *, needed:
     import msgspec
 
     if not isinstance(values, dict):
-        raise VdiffError(f"{where} is no JSON object", advice)
+        raise VdiffError(f"{where} is not a JSON object", advice)
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:

@@ -83,7 +83,7 @@ def check_values(known: Mapping[str, Field[Any]], values: Any, origin: str) -> d
         OptionError: no table, an unknown name, or a value as in `check_value`; it names `origin`.
     """
     if not isinstance(values, Mapping):
-        raise OptionError(f"{origin}: {values!r} is no table", "mend the file")
+        raise OptionError(f"{origin}: {values!r} is no table", "correct the file")
     checked = {}
     for key, value in values.items():
         if key not in known:

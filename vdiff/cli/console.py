@@ -117,7 +117,7 @@ class BarProgress:
 
 
 class Console:
-    """The reporter of the command line; of several processes under a launcher, only the first one speaks."""
+    """The reporter of the command line; only rank 0 prints."""
 
     def line(self, text: str) -> None:
         """Say one line on stderr."""

@@ -101,7 +101,7 @@ def show(
     if out is None:
         out = Path(f"{Path(str(opened.path)).name}.png") if "://" in str(opened.path) else Path(f"{opened.path}.png")
     if out.suffix.lower() != ".png":
-        raise VdiffError(f"{out} is no name for a PNG file", "give --out FILE.png")
+        raise VdiffError(f"{out} is not a name for a PNG file", "give --out FILE.png")
     with locked(out):
         check_free(out, PICTURE, overwrite=True)
         save_png(sheet(opened, size=image_size, columns=columns, max_rows=rows), out)

@@ -147,7 +147,7 @@ def command(
     if options["teacher_steps"] is not None and options["teacher"] is None:
         raise OptionError("--teacher_steps: there is no teacher", "give --teacher CHECKPOINT too")
     if out is not None and out.suffix != ".json":
-        raise OptionError(f"--out {out} is no name for a JSON file", "give --out FILE.json")
+        raise OptionError(f"--out {out} is not a name for a JSON file", "give --out FILE.json")
 
     from vdiff.distributed import join
     from vdiff.evaluation.measure import evaluate

@@ -208,7 +208,7 @@ def _export(
 ) -> None:
     """Export one file and write its card, which is made first: its picture shows whether the model draws."""
     if file.suffix.lower() != suffix:
-        raise OptionError(f"{file} is no name for an export of this kind", f"give FILE{suffix}")
+        raise OptionError(f"{file} is not a name for an export of this kind", f"give FILE{suffix}")
     if file.is_dir():
         raise VdiffError(f"{file} is a folder", f"give the name of a file in it: {file / ('model' + suffix)}")
     if license_name is not None and not card:

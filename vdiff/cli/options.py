@@ -443,7 +443,7 @@ def run_as_program(run: Callable[[], Any]) -> None:
         if error.filename is None:
             _discard_output()
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        fail(f"{where}{error.strerror or error}; mend that, then give the same command again", 1)
+        fail(f"{where}{error.strerror or error}; correct that, then give the same command again", 1)
     sys.exit(result if isinstance(result, int) else 0)
 
 

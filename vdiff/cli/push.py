@@ -65,7 +65,7 @@ def command(
     from vdiff.interop.hub import NAME, collect, push
 
     if not NAME.fullmatch(repository):
-        raise OptionError(f"{repository!r} is no name of a repository", "give OWNER/NAME")
+        raise OptionError(f"{repository!r} is not the name of a repository", "give OWNER/NAME")
     token = _token(token_file)
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:

@@ -251,7 +251,7 @@ def in_order(parts: Sequence[AnyStore]) -> list[AnyStore]:
     for part in parts:
         number, _, of = part.meta.shard.partition("/")
         if not number:
-            raise VdiffError(f"{part.path} is no part of a dataset", "give folders that --shard i/n prepared")
+            raise VdiffError(f"{part.path} is not a part of a dataset", "give folders that --shard i/n prepared")
         if (part.meta.origin, type(part)) != (first.meta.origin, type(first)):
             raise VdiffError(
                 f"{part.path} and {first.path} come from different images or settings",

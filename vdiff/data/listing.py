@@ -307,7 +307,7 @@ def open_listing(path: Path) -> Listing:
         if database is not None:
             database.close()
         raise VdiffError(
-            f"{path} cannot be read: {error}", "give another --out, or --overwrite to begin anew"
+            f"{path} cannot be read: {error}", "give another --out, or --overwrite to begin again"
         ) from None
 
 

@@ -296,7 +296,7 @@ def prepare(
             raise VdiffError(f"the images lie in the output folder {folder}", "choose another --out")
         check_free(folder, DATASET, overwrite=overwrite, flag="another --name or --out")
         try:
-            with stop_explained(lambda word: f"{word}; {journal.kept} images are done, the same command goes on"):
+            with stop_explained(lambda word: f"{word}; {journal.kept} images are done, the same command continues"):
                 journal.begin(job, command, overwrite=overwrite)
                 source.fetch(journal.folder)
                 file = journal.folder / "listing.sqlite"

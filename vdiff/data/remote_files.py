@@ -178,7 +178,7 @@ class RemoteFile:
     def _refusal(self, reason: str) -> VdiffError:
         # the address in it may hold a token
         reason = " ".join(reason.replace(self.url, shown(self.url)).split())
-        return VdiffError(f"cannot read {shown(self.url)}: {reason}", "check the URL and the server, then go on")
+        return VdiffError(f"cannot read {shown(self.url)}: {reason}", "check the URL and the server, then continue")
 
 
 def _http_options() -> dict[str, Any]:

@@ -94,7 +94,7 @@ def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard
         if any(shard.images > shard.bytes or not shard.sha256.isalnum() for shard in shards):
             raise ValueError
     except (ValueError, TypeError, KeyError, VdiffError):
-        raise VdiffError(f"{place} is no index of tar shards", PREPARE_AGAIN) from None
+        raise VdiffError(f"{place} is not an index of tar shards", PREPARE_AGAIN) from None
     # a dataset from elsewhere must not make this machine read other files, or run anything
     if foreign := [shard.file for shard in shards if not re.fullmatch(r"[^/\\:\0\r\n]+\.tar", shard.file)]:
         raise VdiffError(f"{place} names the shard {foreign[0]!r}, which is not a file beside it", PREPARE_AGAIN)
@@ -448,7 +448,7 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
                 count += 1
                 if (text := contents.pop(LABEL, None)) is not None:
                     if (label := _class_in(text, MAX_CLASSES)) is None:
-                        raise VdiffError(f"{path}: the class of {key} is no number below {MAX_CLASSES}", PREPARE)
+                        raise VdiffError(f"{path}: the class of {key} is not a number below {MAX_CLASSES}", PREPARE)
                     labels.append(label)
                 for suffix, content in contents.items():
                     if content is not None:

@@ -285,7 +285,7 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
     for accepts, make in ON_DISK:
         if accepts(path):
             return make(path, options)
-    raise VdiffError(f"{path} is no folder, zip, tar or dataset", "give a folder of images, or an archive of them")
+    raise VdiffError(f"{path} is not a folder, zip, tar or dataset", "give a folder of images, or an archive of them")
 
 
 def _nearest(path: Path) -> str:

@@ -271,9 +271,9 @@ def inception_features(weights: Path | None, device: str | torch.device = "cpu")
         state: Any = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged files
         kind = type(error).__name__
-        raise VdiffError(f"{path} is no file of weights ({kind}: it cannot be read safely)", DOWNLOAD) from None
+        raise VdiffError(f"{path} is not a file of weights ({kind}: it cannot be read safely)", DOWNLOAD) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise VdiffError(f"{path} is no file of weights: it holds no tensors by name", DOWNLOAD)
+        raise VdiffError(f"{path} is not a file of weights: it holds no tensors by name", DOWNLOAD)
     try:
         return InceptionFeatures(state, hashlib.sha256(contents).hexdigest(), device)
     except VdiffError as error:

@@ -116,7 +116,7 @@ def evaluate(
         reporter.line(line)
     if out is None and processes.world_size > 1:
         raise OptionError("several processes need a file that all of them see", "give --out FILE")
-    kept = "nothing is kept" if out is None else "what was drawn is kept; the same command goes on"
+    kept = "nothing is kept" if out is None else "what was drawn is kept; the same command continues"
     with ExitStack() as stack, stop_explained(lambda _: f"stopped: {kept}"):
         scratch = "" if out else stack.enter_context(tempfile.TemporaryDirectory(prefix="vdiff-"))
         place = out.with_name(f".{out.name}.work") if out else Path(scratch, "work")

@@ -149,7 +149,7 @@ def new_card(
     shown = f"![{PICTURE_IMAGES} images]({PICTURE})\n\n*DDIM, {plural(steps, 'step')}, noise of seed 0.*\n\n"
     licence = license_name
     if license_name.lower() == UNKNOWN:
-        licence = "Unknown: nobody has said yet what may be done with these weights. Ask whoever trained them."
+        licence = "Unknown. Ask the author of these weights how you may use them."
     distilled = [] if config.method == "base" else ["distillation", f"{_plain(config.method)}-distillation"]
     data = ModelCardData(
         license=license_name.lower(),

@@ -93,7 +93,7 @@ def _check_archive(path: Path) -> None:
         raise VdiffError(f"{path} is larger than {MAX_FILE_BYTES // 2**30} GiB", "give a file of weights alone")
     if not is_archive:
         raise VdiffError(
-            f"{path} is no archive that torch.save wrote; a bare pickle is never opened",
+            f"{path} is not an archive that torch.save wrote; vdiff never opens a bare pickle",
             "if you trust it, load and save it again with PyTorch 1.6 or newer",
         )
     with zipfile.ZipFile(path) as archive:

@@ -209,7 +209,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int, int]:
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
         for name, tensor in weights.items()
     ):
-        raise VdiffError(f"{path}: 'G' is no dictionary of weights", "give another file")
+        raise VdiffError(f"{path}: 'G' is not a dictionary of weights", "give another file")
     tensors = {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
     check_backed(path, tensors)
     return tensors, numbers[0], numbers[1]

@@ -84,7 +84,7 @@ def check_interval(config: CheckpointConfig, weight: float, interval: Sequence[f
         return
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         shown = ",".join(f"{t:g}" for t in interval)
-        raise VdiffError(f"{shown} are no two times that rise within 0 to 1", "give two, such as 0.2,0.8")
+        raise VdiffError(f"{shown} are not two increasing times between 0 and 1", "give two, such as 0.2,0.8")
     if not weight:
         raise VdiffError("it means nothing without guidance", "give --guidance too")
     if config.signature.takes_guidance:

@@ -220,7 +220,7 @@ def read_picture(path: Path) -> PIL.Image.Image:
             picture.load()
             return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise VdiffError(f"{path} is no picture that can be read: {error}", AGAIN) from None
+        raise VdiffError(f"{path} is not a readable picture: {error}", AGAIN) from None
 
 
 def inlined(picture: PIL.Image.Image) -> Inlined:

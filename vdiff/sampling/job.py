@@ -125,7 +125,7 @@ def draw_images(
 
         def explain(_: str) -> str:
             held = int(output.held(options.num).sum())
-            return f"stopped: {output.place} holds {held} of {options.num} images; the same command goes on"
+            return f"stopped: {output.place} holds {held} of {options.num} images; the same command continues"
 
         with stop_explained(explain):
             with processes.together():

@@ -62,7 +62,7 @@ def resolve_training(
     preset = str(chosen.get("preset") or "")
     data, size = str(chosen.get("data") or ""), chosen.get("image_size")
     if resume and data == TENSORS:
-        raise VdiffError(f"{folder} was trained on tensors in Python", "the same call of vdiff.train goes on")
+        raise VdiffError(f"{folder} was trained on tensors in Python", "the same call of vdiff.train continues")
     images = _assumed(preset, size) if assume and preset and not data else open_images(data, size, project)
     reason = ""
     if not resume:
@@ -80,11 +80,11 @@ def resolve_training(
         shape = f"{images.image_size}×{images.image_size}×{images.channels}"
         reporter.line(f"preset {preset or config.preset}, {images.name}: {shape}{reason}")
     if reporter and images.class_names and config.class_conditional is False and "class_conditional" not in chosen:
-        unused = f"{len(images.class_names)} classes, not told to the network (preset {preset})"
-        reporter.line(f"{unused}; --class_conditional True tells them")
+        unused = f"{len(images.class_names)} classes, not used by the network (preset {preset})"
+        reporter.line(f"{unused}; --class_conditional True uses them")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     if config.class_dropout and not conditional:
-        raise OptionError(f"--class_dropout {config.class_dropout}: the network is told no classes", "leave it out")
+        raise OptionError(f"--class_dropout {config.class_dropout}: the network does not use classes", "leave it out")
     return replace(
         config,
         preset=preset,
@@ -186,7 +186,7 @@ def train(
         for _ in training(config, images, folder=folder, resume=resume, overwrite=overwrite, reporter=reporter):
             pass
     except Interrupted as stop:
-        raise Interrupted(f"{stop}; go on with --resume", stop.exit_code) from None
+        raise Interrupted(f"{stop}; continue with --resume", stop.exit_code) from None
     return read_config(folder)
 
 

@@ -71,7 +71,7 @@ def check_new(folder: Path, *, overwrite: bool) -> None:
     if not overwrite and not is_free(folder) and RUN.files(folder):
         found = recorded(folder)
         done = f"{found.num_iters} of {found.target_iters} updates" if found else "no checkpoint yet"
-        resume = "" if found and found.is_finished else "--resume to go on, "
+        resume = "" if found and found.is_finished else "--resume to continue, "
         raise VdiffError(
             f"{folder} exists already ({done})", f"give {resume}another --name or --out to keep both, or --overwrite"
         )
@@ -93,7 +93,7 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
     if not state_path(folder).is_file():
         raise VdiffError(
             f"{folder} cannot be resumed: {state_path(folder)} is missing",
-            "give another --out, or --overwrite to begin anew",
+            "give another --out, or --overwrite to begin again",
         )
 
 
@@ -122,7 +122,7 @@ def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainC
         now,
         f"{folder} was begun",
         lambda name: (
-            f"leave --{name} out to resume, give another --name or --out to keep both, or --overwrite to begin anew"
+            f"leave --{name} out to resume, give another --name or --out to keep both, or --overwrite to begin again"
         ),
         but=("num_iters",) if may_go_on else (),
     )

@@ -56,7 +56,7 @@ def run_stages(
         distance: how far a student's images are from the data, for the verdict on it.
 
     Raises:
-        Interrupted: a signal came; the same command goes on.
+        Interrupted: a signal came; the same command continues.
         VdiffError: a student's folder holds something else, the training fails, or a student collapsed.
     """
     examiner = Examiner(
@@ -83,7 +83,7 @@ def run_stages(
                         stage, mine, engine, examiner, measure_distance=measured
                     )
         except Interrupted as stop:
-            how = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
+            how = "the same command without --overwrite continues" if overwrite else "the same command continues"
             raise Interrupted(f"{stop}; {how}", stop.exit_code) from None
     return trained
 
@@ -176,7 +176,7 @@ def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
     attempts = verdict.attempts if verdict else times_failed(stage.folder) + 1
     is_same_lr = saved.lr in {config.lr / 2**k for k in range(attempts)}
     but = ("student_config", *(["lr"] if is_same_lr else []))
-    ways = f"give {shell('--base', stage.folder)} to go on from it, another --name to keep both, or --overwrite"
+    ways = f"give {shell('--base', stage.folder)} to continue from it, another --name to keep both, or --overwrite"
     check_settings(saved, config, f"{stage.folder} was made", lambda name: f"leave --{name} out, {ways}", but)
 
 

@@ -103,7 +103,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
     config, engine, folder, averages = run.config, step.engine, run.folder, step.averages
     start = load_state(folder, step)
     if step.draws_whole_batch:
-        kept = "it goes on with the random numbers of that version; later stages and runs draw others"
+        kept = "it continues with the random numbers of that version; later stages and runs use new ones"
         reporter.line(f"{folder} was begun by an earlier version: {kept}")
     if engine.is_main:
         if run.on_resumed:

@@ -105,7 +105,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
         try:
             step, images, names = int(metadata["step"]), int(metadata["images"]), metadata["averages"].split()
         except (KeyError, ValueError):
-            raise VdiffError(f"{path} is no snapshot of averages", "remove it, and give the command again") from None
+            raise VdiffError(f"{path} is not a snapshot of averages", "remove it, and give the command again") from None
         found.append(Snapshot(path, step, images, tuple(names)))
     return sorted(found, key=lambda snapshot: snapshot.step)
 

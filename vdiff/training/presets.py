@@ -150,7 +150,7 @@ def _settings(text: str, origin: str) -> Settings:
     try:
         table = parse(text, tomllib.loads)
     except ValueError as error:
-        raise OptionError(f"{origin} is no TOML: {error}", "mend the file") from None
+        raise OptionError(f"{origin} is no TOML: {error}", "correct the file") from None
     distill, assumed = table.pop("distill", {}), table.pop("assumed", {})
     return Settings(train=table, distill=distill, assumed=assumed)
 
@@ -186,7 +186,7 @@ def recorded_layer(kind: type[LoopConfig], folder: Path) -> dict[str, Mapping[st
     """
     settings = read_run(folder)
     if kind is TrainConfig and not settings.train:
-        raise VdiffError(f"{folder} holds a student, not a base model", "the distill.py command that began it goes on")
+        raise VdiffError(f"{folder} holds a student, not a base model", "give the distill.py command that began it")
     if kind is DistillConfig and not settings.distill:
         raise VdiffError(
             f"{folder} was begun by train.py", "give another --name or --out to keep both, or --overwrite to replace it"

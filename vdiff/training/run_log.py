@@ -46,7 +46,7 @@ class RunLog:
         except VdiffError:
             raise
         except Exception as error:  # whatever a server or a package raises
-            raise OptionError(f"--tracker {tracker}: {cause_of(error)}", "mend that, or give --tracker none") from None
+            raise OptionError(f"--tracker {tracker}: {cause_of(error)}", "correct it, or give --tracker none") from None
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers."""

@@ -75,7 +75,7 @@ def load_state(folder: Path, step: TrainStep) -> Position:
     if is_exponential and not AVERAGING.items() <= metadata.items():
         raise VdiffError(
             f"{path} is of an older vdiff, whose averages of the weights had a warm-up",
-            "finish the run with the vdiff that began it, give another --out, or --overwrite to begin anew",
+            "finish the run with the vdiff that began it, give another --out, or --overwrite to begin again",
         )
     try:
         position = Position(int(metadata["step"]), float(metadata["seconds"]))
@@ -96,7 +96,7 @@ def load_state(folder: Path, step: TrainStep) -> Position:
         ]
     except (KeyError, ValueError, RuntimeError) as error:
         cause = f"{path} does not belong to this run ({cause_of(error, 120)})"
-        raise VdiffError(cause, "start anew with another --out, or with --overwrite") from None
+        raise VdiffError(cause, "start again with another --out, or with --overwrite") from None
     step.draws_whole_batch = not RANDOM.items() <= metadata.items()
     state = {i: {"step": updates.clone(), **values} for i, values in enumerate(moments)} if position.step else {}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

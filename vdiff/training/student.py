@@ -72,7 +72,7 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
                 description.build()
         description.signature.check_shape(teacher.shape)
     except (ValueError, TypeError) as error:
-        raise OptionError(f"--student_config {config.student_config}: {error}", "mend the file") from None
+        raise OptionError(f"--student_config {config.student_config}: {error}", "correct the file") from None
     return description
 
 

@@ -205,7 +205,7 @@ def _weights_files(folder: Path) -> list[Path]:
     elif not found:
         raise VdiffError(
             f"{folder / WEIGHTS} is missing",
-            "weights in pickles (.bin) are never read: let diffusers save the pipeline anew, as safetensors",
+            "weights in pickles (.bin) are never read: let diffusers save the pipeline again, as safetensors",
         )
     elif len(found) > 1:
         raise VdiffError(f"{folder} has {' and '.join(path.name for path in found)}", f"rename one to {WEIGHTS}")
