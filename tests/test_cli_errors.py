@@ -244,7 +244,7 @@ CASES = [
     (f"{SAMPLE}/base_5 --device {ABSENT}", USAGE, f"--device {ABSENT}: this machine has no {ABSENT} device; give"),
     # resuming
     ("train.py --resume --out new", FAILED, "new holds no run to resume: it has no run.toml; start it without --resum"),
-    ("train.py --resume --out checkpoints/base_0", FAILED, "checkpoints/base_0 holds a student, not a base model; give the distill.py"),
+    ("train.py --resume --out checkpoints/base_0", FAILED, "checkpoints/base_0 holds a student, not a base model; giv"),
     ("train.py --resume --lr 0.5", USAGE, "checkpoints/original was begun with lr 0.001, not 0.5; leave --lr out to r"),
     ("train.py --resume --out checkpoints/half --seed 1", USAGE, "checkpoints/half was begun with seed 0, not 1; leav"),
     ("train.py --resume --out checkpoints/half --preset digits", USAGE, "checkpoints/half was begun with preset toy, "),
