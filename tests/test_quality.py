@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from vdiff.evaluation.nearest import NearestSearch
 from vdiff.evaluation.reference import DataStats, ReferenceImages, scale_of
 from vdiff.evaluation.results import QUALITY, Quality, Scale, read_quality
 from vdiff.models.checkpoint import weights_fingerprint
+from vdiff.training.folder import RUN
 
 SCALE = Scale(same=0.25, blurred=4.0, mean_image=16.0, noise=50.0)
 CPU = Processes(torch.device("cpu"))
@@ -151,6 +153,12 @@ def test_it_is_measured_once_for_the_same_weights(model, monkeypatch, tmp_path):
     for text in ("", "{}", '{"format": 1}'):
         (model / QUALITY).write_text(text)
         assert read_quality(model, weights_fingerprint(model)) is None
+
+
+def test_it_belongs_to_the_run(model):
+    """`train.py --overwrite` may remove it, also what a kill left."""
+    for name in (QUALITY, "quality-nearest.png", f".{QUALITY}.lock", f".{QUALITY}.work/row-000-piece-0000.npz"):
+        assert re.fullmatch(RUN.files(model), name)
 
 
 def test_of_much_data_a_part_is_read(tmp_path):

@@ -23,7 +23,7 @@ FILES_OF_RUN = "|".join(
         *(r"samples/\d{7,}\.png", r"log/events\.out\.tfevents\.[^/]+", r"averages/\d{9,}\.safetensors"),
         r"history/\d{9,}/(model\.safetensors|config\.json)",
         r"report\.html|evaluation\.json|evaluation-nearest\.png",  # vdiff report FOLDER puts them there
-        r"quality(-nearest\.png|\.json)|\.quality\.json\.work/[^/]+",
+        r"quality(-nearest\.png|\.json)|\.quality\.json\.(lock|work/[^/]+)",
     ]
 )
 """A regular expression of the names of all that vdiff writes into a run."""
