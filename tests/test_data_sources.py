@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 
 from tests.commands import image_of
-from tests.test_data_preparation import picture, records, write
+from tests.test_data_preparation import picture, records, write, write_zip
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Dataset, Folder, Tar
 from vdiff.data.image_files import extensions
@@ -90,6 +90,13 @@ def test_a_damaged_tar_is_one_line(tmp_path: Path, mode: str) -> None:
     with pytest.raises(VdiffError, match=r"cannot read .*x\.tar: .*; give an intact tar"):
         prepare(Tar(path), tmp_path / "out", CONFIG)
     assert os.listdir(tmp_path) == ["x.tar"]
+
+
+def test_a_zip_that_was_read_from_goes_to_another_process(tmp_path: Path) -> None:
+    source = open_source(write_zip(tmp_path / "x.zip", FILES))
+    first = source.read(Item("top/b/2.png"))
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(Item("top/b/2.png")) == source.read(Item("top/b/2.png")) == first
 
 
 def test_a_dataset_is_a_source(tmp_path: Path) -> None:
