@@ -157,7 +157,7 @@ def test_a_ladder_ends_with_a_table_and_a_picture(monkeypatch):
     monkeypatch.setattr("vdiff.training.stages.EVALUATIONS", 10**4)  # as after a long training
     ladder = "distill.py --base checkpoints/base_5 --config tiny.toml"
     result = done(f"{ladder} --to_steps 2")
-    rows = [line.split() for line in result.stdout.splitlines()[2:6]]
+    rows = [line.replace(" ?", "").split() for line in result.stdout.splitlines()[2:6]]  # a loaded machine's times
     assert [row[:3] for row in rows] == [
         ["checkpoints/base_5", "16", "1"],
         ["checkpoints/base_6", "8", "3"],
