@@ -260,6 +260,12 @@ def test_without_a_record_the_preset_follows_from_the_images(data, teacher):
     assert config.preset == preset_for(SIZE, 0, "cpu")
 
 
+def test_batch_and_updates_of_a_fitted_preset_follow_the_number_of_images(data, teacher):
+    for place, expected in ((str(data), (16, 500)), ("nowhere", (32, 1_500))):  # 10 images, or an unknown number
+        config, _ = resolve_distillation({"base": str(teacher), "data": place, "preset": "small32"}, None)
+        assert (config.batch_size, config.num_iters) == expected
+
+
 def test_to_steps_and_stages_together_are_refused(teacher):
     with pytest.raises(OptionError, match="--to_steps and --stages say the same in two ways"):
         resolve_distillation({"base": str(teacher), "to_steps": 4, "stages": 1}, None)
