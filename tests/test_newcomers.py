@@ -66,8 +66,8 @@ WITH_TORCH = [
     # images and datasets
     ("prepare_data.py photo", 1, "photo: no such file or folder; did you mean photos?"),
     ("prepare_data.py empty", 1, "no images in empty; give a folder or an archive with image files"),
-    ("prepare_data.py film.mp4", 1, "film.mp4 is no folder, zip, tar or dataset; give a folder of images, or an archi"),
-    ("prepare_data.py paper.pdf", 1, "paper.pdf is no folder, zip, tar or dataset; give a folder of images, or an arc"),
+    ("prepare_data.py film.mp4", 1, "film.mp4 is not a folder, zip, tar or dataset; give a folder of images, or an ar"),
+    ("prepare_data.py paper.pdf", 1, "paper.pdf is not a folder, zip, tar or dataset; give a folder of images, or an"),
     ("train.py", 1, "data/ holds several datasets; choose with --data: data/digits_4, data/photos_4"),
     ("train.py --data photos", 1, "photos is not a dataset: it holds no data.mdb; make one of your images: python pre"),
     ("train.py --data data/digits_8", 1, "data/digits_8: no such dataset; give the folder that prepare_data.py wrote"),

@@ -139,7 +139,7 @@ def command(
     """Measure CHECKPOINTS (the newest, if none is named) against a dataset.
 
     A row for each checkpoint, number of steps and sampler, all from the same noise, with 95 % intervals. The same
-    command goes on where it was stopped; under torchrun or accelerate each process draws a share. What the figures
+    command continues after an interruption; under torchrun or accelerate each process draws a share. What the figures
     mean: docs/evaluation.md.
     """
     if options["raw"] and ema:

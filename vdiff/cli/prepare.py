@@ -239,7 +239,7 @@ def command(
     subfolders if every image lies in one. vdiff's own pictures and samples are left out. EXIF orientation and colour
     profiles are applied, transparency is laid on the background, animations give their first frame. Files that cannot
     be read are skipped, listed in rejected.jsonl in the dataset, and make the exit code 3. However a run ends, the same
-    command goes on where it was.
+    command continues.
     """
     from vdiff.data.conversion import ConversionConfig
     from vdiff.data.preparation import Part, prepare

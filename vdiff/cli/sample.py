@@ -199,7 +199,7 @@ def command(
 ) -> None:
     """Draw images from a checkpoint; nothing else is needed.
 
-    The same command goes on where it was stopped, and does nothing where all images exist. Under torchrun or accelerate
+    The same command continues after an interruption, and does nothing if all images exist. Under torchrun or accelerate
     each process draws a share of them.
     """
     if clipped_sampling and sampler not in (None, "clipped"):

@@ -94,7 +94,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure every checkpoint, in every number of steps (none given: its own), with every sampler, against a dataset.
 
-    The same call goes on where it was stopped, from the folder `.OUT.work` beside the file; if `out` holds this very
+    The same call continues after an interruption, from the folder `.OUT.work` beside the file; if `out` holds this very
     evaluation already, that is returned. Every process of a launcher calls this and gets the same results.
 
     Args:
