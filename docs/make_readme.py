@@ -42,7 +42,7 @@ def sentences(found: Distances) -> str:
             f"{teacher[most]:.3f} for the teacher in {plural(most, 'step')};",
             *(
                 f"{students[steps]:.3f} for the student of {plural(steps, 'step')} "
-                f"({teacher[steps]:.3f} for the teacher){'.' if steps == few[-1] else ';'}"
+                f"(teacher in as many: {teacher[steps]:.3f}){'.' if steps == few[-1] else ';'}"
                 for steps in few
             ),
         ]
