@@ -162,3 +162,10 @@ def test_what_is_chosen_among_several_is_said():
 def test_students_lie_in_the_project():
     base = Path("runs/base_3")
     assert (Project().students_beside(base), Project("x").students_beside(base)) == (base, Path("checkpoints/x/base_3"))
+
+
+def test_the_next_line_after_preparing_keeps_models_apart():
+    photos = Path("data/photos_64_128")
+    assert (Project().name_beside(photos), Project("cats").name_beside(photos)) == ("", "cats")
+    aged("checkpoints/original", 0)
+    assert (Project().name_beside(photos), Project().name_beside(Path("data/my photos_64"))) == ("photos", "")

@@ -67,6 +67,13 @@ class Project:
         """`data/NAME_64`, `data/NAME_64_128` for several sizes; without a name, that of the source."""
         return DATA / "_".join([self.name or source, *map(str, sizes)])
 
+    def name_beside(self, dataset: Path) -> str:
+        """The project for a new dataset: this one, or one of the dataset's name where a base model is there already."""
+        if self.name or not (self.original / CONFIG).is_file():
+            return self.name
+        name = re.sub(r"(_\d+)+$", "", dataset.name)
+        return name if re.fullmatch(r"\w[\w.-]*", name) else ""
+
     def datasets(self) -> list[Path]:
         """Its datasets, finished and unfinished."""
         mine = rf"{re.escape(self.name)}(_\d+)*(\.tar)?({re.escape(PARTIAL_SUFFIX)})?"

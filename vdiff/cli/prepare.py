@@ -285,7 +285,7 @@ def command(
         command=typed_command(),
         reporter=console,
     )
-    console.result(*([as_json(report)] if json else summary(report, share)))
+    console.result(*([as_json(report)] if json else summary(report, share, project)))
     return EXIT_SKIPPED if report.rejected else 0
 
 
@@ -319,7 +319,7 @@ def as_json(report: Report) -> str:
     return jsonlib.dumps(report.to_dict(), ensure_ascii=False)
 
 
-def summary(report: Report, part: Part | None = None) -> list[str]:
+def summary(report: Report, part: Part | None = None, project: Project | None = None) -> list[str]:
     """The report as aligned lines, ending with the command to run next."""
     from vdiff.data.listing import few
 
@@ -340,7 +340,8 @@ def summary(report: Report, part: Part | None = None) -> list[str]:
         ("took", f"{report.seconds:.1f} s, {report.images_per_second:.0f} images/s, {megabytes(report.num_bytes)}")
     )
     choice = f" --image_size {report.sizes[0]}" if len(report.sizes) > 1 else ""
-    train = f"python train.py {shell('--data', report.path)}{choice}"
+    name = (project or Project()).name_beside(report.path)
+    train = f"python train.py {shell('--data', report.path)}{choice}{f' --name {name}' if name else ''}"
     pieces = str(report.path).split(f".{part.number}of") if part else []
     rows.append(("next", f"vdiff data merge {'.*of'.join(map(shell, pieces))}" if part else train))
     return [f"{head:<10} {text}" for head, text in rows]
