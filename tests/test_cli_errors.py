@@ -305,10 +305,13 @@ def test_a_configuration_file_is_looked_at_as_a_whole(text, words, command, plac
         ("num_blocks = true", "[unet] num_blocks = True is of another type; give something like 2"),
         ("multipliers = 2", "[unet] multipliers = 2 is of another type; give something like [1, 2, 2]"),
         ("multipliers = [1.0]", "[unet] multipliers = [1.0] is of another type; "),
-        ("multipliers = []", "[unet] multipliers must be whole numbers from 1 up, got (); mend the configuration"),
-        ("channels = 0", "[unet] channels must be at least 1, got 0; mend the configuration"),
-        ("attention_strides = [64]", "[unet] attention_strides must be among [1, 2], got [64]; mend the configuration"),
-        ('resample = "bock"', "[unet] resample must be block or conv, got 'bock'; mend the configuration"),
+        ("multipliers = []", "[unet] multipliers must be whole numbers from 1 up, got (); fix the configuration"),
+        ("channels = 0", "[unet] channels must be at least 1, got 0; fix the configuration"),
+        (
+            "attention_strides = [64]",
+            "[unet] attention_strides must be among [1, 2], got [64]; fix the configuration",
+        ),
+        ('resample = "bock"', "[unet] resample must be block or conv, got 'bock'; fix the configuration"),
     ],
 )
 def test_a_network_that_cannot_be_built(text, words, place):
@@ -421,7 +424,7 @@ def test_a_disk_without_room(line, monkeypatch):
         patched.setattr(os, "replace", full)
         message = error(line, FAILED)
     assert message.startswith("cannot write new/")
-    assert "No space left on device; free space, mend the permissions or choose another --out" in message
+    assert "No space left on device; free space, fix the permissions or choose another --out" in message
     assert tree(Path("new")) == {}
     done(line)
 
@@ -433,7 +436,7 @@ def test_what_the_file_system_refuses_elsewhere_is_one_line_too(monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     assert error("train.py --config tiny.toml --overwrite", FAILED) == (
-        "cannot write checkpoints/original: Permission denied; free space, mend the permissions or choose another --out"
+        "cannot write checkpoints/original: Permission denied; free space, fix the permissions or choose another --out"
     )
 
 

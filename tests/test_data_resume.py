@@ -208,7 +208,7 @@ def test_other_settings_do_not_go_on(source: Path, tmp_path: Path, monkeypatch: 
         prepare(Folder(source), out, CONFIG, command="first command")
     other = ConversionConfig(sizes=(4,), image_format="png")
     before = tree(partial_folder(out))
-    with pytest.raises(VdiffError, match=r"unfinished preparation with conversion .*, not .*go on with it: first com"):
+    with pytest.raises(VdiffError, match=r"unfinished preparation with conversion .*, not .*continue it: first com"):
         prepare(Folder(source), out, other)
     after = tree(partial_folder(out))
     assert {name: before[name] for name in before if name != "lock"} == {n: after[n] for n in after if n != "lock"}

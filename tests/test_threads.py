@@ -1,4 +1,4 @@
-"""Threads of a run: who decides, what is timed, and that a run that goes on takes the same."""
+"""Threads of a run: who decides, what is timed, and that a continued run uses the same."""
 
 from __future__ import annotations
 

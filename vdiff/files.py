@@ -98,7 +98,7 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 def refusal(path: Path, error: OSError) -> VdiffError:
     """The file system's refusal, and what to do about it."""
     return VdiffError(
-        f"cannot write {path}: {error.strerror or error}", "free space, mend the permissions or choose another --out"
+        f"cannot write {path}: {error.strerror or error}", "free space, fix the permissions or choose another --out"
     )
 
 

@@ -184,7 +184,7 @@ class Folder(_Files):
 
     def _files(self) -> Iterator[tuple[str, str]]:
         def refuse(error: OSError) -> None:
-            raise VdiffError(f"cannot read {error.filename}: {error.strerror}", "mend the permissions or move it away")
+            raise VdiffError(f"cannot read {error.filename}: {error.strerror}", "fix the permissions or move it away")
 
         entered = set()
         for folder, subfolders, files in os.walk(self.root, followlinks=True, onerror=refuse):

@@ -159,7 +159,7 @@ class Journal:
         """
         before = self._job()
         if before and not overwrite:
-            hint = f"go on with it: {before['command']}; or {BEGIN_ANEW}"
+            hint = f"continue it: {before['command']}; or {BEGIN_ANEW}"
             done = f"{self.folder} holds an unfinished preparation"
             check_same_settings(before["job"], job, done=done, hint=lambda _: hint)
         self.is_new = before is None or before["job"] != job

@@ -120,7 +120,7 @@ def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
             }
         )
     except (ValueError, TypeError) as error:
-        raise OptionError(f"[unet] {error}", "mend the configuration") from None
+        raise OptionError(f"[unet] {error}", "fix the configuration") from None
     if images.image_size % unet.size_multiple:
         raise OptionError(
             f"images of {images.image_size} pixels do not fit a network of {len(unet.multipliers)} levels: "

@@ -151,7 +151,7 @@ class LoopConfig:
     )  # fmt: skip
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
     threads: int | None = setting(
-        "Threads of the processor, on which bits depend; a run that goes on takes the same.",
+        "Threads of the processor, on which bits depend; a continued run uses the same.",
         group=MACHINE, default=None, low=1, high=1024, unit="THREADS", shown="timed at the start", free=True,
     )  # fmt: skip
     fsdp: bool = setting(
