@@ -2,6 +2,7 @@
 # make test          install what developing needs, then all checks and the tests but the slow ones
 # make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
 # make rounding      numeric tests with the rounding of a processor without vector instructions
+# make minimum       all tests with the lowest versions that pyproject.toml allows, in .venv-minimum
 # make check         lint, format and types alone
 # make docs          docs/commands.md from --help; figures and pictures of README and docs/benchmarks.md
 # make benchmarks    the tables in benchmarks/results
@@ -15,7 +16,7 @@ NUMERIC := unet distillation methods methods_ladder method_objectives trajectory
 	training_objectives training_optimisation verdict interop_reference noise_and_drawing conditioning
 DIGITS := --data data/digits_8 --preset digits
 
-.PHONY: quickstart test test_all slow rounding check docs benchmarks clean
+.PHONY: quickstart test test_all slow rounding minimum check docs benchmarks clean
 
 quickstart: .venv/ready
 	test -d data/digits_8 || $(RUN) prepare_data.py
@@ -33,6 +34,12 @@ slow: .venv/ready_dev
 rounding: .venv/ready_dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(RUN) $(PYTEST) $(NUMERIC:%=tests/test_%.py)
 
+minimum:
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-minimum/bin/uv pip install --python .venv-minimum --resolution lowest-direct --editable '.[dev]'
+	.venv-minimum/bin/python $(PYTEST)
+
 check: .venv/ready_dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
@@ -48,7 +55,7 @@ benchmarks: quickstart
 	$(RUN) benchmarks/digits.py --seeds 3
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-minimum build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
