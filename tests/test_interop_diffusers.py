@@ -30,7 +30,7 @@ from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Ddim, Ddpm, Sampler, sample
 from vdiff.diffusion.schedules import DdpmCosineSchedule, build_schedule, grid_angles, grid_times
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.diffusers import writing
+from vdiff.interop.diffusers import reading, writing
 from vdiff.interop.diffusers.reading import FILES, import_pipeline
 from vdiff.interop.diffusers.scheduler import (
     BETAS,
@@ -927,6 +927,7 @@ def test_a_name_of_the_hub_is_fetched(place, tmp_path, monkeypatch):
         return str(place / "theirs/ddpm-cifar10-32")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.setattr(reading, "hub_answers", lambda: True)
     monkeypatch.chdir(tmp_path)
     done("vdiff import diffusers google/ddpm-cifar10-32")
     assert asked == [("google/ddpm-cifar10-32", FILES)]
@@ -955,6 +956,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, failure
         raise failure
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(reading, "hub_answers", lambda: True)
     monkeypatch.chdir(tmp_path)
     message = error("vdiff import diffusers owner/name", 1)
     assert message.startswith("owner/name: no such folder, and the hub does not give it (")
