@@ -1,6 +1,7 @@
 # make quickstart    install what running needs, then digits in 1 to 1024 steps, and a page about it: checkpoints/report.html
 # make test          install what developing needs, then all checks and the tests but the slow ones
 # make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
+# make test_docs     every command of README and docs, as typed, in a fresh clone after the quickstart
 # make rounding      numeric tests with the rounding of a processor without vector instructions
 # make minimum       all tests with the lowest versions that pyproject.toml allows, in .venv-minimum
 # make check         lint, format and types alone
@@ -16,7 +17,7 @@ NUMERIC := unet distillation methods methods_ladder method_objectives trajectory
 	training_objectives training_optimisation verdict interop_reference noise_and_drawing conditioning
 DIGITS := --data data/digits_8 --preset digits
 
-.PHONY: quickstart test test_all slow rounding minimum check docs benchmarks clean
+.PHONY: quickstart test test_all test_docs slow rounding minimum check docs benchmarks clean
 
 quickstart: .venv/ready
 	test -d data/digits_8 || $(RUN) prepare_data.py
@@ -27,6 +28,9 @@ test: check
 	$(RUN) $(PYTEST) -m "not slow"
 
 test_all: test slow rounding
+
+test_docs: .venv/ready_dev
+	$(RUN) -m tests.documents
 
 slow: .venv/ready_dev
 	$(RUN) $(PYTEST) -m slow

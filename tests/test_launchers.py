@@ -13,7 +13,7 @@ from torch.distributed.run import parse_args
 
 from tests.commands import PROGRAMS, ROOT
 from vdiff.cli.main import main
-from vdiff.cli.options import NUM
+from vdiff.cli.options import NUM, OLD_NUM
 
 LAUNCHERS = {"torchrun": parse_args, "accelerate": lambda words: launch_command_parser().parse_args(words[1:])}
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,7 +65,7 @@ def test_every_option_is_the_commands_own(start):
     """But --num, which torchrun takes for --numa-binding since it has that; it is called -n and --num_images too."""
     names = {name for command in commands(main) for option in command.params for name in option.opts if name[0] == "-"}
     assert len(names) > 100
-    assert names >= set(NUM)
+    assert names >= {*NUM, *OLD_NUM}
     for name in sorted(names - {"--num"}):
         for word in {name, name[:2] + name[2:].replace("_", "-")}:
             assert started(f"{start} sample.py {word} 5") == ["sample.py", word, "5"]
@@ -74,5 +74,5 @@ def test_every_option_is_the_commands_own(start):
 @pytest.mark.parametrize("name", ["sample.py", "vdiff evaluate", "vdiff report"])
 def test_the_number_of_images_has_three_names(name):
     program, *words = name.split()
-    for number in NUM:
+    for number in (*NUM, *OLD_NUM):
         assert parsed(program, [*words, number, "7"])["num"] == 7
