@@ -167,7 +167,7 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
         (lambda: plain.sample(1, guidance=1.0), "this model has no answer without a class; leave it out, or train"),
         (lambda: classes.sample(1, guidance=float("nan")), "nan is no weight; "),
         (lambda: classes.sample(1, guidance_interval=(0.1, 0.2)), "it means nothing without guidance; "),
-        (lambda: classes.sample(1, guidance=1, guidance_interval=(0.9, 0.2)), "0.9,0.2 are no two times that rise"),
+        (lambda: classes.sample(1, guidance=1, guidance_interval=(0.9, 0.2)), "0.9,0.2 are not two increasing times"),
         (lambda: plain.sample(1, grid="log"), "unknown grid 'log'"),
         (lambda: student.sample(1, grid="logsnr"), "this model was distilled for 8 uniform steps and knows no other"),
         (lambda: student.sample(1, steps=3), "this model was made for 8 steps, and 3 does not divide them; give a num"),

@@ -179,7 +179,7 @@ CASES = [
     ),
     (
         "guided --guidance 1 --guidance_interval 0.8,0.2",
-        "--guidance_interval: 0.8,0.2 are no two times that rise within",
+        "--guidance_interval: 0.8,0.2 are not two increasing times between",
     ),
     (
         "guided --guidance 1 --guidance_interval 0.5",

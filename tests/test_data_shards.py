@@ -345,7 +345,7 @@ def test_foreign_sizes_come_from_the_images(tmp_path: Path) -> None:
         ({"png": encode(np.zeros((2, 3, 3), np.uint8))}, r"no square images: its first is 3×2; make a dataset"),
         ({"png": b"nothing"}, r"k\.png is no image"),
         ({"txt": "text"}, r"no square images: it has no images"),
-        ({"png": encode(pixels(0)), "cls": b"cat"}, r"the class of k is no number"),
+        ({"png": encode(pixels(0)), "cls": b"cat"}, r"the class of k is not a number"),
         ({"png": encode(pixels(0)), "cls": b"99999999999"}, r"the class of k is not a number below 100000"),
         ({"png": encode(pixels(0)), "cls": b"9" * 5000}, r"the class of k is not a number below 100000"),
     ],
