@@ -386,7 +386,7 @@ def test_samples_become_pictures(teacher):
     assert samples._repr_png_().startswith(b"\x89PNG")
     waves = torch.zeros(3, 1, 64).as_subclass(vdiff.Samples)
     assert waves._repr_png_() is None
-    with pytest.raises(ValueError, match=r"\(3, 1, 64\) are no images"):
+    with pytest.raises(ValueError, match=r"\(3, 1, 64\) are not images"):
         waves.to_pil()
 
 

@@ -559,7 +559,7 @@ def test_a_run_that_was_cut_leaves_the_same_snapshots(tmp_path):
 def test_a_file_that_is_no_snapshot_is_named(tmp_path):
     walked(tmp_path, 6, every=3, width=3)
     write_tensors(tmp_path / "averages" / "000000004.safetensors", {}, {"step": "4"})
-    with pytest.raises(VdiffError, match=r"000000004\.safetensors is no snapshot"):
+    with pytest.raises(VdiffError, match=r"000000004\.safetensors is not a snapshot"):
         find_snapshots(tmp_path)
 
 

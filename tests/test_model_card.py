@@ -94,7 +94,7 @@ def test_hubs_can_read_its_first_lines(tmp_path):
     data = ModelCard(base).data.to_dict()
     assert (data["license"], data["library_name"]) == ("unknown", "vdiff")
     assert data["tags"] == ["diffusion", "v-diffusion"]
-    assert "nobody has said yet what may be done with these weights" in base
+    assert "Ask the author of these weights how you may use them" in base
 
 
 @pytest.mark.parametrize("name", ["", "as you like", "mit\ntags: [x]", "-", "1.0", "x" * 65])
