@@ -356,7 +356,7 @@ def test_a_student_that_collapses_ends_in_one_line(teacher, monkeypatch):
     message = error(words, 1)
     assert re.fullmatch(
         r"base_0 collapsed: distance to the data is \S+, its teacher's \S+; the best attempt is kept there; give "
-        r"--overwrite with a lower --lr or more --num_iters",
+        r"a lower --lr or more --num_iters, with another --out or with --overwrite",
         message,
     )
     assert sorted(path.name for path in Path().iterdir()) == ["base_0", "original"]

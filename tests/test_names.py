@@ -136,7 +136,7 @@ def test_a_checkpoint_of_hostile_names(tmp_path, monkeypatch):
 
 def test_plots_of_hostile_names():
     curve = plots.Curve(EVIL, (plots.Point(1, 2.0), plots.Point(2, 1.0)))
-    drawing = plots.trade("x", plots.WIDE, [curve], "steps", EVIL, None)
+    drawing = plots.trade("x", plots.WIDE, [curve], "steps", EVIL, {"blurred": 1.5})
     assert commands_in(drawing) == []
     texts = "".join(ElementTree.fromstring(drawing).itertext())
     assert texts.count(SHOWN) >= 4

@@ -21,6 +21,7 @@ import click
 
 import vdiff
 from vdiff.cli.options import Command
+from vdiff.cli.prepare import cpu_cores
 
 WIDTH, COLUMN, PATIENCE = 80, 12, 120
 MODULES = {
@@ -59,7 +60,7 @@ def command() -> int:
         importing = start("libraries", *(name for names in installed.values() for name in names))
         show("vdiff", f"{vdiff.__version__}, {Path(vdiff.__file__).parent}")
         show("python", f"{platform.python_version()}, {sys.executable}")
-        show("system", f"{platform.platform()}, {platform.machine()}, {cores()} CPU cores")
+        show("system", f"{platform.platform()}, {platform.machine()}, {cpu_cores()} CPU cores")
         for name, text, problem in resources():
             show(name, text)
             problems += problem
@@ -119,11 +120,6 @@ def version_of(module: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ""
-
-
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resources() -> Iterator[tuple[str, str, list[str]]]:

@@ -78,7 +78,7 @@ def check_interval(config: CheckpointConfig, weight: float, interval: Sequence[f
     """Refuse an interval (first, last) of times t that are guided with the weight w; None: all times.
 
     Raises:
-        VdiffError: no two times that rise, no guidance, or a network that was told of none.
+        VdiffError: These are not two increasing times, there is no guidance, or the network knows none.
     """
     if interval is None:
         return
