@@ -61,7 +61,7 @@ def test_lines_results_tables_and_progress(on_a_terminal, monkeypatch):
     console = Console()
     console.line(EVIL)
     console.result(EVIL, EVIL)
-    console.table(EVIL, ["name", ":smile:"], [[EVIL, "[b]1[/b]"]])
+    console.table(EVIL, ["name", ":smile:"], [[EVIL, "[b]1[/b]"], ["other", "2"]])
     for text in (out.getvalue(), err.getvalue()):
         assert commands_in(text) == []
         assert SHOWN in text
