@@ -430,6 +430,17 @@ def test_a_plan_counts_what_is_left(data, tmp_path, monkeypatch):
     assert contents(Path("base_0")) == before
 
 
+def test_a_finished_student_of_other_settings_is_refused_before_the_teacher_is_measured(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("original"), dataset=str(data))
+    words = WORDS.replace("--to_steps 2", "")
+    done(f"{words} --report False")
+    before = contents(Path("base_0"))
+    monkeypatch.setattr("vdiff.cli.distill.quality_of", lambda *_, **__: pytest.fail("the teacher is measured"))
+    assert "base_0 was made with lr" in error(f"{words} --lr 0.5 --distance_every 1", 2)
+    assert contents(Path("base_0")) == before
+
+
 @pytest.mark.parametrize(
     ("distance", "teachers", "reason", "expected"),
     [

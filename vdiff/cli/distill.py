@@ -85,7 +85,7 @@ def command(
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
     from vdiff.training.folder import RUN
-    from vdiff.training.ladder import run_stages
+    from vdiff.training.ladder import found_student, run_stages
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
     from vdiff.training.student import memory_of_stage, recorded_threads
     from vdiff.training.threads import settled_threads
@@ -106,6 +106,8 @@ def command(
     if (updates := sum(stage.updates(config) for stage in stages)) >= FEW_UPDATES:
         recorded = recorded_threads(stages)
         config = replace(config, threads=settled_threads(config, teacher.build, teacher.shape, console, recorded))
+    if not overwrite:
+        found_student(stages[0], stages[0].settings(config))  # refuse before anything is measured
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
     memory = check_memory(lambda config: memory_of_stage(stages[0], config, images, engine), config, engine)
