@@ -83,7 +83,7 @@ def test_prepare_makes_the_dataset_of_the_command(tmp_path):
     vdiff.prepare(source, out=made, size=8, overwrite=True)
     with closing(ImageStore(made)) as store:
         assert (len(store), store.meta.sizes, store.meta.class_names) == (3, (8,), ("cat", "dog"))
-    with pytest.raises(ValueError, match=r"sizes \(0,\); need distinct sizes >= 1"):
+    with pytest.raises(ValueError, match=r"sizes \(0,\); need distinct sizes of at least 1"):
         vdiff.prepare(source, out=tmp_path / "none", size=0)
 
 

@@ -102,7 +102,7 @@ WRONG = {
     "model --guidance 2": ("--data data", 2, "has no answer without a class"),
     "model --teacher_steps 4": ("--data data", 2, "there is no teacher"),
     "model --teacher none": ("--data data", 1, "none"),
-    "model --out x.txt": ("--data data", 2, "no name for a JSON file"),
+    "model --out x.txt": ("--data data", 2, "not a name for a JSON file"),
     "model --raw --ema": ("--data data", 2, "exclude each other"),
     "model --raw": ("--data data", 0, ""),
 }

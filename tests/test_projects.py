@@ -151,6 +151,10 @@ def test_what_is_chosen_among_several_is_said():
     )
     aged("checkpoints/original", 0)
     aged("checkpoints/photos/original", 0)
+    refused(
+        "original: no such checkpoint; run `python train.py --name photoz` first, or choose with --name: photos",
+        partial(Project("photoz").teacher, print),
+    )
     assert Project().teacher(said.append) == Path("checkpoints/original")
     assert said[1:] == [
         "the teacher is checkpoints/original; --base chooses another: checkpoints/celebahq, checkpoints/photos/original"

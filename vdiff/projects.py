@@ -34,7 +34,9 @@ class Project:
 
     def __post_init__(self) -> None:
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise OptionError(f"--name {self.name!r}: no name of a project", "give letters, digits, _, - and . alone")
+            raise OptionError(
+                f"--name {self.name!r}: not a valid project name", "give letters, digits, _, - and . alone"
+            )
         if OF_MODELS.fullmatch(self.name) or (self.name and (self.checkpoints / CONFIG).is_file()):
             raise OptionError(f"--name {self.name}: {self.checkpoints} is a model's folder", "give another name")
 
@@ -141,10 +143,14 @@ class Project:
         Raises:
             VdiffError: there is none.
         """
-        if not self.original.is_dir() and (found := [*models_in(self.checkpoints), *_below(self.checkpoints)]):
-            raise VdiffError(
-                f"{self.original}: no such checkpoint", f"choose the teacher with --base: {_listed(found)}"
-            )
+        if not self.original.is_dir():
+            cause = f"{self.original}: no such checkpoint"
+            if found := [*models_in(self.checkpoints), *_below(self.checkpoints)]:
+                raise VdiffError(cause, f"choose the teacher with --base: {_listed(found)}")
+            if self.name:
+                others = sorted({path.parent.name for path in _below(CHECKPOINTS)})
+                choice = f", or choose with --name: {_listed(others)}" if others else ""
+                raise VdiffError(cause, f"run `python train.py{self._flag}` first{choice}")
         check_checkpoint(self.original)
         others = [path for path in models_in(self.checkpoints) if not OF_MODELS.fullmatch(path.name)]
         others += [] if self.name else [path for path in _below(self.checkpoints) if path.name == ORIGINAL]

@@ -82,6 +82,10 @@ def answered(first: Callable[[threading.Event], object], last: str, *, alone: bo
     sending.setblocking(False)
 
     def watch() -> None:
+        if hasattr(
+            signal, "pthread_sigmask"
+        ):  # or the kernel hands them to this thread while the main thread blocks them
+            signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
         seen: list[int] = []
         while number := receiving.recv(1):
             if number[0] not in EXIT_CODES:

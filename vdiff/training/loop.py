@@ -177,6 +177,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         save()
         if engine.is_main:
             settle(folder, config, config.num_iters)
+        stop.answer = lambda: reporter.line(f"{folder} is saved, its last samples are drawn; press again to leave now")
         with reporter.progress(f"samples of {folder.name}", preview_steps(run.description), "steps") as bar:
             draw_preview(config.num_iters, bar.update)
         if stop.exit_code is not None:
