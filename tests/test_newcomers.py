@@ -57,7 +57,7 @@ MISTAKES = [
     ("sample.py --checkpoint checkpoints/original/config.json", 1, "give the checkpoint's folder, checkpoints/origina"),
     ("sample.py --name nothing", 1, "no checkpoint under checkpoints/nothing/; run `python train.py --name nothing` f"),
     ("distill.py --base checkpoints/nowhere", 1, "checkpoints/nowhere: no such checkpoint; checkpoints holds original"),
-    ("distill.py --name nothing", 1, "checkpoints/nothing/original: no such checkpoint; run `python train.py --name nothing` first, or choose with --name: photos"),
+    ("distill.py --name nothing", 1, "checkpoints/nothing/original: no such checkpoint; run `python train.py --name"),
     ("vdiff evaluate checkpoints/nowhere", 1, "checkpoints/nowhere: no such checkpoint; checkpoints holds original"),
     ("vdiff inspect photos", 1, "photos holds no config.json; give a folder that train.py or distill.py wrote"),
     ("train.py --name original", 2, "--name original: checkpoints/original is a model's folder; give another name"),

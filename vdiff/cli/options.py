@@ -339,8 +339,8 @@ def project_option(*, read: bool = True) -> Callable[[Any], Any]:
         metavar="NAME",
         show_default="none",
         expose_value=read,
-        help="Work in a separate project: data/NAME_SIZE, checkpoints/NAME, samples/NAME. A checkpoint in it may be given "
-        "as base_5."
+        help="Work in a separate project: data/NAME_SIZE, checkpoints/NAME, samples/NAME. A checkpoint in it may be "
+        "given as base_5."
         if read
         else "Of the project whose checkpoint is meant, which may be given as base_5: checkpoints/NAME/base_5.",
     )
