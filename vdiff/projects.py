@@ -148,8 +148,8 @@ class Project:
             if found := [*models_in(self.checkpoints), *_below(self.checkpoints)]:
                 raise VdiffError(cause, f"choose the teacher with --base: {_listed(found)}")
             if self.name:
-                others = sorted({path.parent.name for path in _below(CHECKPOINTS)})
-                choice = f", or choose with --name: {_listed(others)}" if others else ""
+                names = sorted({path.parent.name for path in _below(CHECKPOINTS)})
+                choice = f", or choose with --name: {_listed(names)}" if names else ""
                 raise VdiffError(cause, f"run `python train.py{self._flag}` first{choice}")
         check_checkpoint(self.original)
         others = [path for path in models_in(self.checkpoints) if not OF_MODELS.fullmatch(path.name)]
