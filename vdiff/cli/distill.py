@@ -80,7 +80,7 @@ def command(
         chosen["base"] = str(project.teacher(console.line))
 
     from vdiff.evaluation.results import NOT_TRAINED
-    from vdiff.replacing import locked
+    from vdiff.replacing import check_ours, is_free, locked
     from vdiff.training.comparison import compare, known_rows
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
@@ -106,8 +106,10 @@ def command(
     if (updates := sum(stage.updates(config) for stage in stages)) >= FEW_UPDATES:
         recorded = recorded_threads(stages)
         config = replace(config, threads=settled_threads(config, teacher.build, teacher.shape, console, recorded))
-    if not overwrite:
-        found_student(stages[0], stages[0].settings(config))  # refuse before anything is measured
+    if not overwrite:  # refuse before anything is measured
+        if not is_free(stages[0].folder):
+            check_ours(stages[0].folder, RUN)
+        found_student(stages[0], stages[0].settings(config))
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
     memory = check_memory(lambda config: memory_of_stage(stages[0], config, images, engine), config, engine)
