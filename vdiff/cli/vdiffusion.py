@@ -89,7 +89,7 @@ def _one(command: str, name: str, value: str, given: dict[str, str]) -> list[str
             raise OptionError(f"--scheduler {value} is not in vdiff", "give --lr_schedule constant, linear or cosine")
         return ["--lr_schedule", SCHEDULES[value]]
     if name == "gamma":
-        if float(value or "nan") != 0:
+        if value.strip("0.") or "0" not in value:
             raise OptionError(f"--gamma {value}: that weight is not in vdiff", "choose another with --weighting")
         return ["--weighting", "snr_plus_one"]  # their error of v, for each pixel
     raise OptionError(f"--{name}: vdiff continues its own runs", "leave it out, and give --resume to train.py")

@@ -170,10 +170,8 @@ def scale_of(data: DataStats, n: int, image_size: int) -> Scale:
     side = min(image_size, SIDE)
     k = min(n, total // 2, len(data.kept))
     images = data.kept[random_subset(len(data.kept), k, 2)].astype(np.float64)
-    others, padded = (
-        Moments.of(images),
-        np.pad(images.reshape(k, -1, side, side), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge"),
-    )
+    others = Moments.of(images)
+    padded = np.pad(images.reshape(k, -1, side, side), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
     blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
     rest = FrechetDistance(data.moments - others)
