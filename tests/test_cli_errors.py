@@ -108,36 +108,42 @@ CASES = [
     ("prepare_data.py empty", FAILED, "no images in empty; give a folder or an archive with image files"),
     ("prepare_data.py photos", FAILED, "no images in photos; it holds 1 .txt; give a folder or an archive"),
     ("prepare_data.py file", FAILED, "file is not a folder, zip, tar or dataset; give a folder of images"),
-    ("prepare_data.py --out file", FAILED, "file exists and is no dataset that vdiff wrote; choose another --name"),
+    ("prepare_data.py --out file", FAILED, "file exists and is not a dataset that vdiff wrote; choose another --name"),
     ("prepare_data.py --out file/set --num_workers 0", FAILED, "cannot write file/set: Not a directory; "),
     ("prepare_data.py --out data/toy_4", FAILED, "data/toy_4 exists already; give another --name or --out to keep b"),
-    ("prepare_data.py --out photos --overwrite", FAILED, "photos exists and is no dataset that vdiff wrote; "),
+    ("prepare_data.py --out photos --overwrite", FAILED, "photos exists and is not a dataset that vdiff wrote; "),
     (f"{TRAIN} --data nowhere", FAILED, "nowhere: no such dataset; give the folder that prepare_data.py wrote"),
     (f"{TRAIN} --data empty", FAILED, "empty is not a dataset: it holds no data.mdb; make one of your images: python"),
     (f"{TRAIN} --data file", FAILED, "file is not a dataset: it holds no data.mdb; "),
     ("train.py --config nowhere.toml", USAGE, "nowhere.toml cannot be read: No such file or directory; give --config"),
     ("train.py --config photos", USAGE, "photos cannot be read: Is a directory; give --config a TOML file"),
     ("train.py --config file", USAGE, "file is no TOML: …; correct the file"),
-    (f"{TRAIN}/x --out file", FAILED, "file exists and is no run that vdiff wrote; choose another --out"),
+    (f"{TRAIN}/x --out file", FAILED, "file exists and is not a run that vdiff wrote; choose another --out"),
     (f"{TRAIN} --out file/x", FAILED, "cannot write file/x: Not a directory; "),
-    (f"{TRAIN} --out photos", FAILED, "photos exists and is no run that vdiff wrote; choose another --out"),
-    (f"{TRAIN} --out photos --overwrite", FAILED, "photos exists and is no run that vdiff wrote; choose another --out"),
+    (f"{TRAIN} --out photos", FAILED, "photos exists and is not a run that vdiff wrote; choose another --out"),
+    (
+        f"{TRAIN} --out photos --overwrite", FAILED,
+        "photos exists and is not a run that vdiff wrote; choose another --out",
+    ),
     (f"{DISTILL}/nowhere", FAILED, "checkpoints/nowhere: no such checkpoint; checkpoints holds base_0, base_5, "),
     ("distill.py --base nowhere/x", FAILED, "nowhere/x: no such checkpoint; run `python train.py` first"),
     ("distill.py --base empty", FAILED, "empty holds no config.json; give a folder that train.py or distill.py wrote"),
     ("distill.py --base file", FAILED, "file is a file; give the checkpoint's folder, the one that holds config.json"),
-    (f"{DISTILL}/base_5 --out file", FAILED, "file exists and is no run that vdiff wrote; choose another --out"),
+    (f"{DISTILL}/base_5 --out file", FAILED, "file exists and is not a run that vdiff wrote; choose another --out"),
     (f"{DISTILL}/base_5 --out file/x", FAILED, "cannot write file/x: Not a directory; "),
-    (f"{DISTILL}/base_5 --out photos", FAILED, "photos exists and is no run that vdiff wrote; choose another --out"),
+    (f"{DISTILL}/base_5 --out photos", FAILED, "photos exists and is not a run that vdiff wrote; choose another --out"),
     (f"{DISTILL}/base_5 --data nowhere", FAILED, "nowhere: no such dataset; "),
     (f"{SAMPLE}/nowhere", FAILED, "checkpoints/nowhere: no such checkpoint; checkpoints holds base_0, "),
     ("sample.py --checkpoint empty", FAILED, "empty holds no config.json; give a folder that train.py or distill.py"),
     ("sample.py --checkpoint file", FAILED, "file is a file; give the checkpoint's folder"),
     ("sample.py --checkpoint checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: check"),
     ("vdiff inspect checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: check"),
-    (f"{SAMPLE}/base_5 --out file", FAILED, "file exists and is no set of samples that vdiff wrote; "),
+    (f"{SAMPLE}/base_5 --out file", FAILED, "file exists and is not a set of samples that vdiff wrote; "),
     (f"{SAMPLE}/base_5 --out file/x", FAILED, "cannot write file/x: Not a directory; "),
-    (f"{SAMPLE}/base_5 --out photos --overwrite", FAILED, "photos exists and is no set of samples that vdiff wrote; "),
+    (
+        f"{SAMPLE}/base_5 --out photos --overwrite", FAILED,
+        "photos exists and is not a set of samples that vdiff wrote; ",
+    ),
     # existing output
     ("train.py --config tiny.toml", FAILED, "checkpoints/original exists already (4 of 4 updates); give another --na"),
     (f"{TRAIN} --out checkpoints/half", FAILED, "checkpoints/half exists already (2 of 4 updates); give --resume to "),
@@ -401,7 +407,7 @@ def test_damaged_leftovers():
     done(again)
     Path("samples/mine/samples.json").write_text("{")
     assert error(again, FAILED) == (
-        "samples/mine exists and is no set of samples that vdiff wrote; choose another --out"
+        "samples/mine exists and is not a set of samples that vdiff wrote; choose another --out"
     )
     state = Path("checkpoints/half/state/state.safetensors")
     state.write_bytes(state.read_bytes()[:-9])

@@ -243,10 +243,10 @@ def test_outputs_of_others_are_refused_in_one_line(place):
     Path("photos.npz").write_text("mine")
     before = tree(place)
     for line, words in [
-        ("plain --out photos.npz", "photos.npz exists and is no set of samples that vdiff wrote; choose another"),
+        ("plain --out photos.npz", "photos.npz exists and is not a set of samples that vdiff wrote; choose another"),
         (
             "plain --out photos.npz --overwrite",
-            "photos.npz exists and is no set of samples that vdiff wrote; choose another",
+            "photos.npz exists and is not a set of samples that vdiff wrote; choose another",
         ),
         (
             "plain --out mine.zip --num 3",

@@ -130,7 +130,7 @@ def test_errors_say_what_to_do() -> None:
     assert "--quality 90 has no meaning for png" in error("photos", "--format", "png", "--quality", "90", code=2)
     assert "--background 'whitish' is no colour" in error("photos", "--background", "whitish", code=2)
     assert "cannot write file/out" in error("photos", "--out", "file/out")
-    assert "file exists and is no dataset that vdiff wrote" in error("photos", "--out", "file", "--overwrite")
+    assert "file exists and is not a dataset that vdiff wrote" in error("photos", "--out", "file", "--overwrite")
     assert "did you mean" in error("photos", "--strickt", code=2)
     assert run("photos", "--size", "4", "--out", "set").exit_code == 0
     assert "crop_scale 0.5 has no meaning for --crop center" in error("photos", "--crop_scale", "0.5", code=2)

@@ -275,7 +275,7 @@ def test_shards_as_they_are_typed(source: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear").write_text("x")
     words = "vdiff data merge data/photos_8.1of2 data/photos_8.2of2 --overwrite --out letters"
-    assert "letters exists and is no dataset that vdiff wrote" in error(words, 1)
+    assert "letters exists and is not a dataset that vdiff wrote" in error(words, 1)
     for wrong in ("2", "3/2", "0/2", "a/b", "1/2/3"):
         assert "--shard" in error(f"{base} --shard {wrong}", 2)
 

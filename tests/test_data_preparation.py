@@ -249,7 +249,7 @@ def test_overwrite_replaces_datasets_only(tmp_path: Path) -> None:
         with pytest.raises(VdiffError, match="the images lie in the output folder"):
             prepare(source, photos, CONFIG, overwrite=True)
     letters = write(tmp_path / "letters", {"dear.txt": b"x"})
-    with pytest.raises(VdiffError, match="exists and is no dataset that vdiff wrote"):
+    with pytest.raises(VdiffError, match="exists and is not a dataset that vdiff wrote"):
         prepare(Folder(photos), letters, CONFIG, overwrite=True)
     assert (letters / "dear.txt").exists()
 

@@ -281,7 +281,7 @@ def test_a_folder_of_that_name_that_is_something_else_is_left_alone(source: Path
     letters.mkdir()
     (letters / "dear.txt").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(VdiffError, match=r"out\.partial exists and is no preparation that vdiff wrote"):
+        with pytest.raises(VdiffError, match=r"out\.partial exists and is not a preparation that vdiff wrote"):
             prepare(Folder(source), tmp_path / "out", CONFIG, overwrite=overwrite)
     assert os.listdir(letters) == ["dear.txt"]
 

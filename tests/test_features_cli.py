@@ -198,7 +198,7 @@ BAD = [
         "--kind classifier: small has no classes; give --kind autoencoder",
     ),
     ("--data one --out f.pt2 --kind classifier", 2, "--kind classifier: one has 1 class; give"),
-    ("--data digits --out old.pt2", 1, "old.pt2 exists and is no program that vdiff wrote; choose"),
+    ("--data digits --out old.pt2", 1, "old.pt2 exists and is not a program that vdiff wrote; choose"),
     ("--data digits --out folder.pt2 --overwrite", 2, "folder.pt2 is a folder; give"),
     ("--data digits --out f.onnx", 2, "--out f.onnx: the file is a torch.export program; give FILE.pt2"),
     ("--data digits --out old.pt2/f.pt2", 1, "cannot write old.pt2/f.pt2: "),

@@ -851,7 +851,7 @@ def test_nothing_is_replaced_unasked(place, tmp_path, monkeypatch):
     export = f"vdiff export diffusers {place}/ours/v"
     Path("mine").mkdir()
     Path("mine/model_index.json").write_text("{}")
-    assert "mine exists and is no pipeline that vdiff wrote" in error(f"{export} mine --overwrite", 1)
+    assert "mine exists and is not a pipeline that vdiff wrote" in error(f"{export} mine --overwrite", 1)
     assert error(f"{export} ours", 1) if Path("ours").exists() else done(f"{export} ours")
     before = tree(Path("ours"))
     assert "ours exists already; give another " in error(f"{export} ours", 1)
@@ -866,7 +866,7 @@ def test_nothing_is_replaced_unasked(place, tmp_path, monkeypatch):
     done("vdiff import diffusers ours --out made --overwrite --num_timesteps 4")
     assert read_config(Path("made")).num_timesteps == 4
     shutil.copytree(place / "ours/v", "trained")
-    assert "trained exists and is no imported model" in error(
+    assert "trained exists and is not an imported model" in error(
         "vdiff import diffusers ours --out trained --overwrite", 1
     )
     assert [path.name for path in Path().iterdir() if path.name.startswith(".")] == []

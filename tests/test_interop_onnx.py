@@ -211,7 +211,7 @@ def test_a_network_too_large_for_the_format_is_refused(folder, tmp_path, monkeyp
 
 BAD = [
     ("model.pt2", "model.pt2 is not a name for an export of this kind; give FILE.onnx"),
-    ("taken.onnx", "exists and is no ONNX file that vdiff wrote"),
+    ("taken.onnx", "exists and is not an ONNX file that vdiff wrote"),
     ("s.onnx --sampler_graph --output x", "--output x is for evaluations"),
     ("s.onnx --no_clip", "--no_clip is for samplers"),
     ("s.onnx --clipping_value 1.2", "--clipping_value is for samplers"),

@@ -247,7 +247,7 @@ def test_an_import_replaces_only_imports(tmp_path, monkeypatch):
     for folder in ("checkpoints/own", "notes", "theirs"):
         held = contents(Path(folder))
         told = error(f"vdiff import reference digits.pt {flags} --overwrite --out {folder}", 1)
-        assert told == f"{folder} exists and is no imported model that vdiff wrote; choose another --out"
+        assert told == f"{folder} exists and is not an imported model that vdiff wrote; choose another --out"
         assert contents(Path(folder)) == held
 
 

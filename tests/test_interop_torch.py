@@ -190,7 +190,7 @@ def test_existing_files_stay_without_overwrite(folder, tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"old")
     (tmp_path / "folder.pt2").mkdir()
     for name, message in (
-        ("model.pt2", "exists and is no program that vdiff"),
+        ("model.pt2", "exists and is not a program that vdiff"),
         ("folder.pt2", "is a folder; give"),
     ):
         assert message in error(f"vdiff export torch {folder / 'plain'} {tmp_path / name}", 1)

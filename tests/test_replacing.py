@@ -369,5 +369,5 @@ def test_only_a_file_that_vdiff_wrote_is_replaced(place, name):
     with locked(Path(name)):
         assert error(f"{line}{switch}", 1).startswith(f"another process is writing {name}; wait for it")
     Path(name).write_text("mine")
-    assert error(f"{line}{switch}", 1).startswith(f"{name} exists and is no ")
+    assert error(f"{line}{switch}", 1).startswith(f"{name} exists and is not a")
     assert Path(name).read_text() == "mine"

@@ -263,10 +263,10 @@ def test_other_folders_are_left_alone(model, tmp_path, overwrite):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "00000.png").write_text("mine")
     with pytest.raises(
-        VdiffError, match=r"photos exists and is no set of samples that vdiff wrote; choose another --out"
+        VdiffError, match=r"photos exists and is not a set of samples that vdiff wrote; choose another --out"
     ):
         run(spec(model), tmp_path / "photos", overwrite=overwrite)
-    with pytest.raises(VdiffError, match=r"00000\.png exists and is no set of samples"):
+    with pytest.raises(VdiffError, match=r"00000\.png exists and is not a set of samples"):
         run(spec(model), tmp_path / "photos" / "00000.png", overwrite=overwrite)
     assert contents(tmp_path / "photos") == {"00000.png": b"mine"}
 
@@ -283,7 +283,7 @@ def test_a_damaged_record_proves_nothing(model, tmp_path, text):
     (tmp_path / "out" / RECORD).write_text(text)
     before = contents(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(VdiffError, match="out exists and is no set of samples that vdiff wrote; choose another"):
+        with pytest.raises(VdiffError, match="out exists and is not a set of samples that vdiff wrote; choose another"):
             run(spec(model), tmp_path / "out", num=2, overwrite=overwrite)
     assert contents(tmp_path) == before
 

@@ -261,9 +261,11 @@ def test_what_others_made_is_left_alone(models, tmp_path, overwrite):
     (tmp_path / "new.npz.partial" / "x").write_text("mine")
     before = contents(tmp_path)
     for name in ("mine.zip", "photos.zip", "data.lmdb"):
-        with pytest.raises(VdiffError, match="exists and is no set of samples that vdiff wrote; choose another --out"):
+        with pytest.raises(
+            VdiffError, match="exists and is not a set of samples that vdiff wrote; choose another --out"
+        ):
             run(spec(models["rgb"]), tmp_path / name, form=name[-4:].strip("."), overwrite=overwrite)
-    with pytest.raises(VdiffError, match=r"new\.npz\.partial exists and is no set of samples that vdiff wrote"):
+    with pytest.raises(VdiffError, match=r"new\.npz\.partial exists and is not a set of samples that vdiff wrote"):
         run(spec(models["rgb"]), tmp_path / "new.npz", form="npz", overwrite=overwrite)
     assert contents(tmp_path) == before
 

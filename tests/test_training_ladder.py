@@ -556,7 +556,7 @@ def test_a_kill_before_the_settings_were_written_leaves_nothing_in_the_way(data,
     (folder / f".{RUN_FILE}.123.tmp").write_text("[distill]")
     (folder / "mine.txt").touch()
     before = contents(folder)
-    with pytest.raises(VdiffError, match="base_0 exists and is no run that vdiff wrote"):
+    with pytest.raises(VdiffError, match="base_0 exists and is not a run that vdiff wrote"):
         run_ladder(distill_config(data, teacher, check_images=0), read_config(teacher))
     assert contents(folder) == before
     (folder / "mine.txt").unlink()

@@ -315,9 +315,9 @@ def test_what_exists_is_replaced_only_when_told_to(data, whole, tmp_path):
 def test_a_folder_that_is_no_run_is_left_alone(data, tmp_path, overwrite):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("meow")
-    with pytest.raises(VdiffError, match="exists and is no run that vdiff wrote"):
+    with pytest.raises(VdiffError, match="exists and is not a run that vdiff wrote"):
         run_training(train_config(data), tmp_path / "photos", overwrite=overwrite)
-    with pytest.raises(VdiffError, match=r"cat\.txt exists and is no run"):
+    with pytest.raises(VdiffError, match=r"cat\.txt exists and is not a run"):
         run_training(train_config(data), tmp_path / "photos" / "cat.txt", overwrite=overwrite)
     assert (tmp_path / "photos" / "cat.txt").read_text() == "meow"
 

@@ -72,7 +72,7 @@ def test_from_their_checkpoint_to_a_picture(place):
     assert cached.stat().st_mtime_ns == before
     Path("images/x.png").unlink()
     PIL.Image.new("L", (8, 8)).save("images/mine.png")
-    assert "images/mine.png exists and is no " in error(
+    assert "images/mine.png exists and is not a picture that vdiff wrote" in error(
         f"sample.py --checkpoint {cached.parent} --out images/mine.png", 1
     )
 

@@ -153,7 +153,8 @@ def check_ours(path: Path, kind: Kind, *, flag: str = "another --out") -> str:
     """The regular expression of what vdiff wrote at `path`. Raises VdiffError: what is there is not of this kind."""
     known = kind.files(path)
     if not known:
-        raise VdiffError(f"{path} exists and is no {kind.name} that vdiff wrote", f"choose {flag}")
+        article = "an" if kind.name[0] in "aeioO" else "a"
+        raise VdiffError(f"{path} exists and is not {article} {kind.name} that vdiff wrote", f"choose {flag}")
     return known
 
 
