@@ -1,13 +1,13 @@
-# make quickstart    install what running needs, then digits in 1 to 1024 steps, and a page about it: checkpoints/report.html
-# make test          install what developing needs, then all checks and the tests but the slow ones
+# make quickstart    install vdiff, train and distil on digits, write a report: checkpoints/report.html
+# make test          install vdiff and the developers' tools, run lint, format, types and all tests but the slow ones
 # make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
 # make test_docs     every command of README and docs, as typed, in a fresh clone after the quickstart
 # make rounding      numeric tests with the rounding of a processor without vector instructions
 # make minimum       all tests with the lowest versions that pyproject.toml allows, in .venv-minimum
-# make check         lint, format and types alone
+# make check         lint, format and types only
 # make docs          docs/commands.md from --help; figures and pictures of README and docs/benchmarks.md
 # make benchmarks    the tables in benchmarks/results
-# make clean         remove the set-up and what tools left behind; data and checkpoints stay
+# make clean         remove the environments, build outputs and caches; data and checkpoints stay
 
 PYTHON ?= python3
 RUN := .venv/bin/python
