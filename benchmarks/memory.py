@@ -3,7 +3,8 @@
     python benchmarks/memory.py
 
 The peak is what the operating system says of the process (on CUDA, torch of its tensors), after two updates. Some
-batches are smaller than the preset's, as large ones take long.
+batches are smaller than the preset's, as large ones take long. Two constants of `vdiff/training/estimate.py` were
+fitted to these rows on a CPU, so the differences there say how well they fit, not how well they predict.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def main() -> None:
         "# Memory of a training: estimated and measured",
         "",
         f"`python benchmarks/memory.py`: {os.cpu_count()} cores. MiB of the whole process, Python and its libraries",
-        "included (on CUDA, of tensors). The measurement does not depend on how busy the machine is.",
+        "included (on CUDA, of tensors). The measurement does not depend on how busy the machine is. Two constants of",
+        "the estimate were fitted to these rows on a CPU.",
         "",
         "| preset | batch | further flags | device | estimated | measured | difference |",
         "|---|--:|---|---|--:|--:|--:|",

@@ -1,8 +1,10 @@
 """Updates a second by threads, by how threads wait for each other, by precision, and beside other programs.
 
-    python benchmarks/threads.py            # alone on the machine: it makes its own load
+    python benchmarks/threads.py             # results/threads.md; alone on the machine: it makes its own load
+    python benchmarks/threads.py --quick     # a minute, to see that it runs; writes nothing
 
-The network and batch of the preset digits; each row is a process of its own, as OpenMP reads its variables once.
+The network and batch of the preset digits; each cell is a process of its own, as OpenMP reads its variables once. No
+results of it are kept yet.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 SECONDS = 5.0
 WAITING = {
     "default": {},
@@ -20,7 +24,6 @@ WAITING = {
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
-OUT = Path(__file__).parent / "results" / "threads.md"
 
 
 def measure(num_threads: int, precision: str) -> float:
@@ -59,27 +62,24 @@ def rates(num_threads: int, precision: str, environment: dict[str, str], num_oth
 
 def main() -> None:
     """Print the table and write it."""
-    if len(sys.argv) > 1:
+    quick = sys.argv[1:] == ["--quick"]
+    if len(sys.argv) > 1 and not quick:
         print(measure(int(sys.argv[1]), sys.argv[2]))
         return
+
+    from benchmarks.report import machine, write_report
+
     cores = os.cpu_count() or 1
     load = f", load {os.getloadavg()[0]:.1f} before it began" if hasattr(os, "getloadavg") else ""
-    lines = [
-        "# Updates a second by threads, waiting, precision and load",
-        "",
-        f"`python benchmarks/threads.py`: preset digits, {cores} cores{load}.",
-        "Processors of the other kind (Intel with AMX, where this one has AVX-512-BF16) were not measured.",
-        "",
-        f"| threads | waiting | precision | alone | beside {cores} busy programs |",
-        "|--:|---|---|--:|--:|",
-    ]
-    print(*lines, sep="\n")
-    rows = [(1, "default", "fp32"), *((cores, waiting, "fp32") for waiting in WAITING), (cores, "default", "bf16")]
-    for num_threads, waiting, precision in rows:
+    settings = [(1, "default", "fp32"), *((cores, waiting, "fp32") for waiting in WAITING), (cores, "default", "bf16")]
+    rows = []
+    for num_threads, waiting, precision in settings[:1] if quick else settings:
         found = [rates(num_threads, precision, WAITING[waiting], others) for others in (0, cores)]
-        lines.append(f"| {num_threads} | {waiting} | {precision} | {found[0]:.2f} | {found[1]:.2f} |")
-        print(lines[-1], flush=True)
-    OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows.append([str(num_threads), waiting, precision, *(f"{rate:.2f}" for rate in found)])
+        print(*rows[-1], flush=True)
+    if not quick:
+        columns = ["threads", "waiting", "precision", "alone", f"beside {cores} busy programs"]
+        write_report("threads", "Updates a second of the preset digits on CPUs", columns, rows, machine() + load)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.estimate import FLOAT, LiveBytes, Memory, check_memory, disk_of, facts, memory_of, time_facts
+from vdiff.training.posthoc import NUM_SNAPSHOTS
 from vdiff.training.stages import plan_stages
 from vdiff.training.student import memory_of_stage
 
@@ -161,10 +163,26 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit(monkeypatch, f
         check_memory(lambda _: replace(NEEDS, activations=0), config, engine)
 
 
+@pytest.mark.parametrize(("device", "processes", "left"), [("cpu", 1, 88), ("cpu", 2, 76), ("cuda", 2, 87)])
+def test_memory_that_is_left_counts_all_processes_and_what_they_have_taken(monkeypatch, device, processes, left):
+    taken = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=GIB))
+    monkeypatch.setattr(estimate, "free_memory", lambda _: 100 * GIB)
+    monkeypatch.setattr(estimate.psutil, "Process", lambda: taken)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert estimate.memory_left(NEEDS, SimpleNamespace(device=torch.device(device))) == left * GIB
+
+
 def test_disk_and_time_in_words():
-    plain = config_of(keep_last=0, keep_every=0, ema=0.9, ema_more="", ema_profiles=False)
-    assert disk_of(NEEDS, plain) == 2 * (1 + 4) * GIB
-    assert disk_of(NEEDS, replace(plain, keep_last=3)) == (2 * (1 + 4) + 3) * GIB
+    plain = config_of(num_iters=12, keep_last=0, keep_every=0, ema=0.9, ema_more="", ema_profiles=False)
+    for changes, gibibytes in [
+        ({}, 2 * (1 + 4)),
+        ({"keep_last": 3}, 2 * (1 + 4) + 3),
+        ({"keep_every": 5}, 2 * (1 + 4) + 2),
+        ({"ema_more": "0.99,0.999"}, 2 * (1 + 4) + 2 * NUM_SNAPSHOTS),
+        ({"ema_more": "0.99,0.999", "ema_interval": 5}, 2 * (1 + 4) + 2 * 3),
+        ({"fsdp": True}, 2 * 2 * (1 + 4)),  # of which two processes hold a half each
+    ]:
+        assert disk_of(NEEDS, replace(plain, **changes), world_size=2) == gibibytes * GIB, changes
     assert time_facts(7200, 100, "cpu") == {"time": "2:00:00 on cpu: 100 updates of 72 s"}
     longer = time_facts(90_000, 100, "cpu")
     assert longer["warning"] == "more than a day: fewer --num_iters, a smaller --preset or a GPU"

@@ -174,10 +174,14 @@ def num_averages(config: LoopConfig) -> int:
     return len(further) + (profile is not None)
 
 
-def disk_of(memory: Memory, config: LoopConfig) -> int:
-    """The most bytes that a run's folder takes: a checkpoint and a state with their successors, and what is kept."""
-    weights = memory.gradients
-    state = weights + memory.moments + memory.averages
+def disk_of(memory: Memory, config: LoopConfig, world_size: int) -> int:
+    """The most bytes that a run's folder takes: a checkpoint and a state with their successors, and what is kept.
+
+    Files hold whole tensors, also where each process has a part of them in memory.
+    """
+    parts = world_size if config.fsdp else 1
+    weights = parts * memory.gradients
+    state = weights + parts * (memory.moments + memory.averages)
     kept = config.keep_last + (config.num_iters // config.keep_every if config.keep_every else 0)
     further = max(0, num_averages(config) - 1) * weights
     snapshots = math.ceil(config.num_iters / config.ema_interval) if config.ema_interval else NUM_SNAPSHOTS
@@ -250,7 +254,7 @@ def facts(memory: Memory | None, config: LoopConfig, engine: Engine) -> dict[str
     return {
         "memory": rows[0],
         **{" " * k: row for k, row in enumerate(rows[1:], 1)},
-        "disk": f"up to {gib(disk_of(memory, config))} GiB",
+        "disk": f"up to {gib(disk_of(memory, config, engine.world_size))} GiB",
     }
 
 
