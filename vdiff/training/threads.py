@@ -41,15 +41,13 @@ def settled_threads(
     denoiser, z = build().train(), torch.zeros(min(config.batch_size, IMAGES), *shape)
     times = seconds_by_threads(denoiser, z, sorted({1, (most + 1) // 2, most}))
     best = min(times, key=lambda number: times[number])
-    others = ", ".join(f"{number}: {seconds:.2g} s" for number, seconds in times.items())
-    reporter.line(f"threads {best}: a pass of {len(z)} images takes with {others}; --threads fixes them")
+    others = ", ".join(f"{seconds:.2g} s with {number}" for number, seconds in times.items())
+    reporter.line(f"threads {best}: a pass of {len(z)} images takes {others}; --threads sets the number")
     if config.precision == "auto" and computes_bf16():
         torch.set_num_threads(best)
         faster = times[best] / seconds_of_pass(denoiser, z, torch.autocast("cpu", dtype=torch.bfloat16))
         if faster > WORTH_WHILE:
-            reporter.line(
-                f"--precision bf16 would take 1/{faster:.1f} of the time; what it does to quality is not known"
-            )
+            reporter.line(f"--precision bf16 is {faster:.1f} times as fast here; its effect on quality is not measured")
     return best
 
 
