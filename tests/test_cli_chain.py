@@ -489,7 +489,7 @@ def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("place")
 def test_without_a_preset_the_image_size_decides_and_the_first_line_says_so():
-    why = "as it fits 10 images of this size on cpu"
+    why = "as it fits 10 such images on cpu"
     assert done("train.py --dry_run --all --device cpu").stderr == f"preset digits, data/toy_4: 4×4×1, {why}\n"
     assert run("train.py --dry_run --all --preset toy --image_size 64").stderr == "preset toy, assumed: 64×64×1\n"
 

@@ -119,7 +119,7 @@ def test_the_steps_of_a_project_follow_from_its_name():
     done("train.py --config tiny.toml --name cats")
     done("distill.py --config tiny.toml --name cats --report False")
     result = done("sample.py --name cats --num 1")
-    assert "checkpoints/cats/base_0 is the newest model in checkpoints/cats/; others: original\n" in result.stderr
+    assert "checkpoints/cats/base_0 is the newest model in checkpoints/cats/\nothers: original\n" in result.stderr
     assert len(list(Path("samples/cats").glob("base_0-*/*.png"))) == 1
     done("sample.py --name cats --checkpoint original --num 1", {"VDIFF_NAME": "photos"})
     done("sample.py --num 1 --num_timesteps 2 --checkpoint base_0", {"VDIFF_NAME": "photos"})

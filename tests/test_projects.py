@@ -114,6 +114,11 @@ def test_a_checkpoint_by_its_name_in_the_project():
     assert photos.inside(Path("base_5")) == Path("checkpoints/photos/base_5")
     assert photos.inside(Path("base_6")) == Path("base_6")  # what is typed is there
     assert photos.inside(Path("checkpoints/base_5")) == Path("checkpoints/base_5")
+    refused(
+        "checkpoints/photoz/base_5: no such checkpoint; run `python train.py --name photoz` first, or choose with "
+        "--name: photos",
+        lambda: check_checkpoint(Project("photoz").inside(Path("base_5")), Project("photoz")),
+    )
 
 
 def test_what_is_no_checkpoint():
@@ -144,7 +149,7 @@ def test_what_is_chosen_among_several_is_said():
     aged("checkpoints/base_10", 0)
     aged("checkpoints/celebahq", 0)
     Project().newest(said.append)
-    assert said == ["checkpoints/base_9 is the newest model in checkpoints/; others: base_10, celebahq"]
+    assert said == ["checkpoints/base_9 is the newest model in checkpoints/", "others: base_10, celebahq"]
     refused(
         "original: no such checkpoint; choose the teacher with --base: checkpoints/base_9,",
         partial(Project().teacher, print),
@@ -156,11 +161,11 @@ def test_what_is_chosen_among_several_is_said():
         partial(Project("photoz").teacher, print),
     )
     assert Project().teacher(said.append) == Path("checkpoints/original")
-    assert said[1:] == [
+    assert said[2:] == [
         "the teacher is checkpoints/original; --base chooses another: checkpoints/celebahq, checkpoints/photos/original"
     ]
     assert Project("photos").teacher(said.append) == Path("checkpoints/photos/original")
-    assert len(said) == 2
+    assert len(said) == 3
 
 
 def test_students_lie_in_the_project():

@@ -508,8 +508,8 @@ def test_a_preset_that_leaves_classes_unused_says_so(data, classes, tmp_path):
         )
         return config.class_conditional, watcher.lines
 
-    line = "2 classes, not used by the network (preset {}); --class_conditional True uses them"
-    why = ", as it fits 10 images of this size on cpu"
+    line = "preset {} does not use the 2 classes; --class_conditional True does"
+    why = ", as it fits 10 such images on cpu"
     cpu = {"device": "cpu"}
     first = f"preset digits, {classes}: 4×4×3{why}"
     assert told(cpu) == (False, [first, line.format("digits")])

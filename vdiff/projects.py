@@ -118,7 +118,7 @@ class Project:
         """The model that was written last; another average of a run only where there is nothing else.
 
         Args:
-            say: gets a line of the others, where there are any.
+            say: gets two lines, of the choice and of the others, where there are any.
 
         Raises:
             VdiffError: there is none.
@@ -126,7 +126,8 @@ class Project:
         if found := models_in(self.checkpoints):
             newest = max(found, key=_age)
             if others := [path.name for path in found if path != newest]:
-                say(f"{newest} is the newest model in {self.checkpoints}/; others: {_listed(others)}")
+                say(f"{newest} is the newest model in {self.checkpoints}/")
+                say(f"others: {_listed(others)}")
             return newest
         inside = sorted({path.parent.name for path in _below(self.checkpoints)})
         ways = [f"give --name {name}" for name in inside] or [
@@ -143,15 +144,10 @@ class Project:
         Raises:
             VdiffError: there is none.
         """
-        if not self.original.is_dir():
-            cause = f"{self.original}: no such checkpoint"
-            if found := [*models_in(self.checkpoints), *_below(self.checkpoints)]:
-                raise VdiffError(cause, f"choose the teacher with --base: {_listed(found)}")
-            if self.name:
-                names = sorted({path.parent.name for path in _below(CHECKPOINTS)})
-                choice = f", or choose with --name: {_listed(names)}" if names else ""
-                raise VdiffError(cause, f"run `python train.py{self._flag}` first{choice}")
-        check_checkpoint(self.original)
+        if not self.original.is_dir() and (found := [*models_in(self.checkpoints), *_below(self.checkpoints)]):
+            hint = f"choose the teacher with --base: {_listed(found)}"
+            raise VdiffError(f"{self.original}: no such checkpoint", hint)
+        check_checkpoint(self.original, self)
         others = [path for path in models_in(self.checkpoints) if not OF_MODELS.fullmatch(path.name)]
         others += [] if self.name else [path for path in _below(self.checkpoints) if path.name == ORIGINAL]
         if others:
@@ -165,7 +161,13 @@ class Project:
     def inside(self, path: Path) -> Path:
         """A path as a command gets it: `base_5` may be a checkpoint's name within the project."""
         found = self.checkpoints / path
-        return found if len(path.parts) == 1 and not path.exists() and found.is_dir() else path
+        return found if len(path.parts) == 1 and not path.exists() and (self.name or found.is_dir()) else path
+
+    def first_step(self) -> str:
+        """What makes its first model, and the names of other projects that have one."""
+        names = sorted({path.parent.name for path in _below(CHECKPOINTS)} - {self.name}) if self.name else []
+        choice = f", or choose with --name: {_listed(names)}" if names else ""
+        return f"run `python train.py{self._flag}` first{choice}"
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -175,15 +177,18 @@ def models_in(folder: Path) -> list[Path]:
     return sorted(shown, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(9), path.name))
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_checkpoint(folder: Path, project: Project | None = None) -> None:
     """See that a checkpoint is at `folder`, without reading it.
+
+    Args:
+        project: the one that a command works in.
 
     Raises:
         VdiffError: nothing is there, or something else; it lists the checkpoints nearby.
     """
     if not folder.exists():
         beside = _listed([path.name for path in models_in(folder.parent)])
-        hint = f"{folder.parent} holds {beside}" if beside else "run `python train.py` first"
+        hint = f"{folder.parent} holds {beside}" if beside else (project or Project()).first_step()
         raise VdiffError(f"{folder}: no such checkpoint", elsewhere(folder) or hint)
     if not folder.is_dir():
         inside = folder.parent if (folder.parent / CONFIG).is_file() else None

@@ -320,7 +320,7 @@ class Checkpoint(click.ParamType):
         """
         found = project.inside(Path(value))
         if not (found.suffix in PICKLES and found.is_file()):
-            check_checkpoint(found)
+            check_checkpoint(found, project)
         return self.kind(found)
 
 

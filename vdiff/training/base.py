@@ -69,7 +69,7 @@ def resolve_training(
         if not preset:
             device = pick_device(str(chosen.get("device") or "auto")).type
             preset = preset_for(images.image_size, images.num_images, device)
-            reason = f", as it fits {images.num_images:,} images of this size on {device}"
+            reason = f", as it fits {images.num_images:,} such images on {device}"
         layers[f"preset {preset}"] = read_preset(preset, images.num_images).train
     if config_file:
         layers[str(config_file)] = settings.train
@@ -80,8 +80,8 @@ def resolve_training(
         shape = f"{images.image_size}×{images.image_size}×{images.channels}"
         reporter.line(f"preset {preset or config.preset}, {images.name}: {shape}{reason}")
     if reporter and images.class_names and config.class_conditional is False and "class_conditional" not in chosen:
-        unused = f"{len(images.class_names)} classes, not used by the network (preset {preset})"
-        reporter.line(f"{unused}; --class_conditional True uses them")
+        unused = f"preset {preset} does not use the {len(images.class_names)} classes"
+        reporter.line(f"{unused}; --class_conditional True does")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     if config.class_dropout and not conditional:
         raise OptionError(f"--class_dropout {config.class_dropout}: the network does not use classes", "leave it out")
