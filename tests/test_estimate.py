@@ -172,6 +172,30 @@ def test_memory_that_is_left_counts_all_processes_and_what_they_have_taken(monke
     assert estimate.memory_left(NEEDS, SimpleNamespace(device=torch.device(device))) == left * GIB
 
 
+@pytest.mark.parametrize(
+    ("mine", "longest", "found", "updates"),
+    [(3.0, 3.0, 1.0, 4), (4.0, 4.0, 4.0, 1), (3.0, 5.0, 3.0, 1)],
+)
+def test_an_update_is_timed_as_often_in_all_processes(monkeypatch, mine, longest, found, updates):
+    """Without the first one, which compiles; where that took long in any process, it is the only one."""
+    config = config_of()
+    engine, description = build_engine(config), describe(config, TrainingData(16, 3))
+    now, done, task = 0.0, [], base_task(config, description.build())
+
+    def update(_, n, batch):
+        nonlocal now
+        assert tuple(batch.images.shape) == (8, 3, 16, 16)
+        done.append(n)
+        now += (mine, 2.0, 1.0, 3.0)[n]
+        return SimpleNamespace(norm=1.0)
+
+    monkeypatch.setattr(estimate.TrainStep, "__call__", update)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(engine.accelerator, "gather", lambda mine: torch.cat([mine, torch.full_like(mine, longest)]))
+    assert estimate.seconds_per_update(task, (3, 16, 16), engine) == found
+    assert done == list(range(updates))
+
+
 def test_disk_and_time_in_words():
     plain = config_of(num_iters=12, keep_last=0, keep_every=0, ema=0.9, ema_more="", ema_profiles=False)
     for changes, gibibytes in [

@@ -150,7 +150,8 @@ def test_it_is_measured_once_for_the_same_weights(model, monkeypatch, tmp_path):
     write_checkpoint(model, seed=5, num_timesteps=4)
     assert read_quality(model, weights_fingerprint(model)) is None
     assert measured(model) != found
-    for text in ("", "{}", '{"format": 1}'):
+    without_rows = json.dumps({**json.loads((model / QUALITY).read_text()), "rows": []})
+    for text in ("", "{}", '{"format": 1}', without_rows):
         (model / QUALITY).write_text(text)
         assert read_quality(model, weights_fingerprint(model)) is None
 

@@ -264,8 +264,8 @@ def read_quality(folder: Path, fingerprint: str) -> Quality | None:
         found = Evaluation.read(folder / QUALITY)
     except VdiffError:
         return None
-    (row, *_) = found.rows
-    return found.quality(row) if row.checkpoint_fingerprint == fingerprint else None
+    row = next(iter(found.rows), None)
+    return found.quality(row) if row and row.checkpoint_fingerprint == fingerprint else None
 
 
 EVALUATION = Kind("evaluation", lambda path: FILE if holds_keys(path, "reference", "rows", "vdiff_version") else "")

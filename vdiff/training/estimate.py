@@ -194,13 +194,19 @@ def seconds_per_update(task: Task, shape: tuple[int, ...], engine: Engine) -> fl
     share = engine.part(task.config.batch_size)
     size = (share.stop - share.start, *shape)
     batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))
-    times: list[float] = []
-    while len(times) <= TIMED_UPDATES and (not times or times[0] < LONG_UPDATE):
+
+    def seconds_of(n: int) -> float:
         began = time.monotonic()
-        float(step(len(times), batch).norm)  # waits for the device
-        times.append(time.monotonic() - began)
+        float(step(n, batch).norm)  # waits for the device
+        return time.monotonic() - began
+
+    found = seconds_of(0)
+    # all processes do the same number of updates, or some would wait for the others for ever
+    longest = float(engine.accelerator.gather(torch.tensor([found], device=engine.device)).max())
+    if longest < LONG_UPDATE:
+        found = min(seconds_of(n) for n in range(1, TIMED_UPDATES + 1))
     engine.accelerator.free_memory()  # which keeps all that it prepared
-    return min(times[1:] or times)
+    return found
 
 
 def memory_left(memory: Memory, engine: Engine) -> int:
