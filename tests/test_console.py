@@ -44,6 +44,20 @@ def shown(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows:
     return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
 
 
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_facts_fit_the_terminal(monkeypatch, width):
+    facts = {"network": "UNet, widths 4, " * 8 + "end", "dataset": "data/digits_8"}
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    Console().facts(facts)
+    lines = sys.stdout.getvalue().splitlines()
+    monkeypatch.undo()
+    assert max(map(len, lines)) <= width
+    assert [line[:9] for line in lines] == ["network  ", *[" " * 9] * (len(lines) - 2), "dataset  "]
+    assert " ".join(line[9:] for line in lines) == " ".join(facts.values())
+    assert len(lines) == {40: 6, 80: 3, 200: 2}[width]
+
+
 def records(lines: list[str]) -> list[list[str]]:
     """The cells of all rows of all tables, headings among them."""
     return [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,6 +130,17 @@ class Console:
         """Print the lines of a result on stdout."""
         if speaks():
             print(*map(printable, lines), sep="\n", flush=True)
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Print a line for each fact on stdout; on a terminal, as many lines as it needs in that width."""
+        lines = aligned(facts)
+        if sys.stdout.isatty():
+            columns, indent = shutil.get_terminal_size().columns, " " * (max(map(len, facts)) + 2)
+            fold = textwrap.TextWrapper(
+                columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+            lines = [part for line in lines for part in fold.wrap(line)]
+        self.result(*lines)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> Iterator[Progress]:

@@ -144,7 +144,7 @@ def command(
             table = compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     if any(row.kept_start for row in table):
-        console.result(f"{KEPT}    training made the model worse: its start, what it has of its teacher, is kept")
+        console.result(f"{KEPT}    training made the student worse, so its weights before training are kept")
     if any(row.is_time_doubtful for row in table):
         console.line(DOUBTFUL_TIMES)
     last = stages[-1].folder

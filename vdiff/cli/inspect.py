@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from vdiff.cli.console import Console, aligned
+from vdiff.cli.console import Console
 from vdiff.cli.options import Checkpoint, Command, project_option, switch
 from vdiff.cli.vdiffusion import imported
 from vdiff.projects import Project
@@ -37,7 +37,7 @@ def command(checkpoint: Path | None, project: Project, json: bool) -> None:
     if json:
         console.result(jsonlib.dumps(values, ensure_ascii=False))
         return
-    console.result(*aligned(described(values)))
+    console.facts(described(values))
     if values["lineage"]:
         console.table("Lineage", HEADINGS, [_ancestor(entry) for entry in [values, *values["lineage"]]])
 
