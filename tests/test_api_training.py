@@ -25,6 +25,8 @@ from tests.test_data_preparation import picture, write
 from tests.toy import (
     SIZE,
     UNET,
+    Bar,
+    Watcher,
     assert_equal_bits,
     assert_equal_tensors,
     distill_config,
@@ -438,6 +440,17 @@ class Mlp(nn.Module):
 def points() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Points of the plane, in batches with their classes."""
     return [(randn(8, 2, seed=k, dtype=torch.float32), torch.arange(8) % 3) for k in range(3)]
+
+
+def test_samples_that_are_no_pictures_are_not_announced(tmp_path, monkeypatch):
+    watcher, notes = Watcher(), []
+    monkeypatch.setattr("vdiff.api_training.Silent", lambda: watcher)
+    monkeypatch.setattr(Bar, "update", lambda *update: notes.append(update[2:]))
+    model, options = vdiff.wrap(Mlp(), (2,), classes=3, num_timesteps=8), {"batch_size": 8, "num_workers": 0}
+    vdiff.train(model, points(), out=tmp_path / "points", num_iters=3, sample_interval=1, **options).finish()
+    assert [name for name, *_ in watcher.bars] == ["points"]
+    assert len(notes) >= 3
+    assert ("samples drawn",) not in notes
 
 
 def test_a_network_with_classes_and_frozen_weights_is_cut_and_resumed(tmp_path):

@@ -233,6 +233,7 @@ def test_a_training_without_memory_leaves_nothing(tmp_path, monkeypatch):
     write_dataset(Path("data/toy_4"))
     monkeypatch.setattr(estimate, "free_memory", lambda _: 1000)
     line = "train.py --preset toy --device cpu"
-    assert "GiB of memory, and cpu has" in error(line, 1)
+    assert "GiB of memory, and cpu has" in (said := error(line, 1))
+    assert "--preset" not in said, "no preset is smaller"
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert "\nmemory " in done(f"{line} --dry_run").stdout

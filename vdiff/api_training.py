@@ -85,7 +85,7 @@ class Learner:
 class Training:
     """Work that is done while one iterates over it: each item is the metrics since the one before.
 
-    With a folder, the work can be left and gone on with by the same call; `close` ends it where a loop was left.
+    With a folder, the work can be left, and the same call continues it; `close` ends it where a loop was left.
 
     Attributes:
         num_updates: of the whole work, all stages together.
@@ -137,7 +137,7 @@ def train(
         model: one of your own network (`vdiff.wrap`), which is trained in place, or the name of a preset: a new UNet.
         data: the path of a dataset, or tensors in [−1, 1] or uint8: one of all samples, or any iterable of samples or
             batches, alone or in pairs with classes.
-        out: a folder for checkpoints, log and samples. The same call goes on with a run that it finds there.
+        out: a folder for checkpoints, log and samples. The same call continues a run that it finds there.
         settings: those of `train.py`; without a preset the usual ones are `USUAL`.
 
     Raises:
@@ -205,7 +205,7 @@ def distill(
     Args:
         teacher: a model, or a checkpoint's folder.
         data: as in `train`; None: the teacher's dataset, where the method needs images.
-        out: a folder for the students, `base_0`, `base_1`, …. The same call goes on with what it finds there.
+        out: a folder for the students, `base_0`, `base_1`, …. The same call continues what it finds there.
         settings: those of `distill.py`, such as `to_steps` and `method`; the usual ones are `USUAL`, and the method's.
 
     Raises:

@@ -135,7 +135,11 @@ def estimate(
     parameters, _ = count_costs(description)
     seen = f"{quantity(config.num_iters * config.batch_size)}, {config.num_iters:,} updates of {config.batch_size}"
     rows = {"parameters": quantity(parameters), "images seen": seen}
-    smaller = "" if config.preset.startswith("small") else preset_for(images.image_size, images.num_images, "cpu")
+    smaller = (
+        ""
+        if config.preset.startswith(("small", "digits", "toy"))
+        else preset_for(images.image_size, images.num_images, "cpu")
+    )
     try:
         memory = check_memory(
             lambda config: memory_of_base(config, images, description, engine), config, engine, smaller

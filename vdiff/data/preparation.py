@@ -1,4 +1,4 @@
-"""From a source of images to a finished dataset: convert, write in order, rename into place; cut short, go on."""
+"""From a source of images to a finished dataset: convert, write in order, rename into place; resumable."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Journal:
     `record` comes before the commit of each batch of images. After a kill, the number of batches that the dataset
     itself has says which record holds; the list of rejected files is cut back to what it was then.
 
-    `tally` counts what was done, `kept` is the position that a run which ends now would go on from.
+    `tally` counts what was done, `kept` is the position where the next run continues if this one ends now.
     """
 
     def __init__(self, out: Path) -> None:
@@ -152,7 +152,7 @@ class Journal:
         return bool(before and before["job"] == job and not self.dataset.exists() and self.out.exists())
 
     def begin(self, job: Mapping[str, Any], command: str, *, overwrite: bool) -> None:
-        """Go on with the same job, or begin it.
+        """Continue the same job, or begin it.
 
         Raises:
             VdiffError: another job is unfinished here, and `overwrite` is off.
@@ -263,7 +263,7 @@ def prepare(
 ) -> Report:
     """Write the images of `source` as a dataset to the folder `out`, which appears when it is whole.
 
-    Until then everything is in `OUT.partial`. A run that is cut short, however hard, is gone on with by the same call,
+    Until then everything is in `OUT.partial`. The same call continues a run that was interrupted, even by a kill,
     and ends with the same bytes as one that was not. Indices are dense and follow the order of the source, whatever
     `num_workers` (0 = in this process). Files that give no picture are skipped, counted, and listed in
     `rejected.jsonl` in the dataset. A script that asks for workers needs the usual `if __name__ == "__main__":`.

@@ -125,7 +125,7 @@ class ShardWriter:
 
     Shard k holds the images of the positions k · images_per_shard …, less those that were rejected. It is written
     under a hidden name and renamed when it is whole, so that a folder whose writing was cut short holds whole shards
-    only, and a writer that is opened later goes on after them. Equal images make equal bytes.
+    only, and a writer that is opened later continues after them. Equal images make equal bytes.
 
     Args:
         start: the position of the first image of all; a multiple of `images_per_shard`.

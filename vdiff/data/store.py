@@ -1,6 +1,6 @@
 """A dataset on disk: one LMDB folder that any rosinality-style reader can read, plus labels and a description.
 
-Its writer may be cut short at any moment and gone on with.
+Its writer may be interrupted at any moment, and continues later.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class ImageStore(StoredImages):
 class StoreWriter:
     """Appends images to the LMDB in the existing folder `path`; `finish` makes it a dataset.
 
-    What `commit` has written is durable, and a writer that is opened later goes on after it. Every transaction is a
+    What `commit` has written is durable, and a writer that is opened later continues after it. Every transaction is a
     function of the file before it and of its images alone: LMDB is opened anew for each, as it would otherwise leave
     traces of earlier ones in unused bytes. So the same images in the same batches make the same file, byte for byte,
     however often the work was cut short. A batch is due after a number of images or bytes, never after a time.

@@ -31,7 +31,8 @@ from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole
 
 EARLY_PART, EARLY_SECONDS = 20, 60.0
-"""The first grid of samples: after so many seconds, in a base model's run after this part of its updates at last."""
+"""The first grid of samples comes after so many seconds, in a base model's run at the latest after this part of its
+updates."""
 LONG_AVERAGE, SHORT_RUN = 0.1, 100
 """In runs of at least so many updates, an average in which the first weights count more than this part of the last ones
 is reported."""
@@ -129,7 +130,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         engine.wait()  # or a process that leaves first takes the others with it, before all is written
 
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
-        if shows and (engine.is_main or config.fsdp):  # weights that are shared out must be put together by all
+        if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
             title = f"{folder.name} · update {done:,} of {config.num_iters:,}"
             log.picture(preview(averages.model, run.description, seed=config.seed, title=title, on_step=on_step), done)
 
@@ -164,7 +165,8 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
                 if save_due and not is_last:
                     save()
                 is_late = is_first and not config.fsdp and time.monotonic() - began > EARLY_SECONDS
-                if (is_late or done == early or done % config.sample_interval == 0) and not is_last:
+                is_due = is_late or done == early or done % config.sample_interval == 0
+                if shows and is_due and not is_last:
                     draw_preview(done, partial(_note_preview, bar, done))  # after saving: a kill here loses nothing
                     bar.update(done, meter.note or "samples drawn")
                     if is_first:
@@ -178,8 +180,9 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         if engine.is_main:
             settle(folder, config, config.num_iters)
         stop.answer = lambda: reporter.line(f"{folder} is saved, its last samples are drawn; press again to leave now")
-        with reporter.progress(f"samples of {folder.name}", preview_steps(run.description), "steps") as bar:
-            draw_preview(config.num_iters, bar.update)
+        if shows:
+            with reporter.progress(f"samples of {folder.name}", preview_steps(run.description), "steps") as bar:
+                draw_preview(config.num_iters, bar.update)
         if stop.exit_code is not None:
             raise Interrupted(f"stopped; {folder} is finished and saved", stop.exit_code)
     if start.step < config.num_iters:

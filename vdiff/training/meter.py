@@ -105,7 +105,7 @@ class Meter:
         return self.bad_in_a_row >= max(self.config.max_bad_steps, 1)
 
     def seconds_left_of_update(self) -> float:
-        """How long the update at work will take yet, if it is like the mean of those before; 0 before the first."""
+        """How long the current update still takes, if it is like the mean of those before; 0 in the first one."""
         spent, done = self.position.seconds - self.start.seconds, self.position.step - self.start.step
         return max(0.0, spent / done - (time.monotonic() - self.began - spent)) if done else 0.0
 

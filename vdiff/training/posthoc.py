@@ -111,7 +111,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
 
 
 def drop_later_snapshots(folder: Path, step: int) -> None:
-    """Remove the snapshots of updates behind `step`, from which the run in `folder` goes on: they will come again."""
+    """Remove the snapshots of updates behind `step`, from which the run in `folder` continues: they will come again."""
     for path in _paths(folder):
         if int(path.stem) > step:
             remove(path)

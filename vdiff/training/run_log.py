@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: scalars for a tracker, and grids of samples from fixed noise."""
+"""What a run shows while it runs: scalars for a tracker, and grids of samples from fixed noise."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MAX_PREVIEW_STEPS = 32
 class RunLog:
     """Grids of samples in `samples/`; both they and scalars go to a tracker (TensorBoard in `log/`, wandb, mlflow).
 
-    A tracker that fails later than at its start is not used any more, and the run goes on.
+    A tracker that fails later than at its start is not used any more, and the run continues.
 
     Args:
         tracker: one of TRACKERS.
-        step: the update that the run begins at. TensorBoard drops what lies beyond it; the others go on with the run
+        step: the update that the run begins at. TensorBoard drops what lies beyond it; the others continue with the run
             of that name.
 
     Raises:

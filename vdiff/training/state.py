@@ -62,7 +62,7 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
 def load_state(folder: Path, step: TrainStep) -> Position:
     """Bring a step back to where `save_state` left it; without a state file it stays as it is, at update 0.
 
-    The state of an earlier version goes on with the random numbers of that version.
+    The state of an earlier version continues with the random numbers of that version.
 
     Raises:
         VdiffError: the file is damaged, of another model, or its exponential averages had a warm-up.

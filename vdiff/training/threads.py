@@ -29,7 +29,7 @@ def settled_threads(
 
     Args:
         build: makes a network like the one that learns.
-        recorded: those of a run that goes on.
+        recorded: those of a run that continues.
     """
     threads = config.threads or recorded
     is_given = "OMP_NUM_THREADS" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
