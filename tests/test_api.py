@@ -165,7 +165,7 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
         (lambda: classes.sample(1, classes=[]), "no class is named; choose from cat, dog, owl"),
         (lambda: classes.sample(1, classes=[-1]), "no class '-1'; choose from cat, dog, owl"),
         (lambda: plain.sample(1, guidance=1.0), "this model has no answer without a class; leave it out, or train"),
-        (lambda: classes.sample(1, guidance=float("nan")), "nan is no weight; "),
+        (lambda: classes.sample(1, guidance=float("nan")), "nan is not a weight; "),
         (lambda: classes.sample(1, guidance_interval=(0.1, 0.2)), "it means nothing without guidance; "),
         (lambda: classes.sample(1, guidance=1, guidance_interval=(0.9, 0.2)), "0.9,0.2 are not two increasing times"),
         (lambda: plain.sample(1, grid="log"), "unknown grid 'log'"),

@@ -157,21 +157,21 @@ CASES = [
     ),
     ("taught --guidance 5", "--guidance: this model knows weights from 0 to 4, not 5; give one of those"),
     ("narrow", "--guidance: this model knows weights from 1 to 4, not 0; give one of those"),
-    ("guided --guidance nan", "--guidance: nan is no weight; give a number such as 1.5"),
+    ("guided --guidance nan", "--guidance: nan is not a weight; give a number such as 1.5"),
     (
         "plain --clipping_value nan",
-        "Invalid value for '--clipping_value': nan is no finite number; see sample.py --help",
+        "Invalid value for '--clipping_value': nan is not a finite number; see sample.py --help",
     ),
     (
         "plain --clipping_value inf",
-        "Invalid value for '--clipping_value': inf is no finite number; see sample.py --help",
+        "Invalid value for '--clipping_value': inf is not a finite number; see sample.py --help",
     ),
     ("plain --clipping_value 0", "Invalid value for '--clipping_value': 0.0 is not in the range x>0"),
     (
         "plain --sampler clipped --clipping_value -1",
         "Invalid value for '--clipping_value': -1.0 is not in the range x>0",
     ),
-    ("plain --eta nan", "Invalid value for '--eta': nan is no finite number"),
+    ("plain --eta nan", "Invalid value for '--eta': nan is not a finite number"),
     ("guided --guidance high", "Invalid value for '--guidance': 'high' is not a valid float; see sample.py --help"),
     (
         "guided --guidance_interval 0.2,0.8",

@@ -128,7 +128,7 @@ def test_errors_say_what_to_do() -> None:
     assert "5000 is not in the range" in error("photos", "--size", "64,5000", code=2)
     assert "'x' is not a valid integer" in error("photos", "--size", "x", code=2)
     assert "--quality 90 has no meaning for png" in error("photos", "--format", "png", "--quality", "90", code=2)
-    assert "--background 'whitish' is no colour" in error("photos", "--background", "whitish", code=2)
+    assert "--background 'whitish' is not a colour" in error("photos", "--background", "whitish", code=2)
     assert "cannot write file/out" in error("photos", "--out", "file/out")
     assert "file exists and is not a dataset that vdiff wrote" in error("photos", "--out", "file", "--overwrite")
     assert "did you mean" in error("photos", "--strickt", code=2)

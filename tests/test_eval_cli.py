@@ -98,7 +98,7 @@ WRONG = {
     "model --metrics fdd": ("--data data", 2, "no such metric; did you mean 'fd'"),
     "model --samplers dim": ("--data data", 2, "'dim' is unknown; did you mean 'ddim'"),
     "model --num_timesteps 0": ("--data data", 2, "0"),
-    "model --guidance nan": ("--data data", 2, "--guidance nan: model: nan is no weight"),
+    "model --guidance nan": ("--data data", 2, "--guidance nan: model: nan is not a weight"),
     "model --guidance 2": ("--data data", 2, "has no answer without a class"),
     "model --teacher_steps 4": ("--data data", 2, "there is no teacher"),
     "model --teacher none": ("--data data", 1, "none"),

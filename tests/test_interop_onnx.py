@@ -220,7 +220,7 @@ BAD = [
     ("s.onnx --sampler_graph --guided", "takes a weight of guidance as it is"),
     ("s.onnx --num_timesteps 17", "--num_timesteps 17: the ddpm_cosine schedule has 16 levels"),
     ("s.onnx --card False --license mit", "--license stands in the card"),
-    ("s.onnx --license 'as you like'", "--license 'as you like' is no identifier"),
+    ("s.onnx --license 'as you like'", "--license 'as you like' is not an identifier"),
     ("s.onnx --output w", "'w' is unknown"),
 ]  # fmt: skip
 

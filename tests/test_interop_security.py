@@ -230,7 +230,9 @@ def test_files_that_are_no_archive(tmp_path):
     refused(lambda: read_pt(path), "no such file")
     refused(lambda: read_pt(tmp_path), "is a folder")
     (tmp_path / WEIGHTS).write_bytes(b"")
-    refused(lambda: read_pt(tmp_path / WEIGHTS), "is no .pt file", "give the checkpoint.pt; `vdiff import diffusers`")
+    refused(
+        lambda: read_pt(tmp_path / WEIGHTS), "is not a .pt file", "give the checkpoint.pt; `vdiff import diffusers`"
+    )
     for content in (b"", b"PK", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00."):
         path.write_bytes(content)
         refused(lambda: read_pt(path), "evil.pt ")

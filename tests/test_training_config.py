@@ -110,31 +110,31 @@ def test_settings_of_the_other_command_are_unknown():
 
 
 WRONG_TYPES = [
-    ("num_iters", 1.5, "whole number"),
-    ("num_iters", 5.0, "whole number"),
-    ("num_iters", True, "whole number"),
-    ("num_iters", "5", "whole number"),
-    ("num_iters", None, "whole number"),
-    ("lr", "fast", "number"),
-    ("lr", True, "number"),
-    ("lr", [1e-3], "number"),
+    ("num_iters", 1.5, "a whole number"),
+    ("num_iters", 5.0, "a whole number"),
+    ("num_iters", True, "a whole number"),
+    ("num_iters", "5", "a whole number"),
+    ("num_iters", None, "a whole number"),
+    ("lr", "fast", "a number"),
+    ("lr", True, "a number"),
+    ("lr", [1e-3], "a number"),
     ("flip", 1, "true or false"),
     ("flip", "yes", "true or false"),
     ("compile", 0, "true or false"),
-    ("weighting", 3, "word"),
-    ("data", 3, "word"),
+    ("weighting", 3, "a word"),
+    ("data", 3, "a word"),
 ]
 
 
 @every_kind
 @pytest.mark.parametrize(("key", "value", "wanted"), WRONG_TYPES)
 def test_values_of_the_wrong_type(kind, key, value, wanted):
-    assert refusal(kind, "my.toml", **{key: value}) == f"my.toml: {key} = {value!r} is no {wanted}; give a {wanted}"
-    assert refusal(kind, COMMAND_LINE, **{key: value}) == f"--{key} {value!r} is no {wanted}; give a {wanted}"
+    assert refusal(kind, "my.toml", **{key: value}) == f"my.toml: {key} = {value!r} is not {wanted}; give {wanted}"
+    assert refusal(kind, COMMAND_LINE, **{key: value}) == f"--{key} {value!r} is not {wanted}; give {wanted}"
 
 
 def test_the_network_is_a_table():
-    assert refusal(TrainConfig, "my.toml", unet=16) == "my.toml: unet = 16 is no table; give a table"
+    assert refusal(TrainConfig, "my.toml", unet=16) == "my.toml: unet = 16 is not a table; give a table"
 
 
 def test_a_whole_number_is_a_number():
@@ -199,7 +199,7 @@ def test_ranges(kind, field):
         assert message == f"--{field.name} {above} is too large; it must be at most {high}"
     if "float" in str(field.type):
         for value in (math.nan, math.inf):
-            assert f"{value} is no number" in refusal(kind, "my.toml", **{field.name: value})
+            assert f"{value} is not a number" in refusal(kind, "my.toml", **{field.name: value})
 
 
 def test_every_number_has_limits():

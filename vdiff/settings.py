@@ -15,7 +15,7 @@ from vdiff.errors import MAX_WHOLE, OptionError, suggestion
 
 COMMAND_LINE = "the command line"
 DATA, MODEL, OPTIMISATION, RECORDS, MACHINE = "Data", "Model", "Optimisation", "Records", "Machine"
-WORDS = {int: "whole number", float: "number", str: "word", bool: "true or false", dict: "table"}
+WORDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", dict: "a table"}
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
 
 
@@ -83,7 +83,7 @@ def check_values(known: Mapping[str, Field[Any]], values: Any, origin: str) -> d
         OptionError: no table, an unknown name, or a value as in `check_value`; it names `origin`.
     """
     if not isinstance(values, Mapping):
-        raise OptionError(f"{origin}: {values!r} is no table", "correct the file")
+        raise OptionError(f"{origin}: {values!r} is not a table", "correct the file")
     checked = {}
     for key, value in values.items():
         if key not in known:
@@ -103,7 +103,7 @@ def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise OptionError(f"{where} {value!r} is no {WORDS[kind]}", f"give a {WORDS[kind]}")
+        raise OptionError(f"{where} {value!r} is not {WORDS[kind]}", f"give {WORDS[kind]}")
     choices = choices_of(setting)
     if choices and value not in choices:
         raise OptionError(f"{where} {value!r} is unknown", suggestion(str(value), choices))

@@ -306,7 +306,7 @@ def parse_colour(text: str) -> tuple[int, int, int]:
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
-        raise OptionError(f"--background {text!r} is no colour", "give a name such as black, or #rrggbb") from None
+        raise OptionError(f"--background {text!r} is not a colour", "give a name such as black, or #rrggbb") from None
 
 
 def cpu_cores() -> int:

@@ -141,7 +141,7 @@ def new_card(
     from huggingface_hub import ModelCardData
 
     if not IDENTIFIER.fullmatch(license_name):
-        raise OptionError(f"--license {license_name!r} is no identifier", "give one such as mit or cc-by-4.0")
+        raise OptionError(f"--license {license_name!r} is not an identifier", "give one such as mit or cc-by-4.0")
     denoiser, config = load_checkpoint(checkpoint)
     fingerprint, name = weights_fingerprint(checkpoint), checkpoint.resolve().name
     ladder = _read_ladder(checkpoint, config)

@@ -83,7 +83,7 @@ def _check_archive(path: Path) -> None:
     check_regular(path)
     if path.suffix == ".safetensors":
         raise VdiffError(
-            f"{path} is no .pt file, and tells no number of timesteps",
+            f"{path} is not a .pt file, and holds no number of timesteps",
             "give the checkpoint.pt; `vdiff import diffusers` takes the folder of a pipeline, sample.py one of vdiff",
         )
     size = path.stat().st_size

@@ -63,7 +63,7 @@ def check_guidance(config: CheckpointConfig, weight: float) -> None:
         VdiffError: a network that learned no answer without a class, or another range of weights.
     """
     if not math.isfinite(weight):
-        raise VdiffError(f"{weight} is no weight", "give a number such as 1.5")
+        raise VdiffError(f"{weight} is not a weight", "give a number such as 1.5")
     if config.signature.takes_guidance:
         low, high = config.guidance_range or (0.0, 0.0)
         if not low <= weight <= high:
