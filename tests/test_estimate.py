@@ -84,6 +84,17 @@ def test_weights_gradients_moments_and_averages_are_counted():
     assert found.total == sum(vars(found).values())
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_share_a_batch_and_with_fsdp_the_weights_too(fsdp):
+    config, images, parts = config_of(), TrainingData(16, 3), 2 if fsdp else 1
+    engine, description = build_engine(config), describe(config, images)
+    alone = memory_of_base(config, images, description, engine)
+    shared = memory_of_base(replace(config, fsdp=fsdp), images, description, replace(engine, world_size=2))
+    for name in ("weights", "gradients", "moments", "averages"):
+        assert getattr(shared, name) == getattr(alone, name) // parts > 0
+    assert shared.activations == memory(batch_size=4).activations
+
+
 def test_activations_follow_batch_parts_and_checkpointing():
     whole = memory().activations
     assert memory(batch_size=16).activations == pytest.approx(2 * whole, rel=0.1)

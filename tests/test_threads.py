@@ -46,6 +46,33 @@ def test_the_fastest_number_of_threads_is_taken_and_said(monkeypatch):
     assert settle(monkeypatch, {1: 0.25, 2: 0.2})[0] == 2
 
 
+@pytest.mark.parametrize(("most", "numbers"), [(2, [1, 2]), (5, [1, 3, 5]), (16, [1, 8, 16])])
+def test_one_half_and_all_threads_are_timed_with_few_images(monkeypatch, most, numbers):
+    def seconds(_, z, timed):
+        assert tuple(z.shape) == (8, 1, 4, 4)
+        assert timed == numbers
+        return {number: 1 / number for number in timed}
+
+    monkeypatch.setattr(threads, "seconds_by_threads", seconds)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: most)
+    config = train_config(Path("none"), device="cpu", batch_size=32, precision="fp32")
+    assert settled_threads(config, lambda: torch.nn.Identity(), (1, 4, 4), Watcher(), None) == most
+
+
+@pytest.mark.parametrize(("slow", "rounds"), [(0.1, 3), (0.6, 2), (5.0, 1)])
+def test_slow_passes_are_timed_in_fewer_rounds(monkeypatch, slow, rounds):
+    timed = []
+
+    def seconds(*_):
+        timed.append(torch.get_num_threads())
+        return slow if timed[-1] == 2 else 0.05
+
+    monkeypatch.setattr(threads, "seconds_of_pass", seconds)
+    found = seconds_by_threads(torch.nn.Identity(), torch.zeros(2, 1, 4, 4), [1, 2])
+    assert found == pytest.approx({1: 0.05, 2: slow})
+    assert timed[1:] == [1, 2] * rounds
+
+
 def test_bf16_is_proposed_where_it_is_much_faster(monkeypatch):
     _, lines = settle(monkeypatch, {1: 0.25, 2: 0.5}, bf16=0.1, precision="auto")
     assert lines[1] == "--precision bf16 is 2.5 times as fast here; its effect on quality is not measured"
