@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-# networks this small gain nothing by threads, and threads that share busy cores make them many times slower
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# networks this small gain nothing by threads; threads that share busy cores make them many times slower, and a forked
+# test program waits forever for the threads of its parent
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # a ladder ends with a report; the tests of the report ask for it
 os.environ.setdefault("VDIFF_REPORT", "False")

@@ -358,9 +358,9 @@ def test_files_that_are_no_evaluation(tmp_path, place):
     }
     for name, bad in wrong.items():
         (tmp_path / "x.json").write_text(bad)
-        with pytest.raises(VdiffError, match=r"x\.json.*no evaluation"):
+        with pytest.raises(VdiffError, match=r"x\.json.*not an evaluation"):
             Evaluation.read(tmp_path / "x.json")
-        with pytest.raises(VdiffError, match="no evaluation"):
+        with pytest.raises(VdiffError, match="not an evaluation"):
             measured(place, out=tmp_path / "x.json")
         assert name
     with pytest.raises(VdiffError, match="cannot be read"):

@@ -99,7 +99,7 @@ def test_hubs_can_read_its_first_lines(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "as you like", "mit\ntags: [x]", "-", "1.0", "x" * 65])
 def test_a_licence_is_an_identifier(name, tmp_path):
-    with pytest.raises(OptionError, match="no identifier"):
+    with pytest.raises(OptionError, match="not an identifier"):
         new_card(student(tmp_path / "m"), usage=USAGE, license_name=name)
 
 
