@@ -231,7 +231,7 @@ class Evaluation:
             return record_of(cls, values, "it", AGAIN)
         except (ValueError, VdiffError) as error:
             cause = error.cause if isinstance(error, VdiffError) else error
-            raise VdiffError(f"no evaluation: {cause}", AGAIN) from None
+            raise VdiffError(f"not an evaluation: {cause}", AGAIN) from None
 
     def write(self, path: Path) -> None:
         """Write it to `path`, whole or not at all.
