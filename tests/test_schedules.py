@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +28,8 @@ from vdiff.diffusion.schedules import (
 )
 
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012}
-every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
+RESCALED = {"zero_snr": ScaledLinearSchedule(1000, 8.5e-4, 0.012, zero_snr=True)}
+every_schedule = pytest.mark.parametrize("schedule", [*ALL_SCHEDULES.values(), *RESCALED.values()])
 every_table = pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES)
 
 
@@ -101,6 +104,43 @@ def test_tables_are_those_of_diffusers(schedule, theirs):
     angle = schedule.angle(grid_times(1000)[1:])
     torch.testing.assert_close(angle.cos() ** 2, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)
     torch.testing.assert_close(tensor(*schedule.alphas_cumprod()), angle.cos() ** 2, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "theirs"),
+    [
+        (LinearSchedule(zero_snr=True), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+        (DdpmCosineSchedule(1000, zero_snr=True), {"beta_schedule": "squaredcos_cap_v2"}),
+        (ScaledLinearSchedule(1000, 8.5e-4, 0.012, zero_snr=True), SCALED_LINEAR),
+    ],
+    ids=["linear", "ddpm_cosine", "scaled_linear"],
+)
+def test_zero_snr_is_the_rescaling_of_diffusers(schedule, theirs):
+    """Their function, given betas in float64, and the table of their scheduler, which computes in float32."""
+    plain = tensor(*replace(schedule, zero_snr=False).betas())
+    torch.testing.assert_close(tensor(*schedule.betas()), rescale_zero_terminal_snr(plain), rtol=1e-9, atol=1e-12)
+    kept = tensor(*schedule.alphas_cumprod())
+    assert kept[-1] == 0
+    assert schedule.angle(tensor(1)).item() == math.pi / 2
+    scheduler = DDPMScheduler(num_train_timesteps=1000, **theirs, rescale_betas_zero_snr=True)
+    torch.testing.assert_close(kept, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(kept[0], tensor(*replace(schedule, zero_snr=False).alphas_cumprod())[0])
+
+
+def test_zero_snr_is_kept_in_the_description_only_where_it_is_set():
+    assert LinearSchedule().to_dict().keys() == {"name", "num_levels", "first_beta", "last_beta"}
+    for schedule in (LinearSchedule(zero_snr=True), DdpmCosineSchedule(8, zero_snr=True)):
+        assert schedule.to_dict()["zero_snr"] is True
+        assert build_schedule(schedule.to_dict()) == schedule
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"zero_snr": 1}, {"zero_snr": True, "num_levels": 1}, {"zero_snr": True, "first_beta": 0, "last_beta": 0}],
+)
+def test_zero_snr_of_a_table_that_cannot_be_rescaled_is_refused(values):
+    with pytest.raises(ValueError, match="zero_snr"):
+        LinearSchedule(**values)
 
 
 @every_table

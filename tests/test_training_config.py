@@ -268,6 +268,35 @@ def test_truncated_snr_cannot_weight_an_eps_prediction():
     assert "give --weighting snr, or --prediction v" in message
 
 
+# Zero terminal SNR
+
+
+def test_zero_snr_has_a_constant_weight_in_v_unless_told_otherwise(data):
+    table = {**ENOUGH, "schedule": "scaled_linear", "zero_snr": True}
+    assert resolve(TrainConfig, {"a": table}).weighting == "snr_plus_one"
+    for flags, line in (
+        ({}, "zero terminal SNR; the weight snr_plus_one is constant in v"),
+        ({"weighting": "min_snr"}, "zero terminal SNR; the weight min_snr is at least 0.1 at the last level"),
+    ):
+        watcher = Watcher()
+        flags = {**table, "data": str(data), "preset": "toy", **flags}
+        config, images = resolve_training(flags, None, folder=Path("unused"), resume=False, reporter=watcher)
+        assert line in watcher.lines
+        assert describe(config, images).schedule["zero_snr"] is True
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "linear", "prediction": "eps"}, "an eps-prediction says nothing about the image; give"),
+        ({}, "the cosine schedule has no betas; give --schedule ddpm_cosine or linear or scaled_linear"),
+        ({"schedule": "linear", "num_timesteps": 1}, "needs at least two levels"),
+    ],
+)
+def test_zero_snr_is_refused_where_it_means_nothing(values, message):
+    assert message in refusal(TrainConfig, COMMAND_LINE, zero_snr=True, **values)
+
+
 # Presets
 
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.oracles import ALL_SCHEDULES, Z_SHAPE, randn
 from vdiff.diffusion.prediction import PREDICTION_TYPES
-from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.diffusion.schedules import ScaledLinearSchedule
+from vdiff.diffusion.weighting import WEIGHTINGS, ZERO_SNR_FLOOR, weighting_of
 
 T = (0.1, 0.5, 0.9)
 every_schedule = pytest.mark.parametrize("schedule", ALL_SCHEDULES.values(), ids=ALL_SCHEDULES)
@@ -57,6 +58,20 @@ def test_weights_at_snr_a_quarter_one_and_eight(name, at_low, at_even, at_high):
 def test_the_constant_is_one_also_where_the_snr_has_no_end():
     logsnr = torch.tensor([-torch.inf, 0, torch.inf], dtype=torch.float64)
     assert torch.equal(WEIGHTINGS["constant"](logsnr), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_no_weight_vanishes_at_zero_snr(name):
+    """The terminal level of a rescaled schedule has a loss in v, and levels of enough signal keep their weights."""
+    schedule = ScaledLinearSchedule(zero_snr=True)
+    logsnr = schedule.logsnr(torch.tensor([0.5, 1], dtype=torch.float64))
+    weight = weighting_of(name, zero_snr=True)(logsnr)
+    in_v = weight / (logsnr.exp() + 1)
+    assert in_v[1] >= ZERO_SNR_FLOOR
+    assert weight[0] == WEIGHTINGS[name](logsnr)[0]
+    assert weighting_of(name, zero_snr=False) is WEIGHTINGS[name]
+    if name == "snr_plus_one":
+        torch.testing.assert_close(in_v, torch.ones(2, dtype=torch.float64))
 
 
 def test_every_weighting_is_held_to_an_error():

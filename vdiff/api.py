@@ -18,7 +18,7 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.samplers import SAMPLERS, Sampler
 from vdiff.diffusion.schedules import Schedule, build_schedule
-from vdiff.diffusion.weighting import WEIGHTINGS
+from vdiff.diffusion.weighting import WEIGHTINGS, weighting_of
 from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models import checks
@@ -235,7 +235,8 @@ class Model:
         batch = TrainBatch(x, torch.randn_like(x), stratified(len(x), x.device), condition)
         target = DenoisingObjective(schedule)(batch, StudentState(self.denoiser, self.denoiser, 0.0))
         prediction = self.denoiser(target.z, target.t, condition)
-        return weighted_losses(prediction, target, schedule.logsnr(target.t), WEIGHTINGS[weighting]).mean()
+        weight = weighting_of(weighting, zero_snr=schedule.zero_snr)
+        return weighted_losses(prediction, target, schedule.logsnr(target.t), weight).mean()
 
     def save(self, folder: str | Path) -> None:
         """Write the model to a folder, from which `vdiff.load` and the commands read it.

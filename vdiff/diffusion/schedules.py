@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -36,10 +38,12 @@ class Schedule(ABC):
 
     Attributes:
         label_scale: L in timestep(t) = L·t − 1.
+        zero_snr: whether t = 1 is noise alone, φ = π/2, because the table was rescaled to end there.
     """
 
     name: ClassVar[str]
     label_scale: int
+    zero_snr: bool = False
 
     @property
     @abstractmethod
@@ -81,8 +85,9 @@ class Schedule(ABC):
             raise ValueError(f"the {self.name} schedule has {levels} levels, too few for {num_steps} steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and parameters, for a checkpoint's configuration."""
-        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
+        """Name and parameters, for a checkpoint's configuration; `zero_snr` only where it is set, as in old files."""
+        values = {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
+        return {key: value for key, value in values.items() if key != "zero_snr" or value}
 
 
 @dataclass(frozen=True)
@@ -129,31 +134,40 @@ class CosineSchedule(Schedule):
 class TableSchedule(Schedule):
     """A table of ᾱ_k at k = 1 … N: level k is t = k/N, level 0 is the clean image, and φ is linear in between.
 
+    With `zero_snr` the betas are rescaled so that ᾱ_N = 0, before anything is derived from them.
+
     Raises:
-        ValueError: a number that is no whole one from 1 up, a table longer than `MAX_LEVELS`, or a parameter outside of
-            [0, 1).
+        ValueError: a number that is no whole one from 1 up, a table longer than `MAX_LEVELS`, a parameter outside of
+            [0, 1), or `zero_snr` with a single level or without any noise.
     """
+
+    num_levels: int
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.name in ("num_levels", "labels_per_level"):
                 check_count(field.name, value)
+            elif field.name == "zero_snr":
+                if type(value) is not bool:
+                    raise ValueError(f"zero_snr must be true or false, got {value!r}")
             elif type(value) not in (int, float) or not 0 <= value < 1:
                 raise ValueError(f"{field.name} must be a number from 0 to less than 1, got {value!r}")
         check_count("the number of labels", self.label_scale)
+        if self.zero_snr and not any(self.plain_betas()[1:]):
+            raise ValueError("zero_snr needs at least 2 levels, and noise after the first one")
 
     def alphas_cumprod(self) -> list[float]:
         """ᾱ_k = ∏_{j ≤ k} (1 − β_j) for k = 1 … N."""
-        products, product = [], 1.0
-        for beta in self.betas():
-            product *= 1 - beta
-            products.append(product)
-        return products
+        return list(accumulate((1 - beta for beta in self.betas()), mul))
+
+    def betas(self) -> list[float]:
+        """β_k, the variance that step k adds, k = 1 … N: `plain_betas`, or those rescaled to zero terminal SNR."""
+        return to_zero_terminal_snr(self.plain_betas()) if self.zero_snr else self.plain_betas()
 
     @abstractmethod
-    def betas(self) -> list[float]:
-        """β_k, the variance that step k adds, k = 1 … N."""
+    def plain_betas(self) -> list[float]:
+        """β_k by the schedule's formula, k = 1 … N."""
 
     @cached_property
     def angles(self) -> list[float]:
@@ -189,13 +203,14 @@ class DdpmCosineSchedule(TableSchedule):
     offset: float = 0.008
     max_beta: float = 0.999
     labels_per_level: int = 1
+    zero_snr: bool = False
 
     @property
     def label_scale(self) -> int:  # type: ignore[override]
         """L = N, or a multiple of it: the labels of neighbouring levels are `labels_per_level` apart."""
         return self.num_levels * self.labels_per_level
 
-    def betas(self) -> list[float]:
+    def plain_betas(self) -> list[float]:
         """β_k = min(1 − ᾱ_k/ᾱ_{k−1}, 0.999)."""
 
         def alpha_bar(k: int) -> float:
@@ -212,13 +227,14 @@ class LinearSchedule(TableSchedule):
     num_levels: int = 1000
     first_beta: float = 1e-4
     last_beta: float = 0.02
+    zero_snr: bool = False
 
     @property
     def label_scale(self) -> int:  # type: ignore[override]
         """L = N."""
         return self.num_levels
 
-    def betas(self) -> list[float]:
+    def plain_betas(self) -> list[float]:
         """β_k = 1e-4 + (k − 1)/(N − 1)·(0.02 − 1e-4)."""
         n = self.num_levels
         return [self.first_beta + k / max(n - 1, 1) * (self.last_beta - self.first_beta) for k in range(n)]
@@ -233,10 +249,21 @@ class ScaledLinearSchedule(LinearSchedule):
 
     name: ClassVar[str] = "scaled_linear"
 
-    def betas(self) -> list[float]:
+    def plain_betas(self) -> list[float]:
         """β_k = (√β_1 + (k − 1)/(N − 1)·(√β_N − √β_1))²."""
         n, first, last = self.num_levels, math.sqrt(self.first_beta), math.sqrt(self.last_beta)
         return [(first + k / max(n - 1, 1) * (last - first)) ** 2 for k in range(n)]
+
+
+def to_zero_terminal_snr(betas: Sequence[float]) -> list[float]:
+    """β_k with √ᾱ_k → (√ᾱ_k − √ᾱ_N) · √ᾱ_1/(√ᾱ_1 − √ᾱ_N): the first level stays, the last one has no signal.
+
+    Source: Lin et al. 2024, *Common Diffusion Noise Schedules and Sample Steps are Flawed*, algorithm 1.
+    """
+    roots = [math.sqrt(kept) for kept in accumulate((1 - beta for beta in betas), mul)]
+    scale = roots[0] / (roots[0] - roots[-1])
+    rescaled = [(root - roots[-1]) * scale for root in roots]
+    return [betas[0], *(1 - (here / before) ** 2 for before, here in pairwise(rescaled))]
 
 
 def logsnr(angle: Tensor) -> Tensor:

@@ -48,6 +48,17 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "min_snr": min_snr,
 }
 
+ZERO_SNR_FLOOR = 0.1
+"""The least weight w where a schedule ends at zero SNR. There SNR and min(SNR, γ) would be 0, and the last level, from
+which sampling starts, would learn nothing."""
+
+
+def weighting_of(name: str, *, zero_snr: bool) -> Callable[[Tensor], Tensor]:
+    """The weighting `name`; with `zero_snr` it is at least `ZERO_SNR_FLOOR`, which in v is the weight at SNR = 0."""
+    weighting = WEIGHTINGS[name]
+    return (lambda logsnr: weighting(logsnr).clamp(min=ZERO_SNR_FLOOR)) if zero_snr else weighting
+
+
 HUBER = 0.00054
 """The errors of pixels below which the pseudo-Huber loss is quadratic (Song & Dhariwal 2023)."""
 

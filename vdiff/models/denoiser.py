@@ -28,13 +28,16 @@ class Denoiser(nn.Module):
     ends at the network.
 
     Raises:
-        ValueError: an unknown prediction type, or a network whose output has the wrong number of channels for it.
+        ValueError: an unknown prediction type, ε with a schedule of zero terminal SNR, or a network whose output has
+            the wrong number of channels.
     """
 
     def __init__(self, network: Backbone, schedule: Schedule, prediction_type: str) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"unknown prediction type {prediction_type!r}, choose from {', '.join(PREDICTION_TYPES)}")
+        if prediction_type == "eps" and schedule.zero_snr:
+            raise ValueError("eps prediction says nothing about the image at zero terminal SNR; predict v")
         expected = network.signature.channels * PREDICTION_TYPES[prediction_type].channel_factor
         if network.signature.out_channels != expected:
             raise ValueError(

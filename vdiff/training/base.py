@@ -12,6 +12,7 @@ import torch
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
+from vdiff.diffusion.weighting import ZERO_SNR_FLOOR
 from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
@@ -79,6 +80,10 @@ def resolve_training(
     if reporter:
         shape = f"{images.image_size}×{images.image_size}×{images.channels}"
         reporter.line(f"preset {preset or config.preset}, {images.name}: {shape}{reason}")
+    if reporter and config.zero_snr:
+        is_constant = config.weighting == "snr_plus_one"
+        weight = "constant in v" if is_constant else f"at least {ZERO_SNR_FLOOR} at the last level"
+        reporter.line(f"zero terminal SNR; the weight {config.weighting} is {weight}")
     if reporter and images.class_names and config.class_conditional is False and "class_conditional" not in chosen:
         unused = f"preset {preset} does not use the {len(images.class_names)} classes"
         reporter.line(f"{unused}; --class_conditional True does")
@@ -171,7 +176,8 @@ def schedule_of(config: TrainConfig) -> Schedule:
     schedule = build_schedule({"name": config.schedule})
     if schedule.num_levels is None:
         return schedule
-    return build_schedule({"name": config.schedule, "num_levels": config.num_timesteps})
+    table = {"num_levels": config.num_timesteps, "zero_snr": config.zero_snr}
+    return build_schedule({"name": config.schedule, **table})
 
 
 def train(

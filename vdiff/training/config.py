@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from vdiff.diffusion.distillation import METHODS, Method, build_method
 from vdiff.diffusion.prediction import PREDICTION_TYPES
-from vdiff.diffusion.schedules import SCHEDULES
+from vdiff.diffusion.schedules import SCHEDULES, TableSchedule
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import OptionError
 from vdiff.settings import (
@@ -208,6 +208,10 @@ class TrainConfig(LoopConfig):
     )  # fmt: skip
     prediction: str = setting("What the network predicts.", group=MODEL, default="v", choices=PREDICTION_TYPES)
     schedule: str = setting("Noise schedule.", group=MODEL, default="cosine", choices=SCHEDULES)
+    zero_snr: bool = setting(
+        "Rescale the betas of a table schedule so that its last level is noise alone; for v, x or both.",
+        group=MODEL, default=False,
+    )  # fmt: skip
     num_timesteps: int = setting(
         "Sampling steps of the model; for a table schedule, its number of levels.",
         group=MODEL, default=1024, low=1, high=2**16, unit="STEPS",
@@ -227,6 +231,17 @@ class TrainConfig(LoopConfig):
                 "truncated_snr cannot weight an eps-prediction: at zero signal its x̂ = (z − σ ε̂)/α has no bound",
                 "give --weighting snr, or --prediction v",
             )
+        if self.zero_snr and self.prediction == "eps":
+            raise OptionError(
+                "--zero_snr: at zero SNR an eps-prediction says nothing about the image", "give --prediction v"
+            )
+        if self.zero_snr and not issubclass(SCHEDULES[self.schedule], TableSchedule):
+            tables = [name for name, kind in SCHEDULES.items() if issubclass(kind, TableSchedule)]
+            raise OptionError(
+                f"--zero_snr: the {self.schedule} schedule has no betas", f"give --schedule {' or '.join(tables)}"
+            )
+        if self.zero_snr and self.num_timesteps < 2:
+            raise OptionError("--zero_snr needs at least two levels", "give --num_timesteps 1000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,8 +407,11 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
                 merged = {name: value for name, value in merged.items() if name not in stronger}
         for key, value in check_values(known, values, origin).items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    if merged.get("prediction") == "eps" and "weighting" not in merged:
-        merged["weighting"] = "snr"
+    if "weighting" not in merged:
+        if merged.get("prediction") == "eps":
+            merged["weighting"] = "snr"
+        elif merged.get("zero_snr"):
+            merged["weighting"] = "snr_plus_one"
     missing = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in missing if name not in merged]:
         raise OptionError(f"nothing says {', '.join(missing)}", f"give --{missing[0]}, or a --preset")

@@ -15,7 +15,7 @@ from torch import nn
 from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import Method, TrainTarget
 from vdiff.diffusion.prediction import Prediction
-from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
+from vdiff.diffusion.weighting import LOSSES, weighting_of
 from vdiff.errors import VdiffError
 from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.denoiser import Denoiser
@@ -207,8 +207,9 @@ def part_losses(
     condition = batch.condition if target.rows is None else batch.condition[target.rows]
     with engine.accelerator.autocast():
         prediction = model(target.z, target.t, condition.with_tensors(**target.inputs))
-    logsnr = student.now.schedule.logsnr(target.t)
-    losses = weighted_losses(prediction, target, logsnr, WEIGHTINGS[config.weighting], LOSSES[config.loss])
+    schedule = student.now.schedule
+    weighting = weighting_of(config.weighting, zero_snr=schedule.zero_snr)
+    losses = weighted_losses(prediction, target, schedule.logsnr(target.t), weighting, LOSSES[config.loss])
     return losses, target, prediction
 
 
