@@ -46,6 +46,7 @@ DIFFUSION = [
         "phases",
     )
 ]
+METHODS = [f"vdiff.diffusion.{name}" for name in ("method",)]
 
 
 def of_room(room: str, names: list[str]) -> list[str]:
@@ -75,7 +76,8 @@ MAY_IMPORT = {
     "vdiff.diffusion.samplers": [*DIFFUSION[:6], "vdiff.settings"],
     "vdiff.diffusion.targets": DIFFUSION[:7],
     "vdiff.diffusion.phases": [],
-    "vdiff.diffusion.distillation": [*DIFFUSION, "vdiff.errors", "vdiff.settings"],
+    "vdiff.diffusion.method": DIFFUSION[:2],
+    "vdiff.diffusion.distillation": [*DIFFUSION, *METHODS, "vdiff.errors", "vdiff.settings"],
     **{f"vdiff.models.{name}": [*LAYERS[:k], "vdiff.diffusion", *BASE, "vdiff"] for k, name in enumerate(MODELS)},
     "vdiff.models.unet": LAYERS[:4],
 }
