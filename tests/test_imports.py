@@ -58,8 +58,8 @@ def of_room(room: str, names: list[str]) -> list[str]:
 
 
 MODELS = (
-    *("codec", "condition", "unet_config", "backbone", "unet", "wrapped", "kinds", "inheriting", "reading", "program"),
-    *("denoiser", "checkpoint", "flops", "checks", "drawing", "speed"),
+    *("codec", "condition", "unet_config", "backbone", "unet", "wrapped", "components", "text", "tokenizing"),
+    *("kinds", "inheriting", "reading", "program", "denoiser", "checkpoint", "flops", "checks", "drawing", "speed"),
 )
 LAYERS = [f"vdiff.models.{name}" for name in MODELS]
 MAY_IMPORT = {

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vdiff.models.condition import Signature
+from vdiff.models.condition import Condition, Signature
 
 
 class Backbone(nn.Module):
@@ -37,6 +37,10 @@ class Backbone(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The parts whose weights are put together one after the other where they are shared out over processes."""
         raise NotImplementedError
+
+    def encode(self, condition: Condition) -> Condition:
+        """The condition as it is the same at all times: what is computed of it once, before a sampling loop."""
+        return condition
 
     @property
     def output_layer(self) -> nn.Module | None:

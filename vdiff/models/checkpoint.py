@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
@@ -28,8 +28,9 @@ from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
 from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
+from vdiff.models.components import check_components, load_text_encoders, resolved, written
 from vdiff.models.condition import Signature
-from vdiff.models.kinds import UNET, build_network, signature_of
+from vdiff.models.kinds import TEXT, UNET, build_network, signature_of
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, file_fingerprint, read_shapes, reading
 from vdiff.projects import check_checkpoint
 from vdiff.records import AVERAGE as AVERAGE
@@ -50,6 +51,7 @@ WEIGHTS = "model.safetensors"
 FILES = r"model\.safetensors|config\.json|average\.json"
 """A regular expression of their names."""
 WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
+TEXT_ENCODERS = "network.text_encoders"
 IMPORTED = "imported:"
 MAX_IMAGE_SIZE = 2**13
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -80,6 +82,10 @@ class CheckpointConfig:
         guidance_range: the least and the largest weight w of guidance that the network was taught to take as an input;
             empty where it was taught none.
         dataset, dataset_fingerprint: what it was trained on; "imported:…" says where an imported model came from.
+        components: {path, fingerprint} of the folder with the text encoders, tokenizers and autoencoder of a
+            text-to-image model, see `vdiff.models.components`; a path in a file may be relative to the file's folder.
+        adapter: {rank, alpha, dropout, targets, text_encoder, conv} where `adapter.safetensors` holds LoRA weights for
+            the model `base` {path, fingerprint}.
     """
 
     unet: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +107,9 @@ class CheckpointConfig:
     kept_start: bool = False
     class_names: list[str] = field(default_factory=list)
     guidance_range: list[float] = field(default_factory=list)
+    components: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+    base: dict[str, Any] | None = None
     teacher: dict[str, Any] | None = None
     vdiff_version: str = vdiff.__version__
     format_version: int = FORMAT_VERSION
@@ -197,10 +206,18 @@ class CheckpointConfig:
         values = asdict(self)
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
+        for key in ("components", "adapter", "base"):
+            if values[key] is None:
+                del values[key]
         if self.backbone is not None or self.sample_shape:
             del values["unet"], values["image_size"]
             return {**values, "backbone": self.backbone or {"kind": UNET, "config": self.unet}}
         return {key: value for key, value in values.items() if key not in ("backbone", "sample_shape")}
+
+    def stores(self, name: str) -> bool:
+        """Whether the weights file has the weight `name` of the denoiser: components have those of text encoders."""
+        is_component = self.kind == TEXT and not self.network_config.get("own_text_encoders")
+        return not (is_component and name.startswith(f"{TEXT_ENCODERS}."))
 
     def check_num_steps(self, num_steps: int) -> None:
         """Refuse a number of sampling steps for which the network was never trained.
@@ -239,8 +256,12 @@ def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: Checkpo
     """
     make_folder(folder)
     plain = {_plain_name(name): tensor for name, tensor in weights.items()}
-    write_tensors(folder / WEIGHTS, plain, {"format": "pt"})
-    write_json(folder / CONFIG, config.to_dict())
+    kept = {name: tensor for name, tensor in plain.items() if config.stores(name)}
+    write_tensors(folder / WEIGHTS, kept, {"format": "pt"})
+    values = config.to_dict()
+    if config.components is not None:
+        values["components"] = written(config.components, folder)
+    write_json(folder / CONFIG, values)
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -265,6 +286,8 @@ def read_config(folder: str | Path) -> CheckpointConfig:
             raise ValueError(f"unknown codec {config.codec!r}; {suggestion(config.codec, CODECS)}")
         num_classes = config.signature.num_classes
         config = replace(config, class_names=config.class_names or [str(k) for k in range(num_classes)])
+        if config.components is not None:
+            config = replace(config, components=resolved(config.components, folder))
         if num_classes and len(config.class_names) != num_classes:
             raise ValueError(f"'class_names' names {len(config.class_names)} of {num_classes} classes")
     except (ValueError, TypeError, OverflowError, KeyError) as error:
@@ -292,12 +315,16 @@ AVERAGED = Kind(
 
 
 def load_checkpoint(
-    folder: str | Path, device: str | torch.device = "cpu", module: nn.Module | None = None
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    module: nn.Module | None = None,
+    components: Path | None = None,
 ) -> tuple[Denoiser, CheckpointConfig]:
     """The denoiser in `folder`, in evaluation mode on `device`, and its description.
 
     Args:
         module: the network, which gets the weights, where its code is outside of vdiff.
+        components: where the components of a text-to-image model lie, instead of the folder that it names.
 
     Raises:
         VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
@@ -306,13 +333,18 @@ def load_checkpoint(
 
     folder = Path(folder)
     config, advice = read_config(folder), "restore the file, or train again"
+    needs_components = not config.stores(f"{TEXT_ENCODERS}.")
+    if needs_components or components is not None:
+        config = replace(config, components=check_components(config.components, components))
     found = {_plain_name(name): shape for name, shape in read_shapes(folder / WEIGHTS).items()}
     mismatch = f"{folder / WEIGHTS} does not fit {CONFIG}"
     if min_blocks(config.network_config) > len(found):
         raise VdiffError(f"{mismatch}: {len(found)} tensors are too few", "restore the two files together")
     try:
         with torch.device("meta"):  # shapes alone: nothing is allocated before the two files are known to fit
-            shapes = {name: tuple(tensor.shape) for name, tensor in config.build(module).state_dict().items()}
+            empty = config.build(module).state_dict()
+        names = {_plain_name(name): name for name in empty if config.stores(name)}
+        shapes = {plain: tuple(empty[name].shape) for plain, name in names.items()}
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise VdiffError(f"{folder / CONFIG} describes no model: {cause_of(error)}", advice) from None
     if difference := _difference(shapes, found):
@@ -324,9 +356,12 @@ def load_checkpoint(
         config.signature.check_shape(config.shape)
     except ValueError as error:
         raise VdiffError(f"{folder / CONFIG}: {error}", advice) from None
-    weights = {_plain_name(name): tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
+    weights = {names[_plain_name(name)]: tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     denoiser = config.build(module)
-    denoiser.load_state_dict(weights)
+    denoiser.load_state_dict(weights, strict=not needs_components)
+    if needs_components:
+        encoders = cast("nn.ModuleList", denoiser.network.text_encoders)
+        load_text_encoders(encoders, Path((config.components or {})["path"]))
     return denoiser.to(device).eval(), config
 
 
@@ -397,13 +432,14 @@ def min_blocks(config: Mapping[str, Any]) -> int:
     flat = [each for count in counts for each in (count if isinstance(count, list | tuple) else [count])]
     deepest = max((count for count in flat if isinstance(count, int)), default=1)
     found = deepest * max(len(level) if isinstance(level, list | tuple) else 1 for level in (*levels, (1,)))
-    inner = config.get("config")
-    return max(found, min_blocks(inner) if isinstance(inner, dict) else 0)
+    inner = (config.get(key) for key in ("config", "unet"))
+    return max(found, *(min_blocks(part) if isinstance(part, dict) else 0 for part in inner))
 
 
 def _plain_name(name: str) -> str:
-    """Parameter names without what wrappers (DDP, torch.compile) put before them."""
-    return re.sub(rf"^{WRAPPERS}(network\.)?{WRAPPERS}", r"\1", name)
+    """Parameter names without what wrappers (DDP, torch.compile) put before them; the same in all transformers."""
+    name = re.sub(rf"^{WRAPPERS}(network\.)?{WRAPPERS}", r"\1", name)
+    return re.sub(rf"^({TEXT_ENCODERS}\.\d+\.)text_model\.", r"\1", name)
 
 
 def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

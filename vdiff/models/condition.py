@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CLASSES, GUIDANCE, SECOND_TIME = "classes", "guidance", "second_time"
-"""Names of conditions: a class (B,) int64, the weight w of classifier-free guidance (B,), and a second time (B,) in
-[0, 1], where the step from t is to end (Kim et al. 2024, *Consistency Trajectory Models*)."""
-Null: TypeAlias = "Mapping[str, Tensor | float]"
+CLASSES, GUIDANCE, SECOND_TIME, TOKENS = "classes", "guidance", "second_time", "tokens"
+"""Names of conditions: a class (B,) int64, the weight w of classifier-free guidance (B,), a second time (B,) in
+[0, 1], where the step from t is to end (Kim et al. 2024, *Consistency Trajectory Models*), and the tokens of a prompt
+(B, N) int64."""
+Null: TypeAlias = "Mapping[str, Tensor | float | tuple[int, ...]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,11 @@ class Condition:
     def _dropped(self, name: str, tensor: Tensor, mask: Tensor | None) -> Tensor:
         if (null := self.null.get(name)) is None:
             return tensor
-        rows = (
-            tensor.new_full(tensor.shape, null) if isinstance(null, int | float) else null.to(tensor).expand_as(tensor)
-        )
+        if isinstance(null, int | float):
+            rows = tensor.new_full(tensor.shape, null)
+        else:
+            row = tensor.new_tensor(null) if isinstance(null, tuple) else null.to(tensor)
+            rows = row.expand_as(tensor)
         return rows if mask is None else rows.where(mask.reshape(-1, *[1] * (tensor.ndim - 1)), tensor)
 
     def cat(self, other: Condition) -> Condition:

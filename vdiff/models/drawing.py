@@ -134,6 +134,7 @@ def draw_from(
     denoiser.eval()
     try:
         with torch.inference_mode():
+            condition = denoiser.network.encode(condition)
             images = sample(
                 denoise,
                 denoiser.schedule,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from vdiff.models.backbone import Backbone
 
-UNET, DIFFUSERS, PYTHON = "unet", "diffusers", "python"
+UNET, DIFFUSERS, TEXT, PYTHON = "unet", "diffusers", "text", "python"
 
 
 def _needs_module(config: Mapping[str, Any]) -> Backbone:
@@ -40,6 +40,12 @@ def _diffusers_signature(config: Mapping[str, Any]) -> Signature:
     return diffusers_signature(config)
 
 
+def _text_signature(config: Mapping[str, Any]) -> Signature:
+    from vdiff.models.text import text_signature
+
+    return text_signature(config)
+
+
 def _build_unet(config: Mapping[str, Any]) -> Backbone:
     from vdiff.models.unet import UNet
 
@@ -52,14 +58,22 @@ def _build_diffusers(config: Mapping[str, Any]) -> Backbone:
     return build_diffusers(config)
 
 
+def _build_text(config: Mapping[str, Any]) -> Backbone:
+    from vdiff.models.text import build_text
+
+    return build_text(config)
+
+
 BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
     UNET: _build_unet,
     DIFFUSERS: _build_diffusers,
+    TEXT: _build_text,
     PYTHON: _needs_module,
 }
 SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
     UNET: lambda config: UNetConfig.from_dict(config).signature,
     DIFFUSERS: _diffusers_signature,
+    TEXT: _text_signature,
     PYTHON: python_signature,
 }
 """How a network of a kind is built from the `config` of a checkpoint, and what it takes."""

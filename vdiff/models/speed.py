@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.models.backbone import Backbone
+from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser, device_of
 
 CHANNELS_LAST_FROM = 64
@@ -74,6 +75,10 @@ class FastNetwork(Backbone):
         self.evaluations = 0
         if compiled:
             self.network.compile(dynamic=False, mode="reduce-overhead" if self.is_graph else None)
+
+    def encode(self, condition: Condition) -> Condition:
+        """As the network itself."""
+        return self.network.encode(condition)
 
     def forward(self, z: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
         self.evaluations += len(z)

@@ -1,0 +1,178 @@
+"""The parts of a text-to-image model that training leaves as they are: a folder as a pipeline of diffusers has it.
+
+    vae/                            the autoencoder; a model of pixels has none
+    text_encoder/, text_encoder_2/
+    tokenizer/, tokenizer_2/
+
+A checkpoint names the folder and its fingerprint, so that many models share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vdiff.errors import VdiffError, explained
+from vdiff.files import sha256_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+VAE, ENCODERS, TOKENIZERS = "vae", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+PARTS = (VAE, *ENCODERS, *TOKENIZERS)
+WEIGHTS = {**dict.fromkeys(ENCODERS, "model"), VAE: "diffusion_pytorch_model"}
+"""Weights are `NAME.safetensors`, or of a variant `NAME.fp16.safetensors`."""
+TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+"""The classes of transformers that may be used as text encoders."""
+RESTORE = "restore the folder, or point to it with --components FOLDER"
+
+
+@contextmanager
+def text_libraries() -> Iterator[None]:
+    """Around what imports and uses diffusers, transformers or peft: without their log and progress bars.
+
+    Raises:
+        VdiffError: one of them is not installed.
+    """
+    try:
+        import diffusers
+        import transformers
+
+        logs = [(module, module.get_verbosity()) for module in (diffusers.utils.logging, transformers.utils.logging)]
+        for module, _ in logs:
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for module, verbosity in logs:
+                module.set_verbosity(verbosity)
+                module.enable_progress_bar()
+    except ImportError as error:
+        raise VdiffError(
+            f"text-to-image models need {error.name or 'a library'}, which is not installed",
+            "pip install 'vdiff[text]'",
+        ) from None
+
+
+def weights_file(folder: Path, part: str) -> tuple[Path, str | None]:
+    """The safetensors file of a part, and the name of its variant: the one without a variant, where it is there.
+
+    Raises:
+        VdiffError: there is none.
+    """
+    name = WEIGHTS[part]
+    found = sorted((folder / part).glob(f"{name}*.safetensors"), key=lambda path: len(path.name))
+    found = [path for path in found if "-of-" not in path.name]
+    if not found:
+        raise VdiffError(
+            f"{folder / part / name}.safetensors is missing",
+            "weights in pickles (.bin) are never read: let diffusers save the pipeline again, as safetensors",
+        )
+    return found[0], found[0].name.removeprefix(name).removesuffix(".safetensors").strip(".") or None
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files of the parts in `folder` that are read.
+
+    Raises:
+        VdiffError: a part lacks its weights.
+    """
+    files = []
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            continue
+        names = TOKENIZER_FILES if part in TOKENIZERS else ("config.json",)
+        files += [folder / part / name for name in names if (folder / part / name).is_file()]
+        if part in WEIGHTS:
+            files.append(weights_file(folder, part)[0])
+    return files
+
+
+def components_fingerprint(folder: Path) -> str:
+    """SHA-256 of the names and contents of the files that are read.
+
+    Raises:
+        VdiffError: a part lacks its weights, or a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with explained(f"{folder} cannot be read", RESTORE, OSError):
+        for path in files_of(folder):
+            digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def resolved(components: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a checkpoint in `folder` says of its components, their path as it is from here."""
+    return {**components, "path": os.path.abspath(folder / str(components["path"]))}
+
+
+def written(components: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same as a checkpoint in `folder` says it: the path relative where both lie in one project."""
+    path = os.path.abspath(components["path"])
+    home = os.path.abspath(folder.parent)
+    return {**components, "path": os.path.relpath(path, folder) if path.startswith(home + os.sep) else path}
+
+
+def check_components(components: Mapping[str, Any] | None, other: Path | None = None) -> dict[str, Any]:
+    """What a model says of its components, once the folder is known to be there, whole and unchanged.
+
+    Args:
+        other: where they lie instead.
+
+    Raises:
+        VdiffError: the folder is missing, or is another one.
+    """
+    if components is None and other is None:
+        raise VdiffError("the model names no folder with its text encoders", "give it with --components FOLDER")
+    folder = other or Path(str((components or {})["path"]))
+    if not folder.is_dir():
+        raise VdiffError(f"{folder}, the folder of the model's text encoders: no such folder", RESTORE)
+    fingerprint = components_fingerprint(folder)
+    if components is not None and fingerprint != components["fingerprint"]:
+        raise VdiffError(f"{folder} holds other text encoders, tokenizers or autoencoder than the model's", RESTORE)
+    return {"path": os.path.abspath(folder), "fingerprint": fingerprint}
+
+
+def load_text_encoders(encoders: nn.ModuleList, folder: Path) -> None:
+    """Give text encoders the weights of those in a folder.
+
+    Raises:
+        VdiffError: they are missing, damaged, or of another shape.
+    """
+    for part, encoder in zip(ENCODERS, encoders, strict=False):
+        encoder.load_state_dict(read_encoder(folder, part).state_dict())
+
+
+def read_encoder(folder: Path, part: str) -> nn.Module:
+    """The text encoder in a folder of a pipeline, in float32.
+
+    Raises:
+        VdiffError: its weights are missing or damaged, or it is of a class that cannot be used.
+    """
+    _, variant = weights_file(folder, part)
+    where = folder / part
+    with (
+        text_libraries(),
+        explained(f"{where} holds no text encoder of CLIP", "copy or download it again", Exception),
+    ):
+        import transformers
+
+        [name] = transformers.AutoConfig.from_pretrained(where).architectures
+        if name not in ENCODER_CLASSES:
+            raise ValueError(f"it is a {name}, only {', '.join(ENCODER_CLASSES)} can be used")
+        encoder, loading = getattr(transformers, name).from_pretrained(
+            where, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if lacking := [*loading["missing_keys"], *loading["mismatched_keys"]]:
+            raise ValueError(f"{len(lacking)} tensors are missing or of another shape ({lacking[0]}, …)")
+    result: nn.Module = encoder.float()
+    return result
