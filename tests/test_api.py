@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
     student = vdiff.load(folder / "student")
     for call, words in [
         (lambda: plain.sample(1, sampler="dimm"), "no sampler 'dimm'; did you mean 'ddim'?"),
-        (lambda: plain.sample(1, sampler="ddpm", eta=1.0), "eta has no meaning for the sampler ddpm; it takes clip"),
+        (lambda: plain.sample(1, sampler="ddpm", eta=1.0), "the sampler ddpm does not use eta; it takes clip"),
         (
             lambda: plain.sample(1, clipping_value=-1.0),
             "clipping_value must be a positive number, got -1.0; give another",
@@ -172,8 +172,8 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
         (lambda: student.sample(1, grid="logsnr"), "this model was distilled for 8 uniform steps and knows no other"),
         (lambda: student.sample(1, steps=3), "this model was made for 8 steps, and 3 does not divide them; give a num"),
         (lambda: plain.sample(1, steps=0), "num_steps must be at least 1, got 0"),
-        (lambda: plain.sample(1, sampler=None), "None is no sampler; choose from ddim"),
-        (lambda: vdiff.load(folder / "plain", device="gpu"), "no device 'gpu'; did you mean 'cpu'?"),
+        (lambda: plain.sample(1, sampler=None), "None is not a sampler; choose from ddim"),
+        (lambda: vdiff.load(folder / "plain", device="gpu"), "unknown device 'gpu'; did you mean 'cpu'?"),
         (lambda: vdiff.load(folder / "plain", precision="fp8"), "no precision 'fp8'; choose from auto, fp32"),
         (lambda: vdiff.load(folder / "nowhere"), "no such checkpoint; "),
     ]:
@@ -186,9 +186,9 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
         (lambda: plain.sample(1, batch_size=0), "one in a batch"),
         (lambda: plain.sample(2, noise=torch.zeros(3, 3, 4, 4)), r"noise of shape \(3, 3, 4, 4\); need \(2, 3, 4, 4\)"),
         (lambda: plain.sample(1, noise=[1]), r"noise is a list; need a tensor \(num, 3, 4, 4\)"),
-        (lambda: plain.sample(1, seed=-1), r"a seed is a whole number from 0 to 2\*\*64 - 1, got -1"),
-        (lambda: plain.sample(1, seed=2**64), "a seed is a whole number"),
-        (lambda: plain.sample(1, sampler=Ddim(), eta=1.0), "eta: set it in the sampler that is given"),
+        (lambda: plain.sample(1, seed=-1), r"seed = -1; need a whole number from 0 to 2\*\*64 - 1"),
+        (lambda: plain.sample(1, seed=2**64), "need a whole number from 0"),
+        (lambda: plain.sample(1, sampler=Ddim(), eta=1.0), "set eta in the sampler itself"),
         (lambda: plain.denoise(torch.zeros(3, 4, 4), 0.5), r"z of shape \(3, 4, 4\); need \(B, 3, 4, 4\)"),
         (lambda: plain.denoise(torch.zeros(2, 3, 4, 4), torch.ones(3)), "need one number or 2"),
         (lambda: plain.denoise(torch.zeros(1, 3, 4, 4), 0.0), r"times lie in \(0, 1\], got 0.0"),

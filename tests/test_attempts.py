@@ -386,7 +386,7 @@ def test_a_plan_tells_stages_updates_images_and_time_and_does_nothing(data, tmp_
     assert len(rows) == 3
     result = done(f"{words} --method consistency --phases 8,2 --plan")
     assert "timing updates of consistency" in result.stderr
-    assert "comes on top" in result.stderr
+    assert "time covers the remaining updates" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 

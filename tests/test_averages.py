@@ -839,7 +839,7 @@ def test_the_command_alone_says_what_there_is(run):
     lines = done(run).splitlines()
     assert lines[0] == "run              runs/original"
     assert lines[1].startswith("snapshots        20, updates 2 to 40, ")
-    assert lines[2].startswith("power functions  kept with σ_rel 0.05, 0.1; --sigma_rel 0.0")
+    assert lines[2].startswith("power functions  stored with σ_rel 0.05, 0.1; --sigma_rel 0.0")
     assert lines[3] == "exponential      --decay 0.5"
     facts = json.loads(done(f"{run} --json"))
     low, high = facts.pop("sigma_rel")
@@ -888,10 +888,10 @@ def test_nothing_is_replaced_unasked(run):
         ("--sigma_rel 0.1,0.003", 2, "σ_rel 0.003: made from 20 snapshots until update 40, its profile would be"),
         ("--sigma_rel 0.1 --at 31", 2, "--at 31: runs/original holds no snapshot of that update; the nearest is"),
         ("--sigma_rel much", 2, "Invalid value for '--sigma_rel': 'much' is not a valid float"),
-        ("--sigma_rel 0.1,0.2 --out made", 2, "--out names one checkpoint, and these are 2"),
+        ("--sigma_rel 0.1,0.2 --out made", 2, "--out names one checkpoint, but there are 2"),
         ("--decay 0.7", 2, "--decay 0.7: runs/original kept no such average; it has 0.5"),
-        ("--out made", 2, "--out: nothing says which average to write; give --sigma_rel"),
-        ("--overwrite", 2, "--overwrite: nothing says which average to write; give --sigma_rel"),
+        ("--out made", 2, "--out needs an average to write; give --sigma_rel"),
+        ("--overwrite", 2, "--overwrite needs an average to write; give --sigma_rel"),
         ("--at 0", 2, "Invalid value for '--at'"),
     ],
 )
@@ -915,7 +915,7 @@ def test_damaged_snapshots_are_one_line(run):
     assert f"{path} cannot be read" in error(f"{run} --sigma_rel 0.1", 1)
     path.write_bytes(whole)
     write_checkpoint(Path(run), unet={**read_config(Path(run)).unet, "channels": 8})
-    assert "of another model than its config.json" in error(f"{run} --sigma_rel 0.1", 1)
+    assert "do not fit its config.json" in error(f"{run} --sigma_rel 0.1", 1)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["original"]
 
 

@@ -257,7 +257,7 @@ def test_samples_that_fit_no_format_are_one_line(name, form, tmp_path):
     """A folder or a zip holds images of any sides; arrays and datasets hold squares."""
     model_of(name).save(tmp_path / name)
     line = error(f"sample.py --checkpoint {tmp_path / name} --num 2 --format {form} --out {tmp_path / 'out'}", 1)
-    assert f"no images for {form}; vdiff.load draws them as tensors" in line
+    assert f"not images for {form}; vdiff.load draws tensors" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -244,7 +244,7 @@ def test_missing_samples_are_drawn_again_alone():
     line = "sample.py --checkpoint checkpoints/base_5 --num 5 --batch_size 2 --out out"
     done(line)
     before = pictures(Path("out"))
-    assert "out holds all 5 images already\n" in done(line).stdout
+    assert "out already holds all 5 images\n" in done(line).stdout
     kept = Path("out/00001.png").stat().st_mtime_ns
     Path("out/00003.png").unlink()
     assert done(line).stdout.startswith("1 images in ")

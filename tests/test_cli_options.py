@@ -175,7 +175,7 @@ def test_exit_codes_and_the_one_line(run, action, code, stderr):
 def test_the_group_takes_the_same_words_and_an_interrupt_while_it_imports(monkeypatch):
     assert values(run_in_group("--clipped-sampling"))["clipped_sampling"] == "True"
     assert error(run_in_group("--num-step")).endswith("did you mean '--num_steps'?; see vdiff toy --help")
-    assert error(CliRunner().invoke(cli.main, ["toi"], prog_name="vdiff")).startswith("no such command toi; did you")
+    assert error(CliRunner().invoke(cli.main, ["toi"], prog_name="vdiff")).startswith("unknown command 'toi'; did you")
 
     def interrupted(name: str) -> None:
         raise KeyboardInterrupt(name)

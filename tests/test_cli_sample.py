@@ -218,10 +218,10 @@ CASES = [
     ),
     (
         "plain --dynamic_threshold 0.9 --clipped_sampling",
-        "--dynamic_threshold has no meaning for the sampler clipped; le",
+        "the sampler clipped does not use --dynamic_threshold; le",
     ),
-    ("plain --sampler heun --eta 1", "--eta has no meaning for the sampler heun; leave it out, or give --sampler ddim"),
-    ("plain --order 2", "--order has no meaning for the sampler ddim; leave it out, or give --sampler unipc"),
+    ("plain --sampler heun --eta 1", "the sampler heun does not use --eta; leave it out, or give --sampler ddim"),
+    ("plain --order 2", "the sampler ddim does not use --order; leave it out, or give --sampler unipc"),
     ("plain --sampler unipc --order 4", "--order 4 is too large; it must be at most 3"),
     ("plain --sampler heun --frame x", "Invalid value for '--frame': 'x' is unknown; choose from v, eps"),
     (

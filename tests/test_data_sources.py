@@ -226,9 +226,9 @@ def test_a_set_of_folders_under_root(tmp_path: Path) -> None:
 def test_named_sets_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r"--split training: cifar10 has no such split; choose from train, test"):
         open_source("cifar10", SourceOptions(split="training"))
-    with pytest.raises(OptionError, match=r"--image_column x has no meaning for cifar10"):
+    with pytest.raises(OptionError, match=r"--image_column x does not apply to cifar10"):
         open_source("cifar10", SourceOptions(image_column="x"))
-    with pytest.raises(OptionError, match=r"--split test has no meaning for digits"):
+    with pytest.raises(OptionError, match=r"--split test does not apply to digits"):
         open_source("digits", SourceOptions(split="test"))
     with pytest.raises(VdiffError, match=r"cifar11: no such file or folder; did you mean 'cifar10'\?"):
         open_source("cifar11")

@@ -80,7 +80,7 @@ def test_what_does_not_end_is_ended(tmp_path, monkeypatch):
 def test_a_dataset_that_comes_back_otherwise_is_told_as_the_step_that_failed(tmp_path, monkeypatch):
     extras(monkeypatch)
     pretend(tmp_path, monkeypatch, lmdb="def open(*_, **__): raise OSError(28, 'No space left on device')")
-    broken(1, "dataset: ", "report it with all that is printed here; the step that failed is")
+    broken(1, "dataset: ", "report it with this whole output; the step that failed is")
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_an_extra_that_is_broken_and_one_that_ends_the_process(tmp_path, monkeyp
     pretend(tmp_path, monkeypatch, pillow_heif=ERROR, wandb=CRASH)
     text = broken(
         1, "extra heif, pillow_heif: ImportError: libcudart", "pip install --force-reinstall -e '.[heif]'",
-        "wandb: ended by SIGILL", "install that package again",
+        "wandb: ended by SIGILL", "reinstall that package",
     )  # fmt: skip
     assert re.search(r"\[heif\] +HEIC and AVIF photographs, broken\n\[wandb\] +--tracker wandb, unknown\n", text)
 

@@ -100,7 +100,7 @@ WRONG = {
     "model --num_timesteps 0": ("--data data", 2, "0"),
     "model --guidance nan": ("--data data", 2, "--guidance nan: model: nan is not a weight"),
     "model --guidance 2": ("--data data", 2, "has no answer without a class"),
-    "model --teacher_steps 4": ("--data data", 2, "there is no teacher"),
+    "model --teacher_steps 4": ("--data data", 2, "needs a teacher"),
     "model --teacher none": ("--data data", 1, "none"),
     "model --out x.txt": ("--data data", 2, "not a name for a JSON file"),
     "model --raw --ema": ("--data data", 2, "exclude each other"),

@@ -170,6 +170,6 @@ def test_a_text_that_is_too_large_is_not_read(tmp_path):
     ("loads", "start", "inner", "after"), [(json.loads, "", "[", "]"), (tomllib.loads, "a = ", "{a = ", "}")]
 )
 def test_what_is_nested_too_deep_is_refused(loads, start, inner, after, depth):
-    with pytest.raises(ValueError, match="nested too deep"):
+    with pytest.raises(ValueError, match="nested too deeply"):
         parse(f"{start}{inner * depth}1{after * depth}", loads)
     assert parse("[1]") == [1]

@@ -104,7 +104,7 @@ def test_rows_for_people(ladder):
     assert base["training"].startswith("6 updates, 24 images, ")
     assert base["dataset"].startswith((ladder / "data").as_posix())
     assert base["weights"].startswith("ema, ")
-    assert base["on disk"].endswith("with what resuming needs")
+    assert base["on disk"].endswith("including training state")
     assert "options" in base
     assert base.keys() & {"classes", "guidance"} == set()
 

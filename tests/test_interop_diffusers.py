@@ -786,7 +786,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (cut, "truncated or damaged"),
     "huge header": (written(UNET_FILE, b"\xff" * 64), "truncated or damaged"),
     "huge": (huge, "1,024 MiB"),
-    "deep": (written("unet/config.json", b"[" * 100_000), "nested too deep"),
+    "deep": (written("unet/config.json", b"[" * 100_000), "nested too deeply"),
     "other class": (unet(_class_name="UNet2DConditionModel"), "_class_name is 'UNet2DConditionModel'"),
     "absurd width": (unet(block_out_channels=[10**9, 10**9]), "block_out_channels is [1000000000, 1000000000]"),
     "absurd depth": (unet(layers_per_block=10**9), "layers_per_block is 1000000000"),

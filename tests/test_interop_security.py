@@ -285,7 +285,7 @@ def test_a_config_of_a_gigabyte(line, tmp_path, monkeypatch):
     write_checkpoint(Path("own"))
     os.truncate(f"own/{CONFIG}", 2**30)
     with frugal():
-        assert "own/config.json cannot be read: 1,024 MiB, more than the 64 that may be" in error(line, 1)
+        assert "own/config.json cannot be read: 1,024 MiB, more than the 64 allowed" in error(line, 1)
 
 
 @pytest.mark.parametrize(

@@ -377,7 +377,7 @@ def test_flags_that_the_method_reads_and_files_that_say_more_are_taken(teacher, 
 )
 def test_one_way_of_saying_the_steps(teacher, flags):
     first, second = flags
-    with pytest.raises(OptionError, match=f"--{first} and --{second} say the same in two ways; give one of them"):
+    with pytest.raises(OptionError, match=f"--{first} and --{second} set the same thing; give one of them"):
         resolve_distillation({"base": str(teacher), **flags}, None)
 
 

@@ -121,8 +121,8 @@ WRONG_TYPES = [
     ("flip", 1, "true or false"),
     ("flip", "yes", "true or false"),
     ("compile", 0, "true or false"),
-    ("weighting", 3, "a word"),
-    ("data", 3, "a word"),
+    ("weighting", 3, "a string"),
+    ("data", 3, "a string"),
 ]
 
 

@@ -267,7 +267,7 @@ def test_batch_and_updates_of_a_fitted_preset_follow_the_number_of_images(data, 
 
 
 def test_to_steps_and_stages_together_are_refused(teacher):
-    with pytest.raises(OptionError, match="--to_steps and --stages say the same in two ways"):
+    with pytest.raises(OptionError, match="--to_steps and --stages set the same thing"):
         resolve_distillation({"base": str(teacher), "to_steps": 4, "stages": 1}, None)
 
 

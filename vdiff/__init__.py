@@ -1,11 +1,11 @@
-"""vdiff: train a diffusion model, then distil it until 1 to 8 network evaluations draw an image.
+"""vdiff: train a diffusion model, then distil it to sample in 1 to 8 network evaluations.
 
 >>> import vdiff
 >>> vdiff.__version__.count(".")
 2
 
-`vdiff.load(checkpoint)` gives a model whose `sample` draws images; `wrap` makes one of your own network; `prepare`,
-`train` and `distill` do the work of the commands. Importing vdiff alone loads no torch.
+`vdiff.load(checkpoint)` returns a model, and its `sample` draws images. `wrap` makes a model from your own network.
+`prepare`, `train` and `distill` do the work of the commands. Importing vdiff alone does not load torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLACES = {
     **dict.fromkeys(["Model", "Samples", "load", "wrap"], "vdiff.api"),
     **dict.fromkeys(["Training", "distill", "prepare", "train"], "vdiff.api_training"),
 }
-"""Names that are imported when they are first asked for → their modules."""
+"""Names that are imported at their first use → their modules."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""vdiff in Python: models that draw, denoise and are saved; preparing, training and distilling them."""
+"""vdiff in Python: load or wrap a model, sample from it, denoise with it and save it."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def load(
     compiled: bool = False,
     network: nn.Module | None = None,
 ) -> Model:
-    """The model in the folder `checkpoint`, ready to draw.
+    """The model in the folder `checkpoint`, ready to sample.
 
     Args:
-        network: your own network, of a model that was made by `wrap`; it gets the weights in the folder.
-        device: auto (a GPU where there is one), cpu, cuda or mps.
+        network: your own network, if the model was made by `wrap`; it gets the weights in the folder.
+        device: auto (a GPU if the machine has one), cpu, cuda or mps.
         precision: auto (fp32, on CUDA with products in TF32), fp32, bf16 or fp16.
         compiled: whether the network is compiled at its first evaluation of each shape.
 
     Raises:
-        VdiffError: no such checkpoint, a damaged one, or a device or precision that this machine has not.
+        VdiffError: the checkpoint is missing or damaged, or this machine lacks the device or precision.
     """
     denoiser, config = load_checkpoint(checkpoint, pick_device(device), network)
     return Model(ready_to_draw(denoiser, precision=precision, compiled=compiled), config)
 
 
 def load_plain(folder: Path, like: Model | None = None) -> Model:
-    """The model in a folder as it was trained: in float32, in no layout of its own.
+    """The model in a folder as it was trained: float32, in PyTorch's default memory layout.
 
     Args:
-        like: a model of the same network, which is copied where its code is outside of vdiff.
+        like: a model with the same network; it is copied if its code is outside of vdiff.
     """
     module = copy.deepcopy(like.network) if like is not None and like.config.kind == PYTHON else None
     denoiser, config = load_checkpoint(folder, module=module)
@@ -82,27 +82,27 @@ def wrap(
     size_multiple: int = 1,
     codec: str | None = None,
 ) -> Model:
-    """A model of your own network: network(z, timestep, **condition) → output, z (B, *shape), timestep (B,) = L·t − 1.
+    """A model from your own network(z, timestep, **condition) → output, with z (B, *shape), timestep (B,) = L·t − 1.
 
     A network of diffusers (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, PixArtTransformer2DModel,
-    UNet1DModel) is used as it is, and a checkpoint builds it again. Of any other module a checkpoint holds the weights
-    alone: `load` is given the module, and the commands cannot use the folder.
+    UNet1DModel) is used as it is, and is rebuilt from a checkpoint. For any other module a checkpoint holds only the
+    weights: pass the module to `load`. The commands cannot use such a folder.
 
     Args:
-        shape: (C, H, W), (C, L), … of a sample.
-        prediction: "v", "x", "eps" or "both": what the network's output is.
-        schedule: a name of `vdiff.diffusion.schedules.SCHEDULES`, or a schedule.
-        num_timesteps: steps that the model samples with by default.
-        classes: how many, or their names, for a network that takes `classes` (B,) int64.
-        null_class: the network knows "no class", the number after the last, as guidance needs it.
-        drops_variance: the second half of the network's output channels is a learned variance, which is left out.
-        takes: names of further conditions, (B, …). `vdiff.distill(…, method="guided")` needs "guidance", the weight w,
-            which the network is not given where it is guided by two evaluations.
-        size_multiple: sizes of samples must be multiples of it.
-        codec: "pixels", numbers in [−1, 1] to which samples are clipped, as images are usually, or "unbounded".
+        shape: of a sample: (C, H, W), (C, L), ….
+        prediction: what the network outputs: "v", "x", "eps" or "both".
+        schedule: a name in `vdiff.diffusion.schedules.SCHEDULES`, or a schedule.
+        num_timesteps: default number of sampling steps.
+        classes: the number of classes, or their names, for a network that takes `classes` (B,) int64.
+        null_class: the network accepts the number after the last class as "no class", which guidance needs.
+        drops_variance: the second half of the network's output channels is a learned variance; it is ignored.
+        takes: names of further conditions, (B, …). `vdiff.distill(…, method="guided")` needs "guidance", the weight w.
+            The network does not receive it when guidance is computed from two evaluations.
+        size_multiple: the sizes of samples must be multiples of this number.
+        codec: "pixels" (samples are clipped to [−1, 1], as usual for images) or "unbounded".
 
     Raises:
-        ValueError: values that do not fit together.
+        ValueError: a value is invalid, or values do not fit together.
     """
     if not shape or any(type(size) is not int or size < 1 for size in shape):
         raise ValueError(f"shape = {tuple(shape)}; need whole numbers from 1, such as (3, 32, 32)")
@@ -131,7 +131,7 @@ def wrap(
 
 
 class Samples(Tensor):
-    """A tensor (num, C, …) on the CPU; what is computed from it is a plain tensor. A notebook shows images."""
+    """A tensor (num, C, …) on the CPU. Operations on it return plain tensors. A notebook shows it as images."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -141,17 +141,17 @@ class Samples(Tensor):
         return self.ndim == 4 and self.shape[1] in (1, 3)
 
     def to_pil(self) -> list[PIL.Image.Image]:
-        """Each image as a picture, of which −1 is black and 1 is white.
+        """Each sample as a PIL image; −1 is black and 1 is white.
 
         Raises:
-            ValueError: these are no images.
+            ValueError: the samples are not images.
         """
         if not self.are_images:
             raise ValueError(f"samples of shape {tuple(self.shape)} are not images (num, 1 or 3, H, W)")
         return [to_pil(image) for image in self]
 
     def _repr_png_(self) -> bytes | None:
-        """The images as one PNG file, for a notebook; None, and the numbers are shown, where these are no images."""
+        """The images as one PNG file, for a notebook; None if the samples are not images: it then shows the numbers."""
         if not self.are_images:
             return None
         file = io.BytesIO()
@@ -164,10 +164,10 @@ class Samples(Tensor):
 
 
 class Model:
-    """A denoiser and what its checkpoint says of it.
+    """A denoiser and the description in its checkpoint.
 
     Attributes:
-        denoiser: the network, its schedule and what it predicts.
+        denoiser: the network, its schedule and its prediction type.
         config: the checkpoint's description: `num_timesteps`, `image_size`, `class_names`, `method`, `teacher`, ….
     """
 
@@ -180,7 +180,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; the CPU, if it has no weights."""
+        """The network's device; the CPU if it has no weights."""
         return device_of(self.denoiser)
 
     @property
@@ -195,13 +195,13 @@ class Model:
         return network.network if isinstance(network, FastNetwork) else network
 
     def plain(self) -> Denoiser:
-        """The denoiser of the network itself, to be trained, distilled or saved.
+        """The denoiser, to train, distil or save it.
 
         Raises:
             VdiffError: the model was loaded in half precision.
         """
         if any(weight.dtype in (torch.bfloat16, torch.float16) for weight in self.network.parameters()):
-            raise VdiffError("a model in half precision is only for drawing", "load it with precision fp32")
+            raise VdiffError("a model in half precision can only sample", "load it with precision fp32")
         if not isinstance(self.denoiser.network, FastNetwork):
             return self.denoiser
         return Denoiser(cast(Backbone, self.network), self.denoiser.schedule, self.denoiser.prediction_type)
@@ -209,20 +209,20 @@ class Model:
     def loss(
         self, x: Tensor, *, classes: Tensor | Sequence[int] | None = None, weighting: str = "truncated_snr"
     ) -> Tensor:
-        """The training loss of a batch (B, C, …), at noise and times from torch's generator: a number with a gradient.
+        """The training loss of a batch (B, C, …), a scalar with a gradient; torch's generator gives noise and times.
 
-        E w(λ_t) ‖x − x̂(α x + σ ε, t)‖² with t uniform, one in each of B equal parts of [0, 1).
+        E w(λ_t) ‖x − x̂(α x + σ ε, t)‖² with t uniform: one t in each of B equal parts of [0, 1).
 
         Args:
-            classes: B numbers of classes, for a class-conditional network.
-            weighting: a name of `vdiff.diffusion.weighting.WEIGHTINGS`.
+            classes: B class numbers, for a class-conditional network.
+            weighting: a name in `vdiff.diffusion.weighting.WEIGHTINGS`.
 
         Raises:
-            VdiffError: no such weighting.
-            ValueError: classes that are not B integers, or that the network does not know.
+            VdiffError: the weighting is unknown.
+            ValueError: the classes are not B integers, or the network does not have them.
         """
         if weighting not in WEIGHTINGS:
-            raise VdiffError(f"no weighting {weighting!r}", suggestion(str(weighting), WEIGHTINGS))
+            raise VdiffError(f"unknown weighting {weighting!r}", suggestion(str(weighting), WEIGHTINGS))
         takes, schedule = self.denoiser.network.signature, self.denoiser.schedule
         numbers = None if classes is None else torch.as_tensor(classes, device=x.device)
         if numbers is not None and takes.num_classes:
@@ -239,7 +239,7 @@ class Model:
         return weighted_losses(prediction, target, schedule.logsnr(target.t), weight).mean()
 
     def save(self, folder: str | Path) -> None:
-        """Write the model to a folder, from which `vdiff.load` and the commands read it.
+        """Save the model in a folder that `vdiff.load` and the commands can read.
 
         Raises:
             VdiffError: the file system refuses, or the model was loaded in half precision.
@@ -247,7 +247,7 @@ class Model:
         save_checkpoint(Path(folder), self.plain().state_dict(), self.config)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the names and bits of the weights, to tell two models apart."""
+        """SHA-256 of the names and bits of the weights; it tells two models apart."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.plain().state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -268,23 +268,24 @@ class Model:
         batch_size: int = 64,
         **options: Any,
     ) -> Samples:
-        """Draw samples: (num, *shape) float32 on the CPU, pixels within [−1, 1]; `to_pil()` makes pictures of them.
+        """Draw samples: (num, *shape) float32 on the CPU, pixels within [−1, 1]; `to_pil()` turns them into PIL images.
 
         Args:
-            num: how many; without it as many as `noise` has, else 16.
+            num: number of samples; by default as many as `noise` has, else 16.
             steps: sampling steps; by default the model's own.
-            seed: image k of a seed is the one that `sample.py` draws.
-            sampler: a name of `vdiff.diffusion.samplers.SAMPLERS`, or one of those objects.
-            grid: a name of `vdiff.diffusion.grids.GRIDS`; a distilled model has learned `uniform` alone.
-            classes: names or numbers that the images take in turn; by default all.
-            guidance, guidance_interval: the weight w of classifier-free guidance, and the times that it is for.
-            noise: (num, C, H, W), z at t = 1 instead of the seed's; what a stochastic sampler adds is still the seed's.
-            batch_size: images drawn at once; they do not depend on it.
-            options: of the named sampler: `clipping_value`, `threshold`, `eta`.
+            seed: for equal seeds, image k is the same as that of `sample.py`.
+            sampler: a name in `vdiff.diffusion.samplers.SAMPLERS`, or a sampler.
+            grid: a name in `vdiff.diffusion.grids.GRIDS`; a distilled model has learned only `uniform`.
+            classes: names or numbers, assigned to the images in turn; by default all.
+            guidance, guidance_interval: the weight w of classifier-free guidance, and the times at which it applies.
+            noise: (num, C, H, W), z at t = 1 instead of the seed's. The noise that a stochastic sampler adds still
+            depends on the seed.
+            batch_size: images drawn at once; the images do not depend on it.
+            options: settings of the named sampler: `clipping_value`, `threshold`, `eta`.
 
         Raises:
-            VdiffError: something that this model or sampler cannot do, or an image that is not finite.
-            ValueError: noise of another shape, or numbers of images that make no sense.
+            VdiffError: this model or sampler cannot do what is asked, or an image is not finite.
+            ValueError: the noise has another shape, or a number of images is invalid.
         """
         if noise is not None and not isinstance(noise, Tensor):
             raise ValueError(
@@ -294,7 +295,7 @@ class Model:
         if num < 1 or batch_size < 1:
             raise ValueError(f"need at least one image, and one in a batch, got {num} and {batch_size}")
         if not 0 <= seed < 2**64:
-            raise ValueError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed}")
+            raise ValueError(f"seed = {seed}; need a whole number from 0 to 2**64 - 1")
         if noise is not None and noise.shape != (num, *self.shape):
             raise ValueError(f"noise of shape {tuple(noise.shape)}; need {(num, *self.shape)}")
         steps = self.config.num_timesteps if steps is None else steps
@@ -324,17 +325,17 @@ class Model:
     def denoise(
         self, z: Tensor, t: Tensor | float, *, classes: Sequence[str | int] | None = None, guidance: float = 0.0
     ) -> Prediction:
-        """What the model says of noisy images: x̂, ε̂ and v̂ of z = α x + σ ε, on the device of the model.
+        """The model's prediction for noisy images: x̂, ε̂ and v̂ of z = α x + σ ε, on the model's device.
 
         Args:
             z: (B, C, H, W).
-            t: the time in (0, 1], one number or (B,); 1 is noise alone.
-            classes: names or numbers, for the images in turn; by default all.
+            t: the time in (0, 1], one number or (B,); 1 is pure noise.
+            classes: names or numbers, assigned to the images in turn; by default all.
             guidance: the weight w of classifier-free guidance.
 
         Raises:
-            VdiffError: classes or guidance that this model does not know.
-            ValueError: z or t of another shape, or times outside (0, 1].
+            VdiffError: this model does not have the classes, or cannot be guided.
+            ValueError: z or t has another shape, or a time is outside (0, 1].
         """
         if tuple(z.shape[1:]) != self.shape:
             raise ValueError(f"z of shape {tuple(z.shape)}; need (B, {', '.join(map(str, self.shape))})")
@@ -359,9 +360,9 @@ class Model:
     def _sampler(self, sampler: str | Sampler, options: Mapping[str, Any]) -> Sampler:
         if not isinstance(sampler, str):
             if not isinstance(sampler, Sampler):
-                raise VdiffError(f"{sampler!r} is no sampler", suggestion("", SAMPLERS))
+                raise VdiffError(f"{sampler!r} is not a sampler", suggestion("", SAMPLERS))
             if options:
-                raise ValueError(f"{', '.join(options)}: set it in the sampler that is given, {sampler}")
+                raise ValueError(f"set {', '.join(options)} in the sampler itself: {sampler}")
             return sampler
         if (
             sampler in SAMPLERS

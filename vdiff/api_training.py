@@ -42,7 +42,7 @@ Metrics = dict[str, float]
 Learned = TypeVar("Learned", Model, Denoiser)
 USUAL: dict[str, Any] = {"num_iters": 1000, "batch_size": 64, "lr": 1e-3, "ema_remainder": 1e-3, "tracker": "none"}
 """Settings of `train` without a preset, and of `distill`."""
-WRAP = "make a model of your network by vdiff.wrap"
+WRAP = "make a model from your network with vdiff.wrap"
 _open: WeakSet[Generator[Metrics, None, None]] = WeakSet()
 
 
@@ -58,13 +58,13 @@ def prepare(
     """Turn images into a dataset, as `prepare_data.py` does, and return its folder.
 
     Args:
-        source: a folder, an archive, the name of a set; None: the built-in digits.
-        size: pixels of a side, one or several; None: what is usual for the source.
-        conversion: further fields of `ConversionConfig`: `channels`, `crop`, `image_format`, ….
+        source: a folder, an archive or the name of a dataset; None: the built-in digits.
+        size: side length in pixels, one or several; None: the source's default.
+        conversion: other fields of `ConversionConfig`: `channels`, `crop`, `image_format`, ….
 
     Raises:
         VdiffError: see `vdiff.data.preparation.prepare`.
-        ValueError: a size, or another field of the conversion, that it cannot have.
+        ValueError: the size or another field of the conversion is invalid.
     """
     opened = open_source(None if source is None else str(source), SourceOptions(Path("downloads"), "", "", ""))
     usual = opened.defaults
@@ -77,18 +77,18 @@ def prepare(
 
 @dataclass
 class Learner:
-    """What learns at the moment."""
+    """The training of the current stage."""
 
     model: Model
 
 
 class Training:
-    """Work that is done while one iterates over it: each item is the metrics since the one before.
+    """A training that runs while it is iterated over: each item holds the metrics since the previous one.
 
-    With a folder, the work can be left, and the same call continues it; `close` ends it where a loop was left.
+    With a folder, the training can be interrupted, and the same call continues it. `close` ends it after a `break`.
 
     Attributes:
-        num_updates: of the whole work, all stages together.
+        num_updates: updates of all stages together.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Training:
     ) -> None:
         self.num_updates = num_updates
         self._learner = Learner(model)
-        self._metrics = work(self._learner)  # knows the learner, not this object: so a loop that is left ends it
+        self._metrics = work(self._learner)  # holds the learner, not this object, so leaving a loop ends it
         _open.add(self._metrics)
 
     def __iter__(self) -> Iterator[Metrics]:
@@ -104,22 +104,22 @@ class Training:
 
     @property
     def model(self) -> Model:
-        """What is learned, with its averaged weights, as it is now."""
+        """The model as trained so far, with averaged weights."""
         return self._learner.model
 
     def close(self) -> None:
-        """Leave the work as it is, and its folder to others."""
+        """Stop here, and unlock the folder."""
         self._metrics.close()
 
     def finish(self) -> Model:
-        """Do all that is left, and return the model."""
+        """Run to the end, and return the model."""
         for _ in self:
             pass
         return self.model
 
 
 def _close_all() -> None:
-    """End the work of loops that were left, while the modules that it needs are still there."""
+    """At exit, close trainings that were left, while the modules that they need are still loaded."""
     for metrics in list(_open):
         with suppress(ValueError):  # it runs in another thread
             metrics.close()
@@ -131,14 +131,14 @@ atexit.register(_close_all)
 def train(
     model: Model | str, data: str | Path | Iterable[Any], *, out: str | Path | None = None, **settings: Any
 ) -> Training:
-    """Train a base model while one iterates over the answer.
+    """Train a base model; the training runs while the result is iterated over.
 
     Args:
-        model: one of your own network (`vdiff.wrap`), which is trained in place, or the name of a preset: a new UNet.
-        data: the path of a dataset, or tensors in [−1, 1] or uint8: one of all samples, or any iterable of samples or
-            batches, alone or in pairs with classes.
-        out: a folder for checkpoints, log and samples. The same call continues a run that it finds there.
-        settings: those of `train.py`; without a preset the usual ones are `USUAL`.
+        model: a model from your own network (`vdiff.wrap`), trained in place; or the name of a preset, for a new UNet.
+        data: the path of a dataset, or tensors in [−1, 1] or uint8: one tensor of all samples, or an iterable of
+        samples or batches, with or without classes: (samples, classes).
+        out: a folder for checkpoints, log and samples. The same call continues a run in this folder.
+        settings: settings of `train.py`; without a preset the defaults are `USUAL`.
 
     Raises:
         VdiffError: settings, data or folder cannot be used.
@@ -198,18 +198,18 @@ def distill(
     out: str | Path | None = None,
     **settings: Any,
 ) -> Training:
-    """Distil a model stage by stage while one iterates over the answer; metrics say `num_steps` of the stage's student.
+    """Distil a model stage by stage while the result is iterated over; metrics hold the student's `num_steps`.
 
-    Students are not compared with their teachers, which `distill.py` does.
+    Unlike `distill.py`, this does not compare students with their teachers.
 
     Args:
-        teacher: a model, or a checkpoint's folder.
-        data: as in `train`; None: the teacher's dataset, where the method needs images.
-        out: a folder for the students, `base_0`, `base_1`, …. The same call continues what it finds there.
-        settings: those of `distill.py`, such as `to_steps` and `method`; the usual ones are `USUAL`, and the method's.
+        teacher: a model, or the folder of a checkpoint.
+        data: as in `train`; None: the teacher's dataset, if the method needs images.
+        out: a folder for the students, `base_0`, `base_1`, …. The same call continues a ladder in this folder.
+        settings: settings of `distill.py`, such as `to_steps` and `method`; the defaults are `USUAL` and the method's.
 
     Raises:
-        VdiffError: settings, data or folder cannot be used, or the steps do not lead there.
+        VdiffError: the settings, the data or the folder cannot be used, or `to_steps` cannot be reached.
     """
     if not isinstance(teacher, str | Path | Model):
         raise OptionError(f"a {type(teacher).__name__} is neither a model nor a checkpoint's folder", WRAP)
@@ -231,7 +231,7 @@ def distill(
 
     def work(learner: Learner) -> Generator[Metrics, None, None]:
         engine = build_engine(config)
-        folder = None if isinstance(teacher, Model) else Path(teacher)  # where the present teacher lies
+        folder = None if isinstance(teacher, Model) else Path(teacher)  # of the current teacher
         for stage in stages:
             own, before, base = stage.settings(config), learner.model.config, learner.model.plain()
             fingerprint = weights_fingerprint(folder) if folder else learner.model.fingerprint()
@@ -272,13 +272,13 @@ def _in_folder(
     description: CheckpointConfig,
     on_start: Callable[[TrainStep], object],
 ) -> Iterator[Metrics]:
-    """Do what is left of a stage in its folder."""
+    """Train what is left of a stage, in its folder."""
     with locked(stage.folder, kind=RUN, mine=engine.is_main):
         if is_run(stage.folder):
             found = recorded(stage.folder)
             check_same_run(stage.folder, config, resolve(DistillConfig, recorded_layer(DistillConfig, stage.folder)))
             if found and (found.teacher or {}).get("fingerprint") != (description.teacher or {}).get("fingerprint"):
-                raise VdiffError(f"{stage.folder} was distilled from another teacher", "give another out")
+                raise VdiffError(f"{stage.folder} was distilled from another teacher", "give another `out`")
             if found and found.is_finished:
                 return
             check_resumable(stage.folder, images)
@@ -292,7 +292,7 @@ def _in_folder(
 
 
 def _data_of(data: Any, shape: tuple[int, ...] | None, image_size: int | None = None) -> TrainingData:
-    """A dataset by its path, or tensors of a shape (None: images, like the first of them)."""
+    """The dataset at a path, or tensors of a shape (None: images, shaped as the first one)."""
     if isinstance(data, str | Path):
         return open_images(str(data), image_size)
     if shape is None:
@@ -307,10 +307,10 @@ def _data_of(data: Any, shape: tuple[int, ...] | None, image_size: int | None = 
 
 
 def _noted(learner: Learner, found: Iterator[Metrics], batch_size: int) -> Iterator[Metrics]:
-    """The metrics; the model that is learned records how many updates it has seen.
+    """The metrics; the model records how many updates it has seen.
 
     Raises:
-        Interrupted: a signal came; the run is saved in its folder.
+        Interrupted: by a signal; the run is saved in its folder.
     """
     try:
         for metrics in found:
@@ -323,13 +323,13 @@ def _noted(learner: Learner, found: Iterator[Metrics], batch_size: int) -> Itera
 
 
 def _finished(denoiser: Denoiser, description: CheckpointConfig, batch_size: int, fixed: Set[str]) -> Model:
-    """The model whose training is over."""
+    """The model at the end of its training."""
     done = replace(description, num_iters=description.target_iters, num_images=description.target_iters * batch_size)
     return Model(_with_frozen(denoiser.eval(), fixed), done)
 
 
 def _with_frozen(model: Learned, fixed: Set[str]) -> Learned:
-    """The model, of whose weights all may learn but `fixed`."""
+    """The model, with all weights trainable except `fixed`."""
     for name, weight in (model.denoiser if isinstance(model, Model) else model).named_parameters():
         weight.requires_grad_(name not in fixed)
     return model

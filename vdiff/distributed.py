@@ -1,4 +1,4 @@
-"""Where a command computes: its device, and this process among those that a launcher started."""
+"""The device of a command, and this process among those that a launcher started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vdiff.errors import OptionError, VdiffError, suggestion
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
-"""How long one process waits for the others: shares are equal in number, not in time."""
+"""How long one process waits for the others: shares have equal numbers of items, but take different times."""
 SECONDS_BETWEEN_LOOKS = 0.02
 
 
@@ -28,7 +28,7 @@ class Processes:
     """This process among `world_size`.
 
     Attributes:
-        device: what this process computes on.
+        device: the device of this process.
         rank: its number, 0 … `world_size` − 1.
     """
 
@@ -38,7 +38,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints, and writes what is written once."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -52,7 +52,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave the block when all processes do; a `VdiffError` in one of them is raised in all.
+        """Wait at the end of the block for all processes; a `VdiffError` in one of them is raised in all.
 
         Raises:
             VdiffError: raised inside the block, here or elsewhere.
@@ -85,10 +85,10 @@ class Processes:
 
 
 def join(device: str) -> Processes:
-    """This process, with those that a launcher (torchrun, accelerate) started beside it.
+    """This process, and the others that a launcher (torchrun, accelerate) started.
 
     Args:
-        device: auto, cpu, cuda or mps; several processes on CUDA take a GPU each.
+        device: auto, cpu, cuda or mps; on CUDA each process takes its own GPU.
 
     Raises:
         OptionError: this machine has no such device.
@@ -104,7 +104,7 @@ def join(device: str) -> Processes:
 
 
 def leave_at_exit() -> None:
-    """Have the group of processes closed when this process ends; torch warns otherwise."""
+    """Close the process group when this process ends; torch warns otherwise."""
 
     def leave() -> None:
         if torch.distributed.is_initialized():
@@ -123,14 +123,14 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind, is_there in has.items() if is_there))
     if name not in has:
-        raise OptionError(f"no device {name!r}", suggestion(str(name), ["auto", *has]))
+        raise OptionError(f"unknown device {name!r}", suggestion(str(name), ["auto", *has]))
     if not has[name]:
         raise OptionError(f"--device {name}: this machine has no {name} device", "give --device auto")
     return torch.device(name)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; in a container, no more than its limit."""
+    """Free bytes on a device; in a container, at most its limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -144,7 +144,7 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def memory_errors_named(remedy: str = "give a smaller --batch_size, or --precision bf16") -> Iterator[None]:
-    """Turn running out of memory into an error of one line that names the settings which need less.
+    """Turn an out-of-memory error into one line that names settings which need less memory.
 
     Raises:
         VdiffError: memory ran out.

@@ -1,4 +1,4 @@
-"""The errors that a user can cause and mend; the command line prints them as one line."""
+"""Errors that a user can cause and fix; the command line prints each as one line."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-# control characters, marks of the direction of writing, ends of lines and paragraphs, halves of surrogate pairs
+# control characters, writing direction marks, line and paragraph separators, lone surrogates
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
 def printable(text: str) -> str:
-    """`text` as one line that a terminal shows but never obeys: such characters are written as `\\n` or `\\u001b`.
+    """`text` as one line without control characters: they are written as `\\n` or `\\u001b`.
 
-    In a JSON text they stand within strings, where this spelling means the same character.
+    In JSON they occur only within strings, where this escape means the same character.
     """
     return _UNPRINTABLE.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", text)
 
 
 def shell(*words: object) -> str:
-    """Words as they are typed in a shell, quoted where they need it.
+    """Words as they are typed in a shell, quoted if necessary.
 
     >>> shell("--data", "data/my photos")
     "--data 'data/my photos'"
@@ -31,11 +31,11 @@ def shell(*words: object) -> str:
 
 
 MAX_WHOLE = 2**31 - 1
-"""The largest whole number that an option or a setting without a limit of its own takes."""
+"""The largest whole number for options and settings that set no other limit."""
 
 
 class VdiffError(Exception):
-    """Something the user can mend: what is wrong (`cause`), and what to do next (`hint`).
+    """An error that the user can fix: what is wrong (`cause`), and what to do next (`hint`).
 
     >>> str(VdiffError("data/cats: no such file or folder", "give the path of a folder or a zip"))
     'data/cats: no such file or folder; give the path of a folder or a zip'
@@ -56,9 +56,9 @@ class OptionError(VdiffError):
 
 
 class Interrupted(BaseException):
-    """Work was stopped by a signal after everything worth keeping was written (130 = SIGINT, 143 = SIGTERM).
+    """A signal stopped the work, and everything worth keeping is saved (130 = SIGINT, 143 = SIGTERM).
 
-    Like KeyboardInterrupt it is no error, and passes `except Exception`.
+    Like KeyboardInterrupt it is not an error: `except Exception` does not catch it.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -68,7 +68,7 @@ class Interrupted(BaseException):
 
 @contextmanager
 def stop_explained(explain: Callable[[str], str]) -> Iterator[None]:
-    """Explain a stop by a signal: `explain` gets its name and answers the message of the `Interrupted`.
+    """Explain a stop by a signal: `explain` gets the signal's name and returns the message of the `Interrupted`.
 
     Raises:
         Interrupted: a signal or Ctrl-C ended the block.
@@ -82,10 +82,10 @@ def stop_explained(explain: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def explained(cause: str, hint: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise errors of `kinds` in the block as one line: `cause`, what the error says, and the hint.
+    """Turn errors of `kinds` in the block into one line: `cause`, the error's text, and the hint.
 
     Raises:
-        VdiffError: an error of these kinds ended the block.
+        VdiffError: an error of these kinds was raised in the block.
     """
     try:
         yield
@@ -97,7 +97,7 @@ def explained(cause: str, hint: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def suggestion(word: str, choices: Iterable[str], *, only_near: bool = False) -> str:
-    """`did you mean 'x'?` for the choice nearest to `word`; when none is near, the list of choices (or nothing)."""
+    """`did you mean 'x'?` with the choice nearest to `word`; if none is near, the list of choices (or nothing)."""
     choices = list(choices)
     near = difflib.get_close_matches(word, choices, n=1)
     if near:

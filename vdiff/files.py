@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, with checksums; descriptions of somebody not to be trusted."""
+"""Files and folders that appear whole or not at all, with checksums; reading of JSON from untrusted sources."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHECKSUM = "vdiff_crc32"
 """The key of the checksum in files that have one."""
 MAX_TEXT_BYTES = 64 * 2**20
 MAX_DEPTH = 200
-"""Objects within objects in a description; a teacher takes one, and no ladder has so many stages."""
+"""How deep objects may be nested in a description; each teacher takes one level."""
 
 
 def check_regular(path: Path) -> None:
     """Do nothing if `path` is a regular file, a folder or missing.
 
     Raises:
-        VdiffError: it is a pipe, a socket or a device, which one might wait for without end.
+        VdiffError: it is a pipe, a socket or a device; reading one might never end.
     """
     try:
         mode = path.stat().st_mode
@@ -38,7 +38,7 @@ def check_regular(path: Path) -> None:
 
 
 def elsewhere(path: Path) -> str:
-    """`did you mean ../photos?` for a path where nothing is: with slashes for backslashes, or in a folder above."""
+    """`did you mean ../photos?` for a missing path that exists with slashes for backslashes, or in a folder above."""
     above = [Path(*[".."] * k, path) for k in (1, 2, 3)] if not path.is_absolute() else []
     found = (other for other in (Path(str(path).replace("\\", "/")), path.expanduser(), *above) if other.exists())
     return next((f"did you mean {shell(other)}?" for other in found), "")
@@ -48,21 +48,21 @@ def read_text(path: Path) -> str:
     """The UTF-8 text in a file of at most 64 MiB.
 
     Raises:
-        VdiffError: it is no regular file.
-        OSError, ValueError: it cannot be read, is too large, or no text.
+        VdiffError: it is not a regular file.
+        OSError, ValueError: it cannot be read, is too large, or is not UTF-8 text.
     """
     check_regular(path)
     size = path.stat().st_size
     if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{size / 2**20:,.0f} MiB, more than the {MAX_TEXT_BYTES // 2**20} that may be")
+        raise ValueError(f"{size / 2**20:,.0f} MiB, more than the {MAX_TEXT_BYTES // 2**20} allowed")
     return path.read_text(encoding="utf-8")
 
 
 def parse(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
-    """The value that a JSON text describes (with `tomllib.loads` a TOML text); of an object without its checksum.
+    """The value of a JSON text (with `tomllib.loads`, of a TOML text); an object comes without its checksum.
 
     Raises:
-        ValueError: it is none, nested deeper than 200 levels, or not what its checksum says.
+        ValueError: it is not valid, is nested deeper than 200 levels, or does not match its checksum.
     """
     try:
         value = loads(text)
@@ -70,23 +70,23 @@ def parse(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
     except RecursionError:
         is_too_deep = True
     if is_too_deep:
-        raise ValueError("it is nested too deep")
+        raise ValueError("it is nested too deeply")
     if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != checksum(value):
         raise ValueError(f"damaged, or edited without deleting its key {CHECKSUM!r}")
     return value
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects lie in each other."""
+    """How deep lists and objects are nested."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """The object in a JSON file of somebody who may not be trusted.
+    """The object in a JSON file from an untrusted source.
 
     Raises:
-        VdiffError: it is too large, no JSON object, or objects lie too deep in objects; `advice` says what to do.
+        VdiffError: the file is too large, not a JSON object, or nested too deeply; `advice` is its hint.
     """
     with explained(f"{path} cannot be read", advice, ValueError, OSError):
         values = parse(read_text(path))
@@ -96,7 +96,7 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def refusal(path: Path, error: OSError) -> VdiffError:
-    """The file system's refusal, and what to do about it."""
+    """The error of the file system, and what to do about it."""
     return VdiffError(
         f"cannot write {path}: {error.strerror or error}", "free space, fix the permissions or choose another --out"
     )
@@ -104,7 +104,7 @@ def refusal(path: Path, error: OSError) -> VdiffError:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise the file system's errors in the block as the `refusal` of `path`."""
+    """Turn errors of the file system in the block into the `refusal` of `path`."""
     try:
         yield
     except OSError as error:
@@ -112,7 +112,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def fsync(path: Path) -> None:
-    """Make the bytes of a file or the names in a folder durable; Windows cannot open folders and needs no such call."""
+    """Sync a file or folder to disk; Windows cannot open folders, and does not need to."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -123,7 +123,7 @@ def fsync(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], T]) -> T:
-    """Let `write` fill a temporary neighbour of `path`, make it durable, then rename it over `path`; its answer.
+    """Let `write` fill a temporary file beside `path`, sync it and rename it to `path`; returns what `write` returns.
 
     A kill or a full disk at any moment leaves the old file or the new one, never a part of either.
 
@@ -134,7 +134,7 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
     try:
         with writing(path):
             temporary.touch()
-            mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; safetensors writes a file of 0600
+            mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask wants; safetensors creates files with 0600
             answer = write(temporary)
             temporary.chmod(mode)
             fsync(temporary)
@@ -156,12 +156,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def json_text(values: Mapping[str, Any]) -> str:
-    """A JSON object with its checksum on the second line: without that line it is still JSON."""
+    """A JSON object with its checksum on the second line; without that line it is still valid JSON."""
     return json.dumps({CHECKSUM: checksum(values), **values}, indent=2, ensure_ascii=False) + "\n"
 
 
 def checksum(values: Any) -> str:
-    """CRC-32 of values that JSON can hold, whatever the order of their keys."""
+    """CRC-32 of values that JSON can hold; the order of keys does not matter."""
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
@@ -185,7 +185,7 @@ def make_folder(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all it holds; a missing one is fine."""
+    """Delete a file, or a folder with its contents; a missing one is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Whether a server answers, before a library waits for it for minutes."""
+"""Check that a server answers, before a library waits minutes for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def hub_answers() -> bool:
     """Whether the hub of Hugging Face (or HF_ENDPOINT) answers within 10 s; if not, its libraries read their cache."""
     if os.environ.get("HF_HUB_OFFLINE") or answers(os.environ.get("HF_ENDPOINT") or HUB):
         return True
-    os.environ["HF_HUB_OFFLINE"] = "1"  # which they look at when they are imported
+    os.environ["HF_HUB_OFFLINE"] = "1"  # they read it when they are imported
     return False
 
 
 def answers(url: str, seconds: float = 0.0) -> bool:
-    """Whether a server answers within `seconds` (0: `SECONDS`), with whatever it says; DNS counts too."""
+    """Whether a server answers at all within `seconds` (0: `SECONDS`), the time for DNS included."""
     seconds, found = seconds or SECONDS, list[bool]()
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""Where the datasets, models and samples of a project lie, and which one is meant where none is named.
+"""Where a project keeps datasets, models and samples, and which of them a command uses by default.
 
 --name photos:   data/photos_64   checkpoints/photos/original, base_0, …   samples/photos/…
 without a name:  data/…           checkpoints/original, base_0, …          samples/…
@@ -19,30 +19,28 @@ from vdiff.records import AVERAGE, CONFIG, FAILED, RUN_FILE
 DATA, CHECKPOINTS, SAMPLES, ORIGINAL = Path("data"), Path("checkpoints"), Path("samples"), "original"
 OF_MODELS = re.compile(rf"{ORIGINAL}|base_\d+")
 SHOWN = 12
-"""Models that a message lists."""
+"""How many models a message lists at most."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """Everything of one `name`; without one, the folders that all projects without a name share.
+    """The project called `name`; an empty name means the shared folders of all work without a name.
 
     Raises:
-        OptionError: a name that no project can have.
+        OptionError: the name is not valid.
     """
 
     name: str = ""
 
     def __post_init__(self) -> None:
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise OptionError(
-                f"--name {self.name!r}: not a valid project name", "give letters, digits, _, - and . alone"
-            )
+            raise OptionError(f"--name {self.name!r}: not a valid project name", "use only letters, digits, _, - and .")
         if OF_MODELS.fullmatch(self.name) or (self.name and (self.checkpoints / CONFIG).is_file()):
             raise OptionError(f"--name {self.name}: {self.checkpoints} is a model's folder", "give another name")
 
     @property
     def checkpoints(self) -> Path:
-        """The folder that holds its models."""
+        """The folder of its models."""
         return CHECKPOINTS / self.name
 
     @property
@@ -61,16 +59,16 @@ class Project:
 
     @classmethod
     def of_model(cls, folder: Path) -> Project:
-        """The project that a model lies in; the one without a name for models elsewhere."""
+        """The project of a model's folder; the one without a name for models elsewhere."""
         above = folder.resolve().parent
         return cls(above.name if above.parent == CHECKPOINTS.resolve() else "")
 
     def new_dataset(self, source: str, sizes: tuple[int, ...]) -> Path:
-        """`data/NAME_64`, `data/NAME_64_128` for several sizes; without a name, that of the source."""
+        """`data/NAME_64`, or `data/NAME_64_128` for several sizes; without a name, the source's name is used."""
         return DATA / "_".join([self.name or source, *map(str, sizes)])
 
     def name_beside(self, dataset: Path) -> str:
-        """The project for a new dataset: this one, or one of the dataset's name where a base model is there already."""
+        """The project for a new dataset: this one, or one named after the dataset if this one has a base model."""
         if self.name or not (self.original / CONFIG).is_file():
             return self.name
         name = re.sub(r"(_\d+)+$", "", dataset.name)
@@ -107,18 +105,18 @@ class Project:
         raise VdiffError(f"{DATA}/ holds no dataset of the project {self.name}", hint + choice)
 
     def dataset_of(self, recorded: str) -> str:
-        """The dataset that a model learned from, as its checkpoint records it; where it is gone, the only one.
+        """The dataset that a model was trained on, as its checkpoint records it; if it is gone, the only dataset.
 
         Raises:
-            VdiffError: it is not there, nor is there exactly one.
+            VdiffError: it is gone, and there is not exactly one other.
         """
         return recorded if "://" in recorded or (recorded and Path(recorded).exists()) else str(self.dataset())
 
     def newest(self, say: Callable[[str], object]) -> Path:
-        """The model that was written last; another average of a run only where there is nothing else.
+        """The model that was written last; a model made by `vdiff ema` only if there is no other.
 
         Args:
-            say: gets two lines, of the choice and of the others, where there are any.
+            say: receives two lines if there are several models: the choice, and the others.
 
         Raises:
             VdiffError: there is none.
@@ -139,7 +137,7 @@ class Project:
         """The base model of the project.
 
         Args:
-            say: gets a line of other models that could be meant, those that no student of this one is.
+            say: receives a line about other possible teachers: models that are not students of this one.
 
         Raises:
             VdiffError: there is none.
@@ -155,36 +153,36 @@ class Project:
         return self.original
 
     def students_beside(self, teacher: Path) -> Path:
-        """The path that students are named after and lie beside: the teacher's, or one within a project with a name."""
+        """The path that gives students their names and folder: the teacher's, or one in the named project."""
         return self.checkpoints / teacher.name if self.name else teacher
 
     def inside(self, path: Path) -> Path:
-        """A path as a command gets it: `base_5` may be a checkpoint's name within the project."""
+        """A path from the command line; `base_5` may be the name of a checkpoint in the project."""
         found = self.checkpoints / path
         return found if len(path.parts) == 1 and not path.exists() and (self.name or found.is_dir()) else path
 
     def first_step(self) -> str:
-        """What makes its first model, and the names of other projects that have one."""
+        """The hint for a project without models: how to train one, and which other projects have one."""
         names = sorted({path.parent.name for path in _below(CHECKPOINTS)} - {self.name}) if self.name else []
         choice = f", or choose with --name: {_listed(names)}" if names else ""
         return f"run `python train.py{self._flag}` first{choice}"
 
 
 def models_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, `base_9` before `base_10`; students set aside are none."""
+    """The checkpoints in a folder, `base_9` before `base_10`, without students that were set aside."""
     found = (path.parent for path in folder.glob(f"*/{CONFIG}"))
     shown = [path for path in found if FAILED not in path.name and not path.name.startswith(".")]
     return sorted(shown, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(9), path.name))
 
 
 def check_checkpoint(folder: Path, project: Project | None = None) -> None:
-    """See that a checkpoint is at `folder`, without reading it.
+    """Check that a checkpoint is at `folder`, without reading it.
 
     Args:
-        project: the one that a command works in.
+        project: the command's project.
 
     Raises:
-        VdiffError: nothing is there, or something else; it lists the checkpoints nearby.
+        VdiffError: `folder` is missing or not a checkpoint; the error lists checkpoints nearby.
     """
     if not folder.exists():
         beside = _listed([path.name for path in models_in(folder.parent)])
@@ -204,20 +202,20 @@ def check_checkpoint(folder: Path, project: Project | None = None) -> None:
 
 
 def _age(model: Path) -> tuple[bool, int, str]:
-    """What the newest of several models has most of."""
+    """The sort key of which the newest model has the largest."""
     return not (model / AVERAGE).exists(), (model / CONFIG).stat().st_mtime_ns, str(model)
 
 
 def _below(folder: Path) -> list[Path]:
-    """The checkpoints in the folders of a folder: those of its projects."""
+    """The checkpoints in the subfolders of a folder, which are projects."""
     return [model for inside in sorted(folder.glob("*/")) for model in models_in(inside)]
 
 
 def _listed(names: Sequence[object]) -> str:
-    """Names for a message."""
+    """Names, as a message lists them."""
     return ", ".join(map(str, names[:SHOWN])) + ", …" * (len(names) > SHOWN)
 
 
 def _is_partial(path: Path) -> bool:
-    """Whether a folder is of a dataset that is being prepared."""
+    """Whether a folder belongs to an unfinished dataset."""
     return path.name.endswith(PARTIAL_SUFFIX)

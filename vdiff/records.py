@@ -14,21 +14,21 @@ from vdiff.files import parse, read_json, read_text
 
 T = TypeVar("T")
 CONFIG, AVERAGE = "config.json", "average.json"
-"""Names in the folder of a checkpoint."""
+"""File names in a checkpoint's folder."""
 RUN_FILE, STATE, VERDICT = "run.toml", "state/state.safetensors", "verdict.json"
 SAMPLES_FOLDER, LOG_FOLDER, FAILED = "samples", "log", ".failed_"
 LADDER, LADDER_PICTURE, LADDER_IMAGES = "ladder.json", "ladder.png", "ladder_images.png"
-"""Names in the folder of a run; those of a ladder lie in its last student's folder."""
+"""File names in a run's folder; the ladder's files are in the folder of its last student."""
 KINDS = {
     "str": "a text",
     "int": "a whole number",
     "float": "a number",
-    "bool": "a truth value",
+    "bool": "true or false",
     "array": "a list",
     "object": "an object",
     "null": "null",
 }
-"""The kinds of JSON values: their names in msgspec, and in an error."""
+"""The types of JSON values: msgspec's names → the words of an error."""
 BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 MISMATCH = re.compile(r"Expected `(?P<kinds>.+?)`(?: (?P<sign>[<>]=?) (?P<bound>\S+))?(?:, got .*)?")
 
@@ -38,14 +38,14 @@ class LadderRow:
     """One model of a ladder, in `ladder.json`; None where the model was not drawn.
 
     Attributes:
-        seed: of the noise that the comparison begins with.
+        seed: of the comparison's noise.
         train_seconds: of its own training.
         ms_per_image: milliseconds to draw one image in the batch of the comparison.
-        rmse_to_teacher: `vdiff.models.drawing.rmse` of a student from its teacher, as its verdict has it; else over the
-            images of the comparison.
-        rmse_to_first: the same from the first model, over the images of the comparison.
-        distance: from the data, where a verdict tells it.
-        is_time_doubtful: more evaluations of the same network took less time, also when they were measured again.
+        rmse_to_teacher: `vdiff.models.drawing.rmse` of a student to its teacher: its verdict's if it has one, else over
+            the images of the comparison.
+        rmse_to_first: the RMSE to the first model, over the images of the comparison.
+        distance: to the data, if a verdict measured it.
+        is_time_doubtful: more evaluations of the same network took less time, even when measured again.
     """
 
     checkpoint: str
@@ -62,7 +62,7 @@ class LadderRow:
 
     @property
     def key(self) -> tuple[str, int]:
-        """The name of its folder, and its steps."""
+        """The folder's name, and the steps."""
         return Path(self.checkpoint).name, self.num_steps
 
 
@@ -70,7 +70,7 @@ def read_ladder_rows(path: Path) -> list[LadderRow]:
     """The rows of `ladder.json`, from the first teacher to the last student.
 
     Raises:
-        OSError, ValueError: there is no such file, or it holds something else.
+        OSError, ValueError: the file is missing or holds something else.
     """
     import msgspec
 
@@ -78,26 +78,26 @@ def read_ladder_rows(path: Path) -> list[LadderRow]:
 
 
 def read_record(path: Path, kind: type[T], advice: str) -> T:
-    """The dataclass that a JSON file of somebody who may not be trusted describes.
+    """The dataclass that a JSON file from an untrusted source describes.
 
     Raises:
-        VdiffError: the file cannot be read, see `files.read_json`, or is of another kind, see `record_of`.
+        VdiffError: the file cannot be read (see `files.read_json`) or does not fit `kind` (see `record_of`).
     """
     return record_of(kind, read_json(path, advice), str(path), advice)
 
 
 def record_of(kind: type[T], values: object, where: str, advice: str, *, needed: Collection[str] = ()) -> T:
-    """The dataclass `kind` of the object `values`, as JSON or TOML gives it; only lists and floats are converted.
+    """The object `values` from JSON or TOML as the dataclass `kind`; only lists and floats are converted.
 
     Bounds are annotations: `Annotated[int, msgspec.Meta(ge=1)]`.
 
     Args:
-        where: the file, as an error names it.
-        advice: what to do where the values are wrong.
-        needed: keys that must be there although their fields have a default.
+        where: the name of the file in an error.
+        advice: the error's hint.
+        needed: keys that must be present although their fields have defaults.
 
     Raises:
-        VdiffError: a key is unknown or missing, or a value has the wrong kind or lies outside its bounds.
+        VdiffError: a key is unknown or missing, or a value has the wrong type or is out of bounds.
     """
     import msgspec
 
@@ -129,16 +129,16 @@ def check_same_settings(
     but: Collection[str] = (),
     error: type[VdiffError] = VdiffError,
 ) -> None:
-    """Refuse to go on with work that was begun with other settings.
+    """Refuse to continue work that was begun with other settings.
 
     Args:
-        before, now: the settings by name, in plain values.
-        done: what the earlier work left, as in `data/x holds images drawn`.
-        hint: what to do, given the name of the setting that differs.
+        before, now: the settings by name, as JSON values.
+        done: the beginning of the message, such as `data/x holds images drawn`.
+        hint: maps the name of the differing setting to the error's hint.
         but: settings that may differ.
 
     Raises:
-        error: it names the first setting that differs, and its two values.
+        error: names the first setting that differs, and its two values.
     """
     for name in {**before, **now}:
         if name not in but and before.get(name) != now.get(name):
@@ -147,7 +147,7 @@ def check_same_settings(
 
 
 def _reason(message: str, values: Any) -> str:
-    """What msgspec found, in words: `'image_size' must be at least 1, not -8`."""
+    """The error of msgspec in plain words: `'image_size' must be at least 1, not -8`."""
     reason, _, place = message.partition(" - at `$.")
     place = place.rstrip("`")
     found = MISMATCH.fullmatch(reason)
@@ -166,7 +166,7 @@ def _reason(message: str, values: Any) -> str:
 
 
 def _unknown(values: Any, record: Any) -> Iterator[str]:
-    """The keys of objects within `values` that their dataclasses do not have; msgspec ignores them."""
+    """Keys of nested objects in `values` that their dataclasses lack; msgspec ignores them."""
     if is_dataclass(record):
         yield from values.keys() - {item.name for item in fields(record)}
         for key, value in values.items():
@@ -175,5 +175,5 @@ def _unknown(values: Any, record: Any) -> Iterator[str]:
         for key, value in values.items():
             yield from _unknown(value, record[key])
     elif isinstance(record, list | tuple):
-        for value, item in zip(values, record, strict=False):  # a record may shorten a list that says nothing new
+        for value, item in zip(values, record, strict=False):  # a record may shorten a list that repeats itself
             yield from _unknown(value, item)

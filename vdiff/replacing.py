@@ -1,4 +1,4 @@
-"""Outputs of commands: one writer at a time, whole after a kill, replaced only where vdiff wrote all that is there."""
+"""Outputs of commands: one writer at a time, whole after a kill, replaced only if vdiff wrote all of it."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from vdiff.files import fsync, make_folder, read_text, refusal, remove, write_te
 
 MARK = r"(?:\d+|[0-9a-f]{32})"
 INNER = re.compile(rf"\.(.+?)(?:\.{MARK})?\.tmp")
-"""Temporary files, with or without the number of their process; they become what the first group says."""
+"""Temporary files, with or without a process number; the first group is the final name."""
 OF_SYSTEM = re.compile(r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini)")
-"""Files that macOS and Windows make by themselves in a folder that is looked at."""
+"""Files that macOS and Windows create when a folder is viewed."""
 SHOWN = 3
-"""Foreign files that an error names."""
+"""How many foreign files an error names."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of output, and how it is told from what other programs wrote.
+    """A kind of output, and how to recognise that vdiff wrote it.
 
     Attributes:
-        name: as an error says it.
-        find: what `files` calls; it may raise any error of reading.
+        name: in an error.
+        find: the function behind `files`; it may raise any error of reading.
     """
 
     name: str
     find: Callable[[Path], str]
 
     def files(self, path: Path) -> str:
-        """A regular expression of the names in a folder (of a file, any text) that vdiff demonstrably wrote.
+        """A regular expression of the file names in a folder that vdiff wrote for certain (for a file: any text).
 
-        Empty where it wrote nothing, or where that cannot be read.
+        Empty if vdiff wrote nothing, or if that cannot be read.
         """
         try:
             return self.find(path)
@@ -52,17 +52,16 @@ class Kind:
 
 @contextlib.contextmanager
 def locked(path: Path, *beside: Path, kind: Kind | None = None, mine: bool = True) -> Iterator[None]:
-    """Keep other processes from writing `path`; first repair and remove what a killed one left there.
+    """Lock `path` against other writers, after repairing it and removing what a killed process left.
 
-    The lock is a hidden neighbour of `path` and is removed at the end, as are parents that were made for it.
+    The lock is a hidden file beside `path`. It is removed at the end, with parent folders made for it.
 
     Args:
-        beside: what else the command writes.
-        kind: of the folder `path`, if temporary files among its files are to be removed too.
-        mine: off in all but one of the processes that write together.
+        beside: other outputs of the command.
+        kind: of the folder `path`; with it, temporary files inside the folder are removed too.
 
     Raises:
-        VdiffError: another process writes there, or the file system refuses.
+        mine: whether this process locks; of processes that write together, only one does.
     """
     if not mine:
         yield
@@ -74,13 +73,13 @@ def locked(path: Path, *beside: Path, kind: Kind | None = None, mine: bool = Tru
         raise VdiffError(f"{path} is the root of a file system", "choose another place")
     made = [parent for parent in whole.parents if not parent.exists()]
     place = whole.with_name(f".{whole.name}.lock")
-    if not made and not os.access(whole.parent, os.W_OK):  # a mounted folder, say
+    if not made and not os.access(whole.parent, os.W_OK):  # for example a mounted folder
         place = Path(tempfile.gettempdir()) / f"vdiff-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}.lock"
     lock = FileLock(place)
     try:
         with contextlib.suppress(FileExistsError):
             whole.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()  # says it where that cannot be; a lock would wait
+        place.touch()  # fails at once if it cannot be written; a lock would wait
         while True:
             lock.acquire(blocking=False)
             descriptor = lock._context.lock_file_fd
@@ -130,10 +129,10 @@ def sweep_inside(folder: Path, kind: Kind) -> None:
 
 
 def check_free(path: Path, kind: Kind, *, overwrite: bool, flag: str = "another --out") -> None:
-    """See that `path` may be written: nothing is there, or what is there may be replaced, as vdiff wrote all of it.
+    """Check that `path` may be written: it is free, or vdiff wrote everything there and `overwrite` is on.
 
     Raises:
-        VdiffError: `path` exists, and `overwrite` is off, or it is or holds something that vdiff did not write.
+        VdiffError: `path` exists and `overwrite` is off, or vdiff did not write all of it.
     """
     if is_free(path):
         return
@@ -150,7 +149,7 @@ def check_free(path: Path, kind: Kind, *, overwrite: bool, flag: str = "another 
 
 
 def check_ours(path: Path, kind: Kind, *, flag: str = "another --out") -> str:
-    """The regular expression of what vdiff wrote at `path`. Raises VdiffError: what is there is not of this kind."""
+    """The regular expression of the files that vdiff wrote at `path`. Raises VdiffError: `path` is not of this kind."""
     known = kind.files(path)
     if not known:
         article = "an" if kind.name[0] in "aeioO" else "a"
@@ -159,7 +158,7 @@ def check_ours(path: Path, kind: Kind, *, flag: str = "another --out") -> str:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nothing is at `path`, or a folder without files other than the temporary ones of a killed process."""
+    """Whether `path` is missing, or a folder without files except temporary ones of a killed process."""
     if not path.is_dir():
         return not os.path.lexists(path)
     return all(INNER.fullmatch(Path(name).name) for name in _names(path))
@@ -188,7 +187,7 @@ def holds_keys(path: Path, *keys: str) -> bool:
 
 @contextlib.contextmanager
 def new_folder(path: Path, kind: Kind, *, overwrite: bool = False, flag: str = "another --out") -> Iterator[Path]:
-    """A temporary neighbour of `path` that becomes `path` when the block ends well and vanishes when it does not.
+    """A temporary folder beside `path`: renamed to `path` if the block succeeds, removed if it fails.
 
     Raises:
         VdiffError: see `locked` and `check_free`.
@@ -200,7 +199,7 @@ def new_folder(path: Path, kind: Kind, *, overwrite: bool = False, flag: str = "
 
 
 def start_folder(path: Path, name: str, text: str) -> None:
-    """Put a folder that holds the file `name` alone in the place of what is at `path`, which is locked."""
+    """Replace what is at `path`, which is locked, by a folder that holds only the file `name`."""
     if not is_free(path) and not _is_fixed(path):
         with _replacement(path) as folder:
             write_text(folder / name, text)
@@ -209,25 +208,25 @@ def start_folder(path: Path, name: str, text: str) -> None:
         _sweep(make_folder(path) / name)
     else:
         for each in path.iterdir():
-            if each.name != name:  # which says until the end what the folder is
+            if each.name != name:  # it identifies the folder until the end
                 remove(each)
     write_text(path / name, text)
 
 
 def _is_fixed(path: Path) -> bool:
-    """Whether a folder cannot be moved: a mounted disk, the working folder, or inside a read-only folder."""
+    """Whether a folder cannot be moved: it is a mounted disk, the working folder, or in a read-only folder."""
     whole = path.resolve()
     return path.is_mount() or Path.cwd().is_relative_to(whole) or not os.access(whole.parent, os.W_OK)
 
 
 def _named(path: Path) -> Path:
-    """Where a link points, and a path with a name."""
+    """The target of a link, as a path with a name."""
     return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
 
 
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
-    """A hidden, empty folder beside `path` that takes its place when the block ends well."""
+    """A hidden, empty folder beside `path` that replaces `path` if the block succeeds."""
     path = _named(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     make_folder(temporary)
@@ -241,9 +240,9 @@ def _replacement(path: Path) -> Iterator[Path]:
 
 
 def take_place(new: Path, path: Path) -> None:
-    """Make a file or folder durable and move it over `path`, which is locked: that is moved aside, then deleted.
+    """Sync a file or folder and move it to `path`, which is locked; the old `path` is moved aside, then deleted.
 
-    Killed in between, the next `locked` puts the old back, or deletes it where the new is in its place.
+    After a kill in between, the next `locked` puts the old one back, or deletes it if the new one is in place.
     """
     for file in new.rglob("*") if new.is_dir() else [new]:
         if file.is_file():
@@ -265,9 +264,9 @@ def take_place(new: Path, path: Path) -> None:
 
 
 def discard(old: Path, path: Path | None = None, *, last: str = "") -> None:
-    """Delete a file or folder: it vanishes at once, and the next `locked` of `path` deletes what a kill leaves.
+    """Delete a file or folder: it vanishes at once; after a kill, the next `locked` of `path` deletes the rest.
 
-    With `last`, a folder that a link points to or that cannot be moved is emptied instead; `last` goes last.
+    With `last`, a linked folder or one that cannot be moved is emptied instead; the file `last` is deleted last.
     """
     if last and old.is_dir() and (old.is_symlink() or _is_fixed(old)):
         for each in sorted(old.iterdir(), key=lambda each: each.name == last):

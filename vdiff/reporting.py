@@ -1,4 +1,4 @@
-"""What long work says while it runs: the contract between the rooms that work and whoever shows it."""
+"""The interface for progress and messages, between the rooms that work and the terminal that shows them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 DOUBTFUL = " ?"
-DOUBTFUL_TIMES = "Times with ? cannot be: more evaluations took less time, also when measured again."
+DOUBTFUL_TIMES = "Times with ? are unreliable: more evaluations took less time, even when measured again."
 
 
 class Progress(Protocol):
-    """One bar (or one series of plain lines)."""
+    """A progress bar, or a series of plain lines."""
 
     def update(self, completed: int, note: str = "") -> None:
-        """`completed` units of the total are done; `note` is shown behind the bar."""
+        """`completed` units of the total are done; `note` is shown after the bar."""
 
 
 class Reporter(Protocol):
-    """Where progress and remarks go."""
+    """Receives progress and messages."""
 
     def line(self, text: str) -> None:
-        """Say one line."""
+        """Print one line."""
 
     def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> AbstractContextManager[Progress]:
-        """Begin a bar of `total` units, `start` of which were done before."""
+        """Begin a bar of `total` units; `start` of them were done before."""
 
 
 class Silent:
-    """A reporter that says nothing, for use as a library."""
+    """A reporter that prints nothing, for use as a library."""
 
     def update(self, completed: int, note: str = "") -> None:
         """Nothing."""

@@ -15,7 +15,7 @@ from vdiff.errors import MAX_WHOLE, OptionError, suggestion
 
 COMMAND_LINE = "the command line"
 DATA, MODEL, OPTIMISATION, RECORDS, MACHINE = "Data", "Model", "Optimisation", "Records", "Machine"
-WORDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", dict: "a table"}
+WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a table"}
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "dict[str, Any]": dict}
 
 
@@ -34,18 +34,18 @@ def setting(
     flag: str = "",
     hidden: bool = False,
 ) -> Any:
-    """A field that is also a flag and a key of configuration files; without a default, every preset gives it.
+    """A field that is also a flag and a key of configuration files; without a default, every preset must set it.
 
     Args:
         text: the help text.
         group: the heading in `--help`.
-        low, high: the range, ends included, unless `open_low`.
-        choices: the words that are allowed, or a function that answers them: a registry may grow.
-        unit: what stands behind the flag in `--help`.
-        shown: the default as `--help` shows it, where the value itself would not tell.
+        low, high: the range, with both ends, unless `open_low`.
+        choices: the allowed words, or a function that returns them, as a registry may grow.
+        unit: the placeholder after the flag in `--help`.
+        shown: the default in `--help`, if the value itself is not informative.
         free: whether a run may be resumed with another value, because its result does not depend on it.
-        flag: the flag's name, where it differs from the field's.
-        hidden: whether the flag is left out of all help texts, because another one says the same.
+        flag: the flag's name, if it differs from the field's.
+        hidden: whether help texts omit the flag, because another one does the same.
     """
     metadata = {
         "help": text, "group": group, "low": low, "high": high, "open_low": open_low, "choices": choices,
@@ -55,15 +55,15 @@ def setting(
 
 
 def parameters(kind: Any) -> dict[str, Field[Any]]:
-    """Name → field of the settings that a dataclass declares."""
+    """Name → field, for the settings of a dataclass."""
     return {item.name: item for item in fields(kind) if "group" in item.metadata}
 
 
 def parameters_of_all(registry: Mapping[str, Any], taken: Iterable[str] = ()) -> dict[str, Field[Any]]:
-    """Name → field of the settings of every class in a registry.
+    """Name → field, for the settings of all classes in a registry.
 
     Raises:
-        ValueError: two classes declare one name differently, one declares a name of `taken`, or one without a default.
+        ValueError: two classes declare a name differently, or a class declares a name in `taken` or without a default.
     """
     found: dict[str, Field[Any]] = {}
     taken = set(taken)
@@ -80,7 +80,7 @@ def check_values(known: Mapping[str, Field[Any]], values: Any, origin: str) -> d
     """Name → value, each as the type of its setting.
 
     Raises:
-        OptionError: no table, an unknown name, or a value as in `check_value`; it names `origin`.
+        OptionError: not a table, an unknown name, or an invalid value (see `check_value`); it names `origin`.
     """
     if not isinstance(values, Mapping):
         raise OptionError(f"{origin}: {values!r} is not a table", "correct the file")
@@ -93,7 +93,7 @@ def check_values(known: Mapping[str, Field[Any]], values: Any, origin: str) -> d
 
 
 def check_value(setting: Field[Any], value: Any, origin: str) -> Any:
-    """`value` as the setting's type. Raises OptionError: another type, out of range, or none of the choices."""
+    """`value` as the setting's type. Raises OptionError: wrong type, out of range, or not one of the choices."""
     rules = setting.metadata
     where = f"{origin}: {setting.name} =" if origin != COMMAND_LINE else f"--{rules.get('flag') or setting.name}"
     kind = value_type(setting)
@@ -122,6 +122,6 @@ def value_type(setting: Field[Any]) -> type:
 
 
 def choices_of(setting: Field[Any]) -> list[str]:
-    """The words that a setting may be; empty where there is no list of them."""
+    """The allowed words of a setting; empty if it has no choices."""
     choices = setting.metadata.get("choices", ())
     return list(choices() if callable(choices) else choices)

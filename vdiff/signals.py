@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: answered at once, also while a long computation keeps the main thread; the second one leaves.
+"""Ctrl-C and SIGTERM: answered at once, even while the main thread computes; the second one ends the process.
 
-Python runs handlers of signals between two of its own instructions, and the backward pass of a network is one of them,
-however long it takes. So a thread of its own answers, which learns of a signal through `signal.set_wakeup_fd`.
+Python runs signal handlers only between two of its own instructions. The backward pass of a network is a single
+instruction, however long it takes. So a separate thread answers; `signal.set_wakeup_fd` tells it about signals.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from vdiff.errors import Interrupted
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SECONDS_TO_LEAVE = 0.6
-"""After a second signal, for the main thread to clean up by itself."""
+"""Time for the main thread to clean up after a second signal."""
 SHOW_CURSOR = "\x1b[?25h"
 AT_ONCE = "stopped at once; the last checkpoint is on disk"
 
 
 class StopRequest:
-    """Whether a signal asked to stop, and the exit code that it means.
+    """Whether a signal asked to stop, and its exit code.
 
     Attributes:
-        answer: what is said to the first signal, at once.
+        answer: printed at once after the first signal.
 
     Args:
-        alone: no launcher is there that answers a Ctrl-C, which every process gets, with a SIGTERM to each of them.
+        alone: no launcher is running. A launcher answers Ctrl-C, which reaches every process, with SIGTERM to each.
     """
 
     def __init__(self, *, alone: bool) -> None:
@@ -40,7 +40,7 @@ class StopRequest:
         self.answer: Callable[[], object] = lambda: None
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the first signal; unwind at the second (under a launcher, of the same kind)."""
+        """Remember the first signal; raise at the second (under a launcher, at a second one of the same kind)."""
         del frame
         code = EXIT_CODES[signal.Signals(signum)]
         if self.exit_code is not None:
@@ -52,7 +52,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(*, alone: bool = True) -> Iterator[StopRequest]:
-    """Collect SIGINT and SIGTERM inside the block (in the main thread; elsewhere none arrive)."""
+    """Collect SIGINT and SIGTERM inside the block (in the main thread; other threads receive none)."""
     request = StopRequest(alone=alone)
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -68,13 +68,13 @@ def stop_requests(*, alone: bool = True) -> Iterator[StopRequest]:
 
 @contextmanager
 def answered(first: Callable[[threading.Event], object], last: str, *, alone: bool) -> Iterator[None]:
-    """Inside the block of the main thread, call `first` at the first signal, and end the process after a second one.
+    """In a block of the main thread, call `first` at the first signal, and end the process after the second.
 
-    Both happen in another thread. After the second signal the block has `SECONDS_TO_LEAVE` to be left by itself; then
-    the process ends where it is, as if it were killed, with the line `last`.
+    Both happen in another thread. After the second signal the block has `SECONDS_TO_LEAVE` to end by itself. Then the
+    process ends as if it were killed, and prints `last`.
 
     Args:
-        first: gets the event that the block is left.
+        first: receives an event that is set when the block ends.
         alone: as in `StopRequest`.
     """
     over = threading.Event()
@@ -84,7 +84,7 @@ def answered(first: Callable[[threading.Event], object], last: str, *, alone: bo
     def watch() -> None:
         if hasattr(
             signal, "pthread_sigmask"
-        ):  # or the kernel hands them to this thread while the main thread blocks them
+        ):  # or the kernel gives them to this thread while the main thread blocks them
             signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
         seen: list[int] = []
         while number := receiving.recv(1):
@@ -111,5 +111,5 @@ def answered(first: Callable[[threading.Event], object], last: str, *, alone: bo
         receiving.close()
 
 
-if hasattr(os, "register_at_fork"):  # signals to a fork are none of this process's
+if hasattr(os, "register_at_fork"):  # signals to a forked process are not this process's
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

@@ -29,6 +29,6 @@ def megabytes(num_bytes: int) -> str:
 
 
 def cause_of(error: object, length: int = 200) -> str:
-    """What an exception says, in one line of at most `length` characters; its type where it says nothing."""
+    """The message of an exception, in one line of at most `length` characters; its type if the message is empty."""
     said = getattr(error, "strerror", None) or error
     return " ".join(str(said).split())[:length] or type(error).__name__

@@ -1,1 +1,1 @@
-"""The command line: the only room that knows all the others. Command modules import torch inside their bodies."""
+"""The command line: the only room that may import all others. Commands import torch inside their functions."""

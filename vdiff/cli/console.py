@@ -1,4 +1,4 @@
-"""What the terminal shows: bars on a terminal, plain lines elsewhere; progress on stderr, results on stdout."""
+"""Output of the commands: bars on a terminal, plain lines elsewhere; progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ WIDE, WIDE_BAR, NARROW_BAR, MIN_BAR, MIN_NAME = 100, 24, 10, 4, 8
 
 
 def aligned(facts: Mapping[str, str]) -> list[str]:
-    """A line for each fact, the values one below the other."""
+    """A line for each fact, with aligned values."""
     width = max(map(len, facts))
     return [f"{key:<{width}}  {value}" for key, value in facts.items()]
 
 
 class PlainProgress:
-    """A line at most every ten seconds, and one at the end: for logs and pipes."""
+    """Progress for logs and pipes: a line at most every ten seconds, and one at the end."""
 
     def __init__(self, description: str, total: int, unit: str, start: int) -> None:
         self.description, self.total, self.unit = description, total, unit
@@ -40,13 +40,13 @@ class PlainProgress:
         self.said_completed = -1
 
     def update(self, completed: int, note: str = "") -> None:
-        """Say a line if the last one is long enough ago."""
+        """Print a line if the last one is long enough ago."""
         self.completed, self.note = completed, note or self.note
         if time.monotonic() - self.said >= SECONDS_BETWEEN_LINES:
             self.say()
 
     def say(self) -> None:
-        """Say where the work stands, unless that was said already."""
+        """Print the final state, unless it was printed already."""
         if self.said_completed == self.completed:
             return
         self.said, self.said_completed = time.monotonic(), self.completed
@@ -63,10 +63,9 @@ class PlainProgress:
 
 
 class BarProgress:
-    """One line of a terminal: name, bar, count, rate, time left and note.
+    """A bar in one line of a terminal: name, bar, count, rate, time left and note.
 
-    In a narrow terminal the parts of the note go first, from the last to the first, then the bar; then the name is
-    shortened.
+    A narrow terminal omits the parts of the note, the last part first, then the bar. Then the name is shortened.
     """
 
     def __init__(self, description: str, total: int, unit: str, start: int) -> None:
@@ -89,7 +88,7 @@ class BarProgress:
             self.parts = printable(note).split(", ")
 
     def line(self) -> Table:
-        """The line at this moment, in the width of the terminal."""
+        """The current line, in the width of the terminal."""
         from rich.cells import cell_len
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -132,7 +131,7 @@ class Console:
             print(*map(printable, lines), sep="\n", flush=True)
 
     def facts(self, facts: Mapping[str, str]) -> None:
-        """Print a line for each fact on stdout; on a terminal, as many lines as it needs in that width."""
+        """Print each fact on a line on stdout; a terminal gets as many lines as its width needs."""
         lines = aligned(facts)
         if sys.stdout.isatty():
             columns, indent = shutil.get_terminal_size().columns, " " * (max(map(len, facts)) + 2)
@@ -157,10 +156,10 @@ class Console:
             plain.say()
 
     def table(self, title: str, columns: list[str], rows: list[list[str]], *, num_keys: int = 1) -> None:
-        """Print a table of results on stdout: ruled on a terminal, aligned plain text elsewhere.
+        """Print a table of results on stdout: with rules on a terminal, aligned plain text elsewhere.
 
-        No cell is cut. On a narrow terminal headings take several lines; if that is not enough, several tables hold the
-        columns, each of which begins with the first `num_keys`.
+        No cell is cut. On a narrow terminal headings take several lines. If that is not enough, the columns are divided
+        among several tables, and each repeats the first `num_keys` columns.
         """
         rows = [[printable(cell) for cell in row] for row in rows]
         if speaks() and sys.stdout.isatty():
@@ -174,7 +173,7 @@ class Console:
 
 
 def _print_boxed(title: str, columns: list[str], rows: list[list[str]], num_keys: int) -> None:
-    """Print a table in the width of the terminal, see `Console.table`."""
+    """Print a table in the terminal's width; see `Console.table`."""
     from rich.box import SQUARE
     from rich.cells import cell_len
     from rich.console import Console as RichConsole
@@ -200,12 +199,12 @@ def _print_boxed(title: str, columns: list[str], rows: list[list[str]], num_keys
 
 
 def _width(widths: Sequence[int]) -> int:
-    """The width of a table whose columns have these."""
+    """The width of a table with columns of these widths."""
     return sum(widths) + 3 * (len(widths) - 1)
 
 
 def _parts(widths: Sequence[int], num_keys: int, width: int) -> list[list[int]]:
-    """The columns of each table that fits `width` characters; all tables begin with the first `num_keys`."""
+    """The columns of each table, so that it fits `width` characters; all begin with the first `num_keys` columns."""
     keys = list(range(num_keys))
     parts = [keys]
     for i in range(num_keys, len(widths)):

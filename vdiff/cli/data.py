@@ -1,4 +1,4 @@
-"""`vdiff data`: look at datasets, check them, join parts of them."""
+"""`vdiff data`: show, check and merge datasets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vdiff.text import megabytes, plural, quantity
 
 
 class DatasetCommands(Program, click.Group):
-    """Commands about datasets."""
+    """The subcommands of `vdiff data`."""
 
 
 @click.group(cls=DatasetCommands, context_settings=CONTEXT)
 def command() -> None:
-    """Look at datasets, check them, join parts of them.
+    """Show, check and merge datasets.
 
     DATASET is a folder that prepare_data.py wrote, a rosinality-style LMDB, or tar shards: a folder, a URL, or a
     pattern such as 'x-{000000..000009}.tar'.
@@ -34,7 +34,7 @@ def command() -> None:
 @project_option()
 @switch("--json", group="Output", help="Print one JSON object.")
 def info(dataset: str | None, project: Project, json: bool) -> None:
-    """Print what DATASET holds and how it was made; without DATASET, of the only one under data/."""
+    """Print what DATASET holds and how it was made. Default: the only dataset under data/."""
     from vdiff.data.datasets import facts
 
     values = facts(_open(dataset, project))
@@ -84,15 +84,15 @@ def verify(dataset: str | None, project: Project, num_workers: int | None, json:
     type=click.Path(path_type=Path),
     metavar="FILE.png",
     show_default="DATASET.png",
-    help="The picture; an earlier sheet is replaced.",
+    help="The PNG file to write; an earlier sheet is replaced.",
 )
-@option("--image_size", group="Output", type=click.IntRange(min=1), show_default="the largest", help="Which size.")
+@option("--image_size", group="Output", type=click.IntRange(min=1), show_default="the largest", help="Image size.")
 @option("--columns", group="Output", type=click.IntRange(1, 100), default=10, help="Images in a row.")
 @option("--rows", group="Output", type=click.IntRange(1, 99), default=20, help="Rows at most.")
 def show(
     dataset: str | None, project: Project, out: Path | None, image_size: int | None, columns: int, rows: int
 ) -> None:
-    """Draw a contact sheet of DATASET, a row for each class."""
+    """Draw a contact sheet of DATASET, with a row for each class."""
     from vdiff.data.datasets import sheet
     from vdiff.data.images import PICTURE, save_png
     from vdiff.replacing import check_free, locked
@@ -119,17 +119,17 @@ def show(
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     show_default="the parts' name without .IofN",
-    help="Where the whole dataset goes.",
+    help="The folder of the merged dataset.",
 )
 @switch("--overwrite", group="Output", help="Replace an existing dataset, once the new one is complete.")
 def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
-    """Join all PARTS that --shard prepared into the dataset that one run would have written."""
+    """Merge all PARTS that --shard prepared. The result equals the dataset of a single run."""
     from vdiff.data.datasets import merge as join
 
     if out is None:
         name, dot, suffix = parts[0].name.rpartition(".")
         if not (dot and "of" in suffix):
-            raise VdiffError(f"{parts[0]} is not called NAME.IofN", "say where the dataset goes with --out")
+            raise VdiffError(f"{parts[0]} is not called NAME.IofN", "name the merged dataset with --out")
         out = parts[0].with_name(name)
     console = Console()
     meta = join(parts, out, overwrite=overwrite, reporter=console)
@@ -144,7 +144,7 @@ def _open(dataset: str | None, project: Project) -> Any:
 
 
 def _rows(values: dict[str, Any]) -> list[str]:
-    """Facts as aligned lines for people."""
+    """The facts as rows."""
     counts = values.pop("counts")
     classes = values.pop("classes", None) or dict.fromkeys(values["class_names"])
     values.pop("class_names")

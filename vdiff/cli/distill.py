@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @config_option
 @switch("--overwrite", group="Run", help="Replace students that exist.")
-@switch("--dry_run", "plan", old=["--plan"], group="Run", help="Print the stages and the time they take, then stop.")
+@switch("--dry_run", "plan", old=["--plan"], group="Run", help="Print the stages and their time, then stop.")
 @switch("--report", group="Run", default=True, help="Write report.html beside the students at the end.")
-@switch("--open", "open_it", group="Run", help="Show the report in the browser.")
+@switch("--open", "open_it", group="Run", help="Open the report in the browser.")
 @settings(DistillConfig)
 def command(
     project: Project,
@@ -67,12 +67,12 @@ def command(
 ) -> None:
     """Distil a model into students that need fewer steps (Salimans & Ho 2022, and later methods).
 
-    By default one stage, which halves the steps; --to_steps or --phases make a ladder of stages. After an interruption
-    the same command continues, and skips finished stages. Each student is compared with its teacher: if training made
-    it worse, it gets its initial weights back; if it collapsed, it is trained again. At the end the teacher and all
-    students are drawn from the same noise: ladder.png and ladder.json in the last student's folder. report.html beside
-    the students is a page about the whole ladder, with distances to the data for images of up to 32 × 32 pixels. All
-    this costs about a tenth of the training; a short training gets fewer images and fewer steps.
+    By default, one stage halves the steps; --to_steps or --phases makes a ladder of stages. After an interruption the
+    same command continues and skips finished stages. Each student is compared with its teacher: if training made it
+    worse, its initial weights are restored; if it collapsed, it is trained again. At the end the teacher and all
+    students sample from the same noise: ladder.png and ladder.json in the last student's folder. report.html beside
+    the students describes the whole ladder, with distances to the data for images of up to 32 × 32 pixels. All this
+    takes about a tenth of the training time; a short training gets fewer images and fewer steps.
     """
     console, chosen, home = Console(), given(flags), None
     check_early(DistillConfig, chosen, config_file)
@@ -119,7 +119,7 @@ def command(
         rows, _ = planned(stages, config, images, engine, console, overwrite=overwrite)
         if engine.is_main:
             console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
-            console.line("the time is that of updates that are left; checking and comparing students comes on top")
+            console.line("the time covers the remaining updates, but not the checks and comparisons of students")
         return
     if updates >= FEW_UPDATES:
         _, seconds = planned(stages, config, images, engine, console, overwrite=overwrite)
@@ -169,7 +169,7 @@ def planned(
     *,
     overwrite: bool,
 ) -> tuple[list[list[str]], float]:
-    """The rows of --dry_run, and the seconds of all; an update is timed wherever it costs something else."""
+    """The rows of --dry_run, and their seconds in all; updates are timed once for each cost of an update."""
     from vdiff.training.ladder import found_student
     from vdiff.training.student import seconds_of_stage
 
@@ -180,8 +180,8 @@ def planned(
         found = None if overwrite else found_student(stage, stage.settings(config))
         updates, needs_images = stage.updates(config), METHODS[stage.method].needs_images
         left = updates if found is None else 0 if found.is_finished else updates - found.num_iters
-        # a path costs as much as it has steps, a target as many evaluations as its teacher takes steps, short steps
-        # need full precision; the networks of a smaller student come with the second stage
+        # the cost of an update depends on the steps of a path, the teacher's steps in a target and the precision, which
+        # short steps need in full; a smaller student changes the networks from the second stage on
         cost = stage.num_steps if not needs_images else stage.teacher_steps // stage.num_steps
         kind = (stage.method, cost, stage.is_fine, bool(config.student_config) and not stage.is_first)
         if left and kind not in seconds:
@@ -199,7 +199,7 @@ def planned(
 
 
 def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> PixelDistance | None:
-    """The distance of samples to the data, in the process that examines students; None where there are no data."""
+    """A function for the distance of samples to the data, in the process that checks students; None without data."""
     import torch
 
     from vdiff.evaluation.features import PixelDistance
@@ -217,7 +217,7 @@ def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> 
 
 
 def scale_for(distance: PixelDistance, num_images: int, image_size: int) -> Scale:
-    """What the distances of `num_images` images are read by."""
+    """The scale for distances of `num_images` images."""
     import numpy as np
 
     from vdiff.evaluation.metrics import Moments

@@ -1,4 +1,4 @@
-"""`vdiff doctor`: what this machine has, whether vdiff works on it, and what to do where it does not."""
+"""`vdiff doctor`: what this machine has, whether vdiff works on it, and how to fix what does not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTH, COLUMN, PATIENCE = 80, 12, 120
 MODULES = {
     "huggingface-hub": "huggingface_hub", "pillow": "PIL", "scikit-learn": "sklearn", "tomli-w": "tomli_w",
 }  # fmt: skip
-"""Packages whose modules have another name than theirs, dashes apart."""
+"""Packages with modules of another name, apart from dashes."""
 EXTRAS = {
     "diffusers": (["diffusers"], "networks of diffusers"),
     "fidelity": (["torch_fidelity"], "FID and KID on Inception"),
@@ -40,17 +40,17 @@ EXTRAS = {
     "wandb": (["wandb"], "--tracker wandb"),
     "webdataset": (["webdataset", "fsspec"], "tar shards"),
 }
-"""Extra → the modules that it brings, and what needs them."""
+"""Extra → its modules, and what needs them."""
 LITTLE_DISK, LITTLE_SHARED, LITTLE_MEMORY = 2 * 2**30, 2**28, 2**30
 ILLEGAL = "this processor cannot run it: install a build for it"
 
 
 @click.command(cls=Command, examples=["vdiff doctor", "vdiff doctor > report.txt   # for a bug report"])
 def command() -> int:
-    """Say what this machine has, try vdiff on it, and say what to do where something is broken.
+    """Print what this machine has, run a self-test, and print how to fix what is broken.
 
-    A dataset, a checkpoint and a few images are made in a temporary folder. The exit status is 1 where something is
-    broken. A bug report is best begun with all that this prints.
+    The self-test makes a dataset, a checkpoint and a few images in a temporary folder. The exit code is 1 if something
+    is broken. Put the whole output into a bug report.
     """
     problems: list[str] = []
     started = time.monotonic()
@@ -84,7 +84,7 @@ def command() -> int:
             problems += [f"extra {name}, {each}\n{pip(name, again=True)}" for each in wrong]
         show(f"[{name}]", f"{purpose}, {state}")
     if broken:
-        problems.append(f"{broken}\ninstall that package again: python -m pip install --force-reinstall PACKAGE")
+        problems.append(f"{broken}\nreinstall that package: python -m pip install --force-reinstall PACKAGE")
     show("took", f"{time.monotonic() - started:.1f} s")
     for each in problems:
         cause, hint = each.split("\n")
@@ -95,7 +95,7 @@ def command() -> int:
     return 1 if problems else 0
 
 
-WITH_CUDA = "install a torch for it: see docs/install.md"
+WITH_CUDA = "install torch with CUDA: see docs/install.md"
 
 
 def show(name: str, text: str) -> None:
@@ -113,7 +113,7 @@ def pip(extra: str, *, again: bool = False) -> str:
 
 
 def version_of(module: str) -> str:
-    """The version of the package that brings a module; empty where it is not installed."""
+    """The version of a module's package; empty if it is not installed."""
     for name in (module, module.replace("_", "-")):
         try:
             return importlib.metadata.version(name)
@@ -136,7 +136,7 @@ def resources() -> Iterator[tuple[str, str, list[str]]]:
     disk = shutil.disk_usage(".")
     note = "; little: checkpoints may not fit" if disk.free < LITTLE_DISK else ""
     is_writable = os.access(".", os.W_OK)
-    problem = [] if is_writable else [f"{Path.cwd()} is not writable\nchange to a folder where you may write"]
+    problem = [] if is_writable else [f"{Path.cwd()} is not writable\nchange to a writable folder"]
     yield "disk", f"{gib(disk.free)} of {gib(disk.total)} free in {Path.cwd()}{note}", problem
     if (shared := Path("/dev/shm")).is_dir():
         usage = shutil.disk_usage(shared)
@@ -150,7 +150,7 @@ def gib(number: int) -> str:
 
 
 def packages() -> tuple[list[str], list[str]]:
-    """Name and version of what vdiff needs, and the problems of what is missing or too old."""
+    """Names and versions of vdiff's dependencies, and the problems of those that are missing or too old."""
     try:
         needed = importlib.metadata.requires("vdiff") or []
     except importlib.metadata.PackageNotFoundError:
@@ -170,12 +170,12 @@ def packages() -> tuple[list[str], list[str]]:
 
 
 def numbers(version: str) -> list[int]:
-    """The numbers at the beginning of a version: 2.13.0+cpu → 2, 13, 0."""
+    """The leading numbers of a version: 2.13.0+cpu → 2, 13, 0."""
     return [int(part) for part in re.match(r"[\d.]*", version)[0].strip(".").split(".") if part]  # type: ignore[index]
 
 
 def start(*words: str) -> subprocess.Popen[str]:
-    """The other process, which a broken library may end."""
+    """Start the self-test's process, which a broken library may kill."""
     return subprocess.Popen(
         [sys.executable, "-m", "vdiff.cli.self_test", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path()},
@@ -188,7 +188,7 @@ def path() -> str:
 
 
 def answers(process: subprocess.Popen[str]) -> tuple[dict[str, str], str]:
-    """Name → text of what the other process found, and how it failed: empty if it did not."""
+    """The facts that the self-test printed, by name, and how it failed: empty if it did not."""
     try:
         stdout, stderr = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -207,11 +207,11 @@ def answers(process: subprocess.Popen[str]) -> tuple[dict[str, str], str]:
 
 
 def next_step(failure: str) -> str:
-    """What to do after the self-test failed."""
+    """What to do after a failed self-test."""
     trying = failure.partition(":")[0]
     if missing := re.search(r"No module named '(?!vdiff)(\w+)", failure):
         name = next((package for package, module in MODULES.items() if module == missing[1]), missing[1])
         return f"python -m pip install {name}"
     if trying == "torch":
         return "python -m pip install --force-reinstall torch torchvision; or see docs/install.md"
-    return f"report it with all that is printed here; the step that failed is {trying}"
+    return f"report it with this whole output; the step that failed is {trying}"

@@ -1,4 +1,4 @@
-"""What the flags of `sample.py` ask for, and what it says at the end."""
+"""The meaning of the flags of `sample.py`, and its summary at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = {"png": "", "zip": ".zip", "npz": ".npz", "lmdb": ".lmdb"}
 
 @contextmanager
 def asked_by(flag: str, hint: str = "") -> Iterator[None]:
-    """Name the flag that asked for what is refused inside the block.
+    """Name the responsible flag in errors of the block.
 
     Raises:
         OptionError: instead of a VdiffError.
@@ -33,13 +33,13 @@ def asked_by(flag: str, hint: str = "") -> Iterator[None]:
 
 
 def sampling_steps(config: CheckpointConfig, num_timesteps: int | None, time_scale: int | None) -> int:
-    """The number of steps that the flags ask for.
+    """The number of steps, according to the flags.
 
     Raises:
-        OptionError: both flags, or a divisor that is none.
+        OptionError: both flags are given, or the divisor does not divide the steps.
     """
     if num_timesteps is not None and time_scale is not None:
-        raise OptionError("--num_timesteps and --time_scale say the same in two ways", "give one of them")
+        raise OptionError("--num_timesteps and --time_scale both set the number of steps", "give one of them")
     if time_scale is not None and config.num_timesteps % time_scale:
         raise OptionError(
             f"--time_scale {time_scale} does not divide the model's {config.num_timesteps} steps",
@@ -50,10 +50,10 @@ def sampling_steps(config: CheckpointConfig, num_timesteps: int | None, time_sca
 
 
 def sampler_options(name: str, flags: Mapping[str, Any], *, no_clip: bool) -> dict[str, Any]:
-    """The parameters of the sampler `name` that the flags ask for.
+    """The settings of the sampler `name`, according to the flags.
 
     Raises:
-        OptionError: a flag that this sampler has no use for, or a value that it cannot take.
+        OptionError: this sampler does not have a flag, or the value is invalid.
     """
     known = parameters(SAMPLERS[name])
     options = {key: value for key, value in flags.items() if value is not None}
@@ -64,10 +64,10 @@ def sampler_options(name: str, flags: Mapping[str, Any], *, no_clip: bool) -> di
             raise OptionError(f"--no_clip and --{spelt} exclude each other", "give one of them")
         if key not in known:
             hint = f"leave it out, or give --sampler {next(iter(readers))}"
-            raise OptionError(f"--{spelt} has no meaning for the sampler {name}", hint)
+            raise OptionError(f"the sampler {name} does not use --{spelt}", hint)
         check_value(known[key], value, COMMAND_LINE)
     if no_clip and name == "clipped":
-        raise OptionError("--no_clip: the clipped sampler is nothing without its clip", "give --sampler ddim")
+        raise OptionError("--no_clip: the clipped sampler always clips", "give --sampler ddim")
     return options | ({"clipping_value": None} if no_clip else {})
 
 
@@ -75,7 +75,7 @@ def path_of(interpolate: tuple[int, int] | None, num: int) -> list[int]:
     """`SampleSpec.path`: empty, or both ends and the number of images.
 
     Raises:
-        OptionError: no way between the ends.
+        OptionError: there is nothing to interpolate.
     """
     if interpolate is None:
         return []
@@ -88,7 +88,7 @@ def path_of(interpolate: tuple[int, int] | None, num: int) -> list[int]:
 
 
 def image_format(out: Path | None, asked: str | None) -> str:
-    """The format that is asked for, or that the name of the output says; `png` where neither does.
+    """The format from --format or from the name of the output; `png` if neither gives one.
 
     Raises:
         OptionError: the two contradict each other.
@@ -101,7 +101,7 @@ def image_format(out: Path | None, asked: str | None) -> str:
 
 
 def default_name(folder: Path, spec: SampleSpec, form: str) -> str:
-    """The name of an output: what most of its looks depend on."""
+    """The default name of an output: the settings that affect the images most."""
     parts = [folder.resolve().name, spec.sampler]
     parts += [spec.grid] if spec.grid != "uniform" else []
     parts += [f"{spec.num_steps}steps"]
@@ -112,9 +112,9 @@ def default_name(folder: Path, spec: SampleSpec, form: str) -> str:
 
 
 def report_line(spec: SampleSpec, report: SampleReport) -> str:
-    """What was done, in one line."""
+    """The summary of a run, in one line."""
     if not report.drawn:
-        return f"{report.out} holds all {report.num} images already"
+        return f"{report.out} already holds all {report.num} images"
     evaluations = report.evaluations or spec.num_steps
     each = f"{evaluations:.4g} evaluation{'s' if evaluations > 1 else ''} each"
     return (
@@ -126,7 +126,7 @@ def report_line(spec: SampleSpec, report: SampleReport) -> str:
 def report_values(
     spec: SampleSpec, config: CheckpointConfig, report: SampleReport, *, form: str, device: str, processes: int
 ) -> dict[str, Any]:
-    """The result as one JSON object: how and how fast the images were drawn, from what, and where they are."""
+    """The result as one JSON object: the settings, the speed, the checkpoint and the paths."""
     return {
         **report.to_dict(),
         "format": form,

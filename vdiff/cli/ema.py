@@ -1,4 +1,4 @@
-"""`vdiff ema`: other averages of a training's weights, when it is over."""
+"""`vdiff ema`: compute other averages of the weights after a training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     examples=[
-        "vdiff ema checkpoints/original                   # what there is",
+        "vdiff ema checkpoints/original                   # list the averages",
         "vdiff ema checkpoints/original --sigma_rel 0.1   # original_ema0.100",
         "vdiff ema checkpoints/original --sigma_rel 0.05,0.1,0.15",
         "vdiff ema checkpoints/original --sigma_rel 0.1 --at 40000 --out early",
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 @project_option(read=False)
 @option(
     "--sigma_rel", group="Average", type=Names(click.FLOAT, "LENGTH[,LENGTH…]"),
-    help="Make power-function averages of these lengths, each the standard deviation of its profile as a part of the "
-    "training; for a run with --ema_more profiles.",
+    help="Power-function averages of these lengths. A length is the standard deviation of the profile as a fraction of "
+    "the training. Needs a run with --ema_more profiles.",
 )  # fmt: skip
 @option(
     "--decay", group="Average", type=Names(click.FLOAT, "DECAY[,DECAY…]"),
@@ -60,11 +60,11 @@ def command(
     overwrite: bool,
     json: bool,
 ) -> None:
-    """Make checkpoints with other averages of the weights from the snapshots in RUN; without options, list them.
+    """Make checkpoints with other averages of the weights from the snapshots in RUN. Without options, list them.
 
-    Any length can be made after the training: the snapshots of two power functions are combined into the nearest to it
-    (Karras et al. 2024). Each goes to a folder that sample.py and distill.py take like any other checkpoint, with
-    average.json to say how it was made.
+    After the training, any length can be computed: snapshots of two power functions are combined into the best
+    approximation (Karras et al. 2024). Each average gets a folder that sample.py and distill.py use like any other
+    checkpoint. Its average.json records how it was made.
     """
     from vdiff.models.checkpoint import AVERAGED, read_config
     from vdiff.replacing import check_free
@@ -78,7 +78,7 @@ def command(
     if not sigma_rel and not decay:
         if out or overwrite:
             name = "--out" if out else "--overwrite"
-            raise OptionError(f"{name}: nothing says which average to write", "give --sigma_rel or --decay")
+            raise OptionError(f"{name} needs an average to write", "give --sigma_rel or --decay")
         values = _facts(run, kept)
         console.result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)))
         return
@@ -111,7 +111,7 @@ def command(
 
 
 def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:
-    """What the run has: averages, snapshots, and the lengths that can be made."""
+    """The averages and snapshots of the run, and the lengths that can be computed."""
     from vdiff.training.posthoc import reachable
 
     last = snapshots[-1]
@@ -127,7 +127,7 @@ def _facts(run: Path, snapshots: list[Snapshot]) -> dict[str, Any]:
 
 
 def _rows(facts: dict[str, Any]) -> list[str]:
-    """Facts as aligned lines for people."""
+    """The facts as rows."""
     updates, tracked = facts["updates"], facts["tracked"]
     span = (
         f"after update {updates[0]}" if len(updates) == 1 else f"{len(updates)}, updates {updates[0]} to {updates[-1]}"
@@ -136,7 +136,7 @@ def _rows(facts: dict[str, Any]) -> list[str]:
     if tracked:
         low, high = facts["sigma_rel"]
         rows["power functions"] = (
-            f"kept with σ_rel {', '.join(map(str, tracked))}; --sigma_rel {low} to {high} can be made"
+            f"stored with σ_rel {', '.join(map(str, tracked))}; --sigma_rel can be {low} to {high}"
         )
     if facts["decays"]:
         rows["exponential"] = f"--decay {', '.join(map(str, facts['decays']))}"
@@ -144,7 +144,7 @@ def _rows(facts: dict[str, Any]) -> list[str]:
 
 
 def _told(note: dict[str, Any]) -> str:
-    """One average in words."""
+    """One average, described in a line."""
     when = f"at update {note['update']}"
     if "decay" in note:
         return f"decay {note['decay']} {when}"
@@ -156,21 +156,21 @@ def _told(note: dict[str, Any]) -> str:
 
 
 def _digits(length: float) -> str:
-    """`0.1` → `0.100`; more than three digits where they are needed to tell lengths apart."""
+    """`0.1` → `0.100`; more than three digits if lengths would look equal otherwise."""
     return f"{length:.3f}" if float(f"{length:.3f}") == length else str(length)
 
 
 def _folders(run: Path, suffixes: list[str], at: int | None, out: Path | None) -> list[Path]:
-    """Where each average goes.
+    """The folder of each average.
 
     Raises:
-        OptionError: one name for several.
+        OptionError: `--out` is one name, and there are several averages.
     """
     if out is not None:
         if len(suffixes) > 1:
-            raise OptionError(f"--out names one checkpoint, and these are {len(suffixes)}", "leave --out out")
+            raise OptionError(f"--out names one checkpoint, but there are {len(suffixes)}", "leave --out out")
         return [out]
-    base = run.resolve() if run.name in ("", "..") else run  # they go beside the run, so it must have a name
+    base = run.resolve() if run.name in ("", "..") else run  # the averages go beside the run, so it needs a name
     when = "" if at is None else f"_at{at}"
     return [base.with_name(f"{base.name}{suffix}{when}") for suffix in suffixes]
 
@@ -187,7 +187,7 @@ def _write(
     """Write one checkpoint, whole or not at all.
 
     Raises:
-        VdiffError: the weights are of another model than the run's, or the file system refuses.
+        VdiffError: the weights do not fit the run's model, or the file system refuses.
     """
     from dataclasses import replace
 
@@ -199,7 +199,7 @@ def _write(
         config.build().load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError):
         raise VdiffError(
-            f"the snapshots in {note['run']} are of another model than its config.json", "restore them together"
+            f"the snapshots in {note['run']} do not fit its config.json", "restore both from one copy of the run"
         ) from None
     seconds = round(config.train_seconds * end.step / max(config.num_iters, 1), 1)
     described = replace(config, weights="ema", num_iters=end.step, num_images=end.images, train_seconds=seconds)

@@ -1,4 +1,4 @@
-"""`vdiff evaluate`: how good checkpoints are, in a row for each and each number of steps."""
+"""`vdiff evaluate`: measure checkpoints; a table row for each checkpoint and number of steps."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ OF_DATA = {
 @click.argument("checkpoints", nargs=-1, type=Checkpoint())
 @project_option()
 @option(
-    "--data", group="Reference", metavar="DATASET", show_default="what the first model learned from",
+    "--data", group="Reference", metavar="DATASET", show_default="the first model's training data",
     help="Real images: a folder that prepare_data.py wrote, or tar shards.",
 )  # fmt: skip
 @option(
     "--cache", group="Reference", type=click.Path(path_type=Path), metavar="FOLDER",
-    show_default="vdiff in the user's cache",
+    show_default="vdiff in the user's cache folder",
     help="Where statistics of datasets are cached.",
 )  # fmt: skip
 @option(
     "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
-    help="Features that are compared: pixels, at most 8×8; a network in a torch.export (vdiff features) or "
+    help="Features to compare: pixels (at most 8×8); a network in a torch.export file (see vdiff features) or a "
     "TorchScript file, which is code; or torch-fidelity's Inception.",
 )  # fmt: skip
 @option(
@@ -76,12 +76,12 @@ OF_DATA = {
     help="Inception's weights.",
 )  # fmt: skip
 @option(
-    "--metrics", group="Measuring", type=Names(click.STRING, "METRIC[,METRIC…]"), show_default="all that can be",
+    "--metrics", group="Measuring", type=Names(click.STRING, "METRIC[,METRIC…]"), show_default="all that apply",
     help="fd and kd (fid and kid on Inception's features), precision, recall, isc, rmse, psnr, nearest.",
 )  # fmt: skip
 @option(
     "--teacher", group="Measuring", type=Checkpoint(), metavar="CHECKPOINT",
-    help="Model to compare samples with, from the same noise: rmse, psnr.",
+    help="Model whose samples from the same noise are compared with: rmse, psnr.",
 )  # fmt: skip
 @option(
     "--teacher_steps", group="Measuring", type=click.IntRange(1), metavar="STEPS", show_default="its own",
@@ -109,7 +109,7 @@ OF_DATA = {
     "--seed", group="Samples", type=click.IntRange(0, 2**64 - 1), default=0, metavar="INTEGER",
     help="Seed of the noise, the same for all rows.",
 )  # fmt: skip
-@switch("--raw", group="Samples", help="Use the raw weights, without average, that a training stores in state/.")
+@switch("--raw", group="Samples", help="Use the weights without average, which a training stores in state/.")
 @switch("--ema", group="Samples", hidden=True, help="Use the checkpoint's own weights (the default).")
 @option(
     "--batch_size", group="Samples", type=click.IntRange(1), default=64, metavar="IMAGES",
@@ -120,10 +120,10 @@ OF_DATA = {
 @option(
     "--out", group="Output", type=click.Path(path_type=Path), metavar="FILE.json",
     show_default="evaluation.json beside the first checkpoint",
-    help="All figures with their intervals; beside it NAME-nearest.png, the samples closest to the data.",
+    help="Results with intervals; beside it NAME-nearest.png shows the samples nearest to the data.",
 )  # fmt: skip
 @switch("--overwrite", group="Output", help="Replace another evaluation in --out.")
-@switch("--json", group="Output", help="Print what is in --out instead of a table.")
+@switch("--json", group="Output", help="Print the contents of --out instead of a table.")
 def command(
     checkpoints: tuple[Path, ...],
     project: Project,
@@ -136,16 +136,16 @@ def command(
     json: bool,
     **options: Any,
 ) -> None:
-    """Measure CHECKPOINTS (the newest, if none is named) against a dataset.
+    """Measure CHECKPOINTS (default: the newest) against a dataset.
 
-    A row for each checkpoint, number of steps and sampler, all from the same noise, with 95 % intervals. The same
-    command continues after an interruption; under torchrun or accelerate each process draws a share. What the figures
-    mean: docs/evaluation.md.
+    Prints a row for each checkpoint, number of steps and sampler, with 95 % intervals; all rows use the same noise. The
+    same command continues after an interruption. Under torchrun or accelerate each process draws a share.
+    docs/evaluation.md explains the metrics.
     """
     if options["raw"] and ema:
         raise OptionError("--raw and --ema exclude each other", "give one of them")
     if options["teacher_steps"] is not None and options["teacher"] is None:
-        raise OptionError("--teacher_steps: there is no teacher", "give --teacher CHECKPOINT too")
+        raise OptionError("--teacher_steps needs a teacher", "give --teacher CHECKPOINT too")
     if out is not None and out.suffix != ".json":
         raise OptionError(f"--out {out} is not a name for a JSON file", "give --out FILE.json")
 
@@ -186,7 +186,7 @@ def command(
 
 
 def head(found: Evaluation) -> list[str]:
-    """What the figures rest on."""
+    """What was measured: data, features, models and samples."""
     reference = found.reference
     split = "" if reference.split == "all" else f", part {reference.split}"
     how = ", ".join(part for part in (reference.resize, reference.format) if part) or "made by another program"
@@ -215,7 +215,7 @@ def head(found: Evaluation) -> list[str]:
 
 
 def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: figures with half the width of their 95 % intervals."""
+    """Headings and cells: values with half the width of their 95 % intervals."""
     names = list(dict.fromkeys(name for row in found.rows for name in row.metrics if name not in OF_DATA))
     names.sort(key=ORDER.index)
     n = found.rows[0].n

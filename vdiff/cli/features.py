@@ -1,4 +1,4 @@
-"""`vdiff features`: a feature network of the user's own images, to measure distances with."""
+"""`vdiff features`: train a feature network on the user's images, for distances."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KINDS = ["auto", "classifier", "autoencoder"]
 LITTLE = 0.1
-"""A network that avoids less than this part of its baseline's errors has learned little."""
+"""A network that removes less than this fraction of its baseline's errors has learned little."""
 
 
 @click.command(
@@ -45,11 +45,11 @@ LITTLE = 0.1
 )  # fmt: skip
 @option(
     "--kind", group="Network", type=OneOf(KINDS), default="auto",
-    help="Classifier: needs classes; autoencoder: draws an image again from its features; auto: what can be.",
+    help="Classifier (needs classes), autoencoder (reconstructs images), or auto: a classifier if there are classes.",
 )  # fmt: skip
 @option(
     "--dim", group="Network", type=click.IntRange(2, 2048), default=64, metavar="NUMBERS",
-    help="Numbers in a vector of features; a Fréchet distance needs more images than that.",
+    help="Length of a feature vector; a Fréchet distance needs more images than that.",
 )  # fmt: skip
 @option(
     "--num_iters", group="Training", type=click.IntRange(1), default=1000, metavar="UPDATES",
@@ -60,19 +60,17 @@ LITTLE = 0.1
 )
 @option(
     "--seed", group="Training", type=click.IntRange(0, 2**63 - 1), default=0, metavar="NUMBER",
-    help="Of the first weights, the order of images, and which tenth of them is held out.",
+    help="Seed of the initial weights, the order of images and the held-out tenth.",
 )  # fmt: skip
 @option(
     "--device", group="Machine", type=OneOf(DEVICES), default="auto",
-    help="Where to compute; auto takes the fastest there is.",
+    help="Device; auto takes the fastest one.",
 )  # fmt: skip
 @option(
     "--num_workers", group="Machine", type=click.IntRange(0), default=2, metavar="PROCESSES",
-    help="Processes that decode images until all are in memory, or always where they do not fit.",
+    help="Processes that decode images until all are in memory, or throughout if they do not fit.",
 )  # fmt: skip
-@option(
-    "--out", group="Output", required=True, type=click.Path(path_type=Path), metavar="FILE.pt2", help="What to write."
-)
+@option("--out", group="Output", required=True, type=click.Path(path_type=Path), metavar="FILE.pt2", help="The output.")
 @switch("--overwrite", group="Output", help="Replace FILE.pt2.")
 @switch("--json", group="Output", help="Print the file's description as one JSON object.")
 def command(
@@ -85,11 +83,11 @@ def command(
     json: bool,
     **training: Any,
 ) -> None:
-    """Train a small network on a dataset, and write the part of it that turns an image into a vector of features.
+    """Train a small network on a dataset, and save the part that turns an image into a feature vector.
 
-    Fréchet and kernel distances on such features mean something on images that Inception never saw:
-    `vdiff evaluate --features FILE.pt2`. A tenth of the images is held out, and tells how much was learned. The file is
-    a torch.export program: any program with torch can run it.
+    Fréchet and kernel distances on such features are meaningful for images unlike Inception's training data:
+    `vdiff evaluate --features FILE.pt2`. A tenth of the images is held out to measure how much was learned. The file
+    is a torch.export program: any program with torch can run it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("vdiff features trains in one process", "start it without a launcher")
@@ -113,7 +111,7 @@ def command(
         write_features(network, metadata, out)
     if learned(metadata) < LITTLE:
         console.line(
-            f"warning: {held_out_text(metadata)}: distances on such features may mean little; give more --num_iters"
+            f"warning: {held_out_text(metadata)}: distances on these features may mean little; give more --num_iters"
         )
     if json:
         console.result(jsonlib.dumps({"path": out.as_posix(), **asdict(metadata)}, ensure_ascii=False))
@@ -124,15 +122,15 @@ def command(
 
 
 def held_out_text(metadata: FeatureMetadata) -> str:
-    """The quality on held-out images, in words."""
+    """The quality on held-out images, as text."""
     images = plural(metadata.num_held_out, "image")
     if metadata.metric == "accuracy":
-        return f"accuracy {metadata.held_out:.1%} on {images} (always the commonest class: {metadata.baseline:.1%})"
-    return f"PSNR {metadata.held_out:.1f} dB on {images} (always the mean image: {metadata.baseline:.1f} dB)"
+        return f"accuracy {metadata.held_out:.1%} on {images} (guessing the commonest class: {metadata.baseline:.1%})"
+    return f"PSNR {metadata.held_out:.1f} dB on {images} (guessing the mean image: {metadata.baseline:.1f} dB)"
 
 
 def learned(metadata: FeatureMetadata) -> float:
-    """The part of the baseline's errors (wrong classes, or mean squares) that the network avoids, at most 1."""
+    """The fraction of the baseline's error (wrong classes, or squared error) that the network removes, at most 1."""
     if metadata.metric == "accuracy":
         return 1 - (1 - metadata.held_out) / max(1 - metadata.baseline, 1e-9)
     ratio: float = 10 ** ((metadata.baseline - metadata.held_out) / 10)

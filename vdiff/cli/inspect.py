@@ -1,4 +1,4 @@
-"""`vdiff inspect`: what a checkpoint is, and where it came from."""
+"""`vdiff inspect`: describe a checkpoint and its teachers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ HEADINGS = ["model", "method", "steps", "updates", "images", "training", "datase
 @project_option()
 @switch("--json", group="Output", help="Print one JSON object.")
 def command(checkpoint: Path | None, project: Project, json: bool) -> None:
-    """Print what CHECKPOINT (default: the newest) is and where it came from, teacher by teacher.
+    """Describe CHECKPOINT (default: the newest) and its teachers, back to the original.
 
-    Only descriptions are read, and the weights for their checksum: it works on unfinished runs and imported models too.
+    It reads only descriptions, and the weights for their checksum. Unfinished runs and imported models work too.
     """
     console = Console()
     values = facts(imported(checkpoint or project.newest(console.line), console.line))
@@ -43,10 +43,10 @@ def command(checkpoint: Path | None, project: Project, json: bool) -> None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What the checkpoint in `folder` says of itself, what its files say, and `lineage`: teacher by teacher, back.
+    """The description of the checkpoint in `folder`, facts about its files, and `lineage`: its teachers in order.
 
     Raises:
-        VdiffError: there is no checkpoint, or one of its two files cannot be read.
+        VdiffError: the checkpoint is missing, or one of its two files cannot be read.
     """
     from vdiff.evaluation.results import read_quality
     from vdiff.models.checkpoint import WEIGHTS, read_config, weights_fingerprint
@@ -74,14 +74,14 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def ancestors(teacher: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The teacher's own description without its network, then its teacher's, back to the original."""
+    """The descriptions (without networks) of the teacher, then of its teacher, back to the original."""
     while teacher is not None:
         yield {key: teacher.get(key) for key in ("path", "fingerprint", *OWN) if key != "unet"}
         teacher = teacher.get("teacher")
 
 
 def _bytes_below(folder: Path) -> int:
-    """The size of all files below `folder`, but for those that a running training has just taken away."""
+    """The size of all files below `folder`; files that a running training deletes meanwhile are ignored."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -94,13 +94,13 @@ OWN = (
     *("weights", "num_iters", "target_iters", "num_images", "train_seconds", "dataset", "dataset_fingerprint"),
     "vdiff_version",
 )
-"""What is shown as the checkpoint's config has it."""
+"""The keys that are shown as they are in the checkpoint's config."""
 NETWORK = ("backbone", "sample_shape")
-"""What a config has in place of `unet` and `image_size` where the network is another."""
+"""The keys that replace `unet` and `image_size` in the config of another network."""
 
 
 def described(values: Mapping[str, Any]) -> dict[str, str]:
-    """The facts as rows for people."""
+    """The facts as rows."""
     names = values["class_names"]
     shape = values.get("sample_shape") or [values["unet"]["in_channels"], *[values["image_size"]] * 2]
     others = "any other number" if values["takes_any_num_steps"] else "a number that divides them"
@@ -118,7 +118,7 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
     if values["guidance_range"]:
         low, high = values["guidance_range"][0], values["guidance_range"][-1]
         rows["guidance"] = f"weights from {low:g} to {high:g} as an input"
-    state = ", with what resuming needs" if values["can_be_resumed"] else ""
+    state = ", including training state" if values["can_be_resumed"] else ""
     rows |= {
         "weights": f"{values['weights']}, {values['parameters']:,} parameters, {megabytes(values['weights_bytes'])}",
         "fingerprint": values["fingerprint"],
@@ -127,7 +127,7 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
     }
     if values["verdict"]:
         rows["verdict"] = values["verdict"]["text"]
-    if values["is_imported"] and values["lineage"]:  # else the first row says it
+    if values["is_imported"] and values["lineage"]:  # otherwise the first row shows it
         rows["imported"] = values["dataset"].removeprefix("imported:")
     if not values["is_imported"]:
         fingerprint = values["dataset_fingerprint"]
@@ -136,7 +136,7 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _kind(values: Mapping[str, Any]) -> str:
-    """Base model or student, and of whom."""
+    """Base model or student, with its teacher."""
     if not values["lineage"]:
         kind = "base model" if values["method"] == "base" else f"student, method {values['method']}"
         return f"{kind}, {values['dataset'].replace(':', ': ', 1)}" if values["is_imported"] else kind
@@ -145,12 +145,12 @@ def _kind(values: Mapping[str, Any]) -> str:
 
 
 def _place(model: Mapping[str, Any]) -> str:
-    """The folder that a model is described to be in."""
+    """A model's folder, according to its description."""
     return "a model in memory" if model.get("path") == "" else str(model.get("path") or "?")
 
 
 def _network(values: Mapping[str, Any]) -> dict[str, str]:
-    """The network in a line or two."""
+    """The network, in one or two rows."""
     from vdiff.models.unet_config import UNetConfig
 
     if "unet" not in values:
@@ -183,7 +183,7 @@ def _training(values: Mapping[str, Any]) -> str:
 
 
 def _ancestor(entry: Mapping[str, Any]) -> list[str]:
-    """A model's line in the table of its lineage; what an old or foreign description lacks stays empty."""
+    """A model's row in the table of its lineage; values that an old or foreign description lacks stay empty."""
 
     def count(key: str) -> str:
         value = entry.get(key)

@@ -18,21 +18,21 @@ COMMANDS = {
     "evaluate": ("vdiff.cli.evaluate", "Measure how good checkpoints are."),
     "features": ("vdiff.cli.features", "Train a network on your images to measure distances with."),
     "report": ("vdiff.cli.report", "Write one HTML page about a ladder."),
-    "ema": ("vdiff.cli.ema", "Make other averages of a training's weights, when it is over."),
-    "inspect": ("vdiff.cli.inspect", "Say what a checkpoint is, and where it came from."),
-    "import": ("vdiff.cli.import_", "Bring in models that other tools wrote."),
+    "ema": ("vdiff.cli.ema", "Compute other averages of the weights after a training."),
+    "inspect": ("vdiff.cli.inspect", "Describe a checkpoint and its teachers."),
+    "import": ("vdiff.cli.import_", "Import models of other tools."),
     "export": ("vdiff.cli.export", "Write checkpoints for other programs."),
     "push": ("vdiff.cli.push", "Upload a model to a hub."),
-    "data": ("vdiff.cli.data", "Look at datasets, check them, join parts of them."),
+    "data": ("vdiff.cli.data", "Show, check and merge datasets."),
     "doctor": ("vdiff.cli.doctor", "Check this machine and this installation."),
 }
 
 
 class LazyGroup(Program, click.Group):
-    """Subcommands are imported when they are asked for, so that the help is immediate."""
+    """A group that imports a subcommand only when it runs, so that `--help` is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names in the order of work."""
+        """The subcommands, in the order of a typical workflow."""
         del ctx
         return list(COMMANDS)
 
@@ -47,9 +47,9 @@ class LazyGroup(Program, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """An unknown name is an error with a suggestion."""
+        """Find the subcommand; the error about an unknown name has a suggestion."""
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"no such command {args[0]}; {suggestion(args[0], COMMANDS)}", ctx)
+            raise click.UsageError(f"unknown command {args[0]!r}; {suggestion(args[0], COMMANDS)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -62,4 +62,4 @@ class LazyGroup(Program, click.Group):
 @click.group(cls=LazyGroup, context_settings=CONTEXT)
 @click.version_option(vdiff.__version__, prog_name="vdiff")
 def main() -> None:
-    """Train a diffusion model, then distil it until 1 to 8 network evaluations draw an image."""
+    """Train a diffusion model, then distil it to sample in 1 to 8 network evaluations."""

@@ -251,11 +251,11 @@ def command(
     image_format = image_format or usual.image_format
     if quality is not None and image_format != "jpeg":
         raise OptionError(
-            f"--quality {quality} has no meaning for {image_format} images", "leave it out or give --format jpeg"
+            f"--quality {quality} does not apply to {image_format} images", "leave it out or give --format jpeg"
         )
     for name, value in (("crop_scale", crop_scale), ("seed", seed)):
         if value is not None and crop != "random_resized":
-            raise OptionError(f"--{name} {value} has no meaning for --crop {crop}", "it is for --crop random_resized")
+            raise OptionError(f"--{name} {value} does not apply to --crop {crop}", "it is for --crop random_resized")
     sizes = tuple(sorted(set(size or (usual.size,))))
     if crop == "none" and len(sizes) > 1:
         raise OptionError("--crop none resizes nothing, so there can be only one --size", "give the images' own size")

@@ -25,8 +25,8 @@ from vdiff.text import megabytes
 @click.argument("folder", metavar="CHECKPOINT_OR_EXPORT", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="OWNER/NAME")
 @project_option()
-@switch("--private", group="Repository", help="Make a repository that only its owner sees.")
-@switch("--overwrite", group="Repository", help="Commit to a repository that exists; equal names are replaced.")
+@switch("--private", group="Repository", help="Create a private repository.")
+@switch("--overwrite", group="Repository", help="Commit to an existing repository; equal names are replaced.")
 @option("--license", "license_name", group="Repository", metavar="NAME", show_default="unknown", help=LICENSE_HELP)
 @option(
     "--endpoint",
@@ -40,8 +40,8 @@ from vdiff.text import megabytes
     group="Hub",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    show_default="HF_TOKEN, or what `hf auth login` keeps",
-    help="A file with the token in it; there is no flag for the token itself, which a shell would remember.",
+    show_default="HF_TOKEN, or the token of `hf auth login`",
+    help="A file that holds the token. There is no flag for the token itself, as shells store command lines.",
 )
 @switch("--dry_run", group="Hub", help="Print what would be uploaded, then stop.")
 def command(
@@ -55,10 +55,10 @@ def command(
     token_file: Path | None,
     dry_run: bool,
 ) -> None:
-    """Upload a checkpoint, or what `vdiff export` wrote, to a hub of models.
+    """Upload a checkpoint, or an export of `vdiff export`, to a model hub.
 
-    Only what a model consists of is uploaded: weights or graphs, configuration without paths of this machine, and the
-    model card. Training state, logs, previews and settings stay.
+    Only the model is uploaded: weights or graphs, the configuration without paths of this machine, and the model card.
+    Training state, logs, previews and settings are not.
     """
     import tempfile
 
@@ -82,7 +82,7 @@ def command(
 
 
 def _shown(num_bytes: int) -> str:
-    """`1234` → `1.2 kB`; megabytes from where they say more."""
+    """`1234` → `1.2 kB`; megabytes for larger numbers."""
     return f"{num_bytes / 1e3:.1f} kB" if num_bytes < 1e5 else megabytes(num_bytes)
 
 
@@ -90,7 +90,7 @@ def _token(path: Path | None) -> str | None:
     """The token in a file.
 
     Raises:
-        OptionError: there is none.
+        OptionError: the file cannot be read, or does not hold one token.
     """
     if path is None:
         return None

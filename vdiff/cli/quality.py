@@ -1,4 +1,4 @@
-"""The verdict on a model by itself: `train.py` ends with it, `distill.py` begins with that on its teacher."""
+"""The verdict on a single model: `train.py` ends with it, and `distill.py` begins with the teacher's."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def quality_of(folder: Path, data: str, budget: int, *, device: torch.device, console: Console) -> Quality | None:
-    """How good a model is by itself, in the first process; None where that is not known.
+    """The quality of a single model, on rank 0; None if it is not known.
 
     Args:
-        data: the dataset; empty where there is none.
-        budget: network evaluations that measuring may cost.
+        data: the dataset; empty if there is none.
+        budget: how many network evaluations the measurement may use.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: by a signal.
     """
     if not data or not speaks():
         return None

@@ -1,4 +1,4 @@
-"""`vdiff report`: one page that tells how good a ladder is; `distill.py` writes it at its end."""
+"""`vdiff report`: one page about the quality of a ladder; `distill.py` writes it at its end."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 @option(
     "--out", group="Output", type=click.Path(path_type=Path), metavar="FILE.html",
     show_default="RUN_DIR/report.html",
-    help="The page; it replaces an earlier report, but no other file.",
+    help="The page; it replaces only an earlier report.",
 )  # fmt: skip
-@switch("--open", "open_it", group="Output", help="Show it in the browser.")
+@switch("--open", "open_it", group="Output", help="Open it in the browser.")
 @switch("--json", group="Output", help="Print one JSON object: the path of the page, and the figures of each model.")
 @switch(
     "--evaluate", group="Measuring",
-    help="First measure each student in its steps, and the teacher with ddim and dpmpp_2m in 1, 2, 4 and 8, into "
-    "evaluation.json; one that is there is replaced.",
+    help="First measure each student in its steps, and the teacher in 1, 2, 4 and 8 steps of ddim and dpmpp_2m. This "
+    "replaces evaluation.json.",
 )  # fmt: skip
 @option(
-    "--data", group="Measuring", metavar="DATASET", show_default="what the models learned from",
+    "--data", group="Measuring", metavar="DATASET", show_default="the models' training data",
     help="Real images to measure against.",
 )  # fmt: skip
 @option(
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 )
 @option(
     "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
-    help="Features that are compared, as in vdiff evaluate.",
+    help="Features to compare, as in vdiff evaluate.",
 )  # fmt: skip
 @option("--device", group="Measuring", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")
 def command(
@@ -76,15 +76,14 @@ def command(
     features: str,
     device: str,
 ) -> None:
-    """Write one HTML page about the ladder in RUN_DIR (checkpoints, unless told otherwise).
+    """Write one HTML page about the ladder in RUN_DIR (default: checkpoints).
 
-    It holds everything it shows and asks the network for nothing: the models drawn from the same noise, their distance
-    to the data against steps (what `vdiff evaluate` or --evaluate measured), times, losses, memorisation, settings, and
-    the commands that make it all again. RUN_DIR is a folder of checkpoints, or the last student of one ladder among
-    several.
+    The page works offline. It shows samples of all models from the same noise, their distance to the data against the
+    number of steps (from `vdiff evaluate` or --evaluate), times, losses, memorisation, settings, and the commands that
+    reproduce the ladder. RUN_DIR is a folder of checkpoints or, if it holds several ladders, one's last student.
     """
     if data is not None and not evaluate:
-        raise OptionError("--data: nothing is measured without --evaluate", "give --evaluate too, or leave --data out")
+        raise OptionError("--data needs --evaluate", "give --evaluate too, or leave --data out")
     if out is not None and out.is_dir():
         raise OptionError(f"--out {out} is a folder", "give --out FILE.html")
 
@@ -125,14 +124,14 @@ def report_at_the_end(
     console: Console,
     open_it: bool,
 ) -> None:
-    """What `distill.py` does last: a quick evaluation where there are small images, then the report.
+    """The last step of `distill.py`: a quick evaluation for small images, then the report.
 
-    Nothing that goes wrong here makes the ladder fail: it is told in one line.
+    A failure here is printed in one line; the ladder still succeeds.
 
     Args:
-        data: the dataset; empty where there is none.
-        measure: whether distances are wanted at all. An evaluation of the same weights that is there already is kept.
-        budget: network evaluations that the measurement may cost.
+        data: the dataset; empty if there is none.
+        measure: whether to measure distances. An existing evaluation of the same weights is kept.
+        budget: how many network evaluations the measurement may use.
     """
     folder, last = stages[-1].folder.parent, stages[-1].folder
     try:
@@ -182,7 +181,7 @@ def _evaluate(
 
 
 def _show(path: Path, console: Console) -> None:
-    """Open a page in the browser; say so where there is none."""
+    """Open a page in the browser; print a line if there is no browser."""
     import webbrowser
 
     if not webbrowser.open(path.resolve().as_uri()):

@@ -108,15 +108,15 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=float,
     metavar="W",
     show_default="0",
-    help="Weight of classifier-free guidance: 0 = none, -1 = without the class. A network that was not distilled with "
-    "guidance is evaluated twice per step. Guidance scales of other tools are W + 1.",
+    help="Weight W of classifier-free guidance: 0 = none, -1 = without the class. A network not distilled for it is "
+    "evaluated twice per step. The guidance scale of other tools is W + 1.",
 )
 @option(
     "--guidance_interval",
     group="Images",
     type=Names(click.FLOAT, "FIRST,LAST"),
     show_default="0,1",
-    help="Guide only between these times; 1 is noise, 0 is the image.",
+    help="Apply guidance only between these times; 1 is noise, 0 is the image.",
 )
 @option(
     "--interpolate",
@@ -132,14 +132,14 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.Path(path_type=Path),
     metavar="PATH",
     show_default="samples/CHECKPOINT-SAMPLER-STEPSsteps-seedSEED",
-    help="A folder, a path that ends in .zip, .npz or .lmdb, or one picture: FILE.png; its images then go to samples/.",
+    help="A folder; a path that ends in .zip, .npz or .lmdb; or FILE.png for the grid alone (images go to samples/).",
 )
 @option(
     "--format",
     "image_store",
     group="Output",
     type=OneOf(list(SUFFIXES)),
-    show_default="what --out ends in, else png",
+    show_default="from the ending of --out, else png",
     help="A folder of PNG files, a zip of PNG files, arrays for evaluation suites, or a dataset for train.py.",
 )
 @switch("--trajectory", group="Output", help="Also write the steps of the first images: OUT.trajectory.png and .webp.")
@@ -197,10 +197,10 @@ def command(
     no_clip: bool,
     **flags: Any,
 ) -> None:
-    """Draw images from a checkpoint; nothing else is needed.
+    """Draw images from a checkpoint.
 
     The same command continues after an interruption, and does nothing if all images exist. Under torchrun or accelerate
-    each process draws a share of them.
+    each process draws a share.
     """
     if clipped_sampling and sampler not in (None, "clipped"):
         raise OptionError(f"--clipped_sampling and --sampler {sampler} exclude each other", "give one of them")
@@ -231,9 +231,9 @@ def command(
     named, folder = folder, imported(folder, console.line)
     config = read_config(folder)
     fits = config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
-    if config.kind != PYTHON and not fits:  # one in Python is refused when it is loaded
+    if config.kind != PYTHON and not fits:  # a network in Python is refused at loading
         shape = " × ".join(map(str, config.shape))
-        raise VdiffError(f"{folder} draws samples of {shape}, no images for {form}", "vdiff.load draws them as tensors")
+        raise VdiffError(f"{folder} draws samples of {shape}, not images for {form}", "vdiff.load draws tensors")
     with asked_by("--no_clip", "leave --no_clip out"):
         checks.check_limits(config, options)
     steps = sampling_steps(config, num_timesteps, time_scale)

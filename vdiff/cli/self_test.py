@@ -1,6 +1,6 @@
-"""What `vdiff doctor` tries in a process of its own, because a broken library may end it: `python -m` of this module.
+"""The self-test of `vdiff doctor`, run as `python -m` in a separate process that a broken library may kill.
 
-Each fact is one line of JSON on stdout: a name and a text; the last line of a process that fails is what failed.
+Each fact is one line of JSON on stdout: a name and a text. After a failure, the last line names the step that failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIZE, IMAGES, STEPS = 8, 4, 2
 
 
 def libraries(*modules: str) -> Iterator[tuple[str, str]]:
-    """Import one after the other; a name is told before it is tried, and once more with what went wrong."""
+    """Import the modules; each name is reported before the import, and again with the error if it fails."""
     for name in modules:
         yield name, "?"
         try:
@@ -28,7 +28,7 @@ def libraries(*modules: str) -> Iterator[tuple[str, str]]:
 
 
 def machine(folder: str) -> Iterator[tuple[str, str]]:
-    """torch and its devices, then a dataset, a checkpoint and images of a tiny network in `folder`."""
+    """Test torch and its devices, then a dataset, a checkpoint and images of a tiny network in `folder`."""
     yield "torch", "?"
     import torch
 
@@ -61,7 +61,7 @@ def dataset(folder: Path) -> str:
     """Write an LMDB of noise and read it back.
 
     Raises:
-        ValueError: other pixels come back.
+        ValueError: the pixels differ.
     """
     import io
 
@@ -80,15 +80,15 @@ def dataset(folder: Path) -> str:
     files = [io.BytesIO(store.encoded(SIZE, k)) for k in range(len(store))]
     read = np.stack([np.asarray(PIL.Image.open(file)) for file in files])
     if not np.array_equal(read, pixels):
-        raise ValueError("other pixels were read than were written")
+        raise ValueError("the pixels read differ from those written")
     return f"{IMAGES} images written to an LMDB and read"
 
 
 def drawing(folder: Path) -> str:
-    """Write the checkpoint of a tiny network, read it, and draw images with it on the device that `auto` takes.
+    """Write and read the checkpoint of a tiny network, and draw images with it on the device of `auto`.
 
     Raises:
-        ValueError: other weights come back, or images that are no numbers.
+        ValueError: the weights differ, or an image is not finite.
     """
     import torch
 
@@ -106,11 +106,11 @@ def drawing(folder: Path) -> str:
     save_checkpoint(folder, weights, config)
     read = load_checkpoint(folder)[0].state_dict()
     if not all(torch.equal(read[name], tensor) for name, tensor in weights.items()):
-        raise ValueError("other weights were read than were written")
+        raise ValueError("the weights read differ from those written")
     device = pick_device("auto")
     images = vdiff.load(folder, device=device.type).sample(num=IMAGES, steps=STEPS)
     if not torch.isfinite(images).all():
-        raise ValueError("the network drew images that are no numbers")
+        raise ValueError("the network drew images that are not finite")
     return f"checkpoint written and read, {IMAGES} images drawn in {STEPS} steps on {device}"
 
 

@@ -1,4 +1,4 @@
-"""Flags made from the fields of dataclasses, so that a setting is written once."""
+"""Flags made from the fields of dataclasses, so that each setting is declared once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ config_option = option(
     group="Run",
     type=click.Path(path_type=Path),
     metavar="FILE.toml",
-    help="Settings by their names: those of train.py first, its network in [unet], those of distill.py in [distill].",
+    help="Settings by name: of train.py at the top, of its network in [unet], of distill.py in [distill].",
 )
 
 
 def sampler_settings(function: Any) -> Any:
-    """A flag for every parameter of a sampler; what is not given stays None, and is left to the sampler."""
+    """A flag for every setting of a sampler; flags that are not given stay None, and the sampler's default applies."""
     found: dict[str, dict[str, Field[Any]]] = {}
     for sampler, kind in SAMPLERS.items():
         for name, item in parameters(kind).items():
@@ -45,7 +45,7 @@ def sampler_settings(function: Any) -> Any:
 
 
 def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:
-    """A flag for every setting of `kind`; what is not given stays None, and is left to preset and defaults."""
+    """A flag for every setting of `kind`; flags that are not given stay None: the preset or the default applies."""
     order = (DATA, MODEL, OPTIMISATION, RECORDS, MACHINE)
     known = [item for item in settings_of(kind).values() if "group" in item.metadata]
     by_method = {name for method in METHODS.values() for name in method.settings({"lr": 1.0, "num_iters": 1})}
@@ -63,7 +63,7 @@ def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:
 
 
 def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
-    """The flag of one setting, under a heading; `shown` is its default, as the help tells it."""
+    """The flag of one setting, under a heading; `shown` is its default in the help."""
     rules, kind, name = item.metadata, value_type(item), item.name
     names = [f"--{rules['flag'] or name}", name]
     attributes: dict[str, Any] = {
@@ -92,7 +92,7 @@ FEWEST = 100
 
 
 class Average(click.ParamType):
-    """The average that is saved, in one of three units; each is a setting of its own."""
+    """The average that is saved, in one of three units; each unit is a separate setting."""
 
     name = "DECAY|IMAGES|PERCENT"
 
@@ -108,7 +108,7 @@ class Average(click.ParamType):
 
 
 class MoreAverages(click.ParamType):
-    """Further averages: decays, and the word `profiles`."""
+    """More averages: decays and the word `profiles`."""
 
     name = "DECAY,…|profiles"
 
@@ -129,22 +129,22 @@ def check_early(kind: type[Config], flags: Mapping[str, Any], file: Path | None)
     """Find mistakes in settings before torch is imported, which takes seconds.
 
     Raises:
-        OptionError: a preset, a file or a value that cannot be used, or settings that contradict each other.
+        OptionError: a preset, a file or a value cannot be used, or settings contradict each other.
     """
     own, name = (
         read_settings(file) if file else Settings({}, {}),
         "distill" if issubclass(kind, DistillConfig) else "train",
     )
     settings = getattr(own, name)
-    preset = read_preset(str(flags.get("preset") or settings.get("preset") or "toy"))  # toy stands in for what is found
+    preset = read_preset(str(flags.get("preset") or settings.get("preset") or "toy"))  # toy, until a preset is chosen
     resolve(kind, {"preset": getattr(preset, name), str(file): settings, COMMAND_LINE: flags})
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the command line or the environment gave.
+    """The settings from the command line and the environment.
 
     Raises:
-        OptionError: two flags give one setting two values.
+        OptionError: two flags set the same thing.
     """
     found: dict[str, Any] = {}
     for key, value in flags.items():
@@ -152,5 +152,5 @@ def given(flags: Mapping[str, Any]) -> dict[str, Any]:
             if part is None:
                 continue
             if found.setdefault(name, part) != part:
-                raise OptionError(f"--{key} and --{name} say the same in two ways", f"give --{key} alone")
+                raise OptionError(f"--{key} and --{name} set the same thing", f"give only --{key}")
     return found

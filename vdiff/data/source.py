@@ -44,7 +44,7 @@ class SourceOptions:
         """Raise if one of the options `names` was given to a source that knows none such."""
         for name in names:
             if value := getattr(self, name):
-                raise OptionError(f"--{name} {value} has no meaning for {source}", "leave it out")
+                raise OptionError(f"--{name} {value} does not apply to {source}", "leave it out")
 
 
 class Source(ABC):

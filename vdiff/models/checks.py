@@ -102,7 +102,7 @@ def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
     known = sampler_fields(name)
     for key in options:
         if key not in known:
-            raise VdiffError(f"{key} has no meaning for the sampler {name}", f"it takes {', '.join(sorted(known))}")
+            raise VdiffError(f"the sampler {name} does not use {key}", f"it takes {', '.join(sorted(known))}")
     try:
         return SAMPLERS[name](**options)
     except ValueError as error:

@@ -341,7 +341,7 @@ class DistillConfig(LoopConfig):
         self.phase_steps()
         ways = {"--phases": self.phases, "--to_steps": self.to_steps, "--stages": self.stages}
         if len(given := [name for name, value in ways.items() if value]) > 1:
-            raise OptionError(f"{given[0]} and {given[1]} say the same in two ways", "give one of them")
+            raise OptionError(f"{given[0]} and {given[1]} set the same thing", "give one of them")
         if self.times == "importance" and not METHODS[self.shortening].needs_images:
             raise OptionError(
                 f"--times importance: {self.shortening} learns from whole paths, in which every step has its part",
