@@ -247,7 +247,7 @@ def test_datasets_have_no_samples_that_are_not_square(tmp_path, monkeypatch):
     model_of("unet_2d").save(Path("oblong"))
     words = "distill.py --base oblong --phases 4,2 --preset toy --num_iters 2 --device cpu --num_workers 0"
     line = error(words, 2)
-    assert "oblong draws samples of 1 × 4 × 8, and datasets hold square images; distil it in Python" in line
+    assert "oblong draws samples of 1 × 4 × 8, but datasets hold square images; distil it in Python" in line
     done(f"{words} --method trajectory")
     assert vdiff.load("base_0").sample(2).shape == (2, 1, 4, 8)
 

@@ -316,7 +316,7 @@ def test_images_of_a_size_that_the_network_cannot_halve(tmp_path):
 def test_weights_that_do_not_fit(tmp_path):
     saved(tmp_path)
     edit(tmp_path, unet=dataclasses.replace(UNET, embedding_channels=6).to_dict())
-    assert_refused(tmp_path, "does not fit config.json", "is (4, 4) where (6, 4) is due")
+    assert_refused(tmp_path, "does not fit config.json", "is (4, 4), not (6, 4)")
     edit(tmp_path, unet=dataclasses.replace(UNET, num_blocks=2).to_dict())
     assert_refused(tmp_path, "does not fit", "missing (network.")
     edit(tmp_path, unet=dataclasses.replace(UNET, num_classes=2).to_dict())

@@ -137,7 +137,7 @@ def test_a_network_that_computes_by_values_has_no_estimate():
         return base_task(config, vdiff.wrap(AsksForValues(), (1, 4, 4)).denoiser)
 
     assert check_memory(lambda _: memory_of(build, (1, 4, 4), 0, engine), config, engine) is None
-    assert facts(None, config, engine) == {"memory": "unknown: network or method computes by values"}
+    assert facts(None, config, engine) == {"memory": "unknown: the network or method depends on tensor values"}
 
 
 GIB = 2**30

@@ -190,7 +190,7 @@ def wrong(tmp_path: Path) -> Path:
 BAD = [
     ("--data none --out f.pt2", 1, "none: no such dataset; give"),
     ("--data cut --out f.pt2", 1, "cut is an incomplete dataset"),
-    ("--data small --out f.pt2", 1, "small has images of 4 pixels; a feature network takes 8 to 256"),
+    ("--data small --out f.pt2", 1, "small has images of 4 pixels; a feature network needs 8 to 256"),
     ("--data digits --out f.pt2 --image_size 9", 1, "has no images of size 9; it has 8"),
     (
         "--data small --out f.pt2 --kind classifier",

@@ -143,7 +143,7 @@ def test_its_parameters_are_keys_of_files(teacher, tmp_path):
     path.write_text("[distill]\ncritic_weight = 11.0\n")
     with pytest.raises(OptionError, match=r"critic_weight = 11\.0 is too large; it must be at most 10"):
         resolve_distillation({"base": str(teacher)}, path)
-    with pytest.raises(OptionError, match=r"--critic_width 7: tract does not read it; .*--method adversarial"):
+    with pytest.raises(OptionError, match=r"--critic_width 7: tract does not use it; .*--method adversarial"):
         resolve_distillation({"base": str(teacher), "method": "tract", "critic_width": 7}, None)
 
 
@@ -286,7 +286,7 @@ def test_only_a_method_that_gives_a_second_time_distils_a_student_that_takes_it(
     described, options = read_config(folder), {**SETTINGS, "phases": "4,2"}
     for method in ("progressive", "match"):
         steps = {} if method == "match" else {"phases": "4,2"}
-        with pytest.raises(OptionError, match=f"--method {method} does not give the teacher the second time that it"):
+        with pytest.raises(OptionError, match=f"--method {method} does not pass the second time that the teacher n"):
             plan_stages(distill_config(data, folder, method=method, **steps), described)
     (stage,) = run_ladder(distill_config(data, folder, **options), described)
     assert read_config(stage.folder).num_timesteps == 2

@@ -242,7 +242,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_random_numbers(data, tmp_p
             fit_run(run_of(config, tmp_path / "cut"), signal_at(2))
     with pytest.raises(Interrupted):
         fit_run(run_of(config, tmp_path / "cut"), again := signal_at(4))
-    assert "cut was begun by an earlier version: it continues with the random numbers of that version" in again.lines[0]
+    assert "cut was begun by an earlier version: it continues with that version's random numbers" in again.lines[0]
     assert "random" not in read_metadata(state_path(tmp_path / "cut"))
     fit_run(run_of(config, tmp_path / "cut"))
     for name in (Path(WEIGHTS), state_path(Path())):

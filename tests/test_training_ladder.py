@@ -152,7 +152,7 @@ def test_a_continuous_teacher_takes_any_number_of_steps():
 
 def test_out_names_the_only_student():
     assert plan("a/original", model(), "b/mine") == [("a/original", 1024, "b/mine", 512)]
-    with pytest.raises(OptionError, match="--out names one student, and this ladder has 2"):
+    with pytest.raises(OptionError, match="--out names one student, but this ladder has 2"):
         plan("a/original", model(), "b/mine", stages=2)
 
 
@@ -173,10 +173,10 @@ LINEAR = {"name": "linear", "num_levels": 96}
         (student(12), {"to_steps": 5}, "12 steps cannot become 5"),
         (model(), {"to_steps": 5, "teacher_steps": 12}, "12 steps cannot become 5"),
         (model(num_timesteps=16), {"to_steps": 9}, "16 steps cannot become 9"),
-        (model(num_timesteps=1), {}, "takes 1 step already: there is nothing to halve"),
-        (student(1), {}, "takes 1 step already"),
-        (model(num_timesteps=8), {"to_steps": 8}, "--to_steps 8: the teacher takes 8 already; give less than 8"),
-        (model(num_timesteps=8), {"to_steps": 16}, "--to_steps 16: the teacher takes 8 already"),
+        (model(num_timesteps=1), {}, "already needs only 1 step"),
+        (student(1), {}, "already needs only 1 step"),
+        (model(num_timesteps=8), {"to_steps": 8}, "--to_steps 8: the teacher already takes 8; give less than 8"),
+        (model(num_timesteps=8), {"to_steps": 16}, "--to_steps 16: the teacher already takes 8"),
         (model(num_timesteps=8), {"stages": 4}, "--stages 4: 8 steps cannot be halved so often"),
         (student(8), {"teacher_steps": 4}, "--teacher_steps 4: a/original was distilled for 8 steps; leave it out"),
         (student(8), {"teacher_steps": 16}, "--teacher_steps 16: a/original was distilled for 8 steps"),
@@ -220,7 +220,7 @@ def test_what_a_plan_says_before_it_begins():
     assert said(PUBLISHED, to_steps=4) == [
         "the ladder begins with 512 steps of the teacher: 1000 cannot be halved to 4",
     ]
-    copy = "match: the student is a copy of its teacher and learns nothing; give --student_config"
+    copy = "match: the student is a copy of its teacher, with nothing to learn; give --student_config"
     assert said(PUBLISHED, method="match") == [copy]
     for plain in ({"to_steps": 125}, {"to_steps": 4, "teacher_steps": 128}, {"phases": "128,4"}, {"method": "tract"}):
         assert said(PUBLISHED, **plain) == []

@@ -197,7 +197,7 @@ def test_an_average_over_the_whole_training_is_reported(data, tmp_path, monkeypa
     monkeypatch.setattr("vdiff.training.loop.SHORT_RUN", 6)
     watcher = Watcher()
     fit_run(run_of(train_config(data, num_iters=6, **changes), tmp_path / "run"), watcher)
-    line = "the average spans all 6 updates, the first too: --ema 0.3 forgets them"
+    line = "the average spans all 6 updates, even the first; --ema 0.3 forgets them"
     assert (line in watcher.lines) == said
 
 
@@ -475,7 +475,7 @@ def test_a_tracker_that_fails_is_one_line(data, tmp_path, monkeypatch, at):
         return
     run_training(config, tmp_path / "original", reporter=watcher)
     assert read_config(tmp_path / "original").is_finished
-    said = "nothing more is logged: the tracker failed (no connection to http://there)"
+    said = "the tracker failed, so nothing more is logged (no connection to http://there)"
     assert watcher.lines.count(said) == 1
 
 
@@ -571,7 +571,7 @@ def test_the_first_samples_come_early(data, tmp_path, monkeypatch, seconds, expe
     run_training(config, folder, reporter=watcher)
     assert sorted(int(path.stem) for path in (folder / "samples").iterdir()) == expected
     told = [line for line in watcher.lines if line.startswith("samples")]
-    assert told == [f"samples are drawn into {folder / 'samples'}; curves: tensorboard --logdir {tmp_path}"]
+    assert told == [f"samples are saved in {folder / 'samples'}; curves: tensorboard --logdir {tmp_path}"]
 
 
 def test_pictures_change_nothing(data, whole, tmp_path):

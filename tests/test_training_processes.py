@@ -133,10 +133,7 @@ def test_weights_shared_out_over_the_processes(whole):
 
 def test_one_process_has_nothing_to_share(whole):
     _, _, stderr = ends(launch(command("train.py --config tiny.toml --fsdp True --out alone"), whole, 1))
-    assert (
-        stderr.splitlines()[-1]
-        == "error: --fsdp: there is one process to share the weights; start several, with torchrun"
-    )
+    assert stderr.splitlines()[-1] == "error: --fsdp needs several processes; start them with torchrun"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

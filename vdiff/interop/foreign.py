@@ -50,21 +50,21 @@ class JsonFile:
         """A whole number from `low` to `high`."""
         value = self.get(key, default)
         if type(value) is not int or not low <= value <= high:
-            raise self.refusal(key, f"a whole number from {low} to {high} is due")
+            raise self.refusal(key, f"need a whole number from {low} to {high}")
         return value
 
     def number(self, key: str, default: float, *, low: float, high: float) -> float:
         """A number between `low` and `high`, both excluded."""
         value = self.get(key, default)
         if type(value) not in (int, float) or not low < value < high:
-            raise self.refusal(key, f"a number between {low} and {high} is due")
+            raise self.refusal(key, f"need a number between {low} and {high}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.get(key, default)
         if type(value) is not bool:
-            raise self.refusal(key, "true or false is due")
+            raise self.refusal(key, "need true or false")
         return value
 
     def word(self, key: str, default: str, choices: Sequence[str]) -> str:
@@ -78,7 +78,7 @@ class JsonFile:
         """A list of one to `high` values of a kind."""
         value = self.get(key)
         if type(value) is not list or not 1 <= len(value) <= high or any(type(item) is not kind for item in value):
-            raise self.refusal(key, f"a list of 1 to {high} values of kind {kind.__name__} is due")
+            raise self.refusal(key, f"need a list of 1 to {high} values of type {kind.__name__}")
         return value
 
     def unknown(self, known: Collection[str]) -> list[str]:

@@ -292,7 +292,7 @@ def check(
         found = answer(inputs(denoiser, options, config, images))
         if found.shape != due.shape:
             raise VdiffError(
-                f"the exported graph answers {tuple(found.shape)} where {tuple(due.shape)} is due",
+                f"the exported graph returns shape {tuple(found.shape)}, not {tuple(due.shape)}",
                 "nothing was written; please report this with the checkpoint's config.json",
             )
         scale = due.abs().max().clamp(min=1).double()

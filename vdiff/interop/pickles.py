@@ -101,7 +101,7 @@ def _check_archive(path: Path) -> None:
             raise VdiffError(f"{path} unpacks to {claimed:,} bytes, and has {size:,}", "give what torch.save wrote")
         pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
         if len(pickles) != 1:
-            raise VdiffError(f"{path} holds {len(pickles)} pickles where one is due", "give a file of weights alone")
+            raise VdiffError(f"{path} holds {len(pickles)} pickles, not one", "give a file of weights alone")
         if pickles[0].file_size > MAX_PICKLE_BYTES:
             raise VdiffError(f"{path}: {pickles[0].filename!r} is too large", "give a file of weights alone")
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):  # reads, and runs nothing

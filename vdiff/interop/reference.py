@@ -173,7 +173,7 @@ def translate(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, tim
         if theirs.numel() != tensor.numel() or theirs.shape[: tensor.ndim] != tensor.shape:
             due = " × ".join(map(str, tensor.shape))
             raise VdiffError(
-                f"{path}: {names[name]} is {' × '.join(map(str, theirs.shape))} where {due} is due",
+                f"{path}: {names[name]} is {' × '.join(map(str, theirs.shape))}, not {due}",
                 "only networks of unet_ddpm.py can be imported",
             )
         weight = theirs.double().reshape(tensor.shape)

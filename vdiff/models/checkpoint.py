@@ -451,5 +451,5 @@ def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
         return ", ".join(parts)
     for name, shape in expected.items():
         if shape != found[name]:
-            return f"{name} is {found[name]} where {shape} is due"
+            return f"{name} is {found[name]}, not {shape}"
     return ""

@@ -1,9 +1,9 @@
-"""Averages of the weights over a training: exponential ones and power-function ones.
+"""Averages of the weights over a training: exponential and power-function averages.
 
-An average is ema ← β ema + (1 − β) θ after each update; what it remembers is decided by β alone, as a function of the
-update. The power functions are those of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
-Models" (EDM2), section 3: from snapshots of two of them `posthoc` makes one of another length, when the training is
-over. Time is counted in updates everywhere: t = 1 after the first.
+An average is ema ← β ema + (1 − β) θ after each update. Only β, a function of the update, decides how long it
+remembers. The power functions are those of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+Diffusion Models" (EDM2), section 3. After the training `posthoc` combines snapshots of two of them into an average of
+any other length. Time is counted in updates: t = 1 after the first.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ MAX_SIGMA_REL = 12**-0.5
 
 @dataclass(frozen=True)
 class Exponential:
-    """β(n) = (d − dⁿ⁺¹)/(1 − dⁿ⁺¹) with d = `decay`: weights k updates old count dᵏ times as much as the newest.
+    """β(n) = (d − dⁿ⁺¹)/(1 − dⁿ⁺¹) with d = `decay`: weights of k updates ago count dᵏ times as much as the newest.
 
     The average is Σₖ d^(n−k) θₖ / Σₖ d^(n−k) over the weights θₖ after the updates k = 0 … n: an average that began at
-    zero, divided by 1 − dⁿ⁺¹ (bias correction; Kingma & Ba 2015, section 3; Berthelot et al. 2023). The initial weights
-    have no part in it. There is no warm-up, so d means the same in every update; d = 1 is the plain mean.
+    zero, divided by 1 − dⁿ⁺¹ (bias correction; Kingma & Ba 2015, section 3; Berthelot et al. 2023). It does not contain
+    the initial weights. Without a warm-up, d means the same in every update; d = 1 is the plain mean.
     """
 
     decay: float
@@ -57,11 +57,11 @@ class Exponential:
 class PowerFunction:
     """β(t) = (1 − 1/t)^(γ + 1), t = n + 1, which makes the average θ̂_γ(t) = (γ + 1)/t^(γ + 1) ∫₀ᵗ τ^γ θ(τ) dτ.
 
-    The weights θ(τ) are those after update k for τ ∈ (k − 1, k]; then the two are the same exactly (EDM2 equations 3
-    and 4). The initial weights have no part in it, β(1) being 0.
+    For τ ∈ (k − 1, k], θ(τ) are the weights after update k; then both forms are exactly equal (EDM2 equations 3 and 4).
+    The average does not contain the initial weights, as β(1) = 0.
 
     Args:
-        sigma_rel: standard deviation of the profile, as a part of t; γ follows from it.
+        sigma_rel: standard deviation of the profile as a fraction of t; it determines γ.
     """
 
     sigma_rel: float
@@ -82,7 +82,7 @@ class PowerFunction:
 
 
 Profile = Exponential | PowerFunction
-"""How much an average remembers; it has a `name` for files and, at update n, a decay β(n)."""
+"""The shape of an average: a `name` for files, and the decay β(n) at update n."""
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -91,11 +91,11 @@ def gamma_of(sigma_rel: float) -> float:
     σ_rel is the standard deviation of p(τ) ∝ τ^γ on [0, t], divided by t (EDM2 equation 123). It is largest at γ = 0,
     the plain mean of all weights.
 
-    With u = γ + 2 and s = 1/σ_rel² that is u³ + u² − s u + s = 0, and u = w − 1/3 takes the square away:
+    With u = γ + 2 and s = 1/σ_rel² this is u³ + u² − s u + s = 0, and u = w − 1/3 removes the square:
     w³ − 3 m² w + q = 0 with m² = (s + 1/3)/3 and q = 2/27 + 4 s/3, whose largest root is 2 m cos(⅓ arccos(−q/(2 m³))).
 
     Raises:
-        OptionError: there is no such profile.
+        OptionError: no profile has this σ_rel.
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL * (1 + 1e-12):
         raise OptionError(
@@ -112,21 +112,20 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 class Averages:
-    """The averages of a denoiser's weights that learn: the one that is the model, and further ones of other lengths.
+    """The averages of a denoiser's trainable weights: the one that is saved as the model, and others.
 
-    The denoiser is the bare one, not what DDP or an optimiser make of it; its parameters are read where they are, so
-    wrapping it or compiling it in place before or after makes no difference. Every average keeps the memory format of
-    the weights. Buffers are copied, not averaged.
+    The denoiser is the module itself, without DDP's wrapper. Its parameters are read in place, so it may be wrapped or
+    compiled before or after. Every average keeps the memory format of the weights. Buffers are copied, not averaged.
 
     Attributes:
-        model: the averaged denoiser, ready to use; the denoiser itself where `profile` is None.
-        teacher: an averaged denoiser that the denoiser learns from; the denoiser itself where `of_teacher` is None.
+        model: the averaged denoiser, ready to use; the denoiser itself if `profile` is None.
+        teacher: an averaged denoiser that the denoiser learns from; the denoiser itself if `of_teacher` is None.
 
     Args:
-        profile: of `model`.
-        further: of the others, which are only kept as tensors: one more copy of the weights each.
-        prepare: what shares weights out over processes; it is done to the denoiser and to the averaged ones alike.
-        of_teacher: of `teacher`.
+        profile: the shape of `model`.
+        further: the shapes of the others. They are kept as tensors, one copy of the weights each.
+        prepare: shards weights over processes; it is applied to the denoiser and to the averaged ones.
+        of_teacher: the shape of `teacher`.
 
     Raises:
         ValueError: two of `further` have the same name.
@@ -145,14 +144,14 @@ class Averages:
         self.profile, self.further = profile, tuple(further)
         fixed = frozen(denoiser)
         self._frozen = fixed.keys()
-        self.model, self.teacher = (  # frozen weights are in memory once
+        self.model, self.teacher = (  # all share the frozen weights
             denoiser if each is None else _copy(denoiser, fixed.values()).eval().requires_grad_(False)
             for each in (profile, of_teacher)
         )
         self._modules = [
             (name, module) for name, module in ((MODEL, self.model), (TEACHER, self.teacher)) if module is not denoiser
         ]
-        if prepare is not None:  # after the copies: what is shared out cannot be copied
+        if prepare is not None:  # after copying: sharded weights cannot be copied
             for module in (denoiser, *(module for _, module in self._modules)):
                 prepare(module)
         learning = trainable(denoiser)
@@ -169,19 +168,19 @@ class Averages:
                 self._tracked.insert(0, (each, [local(weights[name]) for name in self._names]))
 
     def decay_at(self, step: int) -> float:
-        """β of the model's average at update `step` (from 0); 0 where there is none."""
+        """β of the model's average at update `step` (from 0); 0 if there is no average."""
         return 0.0 if self.profile is None else self.profile.decay_at(step)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after update `step` (from 0): one call for each average, and no wait for the device."""
+        """Add the weights after update `step` (from 0) to each average, in one call each and without a device sync."""
         for profile, average in self._tracked:
             torch._foreach_lerp_(average, self._raw, 1 - profile.decay_at(step))
         for buffers in self._copied if self._buffers else ():
             torch._foreach_copy_(buffers, self._buffers)
 
     def named(self) -> dict[str, Mapping[str, Tensor]]:
-        """Name of an average → name of a weight → tensor: what resuming needs. They are views, not copies."""
+        """Name of an average → name of a weight → tensor (a view), for resuming."""
         values: dict[str, Mapping[str, Tensor]] = {
             name: state_without(module, self._frozen) for name, module in self._modules
         }
@@ -191,35 +190,35 @@ class Averages:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Bring every average back to what `named` said.
+        """Restore every average from the result of `named`.
 
         Raises:
-            KeyError, ValueError, RuntimeError: one is missing, or of another model.
+            KeyError, ValueError, RuntimeError: an average is missing, or belongs to another model.
         """
         for module_name, module in self._modules:
             load_without(module, values[module_name], self._frozen)
         for profile, average in zip(self.further, self._others, strict=True):
             for name, tensor in zip(self._names, average, strict=True):
                 kept = values[profile.name][name]
-                if kept.shape != tensor.shape:  # copy_ would repeat a smaller one
-                    raise ValueError(f"{name} is {tuple(kept.shape)} where {tuple(tensor.shape)} is due")
+                if kept.shape != tensor.shape:  # copy_ would broadcast a smaller one
+                    raise ValueError(f"{name} has shape {tuple(kept.shape)}, not {tuple(tensor.shape)}")
                 tensor.copy_(like(kept, tensor))
 
 
 def _copy(denoiser: Denoiser, shared: Iterable[Tensor]) -> Denoiser:
-    """A copy that has the tensors `shared` in common with the denoiser."""
+    """A copy of the denoiser that shares the tensors `shared` with it."""
     return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in shared})
 
 
 def profiles_of(
     *, ema: float, ema_more: Iterable[float], ema_profiles: bool
 ) -> tuple[Profile | None, tuple[Profile, ...]]:
-    """The profile of the model and those of the further averages, as the settings of a run say them.
+    """The profile of the model's average and those of the others, from the settings of a run.
 
     Args:
-        ema: decay of the model's average; 0 for none.
-        ema_more: decays of further ones.
-        ema_profiles: whether the power functions `TRACKED` are kept as well.
+        ema: decay of the model's average; 0 for no average.
+        ema_more: decays of other averages.
+        ema_profiles: whether to keep the power functions `TRACKED` too.
     """
     powers = [PowerFunction(sigma_rel) for sigma_rel in TRACKED] if ema_profiles else []
     return Exponential(ema) if ema else None, (*(Exponential(decay) for decay in ema_more), *powers)

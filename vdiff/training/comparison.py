@@ -1,4 +1,4 @@
-"""The ladder in one picture and one table: the teacher and its students, drawn from the same noise."""
+"""The ladder in one picture and one table: samples of the teacher and its students from the same noise."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from vdiff.training.verdict import read_verdict
 
 PICTURE_ROWS = 8
 TIMED_AGAIN = 2
-"""How often times that cannot be are measured again; the shortest counts."""
+"""How often implausible times are measured again; the shortest counts."""
 MOST_STEPS = 16
-"""The teacher's own steps are drawn too, unless they are more than this many times those that were distilled: of a
-ladder of few steps that would be most of its time."""
+"""The teacher also samples in its own number of steps, unless that is more than this many times the ladder's first
+number: in a short ladder it would take most of the time."""
 
 
 def plan_comparison(steps: Sequence[int], num_images: int, budget: int) -> tuple[int, int]:
-    """How many images of each model cost at most about `budget` network evaluations, and of which models.
+    """How many images to draw of each model, and of which models, for at most about `budget` network evaluations.
 
     Returns:
-        at most `num_images`, at least `PICTURE_ROWS`, and the most steps of a model that is drawn: those of the last
-            model at least.
+        the number of images, from `PICTURE_ROWS` to `num_images`; and the most steps that a model may have to be drawn,
+        at least those of the last model.
     """
     drawn = sorted(steps)
     while drawn[-1] > steps[-1] and PICTURE_ROWS * sum(drawn) > budget:
@@ -49,24 +49,24 @@ def plan_comparison(steps: Sequence[int], num_images: int, budget: int) -> tuple
 def compare(
     stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter, budget: int
 ) -> list[LadderRow]:
-    """Draw images 0, 1, 2, … of `seed` with every model of a ladder; write picture and table beside the last student.
+    """Draw images 0, 1, 2, … of `seed` with every model of a ladder; save picture and table with the last student.
 
-    Where the ladder starts below the teacher's own number of steps, the teacher is drawn with both (`MOST_STEPS`).
+    If the ladder starts below the teacher's own number of steps, the teacher samples in both (`MOST_STEPS`).
 
     Args:
-        budget: network evaluations that this may cost, see `plan_comparison`.
+        budget: how many network evaluations this may use, see `plan_comparison`.
     """
     entries = _entries(stages)
     usual = 24 if read_config(stages[0].base).image_size <= 32 else 16
     count, most = plan_comparison([steps for _, steps in entries], usual, budget)
     if count < usual or most < entries[0][1]:
-        without = f", models of more than {plural(most, 'step')} left out" if most < entries[0][1] else ""
+        without = f", without models of more than {plural(most, 'step')}" if most < entries[0][1] else ""
         reporter.line(f"comparing by {count} images{without}, as the training was short")
     images: dict[int, Tensor] = {}
     times: dict[int, float] = {}
 
     def draw_entry(k: int, on_step: Callable[[int], None] | None = None) -> Tensor:
-        """Draw with a model; its time is the shortest that was ever measured."""
+        """Draw with a model; its time is the shortest measured so far."""
         folder, steps = entries[k]
         denoiser, model = load_checkpoint(folder, device)
         began, size = time.monotonic(), model.shape[1:]
@@ -120,14 +120,14 @@ def compare(
         rows.append(row)
     folder = stages[-1].folder
     save_png(picture([(rows[k], images[k]) for k in wanted]), folder / LADDER_PICTURE)
-    few = torch.cat([images[k][:PICTURE_ROWS] for k in wanted])  # pixel for pixel, a row for each model: the report's
+    few = torch.cat([images[k][:PICTURE_ROWS] for k in wanted])  # for the report: pixel for pixel, a row for each model
     save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / LADDER_IMAGES)
     write_text(folder / LADDER, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
 
 
 def known_rows(stages: Sequence[Stage], *, seed: int) -> list[LadderRow] | None:
-    """The table that an earlier `compare` of the same ladder wrote with `seed`; None where there is none."""
+    """The table that an earlier `compare` of the same ladder wrote with `seed`; None if there is none."""
     path = stages[-1].folder / LADDER
     try:
         rows = read_ladder_rows(path)
@@ -138,7 +138,7 @@ def known_rows(stages: Sequence[Stage], *, seed: int) -> list[LadderRow] | None:
 
 
 def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:
-    """The models of a ladder, and the steps that each takes."""
+    """The models of a ladder, and the steps of each."""
     first = stages[0]
     own = read_config(first.base).num_timesteps
     teacher = [own, first.teacher_steps] if 1 < own / first.teacher_steps <= MOST_STEPS else [first.teacher_steps]
@@ -162,7 +162,7 @@ def picture(drawn: Sequence[tuple[LadderRow, Tensor]]) -> Image:
 
 
 def _distance(stages: Sequence[Stage], folder: Path, steps: int) -> float | None:
-    """What a verdict says of a model: a student's own, or that on the student of a teacher."""
+    """The values of a verdict about a model: a student's own verdict, or a teacher's values in its student's."""
     is_student = folder != stages[0].base
     if not is_student and steps != stages[0].teacher_steps:
         return None

@@ -1,4 +1,4 @@
-"""What a run must know of its dataset before it starts."""
+"""A run's dataset: its size, shape and classes, and its batches."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 
 TENSORS = "tensors"
-"""What a checkpoint records instead of a dataset's path when a run was given tensors."""
+"""Recorded by a checkpoint instead of a dataset's path, if the run was trained on tensors."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images of a run, or samples of another `shape`; empty: square images.
+    """The images of a run, or samples of another `shape` (empty: square images).
 
-    Without a `store` they are only assumed, to see what a preset would cost, or there are none, since the method needs
-    none (`none_needed`).
+    Without a `store`, images are only assumed, to estimate the cost of a preset, or the method needs none
+    (`none_needed`).
     """
 
     image_size: int
@@ -48,7 +48,7 @@ class TrainingData:
 
     @property
     def num_images(self) -> int:
-        """How many there are; 0: unknown."""
+        """The number of images; 0: unknown."""
         return 0 if self.store is None else len(self.store)
 
     @property
@@ -57,7 +57,7 @@ class TrainingData:
         return self.store.meta.fingerprint if self.store else ""
 
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
-        """This process's share of the batches, in the order that the seed gives."""
+        """This process's share of the batches, in the seed's order."""
         if self.none_needed:
             share = engine.part(config.batch_size)
             return ClassesOnly(self.shape, len(self.class_names), config.seed, config.batch_size, share)
@@ -78,7 +78,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class ClassesOnly:
-    """Batches for a method that needs no images: black ones, of classes drawn from (seed, step)."""
+    """Batches for a method that needs no images: black images, with classes drawn from (seed, step)."""
 
     shape: tuple[int, ...]
     num_classes: int
@@ -97,17 +97,17 @@ class ClassesOnly:
 
 
 def no_images(teacher: CheckpointConfig) -> TrainingData:
-    """No images at all, of the teacher's kind."""
+    """No images, but the teacher's shape and classes."""
     shape = teacher.shape
     return TrainingData(shape[-1], shape[0], list(teacher.class_names), none_needed=True, shape=shape)
 
 
 def open_images(path: str, image_size: int | None, project: Project | None = None) -> TrainingData:
-    """The dataset at `path` (empty: the only one of `project`, or under `data/`), at one of its sizes.
+    """The dataset at `path` (empty: the only one of `project` or under `data/`), in one of its sizes.
 
     Raises:
-        VdiffError: no such dataset, or several to choose from.
-        OptionError: it has several sizes and none was chosen, or not the one that was.
+        VdiffError: the dataset is missing, or there are several to choose from.
+        OptionError: it lacks the chosen size, or has several sizes and none was chosen.
     """
     store, size = open_at_size(path or (project or Project()).dataset(), image_size)
     return TrainingData(size, store.meta.channels, list(store.meta.class_names), store)

@@ -1,4 +1,4 @@
-"""Where a run computes: Accelerate's device, precision and processes, chosen by three settings."""
+"""Device, precision and processes of a run, by Accelerate."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.weights import is_sharded
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# while one process draws and saves, the others wait for it
+# the others wait while one process draws and saves
 PATIENCE = timedelta(hours=2)
-# on a GPU, asking the other processes whether they were told to stop waits for the device
+# on a GPU, asking the other processes for a signal waits for the device
 UPDATES_BETWEEN_QUESTIONS = {"cpu": 1, "cuda": 10}
 REMEDIES = "give --grad_accum 2 (or more), --checkpointing True, --precision bf16 or a smaller --batch_size"
 
@@ -37,26 +37,26 @@ class Engine(Processes):
     compile: bool
 
     def place(self, denoiser: Denoiser) -> Denoiser:
-        """Move a denoiser to the device, in the memory format that its convolutions are fastest in."""
+        """Move a denoiser to the device, in the fastest memory format for its convolutions."""
         denoiser = denoiser.to(self.device)
         return denoiser.to(memory_format=torch.channels_last) if self.device.type == "cuda" else denoiser
 
     def compiled(self, denoiser: Denoiser) -> Denoiser:
-        """Compile its network in place, where that is asked for."""
+        """Compile its network in place, if the settings say so."""
         if self.compile:
             denoiser.network.compile(dynamic=False)
         return denoiser
 
     def wrapped(self, denoiser: Denoiser) -> nn.Module:
-        """What is called in training: with its precision, and gradients that are the mean over all processes."""
-        if is_sharded(denoiser):  # which sees to the gradients
+        """The module to call in training: it applies the precision and averages gradients over all processes."""
+        if is_sharded(denoiser):  # FSDP averages gradients itself
             return denoiser
         model: nn.Module = self.accelerator.prepare(denoiser)
         return model
 
     @contextmanager
     def synchronised(self, model: nn.Module, now: bool) -> Iterator[None]:
-        """Inside, a backward pass ends with the mean over all processes only if it is `now` due."""
+        """In the block, a backward pass averages gradients over all processes only if `now` is true."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(now)
             yield
@@ -65,7 +65,7 @@ class Engine(Processes):
                 yield
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Shorten the gradient to `max_norm`; answers how long it was, over all processes."""
+        """Clip the gradient to `max_norm`; returns its norm before, over all processes."""
         if is_sharded(model):
             total = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             return total.full_tensor() if isinstance(total, DTensor) else total
@@ -73,15 +73,16 @@ class Engine(Processes):
         return norm
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in each of them."""
+        """The sum over all processes, the same in each."""
         if self.world_size == 1:
             return values
         total: Tensor = self.accelerator.reduce(values, reduction="sum")
         return total
 
     def agreed(self, code: int | None, done: int) -> int | None:
-        """The exit code that any process was asked to stop with; all learn of it after the same update,
-        `done` being the number of updates done."""
+        """The exit code of a signal to any process; all processes learn it after the same update.
+
+        `done` is the number of finished updates."""
         if self.world_size == 1:
             return code
         if done % UPDATES_BETWEEN_QUESTIONS.get(self.device.type, 1):
@@ -90,12 +91,12 @@ class Engine(Processes):
         return int(codes.max()) or None
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         self.accelerator.wait_for_everyone()
 
     @property
     def description(self) -> str:
-        """`cpu, fp32` or `2 processes, cuda, bf16, TF32, compiled`, and a setting of Accelerate's that is not used."""
+        """`cpu, fp32` or `2 processes, cuda, bf16, TF32, compiled`, and an overridden setting of Accelerate."""
         precision = {value: key for key, value in MIXED.items()}[self.accelerator.mixed_precision]
         many = [f"{self.world_size} processes"] if self.world_size > 1 else []
         tf32 = ["TF32"] if self.device.type == "cuda" else []
@@ -109,10 +110,10 @@ class Engine(Processes):
 
 
 def build_engine(config: LoopConfig) -> Engine:
-    """The engine that `device`, `precision` and `compile` ask for, in one process or under a launcher.
+    """The engine for `device`, `precision` and `compile`, in one process or under a launcher.
 
     Raises:
-        OptionError: no such device here, no such precision on the device, or batch or weights cannot be shared.
+        OptionError: device or precision is not available, or the batch or the weights cannot be shared.
     """
     picked = pick_device(config.device).type
     if config.threads:
@@ -123,7 +124,7 @@ def build_engine(config: LoopConfig) -> Engine:
         raise OptionError("--precision fp16 needs a CUDA device", "give --precision bf16 or fp32")
     accelerator = Accelerator(
         mixed_precision=MIXED[precision],
-        cpu=picked == "cpu",  # without it and without a GPU, each of several processes would be alone
+        cpu=picked == "cpu",  # needed without a GPU, or several processes would train separately
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if config.device not in ("auto", accelerator.device.type):
@@ -136,9 +137,9 @@ def build_engine(config: LoopConfig) -> Engine:
             f"give --batch_size a multiple of {parts}",
         )
     if config.fsdp and accelerator.num_processes == 1:
-        raise OptionError("--fsdp: there is one process to share the weights", "start several, with torchrun")
+        raise OptionError("--fsdp needs several processes", "start them with torchrun")
     if config.fsdp and precision == "fp16":
-        raise OptionError("--fsdp does not go with --precision fp16", "give --precision bf16")
+        raise OptionError("--fsdp does not support --precision fp16", "give --precision bf16")
     if on_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes never change

@@ -1,4 +1,4 @@
-"""What a run takes before it begins: memory and disk, derived from its network, and time, measured on a few updates."""
+"""Estimates before a run: memory and disk, derived from its network, and time, measured on a few updates."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ from vdiff.training.weights import trainable
 
 FLOAT = 4
 LIBRARIES, COPIES = 80 * 2**20, 6
-"""What kernels take beside the tensors: code that they compile, and on CPUs so many copies, in another layout, of the
-largest tensor. Both were fitted to the peaks in benchmarks/results/memory.md."""
+"""Memory of kernels besides the tensors: compiled code and, on CPUs, this many copies of the largest tensor in another
+layout. Both are fitted to the peaks in benchmarks/results/memory.md."""
 TIMED_UPDATES, LONG_UPDATE = 3, 4.0
-"""Updates that are timed after the first one; where that takes so many seconds, it is the time of all."""
+"""Updates that are timed after the first one. If the first takes this many seconds, it counts for all."""
 DAY = 24 * 3600
 MAX_WIDTH = 66
-"""Of what stands behind a name in 80 columns."""
+"""The width of a value beside its name in 80 columns."""
 FEW_UPDATES = 100
-"""So short a run is not timed before it begins."""
+"""A run with at most this many updates is not timed before it begins."""
 NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device of a process.
+    """Bytes that a process needs on its device.
 
     Attributes:
-        weights: of the networks that learn, and of those that teach.
-        activations: the most that forward and backward pass hold at once, beyond the gradients.
-        images: decoded ones that are kept.
-        program: what the process has taken already, and what libraries take.
+        weights: of the trained networks and their teachers.
+        activations: the peak of forward and backward pass, without the gradients.
+        images: decoded images that are kept.
+        program: what the process uses already, and what libraries add.
     """
 
     weights: int
@@ -72,16 +72,16 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return sum(getattr(self, item.name) for item in fields(self))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make inside it, for as long as they live.
+    """Counts the bytes of the tensors that operations create in this mode, while they are alive.
 
     Attributes:
-        peak: the most at once.
-        largest: of the largest tensor.
+        peak: the most bytes at once.
+        largest: bytes of the largest tensor.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def known(self, tensor: Tensor) -> None:
-        """Do not count this one, nor views of it."""
+        """Do not count this tensor or its views."""
         self._known.add(id(tensor.untyped_storage()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -110,7 +110,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class WithoutValues(Engine):
-    """An engine for networks without values, which are made where they compute."""
+    """An engine for networks without values, which are created on their device."""
 
     def place(self, denoiser: Denoiser) -> Denoiser:
         """Nothing."""
@@ -118,15 +118,15 @@ class WithoutValues(Engine):
 
 
 def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_images: int, engine: Engine) -> Memory:
-    """The memory of an update, from one that is done on tensors without values: any network tells its own.
+    """The memory of an update, counted in one update on tensors without values, so it holds for any network.
 
     Args:
-        build: makes the task anew.
+        build: builds the task.
         shape: of a sample.
-        num_images: of the dataset.
+        num_images: size of the dataset.
 
     Raises:
-        one of `NEED_VALUES`: network or method computes by what the values are.
+        one of `NEED_VALUES`: network or method depends on the values of tensors.
     """
     device = engine.device
     with FakeTensorMode(allow_non_fake_inputs=True), device:
@@ -167,7 +167,7 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
 
 
 def num_averages(config: LoopConfig) -> int:
-    """How many averages of the weights a run keeps."""
+    """The number of averages of the weights in a run."""
     profile, further = profiles_of(
         ema=config.average_decay, ema_more=config.further_decays(), ema_profiles=config.ema_profiles
     )
@@ -175,9 +175,9 @@ def num_averages(config: LoopConfig) -> int:
 
 
 def disk_of(memory: Memory, config: LoopConfig, world_size: int) -> int:
-    """The most bytes that a run's folder takes: a checkpoint and a state with their successors, and what is kept.
+    """The most bytes of a run's folder: a checkpoint and a state, twice while they are replaced, and kept checkpoints.
 
-    Files hold whole tensors, also where each process has a part of them in memory.
+    Files hold whole tensors, even if each process holds only a shard.
     """
     parts = world_size if config.fsdp else 1
     weights = parts * memory.gradients
@@ -189,7 +189,7 @@ def disk_of(memory: Memory, config: LoopConfig, world_size: int) -> int:
 
 
 def seconds_per_update(task: Task, shape: tuple[int, ...], engine: Engine) -> float:
-    """How long an update takes, measured on a few of them from black images; what is learned is thrown away."""
+    """The seconds of an update, measured on a few updates with black images; their results are discarded."""
     step = TrainStep(task, engine)
     share = engine.part(task.config.batch_size)
     size = (share.stop - share.start, *shape)
@@ -201,16 +201,16 @@ def seconds_per_update(task: Task, shape: tuple[int, ...], engine: Engine) -> fl
         return time.monotonic() - began
 
     found = seconds_of(0)
-    # all processes do the same number of updates, or some would wait for the others for ever
+    # all processes do the same number of updates, or some would wait forever
     longest = float(engine.accelerator.gather(torch.tensor([found], device=engine.device)).max())
     if longest < LONG_UPDATE:
         found = min(seconds_of(n) for n in range(1, TIMED_UPDATES + 1))
-    engine.accelerator.free_memory()  # which keeps all that it prepared
+    engine.accelerator.free_memory()  # it keeps references to all that it prepared
     return found
 
 
 def memory_left(memory: Memory, engine: Engine) -> int:
-    """Bytes that would be left free on the device; negative: it does not fit."""
+    """Bytes that remain free on the device; negative: the run does not fit."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if engine.device.type == "cpu" else 1
     resident = psutil.Process().memory_info().rss if engine.device.type != "cuda" else 0
     return free_memory(engine.device) - processes * (memory.total - resident)
@@ -219,14 +219,14 @@ def memory_left(memory: Memory, engine: Engine) -> int:
 def check_memory(
     build: Callable[[Config], Memory], config: Config, engine: Engine, smaller_preset: str = ""
 ) -> Memory | None:
-    """The memory of a run, where there is so much; None: unknown, for network or method computes by values.
+    """The memory of a run, if the device has enough; None: unknown, as network or method depends on tensor values.
 
     Args:
-        build: the memory with other settings.
-        smaller_preset: a preset to propose.
+        build: computes the memory for given settings.
+        smaller_preset: a preset to suggest.
 
     Raises:
-        VdiffError: there is less; it names flags that make the run fit.
+        VdiffError: the device has less; the error names flags that make the run fit.
     """
     try:
         memory = build(config)
@@ -250,9 +250,9 @@ def check_memory(
 
 
 def facts(memory: Memory | None, config: LoopConfig, engine: Engine) -> dict[str, str]:
-    """Memory and disk in words, by their names."""
+    """Memory and disk, as rows."""
     if memory is None:
-        return {"memory": "unknown: network or method computes by values"}
+        return {"memory": "unknown: the network or method depends on tensor values"}
     parts = {item.name: getattr(memory, item.name) for item in fields(memory)}
     named = ", ".join(f"{name} {gib(value)}" for name, value in parts.items() if value >= 0.01 * memory.total)
     free = memory.total + memory_left(memory, engine)
@@ -265,7 +265,7 @@ def facts(memory: Memory | None, config: LoopConfig, engine: Engine) -> dict[str
 
 
 def time_facts(seconds: float, updates: int, device: str) -> dict[str, str]:
-    """The time of a run in words, and what shortens it where that is more than a day; `seconds` of all updates."""
+    """The time of a run, as rows, with advice if it is more than a day; `seconds` is for all updates."""
     rows = {"time": f"{duration(seconds)} on {device}: {updates:,} updates of {seconds / updates:.2g} s"}
     if seconds > DAY:
         rows["warning"] = "more than a day: fewer --num_iters, a smaller --preset or a GPU"

@@ -1,4 +1,4 @@
-"""Training a feature network: a classifier where the images have classes, else a denoising autoencoder."""
+"""Training a feature network: a classifier if the images have classes, else a denoising autoencoder."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from vdiff.training.optimisation import build_optimizer
 from vdiff.training.step import OptimizerStep
 
 HELD_OUT = 10
-"""One image of so many is held out."""
+"""One in this many images is held out."""
 MAX_MEASURED = 10_000
 WINDOW_IMAGES = 512
 LR, WEIGHT_DECAY = 2e-3, 0.01
 WARMUP = 0.05
 LABEL_SMOOTHING = 0.05
 MAX_NOISE = 0.3
-"""Standard deviation of the strongest noise on an autoencoder's inputs, which lie in [−1, 1]."""
+"""Largest standard deviation of the noise on an autoencoder's inputs, which are in [−1, 1]."""
 LEAST_SPREAD = 1e-6
-# the first words of the random streams; batches and shards have others
+# the first words of the random streams, different from those of batches and shards
 _SPLIT, _NOISE = 10, 11
 
 
@@ -58,7 +58,7 @@ _SPLIT, _NOISE = 10, 11
 
 
 class StorePart(ImageStore):
-    """Some images of a dataset in LMDB, numbered from 0."""
+    """A subset of an LMDB dataset, numbered from 0."""
 
     def __init__(self, whole: ImageStore, indices: NDArray[np.int64]) -> None:
         self.path, self.meta, self.whole, self.indices = whole.path, whole.meta, whole, indices
@@ -72,12 +72,12 @@ class StorePart(ImageStore):
         return self.whole.encoded(size, int(self.indices[index]))
 
     def label(self, index: int) -> int | None:
-        """The class of image `index`, None in a dataset without classes."""
+        """The class of image `index`; None in a dataset without classes."""
         return self.whole.label(int(self.indices[index]))
 
 
 class ShardPart(ShardStore):
-    """Some images of each tar shard of a dataset."""
+    """A subset of each tar shard of a dataset."""
 
     def __init__(self, whole: ShardStore, places: Sequence[NDArray[np.int64]]) -> None:
         self.__dict__ = copy.copy(whole.__dict__)
@@ -99,7 +99,7 @@ def split(store: AnyStore, seed: int) -> tuple[AnyStore, AnyStore]:
     """The images to train on, and a tenth held out, drawn from the seed (in tar shards, a tenth of each shard).
 
     Raises:
-        VdiffError: too few images to hold one out.
+        VdiffError: there are too few images to hold one out.
     """
 
     def held_out(count: int, stretch: int) -> NDArray[np.bool_]:
@@ -115,17 +115,17 @@ def split(store: AnyStore, seed: int) -> tuple[AnyStore, AnyStore]:
         train, held = (StorePart(store, np.flatnonzero(mask == is_held)) for is_held in (False, True))
     if not len(held):
         raise VdiffError(
-            f"{store.path} holds {len(store)} images, too few to hold some out",
+            f"{store.path} holds {len(store)} images, too few to hold any out",
             f"prepare a dataset of at least {HELD_OUT} images",
         )
     return train, held
 
 
 def in_order(part: AnyStore, *, image_size: int, batch_size: int, limit: int = MAX_MEASURED) -> Iterator[Batch]:
-    """The images of a part once, in order, in batches: all of them, or about `limit`, spread over the part."""
+    """The images of a part in order, in batches, once: all, or about `limit` spread over the part."""
     samples: Iterator[Sample]
     if isinstance(part, ShardStore):
-        each = -(-limit // len(part.shards))  # the first of each shard: tars are read from the beginning
+        each = -(-limit // len(part.shards))  # the first images of each shard, as tars are read from the beginning
         samples = chain.from_iterable(islice(part.samples(k, (image_size,)), each) for k in range(len(part.shards)))
     else:
         count = min(len(part), limit)
@@ -147,11 +147,11 @@ class FeatureTraining:
 
     Attributes:
         kind: "classifier", "autoencoder", or "auto": a classifier if the images have two classes or more.
-        dim: of a feature vector.
+        dim: length of a feature vector.
         num_iters: optimiser updates.
-        batch_size: images in an update.
+        batch_size: images per update.
         seed: of the initial weights, the order of the images, the noise, and the choice of held-out images.
-        num_workers: processes that decode images while not all are in memory.
+        num_workers: processes that decode images until all are in memory.
     """
 
     kind: str = "auto"
@@ -166,7 +166,7 @@ def network_config(store: AnyStore, image_size: int, training: FeatureTraining) 
     """The network for a dataset.
 
     Raises:
-        VdiffError: the images are too small or too large for it.
+        VdiffError: the images are too small or too large.
         OptionError: a classifier is asked for, and there are not two classes.
     """
     num_classes, kind = len(store.meta.class_names), training.kind
@@ -179,8 +179,8 @@ def network_config(store: AnyStore, image_size: int, training: FeatureTraining) 
         kind = "classifier" if num_classes >= 2 else "autoencoder"
     if not MIN_SIZE <= image_size <= MAX_SIZE:
         raise VdiffError(
-            f"{store.path} has images of {image_size} pixels; a feature network takes {MIN_SIZE} to {MAX_SIZE}",
-            "evaluate on pixels, or prepare the images in such a size",
+            f"{store.path} has images of {image_size} pixels; a feature network needs {MIN_SIZE} to {MAX_SIZE}",
+            "evaluate on pixels, or prepare the images in another size",
         )
     num_classes = num_classes if kind == "classifier" else 0
     return FeatureNetConfig(kind, image_size, store.meta.channels, training.dim, num_classes)
@@ -189,17 +189,17 @@ def network_config(store: AnyStore, image_size: int, training: FeatureTraining) 
 def train_features(
     store: AnyStore, image_size: int, training: FeatureTraining, *, device: str = "auto", reporter: Reporter
 ) -> tuple[FeatureNet, FeatureMetadata]:
-    """Train on nine tenths of the images, measure on the others; return the part that computes features, on the CPU,
-    and the description of it.
+    """Train on nine tenths of the images, measure on the others; return the feature network, on the CPU, and its
+    metadata.
 
     AdamW, learning rate 2e-3 with a warm-up of 5 % and a cosine to 0, gradients clipped to a norm of 1. A classifier
-    minimises the cross entropy (labels smoothed by 0.05); an autoencoder the mean squared error of the clean image,
-    from a noisy one. Over the training images the features have mean 0 and variances that sum to `dim`, so the
-    Fréchet distance of the data to any one of its mean vectors repeated is `dim`: a scale for distances. Equal seeds
-    give equal networks on one machine.
+    minimises the cross entropy (labels smoothed by 0.05), an autoencoder the mean squared error of the clean image
+    reconstructed from a noisy one. Over the training images the features have mean 0, and their variances sum to
+    `dim`. So the Fréchet distance of the data to their own mean vector is `dim`: a scale for distances. On one
+    machine, equal seeds give equal networks.
 
     Raises:
-        VdiffError: too few images, an image that cannot be read, images all alike, or a loss that is not finite.
+        VdiffError: there are too few images, an image cannot be read, all images are equal, or the loss is not finite.
         OptionError: a classifier is asked for, and there are not two classes.
     """
     shape = network_config(store, image_size, training)
@@ -282,7 +282,7 @@ class FeatureStep(OptimizerStep):
 def loss_of(network: nn.Module, batch: Batch, *, seed: int, step: int, device: str | torch.device) -> Tensor:
     """The cross entropy of a classifier, or an autoencoder's mean squared error of the clean image from a noisy one.
 
-    The noise of an image has a standard deviation uniform in [0, `MAX_NOISE`), drawn from (seed, step).
+    The noise of an image has a standard deviation that is uniform in [0, `MAX_NOISE`), drawn from (seed, step).
     """
     if isinstance(network, FeatureClassifier):
         assert batch.classes is not None, "a dataset of classes has one for each image"
@@ -300,10 +300,10 @@ def loss_of(network: nn.Module, batch: Batch, *, seed: int, step: int, device: s
 def measure(
     network: nn.Module, batches: Iterator[Batch], device: str | torch.device = "cpu"
 ) -> tuple[str, float, float, int]:
-    """The quality on held-out images: "accuracy" of a classifier or "psnr" of an autoencoder, the value, that of the
-    most common class or the mean image, and the number of images.
+    """The quality on held-out images: the metric ("accuracy" of a classifier, "psnr" of an autoencoder), its value, the
+    value of guessing the most common class or the mean image, and the number of images.
 
-    The PSNR is 10 log₁₀(4 / mean squared error), of pixels in [−1, 1], over all images together.
+    The PSNR is 10 log₁₀(4 / mean squared error) of pixels in [−1, 1], over all images together.
     """
     count, right, error, squares = 0, 0, 0.0, 0.0
     classes: list[Tensor] = []
@@ -347,5 +347,5 @@ def _spread(
     mean = total / seen
     scale = (squares / seen - mean.square()).mean().clamp(min=0).sqrt()
     if not float(scale) > LEAST_SPREAD:
-        raise VdiffError("the features of all images are equal: nothing can be told apart by them", "check the images")
+        raise VdiffError("the features of all images are equal", "check that the images differ")
     return first + mean, scale

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be written, resumed, or is done already."""
+"""The folder of a run: may it be written or resumed, or is it finished?"""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ FILES_OF_RUN = "|".join(
         *(FILES, r"run\.toml", r"verdict\.json", r"ladder(_images)?\.(png|json)", r"state/state\.safetensors"),
         *(r"samples/\d{7,}\.png", r"log/events\.out\.tfevents\.[^/]+", r"averages/\d{9,}\.safetensors"),
         r"history/\d{9,}/(model\.safetensors|config\.json)",
-        r"report\.html|evaluation\.json|evaluation-nearest\.png",  # vdiff report FOLDER puts them there
+        r"report\.html|evaluation\.json|evaluation-nearest\.png",  # written by vdiff report FOLDER
         r"quality(-nearest\.png|\.json)|\.quality\.json\.(lock|work/[^/]+)",
     ]
 )
-"""A regular expression of the names of all that vdiff writes into a run."""
+"""A regular expression of the names of all files that vdiff writes into a run."""
 
 
 def recorded(folder: Path) -> CheckpointConfig | None:
-    """The checkpoint in `folder`, None where nothing was saved yet."""
+    """The checkpoint in `folder`; None if nothing was saved yet."""
     return read_config(folder) if (folder / CONFIG).exists() else None
 
 
@@ -53,20 +53,20 @@ RUN = Kind("run", _files_of_run)
 
 
 def start_anew(folder: Path, config: TrainConfig | DistillConfig, *, overwrite: bool) -> None:
-    """Make the folder of a new run, with its settings, in the place of an earlier run.
+    """Create the folder of a new run, with its settings; it replaces an earlier run.
 
     Raises:
-        VdiffError: something is there already (and `overwrite` is off, or it is no run), or the disk refuses.
+        VdiffError: the folder exists (and `overwrite` is off, or it is not a run), or the disk refuses.
     """
     check_new(folder, overwrite=overwrite)
     start_folder(folder, RUN_FILE, run_text(config))
 
 
 def check_new(folder: Path, *, overwrite: bool) -> None:
-    """See that a new run may begin in `folder`.
+    """Check that a new run may begin in `folder`.
 
     Raises:
-        VdiffError: something is there already, and `overwrite` is off, or vdiff did not write all of it.
+        VdiffError: the folder exists and `overwrite` is off, or vdiff did not write all of it.
     """
     if not overwrite and not is_free(folder) and RUN.files(folder):
         found = recorded(folder)
@@ -79,10 +79,10 @@ def check_new(folder: Path, *, overwrite: bool) -> None:
 
 
 def check_resumable(folder: Path, images: TrainingData) -> None:
-    """Refuse to go on with a checkpoint whose state is gone (that would silently begin anew), or with other images.
+    """Refuse to resume a checkpoint without its state, which would silently start again, or with other images.
 
     Raises:
-        VdiffError: there is a checkpoint without a state, or it saw another dataset.
+        VdiffError: the checkpoint has no state, or was trained on another dataset.
     """
     found = recorded(folder)
     if found is None:
@@ -98,10 +98,10 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
 
 
 def check_same_model(folder: Path, found: CheckpointConfig, now: CheckpointConfig) -> None:
-    """Refuse to resume with a model of another meaning, whose weights fit all the same.
+    """Refuse to resume with a model of another meaning, even if the weights fit.
 
     Raises:
-        VdiffError: it names what differs.
+        VdiffError: names what differs.
     """
     for name in ("sample_shape", "codec", "schedule", "prediction", "class_names"):
         if (was := getattr(found, name)) != (new := getattr(now, name)):
@@ -111,10 +111,10 @@ def check_same_model(folder: Path, found: CheckpointConfig, now: CheckpointConfi
 
 
 def check_same_run(folder: Path, now: TrainConfig | DistillConfig, saved: TrainConfig | DistillConfig) -> None:
-    """Refuse to resume a run with settings that make it another one.
+    """Refuse to resume a run with settings that change its result.
 
     Raises:
-        OptionError: it names the setting and its two values.
+        OptionError: names the setting and its two values.
     """
     may_go_on = saved.lr_schedule == "constant" and not saved.ema_remainder and not _is_annealed(saved)
     check_settings(
@@ -135,15 +135,15 @@ def check_settings(
     hint: Callable[[str], str],
     but: Collection[str],
 ) -> None:
-    """Refuse settings that make another run of it; those of `but` may differ, see `records.check_same_settings`.
+    """Refuse settings that change the result of a run, except those in `but`; see `records.check_same_settings`.
 
     Raises:
-        OptionError: it names the setting and its two values.
+        OptionError: names the setting and its two values.
     """
     free = [name for name, setting in settings_of(type(now)).items() if setting.metadata.get("free", False)]
     check_same_settings(values_of(saved), values_of(now), done=done, hint=hint, but=(*free, *but), error=OptionError)
 
 
 def _is_annealed(config: TrainConfig | DistillConfig) -> bool:
-    """Whether updates depend on how many there are to be."""
+    """Whether updates depend on the planned number of updates."""
     return isinstance(config, DistillConfig) and METHODS[config.method].is_annealed

@@ -1,4 +1,4 @@
-"""Older checkpoints of a run, in `history/`: the last few, and those of every so many updates."""
+"""Older checkpoints of a run, in `history/`: the last few, and one every N updates."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ HISTORY_FOLDER = "history"
 
 
 def take(folder: Path, step: int, *, last: int, every: int) -> None:
-    """Take the checkpoint in `folder`, of update `step`, into `history/STEP/`, if it is to be kept.
+    """Copy the checkpoint in `folder`, of update `step`, to `history/STEP/`, if it is to be kept.
 
-    The files are linked, not copied, where the file system can; the next checkpoint replaces them by others.
+    The files are hard links if the file system supports them; the next checkpoint replaces files, never changes them.
 
     Args:
-        last: checkpoints to keep besides that of `step`.
-        every: updates between those that are kept for good; 0: none.
+        last: how many checkpoints to keep besides that of `step`.
+        every: updates between checkpoints that are kept for good; 0: keep none.
     """
     root = folder / HISTORY_FOLDER
     target, unfinished = root / f"{step:09d}", root / f".{step:09d}.tmp"
@@ -36,7 +36,7 @@ def take(folder: Path, step: int, *, last: int, every: int) -> None:
 
 
 def drop(folder: Path, step: int, *, last: int, every: int) -> None:
-    """Remove the checkpoints that are not to be kept after update `step`, and those beyond it."""
+    """Remove the checkpoints that are not kept after update `step`, and those of later updates."""
     root = folder / HISTORY_FOLDER
     if not root.is_dir():
         return

@@ -1,4 +1,4 @@
-"""Distillation stage by stage: each student is examined, and becomes the teacher of the next one."""
+"""Distillation stage by stage: each student is checked, and becomes the teacher of the next one."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def run_stages(
     reporter: Reporter,
     distance: Distance | None = None,
 ) -> bool:
-    """Do every stage that is not done, one that was cut from where it was; answer whether there was one.
+    """Train every unfinished stage, and resume an interrupted one; returns whether there was any.
 
     Args:
-        distance: how far a student's images are from the data, for the verdict on it.
+        distance: the distance of images to the data, for verdicts on students.
 
     Raises:
-        Interrupted: a signal came; the same command continues.
-        VdiffError: a student's folder holds something else, the training fails, or a student collapsed.
+        Interrupted: by a signal; the same command continues.
+        VdiffError: a student's folder holds something else, the training failed, or a student collapsed.
     """
     examiner = Examiner(
         seed=config.seed,
@@ -89,9 +89,9 @@ def run_stages(
 
 
 def _make_room(stages: list[Stage], config: DistillConfig, engine: Engine, *, overwrite: bool) -> None:
-    """Remove what `overwrite` may, or see that nothing is in the way."""
+    """Remove what `overwrite` allows, or check that nothing is in the way."""
     if overwrite:
-        load_checkpoint(stages[0].base)  # before anything is removed: it may be damaged
+        load_checkpoint(stages[0].base)  # it may be damaged: check before anything is removed
         engine.wait()
         if engine.is_main:
             old = [(path, stage.folder) for stage in stages for path in (*failed_attempts(stage.folder), stage.folder)]
@@ -120,7 +120,7 @@ def _make_room(stages: list[Stage], config: DistillConfig, engine: Engine, *, ov
 
 
 def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine, reporter: Reporter) -> bool:
-    """Do what is left of a stage; answer whether there was anything."""
+    """Train what is left of a stage; returns whether anything was."""
     halved = replace(config, lr=config.lr / 2 ** times_failed(stage.folder))
     lineage = {"path": stage.base.as_posix(), "fingerprint": weights_fingerprint(stage.base)}
     if is_run(stage.folder):
@@ -133,8 +133,8 @@ def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engin
         check_resumable(stage.folder, images)
         run = stage_run(stage, halved, images, engine, lineage, reporter)
     else:
-        run = stage_run(stage, halved, images, engine, lineage, reporter)  # first of all: the teacher may be damaged
-        engine.wait()  # until every process has seen that there is nothing yet
+        run = stage_run(stage, halved, images, engine, lineage, reporter)  # first, as the teacher may be damaged
+        engine.wait()  # until every process has seen the empty folder
         if engine.is_main:
             start_anew(stage.folder, halved, overwrite=False)
         engine.wait()
@@ -143,11 +143,11 @@ def train_stage(stage: Stage, config: DistillConfig, images: TrainingData, engin
 
 
 def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | None:
-    """The student that a stage has left in its folder, finished or not; None where there is none.
+    """The student in a stage's folder, finished or not; None if there is none.
 
     Raises:
-        VdiffError: it is of another method, teacher or network, or for other steps.
-        OptionError: it is finished, and other settings made it; it names the setting and its two values.
+        VdiffError: the student has another method, teacher, network or number of steps.
+        OptionError: the student is finished, and was made with other settings; names the setting and its two values.
     """
     found = recorded(stage.folder)
     if found is None:
@@ -181,5 +181,5 @@ def _check_same_settings(stage: Stage, config: DistillConfig) -> None:
 
 
 def _recorded_settings(stage: Stage) -> DistillConfig:
-    """The settings that an earlier run of the stage left in its folder."""
+    """The settings of an earlier run of the stage, from its folder."""
     return resolve(DistillConfig, recorded_layer(DistillConfig, stage.folder))

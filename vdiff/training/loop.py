@@ -1,6 +1,6 @@
-"""The run: updates one after another, with the folder, the log, the checkpoints and the signals around them.
+"""The run: a loop of updates, with its folder, log, checkpoints and signals.
 
-It trains base models, students and feature networks alike, and knows none of them; the step makes the difference.
+The same loop trains base models, students and feature networks; they differ only in their step.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole
 
 EARLY_PART, EARLY_SECONDS = 20, 60.0
-"""The first grid of samples comes after so many seconds, in a base model's run at the latest after this part of its
-updates."""
+"""The first grid of samples is drawn after this many seconds, or in a base model's run after this fraction of its
+updates, whichever is first."""
 LONG_AVERAGE, SHORT_RUN = 0.1, 100
-"""In runs of at least so many updates, an average in which the first weights count more than this part of the last ones
-is reported."""
+"""In runs of at least this many updates, an average is reported if it weights the first weights by more than this
+fraction of the last ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Task):
-    """A task with its data, and the folder where its checkpoints are kept.
+    """A task with its data and the folder of its checkpoints.
 
     Attributes:
-        description: what the checkpoint says of itself; the loop fills in how far it is.
-        on_resumed: done by the main process once an earlier state is read; nothing in the folder is changed before.
+        description: the checkpoint's description; the loop fills in the progress.
+        on_resumed: called by the main process after an earlier state was read; before, nothing in the folder changes.
     """
 
     batches: Batches
@@ -54,7 +54,7 @@ class Run(Task):
 
 
 def do_updates(step: OptimizerStep, batches: Iterator[Batch], meter: Meter) -> Iterator[int]:
-    """Do the updates that are left, and yield the number of those done after each; `meter` knows their metrics."""
+    """Do the remaining updates; yields the number of finished updates after each. `meter` has the metrics."""
     for n in range(meter.position.step, step.config.num_iters):
         began = time.monotonic()
         batch = next(batches)
@@ -67,7 +67,7 @@ def metrics_in_memory(step: OptimizerStep, batches: Batches) -> Iterator[dict[st
     """Do all updates of a step without a folder; yield the metrics every `log_interval` updates and after the last.
 
     Raises:
-        VdiffError: too many updates in a row, or all, were bad, or memory ran out.
+        VdiffError: too many updates in a row were bad, or all were, or memory ran out.
     """
     config = step.config
     meter = Meter(Position(), config, step.engine, step.step_bins)
@@ -79,7 +79,7 @@ def metrics_in_memory(step: OptimizerStep, batches: Batches) -> Iterator[dict[st
 
 
 def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
-    """Do the updates that are left, and return the denoiser with the averaged weights, which are the ones saved.
+    """Do the remaining updates, and return the denoiser with the averaged weights, as it is saved.
 
     Raises:
         Interrupted, VdiffError: as in `metrics_of`.
@@ -92,19 +92,19 @@ def fit(run: Run, engine: Engine, reporter: Reporter) -> Denoiser:
 
 
 def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[str, float]]:
-    """Do the updates that are left of a run in its folder; yield the metrics whenever they are logged.
+    """Do the remaining updates of a run in its folder; yields the metrics whenever they are logged.
 
-    A run that is cut and resumed ends with the same bits as one that was not. All processes of the engine call this;
-    the main one logs, draws and saves, and all leave together.
+    An interrupted and resumed run ends with the same bits as an uninterrupted one. All processes of the engine call
+    this and leave together; only the main one logs, draws and saves.
 
     Raises:
-        Interrupted: a signal came to one of the processes; the state is saved.
-        VdiffError: too many updates in a row, or all, were bad (and nothing was overwritten), or the disk refuses.
+        Interrupted: one of the processes received a signal; the state is saved.
+        VdiffError: too many updates in a row were bad, or all were (nothing is overwritten), or the disk refuses.
     """
     config, engine, folder, averages = run.config, step.engine, run.folder, step.averages
     start = load_state(folder, step)
     if step.draws_whole_batch:
-        kept = "it continues with the random numbers of that version; later stages and runs use new ones"
+        kept = "it continues with that version's random numbers; later stages and runs use the new ones"
         reporter.line(f"{folder} was begun by an earlier version: {kept}")
     if engine.is_main:
         if run.on_resumed:
@@ -127,10 +127,10 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
             save_checkpoint(folder, weights, _describe(run, position))
             history.take(folder, position.step, last=config.keep_last, every=config.keep_every)
             history.drop(folder, position.step, last=config.keep_last, every=config.keep_every)
-        engine.wait()  # or a process that leaves first takes the others with it, before all is written
+        engine.wait()  # or the first process to leave ends the others before all is written
 
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
-        if engine.is_main or config.fsdp:  # weights that are shared out must be put together by all
+        if engine.is_main or config.fsdp:  # sharded weights are gathered by all processes
             title = f"{folder.name} · update {done:,} of {config.num_iters:,}"
             log.picture(preview(averages.model, run.description, seed=config.seed, title=title, on_step=on_step), done)
 
@@ -138,7 +138,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
     began, is_first = time.monotonic(), shows and not any((folder / SAMPLES_FOLDER).glob("*.png"))
     early = 0 if run.description.is_distilled else config.num_iters // EARLY_PART
     if start.step:
-        keep_checkpoint()  # a kill may have come after the state was written, and before the checkpoint was kept
+        keep_checkpoint()  # a kill may have come after the state was written and before the checkpoint was kept
     tracker = config.tracker if engine.is_main else "none"
     with (
         stop_requests(alone=engine.world_size == 1) as stop,
@@ -153,7 +153,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
                 metrics: dict[str, float] = {}
                 check_learning(folder, step, meter)
                 is_last = done == config.num_iters
-                code = engine.agreed(stop.exit_code, done)  # asked once: what comes later waits for the next update
+                code = engine.agreed(stop.exit_code, done)  # read once: a later signal waits for the next update
                 save_due = done % config.ckpt_interval == 0 or is_last or code is not None
                 if save_due or done % config.log_interval == 0:
                     metrics = {**meter.read(), "ema_decay": averages.decay_at(done - 1)}
@@ -190,23 +190,21 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
 
 
 def report_pictures(run: Run, reporter: Reporter) -> None:
-    """Say where the grids of samples are, and which command shows the curves."""
+    """Print where the grids of samples are, and the command that shows the curves."""
     curves = f"; curves: tensorboard {shell('--logdir', run.folder.parent)}"
-    reporter.line(
-        f"samples are drawn into {run.folder / SAMPLES_FOLDER}{curves * (run.config.tracker == 'tensorboard')}"
-    )
+    reporter.line(f"samples are saved in {run.folder / SAMPLES_FOLDER}{curves * (run.config.tracker == 'tensorboard')}")
 
 
 def report_long_average(config: LoopConfig, reporter: Reporter) -> None:
-    """Say that the average forgets nothing of a run, and which decay does."""
+    """Warn that the average spans the whole run, and name a decay that does not."""
     updates, decay = config.num_iters, 0 if config.ema_remainder else config.average_decay
     if updates >= SHORT_RUN and decay**updates > LONG_AVERAGE:
         shorter = 1 - float(f"{1 - 1e-3 ** (1 / updates):.1g}")
-        reporter.line(f"the average spans all {updates:,} updates, the first too: --ema {shorter:.6g} forgets them")
+        reporter.line(f"the average spans all {updates:,} updates, even the first; --ema {shorter:.6g} forgets them")
 
 
 def _finishing(meter: Meter, saved: int) -> str:
-    """What is still done after a first signal, and what a second one gives up."""
+    """The work that continues after a first signal, and what a second one loses."""
     left = meter.seconds_left_of_update()
     about = f" (about {left:.0f} s)" if left >= 1 else ""
     back = f"back to update {saved:,}" if saved else "with nothing saved"
@@ -214,15 +212,15 @@ def _finishing(meter: Meter, saved: int) -> str:
 
 
 def _note_preview(bar: Progress, done: int, step: int) -> None:
-    """Say behind the bar of the updates how far the drawing of samples is."""
+    """Show the progress of drawing samples after the bar of the updates."""
     bar.update(done, f"samples, step {step}")
 
 
 def check_learning(folder: Path | None, step: OptimizerStep, meter: Meter) -> None:
-    """End a run of too many bad updates in a row, and one that is over and whose updates were all bad.
+    """End a run after too many bad updates in a row, or at its end if all updates were bad.
 
     Raises:
-        VdiffError: it says what there is to go on with.
+        VdiffError: says which checkpoint is left.
     """
     if not meter.has_diverged:
         if meter.position.step < step.config.num_iters or step.has_learned:
@@ -238,14 +236,14 @@ def check_learning(folder: Path | None, step: OptimizerStep, meter: Meter) -> No
 
 
 def settle(folder: Path, config: LoopConfig, step: int) -> None:
-    """What follows the last checkpoint, of update `step`; again where a run was killed in between."""
+    """The work after the last checkpoint, of update `step`; repeated if a run was killed during it."""
     history.take(folder, step, last=config.keep_last, every=config.keep_every)
     if config.lr_schedule != "constant":
-        remove_state(folder)  # the learning rate ended at 0: there is no going on from here
+        remove_state(folder)  # the learning rate ended at 0: the run cannot continue
 
 
 def _describe(run: Run, position: Position) -> CheckpointConfig:
-    """The run's checkpoint as it is now."""
+    """The run's current checkpoint."""
     return replace(
         run.description,
         num_iters=position.step,

@@ -1,4 +1,4 @@
-"""What a run tells of its updates: means since the last reading, kept on the device until they are read."""
+"""Metrics of updates: means since the last reading, kept on the device until they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_STEPS = 32
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: updates done, and seconds spent on them."""
+    """The progress of a run: finished updates, and the seconds spent on them."""
 
     step: int = 0
     seconds: float = 0.0
@@ -29,11 +29,11 @@ class Position:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update answers, on the device: nothing here was waited for.
+    """The results of one update, on the device, without waiting for it.
 
-    `losses` (b,) are the weighted errors of this process's images, `t` (b,) their times, `logsnr` (b,) their noise
-    levels, `norm` () is the length of the gradient over all processes; `is_bad` () bool: it is infinite or no number,
-    and nothing was changed. `counts` (b,) is how many times an image counts, where that is not once.
+    `losses` (b,) are the weighted errors of this process's images, `t` (b,) their times and `logsnr` (b,) their noise
+    levels. `norm` () is the norm of the gradient over all processes; `is_bad` () bool: it is not finite, and the
+    update changed nothing. `counts` (b,) are the weights of the images; None: all 1.
     """
 
     losses: Tensor
@@ -45,16 +45,16 @@ class StepResult:
 
 
 class Meter:
-    """Where a run is, and the sums of what its updates answered since they were last read.
+    """The progress of a run, and the sums of its updates' results since the last reading.
 
     Reading waits for the device; every process must read after the same updates.
 
     Attributes:
-        bad_in_a_row: bad updates up to now that followed each other; on CUDA up to the update before, so that nobody
-            waits for the newest one.
+        bad_in_a_row: consecutive bad updates up to now; on CUDA up to the previous update, so that reading does not
+        wait for the newest one.
 
     Args:
-        step_bins: the steps of a model of few steps, each of which gets its own loss; None: none does.
+        step_bins: the number of steps of a few-step model, to log a loss for each step; None: no such losses.
     """
 
     def __init__(self, start: Position, config: LoopConfig, engine: Engine, step_bins: int | None = None) -> None:
@@ -65,7 +65,7 @@ class Meter:
         self.waited = 0.0
         self._updates = 0
         self.steps = step_bins if step_bins is not None and step_bins <= MAX_STEPS else 0
-        # losses, then images: of each noise level, then of each step
+        # losses, then image counts: for each noise level, then for each step
         self._sums = torch.zeros(2 * (NUM_BINS + self.steps), dtype=torch.float64, device="cpu")
         self._sums = self._sums.to(engine.device, torch.float32 if engine.device.type == "mps" else torch.float64)
         self._norms = torch.zeros((), device=engine.device)
@@ -75,17 +75,17 @@ class Meter:
         self._late: tuple[Tensor, torch.cuda.Event] | None = None
 
     def add(self, result: StepResult, waited: float) -> None:
-        """Take in one update, and the seconds it waited for its images."""
+        """Add one update, and the seconds that it waited for its images."""
         good = ~result.is_bad
         low, high = LOGSNR_EDGES[0], LOGSNR_EDGES[-1]
         width = (high - low) / NUM_BINS
         bins = ((result.logsnr.to(self._sums) - low) / width).floor().clamp(0, NUM_BINS - 1).long()
-        # a loss that is no number would stay one when multiplied by 0
+        # 0 · NaN is NaN
         counts = good.to(self._sums).expand_as(result.losses)
         counts = counts if result.counts is None else counts * result.counts.to(self._sums)
         losses = torch.where(good, result.losses.to(self._sums), 0) * counts
         groups = [bins]
-        if self.steps:  # t = i/N is told exactly, and t in between belongs to the step that begins above it
+        if self.steps:  # t = i/N is recognised exactly; a t in between belongs to the step that begins above it
             step = (result.t.to(self._sums) * self.steps - 1e-5).ceil().clamp(1, self.steps).long() - 1
             groups.append(NUM_BINS + step)
         for group in groups:
@@ -101,20 +101,20 @@ class Meter:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether too many bad updates followed each other."""
+        """Whether there were too many consecutive bad updates."""
         return self.bad_in_a_row >= max(self.config.max_bad_steps, 1)
 
     def seconds_left_of_update(self) -> float:
-        """How long the current update still takes, if it is like the mean of those before; 0 in the first one."""
+        """The time that the current update still needs, if it takes as long as the mean so far; 0 in the first one."""
         spent, done = self.position.seconds - self.start.seconds, self.position.step - self.start.step
         return max(0.0, spent / done - (time.monotonic() - self.began - spent)) if done else 0.0
 
     def catch_up(self) -> None:
-        """Wait for the newest update, so that `bad_in_a_row` counts it."""
+        """Wait for the newest update, so that `bad_in_a_row` includes it."""
         self.bad_in_a_row = int(self._row.item())
 
     def _read_late(self) -> float:
-        """The row of bad updates: as it is, on CUDA as it was an update ago (the same in every process)."""
+        """The number of consecutive bad updates: now, or on CUDA one update ago (the same in every process)."""
         if self._row.device.type != "cuda":
             return self._row.item()
         count, event = torch.empty((), pin_memory=True), torch.cuda.Event()
@@ -127,7 +127,7 @@ class Meter:
         return before[0].item()
 
     def read(self) -> dict[str, float]:
-        """The scalars of the updates since the last reading; loss and gradient are NaN where all of them were bad."""
+        """The scalars of the updates since the last reading; loss and gradient are NaN if all of them were bad."""
         sums = self.engine.sum(self._sums).tolist()
         norms, bad = torch.stack([self._norms, self._bad]).tolist()
         now = time.monotonic()
@@ -162,7 +162,7 @@ class Meter:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory that was taken so far: of the GPU, else of this process; 0 where nobody tells."""
+    """The peak memory so far, of the GPU or else of this process; 0 if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

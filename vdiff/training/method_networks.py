@@ -1,4 +1,4 @@
-"""Networks that a method of distillation brings, a critic for instance: they learn beside the student."""
+"""Networks of a distillation method that are trained beside the student, such as a critic."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vdiff.training.engine import Engine
 
 
 class MethodNetworks:
-    """The networks of a method, their optimiser, and an update of both.
+    """The networks of a method, their optimiser, and their update.
 
-    Every process holds them whole and takes the mean of all gradients. A gradient that is not finite counts as 0.
+    Every process holds the whole networks and averages the gradients of all. A gradient that is not finite counts as 0.
 
     Args:
-        networks: what `Method.networks` answered.
+        networks: the result of `Method.networks`.
     """
 
     def __init__(self, method: Method, networks: nn.Module, config: LoopConfig, engine: Engine) -> None:
@@ -31,18 +31,18 @@ class MethodNetworks:
         self.base_rates = [group["lr"] / config.lr for group in self.optimizer.param_groups]
 
     def student_loss(self, target: TrainTarget, prediction: Prediction) -> Tensor | None:
-        """What the method adds to the student's loss (B,); the networks themselves do not learn from it."""
+        """The method's term of the student's loss (B,); it does not train the networks themselves."""
         self.networks.requires_grad_(False)
         return self.method.student_loss(self.networks, _for_autograd(target), prediction)
 
     def accumulate(self, target: TrainTarget, prediction: Prediction, parts: int) -> None:
-        """Add to the gradient of the networks that of their loss on one of `parts` parts of a batch."""
+        """Accumulate the gradient of the networks' loss on one of `parts` parts of a batch."""
         self.networks.requires_grad_(True)
         answer = Prediction(prediction.x.detach(), prediction.eps.detach(), prediction.v.detach())
         (self.method.network_loss(self.networks, _for_autograd(target), answer).mean() / parts).backward()
 
     def update(self, lr: float) -> None:
-        """Change the networks by the gradient that is there; `lr` is the student's learning rate in this update."""
+        """Update the networks with the accumulated gradient; `lr` is the student's learning rate in this update."""
         for parameter in self.networks.parameters():
             if parameter.grad is not None:
                 parameter.grad = (self.engine.sum(parameter.grad) / self.engine.world_size).nan_to_num(0.0, 0.0, 0.0)
@@ -53,17 +53,17 @@ class MethodNetworks:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that an update changes."""
+        """Name → tensor, of everything that an update changes."""
         tensors = {f"weights.{name}": tensor for name, tensor in self.networks.state_dict().items()}
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{key}": torch.as_tensor(value) for key, value in values.items()}
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Bring them back to what `state` answered.
+        """Restore the result of `state`.
 
         Raises:
-            KeyError, ValueError, RuntimeError: it is of other networks.
+            KeyError, ValueError, RuntimeError: it belongs to other networks.
         """
         weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
         self.networks.load_state_dict(weights)
@@ -77,12 +77,12 @@ class MethodNetworks:
 
 
 def _for_autograd(target: TrainTarget) -> TrainTarget:
-    """Copies of what the teacher answered under `inference_mode`, which no gradient may be computed from."""
+    """Copies of tensors that the teacher computed under `inference_mode`, as autograd does not accept those."""
     return replace(target, z=target.z.clone(), x=target.x.clone())
 
 
 def networks_of(method: Method | None, student: Denoiser, config: LoopConfig, engine: Engine) -> MethodNetworks | None:
-    """The networks that a method brings, with the same weights in every process; None: it brings none."""
+    """The networks of a method, with the same weights in every process; None: the method has none."""
     if method is None:
         return None
     with torch.random.fork_rng(devices=[]):

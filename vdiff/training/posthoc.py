@@ -1,7 +1,7 @@
-"""Snapshots of a run's averages, and an average of any length made from them when the training is over.
+"""Snapshots of a run's averages, and averages of any length computed from them after the training.
 
-The method of Karras et al. 2024 (EDM2), appendix C: the profiles of two power-function averages, kept at many updates,
-are combined into the nearest to the profile that is wanted.
+The method of Karras et al. 2024 (EDM2), appendix C: the profiles of two power-function averages at many updates are
+combined into the best approximation of the desired profile.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The further averages of a run as they were after update `step`.
+    """The additional averages of a run after update `step`.
 
     Attributes:
-        images: seen until then.
-        names: of the averages.
+        images: number of images seen until then.
+        names: names of the averages.
     """
 
     path: Path
@@ -50,12 +50,12 @@ class Snapshot:
 
     @property
     def sigma_rels(self) -> list[float]:
-        """The lengths of its power functions."""
+        """The lengths of the power functions."""
         return self._numbers("power_")
 
     @property
     def decays(self) -> list[float]:
-        """The decays of its exponential averages."""
+        """The decays of the exponential averages."""
         return self._numbers("ema_")
 
     def _numbers(self, prefix: str) -> list[float]:
@@ -63,17 +63,17 @@ class Snapshot:
 
 
 def is_snapshot_due(done: int, num_iters: int, interval: int | None) -> bool:
-    """Whether a snapshot is due after `done` of `num_iters` updates: every `interval`, else 40 in all, and the end."""
+    """Whether to take a snapshot after update `done` of `num_iters`: every `interval` (0: 40 in all) and at the end."""
     return done % (interval or math.ceil(num_iters / NUM_SNAPSHOTS)) == 0 or done == num_iters
 
 
 def save_snapshot(folder: Path, averages: Averages, *, step: int, images: int, write: bool = True) -> None:
-    """Write the further averages after update `step` to `folder`/averages, whole or not at all; without any, nothing.
+    """Write the additional averages, if any, after update `step` to `folder`/averages, whole or not at all.
 
-    Power functions are kept in half precision as in EDM2, for there are many snapshots. It rounds as TF32 does, by 2e-4
-    of a weight, and enters a reconstruction √Σ xᵢ² times: once for σ_rel from 0.05 on, five times for 0.03. Exponential
-    averages are used as they are, so they are kept as they are. Every process calls this, since weights may be shared
-    out over them; those with `write` write.
+    Power functions are stored in half precision as in EDM2, because there are many snapshots. This rounds as TF32 does,
+    by 2e-4 of a weight, and a reconstruction multiplies the error by √Σ xᵢ²: by 1 for σ_rel from 0.05 on, by 5 for
+    0.03. Exponential averages are used directly, and stored in full precision. Every process calls this, since weights
+    may be sharded; those with `write` write.
     """
     if not averages.further:
         return
@@ -94,10 +94,10 @@ def save_snapshot(folder: Path, averages: Averages, *, step: int, images: int, w
 
 
 def find_snapshots(folder: Path) -> list[Snapshot]:
-    """The snapshots of the run in `folder`, in the order of training; their tensors are not read.
+    """The snapshots of the run in `folder`, in the order of training, without reading their tensors.
 
     Raises:
-        VdiffError: one is damaged.
+        VdiffError: a snapshot is damaged.
     """
     found = []
     for path in _paths(folder):
@@ -105,13 +105,13 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
         try:
             step, images, names = int(metadata["step"]), int(metadata["images"]), metadata["averages"].split()
         except (KeyError, ValueError):
-            raise VdiffError(f"{path} is not a snapshot of averages", "remove it, and give the command again") from None
+            raise VdiffError(f"{path} is not a snapshot of averages", "remove it, and run the command again") from None
         found.append(Snapshot(path, step, images, tuple(names)))
     return sorted(found, key=lambda snapshot: snapshot.step)
 
 
 def drop_later_snapshots(folder: Path, step: int) -> None:
-    """Remove the snapshots of updates behind `step`, from which the run in `folder` continues: they will come again."""
+    """Remove the snapshots of updates after `step`, from which the run in `folder` continues: they will be repeated."""
     for path in _paths(folder):
         if int(path.stem) > step:
             remove(path)
@@ -122,11 +122,11 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _paths(folder: Path) -> list[Path]:
-    """Only names that `save_snapshot` gives: a temporary file of a killed run is none."""
+    """Only files named by `save_snapshot`, not temporary files of a killed run."""
     return [path for path in (folder / SNAPSHOT_FOLDER).glob(f"*{SNAPSHOT_SUFFIX}") if path.stem.isdecimal()]
 
 
-# Another length, afterwards
+# Averages of other lengths
 
 
 def inner_product(a: ArrayLike, gamma_a: ArrayLike, b: ArrayLike, gamma_b: ArrayLike) -> Floats:
@@ -136,7 +136,7 @@ def inner_product(a: ArrayLike, gamma_a: ArrayLike, b: ArrayLike, gamma_b: Array
 
         ⟨p_a, p_b⟩ = (γ_a + 1)(γ_b + 1)/(γ_a + γ_b + 1) · m^(γ_a + γ_b + 1) / (a^(γ_a + 1) b^(γ_b + 1)),
 
-    in which only (the smaller end/the larger)^γ of the one that ends later is left, divided by the larger end
+    which reduces to (m/max(a, b))^γ/max(a, b) times the first factor, with the γ of the profile that ends later
     (EDM2 equation 151 and algorithm 3).
     """
     a, gamma_a, b, gamma_b = (np.asarray(value, dtype=np.float64) for value in (a, gamma_a, b, gamma_b))
@@ -149,14 +149,14 @@ def inner_product(a: ArrayLike, gamma_a: ArrayLike, b: ArrayLike, gamma_b: Array
 def coefficients(
     times: Sequence[float], gammas: Sequence[float], time: float, sigma_rels: Sequence[float]
 ) -> tuple[Floats, Floats]:
-    """The combinations of tracked profiles nearest to those of `sigma_rels` at `time`, and how far they are off.
+    """The combinations of tracked profiles nearest to those of `sigma_rels` at `time`, and their errors.
 
-    Each minimises ‖Σ xᵢ pᵢ − p‖²: A x = b with A the inner products of the tracked profiles and b those with p. Under
-    the condition Σ xᵢ = 1, so that weights which do not change come out as they are, the minimum is x + μ A⁻¹ 1. In
-    float64 the equations bear a thousand snapshots, though the condition number of A is 1e11: the misfit still falls.
+    Each minimises ‖Σ xᵢ pᵢ − p‖²: A x = b, where A holds the inner products of the tracked profiles and b those with p.
+    With the constraint Σ xᵢ = 1, which preserves constant weights, the minimum is x + μ A⁻¹ 1. In float64 this works
+    for a thousand snapshots, although the condition number of A is 1e11: the misfit still falls.
 
     Args:
-        times: at which the P tracked profiles end, in updates.
+        times: the ends of the P tracked profiles, in updates.
         gammas: their exponents.
         sigma_rels: R lengths.
 
@@ -176,10 +176,10 @@ def coefficients(
 
 
 def reachable(snapshots: Sequence[Snapshot], step: int) -> tuple[float, float]:
-    """The least and the greatest σ_rel, in thousandths, that `snapshots` can make at update `step` to within a tenth.
+    """The least and the greatest σ_rel, in thousandths, with a misfit up to 0.1 from `snapshots` at update `step`.
 
     Raises:
-        VdiffError: they hold no power function.
+        VdiffError: the snapshots hold no power function.
     """
     _, times, gammas = _parts(snapshots, step)
     candidates = [k / 1000 for k in range(1, math.ceil(1000 * MAX_SIGMA_REL))]
@@ -189,11 +189,11 @@ def reachable(snapshots: Sequence[Snapshot], step: int) -> tuple[float, float]:
 
 
 def snapshot_at(folder: Path, snapshots: Sequence[Snapshot], at: int | None) -> Snapshot:
-    """The snapshot of update `at`, the last one where it is None.
+    """The snapshot of update `at`; the last one if `at` is None.
 
     Raises:
-        VdiffError: there is none at all.
-        OptionError: there is none of that update.
+        VdiffError: there are no snapshots.
+        OptionError: there is no snapshot of that update.
     """
     if not snapshots:
         raise VdiffError(
@@ -211,12 +211,12 @@ def snapshot_at(folder: Path, snapshots: Sequence[Snapshot], at: int | None) -> 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A power-function average that was made from others.
+    """A power-function average, computed from others.
 
     Attributes:
         weights: the state dict of a denoiser, in float32.
-        snapshots: how many it was made from.
-        misfit: how far its profile is off, as a part of the profile's norm; 0 where it was itself tracked.
+        snapshots: how many snapshots it combines.
+        misfit: the error of its profile as a fraction of the profile's norm; 0 if this length was tracked.
     """
 
     sigma_rel: float
@@ -231,11 +231,11 @@ def reconstruct(folder: Path, sigma_rels: Sequence[float], at: int | None = None
     The snapshots are read one by one, once for all lengths, and summed in float64.
 
     Args:
-        at: the update of a snapshot; None is the last.
+        at: the update of a snapshot; None: the last.
 
     Raises:
         VdiffError: no snapshot holds a power function, or one is damaged or of another model.
-        OptionError: no snapshot at `at`, or a σ_rel that these snapshots cannot make to within a tenth.
+        OptionError: there is no snapshot at `at`, or the snapshots yield a σ_rel only with a misfit above 0.1.
     """
     snapshots = find_snapshots(folder)
     end = snapshot_at(folder, snapshots, at)
@@ -246,8 +246,8 @@ def reconstruct(folder: Path, sigma_rels: Sequence[float], at: int | None = None
         if misfit > MAX_MISFIT:
             low, high = reachable(snapshots, end.step)
             raise OptionError(
-                f"σ_rel {sigma_rel}: made from {plural(count, 'snapshot')} until update {end.step}, "
-                f"its profile would be {misfit:.0%} off",
+                f"σ_rel {sigma_rel}: the profile from {plural(count, 'snapshot')} until update {end.step} "
+                f"would be {misfit:.0%} off",
                 f"give one from {low} to {high}, or train with a shorter --ema_interval",
             )
     sums: list[dict[str, Tensor]] = [{} for _ in sigma_rels]
@@ -259,7 +259,7 @@ def reconstruct(folder: Path, sigma_rels: Sequence[float], at: int | None = None
         mine = _of(tensors, name)
         found = {key: tensor.shape for key, tensor in mine.items()}
         if not found or found != (shapes or found):
-            raise VdiffError(f"{snapshot.path} is of another model than the first snapshot", "remove what is foreign")
+            raise VdiffError(f"{snapshot.path} is of another model than the first snapshot", "remove the foreign one")
         shapes = found
         for share, total in zip(rows[:, k], sums, strict=True):
             for key, tensor in mine.items():
@@ -276,17 +276,17 @@ def reconstruct(folder: Path, sigma_rels: Sequence[float], at: int | None = None
 
 
 def read_exponential(folder: Path, decay: float, at: int | None = None) -> dict[str, Tensor]:
-    """The further exponential average with this decay at update `at`, as the state dict of a denoiser.
+    """The additional exponential average with this decay at update `at`, as the state dict of a denoiser.
 
     Raises:
         VdiffError: there are no snapshots, or the file is damaged.
-        OptionError: no snapshot at `at`, or no average with this decay.
+        OptionError: there is no snapshot at `at`, or no average with this decay.
     """
     snapshot = snapshot_at(folder, find_snapshots(folder), at)
     if decay not in snapshot.decays:
         kept = ", ".join(map(str, snapshot.decays))
         raise OptionError(
-            f"--decay {decay}: {folder} kept no such average",
+            f"--decay {decay}: {folder} has no such average",
             f"it has {kept}" if kept else f"train with --ema_more {decay}",
         )
     tensors = read_tensors(snapshot.path)
@@ -295,7 +295,7 @@ def read_exponential(folder: Path, decay: float, at: int | None = None) -> dict[
 
 
 def _parts(snapshots: Sequence[Snapshot], step: int) -> tuple[list[tuple[Snapshot, str]], list[float], list[float]]:
-    """Every power function up to update `step`, in order: where it is, the update at which it ends, and its γ.
+    """Every power function up to update `step`, in order: its snapshot and name, its last update and its γ.
 
     Raises:
         VdiffError: there is none.

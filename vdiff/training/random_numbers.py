@@ -1,8 +1,8 @@
-"""Random numbers of an update: functions of (seed, update, sample), so that a process draws those of its samples alone.
+"""Random numbers of an update: functions of (seed, update, sample), so that each process draws only its samples' ones.
 
 The bits are Philox 4×64 with ten rounds (Salmon et al. 2011, *Parallel Random Numbers: As Easy as 1, 2, 3*), with the
-key (seed, 0) and the counter (block, update, purpose, 0). Numbers are made of them by exact or correctly rounded
-arithmetic, so that no bit depends on the batch, the number of processes, or the device.
+key (seed, 0) and the counter (block, update, purpose, 0). They become numbers by exact or correctly rounded
+arithmetic, so no bit depends on the batch, the number of processes or the device.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 NOISE, TIMES, DROPPED, GUIDANCE = range(4)
-"""Purposes: each has its own numbers."""
+"""Purposes, each with its own numbers."""
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 INCREMENTS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 ROUNDS, WORDS = 10, 4
 LOW = 0xFFFFFFFF
 FRACTION_BITS = 13
-CHUNK = 2**18  # numbers that are made at once: what they take on the way is a multiple of it
+CHUNK = 2**18  # numbers made at once; temporary memory is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class UpdateRandom:
     device: torch.device
 
     def uniform(self, purpose: int) -> Tensor:
-        """One number in [0, 1) for each sample, of 53 bits: (b,) float64 (float32 where a GPU has no more)."""
+        """One number in [0, 1) for each sample, of 53 bits: (b,) float64 (float32 on GPUs without float64)."""
         words = philox(self.seed, self.update, purpose, self.rows, self.device)[:, 0]
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return (words >> 11 & 2**53 - 1).to(dtype) * 2.0**-53
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """N(0, I): (b, *shape) float32. Sample k takes ⌈D/8⌉ blocks, a normal number of each half of a word."""
+        """N(0, I): (b, *shape) float32. Sample k uses ⌈D/8⌉ blocks; each half of a word gives one normal number."""
         size = int(np.prod(shape))
         blocks = -(-size // (2 * WORDS))
         noise = torch.empty((len(self.rows), size), device=self.device)
@@ -56,9 +56,9 @@ class UpdateRandom:
 
 @dataclass(frozen=True)
 class WholeBatchRandom:
-    """The numbers that earlier versions drew, for runs that they began: every process draws those of the whole batch.
+    """The numbers of earlier versions, for runs that those began: every process draws the whole batch's.
 
-    They must be asked for in the order noise, times, dropped conditions, guidance.
+    Call in the order noise, times, dropped conditions, guidance.
     """
 
     rows: range
@@ -76,16 +76,16 @@ class WholeBatchRandom:
 
 
 def philox(seed: int, update: int, purpose: int, blocks: range, device: torch.device) -> Tensor:
-    """The words of consecutive blocks: (len(blocks), 4) int64, whose bits are those of unsigned numbers."""
+    """The words of consecutive blocks: (len(blocks), 4), unsigned numbers as int64 of the same bits."""
     if device.type != "cpu":
         return philox_on_device(seed, update, purpose, blocks, device)
-    generator = np.random.Philox(key=[seed, 0], counter=[blocks.start, update, purpose, 0])  # counts before it answers
+    generator = np.random.Philox(key=[seed, 0], counter=[blocks.start, update, purpose, 0])  # NumPy counts first
     words = generator.random_raw(WORDS * len(blocks))
     return torch.from_numpy(words.view(np.int64)).reshape(-1, WORDS)
 
 
 def philox_on_device(seed: int, update: int, purpose: int, blocks: range, device: torch.device) -> Tensor:
-    """As `philox`, by operations on tensors: block b has the counter (b + 1, update, purpose, 0), as in NumPy."""
+    """`philox` in torch: block b has the counter (b + 1, update, purpose, 0), as in NumPy."""
     c0 = torch.arange(blocks.start + 1, blocks.stop + 1, device=device)
     c1, c2, c3 = (torch.full_like(c0, value) for value in (update, purpose, 0))
     key = [seed, 0]
@@ -106,12 +106,12 @@ def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def _signed(word: int) -> int:
-    """The number whose 64 bits in two's complement are the last 64 of `word`."""
+    """The last 64 bits of `word`, read as a number in two's complement."""
     return (word + 2**63) % 2**64 - 2**63
 
 
 def normal_of(words: Tensor) -> Tensor:
-    """N(0, 1) from 32 random bits each, int32 → float32: ±Φ⁻¹((m + ½)/2³²), m the last 31 bits, up to |x| = 6.4.
+    """N(0, 1) from 32 random bits each, int32 → float32: ±Φ⁻¹((m + ½)/2³²) with m the last 31 bits; |x| ≤ 6.4.
 
     Φ⁻¹ is interpolated between tabulated values, 1024 in each octave of its argument, to within 6·10⁻⁷.
     """
@@ -124,13 +124,13 @@ def normal_of(words: Tensor) -> Tensor:
 
 
 def _first_index() -> int:
-    """The place of ½, the smallest argument, in a table of all float32."""
+    """The index of ½, the smallest argument, in a table of all float32."""
     return int(np.float32(0.5).view(np.int32)) >> FRACTION_BITS
 
 
 @cache
 def _quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Φ⁻¹(f/2³²) for f = ½ … 2³¹ where the float32 f has no fraction bits, and the differences to the next ones."""
+    """Φ⁻¹(f/2³²) at the nodes f = ½ … 2³¹ of the table, and the differences to the next nodes."""
     last = int(np.float32(2.0**31).view(np.int32)) >> FRACTION_BITS
     places = np.arange(_first_index(), last + 1, dtype=np.int32) << FRACTION_BITS
     table = torch.special.ndtri(torch.from_numpy(places.view(np.float32).astype(np.float64)) * 2.0**-32).float()

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: scalars for a tracker, and grids of samples from fixed noise."""
+"""The log of a run: scalars for a tracker, and grids of samples from fixed noise."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ MAX_PREVIEW_STEPS = 32
 
 
 class RunLog:
-    """Grids of samples in `samples/`; both they and scalars go to a tracker (TensorBoard in `log/`, wandb, mlflow).
+    """Logs scalars and grids of samples to a tracker (TensorBoard in `log/`, wandb, mlflow), and grids to `samples/`.
 
-    A tracker that fails later than at its start is not used any more, and the run continues.
+    If a tracker fails after its start, the run continues without it.
 
     Args:
         tracker: one of TRACKERS.
-        step: the update that the run begins at. TensorBoard drops what lies beyond it; the others continue with the run
-            of that name.
+        step: the first update. TensorBoard drops values after it; the other trackers continue the run of that name.
 
     Raises:
-        OptionError: the tracker's package is not installed, or it does not start.
+        OptionError: the tracker's package is not installed, or the tracker does not start.
     """
 
     def __init__(self, folder: Path, tracker: str, *, step: int, reporter: Reporter) -> None:
@@ -53,7 +52,7 @@ class RunLog:
         self._call("log", dict(values), step=step)
 
     def picture(self, picture: PIL.Image.Image, step: int) -> None:
-        """Keep a picture of samples, and log it where the tracker takes pictures."""
+        """Save a picture of samples, and log it if the tracker accepts pictures."""
         save_png(picture, self.samples / f"{step:07d}.png")
         if hasattr(self.tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
@@ -71,11 +70,11 @@ class RunLog:
             getattr(self.tracker, name)(*args, **options)
         except Exception as error:  # whatever a server or a package raises
             self.tracker = None
-            self.reporter.line(f"nothing more is logged: the tracker failed ({cause_of(error)})")
+            self.reporter.line(f"the tracker failed, so nothing more is logged ({cause_of(error)})")
 
 
 def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
-    """A tracker of Accelerate's; None for `none`."""
+    """A tracker of Accelerate; None for `none`."""
     from accelerate import tracking
 
     if tracker == "none":
@@ -95,13 +94,13 @@ def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
 def preview(
     denoiser: Denoiser, description: CheckpointConfig, *, seed: int, title: str, on_step: Callable[[int], None]
 ) -> PIL.Image.Image:
-    """A grid of samples from the same noise every time, in at most `MAX_PREVIEW_STEPS` network evaluations each.
+    """A grid of samples, always from the same noise, in at most `MAX_PREVIEW_STEPS` network evaluations each.
 
-    A student of few steps takes its own, by DDIM; every other model takes `preview_steps` of DPM-Solver++ (2M).
+    A few-step student uses its own steps of DDIM; every other model uses `preview_steps` of DPM-Solver++ (2M).
 
     Args:
-        title: what the picture says before steps and seed.
-        on_step: told after each step how many are done.
+        title: the beginning of the picture's title, before steps and seed.
+        on_step: called after each step with the number of finished steps.
     """
     from vdiff.models.drawing import draw
 

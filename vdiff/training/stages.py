@@ -1,4 +1,4 @@
-"""What a ladder will do: its settings, its data, and its stages from the teacher's steps down."""
+"""The plan of a ladder: its settings, its data, and its stages from the teacher's steps down."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.presets import Settings, preset_for, read_preset, read_run, read_settings
 
 EVALUATIONS = 5
-"""What an update costs for each image, in network evaluations: the teacher's two, the student's, and its gradient."""
+"""The cost of an update per image, in network evaluations: the teacher's two, the student's, and its gradient."""
 SHARE = 25
-"""A check costs at most one part in so many of its stage's evaluations; comparison and report, of the ladder's."""
+"""A check uses at most 1/N of its stage's evaluations; comparison and report use 1/N of the ladder's."""
 SHORTEST_IN_HALF = 64
-"""Of so many steps of a teacher, and of fewer, two differ by more than the rounding of a network in bf16: on digits of
-8×8 pixels targets differ from what the student says by 0.0016 at 1024 → 512 steps, 0.0065 at 64 → 32, and bf16 adds
-0.0014 to 0.0015 (x-prediction, root mean square of x)."""
+"""Up to this many teacher steps, bf16 is precise enough. On 8×8 digits, targets differ from the student's prediction
+by 0.0016 at 1024 → 512 steps and 0.0065 at 64 → 32; bf16 adds an error of 0.0014 to 0.0015 (x-prediction, root mean
+square of x)."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One student: the teacher's folder and the steps that it takes, the student's folder, steps and method.
+    """One student: the folder and the steps of its teacher, and its own folder, steps and method.
 
     Attributes:
-        is_first: whether its student may have another network than its teacher.
+        is_first: whether the student's network may differ from its teacher's.
     """
 
     base: Path
@@ -54,24 +54,24 @@ class Stage:
     is_first: bool = field(default=True, compare=False)
 
     def updates(self, config: DistillConfig) -> int:
-        """Optimiser updates: `num_iters` for each halving, more of them for students of 1 and 2 steps."""
+        """Optimiser updates: `num_iters` for each halving, and more for students of 1 and 2 steps."""
         halvings = max(1.0, math.log2(self.teacher_steps / self.num_steps))
         factor = config.last_factor if self.num_steps <= 2 and not METHODS[self.method].keeps_steps else 1.0
         return max(1, round(config.num_iters * halvings * factor))
 
     def budget(self, config: DistillConfig) -> int:
-        """Network evaluations that its check may cost."""
+        """How many network evaluations the check may use."""
         return self.updates(config) * config.batch_size * EVALUATIONS // SHARE
 
     @property
     def is_fine(self) -> bool:
-        """Whether targets are made of steps so short that a network in bf16 rounds more than they say."""
+        """Whether the steps in targets are so short that bf16 rounding would exceed their effect."""
         method = METHODS[self.method]
-        steps = self.teacher_steps if method.needs_images else self.num_steps  # a path has steps of its own
+        steps = self.teacher_steps if method.needs_images else self.num_steps  # a path has its own steps
         return not method.keeps_steps and steps > SHORTEST_IN_HALF
 
     def settings(self, config: DistillConfig) -> DistillConfig:
-        """The settings that do this stage alone."""
+        """The settings of this stage alone."""
         return replace(
             config,
             student_config=config.student_config if self.is_first else "",
@@ -90,7 +90,7 @@ def resolve_distillation(
     project: Project | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[DistillConfig, CheckpointConfig]:
-    """The settings of a ladder, and its first teacher, which is the project's base model where none is named.
+    """The settings of a ladder, and its first teacher: by default the project's base model.
 
     Raises:
         VdiffError: settings or teacher cannot be used.
@@ -101,7 +101,7 @@ def resolve_distillation(
     teacher = read_config(base)
     data = str(chosen.get("data") or (teacher.dataset if is_there(teacher.dataset) else ""))
     num_images = 0
-    with suppress(VdiffError):  # whoever reads the images reports what is wrong with them
+    with suppress(VdiffError):  # the code that reads the images reports their errors
         num_images = open_images(data, teacher.image_size or None).num_images
     preset = str(chosen.get("preset") or _preset_of(base))
     if not preset:
@@ -122,23 +122,23 @@ def resolve_distillation(
 
 
 def _check_read(config: DistillConfig, flags: Mapping[str, Any]) -> None:
-    """Refuse flags that only other methods read.
+    """Refuse flags of other methods.
 
     Raises:
-        OptionError: it names the flag, and a method that reads it.
+        OptionError: names the flag, and a method that has it.
     """
     for name in flags:
         readers = [method for method, kind in METHODS.items() if name in parameters(kind)]
         if readers and not {config.method, config.shortening} & set(readers):
             flag = "then" if config.method == "guided" and readers[0] in shortening() else "method"
             raise OptionError(
-                f"--{name} {flags[name]}: {config.method} does not read it",
+                f"--{name} {flags[name]}: {config.method} does not use it",
                 f"leave it out, or give --{flag} {readers[0]}",
             )
 
 
 def _preset_of(base: Path) -> str:
-    """The preset that the teacher was trained with, where that is recorded."""
+    """The preset that the teacher was trained with, if it is recorded."""
     if not (base / RUN_FILE).is_file():
         return ""
     settings = read_run(base)
@@ -146,22 +146,22 @@ def _preset_of(base: Path) -> str:
 
 
 def is_there(dataset: str) -> bool:
-    """Whether a dataset that a checkpoint records can still be opened: it is a folder here, or lies on a server."""
+    """Whether a checkpoint's recorded dataset can still be opened: it is a local folder, or on a server."""
     return "://" in dataset or Path(dataset).exists()
 
 
 def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: Project | None = None) -> TrainingData:
-    """The dataset of a ladder, which must be of the teacher's kind; a method that needs none does without.
+    """The dataset of a ladder, which must match the teacher; none if the method needs no images.
 
     Raises:
-        VdiffError: no dataset, or one of another size, number of channels or classes.
+        VdiffError: the dataset is missing, or has another size, other channels or other classes.
     """
     if not METHODS[config.method].needs_images and not config.data and teacher.prediction != "eps":
         return no_images(teacher)
     if not teacher.image_size:
         raise OptionError(
-            f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, and datasets hold square images",
-            "distil it in Python: vdiff.distill takes tensors as data",
+            f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, but datasets hold square images",
+            "distil it in Python: vdiff.distill accepts tensors as data",
         )
     images = open_images(config.data, teacher.image_size, project)
     if images.channels != teacher.shape[0]:
@@ -179,25 +179,25 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
 def plan_stages(
     config: DistillConfig, teacher: CheckpointConfig, out: Path | None = None, home: Path | None = None
 ) -> list[Stage]:
-    """The stages from the teacher's steps down: `base_k` beside it, k counting on from its own name.
+    """The stages from the teacher's steps down: `base_k` beside the teacher, counting on from the teacher's k.
 
-    An ε-prediction gets a student of v first, at the same steps (at zero signal, where students of few steps start, ε
-    says nothing about the image); so does a teacher that is to be guided.
+    A teacher that predicts ε gets a student of v first, with the same steps: at zero signal, where few-step students
+    start, ε contains no information about the image. So does a teacher that is to be guided.
 
     Args:
-        home: a path that students are named after and lie beside, in place of the teacher's.
+        home: a path that replaces the teacher's for the students' names and parent folder.
 
     Raises:
-        OptionError: the steps do not lead where they should, or the teacher cannot be taught from.
+        OptionError: the steps do not fit together, or the teacher cannot be distilled.
     """
     base = Path(config.base)
-    if base.name in ("", ".."):  # students go beside the teacher, so its folder must have a name
+    if base.name in ("", ".."):  # students go beside the teacher, so its folder needs a name
         base = base.resolve()
     if out is not None and out.name in ("", ".."):
         out = out.resolve()
     steps = list(_steps(config, teacher))
     if out is not None and len(steps) > 1:
-        raise OptionError(f"--out names one student, and this ladder has {len(steps)}", "leave --out out")
+        raise OptionError(f"--out names one student, but this ladder has {len(steps)}", "leave --out out")
     if out is not None and out.resolve() == base.resolve():
         raise OptionError(f"--out {out} is the teacher itself", "choose another --out")
     home = home or base
@@ -211,7 +211,7 @@ def plan_stages(
 
 
 def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, int, int]]:
-    """Method, teacher's and student's steps of each stage."""
+    """The method, the teacher's steps and the student's steps of each stage."""
     phases = config.phase_steps()
     first = starting_steps(config, teacher)
     _check_first(config, teacher, first, phases)
@@ -221,7 +221,7 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
     if config.method == "guided" and not teacher.guidance_range:
         if not teacher.signature.null:
             raise OptionError(
-                f"--method guided: {config.base} was trained with every class told, and has no answer without one",
+                f"--method guided: {config.base} was trained only with classes and cannot predict without one",
                 "train a class-conditional model with --class_dropout 0.1",
             )
         steps.append(("guided", first, first))
@@ -234,16 +234,16 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
         raise OptionError("--method match keeps the teacher's steps", "leave --to_steps, --stages and --phases out")
     if SECOND_TIME in teacher.signature.names and SECOND_TIME not in METHODS[steps[0][0]].network_options:
         raise OptionError(
-            f"--method {steps[0][0]} does not give the teacher the second time that it takes",
+            f"--method {steps[0][0]} does not pass the second time that the teacher needs",
             f"give --method {teacher.method}, or another --base",
         )
     return steps
 
 
 def starting_steps(config: DistillConfig, teacher: CheckpointConfig) -> int:
-    """The steps of the teacher that a ladder begins with: those asked for, else its own.
+    """The teacher's steps at the beginning of a ladder: those in the settings, else its own.
 
-    Where its own cannot be halved down to `to_steps` it begins with fewer, if the teacher takes any number.
+    If its own cannot be halved down to `to_steps`, the ladder begins with fewer, if the teacher supports any number.
     """
     if config.teacher_steps or config.phases:
         return config.teacher_steps or config.phase_steps()[0]
@@ -254,7 +254,7 @@ def starting_steps(config: DistillConfig, teacher: CheckpointConfig) -> int:
 
 
 def remarks(config: DistillConfig, teacher: CheckpointConfig) -> list[str]:
-    """What is worth knowing of a plan before it is carried out, each in a line."""
+    """Lines to print about a plan before it runs."""
     lines, first = [], starting_steps(config, teacher)
     if not config.teacher_steps and not config.phases and first != teacher.num_timesteps:
         own = f"{teacher.num_timesteps} cannot be halved to {config.to_steps}"
@@ -264,19 +264,19 @@ def remarks(config: DistillConfig, teacher: CheckpointConfig) -> list[str]:
         and teacher.prediction != "eps"
         and student_network(config, teacher) == teacher.network_config
     ):
-        lines.append("match: the student is a copy of its teacher and learns nothing; give --student_config")
+        lines.append("match: the student is a copy of its teacher, with nothing to learn; give --student_config")
     return lines
 
 
 def _check_first(config: DistillConfig, teacher: CheckpointConfig, first: int, phases: list[int]) -> None:
-    """Refuse a number of steps that the teacher does not take.
+    """Refuse a number of steps that the teacher does not support.
 
     Raises:
-        OptionError: it names the setting.
+        OptionError: names the setting.
     """
     flag = f"--phases {config.phases}" if phases else f"--teacher_steps {first}"
     if phases and phases[0] != first:
-        raise OptionError(f"{flag} begins with {phases[0]} steps, --teacher_steps says {first}", "leave the latter out")
+        raise OptionError(f"{flag} begins with {phases[0]} steps, not {first} as --teacher_steps", "leave one out")
     if not teacher.takes_any_num_steps and first != teacher.num_timesteps:
         raise OptionError(f"{flag}: {config.base} was distilled for {teacher.num_timesteps} steps", "leave it out")
     try:
@@ -288,11 +288,11 @@ def _check_first(config: DistillConfig, teacher: CheckpointConfig, first: int, p
 def _student_steps(config: DistillConfig, method: str, first: int) -> list[int]:
     """The students' numbers of steps."""
     if first < 2:
-        raise OptionError(f"{config.base} takes 1 step already: there is nothing to halve", "distil another --base")
+        raise OptionError(f"{config.base} already needs only 1 step", "distil another --base")
     if phases := config.phase_steps()[1:]:
         return _checked_phases(config, first, phases)
     if config.to_steps is not None and config.to_steps >= first:
-        raise OptionError(f"--to_steps {config.to_steps}: the teacher takes {first} already", f"give less than {first}")
+        raise OptionError(f"--to_steps {config.to_steps}: the teacher already takes {first}", f"give less than {first}")
     stages = config.stages or 1
     if config.to_steps is None and first % 2**stages:
         asked, often = (f"--stages {stages}: ", " so often") if config.stages else ("", "")
@@ -305,7 +305,7 @@ def _student_steps(config: DistillConfig, method: str, first: int) -> list[int]:
 
 
 def _checked_phases(config: DistillConfig, first: int, phases: list[int]) -> list[int]:
-    """The students of --phases, if each can follow the one before."""
+    """The students of --phases, if each can follow the previous one."""
     for before, after in zip([first, *phases], phases, strict=False):
         try:
             check_phase(before, after)
@@ -318,16 +318,16 @@ def _checked_phases(config: DistillConfig, first: int, phases: list[int]) -> lis
 
 
 def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[str, Any]:
-    """What `student_config` says of the student's network, over what the teacher's is.
+    """The student's network: the teacher's, with the changes in `student_config`.
 
     Raises:
-        OptionError: the file cannot be read, or says what no network can be.
+        OptionError: the file cannot be read, or does not describe a valid network.
     """
     if not config.student_config:
         return teacher.network_config
     if teacher.kind != UNET:
         raise OptionError(
-            f"--student_config describes a UNet, and the teacher's network is of kind {teacher.kind}", "leave it out"
+            f"--student_config describes a UNet, but the teacher's network is of kind {teacher.kind}", "leave it out"
         )
     path = Path(config.student_config)
     try:

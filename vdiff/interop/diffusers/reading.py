@@ -227,5 +227,5 @@ def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
             return f"{len(names)} tensors {count} ({min(names)[:80]}, …)"
     for name, shape in expected.items():
         if found[name] != shape:
-            return f"{name} is {found[name]} where {shape} is due"
+            return f"{name} is {found[name]}, not {shape}"
     return ""

@@ -262,7 +262,7 @@ def _value(file: JsonFile, kind: str, key: str, rule: Rule) -> Any:
     value = file.get(key, SCHEDULERS[kind][key])
     if rule.others is None:
         if type(value) not in (int, float) or not min(rule.same[0], 0) <= value < 1e9:
-            raise file.refusal(key, f"a number from {min(rule.same[0], 0)} is due")
+            raise file.refusal(key, f"need a number from {min(rule.same[0], 0)}")
     elif not any(type(value) is type(known) and value == known for known in (*rule.same, *rule.others)):
         known = [json.dumps(each) for each in (*rule.same, *rule.others) if each is not None]
         raise file.refusal(key, f"only {', '.join(known)} can be read")

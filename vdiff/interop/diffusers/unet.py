@@ -210,7 +210,7 @@ def _read_head_channels(file: JsonFile, widths: set[int]) -> int:
     if value is None:
         return 0
     if type(value) is not int or value < 1 or any(width % value for width in widths):
-        raise file.refusal("attention_head_dim", f"a number that divides {', '.join(map(str, sorted(widths)))} is due")
+        raise file.refusal("attention_head_dim", f"need a number that divides {', '.join(map(str, sorted(widths)))}")
     return value
 
 
