@@ -140,10 +140,10 @@ def test_classes_go_with_their_samples():
     [
         ([torch.zeros(4, 1, SIZE, SIZE + 1)], r"hold a tensor of shape \(4, 1, 4, 5\); give tensors \(1, 4, 4\) or"),
         (["a"], "the data hold a str; give tensors"),
-        (iter([torch.zeros(5, 1, SIZE, SIZE)]), "the data are at their end; give a list or a DataLoader"),
-        ([], "the data are at their end"),
+        (iter([torch.zeros(5, 1, SIZE, SIZE)]), "the data have run out; give a list or a DataLoader"),
+        ([], "the data have run out"),
         ([(torch.zeros(4, 1, SIZE, SIZE), torch.zeros(3))], "the data hold 4 samples with 3 classes; give each sample"),
-        ([images(3), images(3).byte()], "the data hold uint8 and real numbers; give all of them alike"),
+        ([images(3), images(3).byte()], "the data hold both uint8 and real numbers; give all items one type"),
         ([(images(3), torch.arange(3)), images(3)], "the data hold samples with and without classes; give all"),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_failed_stage_is_done_again_with_half_the_learning_rate(data, teacher,
     assert (lr_of(folder), lr_of(aside)) == (LR / 2, LR)
     assert read_verdict(folder) == Verdict(0.3, 0.2, None, None, 4, 2, "")
     assert read_verdict(aside) == Verdict(0.3, 0.4, 100.0, 1.0, 4, 1, COLLAPSED)
-    assert f"{folder} failed: {COLLAPSED}; once more with half the learning rate" in watcher.lines
+    assert f"{folder} failed: {COLLAPSED}; trying again with half the learning rate" in watcher.lines
     assert [path.name for path in failed_attempts(folder)] == ["base_0.failed_0"]
     assert read_config(folder).teacher["path"] == teacher.as_posix()
     climbed(data, teacher, to_steps=2)
@@ -182,7 +182,7 @@ def test_a_student_far_from_the_data_is_let_through_where_that_is_allowed(data, 
     told.rmse[LR] = 0.4
     assert "distance to the data" in failure(data, teacher, retries=0, max_regression=3.0)
     climbed(data, teacher, retries=0, max_regression=10.0)
-    assert read_verdict(folder).kept_start == "RMSE to its teacher rose from 0.3000 to 0.4000 by the training"
+    assert read_verdict(folder).kept_start == "training raised its RMSE to its teacher from 0.3000 to 0.4000"
 
 
 def test_replacing_a_ladder_replaces_what_was_set_aside(data, teacher, monkeypatch):
@@ -283,9 +283,9 @@ def test_killed_while_the_start_is_put_back_the_same_command_ends_the_same(data,
             climbed(data, teacher)
     watcher = Watcher()
     climbed(data, teacher, reporter=watcher)
-    reason = "RMSE to its teacher rose from 0.3000 to 0.4000 by the training"
+    reason = "training raised its RMSE to its teacher from 0.3000 to 0.4000"
     assert told.trained == [("base_0", LR)]
-    assert watcher.lines[-1] == f"{folder}: {reason}; it stays as it began"
+    assert watcher.lines[-1] == f"{folder}: {reason}; its initial weights are kept"
     assert_equal_bits(folder / WEIGHTS, teacher / WEIGHTS)
     model = read_config(folder)
     assert (model.kept_start, model.num_timesteps, model.method, model.is_finished) == (True, 4, "progressive", True)
@@ -336,11 +336,11 @@ def test_a_learning_rate_far_too_high_harms_no_ladder(teacher, monkeypatch):
     result = done(f"{WORDS} --lr 3 --num_iters 6")
     for name, steps in (("base_0", 4), ("base_1", 2)):
         kept, model = read_verdict(Path(name)), read_config(Path(name))
-        assert kept.kept_start.startswith("RMSE to its teacher rose from")
+        assert kept.kept_start.startswith("training raised its RMSE to its teacher from")
         assert (kept.rmse, kept.attempts, kept.reason) == (kept.rmse_before, 1, "")
         assert (model.kept_start, model.num_timesteps, model.is_finished) == (True, steps, True)
         assert_equal_bits(Path(name) / WEIGHTS, teacher / WEIGHTS)
-        assert f"{name}: {kept.kept_start}; it stays as it began" in result.stderr
+        assert f"{name}: {kept.kept_start}; its initial weights are kept" in result.stderr
     rows = [row for row in table(result.stdout) if row[0].startswith("base_")]
     assert [row[:3] for row in rows] == [["base_0", "4", "kept start"], ["base_1", "2", "kept start"]]
     before = contents(Path("base_0"))

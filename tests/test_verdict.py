@@ -52,11 +52,11 @@ def found(
     [
         (found(), ""),
         (found(0.3, 0.3), ""),
-        (found(0.3001, 0.3), "RMSE to its teacher rose from 0.3000 to 0.3001 by the training"),
-        (found(0.0178, 0.0109), "RMSE to its teacher rose from 0.0109 to 0.0178 by the training"),
-        (found(0.4, 0.1), "RMSE to its teacher rose from 0.1000 to 0.4000 by the training"),
+        (found(0.3001, 0.3), "training raised its RMSE to its teacher from 0.3000 to 0.3001"),
+        (found(0.0178, 0.0109), "training raised its RMSE to its teacher from 0.0109 to 0.0178"),
+        (found(0.4, 0.1), "training raised its RMSE to its teacher from 0.1000 to 0.4000"),
         (found(0.0713, 0.0712, rmse_limit=0.0714), ""),  # rounding, or the choice of noises
-        (found(0.0715, 0.0712, rmse_limit=0.0714), "RMSE to its teacher rose from 0.0712 to 0.0715 by the training"),
+        (found(0.0715, 0.0712, rmse_limit=0.0714), "training raised its RMSE to its teacher from 0.0712 to 0.0715"),
         (found(math.inf, 0.3), "its images are not finite"),
         (found(math.nan, 0.3), "its images are not finite"),
         (found(far=1.0, teachers=0.5), ""),
@@ -67,7 +67,7 @@ def found(
         (found(0.4, 0.1, 0.5, 0.5, start_distance=9.0), ""),  # the start is no better
         (
             found(0.4, 0.1, 0.5, 0.5, start_distance=1.0),
-            "RMSE to its teacher rose from 0.1000 to 0.4000 by the training",
+            "training raised its RMSE to its teacher from 0.1000 to 0.4000",
         ),
         (found(far=9.0), ""),
         (found(teachers=9.0), ""),
@@ -303,7 +303,7 @@ def test_a_short_stage_is_checked_in_fewer_steps(tmp_path):
     assert (verdict.every, verdict.num_images) == (2, 64)
     theirs, mine = (drawn(path, steps, count=64, seed=2**63 + 3) for path, steps in ((base, 4), (student, 2)))
     assert verdict.rmse == pytest.approx(distance(mine, theirs), rel=1e-3)
-    assert watcher.lines == ["base_0 is checked by 64 images in 2 of 4 steps, as its training was short"]
+    assert watcher.lines == ["base_0 is checked with 64 images in 2 of 4 steps, as its training was short"]
     watcher = Watcher()
     assert examine(examiner(watcher, images=64, far=64, distance=mean_of), base, student).every == 1
     assert watcher.lines == []

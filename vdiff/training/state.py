@@ -1,4 +1,4 @@
-"""What resuming needs: weights, their averages, the optimiser's moments and the update, in one file without pickle.
+"""The state of a run for resuming: weights, averages, the optimiser's moments and the update, in one safetensors file.
 
 All randomness of update n is a function of seed and n (`step.py`, `data/batches.py`), so no generator is stored.
 """
@@ -23,7 +23,7 @@ from vdiff.training.weights import frozen, like, load_without, state_without, tr
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATISTICS, METHOD = "statistics", "method"
-AVERAGING = {"averaging": "bias-corrected"}  # states without this mark averaged with a warm-up
+AVERAGING = {"averaging": "bias-corrected"}  # states without this mark have averages with a warm-up
 RANDOM = {"random": "philox"}  # runs without this mark draw noise and times for the whole batch
 
 
@@ -33,9 +33,9 @@ def state_path(folder: Path) -> Path:
 
 
 def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool = True) -> None:
-    """Write the state of a run, whole or not at all: of the weights, those that learn.
+    """Write the state of a run, whole or not at all; only the trainable weights.
 
-    Every process calls this, since weights may be shared out over them; those with `write` write.
+    Every process calls this, since weights may be sharded; those with `write` write.
     """
     raw = state_without(step.denoiser, frozen(step.denoiser).keys())
     tensors = {f"raw.{name}": tensor for name, tensor in whole(raw).items()}
@@ -60,12 +60,12 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
 
 
 def load_state(folder: Path, step: TrainStep) -> Position:
-    """Bring a step back to where `save_state` left it; without a state file it stays as it is, at update 0.
+    """Restore a step to the state that `save_state` wrote; without a state file it stays at update 0.
 
-    The state of an earlier version continues with the random numbers of that version.
+    A state of an earlier version continues with that version's random numbers.
 
     Raises:
-        VdiffError: the file is damaged, of another model, or its exponential averages had a warm-up.
+        VdiffError: the file is damaged or of another model, or its exponential averages have a warm-up.
     """
     path, denoiser, averages, optimizer = state_path(folder), step.denoiser, step.averages, step.optimizer
     if not path.exists():
@@ -83,7 +83,7 @@ def load_state(folder: Path, step: TrainStep) -> Position:
         averages.load({name: _part(tensors, f"{name}.") for name in averages.named()})
         for name, tensor in _statistics(step).items():
             saved = tensors[f"{STATISTICS}.{name}"]
-            if saved.shape == tensor.shape:  # an earlier version had fewer bins: those are learned anew
+            if saved.shape == tensor.shape:  # an earlier version had fewer bins; these start again
                 tensor.copy_(saved)
         if step.networks is not None:
             step.networks.load(_part(tensors, f"{METHOD}."))
@@ -104,12 +104,12 @@ def load_state(folder: Path, step: TrainStep) -> Position:
 
 
 def remove_state(folder: Path) -> None:
-    """Free the space of a run that has nothing left to resume."""
+    """Delete the state of a run that cannot be resumed any more."""
     remove(state_path(folder).parent)
 
 
 def _statistics(step: TrainStep) -> dict[str, Tensor]:
-    """What importance sampling learned."""
+    """The statistics of importance sampling."""
     return {} if step.importance is None else {"moments": step.importance.moments}
 
 

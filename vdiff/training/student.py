@@ -1,4 +1,4 @@
-"""The student of one stage: what it says of itself, what it has from its teacher, and the run that trains it."""
+"""The student of one stage: its description, its weights from the teacher, and the run that trains it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from vdiff.training.step import Task
 
 
 def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointConfig) -> CheckpointConfig:
-    """What a stage's student says of itself before its training: data and lineage are left to the run.
+    """The description of a stage's student before its training, without data and lineage, which the run adds.
 
-    It predicts v where its teacher predicts ε, and what its teacher predicts otherwise.
+    It predicts v if its teacher predicts ε, and otherwise what its teacher predicts.
 
     Raises:
-        OptionError: `student_config` describes no network, or one that the teacher's images do not fit.
+        OptionError: `student_config` does not describe a valid network, or the teacher's images do not fit it.
     """
     method, taught = config.build_method(stage.method), list(teacher.guidance_range)
     network = dict(student_network(config, teacher))
@@ -77,14 +77,14 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
 
 
 def begin_student(stage: Stage, config: DistillConfig, description: CheckpointConfig) -> tuple[Denoiser, str]:
-    """The student before its training, and what it has from its teacher: a copy, or what fits of it."""
+    """The student before its training, and what it inherited from its teacher: a copy, or the weights that fit."""
     return student_of(*load_checkpoint(stage.base), config, description)
 
 
 def student_of(
     teacher: Denoiser, before: CheckpointConfig, config: DistillConfig, description: CheckpointConfig
 ) -> tuple[Denoiser, str]:
-    """As `begin_student`, of a teacher in memory."""
+    """`begin_student` for a teacher in memory."""
     torch.manual_seed(config.seed)
     module = copy.deepcopy(teacher.network) if before.kind == PYTHON else None
     student = description.build(module).requires_grad_(True)
@@ -94,7 +94,7 @@ def student_of(
     else:
         inherited = str(inherit(cast(UNet, student.network), cast(UNet, teacher.network)))
     if description.prediction != before.prediction and output is not None:
-        for parameter in output.parameters():  # it says something else from now on
+        for parameter in output.parameters():  # it predicts something else from now on
             torch.nn.init.zeros_(parameter)
     return student, inherited
 
@@ -107,7 +107,7 @@ def stage_run(
     lineage: Mapping[str, str],
     reporter: Reporter | None = None,
 ) -> Run:
-    """The run of one stage: the student starts from its teacher, which takes its dropout off."""
+    """The run of one stage: the student starts from its teacher's weights, without dropout."""
     teacher, before = load_checkpoint(stage.base)
     description = replace(
         describe_student(stage, config, before),
@@ -133,10 +133,10 @@ def stage_task(
     student: Denoiser,
     description: CheckpointConfig,
 ) -> Task:
-    """What a student learns from its teacher, both of which are in memory.
+    """The objective of a student, from a teacher in memory.
 
     Args:
-        before, description: what teacher and student say of themselves.
+        before, description: the descriptions of teacher and student.
     """
     for network in (student.network, teacher.network):
         network.full_precision = config.precision == "auto" and stage.is_fine
@@ -149,7 +149,7 @@ def stage_task(
             method,
             num_steps=stage.num_steps,
             teacher_steps=stage.teacher_steps,
-            # of steps between the levels of a table none is on the grid: then the teacher is asked at any time
+            # steps between the levels of a table are not on the grid: then the teacher is evaluated at any time
             levels=None if before.levels and before.levels % stage.teacher_steps else before.levels,
         ),
         replace(config, num_iters=stage.updates(config)),
@@ -163,10 +163,10 @@ def stage_task(
 
 
 def seconds_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
-    """How long an update of a stage takes, measured on a few of them.
+    """The seconds of an update of a stage, measured on a few updates.
 
-    The stage's own teacher need not be there yet: its cost is that of the ladder's first teacher, `config.base`, or of
-    a model that `student_config` describes, where that is what an earlier stage makes.
+    The stage's own teacher need not exist yet: it costs as much as the ladder's first teacher, `config.base`, or as a
+    model of `student_config`, if an earlier stage produces one.
     """
     there = replace(stage, base=Path(config.base))
     if not config.student_config or stage.base.resolve() == there.base.resolve():
@@ -180,7 +180,7 @@ def seconds_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, 
 
 
 def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> Memory:
-    """The memory of the first stage of a ladder, whose teacher is there; see `memory_of`."""
+    """The memory of the first stage of a ladder; its teacher must exist. See `memory_of`."""
     config, before = stage.settings(config), read_config(stage.base)
     description = describe_student(stage, config, before)
 
@@ -192,6 +192,6 @@ def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, e
 
 
 def recorded_threads(stages: Sequence[Stage]) -> int | None:
-    """The threads that the first student of a ladder was begun with, where it was."""
+    """The number of threads of the ladder's first student, if its training has begun."""
     folder = stages[0].folder
     return read_run(folder).distill.get("threads") if (folder / RUN_FILE).is_file() else None

@@ -1,4 +1,4 @@
-"""Tensors that are already there as the data of a training: any iterable of them."""
+"""Training on tensors in memory, or on any iterable of tensors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ from vdiff.training.engine import Engine
 class TensorBatches:
     """Endless batches of `batch_size` samples from `data`.
 
-    A tensor (N, *shape) is a dataset, whose samples come in the order that the seed gives. Any other iterable, such as
-    a list of batches or a `DataLoader`, is read again and again in its own order; its items are samples (*shape) or
-    batches (B, *shape) of any size, uint8 or real, alone (or in a list of one) or in a pair with their
-    classes. A run that is resumed passes over what it has seen: it ends with the same bits if the iterable gives the
-    same each time.
+    A tensor (N, *shape) is a dataset; its samples come in the seed's order. Any other iterable, such as a list of
+    batches or a `DataLoader`, is read repeatedly in its own order. Its items are samples (*shape) or batches
+    (B, *shape) of any size, uint8 or real, alone (or in a list of one) or as pairs (samples, classes). A resumed run
+    skips what it has seen: it ends with the same bits if the iterable returns the same items each time.
 
     Attributes:
         shape: of a sample.
-        share: the samples of each batch that this process takes.
+        share: this process's samples of each batch.
     """
 
     data: Iterable[Any]
@@ -44,7 +43,7 @@ class TensorBatches:
         """The batches of optimiser steps `step`, `step` + 1, … without end.
 
         Raises:
-            VdiffError: an item is no tensor of this shape, or the data are at their end.
+            VdiffError: an item is not a tensor of this shape, or the data have run out.
         """
         if isinstance(self.data, Tensor):
             samples, _ = self._rows(self.data)
@@ -56,9 +55,9 @@ class TensorBatches:
         waiting: list[tuple[Tensor, Tensor | None]] = []
         for rows, classes in self._items():
             if waiting and waiting[0][0].dtype != rows.dtype:
-                raise VdiffError("the data hold uint8 and real numbers", "give all of them alike")
+                raise VdiffError("the data hold both uint8 and real numbers", "give all items one type")
             if waiting and (waiting[0][1] is None) != (classes is None):
-                raise VdiffError("the data hold samples with and without classes", "give all of them alike")
+                raise VdiffError("the data hold samples with and without classes", "give all items classes, or none")
             waiting.append((rows, classes))
             count += len(rows)
             if count < self.batch_size:
@@ -74,13 +73,13 @@ class TensorBatches:
             waiting = [(samples, labels)]
 
     def _items(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Samples and classes of every item, again and again."""
+        """Samples and classes of every item, repeatedly."""
         while True:
             count = 0
             for count, item in enumerate(self.data, 1):  # noqa: B007
                 yield self._rows(item)
             if not count:
-                raise VdiffError("the data are at their end", "give a list or a DataLoader, which can be read again")
+                raise VdiffError("the data have run out", "give a list or a DataLoader, which can be read again")
 
     def _rows(self, item: Any) -> tuple[Tensor, Tensor | None]:
         parts = item if isinstance(item, tuple | list) and len(item) in (1, 2) else [item]
@@ -100,23 +99,23 @@ class TensorBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorData(TrainingData):
-    """Samples of `shape` from an iterable of tensors, see `TensorBatches`; a checkpoint records no path of them."""
+    """Samples of `shape` from an iterable of tensors, see `TensorBatches`; checkpoints record no path for them."""
 
     tensors: Iterable[Any]
 
     @property
     def name(self) -> str:
-        """What a checkpoint records in the place of a path."""
+        """The text that a checkpoint records instead of a path."""
         return TENSORS
 
     @property
     def num_images(self) -> int:
-        """The samples of a tensor; 0: any other iterable tells its number only at its end."""
+        """The number of samples in a tensor; 0 for other iterables, whose length is unknown."""
         return len(self.tensors) if isinstance(self.tensors, Tensor) else 0
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of shape, type and bytes of a tensor; empty for another iterable, which may differ each time."""
+        """SHA-256 of a tensor's shape, type and bytes; empty for other iterables, which may differ each time."""
         if not isinstance(self.tensors, Tensor):
             return ""
         values = self.tensors.detach().cpu().contiguous()

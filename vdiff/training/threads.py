@@ -1,4 +1,4 @@
-"""How many threads a run computes with: timed before it begins, and kept in its record, as bits depend on it."""
+"""The number of threads of a run: timed before it begins, and recorded, as the bits of the result depend on it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
 
 IMAGES, ROUNDS, ENOUGH_SECONDS = 8, 3, 1.0
-"""Of a timed pass, and of passes with each number of threads: fewer rounds where they take longer."""
+"""Size of a timed pass, and the time for each number of threads: slower passes get fewer rounds."""
 WORTH_WHILE = 1.2
-"""So many times as fast bf16 must be to be proposed."""
+"""bf16 is suggested if it is at least this many times as fast."""
 
 
 def settled_threads(
     config: LoopConfig, build: Callable[[], Denoiser], shape: tuple[int, ...], reporter: Reporter, recorded: int | None
 ) -> int | None:
-    """The threads of a run: those asked for, else of its record, else the fastest; None: torch's own choice.
+    """The number of threads: from the settings, else from the run's record, else the fastest; None: torch's default.
 
-    OMP_NUM_THREADS, a launcher and a GPU decide by themselves. On a busy machine one thread may be several times as
-    fast as two, which wait for each other.
+    Nothing is timed if OMP_NUM_THREADS is set, under a launcher or on a GPU. On a busy machine one thread may be
+    several times as fast as two, which wait for each other.
 
     Args:
-        build: makes a network like the one that learns.
-        recorded: those of a run that continues.
+        build: makes a network like the trained one.
+        recorded: the number in the record of a resumed run.
     """
     threads = config.threads or recorded
     is_given = "OMP_NUM_THREADS" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -52,9 +52,9 @@ def settled_threads(
 
 
 def seconds_by_threads(denoiser: Denoiser, z: torch.Tensor, numbers: list[int]) -> dict[int, float]:
-    """Threads → seconds of a forward and backward pass: the mean of rounds in turn, as the machine may get busy."""
+    """Threads → mean seconds of a forward and backward pass, in alternating rounds, as the load may change."""
     totals = dict.fromkeys(numbers, 0.0)
-    seconds_of_pass(denoiser, z[:1], nullcontext())  # kernels are chosen
+    seconds_of_pass(denoiser, z[:1], nullcontext())  # warm-up: kernels are chosen
     rounds = 0
     while rounds < ROUNDS and max(totals.values()) < ENOUGH_SECONDS:
         rounds += 1

@@ -1,4 +1,4 @@
-"""Whether a student may become a teacher, by its distance from its own teacher and from the data; and what follows."""
+"""Verdicts on students, by their distance to the teacher and to the data, and the consequences."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from vdiff.training.state import remove_state
 from vdiff.training.student import begin_student, describe_student
 
 HELD_OUT = 2**63
-"""Added to the seed: noise that is never drawn otherwise."""
+"""Added to the seed, to get noise that nothing else uses."""
 MIN_NOISES = 64
-"""Start and end of a stage are compared by at least so many images."""
+"""The student before and after a stage is compared by at least this many images."""
 ROUNDING = 0.01, 1e-4
-"""The RMSE of a student may be this part larger than before its training, and this much in pixels."""
+"""The RMSE of a student may exceed that before its training by this fraction, or by this much in pixels."""
 WORTH_A_WORD = 1.5
-"""A student whose distance to the data is more than this many times its teacher's is spoken of."""
+"""A student is reported if its distance to the data is more than this many times its teacher's."""
 BATCH = 64
 
 Distance = Callable[[Tensor], float]
-"""How far images (B, C, H, W) in [−1, 1] are from the data."""
+"""The distance of images (B, C, H, W) in [−1, 1] to the data."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a student after its stage.
+    """The measurements of a student after its stage.
 
     Attributes:
-        rmse_before, rmse: `vdiff.models.drawing.rmse` from its teacher's images of the same noise, before and after the
-            stage; DDIM, the teacher in the steps that it taught with.
-        distance, teacher_distance: from the data; None where it was not measured.
-        num_images: that the distances rest on.
-        attempts: how often the stage was done.
-        reason: what makes it a failure; empty where it is none.
-        rmse_limit: the largest `rmse` that rounding and the choice of noises explain where training did no harm.
-        every: teacher and student were drawn in every so many-th of their steps, see `plan_check`.
-        start_distance: of the student before its training, where that is nearer to the teacher.
-        kept_start: why the student is what it was before its training; empty where it is not.
+        rmse_before, rmse: `vdiff.models.drawing.rmse` to the teacher's images from the same noise, before and after the
+        stage; both use DDIM, the teacher in its steps of this stage.
+        distance, teacher_distance: to the data; None if not measured.
+        num_images: number of images behind the distances.
+        attempts: how often the stage was trained.
+        reason: why the student failed; empty if it did not.
+        rmse_limit: the largest `rmse` that rounding and the choice of noise explain without harm from training.
+        every: teacher and student were drawn in every N-th of their steps, see `plan_check`.
+        start_distance: distance of the student before its training, if that student is nearer to the teacher.
+        kept_start: why the weights before training were restored; empty if they were not.
     """
 
     rmse_before: float
@@ -70,7 +70,7 @@ class Verdict:
 
 
 def read_verdict(folder: Path) -> Verdict | None:
-    """What was found of the student in `folder`; None where nothing was, or nothing that can be read."""
+    """The verdict on the student in `folder`; None if it is missing or cannot be read."""
     try:
         return read_record(folder / VERDICT, Verdict, "")
     except VdiffError:
@@ -78,18 +78,18 @@ def read_verdict(folder: Path) -> Verdict | None:
 
 
 def write_verdict(folder: Path, verdict: Verdict) -> None:
-    """Keep it beside the student, whole or not at all."""
+    """Save it in the student's folder, whole or not at all."""
     write_json(folder / VERDICT, asdict(verdict))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examiner:
-    """Draws teachers and students from the same noise; a student's images are kept, for it is the next stage's teacher.
+    """Draws teachers and students from the same noise; keeps a student's images, as it is the next stage's teacher.
 
     Attributes:
-        num_images: for the difference from the teacher.
-        num_distance_images: for the distance from the data.
-        distance: None: it is not measured.
+        num_images: images for the RMSE to the teacher.
+        num_distance_images: images for the distance to the data.
+        distance: the distance to measure; None: none.
     """
 
     seed: int
@@ -111,13 +111,13 @@ class Examiner:
         attempts: int,
         budget: int,
     ) -> Verdict:
-        """Compare the student of a stage with its teacher, and with what it was before its training.
+        """Compare the student of a stage with its teacher, and with itself before its training.
 
         Args:
             start: the student before its training.
-            guidance: the range of weights that the student takes as an input; the middle of it is tried.
-            measure_distance: whether the distance to the data is due.
-            budget: network evaluations that the comparison may cost, see `plan_check`.
+            guidance: the range of weights that the student takes as an input; its middle is used.
+            measure_distance: whether to measure the distance to the data.
+            budget: how many network evaluations the comparison may use, see `plan_check`.
         """
         measure = self.distance if measure_distance else None
         wanted = max(self.num_images, self.num_distance_images if measure else 0)
@@ -126,7 +126,7 @@ class Examiner:
         steps, teacher_steps, name = stage.num_steps // every, stage.teacher_steps // every, stage.folder.name
         if every > 1 or count < wanted:
             few = f"{count} images in {steps} of {stage.num_steps} steps"
-            self.reporter.line(f"{name} is checked by {few}, as its training was short")
+            self.reporter.line(f"{name} is checked with {few}, as its training was short")
         theirs = self._images(stage.base, teacher_steps, count, weight)
         student, model = load_checkpoint(stage.folder, self.device)
         before = self._draw(start.to(self.device), model, steps, num_images, weight, "before training")
@@ -138,7 +138,7 @@ class Examiner:
             reason = str(error).partition(";")[0]
             return Verdict(rmse_before, math.inf, None, None, count, attempts, reason, every=every)
         errors = squared_errors(mine[:num_images], theirs, model.space)
-        # of the same noises the differences scatter much less than the errors do
+        # from the same noise, differences scatter much less than errors
         scatter = float((errors - errors_before).std() / num_images**0.5) if num_images > 1 else 0.0
         found = Verdict(
             rmse_before=rmse_before,
@@ -156,12 +156,12 @@ class Examiner:
             found = replace(found, start_distance=measure(before))
         self._kept.clear()
         self._kept[stage.base, teacher_steps] = theirs
-        if not worsening(found, max_regression):  # else another student comes in its place
+        if not worsening(found, max_regression):  # otherwise another student replaces it
             self._kept[stage.folder, steps] = mine
         return replace(found, reason=why_failed(found, max_regression))
 
     def _images(self, folder: Path, num_steps: int, count: int, weight: float) -> Tensor:
-        """A teacher's images, those kept if they are enough, and were drawn in the same batches: to the same bits."""
+        """A teacher's images; reuses kept ones if enough were drawn in the same batches, so with the same bits."""
         kept = self._kept.get((folder, num_steps))
         if kept is not None and (len(kept) == count or (len(kept) > count and count % BATCH == 0)):
             return kept[:count]
@@ -194,14 +194,15 @@ class Examiner:
 def plan_check(
     teacher_steps: int, num_steps: int, num_images: int, num_distance: int, budget: int
 ) -> tuple[int, int, int]:
-    """How a check costs at most about `budget` network evaluations: a function of numbers alone, so that all agree.
+    """The size of a check for at most about `budget` network evaluations; it depends on numbers alone, so that all
+    processes agree.
 
-    Fewer images are drawn, at least `MIN_NOISES`; if these still cost too much, teacher and student are both drawn in
-    every so many-th of their steps only.
+    First the number of images is reduced, down to `MIN_NOISES`. If these still cost too much, teacher and student both
+    use only every N-th of their steps.
 
     Returns:
-        every, images for the difference from the teacher (drawn by the teacher, the student, and the student before
-        its training), images for the distance to the data (by the first two).
+        N, the number of images for the RMSE to the teacher (drawn by the teacher, the student, and the student before
+        its training), and the number of images for the distance to the data (drawn by the first two).
     """
     few = min(num_images, MIN_NOISES)
     per_image = teacher_steps + 2 * num_steps
@@ -213,22 +214,22 @@ def plan_check(
 
 
 def collapse(found: Verdict, max_regression: float) -> str:
-    """What makes a student no model of the data any more; empty where nothing does."""
+    """Why a student collapsed; empty if it did not."""
     if not math.isfinite(found.rmse):
         return found.reason or "its images are not finite"
     return _regression(found.distance, found.teacher_distance, max_regression)
 
 
 def worsening(found: Verdict, max_regression: float) -> str:
-    """Why the student before its training is the better one; empty where it is not."""
+    """Why the student before its training is better; empty if it is not."""
     is_worse = found.rmse > max(found.rmse_limit, found.rmse_before)
     if not is_worse or _regression(found.start_distance, found.teacher_distance, max_regression):
         return ""
-    return f"RMSE to its teacher rose from {found.rmse_before:.4f} to {found.rmse:.4f} by the training"
+    return f"training raised its RMSE to its teacher from {found.rmse_before:.4f} to {found.rmse:.4f}"
 
 
 def why_failed(found: Verdict, max_regression: float) -> str:
-    """What makes a student no teacher; empty where nothing does."""
+    """Why a student cannot be a teacher; empty if it can."""
     return collapse(found, max_regression) or worsening(found, max_regression)
 
 
@@ -239,7 +240,7 @@ def _regression(far: float | None, teachers: float | None, most: float) -> str:
 
 
 def warning(found: Verdict) -> str:
-    """A word on a student that is good enough, and much worse than its teacher; empty where none is due."""
+    """A warning about a student that is good enough, but much worse than its teacher; empty if there is none."""
     far, teachers = found.distance, found.teacher_distance
     if found.reason or far is None or not teachers or far <= WORTH_A_WORD * teachers:
         return ""
@@ -260,14 +261,14 @@ def summary(verdict: Verdict) -> str:
 
 
 def failed_attempts(folder: Path) -> list[Path]:
-    """The students that were set aside for `folder`, in their order."""
+    """The students of `folder` that were set aside, in order."""
     paths = folder.parent.glob(f"{glob.escape(folder.name)}{FAILED}*")
     numbers = {path: path.name.removeprefix(f"{folder.name}{FAILED}") for path in paths}
     return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
 
 
 def times_failed(folder: Path) -> int:
-    """How often the stage of `folder` was done in vain, as the students set aside tell."""
+    """How many attempts at the stage of `folder` have failed, from the students that were set aside."""
     verdicts = [read_verdict(path) for path in failed_attempts(folder)]
     return max([len(verdicts), *(verdict.attempts for verdict in verdicts if verdict)])
 
@@ -279,7 +280,7 @@ def set_aside(folder: Path) -> None:
 
 
 def keep_best(folder: Path, verdict: Verdict) -> None:
-    """Leave in `folder` the attempt that is nearest to the teacher, and no other; it knows how many there were."""
+    """Keep in `folder` only the attempt nearest to the teacher; its verdict records the number of attempts."""
     best = _nearest([*failed_attempts(folder), folder])
     write_verdict(best, replace(read_verdict(best) or verdict, attempts=verdict.attempts))
     if best != folder:
@@ -290,7 +291,7 @@ def keep_best(folder: Path, verdict: Verdict) -> None:
 
 
 def finish_keeping(folder: Path, retries: int) -> None:
-    """What a kill between the two renames of `keep_best` left undone."""
+    """Finish a `keep_best` that was killed between its two renames."""
     if not folder.exists() and times_failed(folder) > retries:
         _nearest(failed_attempts(folder)).rename(folder)
 
@@ -300,18 +301,18 @@ def _nearest(attempts: list[Path]) -> Path:
     return min(attempts, key=lambda path: verdict.rmse if (verdict := verdicts[path]) else math.inf)
 
 
-# What follows from a verdict
+# The consequences of a verdict
 
 
 def check_student(
     stage: Stage, config: DistillConfig, engine: Engine, examiner: Examiner, *, measure_distance: bool
 ) -> bool:
-    """Whether the student is good; one that collapsed is set aside, so that the stage can be done again.
+    """Whether the student is good; a collapsed one is set aside, so that the stage can be repeated.
 
-    One that is farther from its teacher than before its training is put back to what it was, and is good.
+    A student that training moved away from its teacher gets its initial weights back, and counts as good.
 
     Raises:
-        VdiffError: it collapsed, as in every attempt before; the best of them is kept.
+        VdiffError: it collapsed, as in every earlier attempt; the best attempt is kept.
     """
     code, reporter = 0, examiner.reporter
     if engine.is_main:
@@ -332,14 +333,14 @@ def check_student(
             if text := warning(verdict):
                 reporter.line(f"{stage.folder}: {text}")
         if verdict.reason and (reason := why_failed(verdict, config.max_regression)) != verdict.reason:
-            verdict = replace(verdict, reason=reason)  # a larger --max_regression may be given afterwards
+            verdict = replace(verdict, reason=reason)  # a larger --max_regression may be given later
             write_verdict(stage.folder, verdict)
         if verdict.reason and not collapse(verdict, config.max_regression):
             verdict = _keep_start(stage, config, verdict)
-            reporter.line(f"{stage.folder}: {verdict.kept_start}; it stays as it began")
+            reporter.line(f"{stage.folder}: {verdict.kept_start}; its initial weights are kept")
         if verdict.reason and verdict.attempts <= config.retries:
             set_aside(stage.folder)
-            reporter.line(f"{stage.folder} failed: {verdict.reason}; once more with half the learning rate")
+            reporter.line(f"{stage.folder} failed: {verdict.reason}; trying again with half the learning rate")
             code = 1
         elif verdict.reason:
             keep_best(stage.folder, verdict)
@@ -356,9 +357,9 @@ def check_student(
 
 
 def _keep_start(stage: Stage, config: DistillConfig, verdict: Verdict) -> Verdict:
-    """Put the student before its training in place of the one that is farther from the teacher.
+    """Replace a student that training made worse by the student before its training.
 
-    The verdict is written last: a kill before that is made good by doing all of it again.
+    The verdict is written last: after a kill before that, all of it is repeated.
     """
     start, _ = begin_student(stage, config, describe_student(stage, config, read_config(stage.base)))
     save_checkpoint(stage.folder, start.state_dict(), replace(read_config(stage.folder), kept_start=True))
