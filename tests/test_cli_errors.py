@@ -200,7 +200,7 @@ CASES = [
     (f"{DISTILL}/odd", USAGE, "15 steps cannot be halved; give --to_steps or --phases"),
     (f"{DISTILL}/base_9", USAGE, "checkpoints/base_9 already needs only 1 step; distil another "),
     (f"{DISTILL}/base_5 --to_steps 16", USAGE, "--to_steps 16: the teacher already takes 16; give less than 16"),
-    (f"{DISTILL}/base_5 --to_steps 3", USAGE, "16 steps cannot become 3: a smaller number that divides them"),
+    (f"{DISTILL}/base_5 --to_steps 3", USAGE, "16 steps cannot become 3: only a smaller divisor can follow"),
     (f"{DISTILL}/base_5 --stages 5", USAGE, "--stages 5: 16 steps cannot be halved so often; give --to_steps"),
     (f"{DISTILL}/table --phases 10,4,1", USAGE,
      "--phases 10,4,1: 10 steps cannot become 4: …; the nearest that fits is --phases 10,5,1"),

@@ -41,7 +41,7 @@ def test_a_stage_shortens_to_a_number_that_divides():
             assert single_plan(before, after) == [after]
         else:
             for check in (check_phase, single_plan, two_phase_plan):
-                with pytest.raises(ValueError, match=f"{before} steps cannot become {after}: a smaller number that"):
+                with pytest.raises(ValueError, match=f"{before} steps cannot become {after}: only a smaller divisor"):
                     check(before, after)
 
 

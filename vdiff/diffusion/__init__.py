@@ -1,6 +1,6 @@
 """The mathematics of diffusion and of its distillation.
 
-Everything here is arithmetic on the tensors that it is given: no I/O, no device choice, no hidden randomness. The
-modules are written in tensor methods and import torch only inside the functions that create tensors, so that the
-command line can list the registries (schedules, samplers, weightings, …) in `--help` without loading torch.
+Everything here is arithmetic on given tensors: no I/O, no choice of device, no hidden randomness. The modules use
+tensor methods, and import torch only inside functions that create tensors, so that `--help` can list the registries
+(schedules, samplers, weightings, …) without loading torch.
 """

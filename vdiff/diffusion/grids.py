@@ -1,7 +1,7 @@
-"""Grids: the times t_0 < … < t_N at which a sampler of N steps asks the network (t_1 … t_N) and ends (t_0 = 0).
+"""Grids: the times t_0 < … < t_N of a sampler with N steps; it evaluates the network at t_1 … t_N, and ends at t_0 = 0.
 
-The network of a distilled checkpoint knows no times but i/N of its own N: for it only `uniform` is right, with its N or
-a number that divides it. The other grids are for networks trained at all times, or at all levels of a table.
+A distilled network was trained only at the times i/N of its own N: it needs `uniform`, with its N or a number that
+divides N. The other grids are for networks trained at all times, or at all levels of a table.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ RHO = 7.0
 """The exponent of Karras et al. 2022."""
 
 MOST_NOISE = 5.1
-"""log(σ/α) where `logsnr` and `karras` begin to count if the schedule goes beyond: there the code of Lu et al. cuts
-cosine schedules. Further up steps would be spent on what is noise alone."""
+"""The largest log(σ/α) for the spacing of `logsnr` and `karras`, where the code of Lu et al. also cuts cosine
+schedules. Steps at higher noise levels would be wasted on pure noise."""
 
 
 def uniform(schedule: Schedule, num_steps: int) -> Tensor:
-    """t_i = i/N; between the levels of a table timesteps are fractions, where other libraries round to whole ones.
+    """t_i = i/N; between the levels of a table, timesteps are fractions, which other libraries round.
 
     Raises:
         ValueError: fewer than one step, or more than a table has levels.
@@ -37,8 +37,8 @@ def uniform(schedule: Schedule, num_steps: int) -> Tensor:
 def trailing(schedule: Schedule, num_steps: int) -> Tensor:
     """t_i = round(L·i/N)/L, L = the schedule's `label_scale`: whole timesteps, and any N up to L.
 
-    Equals `uniform` where N divides L. Halves are rounded to even; diffusers' trailing spacing, whose
-    timesteps are L·t_i − 1.
+    Equals `uniform` if N divides L. Halves are rounded to even. This is diffusers' trailing spacing, with timesteps
+    L·t_i − 1.
 
     Raises:
         ValueError: fewer than one step, or more than L.
@@ -76,9 +76,9 @@ def karras(schedule: Schedule, num_steps: int) -> Tensor:
 def spaced(
     schedule: Schedule, num_steps: int, scale: Callable[[Tensor], Tensor], angle: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """0, and N times from t = 1/L to 1 at even distances on `scale`(φ), whose inverse is `angle`.
+    """0, and N times from t = 1/L to 1, evenly spaced on `scale`(φ); `angle` is the inverse of `scale`.
 
-    Beyond `MOST_NOISE` the distances are counted from there, and t_N is 1 all the same.
+    If the schedule goes beyond `MOST_NOISE`, the spacing starts there, but t_N is still 1.
 
     Raises:
         ValueError: fewer than one step, more than a table has levels.
@@ -101,7 +101,7 @@ def spaced(
 
 
 def _once_each(levels: Tensor, size: int) -> Tensor:
-    """Rising levels 1 … `size`, moved down where two are the same and up where too few would be left below: float64."""
+    """Increasing levels 1 … `size` (float64): equal ones are moved down, or up if too few levels are left below."""
     import torch
 
     moved: list[int] = []
@@ -113,10 +113,10 @@ def _once_each(levels: Tensor, size: int) -> Tensor:
 
 
 def check_times(times: Tensor, num_steps: int) -> None:
-    """Refuse what is no grid of `num_steps` steps.
+    """Refuse times that are not a grid of `num_steps` steps.
 
     Raises:
-        ValueError: not N + 1 float64 times that rise within [0, 1].
+        ValueError: not N + 1 increasing float64 times in [0, 1].
     """
     import torch
 
@@ -124,16 +124,16 @@ def check_times(times: Tensor, num_steps: int) -> None:
         shape, dtype = tuple(times.shape), times.dtype
         raise ValueError(f"a grid of {num_steps} steps is {num_steps + 1} float64 times, got {shape} {dtype}")
     if not (times[0] >= 0 and times[-1] <= 1 and (times.diff() > 0).all()):
-        raise ValueError(f"the times of a grid rise within [0, 1], got {times.tolist()}")
+        raise ValueError(f"the times of a grid increase within [0, 1], got {times.tolist()}")
 
 
 def grid_of(name: str, schedule: Schedule, num_steps: int) -> Tensor:
     """The times t_0 = 0 < … < t_N = 1 of the grid `name` of `num_steps` steps: (N + 1,) float64, on the CPU.
 
-    For a checkpoint that was distilled, ask for "uniform" only, with its own number of steps or one that divides it.
+    A distilled checkpoint needs "uniform", with its own number of steps or one that divides it.
 
     Raises:
-        ValueError: an unknown name, or no such grid on this schedule.
+        ValueError: the name is unknown, or this schedule has no such grid.
     """
     if name not in GRIDS:
         raise ValueError(f"unknown grid {name!r}, choose from {', '.join(GRIDS)}")

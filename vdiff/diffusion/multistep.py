@@ -1,12 +1,12 @@
-"""Samplers of higher order: they look back at earlier steps, or ask the network twice a step.
+"""Samplers of higher order: they use earlier steps, or evaluate the network twice per step.
 
 With λ' = log(α/σ) = −log tan φ, h = λ'_s − λ'_t and u = (λ' − λ'_t)/h, the probability flow from φ_t to φ_s is
 
     z_s = (σ_s/σ_t) z_t + g ∫₀¹ x̂(u) p(u) du,    g = α_s (1 − e^−h) = sin(φ_t − φ_s)/σ_t,    p(u) ∝ e^(u h), ∫ p = 1,
 
-so that DDIM is x̂(u) = x̂_t, and solvers with data prediction (DPM-Solver++, UniPC) are x̂(u) = a polynomial through
-the x̂ of several steps. Nothing is divided by α, which is nearly zero at t = 1. On a grid's last step φ_s = 0, h is
-infinite, and they end with x̂ as published: g = 1 and σ_s = 0.
+DDIM sets x̂(u) = x̂_t. Solvers with data prediction (DPM-Solver++, UniPC) set x̂(u) to a polynomial through the x̂ of
+several steps. Nothing is divided by α, which is nearly zero at t = 1. On a grid's last step φ_s = 0 and h is infinite;
+the samplers end with x̂ as published: g = 1 and σ_s = 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ORDER = "Order of the rule: 1 to 3 for unipc, 1 to 4 for ipndm."
 FEW_STEPS = 15
-"""Below this number of steps the step before the last is of second order at most: the code of Lu et al. 2022."""
+"""Below this number of steps, the second-to-last step has at most order 2, as in the code of Lu et al. 2022."""
 
 
 def half_logsnr(angle: Tensor) -> Tensor:
@@ -33,12 +33,12 @@ def half_logsnr(angle: Tensor) -> Tensor:
 
 
 def data_gain(angle_t: Tensor, angle_s: Tensor) -> Tensor:
-    """g = sin(φ_t − φ_s)/σ_t: what x̂ adds in a step with data prediction."""
+    """g = sin(φ_t − φ_s)/σ_t: the coefficient of x̂ in a step with data prediction."""
     return (angle_t - angle_s).sin() / angle_t.sin()
 
 
 def data_step(z: Tensor, x: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
-    """z_s = (σ_s/σ_t) z_t + g x: DDIM where x = x̂_t."""
+    """z_s = (σ_s/σ_t) z_t + g x; x = x̂_t is DDIM."""
     kept = angle_s.sin() / angle_t.sin()
     return coefficient(kept, z) * z + coefficient(data_gain(angle_t, angle_s), z) * x
 
@@ -46,7 +46,7 @@ def data_step(z: Tensor, x: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
 def moments(h: Tensor, count: int) -> list[Tensor]:
     """m_k = ∫₀¹ u^k p(u) du for k = 1 … `count`, p(u) = h e^(u h)/(e^h − 1); h finite.
 
-    By parts m_k = 1/(1 − e^−h) − (k/h) m_(k−1), m_0 = 1: m_k is 1/(k + 1) for small h and goes to 1 for large.
+    Integration by parts: m_k = 1/(1 − e^−h) − (k/h) m_(k−1), m_0 = 1. m_k is 1/(k + 1) for small h, and 1 for large h.
     """
     import torch
 
@@ -65,9 +65,9 @@ def places(history: list[PastStep], angle_t: Tensor, angle_s: Tensor) -> list[Te
 
 
 def difference_weights(u: Tensor, h: Tensor) -> Tensor:
-    """ρ (B, K) so that x̂_t + Σ_j ρ_j (x̂_j − x̂_t)/u_j is ∫ x̂ p du where x̂ is a polynomial of degree K in u.
+    """ρ (B, K) with ∫ x̂ p du = x̂_t + Σ_j ρ_j (x̂_j − x̂_t)/u_j for every polynomial x̂ of degree K in u.
 
-    Solves Σ_j ρ_j u_j^(k−1) = m_k for k = 1 … K; `u` (B, K) are the places, other than 0, where x̂_j is known.
+    Solves Σ_j ρ_j u_j^(k−1) = m_k for k = 1 … K; `u` (B, K) are the points, except 0, at which x̂_j is known.
     Source: Zhao et al. 2023, *UniPC*: the condition on its coefficients for order K + 1.
     """
     import torch
@@ -94,9 +94,9 @@ def differences(x: Tensor, history: list[PastStep], angle_t: Tensor, angle_s: Te
 
 @dataclass(frozen=True)
 class Dpmpp2m(StatefulSampler):
-    """DPM-Solver++(2M): a line through the present x̂ and the one before, at the middle of the step.
+    """DPM-Solver++(2M): a line through the current and the previous x̂, at the middle of the step.
 
-    z_s = (σ_s/σ_t) z_t + g (x̂_t + D/2), D = (h/h₋)(x̂_t − x̂₋), where h₋ is the step before.
+    z_s = (σ_s/σ_t) z_t + g (x̂_t + D/2), D = (h/h₋)(x̂_t − x̂₋), where h₋ is the previous step.
 
     The first step and the last are DDIM. Source: Lu et al. 2022, *DPM-Solver++*, algorithm 2.
     """
@@ -118,9 +118,9 @@ class Dpmpp3m(StatefulSampler):
     """DPM-Solver++(3M), the third-order multistep rule of the code of Lu et al. 2022: a parabola through three x̂.
 
     z_s = (σ_s/σ_t) z_t + g (x̂_t + m_1 D₁ + w m_2 D₂), D₁ and D₂ the slope and the curvature at u = 0 of the parabola
-    x̂_t + D₁ u + D₂ u². The published code has w = 1/2, which leaves the rule of second order; w = 1 makes it third.
+    x̂_t + D₁ u + D₂ u². The published code has w = 1/2, which gives order 2; w = 1 gives order 3.
 
-    Warms up through first and second order (`Dpmpp2m`); ends with DDIM, and below 15 steps with second order before it.
+    The first steps have order 1 and 2 (`Dpmpp2m`). The last step is DDIM; below 15 steps, the one before has order 2.
 
     Attributes:
         curvature: w.
@@ -160,13 +160,13 @@ class UniPc(StatefulSampler):
 
         z_s = (σ_s/σ_t) z_t + g (x̂_t + Σ_j ρ_j (x̂_j − x̂_t)/u_j)    over the p − 1 steps before.
 
-    Corrector, when the network has been asked at that z_s: the same sum with x̂_s, where u = 1, as one point more.
-    It costs no evaluation. As published ρ = 1/2 where there is but one difference, else `difference_weights`; the order
-    warms up from 1 and falls to 1 at the last step, which ends with x̂.
+    Corrector, after the evaluation at that z_s: the same sum with x̂_s at u = 1 as an additional point. It costs no
+    evaluation. As published, ρ = 1/2 for a single difference, else `difference_weights`. The order rises from 1, and is
+    1 again in the last step, which ends with x̂.
     Source: Zhao et al. 2023, *UniPC*, the algorithms with data prediction in its appendix.
 
     Attributes:
-        order: p, 1 to 3. With strong guidance the authors take 2.
+        order: p, 1 to 3. With strong guidance the authors use 2.
 
     Raises:
         ValueError: another order.
@@ -195,7 +195,7 @@ class UniPc(StatefulSampler):
         return data_step(z, mean, angle_t, angle_s)
 
     def correct(self, x: Tensor, angle: Tensor, history: list[PastStep]) -> Tensor:
-        """z_t anew, from the corrected z of the step before, the earlier x̂ and now x̂_t."""
+        """The corrected z_t, from the corrected z of the previous step, the earlier x̂ and now x̂_t."""
         last = history[0]
         assert last.z is not None
         mean = last.value + differences(last.value, [*history[1:], PastStep(angle, x)], last.angle, angle)
@@ -208,19 +208,19 @@ ADAMS_BASHFORTH = {
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
-"""Order → weights of the present slope and those before, for equal steps."""
+"""Order → weights of the current and the previous slopes, for equal steps."""
 
 
 @dataclass(frozen=True)
 class Ipndm(StatefulSampler):
-    """iPNDM: the DDIM step with ε̂ carried on by an Adams-Bashforth sum of the last ones.
+    """iPNDM: the DDIM step, with ε̂ extrapolated from the last ones by an Adams-Bashforth sum.
 
     ε̃ = Σ_j b_j ε̂_j; z_s = α_s (z_t − σ_t ε̃)/α_t + σ_s ε̃ = ddim + sin(φ_t − φ_s)/α_t · (ε̂_t − ε̃).
 
-    At t = 1, where α is nearly zero, ε̃ = ε̂_t and nothing is divided. The weights are those of equal steps; over the
-    unequal ones of σ/α they leave the rule of second order, whatever `order` is. The order warms up from 1.
-    The last step, too, goes on from ε̃, so it ends with x̂ + tan φ_t (ε̂_t − ε̃), within ±`clip`.
-    Source: Liu et al. 2022, *PNDM*, the linear multistep rule; begun with lower orders: Zhang & Chen 2022, *DEIS*.
+    At t = 1, where α is nearly zero, ε̃ = ε̂_t and nothing is divided. The weights are for equal steps; as the steps of
+    σ/α are unequal, the rule has at most order 2 for any `order`. The order rises from 1. The last step also uses ε̃, so
+    it ends with x̂ + tan φ_t (ε̂_t − ε̃), within ±`clip`.
+    Source: Liu et al. 2022, *PNDM*, the linear multistep rule; the start with lower orders: Zhang & Chen 2022, *DEIS*.
 
     Attributes:
         order: 1 to 4.
@@ -239,7 +239,7 @@ class Ipndm(StatefulSampler):
     def advance(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
     ) -> Tensor:
-        """The rotation, plus what ε̃ differs from ε̂."""
+        """The rotation, plus the effect of ε̃ − ε̂."""
         eps = prediction.eps
         end = ddim_step(z, prediction.v, angle_t, angle_s)
         earlier = state.history[: self.order - 1]
@@ -255,24 +255,24 @@ class Ipndm(StatefulSampler):
 
 @dataclass(frozen=True)
 class Heun(StatefulSampler):
-    """Heun's method: the mean of the slopes at both ends of a step; two evaluations a step, one at the last.
+    """Heun's method: the mean of the slopes at both ends of a step; two evaluations per step, one in the last.
 
-    Slopes are compared as seen from one angle ψ: the line z = α x̂ + σ ε̂ through a prediction has, over
-    τ = tan(ψ − φ), the slope −w of z/cos(ψ − φ), w = ε̂ cos ψ − x̂ sin ψ. The trapezoid over τ is
+    Slopes are compared in the frame of one angle ψ: as a function of τ = tan(ψ − φ), the line z = α x̂ + σ ε̂ through a
+    prediction has the slope −w of z/cos(ψ − φ), where w = ε̂ cos ψ − x̂ sin ψ. The trapezoid over τ is
 
     z_s = ddim + sin(φ_t − φ_s)/cos(ψ − φ_t) · (w_t − w_s)/2.
 
     Attributes:
-        frame: "v": ψ = φ_t, velocities as seen from the step's start; nothing is divided, and the order is second from
-            t = 1 to 0. "eps": ψ = 0, noise against σ/α: Heun's method of Karras et al. 2022, algorithm 1. That
-            divides by α_t, so it is of use only where σ/α is moderate at t = 1.
+        frame: "v": ψ = φ_t, velocities in the frame of the step's start; nothing is divided, and the order is 2 from
+            t = 1 to 0. "eps": ψ = 0, noise over σ/α: Heun's method of Karras et al. 2022, algorithm 1. It divides by
+            α_t, so it is useful only if σ/α is moderate at t = 1.
 
     Raises:
         ValueError: an unknown frame.
     """
 
     frame: str = setting(
-        "Slopes that heun averages: of v, seen from the start of a step, or of eps over σ/α (Karras et al. 2022).",
+        "Slopes that heun averages: of v, in the frame of the step's start, or of eps over σ/α (Karras et al. 2022).",
         default="v", choices=("v", "eps"),
     )  # fmt: skip
 
@@ -288,7 +288,7 @@ class Heun(StatefulSampler):
     def advance(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
     ) -> Tensor:
-        """The rotation; then, above φ_s = 0, the trapezoid over it."""
+        """The rotation; then, if φ_s > 0, the trapezoid over it."""
         end = ddim_step(z, prediction.v, angle_t, angle_s)
         if state.steps_left <= 1:
             return end

@@ -1,4 +1,4 @@
-"""Gaussian noise with one stream for each image, so that image k is the same whatever batch it is drawn in."""
+"""Gaussian noise with one stream for each image, so that image k is the same in any batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ImageNoise:
-    """Each call draws the next N(0, I) of every image's own stream: (B, C, H, W) float32.
+    """Each call draws the next N(0, I) from each image's own stream: (B, C, H, W) float32.
 
     Stream k of seed s is Philox with the key (s, k) (Salmon et al. 2011), the same on every machine and device.
 

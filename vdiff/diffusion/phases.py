@@ -1,4 +1,4 @@
-"""From how many steps to how many: the stages on the way to few steps. Without torch."""
+"""The numbers of steps of a ladder's stages. Without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def halving_plan(num_steps: int, to_steps: int) -> list[int]:
     """The students' numbers of steps, from `num_steps` down to `to_steps`: 64, 8 → [32, 16, 8].
 
-    Each halves the steps, or divides them by the least factor of an odd ratio that is left: 250, 2 → [50, 10, 2].
+    Each stage halves the steps, or divides them by the smallest factor of an odd remaining ratio: 250, 2 → [50, 10, 2].
 
     Raises:
         ValueError: `to_steps` does not divide `num_steps`.
@@ -25,12 +25,12 @@ def halving_plan(num_steps: int, to_steps: int) -> list[int]:
 
 
 def halving_start(num_steps: int, to_steps: int) -> int:
-    """The most steps up to `num_steps` from which halving alone leads to `to_steps`: 1000, 1 → 512."""
+    """The largest number of steps up to `num_steps` that halving alone reduces to `to_steps`: 1000, 1 → 512."""
     return to_steps << ((num_steps // to_steps).bit_length() - 1)
 
 
 def fitting_phases(phases: Sequence[int]) -> list[int]:
-    """The falling list nearest to `phases`, by ratios, in which each number divides the one before."""
+    """The decreasing list nearest to `phases`, by ratios, in which each number divides the previous one."""
     fitting = list(phases[:1])
     for wanted in phases[1:]:
         before = fitting[-1]
@@ -40,13 +40,13 @@ def fitting_phases(phases: Sequence[int]) -> list[int]:
 
 
 def check_phase(num_steps: int, to_steps: int) -> None:
-    """Refuse a stage whose steps do not lie on its teacher's.
+    """Refuse a stage if its steps do not lie on its teacher's grid.
 
     Raises:
-        ValueError: `to_steps` is not a smaller number that divides `num_steps`.
+        ValueError: `to_steps` is not a smaller divisor of `num_steps`.
     """
     if not 1 <= to_steps < num_steps or num_steps % to_steps:
-        raise ValueError(f"{num_steps} steps cannot become {to_steps}: a smaller number that divides them can follow")
+        raise ValueError(f"{num_steps} steps cannot become {to_steps}: only a smaller divisor can follow")
 
 
 def single_plan(num_steps: int, to_steps: int) -> list[int]:
@@ -56,7 +56,7 @@ def single_plan(num_steps: int, to_steps: int) -> list[int]:
 
 
 def two_phase_plan(num_steps: int, to_steps: int) -> list[int]:
-    """Two stages, each shortening by about the same factor, or one where that would be 8 or less: 1024, 1 → [32, 1].
+    """Two stages of about the same factor, or one stage if that factor would be 8 or less: 1024, 1 → [32, 1].
 
     Source: Berthelot et al. 2023, *TRACT*: 1024 → 32 → 1.
     """
@@ -65,6 +65,6 @@ def two_phase_plan(num_steps: int, to_steps: int) -> list[int]:
     factors = [d for d in range(2, ratio) if ratio % d == 0]
     if ratio <= 8 or not factors:
         return [to_steps]
-    # of two that are as near to the root, the larger: the first phase is the easier one
+    # of two numbers equally near to the root, take the larger: the first phase is the easier one
     middle = min(factors, key=lambda d: (max(d, ratio // d), -d))
     return [to_steps * middle, to_steps]

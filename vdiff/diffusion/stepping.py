@@ -1,6 +1,6 @@
-"""What samplers are made of: the rule for one step, the DDIM rotation, limits of predicted images, a solver's state.
+"""Parts of samplers: the rule for one step, the DDIM rotation, limits of predicted images, a solver's state.
 
-A sampler is frozen. What it must know of earlier steps is in a `SolverState`, which the loop makes for every batch.
+A sampler is frozen. Its memory of earlier steps is a `SolverState`, which the loop creates for every batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sampler(ABC):
     """A rule for one step from φ_t down to φ_s; on a grid's last step φ_s = 0.
 
     Attributes:
-        solves_ode: it follows the probability flow: it draws no noise, and with `clipping_value` None it has no limits.
+        solves_ode: it follows the probability flow: it draws no noise, and has no limits if `clipping_value` is None.
     """
 
     solves_ode: ClassVar[bool] = True
@@ -35,16 +35,16 @@ class Sampler(ABC):
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
     ) -> Tensor:
-        """z_s from z_t: z (B, C, H, W); angles (B,) float64; `noise()` draws N(0, I) like z where the rule needs it."""
+        """z_s from z_t: z (B, C, H, W); angles (B,) float64; `noise()` draws N(0, I) like z if the rule needs it."""
 
     def evaluations(self, num_steps: int) -> int:
-        """How often the network is asked for one image in `num_steps` steps."""
+        """The number of network evaluations for one image in `num_steps` steps."""
         return num_steps
 
 
 @dataclass(frozen=True)
 class PastStep:
-    """What a sampler keeps of one step for later ones: its angle (B,), something predicted there, and perhaps z."""
+    """What a sampler keeps of a step for later ones: the angle (B,), a predicted tensor, and perhaps z."""
 
     angle: Tensor
     value: Tensor
@@ -53,14 +53,14 @@ class PastStep:
 
 @dataclass
 class SolverState:
-    """One walk down a grid, as seen by a sampler that looks back or asks the network twice a step.
+    """The state of one run over a grid, for a sampler that uses earlier steps or evaluates the network twice per step.
 
     Attributes:
         num_steps: N.
         denoise: the network.
-        t_s: where the present step ends, (B,) float64.
-        steps_left: steps until the clean image, the present one counted; ∞ on a grid that ends above it.
-        history: what the sampler keeps of earlier steps, newest first.
+        t_s: the end of the current step, (B,) float64.
+        steps_left: steps until the clean image, including the current one; ∞ on a grid that ends above t = 0.
+        history: kept values of earlier steps, newest first.
     """
 
     num_steps: float = math.inf
@@ -70,21 +70,21 @@ class SolverState:
     history: list[PastStep] = field(default_factory=list)
 
     def at_end(self, z: Tensor) -> Prediction:
-        """What the network says of another z at the end of the present step.
+        """The prediction of the network for another z at the end of the current step.
 
         Raises:
-            ValueError: a step outside of a run, which knows no network.
+            ValueError: the step is not part of a run, so there is no network.
         """
         if self.denoise is None or self.t_s is None:
-            raise ValueError("this rule asks the network twice a step, and a step outside of a run knows no network")
+            raise ValueError("this rule evaluates the network twice per step, but outside of a run there is none")
         return self.denoise(z, self.t_s)
 
 
 def check_clipping_value(value: float) -> None:
-    """Refuse a limit that is no positive finite number.
+    """Refuse a limit that is not a positive finite number.
 
     Raises:
-        ValueError: as said.
+        ValueError: the limit is not positive and finite.
     """
     if not 0 < value < math.inf:
         raise ValueError(f"clipping_value must be a positive number, got {value}")
@@ -92,16 +92,16 @@ def check_clipping_value(value: float) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a predicted image may go.
+    """Limits of predicted images.
 
     Attributes:
-        clipping_value: x̂ is clipped to ± it, as in the code of Salimans & Ho 2022; None: it goes as far as it goes.
-        threshold: a quantile p in (0, 1] for dynamic thresholding instead: s is the larger of `clipping_value` and the
-            p-quantile of |x̂| in each image, and x̂ is clipped to ±s and multiplied by `clipping_value`/s.
+        clipping_value: x̂ is clipped to ± this value, as in the code of Salimans & Ho 2022; None: no limit.
+        threshold: a quantile p in (0, 1], for dynamic thresholding instead: x̂ is clipped to ±s and multiplied by
+            `clipping_value`/s, where s is the larger of `clipping_value` and the p-quantile of |x̂| in each image.
             Source: Saharia et al. 2022 (Imagen), section 2.3, with `clipping_value` 1 and p = 0.995.
 
     Raises:
-        ValueError: a limit that is not positive, a quantile outside (0, 1], a quantile without a limit.
+        ValueError: the limit is not positive, the quantile is outside (0, 1], or there is a quantile without a limit.
     """
 
     clipping_value: float | None = setting(
@@ -121,7 +121,7 @@ class Limits:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold is a quantile in (0, 1], got {self.threshold}")
         if self.clipping_value is None:
-            raise ValueError("threshold needs a clipping_value to scale down to, got None")
+            raise ValueError("threshold needs a clipping_value, got None")
 
     def limit(self, x: Tensor) -> Tensor:
         """x̂ within its limits."""
@@ -134,14 +134,14 @@ class Limits:
         return x.maximum(-largest).minimum(largest) * (self.clipping_value / largest)
 
     def limited(self, prediction: Prediction, z: Tensor, angle: Tensor) -> Prediction:
-        """The prediction with x̂ within its limits, and ε̂ and v̂ derived again."""
+        """The prediction with x̂ within its limits, and ε̂ and v̂ derived from it."""
         return prediction if self.clipping_value is None else from_x(z, self.limit(prediction.x), angle)
 
 
 def quantile(values: Tensor, p: float) -> Tensor:
     """The p-quantile of each image (B, …), interpolated linearly: (B,), at least float32.
 
-    As `torch.quantile`, which in many releases, and on MPS, refuses tensors of more than 16 million elements.
+    Like `torch.quantile`, which in many releases and on MPS refuses tensors of more than 16 million elements.
     """
     import torch
 
@@ -164,7 +164,7 @@ def ddim_step(z: Tensor, v: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StatefulSampler(Limits, Sampler):
-    """A deterministic sampler whose step also gets the state of the solver."""
+    """A deterministic sampler with a step that also receives the state of the solver."""
 
     def step(
         self,
@@ -176,10 +176,10 @@ class StatefulSampler(Limits, Sampler):
         noise: Callable[[], Tensor],  # noqa: ARG002 - every sampler is given it
         state: SolverState | None = None,
     ) -> Tensor:
-        """`advance`; without a state the first step of a long one.
+        """`advance`; without a state, as the first step of a run.
 
         Raises:
-            ValueError: the rule asks the network twice a step, and there is no state.
+            ValueError: the rule evaluates the network twice per step, but there is no state.
         """
         limited = self.limited(prediction, z, angle_t)
         return self.advance(z=z, prediction=limited, angle_t=angle_t, angle_s=angle_s, state=state or SolverState())
@@ -188,4 +188,4 @@ class StatefulSampler(Limits, Sampler):
     def advance(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, state: SolverState
     ) -> Tensor:
-        """z_s from z_t and the limited prediction; what later steps need of this one goes into `state.history`."""
+        """z_s from z_t and the limited prediction; adds what later steps need to `state.history`."""

@@ -1,6 +1,6 @@
-"""Where one step of a student should end, and the prediction that leads there.
+"""Targets of distillation: the end of a student's step, and the prediction that leads there.
 
-Nothing is ever clipped: clipping belongs to sampling.
+Nothing is clipped: clipping belongs to sampling.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def invert_ddim(z: Tensor, z_end: Tensor, angle_t: Tensor, angle_s: Tensor) -> P
 
     v* = (cos δ · z − z_end)/sin δ, δ = φ_t − φ_s.
 
-    The same as x* = (z_end − (σ_s/σ_t) z)/(α_s − (σ_s/σ_t) α_t) of Salimans & Ho 2022, eq. 9 (appendix G), in angles:
-    it divides by the sine of the step only, so that both ends of the grid need no special case. Rounding of z and z_end
-    is enlarged 1/sin δ times; where both come from velocities, take `composed_velocity`.
+    This is x* = (z_end − (σ_s/σ_t) z)/(α_s − (σ_s/σ_t) α_t) of Salimans & Ho 2022, eq. 9 (appendix G), in angles. It
+    divides only by the sine of the step, so the ends of the grid need no special case. It multiplies rounding
+    errors of z and z_end by 1/sin δ; if both come from velocities, use `composed_velocity`.
     """
     delta = angle_t - angle_s
     v = (coefficient(delta.cos(), z) * z - z_end) / coefficient(delta.sin(), z)
@@ -33,12 +33,12 @@ def invert_ddim(z: Tensor, z_end: Tensor, angle_t: Tensor, angle_s: Tensor) -> P
 def composed_velocity(
     z: Tensor, first: Tensor, second: Tensor, angle_t: Tensor, angle_m: Tensor, angle_s: Tensor
 ) -> Tensor:
-    """The velocity of the DDIM step φ_t → φ_s that lands where two steps φ_t → φ_m → φ_s land.
+    """The velocity of the DDIM step φ_t → φ_s that ends where the two steps φ_t → φ_m → φ_s end.
 
     v* = (sin δ₁ cos δ₂ v₁ + sin δ₂ v₂ − sin δ₁ sin δ₂ z)/sin(δ₁ + δ₂), δ₁ = φ_t − φ_m, δ₂ = φ_m − φ_s.
 
-    Equals (cos(δ₁ + δ₂) z − z_s)/sin(δ₁ + δ₂) without the difference of two nearly equal images, whose rounding that
-    division would enlarge 1/(δ₁ + δ₂) times.
+    Equals (cos(δ₁ + δ₂) z − z_s)/sin(δ₁ + δ₂), but avoids the difference of two nearly equal images: the division
+    multiplies its rounding error by 1/(δ₁ + δ₂).
 
     Args:
         z: the image at φ_t, (B, C, H, W).
@@ -64,7 +64,7 @@ def progressive_target(
     """
     fine = ratio * num_steps
     times = [t - j / fine for j in range(ratio + 1)]
-    times[-1] = times[-1] * (times[-1] > 0.25 / fine)  # the last step ends at 0 exactly, whatever i/N − 1/N rounds to
+    times[-1] = times[-1] * (times[-1] > 0.25 / fine)  # 0 exactly at the end, despite the rounding of i/N − 1/N
     angles = [grid_angles(schedule, time) for time in times]
     state, v = z, teacher(z, t).v
     whole = v
@@ -85,15 +85,15 @@ def segment_target(
     num_steps: int,
     fine_steps: int,
 ) -> Prediction:
-    """A fine step of the teacher, then a jump of the student itself to the end of its segment, as one step.
+    """One step that equals a fine step of the teacher and then a jump of the student to the end of its segment.
 
-    [0, 1] is cut into N segments, the student's steps, and each into m = n/N fine ones. From level k of the fine grid
-    the teacher goes to k − 1, and `jump` from there to the segment's end e = m ⌊(k − 1)/m⌋; where k − 1 = e the target
-    is the teacher's alone.
+    [0, 1] is divided into N segments, the student's steps, and each into m = n/N fine steps. The teacher goes from
+    level k of the fine grid to k − 1, and `jump` from there to the segment's end e = m ⌊(k − 1)/m⌋. If k − 1 = e, the
+    target is the teacher's alone.
 
     Args:
         first: (z, t, φ_t, φ_s) → v, the velocity of the teacher's step.
-        jump: what the student says at k − 1.
+        jump: the student's prediction at k − 1.
         level: k (B,), whole numbers 1 … n.
         num_steps, fine_steps: N and n.
     """
@@ -103,7 +103,7 @@ def segment_target(
     angle_t, angle_m, angle_s = (grid_angles(schedule, time) for time in (t, middle, s))
     v = first(z, t, angle_t, angle_m)
     z_middle = ddim_step(z, v, angle_t, angle_m)
-    jumps = middle > s  # a network is told no t = 0; what it says where there is nothing to jump counts 0 times
+    jumps = middle > s  # networks do not accept t = 0; predictions without a jump get weight 0
     then = jump(z_middle, middle.where(jumps, t)).v
     return from_v(z, composed_velocity(z, v, then, angle_t, angle_m, angle_s), angle_t)
 
@@ -115,8 +115,8 @@ def addim_velocity(
 
     v = v̂ − a² sin δ/(√(σ_s² + a² sin² δ) + σ_s) ε̂, δ = φ_t − φ_s.
 
-    A DDIM step takes x̂, the mean of what x may be, for x itself, so its z_s varies too little. The step stays
-    deterministic: ε̂ is lengthened instead. η = 0 is DDIM.
+    A DDIM step uses x̂, the mean of the possible x, instead of x itself, so its z_s has too little variance. Scaling up
+    ε̂ restores the variance, and the step stays deterministic. η = 0 is DDIM.
     Source: Heek et al. 2024, *Multistep Consistency Models*, section 3.2: its V = (α_s − α_t σ_s/σ_t)² · η‖x − x̂‖²/d
     with α_s − α_t σ_s/σ_t = sin δ/σ_t.
     """
@@ -131,5 +131,5 @@ def addim_velocity(
 
 
 def grid_times_of(u: Tensor, num_steps: int) -> Tensor:
-    """t = (⌊u·N⌋ + 1)/N: a level of a grid of N steps, each as likely."""
+    """t = (⌊u·N⌋ + 1)/N: a level of a grid of N steps, uniformly."""
     return ((u * num_steps).floor() + 1) / num_steps
