@@ -48,7 +48,7 @@ def test_a_table_says_what_its_figures_rest_on(place):
     assert len(rows) == 8
     assert "fd_inf" not in head
     assert any("fd@30 is biased upwards" in line for line in lines)
-    assert any("fd_inf is left out: it needs 80 samples" in line for line in lines)
+    assert any("fd_inf is omitted: it needs 80 samples" in line for line in lines)
     assert lines[-2:] == ["pairs      two-nearest.png", "figures    two.json"]
     found = Evaluation.read(place / "two.json")
     assert found.command == line
@@ -69,10 +69,10 @@ def test_it_lies_beside_the_checkpoints_where_the_report_looks(place):
 def test_steps_that_a_student_was_not_made_for_are_left_out(place):
     write_checkpoint(place / "student", method="progressive", num_timesteps=2)
     result = done(f"vdiff evaluate model student {FEW} --num_timesteps 2,4 --metrics kd --out student.json")
-    assert "student in 4 steps is left out" in result.stderr
+    assert "student in 4 steps is skipped" in result.stderr
     steps = [(row.checkpoint, row.num_steps) for row in Evaluation.read(place / "student.json").rows]
     assert steps == [("model", 2), ("model", 4), ("student", 2)]
-    assert "student cannot be drawn in 4 steps" in error(f"vdiff evaluate student {FEW} --num_timesteps 4", 1)
+    assert "student cannot sample in 4 steps" in error(f"vdiff evaluate student {FEW} --num_timesteps 4", 1)
     assert "2 uniform steps" in error(f"vdiff evaluate student {FEW} --grid logsnr", 1)
 
 
@@ -91,11 +91,11 @@ WRONG = {
     "model --features text.pt2": ("--data data", 1, "text.pt2 is not a network"),
     "model --features none.pt2": ("--data data", 1, "none.pt2: No such file"),
     "model --features inception --weights text.pt2": ("--data data", 1, "text.pt2.*weights|torch-fidelity"),
-    "model --weights text.pt2": ("--data data", 2, "they are for Inception"),
-    "model --metrics fid": ("--data data", 2, "fid needs Inception's features; .* or ask for fd"),
+    "model --weights text.pt2": ("--data data", 2, "is for Inception"),
+    "model --metrics fid": ("--data data", 2, "fid needs Inception's features; .* or --metrics fd"),
     "model --metrics isc": ("--data data", 2, "isc needs Inception's features"),
-    "model --metrics rmse": ("--data data", 2, "rmse compares with a teacher; give --teacher"),
-    "model --metrics fdd": ("--data data", 2, "no such metric; did you mean 'fd'"),
+    "model --metrics rmse": ("--data data", 2, "rmse needs a teacher; give --teacher"),
+    "model --metrics fdd": ("--data data", 2, "is unknown; did you mean 'fd'"),
     "model --samplers dim": ("--data data", 2, "'dim' is unknown; did you mean 'ddim'"),
     "model --num_timesteps 0": ("--data data", 2, "0"),
     "model --guidance nan": ("--data data", 2, "--guidance nan: model: nan is not a weight"),

@@ -100,7 +100,7 @@ def test_files_that_are_no_features_are_refused_in_one_line(tmp_path):
             FileFeatures(path, **KIND)
         assert "\n" not in str(caught.value)
         assert "torch.export file" in str(caught.value)
-    with pytest.raises(OptionError, match=r"--weights w\.pth: they are for Inception"):
+    with pytest.raises(OptionError, match=r"--weights w\.pth is for Inception"):
         load_features("pixels", **KIND, weights=Path("w.pth"))
 
 

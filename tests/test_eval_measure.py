@@ -263,7 +263,7 @@ def test_notes_say_what_a_reader_must_know(place):
     notes = " ".join(Evaluation.read(place / "out.json").notes)
     assert "n = 60 is below 10,000: fd@60 is biased upwards" in notes
     assert "take kd, which has no bias." in notes
-    assert "fd_inf is left out: it needs 80 samples, 5 for each of the 16 dimensions" in notes
+    assert "fd_inf is omitted: it needs 80 samples, 5 for each of the 16 dimensions" in notes
     assert "model was trained on other images than these" in notes
 
 
@@ -273,7 +273,7 @@ def test_the_distance_at_infinity_needs_five_samples_for_each_dimension(place, t
     found = measured(place, n=n, num_timesteps=(2,), teacher=None, metrics=["fd"], out=tmp_path / "out.json")
     assert list(found.rows[0].metrics) == ["fd", "fd_inf"][: 1 + is_told]
     notes = " ".join(found.notes)
-    assert ("fd_inf is left out: it needs 80 samples" in notes) != is_told
+    assert ("fd_inf is omitted: it needs 80 samples" in notes) != is_told
     assert ("take fd_inf." if is_told else "take kd, which can be asked for.") in notes
 
 

@@ -1,1 +1,1 @@
-"""How good samples are."""
+"""Measuring the quality of samples."""

@@ -1,4 +1,4 @@
-"""Features, the vectors that images are compared by: small pictures, a network in a file, or those of Inception."""
+"""Feature vectors for comparing images: small pictures, or the output of a network in a file or of Inception."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PIXELS, INCEPTION = "pixels", "inception"
 SIDE = 8
 INCEPTION_NAME, INCEPTION_DIM = "inception-v3-compat", 2048
 MAX_BATCH = 32
-"""Images in a forward pass of Inception: each takes 20 MB of activations."""
+"""Images per forward pass of Inception; each needs 20 MB of activations."""
 DOWNLOAD = "leave --weights out to download them, or give torch-fidelity's weights-inception-….pth"
 MAKE_ONE = "give a torch.export file (vdiff features makes one), a TorchScript file, pixels or inception"
 
@@ -40,9 +40,9 @@ class Features(ABC):
     """A function from images to vectors.
 
     Attributes:
-        name: how results call it.
+        name: its name in results.
         dim: d.
-        fingerprint: differs where the vectors do; results are cached under it.
+        fingerprint: differs if the vectors differ; it is the key of cached results.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Features(ABC):
         """(n, C, H, W), uint8 or floating-point in [−1, 1], on any device, to (n, d)."""
 
     def with_logits(self, images: Tensor) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
-        """Vectors (n, d), and a classifier's logits (n, c) of the same images."""
+        """Vectors (n, d), and a classifier's logits (n, c), of the same images."""
         return self(images), None
 
 
@@ -64,7 +64,7 @@ def as_unit(images: Tensor) -> Tensor:
 
 
 def mean_colours(images: Tensor, side: int) -> Tensor:
-    """The mean colours of `side` × `side` equal parts of each image; images that are not larger stay as they are."""
+    """The mean colours of `side` × `side` equal parts of each image; smaller images are not changed."""
     return F.adaptive_avg_pool2d(images, side) if max(images.shape[-2:]) > side else images
 
 
@@ -111,7 +111,7 @@ class FileFeatures(Features):
     runs it once.
 
     Raises:
-        VdiffError: no such file, not a network, or one that such images cannot be given to.
+        VdiffError: the file is missing, is not a network, or its network does not accept such images.
     """
 
     def __init__(self, path: Path, *, image_size: int, channels: int, device: torch.device | str = "cpu") -> None:
@@ -131,9 +131,9 @@ class FileFeatures(Features):
         with _one_line_errors(path, f"it cannot be given images of {_kind(image_size, channels)}"):
             three, one = self(noise), self(noise[:1])
         if three.ndim != 2 or len(three) != 3 or one.shape != three[:1].shape or not three.shape[1]:
-            raise VdiffError(f"{path} answers {three.shape} for 3 images; need (3, d)", MAKE_ONE)
+            raise VdiffError(f"{path} returns shape {three.shape} for 3 images; need (3, d)", MAKE_ONE)
         if not np.isfinite(three).all():
-            raise VdiffError(f"{path} answers numbers that are not finite", MAKE_ONE)
+            raise VdiffError(f"{path} returns values that are not finite", MAKE_ONE)
         self.dim = three.shape[1]
 
     def __call__(self, images: Tensor) -> NDArray[np.floating]:
@@ -141,7 +141,7 @@ class FileFeatures(Features):
         with torch.no_grad():
             answer = self.network(as_unit(images.to(self.device)))
         if not isinstance(answer, Tensor):
-            raise TypeError(f"it answers {type(answer).__name__}, not a tensor")
+            raise TypeError(f"it returns {type(answer).__name__}, not a tensor")
         vectors: NDArray[np.floating] = answer.flatten(1).double().cpu().numpy()
         return vectors
 
@@ -149,14 +149,14 @@ class FileFeatures(Features):
 def load_features(
     wanted: str, *, image_size: int, channels: int, device: torch.device | str = "cpu", weights: Path | None = None
 ) -> Features:
-    """The features `pixels`, `inception` (with the weights in a local file, if one is given) or those of a file.
+    """The features `pixels`, `inception` (with weights from a local file, if given) or those of a network's file.
 
     Raises:
-        OptionError: weights for features that have none.
-        VdiffError: a file that cannot be used, or a package that is not installed.
+        OptionError: weights are given for features without weights.
+        VdiffError: a file cannot be used, or a package is not installed.
     """
     if weights is not None and wanted != INCEPTION:
-        raise OptionError(f"--weights {weights}: they are for Inception", "give --features inception, or leave it out")
+        raise OptionError(f"--weights {weights} is for Inception", "give --features inception, or leave it out")
     if wanted == PIXELS:
         return Pixels(image_size, channels)
     if wanted == INCEPTION:
@@ -183,12 +183,12 @@ def _load(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Any], st
             return program.module().to(device), str(extra[METADATA])
         if any(name.startswith("code/") for name in names):
             return torch.jit.load(path, map_location=device).eval(), ""
-    raise VdiffError(f"{path} holds no network, perhaps weights alone", MAKE_ONE)
+    raise VdiffError(f"{path} does not hold a network, perhaps only weights", MAKE_ONE)
 
 
 @contextmanager
 def _one_line_errors(path: Path, problem: str) -> Iterator[None]:
-    """Turn whatever error a network in a file causes in torch into one line."""
+    """Turn any torch error from a network's file into one line."""
     try:
         yield
     except VdiffError:
@@ -200,7 +200,7 @@ def _one_line_errors(path: Path, problem: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress torch's remarks on the file: tracebacks, and that TorchScript is deprecated."""
+    """Suppress torch's output about the file: tracebacks, and the deprecation warning of TorchScript."""
     logger = logging.getLogger("torch.export")
     before, logger.disabled = logger.disabled, True
     try:
@@ -215,18 +215,18 @@ def _quiet() -> Iterator[None]:
 
 
 class InceptionFeatures(Features):
-    """The 2048 features of torch-fidelity's Inception v3, and its logits without their bias.
+    """The 2048 features of torch-fidelity's Inception v3, and its logits without the bias.
 
-    Images become uint8 as when they are saved, grey ones three equal channels, and are resized to 299 × 299 as
-    TensorFlow 1 did. torch-fidelity computes FID and KID on the same features and its Inception score on the same
-    logits; for precision and recall its default is VGG-16.
+    Images are converted to uint8 as when saving, grey ones to three equal channels, and resized to 299 × 299 as in
+    TensorFlow 1. torch-fidelity computes FID and KID on the same features, and its Inception score on the same logits;
+    for precision and recall its default is VGG-16.
 
     Args:
         state: torch-fidelity's weights by name.
         fingerprint: of the weights.
 
     Raises:
-        VdiffError: `state` is of another network, or torch-fidelity is not installed.
+        VdiffError: `state` belongs to another network, or torch-fidelity is not installed.
     """
 
     name = INCEPTION
@@ -253,12 +253,12 @@ class InceptionFeatures(Features):
 
 
 def inception_features(weights: Path | None, device: str | torch.device = "cpu") -> InceptionFeatures:
-    """Inception with the weights in a local file, or with those that torch-fidelity downloads and keeps.
+    """Inception with weights from a local file, or with those that torch-fidelity downloads and caches.
 
-    The file is read by `torch.load(weights_only=True)`: no pickled code is run.
+    The file is read by `torch.load(weights_only=True)`, which runs no pickled code.
 
     Raises:
-        VdiffError: torch-fidelity is not installed, the file is not its Inception's weights, or no download.
+        VdiffError: torch-fidelity is not installed, the file is not its Inception's weights, or the download failed.
     """
     _require_torch_fidelity()
     path = weights or _download()
@@ -291,7 +291,7 @@ def _require_torch_fidelity() -> None:
 
 
 def _download() -> Path:
-    """The file that torch-fidelity itself downloads, where it keeps it; downloaded unless it is there."""
+    """torch-fidelity's file, in its cache; downloaded if it is missing."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     url = str(URL_INCEPTION_V3)
@@ -316,10 +316,10 @@ def _inception(state: Mapping[str, Tensor]) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Inception(FeatureExtractorInceptionV3):
-        """Loads the tensors that were read safely, in place of the file that its constructor would unpickle."""
+        """Loads tensors that were read safely, instead of the file that torch-fidelity's constructor would unpickle."""
 
         def load_state_dict(self, *_: object, **__: object) -> None:
-            """Load `state`, if it is that of this network."""
+            """Load `state`, if it belongs to this network."""
             due, given = {k: v.shape for k, v in self.state_dict().items()}, {k: v.shape for k, v in state.items()}
             if due != given:
                 lacking, unknown = sorted(due.keys() - given.keys()), sorted(given.keys() - due.keys())

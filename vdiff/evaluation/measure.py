@@ -68,7 +68,7 @@ from vdiff.reporting import DOUBTFUL_TIMES, Progress, Reporter, Silent
 
 FORMAT = 2
 QUALITY_IMAGES, QUALITY_STEPS, QUALITY_DATA = 500, 32, 10_000
-"""A model's quality is measured by so many samples in so many steps against so many images of the data, at most."""
+"""At most this many samples, steps and images of the data for a model's quality."""
 RANGE = 2.0
 """From black to white."""
 ROW, THUMBS, TEACHER = "row-{:03d}.json", "row-{:03d}-small.npz", "teacher-{:04d}.npz"
@@ -92,19 +92,19 @@ def evaluate(
     command: str = "",
     **plan: Any,
 ) -> Evaluation:
-    """Measure every checkpoint, in every number of steps (none given: its own), with every sampler, against a dataset.
+    """Measure every checkpoint against a dataset, with each number of steps (default: its own) and each sampler.
 
-    The same call continues after an interruption, from the folder `.OUT.work` beside the file; if `out` holds this very
-    evaluation already, that is returned. Every process of a launcher calls this and gets the same results.
+    The same call continues after an interruption, from the folder `.OUT.work` beside the file. If `out` already holds
+    this evaluation, it is returned. Every process of a launcher calls this and gets the same results.
 
     Args:
-        checkpoints: folders, or rows as they are to be drawn.
+        checkpoints: folders, or rows to draw.
         plan: the attributes of `EvalPlan`, such as `n=10_000`.
-        out: the file of the results; None: they are only returned.
+        out: the file for the results; None: only return them.
 
     Raises:
-        Interrupted: a signal came; the samples so far are kept.
-        VdiffError: something in the plan is impossible; `out` exists and is something else.
+        Interrupted: by a signal; the samples so far are kept.
+        VdiffError: the plan is impossible, or `out` exists and is something else.
     """
     reporter, processes = reporter or Silent(), processes or Processes(pick_device(device))
     folders = [each for each in checkpoints if not isinstance(each, RowSpec)]
@@ -115,8 +115,8 @@ def evaluate(
     for line in left_out:
         reporter.line(line)
     if out is None and processes.world_size > 1:
-        raise OptionError("several processes need a file that all of them see", "give --out FILE")
-    kept = "nothing is kept" if out is None else "what was drawn is kept; the same command continues"
+        raise OptionError("several processes need a shared output file", "give --out FILE")
+    kept = "nothing is kept" if out is None else "the samples so far are kept; the same command continues"
     with ExitStack() as stack, stop_explained(lambda _: f"stopped: {kept}"):
         scratch = "" if out else stack.enter_context(tempfile.TemporaryDirectory(prefix="vdiff-"))
         place = out.with_name(f".{out.name}.work") if out else Path(scratch, "work")
@@ -149,13 +149,13 @@ def evaluate(
 def measure_quality(
     folder: Path, dataset: Path | str, budget: int, *, processes: Processes, reporter: Reporter
 ) -> Quality | None:
-    """How good a model is, from few samples in few steps; kept in its folder until its weights change.
+    """The quality of a model, from few samples in few steps; cached in its folder until its weights change.
 
     Args:
-        budget: network evaluations that this may cost.
+        budget: how many network evaluations this may use.
 
     Returns:
-        None: the budget is too small.
+        the quality; None: the budget is too small.
 
     Raises:
         Interrupted, VdiffError: as in `evaluate`.
@@ -175,7 +175,7 @@ def measure_quality(
 
 
 def _finished(out: Path | None, key: str, overwrite: bool) -> Evaluation | None:
-    """What lies in `out` already, if it is this evaluation."""
+    """The results that `out` already holds, if they are of this evaluation."""
     if out is None or is_free(out):
         return None
     check_ours(out, EVALUATION)
@@ -190,11 +190,11 @@ def _finished(out: Path | None, key: str, overwrite: bool) -> Evaluation | None:
 
 
 class _Run:
-    """One evaluation: its plan, checked before anything is drawn, and the measurement of its rows.
+    """One evaluation: its plan, which is checked before anything is drawn, and the measurement of its rows.
 
     Attributes:
-        plan: without "auto".
-        key: of everything that determines the metrics.
+        plan: the plan, with "auto" resolved.
+        key: the hash of everything that determines the metrics.
     """
 
     def __init__(self, rows: Sequence[RowSpec], dataset: Path | str, plan: EvalPlan, device: torch.device) -> None:
@@ -204,7 +204,7 @@ class _Run:
         for folder, config in self.configs.items():
             if not config.image_size:
                 shape = " × ".join(map(str, config.shape))
-                raise VdiffError(f"{folder} draws samples of {shape}, no square images", "evaluate a model of images")
+                raise VdiffError(f"{folder} draws samples of {shape}, not square images", "evaluate a model of images")
         config = next(iter(self.configs.values()))
         size, channels = config.image_size, config.shape[0]
         self.images = images = ReferenceImages(dataset, size, plan.most_images)
@@ -227,7 +227,7 @@ class _Run:
         self.scale: Scale | None = None
 
     def measure(self, data: DataStats, work: WorkFolder) -> tuple[list[EvalRow], list[NDArray[np.uint8]]]:
-        """The rows, and the thumbnails of each one's first samples; what is done already is in the work folder."""
+        """The rows, and thumbnails of the first samples of each; finished parts are in the work folder."""
         calculator = MetricCalculator(data, self.features, self.plan, work.processes.device)
         if self.features.name == PIXELS and "fd" in self.plan.metrics:
             self.scale = scale_of(data, self.plan.n, self.images.image_size)
@@ -297,7 +297,7 @@ class _Run:
                 work.file(name).unlink()
 
     def _time_again(self, found: list[EvalRow], work: WorkFolder) -> list[EvalRow]:
-        """The rows; impossible times are measured again on one batch, and marked if they stay impossible."""
+        """The rows; implausible times are measured again on one batch, and marked if they remain implausible."""
         networks = [self.configs[row.checkpoint].network_id() for row in self.rows]
 
         def doubtful() -> list[int]:
@@ -318,7 +318,7 @@ class _Run:
         return [replace(row, is_time_doubtful=k in marked) for k, row in enumerate(found)]
 
     def results(self, found: Sequence[EvalRow], processes: Processes, pairs: Path | None, command: str) -> Evaluation:
-        """The rows with everything that a reader must know of them."""
+        """The results: the rows, with all information that a reader needs."""
         device, plan = processes.device, self.plan
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         notes = notes_for(self.images, self.configs, self.features, plan.n, plan.metrics)
@@ -339,7 +339,7 @@ class _Run:
 
 
 class MetricCalculator:
-    """Computes the metrics of rows; what is the same for all rows is computed once."""
+    """Computes the metrics of rows; computes what all rows share only once."""
 
     def __init__(self, data: DataStats, features: Features, plan: EvalPlan, device: torch.device) -> None:
         self.data, self.features, self.plan, self.device = data, features, plan, device
@@ -368,7 +368,7 @@ class MetricCalculator:
         return m.median_metric(search.distances)
 
     def calculate_metrics(self, stats: Sequence[m.Arrays]) -> dict[str, Metric]:
-        """The metrics of the samples behind some `sample_stats`, except the nearest images in pixels."""
+        """The metrics of samples from their `sample_stats`, except the nearest images in pixels."""
         wanted, features = self.plan.metrics, self.features
         kept, errors = (np.concatenate([piece[name] for piece in stats]) for name in ("kept", "errors"))
         fd, kd = ("fid", "kid") if features.name == INCEPTION else ("fd", "kd")
@@ -396,13 +396,13 @@ class MetricCalculator:
 
 
 def rmse(squared: Metric) -> Metric:
-    """√ of the mean of `vdiff.models.drawing.squared_errors` and of its bounds."""
+    """The square root of the mean of `vdiff.models.drawing.squared_errors`, and of its bounds."""
     low, high = (None if bound is None else math.sqrt(max(bound, 0.0)) for bound in (squared.low, squared.high))
     return Metric(math.sqrt(squared.value), low, high)
 
 
 def psnr(squared: Metric) -> Metric:
-    """10 log₁₀ (2² / e) of a mean squared error e, in dB; the bounds change places."""
+    """10 log₁₀ (2² / e) of a mean squared error e, in dB; the bounds are swapped."""
 
     def decibels(error: float) -> float:
         return 10 * math.log10(RANGE**2 / error) if error > 0 else math.inf
@@ -416,4 +416,4 @@ def _read_row(work: WorkFolder, number: int) -> EvalRow:
     try:
         return record_of(EvalRow, with_infinity(parse(read_text(path))), "a row", "")
     except (OSError, ValueError, VdiffError):
-        raise VdiffError(f"{path} cannot be read", f"remove {work.path}, then give the command again") from None
+        raise VdiffError(f"{path} cannot be read", f"remove {work.path}, then run the command again") from None

@@ -1,6 +1,6 @@
-"""Distances between samples and data, each with a 95 % interval: Fréchet and kernel distance, precision, recall, score.
+"""Metrics with 95 % intervals: Fréchet and kernel distance, precision, recall, Inception score.
 
-Statistics that can be merged (`Moments`, `ClassStats`) stand for vectors that are never all in memory.
+Mergeable statistics (`Moments`, `ClassStats`) replace the vectors, which need not be in memory all at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TILE = 2**20
 """Pairs of vectors in memory at once: 8 MiB."""
 NEIGHBOURS = 3
 EQUAL = 1e-12
-"""Squared distances below this part of the vectors' squared lengths are rounding errors: such vectors are equal."""
+"""Squared distances below this fraction of the vectors' squared lengths are rounding errors: the vectors are equal."""
 SPLITS = 10
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def student(degrees: int) -> float:
-    """The quantile of Student's t that 95 % of its absolute values are below."""
+    """The two-sided 95 % quantile of Student's t."""
     return float(stdtrit(degrees, (1 + LEVEL) / 2))
 
 
@@ -49,7 +49,7 @@ def mean_metric(values: NDArray[Any]) -> Metric:
 
 
 def share_metric(successes: int, trials: int) -> Metric:
-    """The share of successes in independent trials, with its score interval. Source: Wilson 1927."""
+    """The fraction of successes in independent trials, with its score interval. Source: Wilson 1927."""
     share, z2 = successes / trials, NORMAL**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = NORMAL / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
@@ -68,10 +68,10 @@ def median_metric(values: NDArray[Any]) -> Metric:
 
 
 def jackknife(value: float, without: Sequence[float]) -> tuple[Metric, Metric]:
-    """A statistic θ of K blocks of equal size, and θ without its bias, from the θ₋ₖ that leave block k out.
+    """A statistic θ of K blocks of equal size, and θ without its bias, from the leave-one-out values θ₋ₖ.
 
-    The first is θ ± t·s with s² = (K − 1)/K · Σ (θ₋ₖ − θ̄₋)²: the range for other samples of the same number. The
-    second is K θ − (K − 1) θ̄₋ ± t·s, which has no term in 1/n: the value at infinitely many samples.
+    The first is θ ± t·s with s² = (K − 1)/K · Σ (θ₋ₖ − θ̄₋)²: the interval for other samples, equally many. The second
+    is K θ − (K − 1) θ̄₋ ± t·s, without the bias of order 1/n: the value for infinitely many samples.
     Source: Quenouille 1956; Tukey 1958; Efron & Tibshirani 1993, ch. 11.
     """
     left, count = np.asarray(without, np.float64), len(without)
@@ -86,7 +86,7 @@ def jackknife(value: float, without: Sequence[float]) -> tuple[Metric, Metric]:
 class Moments:
     """Count, mean (d,) and scatter Σ (x − μ)(x − μ)ᵀ (d, d) of n vectors, in float64.
 
-    Scatters about the mean of their own part lose no digits to a large common mean, as sums of x xᵀ would.
+    Scatters about the mean of each part lose no precision to a large common mean, unlike sums of x xᵀ.
     Source: Chan, Golub & LeVeque 1979 (merging).
     """
 
@@ -118,7 +118,7 @@ class Moments:
         return Moments(count, self.mean + delta * (other.count / count), scatter)
 
     def __sub__(self, part: Moments) -> Moments:
-        """The moments of the vectors outside `part`, which is a part of these."""
+        """The moments of the vectors without `part`, a subset of them."""
         count = self.count - part.count
         mean = (self.count * self.mean - part.count * part.mean) / count
         delta = part.mean - mean
@@ -132,7 +132,7 @@ class Moments:
 
 
 def total(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts, merged in order: equal parts in equal order give equal bits."""
+    """The moments of all parts, merged in order: the same parts in the same order give the same bits."""
     return reduce(Moments.__add__, parts)
 
 
@@ -143,19 +143,19 @@ def to_arrays(items: Sequence[Any], names: Sequence[str]) -> dict[str, NDArray[A
 
 
 def from_arrays(kind: type[T], arrays: Arrays, names: Sequence[str]) -> list[T]:
-    """The inverse of `to_arrays`; empty where the first name is missing."""
+    """The inverse of `to_arrays`; empty if the first name is missing."""
     return [kind(*each) for each in zip(*(arrays[n] for n in names), strict=True)] if names[0] in arrays else []
 
 
 class FrechetDistance:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a^½ Σ_b Σ_a^½)^½) from the moments a of a reference, float64.
 
-    The symmetric form of the root needs eigenvalues of symmetric matrices only, so singular covariances (pixels that
-    are always black) are no special case. The estimate is biased upwards for small n: compare sets of the same size.
+    The symmetric form of the root needs only eigenvalues of symmetric matrices, so singular covariances (pixels that
+    are always black) need no special case. The estimate is biased upwards for small n: compare sets of the same size.
     Source: Dowson & Landau 1982; Heusel et al. 2017.
 
     Args:
-        reference: of at least two vectors.
+        reference: the moments of at least two vectors.
     """
 
     def __init__(self, reference: Moments) -> None:
@@ -172,9 +172,9 @@ class FrechetDistance:
         return float(shift + self.trace + np.trace(covariance) - 2 * cross)
 
     def measure(self, blocks: Sequence[Moments]) -> tuple[Metric, Metric]:
-        """The distance of all blocks together, and its value at infinitely many samples (`jackknife`).
+        """The distance of all blocks together, and its value for infinitely many samples (`jackknife`).
 
-        Both intervals are for other samples of the same model; the reference is taken as it is.
+        Both intervals are for other samples of the same model; the reference counts as exact.
         """
         whole = total(blocks)
         return jackknife(self(whole), [self(whole - block) for block in blocks])
@@ -184,7 +184,7 @@ def frechet_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     """The `FrechetDistance` between (n, d) and (m, d) vectors.
 
     Raises:
-        ValueError: fewer than two vectors, or unlike dimensions.
+        ValueError: there are fewer than two vectors, or the dimensions differ.
     """
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:] or a.ndim != 2:
         raise ValueError(f"sets of shape {a.shape} and {b.shape}; need (n, d) and (m, d) with n, m >= 2")
@@ -201,10 +201,10 @@ def on_device(vectors: NDArray[Any] | Tensor, device: torch.device | str) -> Ten
 
 
 def products(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x yᵀ for some rows at a time (`TILE` pairs), and which rows they are.
+    """x yᵀ in blocks of rows (`TILE` pairs), and the rows of each block.
 
-    All tiles share one memory, which the caller may change: with tiles of their own, glibc would not reuse the freed
-    ones, and memory would grow to that of all pairs.
+    All blocks share one buffer, which the caller may modify: with separate buffers, glibc would not reuse freed memory,
+    which would then grow to that of all pairs.
     """
     rows = max(1, min(len(x), TILE // max(len(y), 1)))
     memory = torch.empty((rows, len(y)), dtype=x.dtype, device=x.device)
@@ -216,13 +216,13 @@ def products(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 class KernelDistance:
     """MMD² = E k(x, x′) + E k(y, y′) − 2 E k(x, y) to the vectors y of a reference, k(x, y) = (xᵀy/d + 1)³.
 
-    The means are over all pairs of different vectors, so the estimate has no bias and may fall below 0. The kernel
-    inception distance is the mean of the same over random subsets, which has a larger variance.
+    The means are over all pairs of different vectors, so the estimate is unbiased and may be negative. The kernel
+    inception distance is its mean over random subsets, which has a larger variance.
     Source: Gretton et al. 2012, eq. 3; Bińkowski et al. 2018, *Demystifying MMD GANs*.
 
     Args:
         reference: (m, d), m ≥ 2.
-        device: where pairs are computed.
+        device: computes the pairs.
     """
 
     def __init__(self, reference: NDArray[Any], device: torch.device | str = "cpu") -> None:
@@ -231,7 +231,7 @@ class KernelDistance:
         self.within = float(_sums_without_self(self.y).sum()) / (m * (m - 1))
 
     def __call__(self, vectors: NDArray[Any]) -> Metric:
-        """The distance of (n, d) vectors, n ≥ 3, ± t·s of the jackknife over single vectors; the reference as it is."""
+        """The distance of (n, d) vectors, n ≥ 3, ± t·s of the jackknife over vectors; the reference is exact."""
         x = on_device(vectors, self.y.device)
         n, m = len(x), len(self.y)
         own, cross = _sums_without_self(x), _sums(x, self.y)
@@ -255,9 +255,9 @@ def _sums_without_self(x: Tensor) -> Tensor:
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """‖a_i − b_j‖² of (n, d) and (m, d) float64, some rows at a time; exactly 0 for equal vectors.
+    """‖a_i − b_j‖² of (n, d) and (m, d) float64, in blocks of rows; exactly 0 for equal vectors.
 
-    Yields the rows, their distances, and a boolean tensor of the same shape that the caller may write to (`products`).
+    Yields the rows, their distances, and a boolean tensor of the same shape as a buffer for the caller (`products`).
     """
     of_a, of_b = a.square().sum(1), b.square().sum(1)
     lengths, is_less = torch.empty(0), torch.empty(0)
@@ -272,7 +272,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Ten
 
 
 class Manifold:
-    """The union of balls around vectors, each reaching to its centre's `NEIGHBOURS`-th nearest other vector.
+    """The union of balls around vectors; each radius is the distance to the `NEIGHBOURS`-th nearest other vector.
 
     Args:
         vectors: (n, d), n > `NEIGHBOURS`.
@@ -284,20 +284,20 @@ class Manifold:
             raise ValueError(f"{len(self.centres)} vectors; need more than {NEIGHBOURS}")
         self.radii = torch.empty(len(self.centres), dtype=torch.float64, device=self.centres.device)
         for part, squares, _ in squared_distances(self.centres, self.centres):
-            # the nearest of all is the vector itself
+            # the nearest is the vector itself
             self.radii[part] = squares.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
 
     def count_inside(self, vectors: Tensor) -> int:
-        """How many of the vectors lie in one of the balls."""
+        """The number of vectors that are in at least one ball."""
         tiles = squared_distances(vectors, self.centres)
         return sum(int(torch.le(squares, self.radii, out=inside).any(1).sum()) for _, squares, inside in tiles)
 
 
 def precision_recall(samples: NDArray[Any], reference: Manifold) -> tuple[Metric, Metric]:
-    """The share of samples in the manifold of the reference, and the share of the reference in that of the samples.
+    """The fraction of samples in the reference's manifold, and the fraction of the reference in the samples' manifold.
 
-    Radii depend on the number of vectors: give as many samples as the reference has. The interval of precision is for
-    other samples, that of recall for other images of the data; the other side is taken as it is (Wilson).
+    Radii depend on the number of vectors: use as many samples as the reference has. The interval of precision is for
+    other samples, that of recall for other images of the data; the respective other set counts as exact (Wilson).
     Source: Kynkäänniemi et al. 2019, *Improved Precision and Recall Metric*, eq. 1 and 2.
 
     Args:
@@ -313,7 +313,7 @@ def precision_recall(samples: NDArray[Any], reference: Manifold) -> tuple[Metric
 
 @dataclass(frozen=True)
 class ClassStats:
-    """Of (n, c) logits: n, Σ p (c,), and Σ Σ p log p."""
+    """Statistics of (n, c) logits: n, Σ p (c,), and Σ Σ p log p."""
 
     count: int
     sums: NDArray[np.float64]
@@ -332,13 +332,13 @@ class ClassStats:
 
     @property
     def score(self) -> float:
-        """exp E KL(p(y|x) ‖ p(y)), p(y) being the mean of p(y|x). Source: Salimans et al. 2016, §4."""
+        """exp E KL(p(y|x) ‖ p(y)), where p(y) is the mean of p(y|x). Source: Salimans et al. 2016, §4."""
         mean = self.sums / self.count
         return math.exp(self.negentropy / self.count - float((mean * np.log(mean)).sum()))
 
 
 def inception_score(blocks: Sequence[ClassStats]) -> Metric:
-    """The mean score of `SPLITS` sets of equal size (of all blocks, where there are fewer), ± t·s/√splits."""
+    """The mean score of `SPLITS` sets of equal size (one per block, if there are fewer blocks), ± t·s/√splits."""
     splits = min(SPLITS, len(blocks))
     edges = [len(blocks) * k // splits for k in range(splits + 1)]
     scores = [reduce(ClassStats.__add__, blocks[start:stop]).score for start, stop in pairwise(edges)]

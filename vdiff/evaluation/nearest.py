@@ -1,4 +1,4 @@
-"""Memorisation: distances of samples to the nearest image of the data, beside those of data to other data."""
+"""Memorisation: distances from samples to the nearest image of the data, and from images to the nearest other image."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from vdiff.reporting import Progress
 from vdiff.text import plural
 
 MAX_QUERIES = 1_000
-"""Samples, and images of the data, whose nearest images are searched, at most."""
+"""At most this many samples, and images of the data, are searched for their nearest images."""
 SEARCH_SIDE, SHOWN_SIDE = 32, 64
-"""Images are compared at 32 × 32 at most, and shown at 64 × 64."""
+"""Images are compared at up to 32 × 32 pixels, and shown at up to 64 × 64."""
 COLUMNS, BANDS = 8, 6
 
 
@@ -37,17 +37,17 @@ def thumbnails(images: Tensor) -> Tensor:
 
 def search_vectors(images: Tensor) -> NDArray[np.float32]:
     """(n, C, H, W) uint8 → (n, D) float32: pixels in [−1, 1], or the mean colours of 32 × 32 parts."""
-    x = as_unit(thumbnails(as_unit(images)))  # the data lose the same precision as the samples
+    x = as_unit(thumbnails(as_unit(images)))  # the same rounding for data and samples
     vectors: NDArray[np.float32] = mean_colours(x, SEARCH_SIDE).flatten(1).cpu().numpy()
     return vectors
 
 
 class NearestSearch:
-    """The nearest vector to each of some queries, among vectors that come in batches.
+    """The nearest vector to each query, among vectors that arrive in batches.
 
     Args:
         queries: (q, d).
-        own: (q,) the number of a query among the vectors, where it must not find itself; −1: it is none of them.
+        own: (q,) the number of a query that is one of the vectors, so that it does not find itself; −1: it is not.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class NearestSearch:
         self.indices = torch.full((len(queries),), -1, dtype=torch.int64, device=place)
 
     def add(self, first: int, vectors: NDArray[Any]) -> None:
-        """Search (n, d) vectors with the numbers `first` …; of equally near ones the first is kept."""
+        """Search (n, d) vectors with the numbers `first` …; of equally near vectors the first is kept."""
         found = on_device(vectors, self.queries.device)
         numbers = torch.arange(first, first + len(found), device=found.device)
         for part, squares, _ in squared_distances(self.queries, found):
@@ -72,13 +72,13 @@ class NearestSearch:
 
     @property
     def distances(self) -> NDArray[np.float64]:
-        """(q,) root mean square differences of a query and its nearest vector: √(‖a − b‖²/d)."""
+        """(q,) root mean square differences between a query and its nearest vector: √(‖a − b‖²/d)."""
         found: NDArray[np.float64] = (self.squares / self.queries.shape[1]).sqrt().cpu().numpy()
         return found
 
 
 def merged(parts: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The (distances, indices) of all parts, from those of the same queries in each part, in order."""
+    """(distances, indices) over all parts, from those of the same queries in each part, in order."""
     distances, indices = (np.stack(each) for each in zip(*parts, strict=True))
     best, columns = distances.argmin(0), np.arange(distances.shape[1])
     return distances[best, columns], indices[best, columns]
@@ -87,7 +87,7 @@ def merged(parts: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[NDArray[
 def add_nearest(
     rows: Sequence[EvalRow], thumbs: Sequence[NDArray[np.uint8]], images: ReferenceImages, work: WorkFolder
 ) -> list[EvalRow]:
-    """The rows with `nearest`, `nearest_data`, `closest` and their closest pairs: one pass through the data for all.
+    """The rows with `nearest`, `nearest_data`, `closest` and the closest pairs, in one pass through the data.
 
     Args:
         thumbs: the `thumbnails` of each row's samples.
@@ -130,9 +130,9 @@ def add_nearest(
 def save_pairs(
     rows: Sequence[EvalRow], thumbs: Sequence[NDArray[np.uint8]], images: ReferenceImages, path: Path
 ) -> None:
-    """Write a picture of each row's samples closest to the data, and below each its nearest image.
+    """Save a picture of each row's samples closest to the data, and below each sample its nearest image.
 
-    Of more than `BANDS` rows, so many are shown: evenly spread, the first and the last among them.
+    At most `BANDS` rows are shown: evenly spread, with the first and the last.
     """
     shown = range(len(rows)) if len(rows) <= BANDS else [(len(rows) - 1) * k // (BANDS - 1) for k in range(BANDS)]
     columns = max(len(rows[k].closest) for k in shown)

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, checked against the checkpoints, the data and the features."""
+"""The plan of an evaluation, checked against the checkpoints, the data and the features."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ OF_INCEPTION = {"fid": "fd", "kid": "kd"}
 MIN_IMAGES = 10
 UNBIASED_FROM = 10_000
 EXTRAPOLATED_FROM = 5
-"""Samples per dimension from which `fd_inf` is given: with 1.5 it is negative more often than not."""
+"""`fd_inf` needs this many samples per dimension; with 1.5 it is usually negative."""
 MAX_PAIRED = 256
-"""Samples that are compared with the teacher's from the same noise, at most."""
+"""At most this many samples are compared with the teacher's from the same noise."""
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row: a checkpoint, drawn with a sampler in a number of steps on a grid; `raw`: without its average."""
+    """One row: a checkpoint, sampler, number of steps and grid; `raw`: weights without average."""
 
     checkpoint: Path
     sampler: str = "ddim"
@@ -43,18 +43,18 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """How all rows are drawn and measured.
+    """The settings for drawing and measuring all rows.
 
     Attributes:
         n, seed: samples 0 … n − 1 of the seed.
         features, weights: see `features.load_features`.
         metrics: names from `METRICS`; empty: all that are possible.
-        teacher, teacher_steps: the checkpoint whose images from the same noise samples are compared with, drawn by ddim
-            in so many steps (None: its own).
+        teacher, teacher_steps: samples are compared with this checkpoint's images from the same noise, drawn by ddim in
+            this number of steps (None: its own).
         guidance: the weight w of classifier-free guidance.
-        batch_size: drawn at once by each process.
-        precision: what networks compute in.
-        most_images: of the data that are read, see `ReferenceImages`; None: all.
+        batch_size: images that each process draws at once.
+        precision: of the networks.
+        most_images: how many images of the data to read, see `ReferenceImages`; None: all.
     """
 
     n: int = 2000
@@ -78,17 +78,17 @@ def plan_rows(
     grid: str = "uniform",
     raw: bool = False,
 ) -> tuple[list[RowSpec], list[str]]:
-    """A row for each checkpoint, number of steps (none given: its own) and sampler; and a line for each one left out.
+    """A row for each checkpoint, number of steps (default: its own) and sampler; and a line for each skipped row.
 
-    A number of steps that a distilled model was not made for is left out, where the model can take another one.
+    A number of steps that a distilled model does not support is skipped, if the model supports another one.
 
     Raises:
-        VdiffError: a checkpoint that cannot be read, or can take none of what is asked.
-        OptionError: no such sampler.
+        VdiffError: a checkpoint cannot be read, or supports none of the numbers of steps.
+        OptionError: a sampler is unknown.
     """
     for name in samplers:
         if name not in SAMPLERS:
-            raise OptionError(f"--samplers {name}: no such sampler", suggestion(name, SAMPLERS))
+            raise OptionError(f"--samplers {name} is unknown", suggestion(name, SAMPLERS))
     rows: list[RowSpec] = []
     left_out: list[str] = []
     for folder in checkpoints:
@@ -96,15 +96,15 @@ def plan_rows(
         reasons = {steps: why_not(config, grid, steps) for steps in num_timesteps or [config.num_timesteps]}
         if all(reasons.values()):
             steps, reason = next(iter(reasons.items()))
-            raise VdiffError(f"{folder} cannot be drawn in {steps} steps: {reason}", "give other --num_timesteps")
-        left_out += [f"{folder} in {steps} steps is left out: {reason}" for steps, reason in reasons.items() if reason]
+            raise VdiffError(f"{folder} cannot sample in {steps} steps: {reason}", "give other --num_timesteps")
+        left_out += [f"{folder} in {steps} steps is skipped: {reason}" for steps, reason in reasons.items() if reason]
         known = [steps for steps, reason in reasons.items() if not reason]
         rows += [RowSpec(folder, name, steps, grid, raw) for name in samplers for steps in known]
     return rows, left_out
 
 
 def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
-    """Why a model cannot be drawn in a number of steps on a grid; empty where it can."""
+    """Why a model cannot sample in a number of steps on a grid; empty if it can."""
     try:
         config.check_grid(grid, num_steps)
     except ValueError as error:
@@ -115,17 +115,17 @@ def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
 def check_plan(
     plan: EvalPlan, configs: Mapping[Path, CheckpointConfig], images: ReferenceImages, features: Features
 ) -> tuple[str, ...]:
-    """The metrics of a plan that is possible with these models, data and features.
+    """Check that a plan is possible with these models, data and features; returns its metrics.
 
     Raises:
-        VdiffError: models that draw other images than each other or the data, or too few images.
-        OptionError: guidance that a model cannot be drawn with, a metric that cannot be computed, or too few samples.
+        VdiffError: the images of the models or the data differ in size or channels, or there are too few.
+        OptionError: a model does not support the guidance, a metric cannot be computed, or there are too few samples.
     """
     kinds = {folder: _kind(config.shape[-1], config.shape[0]) for folder, config in configs.items()}
     first, kind = next(iter(kinds.items()))
     for folder, other in kinds.items():
         if other != kind:
-            raise VdiffError(f"{first} draws images of {kind}, {folder} of {other}", "evaluate them one by one")
+            raise VdiffError(f"{first} draws images of {kind}, but {folder} of {other}", "evaluate them separately")
         try:
             check_guidance(configs[folder], plan.guidance)
         except VdiffError as error:
@@ -133,8 +133,8 @@ def check_plan(
     data, path = _kind(images.image_size, images.channels), images.store.path
     if kind != data:
         raise VdiffError(
-            f"the checkpoints draw images of {kind}, {path} holds {data}",
-            "give --data with such images as the model was trained on",
+            f"the checkpoints draw images of {kind}, but {path} holds {data}",
+            "give --data a dataset like the training data",
         )
     metrics = choose_metrics(plan.metrics, features, plan.teacher is not None)
     _check_numbers(plan.n, len(images), features, metrics, path)
@@ -146,10 +146,10 @@ def _kind(size: int, channels: int) -> str:
 
 
 def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool) -> tuple[str, ...]:
-    """The metrics that are asked for, in the order of `METRICS`; if none are, all that are possible.
+    """The chosen metrics, in the order of `METRICS`; by default all that are possible.
 
     Raises:
-        OptionError: an unknown one, or one that these features or the lack of a teacher cannot give.
+        OptionError: a metric is unknown, or needs other features or a teacher.
     """
     is_inception = features.name == INCEPTION
     lacking = {"isc": not is_inception, "rmse": not has_teacher, "psnr": not has_teacher}
@@ -157,12 +157,12 @@ def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
     for word in wanted:
         name = OF_INCEPTION.get(word, word)
         if name not in METRICS:
-            raise OptionError(f"--metrics {word}: no such metric", suggestion(word, [*METRICS, *OF_INCEPTION]))
+            raise OptionError(f"--metrics {word} is unknown", suggestion(word, [*METRICS, *OF_INCEPTION]))
         if not is_inception and (word in OF_INCEPTION or name == "isc"):
-            instead = f", or ask for {name}" if word in OF_INCEPTION else ""
+            instead = f", or --metrics {name}" if word in OF_INCEPTION else ""
             raise OptionError(f"--metrics {word} needs Inception's features", f"give --features inception{instead}")
         if lacking.get(name):
-            raise OptionError(f"--metrics {word} compares with a teacher", "give --teacher CHECKPOINT")
+            raise OptionError(f"--metrics {word} needs a teacher", "give --teacher CHECKPOINT")
         found.add(name)
     return tuple(name for name in METRICS if (name in found if wanted else not lacking.get(name)))
 
@@ -186,36 +186,36 @@ def notes_for(
     n: int,
     metrics: Sequence[str],
 ) -> tuple[str, ...]:
-    """What a reader must know of the metrics, a sentence each."""
+    """Notes for the reader of the metrics, one sentence each."""
     notes: list[str] = []
     fd, kd = ("fid", "kid") if features.name == INCEPTION else ("fd", "kd")
     enough = EXTRAPOLATED_FROM * features.dim
     if "fd" in metrics and n < UNBIASED_FROM:
         others = [f"{kd}, which has no bias" if "kd" in metrics else "", f"{fd}_inf" if n >= enough else ""]
-        instead = " or ".join(filter(None, others)) or f"{kd}, which can be asked for"
+        instead = " or ".join(filter(None, others)) or f"--metrics {kd}"
         notes.append(
-            f"n = {n:,} is below {UNBIASED_FROM:,}: {fd}@{n} is biased upwards; compare it at equal n alone, or take "
+            f"n = {n:,} is below {UNBIASED_FROM:,}: {fd}@{n} is biased upwards; compare it only at equal n, or use "
             f"{instead}."
         )
     if "fd" in metrics and n < enough:
         notes.append(
-            f"{fd}_inf is left out: it needs {enough:,} samples, {EXTRAPOLATED_FROM} for each of the {features.dim:,} "
+            f"{fd}_inf is omitted: it needs {enough:,} samples, {EXTRAPOLATED_FROM} for each of the {features.dim:,} "
             "dimensions of the features."
         )
     pairs = [name for name in ("kd", "precision", "recall") if name in metrics]
     if pairs and max(n, len(images)) > MAX_KEPT:
         sides = f"{min(n, MAX_KEPT):,} samples and {min(len(images), MAX_KEPT):,} images of the data"
-        notes.append(f"{', '.join(pairs)} rest on {sides}.")
+        notes.append(f"{', '.join(pairs)} are computed from {sides}.")
     if "nearest" in metrics and n > MAX_QUERIES:
         notes.append(f"Nearest images are those of the first {MAX_QUERIES:,} samples.")
     if "rmse" in metrics and n > MAX_PAIRED:
         notes.append(f"The teacher is compared on the first {MAX_PAIRED} samples.")
     if features.name == PIXELS and images.image_size > 32:
-        notes.append("Pixels say little of images of this size: give --features inception, or a network's file.")
+        notes.append("Pixels say little about images of this size: give --features inception or a network's file.")
     if images.store.meta.shard:
-        notes.append(f"The data are part {images.store.meta.shard} of a dataset.")
+        notes.append(f"The data are only part {images.store.meta.shard} of a dataset.")
     if any(config.class_names for config in configs.values()):
-        notes.append("Samples take the classes in turn, each as often as any other.")
+        notes.append("Samples take the classes in turn, all equally often.")
     for folder, config in configs.items():
         theirs, ours = config.dataset_fingerprint, images.store.meta.fingerprint
         if theirs and ours and theirs != ours:
