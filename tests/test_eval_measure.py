@@ -248,14 +248,16 @@ def test_classes_come_in_turn_and_unlike_models_are_refused(place, tmp_path):
     write_checkpoint(tmp_path / "colour", channels=3)
     with pytest.raises(VdiffError, match=r"4×4 with 1 channel, .*colour of 4×4 with 3 channels"):
         measured(place, checkpoints=[place / "model", tmp_path / "colour"], out=tmp_path / "x.json")
-    with pytest.raises(VdiffError, match=r"the checkpoints draw images of 4×4 with 3 channels, .*data holds"):
+    with pytest.raises(VdiffError, match=r"the checkpoints draw images of 4×4 with 3 channels, but .*data holds"):
         measured(place, checkpoints=[tmp_path / "colour"], teacher=None, out=tmp_path / "x.json")
     write_checkpoint(tmp_path / "large", image_size=8)
     with pytest.raises(VdiffError, match="has no images of size 8"):
         measured(place, checkpoints=[tmp_path / "large"], teacher=None, out=tmp_path / "x.json")
     for shape in ((1, 8), (1, 4, 8)):
         vdiff.wrap(torch.nn.Identity(), shape).save(tmp_path / "waves")
-        with pytest.raises(VdiffError, match=f"waves draws samples of {' × '.join(map(str, shape))}, no square images"):
+        with pytest.raises(
+            VdiffError, match=f"waves draws samples of {' × '.join(map(str, shape))}, not square images"
+        ):
             measured(place, checkpoints=[tmp_path / "waves"], teacher=None, out=tmp_path / "x.json")
 
 
@@ -274,7 +276,7 @@ def test_the_distance_at_infinity_needs_five_samples_for_each_dimension(place, t
     assert list(found.rows[0].metrics) == ["fd", "fd_inf"][: 1 + is_told]
     notes = " ".join(found.notes)
     assert ("fd_inf is omitted: it needs 80 samples" in notes) != is_told
-    assert ("take fd_inf." if is_told else "take kd, which can be asked for.") in notes
+    assert ("use fd_inf." if is_told else "use --metrics kd.") in notes
 
 
 class Clock:
