@@ -58,7 +58,18 @@ def of_room(room: str, names: list[str]) -> list[str]:
 
 
 MODELS = (
-    *("codec", "condition", "unet_config", "backbone", "unet", "wrapped", "components", "text", "tokenizing"),
+    *(
+        "codec",
+        "condition",
+        "unet_config",
+        "backbone",
+        "unet",
+        "wrapped",
+        "components",
+        "text",
+        "tokenizing",
+        "autoencoder",
+    ),
     *("kinds", "inheriting", "reading", "program", "denoiser", "checkpoint", "flops", "checks", "drawing", "speed"),
 )
 LAYERS = [f"vdiff.models.{name}" for name in MODELS]

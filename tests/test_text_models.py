@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.oracles import randn
-from tests.pipelines import pipeline
+from tests.pipelines import autoencoder, pipeline
 from vdiff.errors import VdiffError
+from vdiff.models.autoencoder import Autoencoder, picture_shape
 from vdiff.models.backbone import Backbone
 from vdiff.models.checkpoint import (
     WEIGHTS,
@@ -24,6 +25,7 @@ from vdiff.models.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
+from vdiff.models.codec import from_uint8
 from vdiff.models.components import ENCODERS, components_fingerprint, read_encoder
 from vdiff.models.condition import TOKENS, Condition
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
@@ -245,3 +247,79 @@ def test_impossible_descriptions_are_refused(changes, said):
 def test_a_description_is_as_it_was_without_components():
     config = replace(described(backbone("sd15"), None), components=None)
     assert not {"components", "adapter", "base"} & config.to_dict().keys()
+
+
+PIXELS = torch.arange(2 * 3 * 32 * 64, dtype=torch.int32).mul(37).remainder(256).to(torch.uint8).reshape(2, 3, 32, 64)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_latents_are_scaled_as_the_pipelines_scale_them(kind):
+    """Encoding as diffusers' training scripts do it, and decoding as its image processor does, pictures by fours."""
+    vae, own = theirs(kind).vae, Autoencoder.read(pipeline(kind))
+    with torch.no_grad():
+        posterior = vae.encode(from_uint8(PIXELS)).latent_dist
+        scale = {"sd15": 0.18215, "sdxl": 0.13025}[kind]
+        mean, std = own.encode(PIXELS)
+        torch.testing.assert_close(mean, posterior.mean * scale, rtol=0, atol=1e-6)
+        torch.testing.assert_close(std, posterior.std * scale, rtol=0, atol=1e-6)
+        noise = randn(2, 4, 4, 8, dtype=torch.float32)
+        z = own.sample(mean, std, noise)
+        torch.testing.assert_close(z, (posterior.mean + posterior.std * noise) * scale, rtol=0, atol=1e-6)
+        torch.testing.assert_close(own.decode(z), vae.decode(z / scale).sample.clamp(-1, 1), rtol=0, atol=1e-5)
+    assert (own.factor, own.channels) == (8, 4)
+    assert picture_shape((4, 4, 8), pipeline(kind)) == (3, 32, 64)
+
+
+def test_latents_of_a_mean_and_deviation_for_each_channel():
+    """z = (raw − mean)/std · scale: raw · std/scale + mean is what the decoder gets."""
+    mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 4.0, 0.5]
+    vae = autoencoder(latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    own, plain = Autoencoder(vae), Autoencoder(autoencoder(scaling_factor=1.0))
+    plain.model.load_state_dict(vae.state_dict())
+    raw = plain.encode(PIXELS)[0]
+    rows = [torch.tensor(values).reshape(1, 4, 1, 1) for values in (mean, std)]
+    torch.testing.assert_close(own.encode(PIXELS)[0], (raw - rows[0]) / rows[1] * 0.5, rtol=0, atol=1e-6)
+    torch.testing.assert_close(own.decode(own.encode(PIXELS)[0]), plain.decode(raw), rtol=0, atol=1e-5)
+
+
+def test_pictures_do_not_depend_on_how_many_are_decoded_at_once(monkeypatch):
+    own, z = Autoencoder.read(pipeline("sd15")), randn(3, 4, 4, 4, dtype=torch.float32)
+    together = own.decode(z)
+    monkeypatch.setattr("vdiff.models.autoencoder.PIXELS_AT_ONCE", 32 * 32)
+    torch.testing.assert_close(own.decode(z), together, rtol=0, atol=1e-5)
+
+
+def test_the_autoencoder_computes_in_float32_where_half_precision_is_on():
+    """Of weights in float16 too: as in the files of many models."""
+    own, z = Autoencoder.read(pipeline("sd15")), randn(1, 4, 4, 4, dtype=torch.float32)
+    expected = own.decode(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(own.decode(z), expected)
+        assert own.encode(PIXELS)[0].dtype == torch.float32
+    assert next(Autoencoder(own.model.half()).model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "not finite"), (-9.0, "black")])
+def test_a_black_picture_is_an_error_as_one_that_is_not_finite(value, said):
+    own, z = Autoencoder.read(pipeline("sd15")), randn(2, 4, 4, 4, dtype=torch.float32)
+    with torch.no_grad():
+        own.model.decoder.conv_out.weight.zero_()
+        own.model.decoder.conv_out.bias.fill_(value)
+    with pytest.raises(VdiffError, match=f"picture 1 of 2 is {said}; give --precision fp32"):
+        own.decode(z)
+    own.model.decoder.conv_out.bias.fill_(-0.9)  # dark is not black
+    own.decode(z)
+
+
+def test_folders_without_an_autoencoder_are_refused(tmp_path):
+    with pytest.raises(VdiffError, match="holds no autoencoder"):
+        Autoencoder.read(tmp_path)
+    shutil.copytree(pipeline("sd15") / "vae", tmp_path / "mine")
+    assert Autoencoder.read(tmp_path / "mine").factor == 8
+    with pytest.raises(VdiffError, match="latents of 4 channels, and those of the model have 16"):
+        picture_shape((16, 8, 8), tmp_path / "mine")
+    with pytest.raises(ValueError, match="need multiples of 8"):
+        Autoencoder.read(tmp_path / "mine").encode(PIXELS[..., :60])
+    (tmp_path / "mine" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(VdiffError, match="holds no AutoencoderKL"):
+        Autoencoder.read(tmp_path / "mine")

@@ -64,5 +64,6 @@ def from_uint8(u: Tensor) -> Tensor:
     return u.float().div_(127.5).sub_(1)  # in place: one new tensor, not three
 
 
-PIXEL_CODEC, UNBOUNDED = Codec("pixels", 1), Codec("unbounded", None)
-CODECS = {codec.name: codec for codec in (PIXEL_CODEC, UNBOUNDED)}
+PIXEL_CODEC, UNBOUNDED, LATENTS = Codec("pixels", 1), Codec("unbounded", None), Codec("autoencoder", None)
+CODECS = {codec.name: codec for codec in (PIXEL_CODEC, UNBOUNDED, LATENTS)}
+"""What x is: pixels, numbers without bounds, or the latents of the autoencoder among the model's components."""

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 VAE, ENCODERS, TOKENIZERS = "vae", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 PARTS = (VAE, *ENCODERS, *TOKENIZERS)
-WEIGHTS = {**dict.fromkeys(ENCODERS, "model"), VAE: "diffusion_pytorch_model"}
-"""Weights are `NAME.safetensors`, or of a variant `NAME.fp16.safetensors`."""
 TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -63,18 +61,18 @@ def text_libraries() -> Iterator[None]:
         ) from None
 
 
-def weights_file(folder: Path, part: str) -> tuple[Path, str | None]:
-    """The safetensors file of a part, and the name of its variant: the one without a variant, where it is there.
+def weights_file(folder: Path) -> tuple[Path, str | None]:
+    """The safetensors file of a text encoder or autoencoder, and its variant: the one without one, if it is there.
 
     Raises:
         VdiffError: there is none.
     """
-    name = WEIGHTS[part]
-    found = sorted((folder / part).glob(f"{name}*.safetensors"), key=lambda path: len(path.name))
+    name = "model" if folder.name in ENCODERS else "diffusion_pytorch_model"
+    found = sorted(folder.glob(f"{name}*.safetensors"), key=lambda path: len(path.name))
     found = [path for path in found if "-of-" not in path.name]
     if not found:
         raise VdiffError(
-            f"{folder / part / name}.safetensors is missing",
+            f"{folder / name}.safetensors is missing",
             "weights in pickles (.bin) are never read: let diffusers save the pipeline again, as safetensors",
         )
     return found[0], found[0].name.removeprefix(name).removesuffix(".safetensors").strip(".") or None
@@ -92,8 +90,8 @@ def files_of(folder: Path) -> list[Path]:
             continue
         names = TOKENIZER_FILES if part in TOKENIZERS else ("config.json",)
         files += [folder / part / name for name in names if (folder / part / name).is_file()]
-        if part in WEIGHTS:
-            files.append(weights_file(folder, part)[0])
+        if part not in TOKENIZERS:
+            files.append(weights_file(folder / part)[0])
     return files
 
 
@@ -158,7 +156,7 @@ def read_encoder(folder: Path, part: str) -> nn.Module:
     Raises:
         VdiffError: its weights are missing or damaged, or it is of a class that cannot be used.
     """
-    _, variant = weights_file(folder, part)
+    _, variant = weights_file(folder / part)
     where = folder / part
     with (
         text_libraries(),
