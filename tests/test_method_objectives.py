@@ -16,6 +16,7 @@ from tests.written_out import (
     walk,
 )
 from vdiff.diffusion.distillation import METHODS, Consistency, DistillContext, Guided, Match, TrainTarget, Trajectory
+from vdiff.diffusion.parameterisation import Vp
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.diffusion.weighting import HUBER, LOSSES
@@ -79,7 +80,7 @@ def test_a_guided_teacher_speaks_for_each_image_s_own_weight_and_class():
 class Classed:
     """The perfect denoiser of data whose spread depends on the class, that keeps what it was asked."""
 
-    schedule, prediction_type, training = CosineSchedule(), "v", False
+    schedule, parameterisation, training = CosineSchedule(), Vp("v"), False
 
     def __init__(self, spreads: tuple[float, ...]) -> None:
         self.spreads, self.asked = spreads, []
@@ -157,7 +158,7 @@ def test_what_an_objective_tells_its_method():
     with torch.no_grad():
         said = [each.eval()(z, t, condition(CLASSES[:2])).x for each in (teacher, student, average)]
     torch.testing.assert_close(found.x, torch.cat(said), rtol=0, atol=0)
-    teacher.prediction_type = "eps"
+    teacher.parameterisation = Vp("eps")
     DistillationObjective(teacher, method, 4, 32)(given, pupil)
     assert lessons[-1][0].predicts_noise
     assert lessons[-1][0].levels is None

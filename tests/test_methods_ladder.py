@@ -469,7 +469,7 @@ def test_a_student_of_another_prediction_begins_with_nothing_said(data, tmp_path
     config = distill_config(data, base, method="match")
     student, again = (begun(base, config) for _ in range(2))
     taught, _ = load_checkpoint(base)
-    assert student.prediction_type == "v"
+    assert student.parameterisation.prediction == "v"
     for name, tensor in student.state_dict().items():
         of_last_layer = name.startswith("network.conv_out")
         assert torch.equal(tensor, torch.zeros_like(tensor) if of_last_layer else taught.state_dict()[name])

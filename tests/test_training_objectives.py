@@ -9,6 +9,7 @@ import torch
 
 from tests.oracles import ALL_SCHEDULES, TABLES, Z_SHAPE, column, condition, gaussian, randn, random_teacher
 from vdiff.diffusion.distillation import METHODS, TrainTarget
+from vdiff.diffusion.parameterisation import Vp
 from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
 from vdiff.diffusion.schedules import CosineSchedule, LinearSchedule
 from vdiff.diffusion.targets import progressive_target
@@ -116,7 +117,7 @@ def said_by(answer, schedule):
 
     class Model:
         def __init__(self) -> None:
-            self.schedule, self.prediction_type = schedule, "v"
+            self.schedule, self.parameterisation = schedule, Vp("v")
             self.asked: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
         def __call__(self, z, t, told) -> Prediction:

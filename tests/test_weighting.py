@@ -65,11 +65,11 @@ def test_no_weight_vanishes_at_zero_snr(name):
     """The terminal level of a rescaled schedule has a loss in v, and levels of enough signal keep their weights."""
     schedule = ScaledLinearSchedule(zero_snr=True)
     logsnr = schedule.logsnr(torch.tensor([0.5, 1], dtype=torch.float64))
-    weight = weighting_of(name, zero_snr=True)(logsnr)
+    weight = weighting_of(name, WEIGHTINGS["snr"], zero_snr=True)(logsnr)
     in_v = weight / (logsnr.exp() + 1)
     assert in_v[1] >= ZERO_SNR_FLOOR
     assert weight[0] == WEIGHTINGS[name](logsnr)[0]
-    assert weighting_of(name, zero_snr=False) is WEIGHTINGS[name]
+    assert weighting_of(name, WEIGHTINGS["snr"], zero_snr=False) is WEIGHTINGS[name]
     if name == "snr_plus_one":
         torch.testing.assert_close(in_v, torch.ones(2, dtype=torch.float64))
 

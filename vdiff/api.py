@@ -204,7 +204,7 @@ class Model:
             raise VdiffError("a model in half precision can only sample", "load it with precision fp32")
         if not isinstance(self.denoiser.network, FastNetwork):
             return self.denoiser
-        return Denoiser(cast(Backbone, self.network), self.denoiser.schedule, self.denoiser.prediction_type)
+        return Denoiser(cast(Backbone, self.network), self.denoiser.schedule, self.denoiser.parameterisation)
 
     def loss(
         self, x: Tensor, *, classes: Tensor | Sequence[int] | None = None, weighting: str = "truncated_snr"
@@ -235,7 +235,7 @@ class Model:
         batch = TrainBatch(x, torch.randn_like(x), stratified(len(x), x.device), condition)
         target = DenoisingObjective(schedule)(batch, StudentState(self.denoiser, self.denoiser, 0.0))
         prediction = self.denoiser(target.z, target.t, condition)
-        weight = weighting_of(weighting, zero_snr=schedule.zero_snr)
+        weight = weighting_of(weighting, self.denoiser.parameterisation.output_weight, zero_snr=schedule.zero_snr)
         return weighted_losses(prediction, target, schedule.logsnr(target.t), weight).mean()
 
     def save(self, folder: str | Path) -> None:

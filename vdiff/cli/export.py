@@ -263,7 +263,7 @@ def graph_options(
     """
     from vdiff.interop.graphs import MAX_STEPS, GraphOptions
 
-    steps, is_eps, takes = num_timesteps or config.num_timesteps, config.prediction == "eps", config.signature
+    steps, is_eps, takes = num_timesteps or config.num_timesteps, config.family.predicts_noise, config.signature
     of_samplers = {"--clipping_value": clipping_value is not None, "--no_clip": no_clip, "--guided": guided}
     useless = next((name for name, is_given in of_samplers.items() if is_given and not sampler_graph), "")
     both = "--no_clip and --clipping_value exclude each other"

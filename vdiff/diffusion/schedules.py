@@ -131,6 +131,90 @@ class CosineSchedule(Schedule):
         return (angle.double() - self.first) / self.span
 
 
+@dataclass(frozen=True)
+class EdmSchedule(Schedule):
+    """Noise levels s = tan φ evenly spaced in s^(1/ρ), from `sigma_min` at t = 1/L to `sigma_max` at t = 1.
+
+    So the uniform grid of L steps is EDM's grid of L steps, and the grid `karras` is EDM's of any number of steps.
+    Source: Karras et al. 2022, *Elucidating the Design Space of Diffusion-Based Generative Models*, eq. 5.
+
+    Raises:
+        ValueError: levels that do not rise, or so far apart that s would reach 0 before t does.
+    """
+
+    name: ClassVar[str] = "edm"
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    label_scale: int = 1024
+
+    def __post_init__(self) -> None:
+        check_count("label_scale", self.label_scale)
+        if not (0 < self.sigma_min < self.sigma_max < math.inf and 0 < self.rho < math.inf):
+            raise ValueError(f"need 0 < sigma_min < sigma_max and rho > 0, got {self}")
+        low, high = self.roots
+        if self.label_scale < 2 or not low * self.label_scale > high:
+            raise ValueError(f"label_scale {self.label_scale} is too small for noise levels so far apart")
+
+    @property
+    def num_levels(self) -> None:
+        """Every t is a level."""
+        return
+
+    @property
+    def roots(self) -> tuple[float, float]:
+        """s^(1/ρ) at t = 1/L and at t = 1."""
+        return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+
+    def angle(self, t: Tensor) -> Tensor:
+        """φ(t) = atan s, s^(1/ρ) linear in t."""
+        low, high = self.roots
+        part = (self.label_scale * t.double() - 1) / (self.label_scale - 1)
+        return ((low + part * (high - low)) ** self.rho).atan()
+
+    def time(self, angle: Tensor) -> Tensor:
+        """The inverse of `angle`."""
+        low, high = self.roots
+        part = (angle.double().tan() ** (1 / self.rho) - low) / (high - low)
+        return (part * (self.label_scale - 1) + 1) / self.label_scale
+
+
+@dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """Rectified flow: z ∝ (1 − τ) x + τ ε with the time shift τ = s t/(1 + (s − 1) t), so that tan φ = s t/(1 − t).
+
+    Source: Liu et al. 2023, *Flow Straight and Fast*; the shift: Esser et al. 2024, *Scaling Rectified Flow
+    Transformers*, eq. 23. A dynamic shift by μ is s = e^μ.
+    """
+
+    name: ClassVar[str] = "flow"
+    zero_snr: ClassVar[bool] = True  # type: ignore[misc]
+    shift: float = 1.0
+    label_scale: int = 1024
+
+    def __post_init__(self) -> None:
+        check_count("label_scale", self.label_scale)
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be positive, got {self.shift}")
+
+    @property
+    def num_levels(self) -> None:
+        """Every t is a level."""
+        return
+
+    def angle(self, t: Tensor) -> Tensor:
+        """φ(t) = atan2(s t, 1 − t)."""
+        import torch
+
+        t = t.double()
+        return torch.atan2(self.shift * t, 1 - t)
+
+    def time(self, angle: Tensor) -> Tensor:
+        """t = sin φ/(s cos φ + sin φ)."""
+        sine, cosine = angle.double().sin(), angle.double().cos()
+        return sine / (self.shift * cosine + sine)
+
+
 class TableSchedule(Schedule):
     """A table of ᾱ_k at k = 1 … N: level k is t = k/N, level 0 is the clean image, and φ is linear in between.
 
@@ -325,5 +409,13 @@ def build_schedule(config: Mapping[str, Any]) -> Schedule:
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    schedule.name: schedule for schedule in (CosineSchedule, DdpmCosineSchedule, LinearSchedule, ScaledLinearSchedule)
+    schedule.name: schedule
+    for schedule in (
+        CosineSchedule,
+        DdpmCosineSchedule,
+        LinearSchedule,
+        ScaledLinearSchedule,
+        EdmSchedule,
+        FlowSchedule,
+    )
 }

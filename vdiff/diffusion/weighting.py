@@ -53,9 +53,17 @@ ZERO_SNR_FLOOR = 0.1
 which sampling starts, would learn nothing."""
 
 
-def weighting_of(name: str, *, zero_snr: bool) -> Callable[[Tensor], Tensor]:
-    """The weighting `name`; with `zero_snr` it is at least `ZERO_SNR_FLOOR`, which in v is the weight at SNR = 0."""
-    weighting = WEIGHTINGS[name]
+OUTPUT = "output"
+"""The weighting with which the loss is the squared error of what the network itself puts out, in its own units."""
+
+
+def weighting_of(name: str, output: Callable[[Tensor], Tensor], *, zero_snr: bool) -> Callable[[Tensor], Tensor]:
+    """The weighting `name`; with `zero_snr` it is at least `ZERO_SNR_FLOOR`, which in v is the weight at SNR = 0.
+
+    Args:
+        output: the weighting `OUTPUT`, which depends on the parameterisation.
+    """
+    weighting = output if name == OUTPUT else WEIGHTINGS[name]
     return (lambda logsnr: weighting(logsnr).clamp(min=ZERO_SNR_FLOOR)) if zero_snr else weighting
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import vdiff
 from vdiff.diffusion.noise import ImageNoise
-from vdiff.diffusion.prediction import MIN_SIGNAL, PREDICTION_TYPES, Prediction, from_v, from_x
+from vdiff.diffusion.parameterisation import Parameterisation, Vp
+from vdiff.diffusion.prediction import MIN_SIGNAL, Prediction, from_v, from_x
 from vdiff.diffusion.samplers import Ddim, ddim_step
 from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, grid_times
 from vdiff.errors import VdiffError
@@ -62,24 +63,25 @@ class GraphOptions:
 class NetworkCall(nn.Module):
     """(z, label [, classes][, guidance]) → v̂, x̂ or ε̂, as `output` says.
 
-    z (B, C, H, W), label (B,) = L·t − 1, classes (B,) int64, guidance (B,).
+    z (B, C, H, W), label (B,) = what the network is told of the time, classes (B,) int64, guidance (B,).
     """
 
     def __init__(self, denoiser: Denoiser, output: str) -> None:
         super().__init__()
         self.network = denoiser.network
         self.schedule = denoiser.schedule
-        self.prediction_type = denoiser.prediction_type
+        self.parameterisation = denoiser.parameterisation
         self.output = output
 
     def forward(
         self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        output: Tensor = self.network(z, label, **Condition().with_tensors(classes=classes, guidance=guidance).tensors)
-        if self.prediction_type == self.output:
+        condition = Condition().with_tensors(classes=classes, guidance=guidance)
+        angle = self.parameterisation.angle_told(self.schedule, label)
+        output: Tensor = self.network(self.parameterisation.state(z, angle), label, **condition.tensors)
+        if self.parameterisation.prediction == self.output:
             return output
-        t = (label.double() + 1) / self.schedule.label_scale
-        prediction = _read(self.prediction_type, z, output, grid_angles(self.schedule, t))
+        prediction = _read(self.parameterisation, z, output, angle)
         return {"v": prediction.v, "x": prediction.x, "eps": prediction.eps}[self.output]
 
 
@@ -92,7 +94,7 @@ class Step(nn.Module):
     def __init__(self, denoiser: Denoiser, options: GraphOptions) -> None:
         super().__init__()
         self.network = denoiser.network
-        self.prediction_type = denoiser.prediction_type
+        self.parameterisation = denoiser.parameterisation
         self.clipping_value = options.clipping_value
         self.guided = options.guided
 
@@ -109,8 +111,8 @@ class Step(nn.Module):
             prediction = self._guided(z, label, angle_t, classes, guidance)
         else:
             condition = Condition().with_tensors(classes=classes, guidance=guidance)
-            output = self.network(z, label, **condition.tensors)
-            prediction = _read(self.prediction_type, z, output, angle_t)
+            output = self.network(self.parameterisation.state(z, angle_t), label, **condition.tensors)
+            prediction = _read(self.parameterisation, z, output, angle_t)
         if self.clipping_value is not None:
             prediction = prediction.clip(z, angle_t, self.clipping_value)
         return ddim_step(z, prediction.v, angle_t, angle_s)
@@ -123,8 +125,9 @@ class Step(nn.Module):
         assert guidance is not None
         condition = self.network.signature.condition(classes=classes)
         twice = torch.cat([z, z])
-        output = self.network(twice, label, **condition.cat(condition.drop()).tensors)
-        both = _read(self.prediction_type, twice, output, angle).v
+        state = self.parameterisation.state(twice, angle)
+        output = self.network(state, label, **condition.cat(condition.drop()).tensors)
+        both = _read(self.parameterisation, twice, output, angle).v
         v, v_none = both[: z.shape[0]], both[z.shape[0] :]  # `chunk` would fix the batch size
         w = coefficient(guidance, z)
         return from_v(z, (1 + w) * v - w * v_none, angle)
@@ -152,20 +155,20 @@ def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
     """The constants of each of the steps t = 1, (N−1)/N, …: label (1,) float32, angle_t and angle_s (1,) float64."""
     times = grid_times(num_steps)
     angles = grid_angles(denoiser.schedule, times)
-    labels = denoiser.schedule.timestep(times).float()
+    labels = denoiser.parameterisation.timestep(denoiser.schedule, times).float()
     return [
         {"label": labels[i : i + 1], "angle_t": angles[i : i + 1], "angle_s": angles[i - 1 : i]}
         for i in range(num_steps, 0, -1)
     ]
 
 
-def _read(prediction_type: str, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
+def _read(parameterisation: Parameterisation, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
     """What the network's output says, without a look at any value: a graph that is being traced has none.
 
     `from_eps` looks at α to refuse zero signal; `check_exportable` does so before.
     """
-    if prediction_type != "eps":
-        return PREDICTION_TYPES[prediction_type].read(z, output, angle)
+    if parameterisation != Vp("eps"):
+        return parameterisation.read(z, output, angle)
     alpha, sigma = alpha_sigma(angle, z)
     return from_x(z, (z - sigma * output) / alpha, angle)
 
@@ -184,7 +187,7 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
         "fingerprint": fingerprint,
         "num_steps": options.num_steps,
         "schedule": schedule.to_dict(),
-        "label": f"{schedule.label_scale} * t - 1",
+        "label": denoiser.parameterisation.describe(schedule),
         "prediction": config.prediction,
         "method": config.method,
         "image_size": config.image_size,
@@ -225,7 +228,7 @@ def check_exportable(denoiser: Denoiser) -> None:
             "draw with vdiff.load in Python",
         )
     last = denoiser.schedule.angle(torch.ones(1, dtype=torch.float64))
-    if denoiser.prediction_type == "eps" and float(last.cos()) < MIN_SIGNAL:
+    if denoiser.parameterisation.predicts_noise and float(last.cos()) < MIN_SIGNAL:
         raise VdiffError(
             "this model predicts eps and its schedule ends at zero signal, where that says nothing about the image",
             "export a model that predicts v, x or both",
@@ -268,7 +271,7 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
             guidance=_test_guidance(config) if "guidance" in given else 0.0,
         )
         return PIXEL_CODEC.clip(drawn)
-    t = (given["label"].double() + 1) / denoiser.schedule.label_scale
+    t = denoiser.schedule.time(denoiser.parameterisation.angle_told(denoiser.schedule, given["label"]))
     with torch.inference_mode():
         prediction = denoiser(given["z"], t, denoiser.condition(**given))
     return {"v": prediction.v, "x": prediction.x, "eps": prediction.eps}[options.output].clone()

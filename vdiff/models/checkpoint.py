@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 import vdiff
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
+from vdiff.diffusion.parameterisation import Parameterisation, Vp, build_parameterisation
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
@@ -67,6 +68,7 @@ class CheckpointConfig:
         unet, backbone: the network, a `UNetConfig` or {kind, config} of another kind. A UNet is always in
             `unet` here, however the file has it.
         schedule, prediction: the rest of the denoiser; `schedule` holds the timestep convention.
+        parameterisation: name and parameters of a `Parameterisation` other than `Vp`, see `family`.
         num_timesteps: steps it samples with by default; for a distilled model the only grid it was trained on.
         image_size: pixels of a side; 0 where samples are no square images.
         sample_shape: (C, H, W), (C, L), …; empty for square images of a UNet; see `shape`.
@@ -92,6 +94,7 @@ class CheckpointConfig:
     backbone: dict[str, Any] | None = None
     schedule: dict[str, Any]
     prediction: str
+    parameterisation: dict[str, Any] | None = None
     num_timesteps: Annotated[int, Meta(ge=1, le=2**20)]
     image_size: Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)] = 0
     sample_shape: list[Annotated[int, Meta(ge=1, le=2**24)]] = field(default_factory=list)
@@ -131,6 +134,15 @@ class CheckpointConfig:
     def network_config(self) -> dict[str, Any]:
         """What its kind builds the network from."""
         return self.unet if self.backbone is None else self.backbone.get("config", {})
+
+    @property
+    def family(self) -> Parameterisation:
+        """How the network is given z and the time, and how its output is read.
+
+        Raises:
+            ValueError: there is no such parameterisation.
+        """
+        return build_parameterisation(self.parameterisation or {"name": Vp.name, "predicts": self.prediction})
 
     @property
     def signature(self) -> Signature:
@@ -199,14 +211,14 @@ class CheckpointConfig:
         from vdiff.models.denoiser import Denoiser
 
         network: Backbone = build_network(self.kind, self.network_config, module)
-        return Denoiser(network, build_schedule(self.schedule), self.prediction)
+        return Denoiser(network, build_schedule(self.schedule), self.family)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `config.json`; those of a UNet on square images are as they always were."""
         values = asdict(self)
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
-        for key in ("components", "adapter", "base"):
+        for key in ("components", "adapter", "base", "parameterisation"):
             if values[key] is None:
                 del values[key]
         if self.backbone is not None or self.sample_shape:
@@ -282,6 +294,8 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     config = record_of(CheckpointConfig, values, str(path), advice, needed=needed)
     try:
         build_schedule(config.schedule)
+        if config.parameterisation and config.family.prediction != config.prediction:
+            raise ValueError(f"'prediction' is {config.prediction!r}, and not {config.family.prediction!r}")
         if config.codec not in CODECS:
             raise ValueError(f"unknown codec {config.codec!r}; {suggestion(config.codec, CODECS)}")
         num_classes = config.signature.num_classes

@@ -120,7 +120,7 @@ def check_limits(config: CheckpointConfig, options: Mapping[str, Any]) -> None:
     Raises:
         VdiffError: as said.
     """
-    if config.prediction != "eps" or options.get("clipping_value", 1.0) is not None:
+    if not config.family.predicts_noise or options.get("clipping_value", 1.0) is not None:
         return
     end = build_schedule(config.schedule).angle(torch.ones(1))
     if float(end.cos()) < MIN_SIGNAL:

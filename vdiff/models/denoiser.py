@@ -1,4 +1,4 @@
-"""Network + schedule + prediction type → `Prediction`: the only place where the three meet; and guidance."""
+"""Network + schedule + parameterisation → `Prediction`: the only place where the three meet; and guidance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction, from_v
+from vdiff.diffusion.parameterisation import Parameterisation, Vp
+from vdiff.diffusion.prediction import Prediction, from_v
 from vdiff.diffusion.schedules import Schedule, coefficient, grid_angles
 from vdiff.models.backbone import Backbone
 from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME, Condition
@@ -23,42 +24,47 @@ def device_of(network: nn.Module) -> torch.device:
 class Denoiser(nn.Module):
     """(z, t[, condition]) → Prediction(x̂, ε̂, v̂): z (B, C, …), t ∈ (0, 1] (B,) float64, B rows of the condition.
 
-    The network is told timestep(t), that of a second time too, and real conditions in float32 at least, as half
-    precision would round them. Its output is brought to the precision of z before it is read, so that mixed precision
-    ends at the network.
+    The network is given the state and the timestep of its parameterisation, that of a second time too, and real
+    conditions in float32 at least, as half precision would round them. Its output is brought to the precision of z
+    before it is read, so that mixed precision ends at the network.
+
+    Args:
+        parameterisation: a prediction type ("v", …) is `Vp` with it.
 
     Raises:
         ValueError: an unknown prediction type, ε with a schedule of zero terminal SNR, or a network whose output has
             the wrong number of channels.
     """
 
-    def __init__(self, network: Backbone, schedule: Schedule, prediction_type: str) -> None:
+    def __init__(self, network: Backbone, schedule: Schedule, parameterisation: Parameterisation | str) -> None:
         super().__init__()
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"unknown prediction type {prediction_type!r}, choose from {', '.join(PREDICTION_TYPES)}")
-        if prediction_type == "eps" and schedule.zero_snr:
+        if isinstance(parameterisation, str):
+            parameterisation = Vp(parameterisation)
+        if parameterisation.predicts_noise and schedule.zero_snr:
             raise ValueError("eps prediction says nothing about the image at zero terminal SNR; predict v")
-        expected = network.signature.channels * PREDICTION_TYPES[prediction_type].channel_factor
+        expected = network.signature.channels * parameterisation.channel_factor
         if network.signature.out_channels != expected:
             raise ValueError(
-                f"{prediction_type} prediction needs {expected} output channels, the network has "
+                f"{parameterisation.prediction} prediction needs {expected} output channels, the network has "
                 f"{network.signature.out_channels}"
             )
         self.network = network
         self.schedule = schedule
-        self.prediction_type = prediction_type
+        self.parameterisation = parameterisation
 
     def condition(self, **tensors: Tensor | None) -> Condition:
         """Those of the named tensors that the network takes, as its condition."""
         return self.network.signature.condition(**tensors)
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition = NOTHING) -> Prediction:
-        precision = torch.promote_types(z.dtype, torch.float32)
-        timestep = self.schedule.timestep(t).to(precision).to(z.device)
+        precision, used = torch.promote_types(z.dtype, torch.float32), self.parameterisation
+        angle = grid_angles(self.schedule, t)
+        timestep = used.timestep(self.schedule, t).to(precision).to(z.device)
         if (second := condition.tensors.get(SECOND_TIME)) is not None:
-            condition = condition.with_tensors(second_time=self.schedule.timestep(second))
-        output = self.network(z, timestep, **condition.to(z.device, precision).tensors).to(z.dtype)
-        return PREDICTION_TYPES[self.prediction_type].read(z, output, grid_angles(self.schedule, t))
+            condition = condition.with_tensors(second_time=used.timestep(self.schedule, second))
+        conditions = condition.to(z.device, precision).tensors
+        output = self.network(used.state(z, angle), timestep, **conditions).to(z.dtype)
+        return used.read(z, output, angle)
 
 
 class GuidedDenoiser(Denoiser):
@@ -79,7 +85,7 @@ class GuidedDenoiser(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, weight: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
-        super().__init__(denoiser.network, denoiser.schedule, denoiser.prediction_type)
+        super().__init__(denoiser.network, denoiser.schedule, denoiser.parameterisation)
         if not self.network.signature.null and set(self.network.signature.names) <= {CLASSES, GUIDANCE, SECOND_TIME}:
             raise ValueError("guidance needs a network that was trained with some classes left out (null_class)")
         if not 0 <= interval[0] <= interval[1] <= 1:

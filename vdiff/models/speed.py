@@ -45,7 +45,7 @@ def ready_to_draw(denoiser: Denoiser, *, precision: str = "auto", compiled: bool
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "auto"
     network = FastNetwork(denoiser.network, dtype=dtype, compiled=compiled)
-    return Denoiser(network, denoiser.schedule, denoiser.prediction_type).eval()
+    return Denoiser(network, denoiser.schedule, denoiser.parameterisation).eval()
 
 
 def layout_for(device: torch.device, channels: int) -> torch.memory_format:

@@ -103,7 +103,7 @@ def check_same_model(folder: Path, found: CheckpointConfig, now: CheckpointConfi
     Raises:
         VdiffError: names what differs.
     """
-    for name in ("sample_shape", "codec", "schedule", "prediction", "class_names"):
+    for name in ("sample_shape", "codec", "schedule", "prediction", "parameterisation", "class_names"):
         if (was := getattr(found, name)) != (new := getattr(now, name)):
             raise VdiffError(
                 f"{folder} was begun with {name} {was}, not {new}", "give the model as it was, or another out"

@@ -92,7 +92,7 @@ class DistillationObjective:
             average=bind_condition(student.average, batch.condition),
             progress=student.progress,
             networks=student.networks,
-            predicts_noise=self.teacher.prediction_type == "eps",
+            predicts_noise=self.teacher.parameterisation.predicts_noise,
         )
         with torch.no_grad():
             student.now.eval()

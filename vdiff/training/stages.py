@@ -156,7 +156,7 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
     Raises:
         VdiffError: the dataset is missing, or has another size, other channels or other classes.
     """
-    if not METHODS[config.method].needs_images and not config.data and teacher.prediction != "eps":
+    if not METHODS[config.method].needs_images and not config.data and not teacher.family.predicts_noise:
         return no_images(teacher)
     if not teacher.image_size:
         raise OptionError(
@@ -216,7 +216,7 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
     first = starting_steps(config, teacher)
     _check_first(config, teacher, first, phases)
     steps: list[tuple[str, int, int]] = []
-    if teacher.prediction == "eps" or config.method == "match":
+    if teacher.family.predicts_noise or config.method == "match":
         steps.append(("match", first, first))
     if config.method == "guided" and not teacher.guidance_range:
         if not teacher.signature.null:
@@ -261,7 +261,7 @@ def remarks(config: DistillConfig, teacher: CheckpointConfig) -> list[str]:
         lines.append(f"the ladder begins with {first} steps of the teacher: {own}")
     if (
         config.method == "match"
-        and teacher.prediction != "eps"
+        and not teacher.family.predicts_noise
         and student_network(config, teacher) == teacher.network_config
     ):
         lines.append("match: the student is a copy of its teacher, with nothing to learn; give --student_config")

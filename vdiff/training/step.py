@@ -207,9 +207,9 @@ def part_losses(
     condition = batch.condition if target.rows is None else batch.condition[target.rows]
     with engine.accelerator.autocast():
         prediction = model(target.z, target.t, condition.with_tensors(**target.inputs))
-    schedule = student.now.schedule
-    weighting = weighting_of(config.weighting, zero_snr=schedule.zero_snr)
-    losses = weighted_losses(prediction, target, schedule.logsnr(target.t), weighting, LOSSES[config.loss])
+    now = student.now
+    weighting = weighting_of(config.weighting, now.parameterisation.output_weight, zero_snr=now.schedule.zero_snr)
+    losses = weighted_losses(prediction, target, now.schedule.logsnr(target.t), weighting, LOSSES[config.loss])
     return losses, target, prediction
 
 

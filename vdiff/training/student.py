@@ -35,7 +35,7 @@ from vdiff.training.step import Task
 def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointConfig) -> CheckpointConfig:
     """The description of a stage's student before its training, without data and lineage, which the run adds.
 
-    It predicts v if its teacher predicts ε, and otherwise what its teacher predicts.
+    It keeps its teacher's parameterisation, but predicts v if its teacher predicts ε.
 
     Raises:
         OptionError: `student_config` does not describe a valid network, or the teacher's images do not fit it.
@@ -54,7 +54,7 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     description = replace(
         teacher,
         unet=network if teacher.kind == UNET else {},
-        prediction="v" if teacher.prediction == "eps" else teacher.prediction,
+        **teacher.family.student().config_fields(),
         num_timesteps=stage.num_steps,
         method=stage.method,
         guidance_range=taught,
@@ -93,7 +93,7 @@ def student_of(
         student.load_state_dict(teacher.state_dict())
     else:
         inherited = str(inherit(cast(UNet, student.network), cast(UNet, teacher.network)))
-    if description.prediction != before.prediction and output is not None:
+    if description.family != before.family and output is not None:
         for parameter in output.parameters():  # it predicts something else from now on
             torch.nn.init.zeros_(parameter)
     return student, inherited
