@@ -21,7 +21,7 @@ from typing import Any
 import click
 import pytest
 
-from tests.commands import PROGRAMS, ROOT, done, start
+from tests.commands import PROGRAMS, ROOT, done, error, start
 from tests.drawing import write_guided
 from tests.toy import UNET, write_checkpoint, write_dataset
 from vdiff.cli import main, prepare, sample
@@ -328,6 +328,12 @@ TRAIN_VALUES = {
     "flip": "False",
     "fsdp": "True",
 }
+CAPTION_VALUES = {
+    "caption_dropout": "0.25",
+    "caption_shuffle": "True",
+    "caption_keep_tokens": "1",
+    "caption_prefix": "emoji",
+}
 DISTILL_VALUES = {
     **LOOP_VALUES,
     "phases": "4,2",
@@ -361,7 +367,7 @@ def as_typed(values: dict[str, str], how: str) -> tuple[str, dict[str, str]]:
 def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {item.name for item in fields(TrainConfig) if item.metadata} == {
-        *TRAIN_VALUES, "data", "preset", "class_dropout",
+        *TRAIN_VALUES, "data", "preset", "class_dropout", *CAPTION_VALUES,
     }  # fmt: skip
 
     def shown(words: str, env: dict[str, str]) -> dict[str, str]:
@@ -373,6 +379,9 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     usual = shown("", {})
     assert [key for key in TRAIN_VALUES if usual[key] == TRAIN_VALUES[key]] == []
     assert shown(*as_typed(TRAIN_VALUES, how)) == TRAIN_VALUES
+    for key, value in CAPTION_VALUES.items():  # of networks that are told a text
+        said = error(f"train.py --preset imagenet64 --dry_run --{key} {value}", 2)
+        assert f"--{key} {value}: the network does not use captions" in said
     told = done("train.py --preset imagenet64 --dry_run --all --class_dropout 0.25").stdout  # which needs classes
     assert re.search(r"^class_dropout +0\.25$", told, re.MULTILINE)
     assert re.search(r"^unet\.null_class +True$", told, re.MULTILINE)

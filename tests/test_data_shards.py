@@ -91,7 +91,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def read(store: ShardStore) -> list[tuple[int, dict[int, bytes], int | None]]:
     samples = [sample for number in range(len(store.shards)) for sample in store.samples(number, store.meta.sizes)]
-    return [(int(key), images, label) for key, images, label in samples]
+    return [(int(key), images, label) for key, images, label, _ in samples]
 
 
 def decoded(encoded: bytes) -> np.ndarray:
@@ -360,8 +360,8 @@ def test_stretches_go_through_all_shards(folder: Path) -> None:
     store = ShardStore(folder)
     assert list(store.stretches()) == [(0, 8), (8, 16), (16, 24), (24, 32), (32, 40), (40, 48), (48, 50)]
     for start, stop in ((0, 50), (8, 16), (3, 5), (6, 27), (48, 50), (16, 17), (15, 16)):
-        assert [int(key) for key, _, _ in store.stretch(start, stop)] == list(range(start, stop))
-    assert [(int(key), images, label) for key, images, label in store.stretch(0, 50)] == read(store)
+        assert [int(image.name) for image in store.stretch(start, stop)] == list(range(start, stop))
+    assert [(int(key), images, label) for key, images, label, _ in store.stretch(0, 50)] == read(store)
 
 
 # ---- the order of training
@@ -389,8 +389,8 @@ def test_every_image_comes_once_in_an_epoch_of_shards(folder: Path) -> None:
         shards = list(islice(batches.order.shards(lane), 7))
         length = sum(store.shards[shard].images for shard in shards)
         whole = -(-length // 7) * 7
-        keys = [key for key, _, _ in islice(batches.samples(lane, 0), whole)]
-        straight = [key for key, _, _ in islice(batches._in_sequence(lane, 0), whole)]
+        keys = [image.name for image in islice(batches.samples(lane, 0), whole)]
+        straight = [image.name for image in islice(batches._in_sequence(lane, 0), whole)]
         for start in range(0, whole, 7):
             assert sorted(keys[start : start + 7]) == sorted(straight[start : start + 7])
         assert keys != straight
@@ -400,9 +400,9 @@ def test_every_image_comes_once_in_an_epoch_of_shards(folder: Path) -> None:
 
 def test_positions_in_a_lane_are_those_of_a_walk(folder: Path) -> None:
     batches = make(ShardStore(folder), window=6)
-    walked = [key for key, _, _ in islice(batches.samples(5, 0), 120)]
+    walked = [image.name for image in islice(batches.samples(5, 0), 120)]
     for position in (0, 1, 5, 6, 7, 8, 13, 50, 99):
-        assert [key for key, _, _ in islice(batches.samples(5, position), 20)] == walked[position : position + 20]
+        assert [image.name for image in islice(batches.samples(5, position), 20)] == walked[position : position + 20]
 
 
 def test_ranks_share_an_epoch_of_shards(tmp_path: Path) -> None:
@@ -434,10 +434,10 @@ def test_starting_later_reads_no_shard_before(folder: Path, tmp_path: Path) -> N
     store = ShardStore(shutil.copytree(folder, tmp_path / "x"))
     batches = make(store, window=1, batch_size=1)
     position = store.shards[next(batches.order.shards(0))].images
-    want = [key for key, _, _ in islice(batches.samples(0, position), 2)]
-    assert want == [key for key, _, _ in islice(batches.samples(0, 0), position + 2)][position:]
+    want = [image.name for image in islice(batches.samples(0, position), 2)]
+    assert want == [image.name for image in islice(batches.samples(0, 0), position + 2)][position:]
     (tmp_path / "x" / store.shards[next(batches.order.shards(0))].file).unlink()
-    assert [key for key, _, _ in islice(batches.samples(0, position), 2)] == want
+    assert [image.name for image in islice(batches.samples(0, position), 2)] == want
     with pytest.raises(VdiffError, match="cannot read"):
         next(batches.samples(0, 0))
 

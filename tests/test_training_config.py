@@ -152,6 +152,8 @@ LIMITS = {
     "ema_images": (0, None, -1, None),
     "ema_interval": (1, None, 0, None),
     "class_dropout": (0, 0.99, -1e-9, 0.991),
+    "caption_dropout": (0, 0.99, -1e-9, 0.991),
+    "caption_keep_tokens": (0, None, -1, None),
     "keep_last": (0, None, -1, None),
     "keep_every": (0, None, -1, None),
     "lr": (5e-324, None, 0, None),

@@ -27,16 +27,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore
-from vdiff.data.shards import Sample, ShardStore
-from vdiff.data.store import ImageStore
+from vdiff.data.shards import ShardStore
+from vdiff.data.store import ImageStore, StoredImage
 from vdiff.distributed import free_memory
 from vdiff.errors import VdiffError
 from vdiff.reporting import Reporter, Silent
 
 SHARED_MEMORY = Path("/dev/shm")
 # the first word of each random stream, so that they never share numbers
-_ORDER, _FLIPS, _SHARDS, _WINDOWS = range(4)
+_ORDER, _FLIPS, _SHARDS, _WINDOWS, _CAPTIONS = range(5)
 PREFETCH = 2  # batches that each worker is asked for in advance
 NUM_LANES = 16
 WINDOW_IMAGES = 2048
@@ -50,11 +51,13 @@ _PREPARE_AGAIN = "prepare the images again with prepare_data.py"
 class Batch:
     """`images`: (B, C, H, W) uint8 on the CPU, mirrored where the plan says so; `classes`: (B,) int64, or None.
 
+    `captions`: B texts, chosen, dropped, shuffled and prefixed by `CaptionSettings`; None in a dataset without.
     Whoever trains moves the bytes first and applies `from_uint8` there: a quarter of the traffic.
     """
 
     images: Tensor
     classes: Tensor | None
+    captions: list[str] | None = None
 
 
 class Batches(Protocol):
@@ -68,7 +71,8 @@ class BatchPlan:
     """Which images make up each batch, and which of them are mirrored: pure functions of seed and step.
 
     Position p = step · batch_size + i of the endless stream is image `permutation(seed, p // n)[p % n]`: every epoch
-    shows each of the n images once, and batches run across the borders of epochs. Flips depend on (seed, step, i).
+    shows each of the n images once, and batches run across the borders of epochs. Flips depend on (seed, step, i), what
+    becomes of a caption on (seed, p).
     """
 
     def __init__(self, *, length: int, batch_size: int, seed: int, flip: bool) -> None:
@@ -92,6 +96,10 @@ class BatchPlan:
         if not self.flip:
             return np.zeros(self.batch_size, bool)
         return _generator(self.seed, _FLIPS, step).integers(0, 2, self.batch_size).astype(bool)
+
+    def caption(self, captions: str, settings: CaptionSettings, step: int, place: int) -> str:
+        """What image `place` of batch `step` gets of its captions."""
+        return settings.apply(captions, _generator(self.seed, _CAPTIONS, step * self.batch_size + place))
 
     def permutation(self, epoch: int) -> np.ndarray:
         """(n,) int64: the order of epoch `epoch`."""
@@ -248,6 +256,7 @@ class _StoredBatches:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        captions: CaptionSettings | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         store.check_size(image_size)
@@ -261,6 +270,7 @@ class _StoredBatches:
         self.share = slice(rank * size, (rank + 1) * size)  # this process's part of each global batch
         self.shape = (size, store.meta.channels, image_size, image_size)
         self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory
+        self.captions = (captions or CaptionSettings()) if store.meta.num_captions else None
         self._reporter = reporter or Silent()
 
     def start_at(self, step: int) -> Generator[Batch, None, None]:
@@ -354,10 +364,17 @@ class ImageBatches(_StoredBatches):
         for place, (row, is_new, mirrored) in enumerate(zip(cache.rows[indices], missing, flips, strict=True)):
             image = next(images) if is_new else cache.pixels[row]
             places[place] = image[..., ::-1] if mirrored else image
+        captions = None
+        if self.captions is not None:
+            texts = map(self._store.caption, indices.tolist())
+            captions = [
+                self.plan.caption(text, self.captions, step, place)
+                for place, text in enumerate(texts, self.share.start)
+            ]
         if cache.classes is None:
-            return Batch(pixels, None)
+            return Batch(pixels, None, captions)
         classes = torch.from_numpy(cache.classes[indices])
-        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes)
+        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes, captions)
 
 
 class _Decoder(Dataset[np.ndarray | VdiffError]):
@@ -457,10 +474,9 @@ class ShardBatches(_StoredBatches):
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         with contextlib.closing(answers_of(_Lanes(self), count(step), self.num_workers, self.pin_memory)) as answers:
-            for pixels, classes in answers:
-                yield Batch(pixels, classes)
+            yield from (Batch(*answer) for answer in answers)
 
-    def samples(self, lane: int, position: int) -> Generator[Sample, None, None]:
+    def samples(self, lane: int, position: int) -> Generator[StoredImage, None, None]:
         """The images of a lane of this process in the order of training, from `position` on, without end."""
         lane += self.rank * NUM_LANES
         number, skip = divmod(position, self.order.window)
@@ -472,37 +488,48 @@ class ShardBatches(_StoredBatches):
                 window.clear()  # before the next one is read
                 number, skip = number + 1, 0
 
-    def _in_sequence(self, lane: int, position: int) -> Generator[Sample, None, None]:
+    def _in_sequence(self, lane: int, position: int) -> Generator[StoredImage, None, None]:
         """The images of a lane as they lie in its shards, from `position` on, without end."""
         for shard, skip in self.order.parts(lane, position):
             with contextlib.closing(self.store.samples(shard, self.shape[-1:], skip)) as samples:
                 yield from samples
 
 
-class _Lanes(Dataset[tuple[Tensor, Tensor | None] | VdiffError]):
-    """A step to its images and classes. A process that is asked for the next batch of a lane has it at hand."""
+_Answer = tuple[Tensor, Tensor | None, list[str] | None]
+
+
+class _Lanes(Dataset[_Answer | VdiffError]):
+    """A step to what its `Batch` holds. A process that is asked for the next batch of a lane has it at hand."""
 
     def __init__(self, batches: ShardBatches) -> None:
         self.batches = batches
-        self._lanes: dict[int, tuple[int, Generator[Sample, None, None]]] = {}
+        self._lanes: dict[int, tuple[int, Generator[StoredImage, None, None]]] = {}
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor | None] | VdiffError:
+    def __getitem__(self, step: int) -> _Answer | VdiffError:
         batches, (share, channels, size, _) = self.batches, self.batches.shape
         turn, lane = divmod(step, NUM_LANES)
         expected, samples = self._lanes.pop(lane, (-1, None))
         if samples is None or expected != step:
             samples = batches.samples(lane, turn * share)
-        flips = batches.plan.flips(step)[batches.share].tolist()
-        pixels, classes = np.empty(batches.shape, np.uint8), np.zeros(share, np.int64)
+        plan = batches.plan
+        flips = plan.flips(step)[batches.share].tolist()
+        pixels, classes, captions = np.empty(batches.shape, np.uint8), np.zeros(share, np.int64), [""] * share
         try:
-            for place, (key, encoded, label) in enumerate(islice(samples, share)):
+            for place, (key, encoded, label, caption) in enumerate(islice(samples, share)):
                 image = decode(encoded[size], channels, size, f"{batches.store.path}: image {key}")
                 pixels[place] = image[:, :, ::-1] if flips[place] else image
                 classes[place] = label or 0
+                if batches.captions is not None:
+                    captions[place] = plan.caption(caption, batches.captions, step, batches.share.start + place)
         except VdiffError as error:
             return error
         self._lanes[lane] = (step + NUM_LANES, samples)
-        return torch.from_numpy(pixels), torch.from_numpy(classes) if batches.store.meta.class_names else None
+        has_classes = bool(batches.store.meta.class_names)
+        return (
+            torch.from_numpy(pixels),
+            torch.from_numpy(classes) if has_classes else None,
+            None if batches.captions is None else captions,
+        )
 
 
 def open_batches(store: AnyStore, **options: Any) -> Batches:

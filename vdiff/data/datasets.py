@@ -145,8 +145,8 @@ def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], li
     start, stop = stretch
     while start + len(digests) < stop:
         try:
-            for name, images, label in dataset.stretch(start + len(digests), stop):
-                digests.append(digest_of(images, label))
+            for name, images, label, caption in dataset.stretch(start + len(digests), stop):
+                digests.append(digest_of(images, label, caption))
                 for size, encoded in images.items():
                     if problem := _problem(encoded, size):
                         problems.append(f"image {name}, size {size}: {problem}")
@@ -194,7 +194,7 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
         for index in range(len(dataset)):
             of_class.setdefault(dataset.label(index), []).append(partial(dataset.encoded, side, index))
     else:
-        for _, images, label in islice(dataset.stretch(0, len(dataset)), SHEET_IMAGES):
+        for _, images, label, _ in islice(dataset.stretch(0, len(dataset)), SHEET_IMAGES):
             of_class.setdefault(label, []).append(partial(bytes, images[side]))
     if names:
         shown = [names.index(name) for name in _spread(names, max_rows)]
@@ -272,8 +272,8 @@ def _join_stores(
     writer = StoreWriter(folder, meta)
     with reporter.progress("merge", sum(map(len, parts)), "images") as progress:
         for part in parts:
-            for _, images, label in part.stretch(0, len(part)):
-                writer.add(images, label)
+            for _, images, label, caption in part.stretch(0, len(part)):
+                writer.add(images, label, caption)
                 if writer.is_due:
                     writer.commit()
                     progress.update(writer.length)

@@ -19,12 +19,14 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from msgspec import Meta
 
+from vdiff.data.captions import clean_caption
 from vdiff.data.remote_files import BUFFER_BYTES, COPY_AGAIN, check_place, damaged, opened, scheme_of, shown
 from vdiff.data.store import (
     DATA_FILE,
     INDEX_FILE,
     PREPARE_AGAIN,
     DatasetMeta,
+    StoredImage,
     StoredImages,
     incomplete,
     partial_folder,
@@ -36,16 +38,13 @@ from vdiff.records import record_of
 from vdiff.replacing import Kind
 
 IMAGES_PER_SHARD = 10_000
-LABEL = "cls"
+LABEL, CAPTION = "cls", "txt"
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 PREPARE = "make a dataset of the tar: python prepare_data.py TAR"
 MAX_CLASSES = 100_000
 OTHER_FILES = r"index\.json|rejected\.jsonl"
 LMDB_FILES = r"(data|lock)\.mdb|rejected\.jsonl|samples\.json"
 MARK_OF_META = b'"vdiff_version": "'
-
-Sample = tuple[str, dict[int, bytes], int | None]
-"""Key, encoded images by size, class."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,8 @@ class ShardWriter:
         """Whether the open shard is full."""
         return self.position - self._begun_at >= self.images_per_shard
 
-    def add(self, images: Mapping[int, bytes], label: int | None) -> int:
-        """Append one image in all its sizes (`{size: encoded}`) and its class; returns its position."""
+    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "") -> int:
+        """Append one image in all its sizes (`{size: encoded}`), its class and its captions; returns its position."""
         if set(images) != set(self.meta.sizes):
             raise ValueError(f"images of sizes {sorted(images)}; need {sorted(self.meta.sizes)}")
         if (label is not None) != bool(self.meta.class_names):
@@ -183,6 +182,8 @@ class ShardWriter:
         sample: dict[str, Any] = {suffix_of(self.meta, size): encoded for size, encoded in images.items()}
         if label is not None:
             sample[LABEL] = str(label).encode()
+        if caption:
+            sample[CAPTION] = caption.encode()
         with writing(self._path):
             if self._tar is None:
                 if self.meta.complete or self._path.exists():
@@ -287,7 +288,7 @@ class ShardStore(StoredImages):
             return str(Path(self._base, shard.file))
         return _beside(self._base, shard.file)
 
-    def samples(self, number: int, sizes: Sequence[int], skip: int = 0) -> Generator[Sample, None, None]:
+    def samples(self, number: int, sizes: Sequence[int], skip: int = 0) -> Generator[StoredImage, None, None]:
         """The images of shard `number` in order, without the first `skip`.
 
         Raises:
@@ -295,7 +296,7 @@ class ShardStore(StoredImages):
         """
         shard = self.shards[number]
         place = self.place(shard)
-        wanted = {LABEL, *(suffix for size in sizes for suffix in self._suffixes[size])}
+        wanted = {LABEL, CAPTION, *(suffix for size in sizes for suffix in self._suffixes[size])}
         count = skip
         # what is read from beginning to end anyway is compared with its checksum
         is_whole = bool(shard.sha256) and not skip and set(sizes) == set(self.meta.sizes)
@@ -304,7 +305,8 @@ class ShardStore(StoredImages):
             file: Any = _Hashed(stream) if is_whole else stream
             for key, contents in read_samples(file, wanted.__contains__, mode=mode, skip=skip):
                 where = f"{shown(place)}: image {key}"
-                yield key, {size: self._image(contents, size, where) for size in sizes}, self._label(contents, where)
+                encoded = {size: self._image(contents, size, where) for size in sizes}
+                yield StoredImage(key, encoded, self._label(contents, where), self._caption(contents, where))
                 count += 1
             if count != shard.images:
                 raise damaged(shown(place), f"{count} images, not {shard.images}")
@@ -318,7 +320,7 @@ class ShardStore(StoredImages):
             yield start, start + shard.images
             start += shard.images
 
-    def stretch(self, start: int, stop: int) -> Iterator[Sample]:
+    def stretch(self, start: int, stop: int) -> Iterator[StoredImage]:
         """The images `start` … `stop` − 1, counted through all shards."""
         for number, (first, end) in enumerate(self.stretches()):
             if first < stop and start < end:
@@ -345,6 +347,14 @@ class ShardStore(StoredImages):
         if (label := _class_in(contents.get(LABEL) or b"", len(self.meta.class_names))) is None:
             raise VdiffError(f"{where} has no class, or an unknown one", COPY_AGAIN)
         return label
+
+    def _caption(self, contents: Mapping[str, bytes | None], where: str) -> str:
+        if not self.meta.num_captions:
+            return ""
+        try:
+            return clean_caption((contents.get(CAPTION) or b"").decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise VdiffError(f"{where} has a caption that is not UTF-8", COPY_AGAIN) from None
 
     def _open_folder(self, folder: Path) -> None:
         if folder.name == INDEX_FILE:
@@ -439,13 +449,15 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
     sizes: dict[str, tuple[int, int]] = {}  # the width and height of the first image of each suffix
     modes: set[str] = set()
     labels: list[int] = []
+    num_captions = 0
     for path in paths:
         count = 0
         with opened(path) as file:
             for key, contents in read_samples(
-                file, lambda name: name == LABEL or (is_image(name) and name not in sizes)
+                file, lambda name: name in (LABEL, CAPTION) or (is_image(name) and name not in sizes)
             ):
                 count += 1
+                num_captions += bool((contents.pop(CAPTION, None) or b"").strip())
                 if (text := contents.pop(LABEL, None)) is not None:
                     if (label := _class_in(text, MAX_CLASSES)) is None:
                         raise VdiffError(f"{path}: the class of {key} is not a number below {MAX_CLASSES}", PREPARE)
@@ -475,7 +487,7 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
         sizes=tuple(sorted(suffixes)),
         channels=1 if modes <= {"1", "L"} else 3,
         class_names=tuple(map(str, range(max(labels, default=-1) + 1))),
-        counts={"images": num_images},
+        counts={"images": num_images, **({"captions": num_captions} if num_captions else {})},
         complete=True,
     )
     return meta, tuple(shards), suffixes

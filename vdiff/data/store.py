@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vdiff.data.labels import clean_name
 from vdiff.data.lmdb_file import LmdbFile
@@ -41,8 +41,17 @@ BATCH_IMAGES = 1024
 FULL_DISK_BYTES = 2**20
 
 
+class StoredImage(NamedTuple):
+    """One image of a dataset: its name, encoded images by size, its class, its captions (one a line, "" = none)."""
+
+    name: str
+    images: dict[int, bytes]
+    label: int | None
+    caption: str = ""
+
+
 def record_key(kind: int | str, index: int) -> bytes:
-    """`64-00007`, `label-00007`, `check-00007`: the key of image 7 at 64 pixels, its class, the checksums of both."""
+    """`64-00007`, `label-00007`, `caption-00007`, `check-00007`: image 7 at 64 pixels, its class … and checksums."""
     return f"{kind}-{index:05d}".encode()
 
 
@@ -51,14 +60,16 @@ def check_of(*values: bytes) -> bytes:
     return b"%08x" % zlib.crc32(b"\0".join(values))
 
 
-def digest_of(images: Mapping[int, bytes], label: int | None) -> bytes:
-    """SHA-256 of one image in all its sizes and of its class."""
+def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "") -> bytes:
+    """SHA-256 of one image in all its sizes, of its class and its captions."""
     digest = hashlib.sha256()
     for size, encoded in images.items():
         # the lengths keep the parts apart: no two images feed the hash the same bytes
         digest.update(b"%d %d " % (size, len(encoded)))
         digest.update(encoded)
     digest.update(b"%d" % (-1 if label is None else label))
+    if caption:
+        digest.update(b" " + caption.encode())
     return digest.digest()
 
 
@@ -71,7 +82,8 @@ def next_link(link: bytes, digest: bytes) -> bytes:
 class DatasetMeta:
     """How a dataset was made; the JSON under the key `meta`.
 
-    `counts` = `{"images": n, "skipped": {reason: n}, "ignored": {extension: n}, "converted": {kind: n}}`.
+    `counts` = `{"images": n, "skipped": {reason: n}, "ignored": {extension: n}, "converted": {kind: n}}`, and
+    `"captions"`: the number of images that have one, if any has.
     `fingerprint` = a chain of SHA-256 (hex, `next_link`) over images and classes in index order: equal for equal
     content, empty when another program wrote the dataset. `origin` = SHA-256 (hex) over the settings and the names of
     the images. `shard` = `i/n` for a part, empty for a whole set.
@@ -94,6 +106,11 @@ class DatasetMeta:
     vdiff_version: str = ""
     format_version: int = FORMAT_VERSION
     value_range: str = ""
+
+    @property
+    def num_captions(self) -> int:
+        """How many images have a caption."""
+        return int(self.counts.get("captions", 0))
 
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
@@ -125,7 +142,7 @@ class DatasetMeta:
             and meta.sizes[-1] <= MAX_SIZE
             and meta.channels in (1, 3)
             and re.fullmatch(r"([1-9]\d{0,8}/[1-9]\d{0,8})?", meta.shard)
-            and type(meta.counts.get("images", 0)) is int
+            and all(type(meta.counts.get(key, 0)) is int for key in ("images", "captions"))
             and all(isinstance(count, dict) and all(type(n) is int for n in count.values()) for count in counts)
         ):
             raise VdiffError("the dataset's description says what no dataset is", PREPARE_AGAIN)
@@ -202,14 +219,25 @@ class ImageStore(StoredImages):
             raise self._damaged(f"the class of image {index} is {value[:20]!r}, not one of its classes")
         return int(value)
 
+    def caption(self, index: int) -> str:
+        """The captions of image `index`, one a line; "" if it has none."""
+        if not self.meta.num_captions or self._opened().get(record_key("caption", index)) is None:
+            return ""
+        what = f"the caption of image {index}"
+        try:
+            return self._record("caption", index, what, what).decode()
+        except UnicodeDecodeError:
+            raise self._damaged(f"{what} is not UTF-8") from None
+
     def stretches(self) -> Iterator[tuple[int, int]]:
         """The dataset in pieces that may be read by different processes."""
         yield from ((start, min(start + STRETCH, len(self))) for start in range(0, len(self), STRETCH))
 
-    def stretch(self, start: int, stop: int) -> Iterator[tuple[str, dict[int, bytes], int | None]]:
-        """Name, encoded images by size, and class of the images `start` … `stop` − 1."""
+    def stretch(self, start: int, stop: int) -> Iterator[StoredImage]:
+        """The images `start` … `stop` − 1; the name of each is its index."""
         for index in range(start, stop):
-            yield str(index), {size: self.encoded(size, index) for size in self.meta.sizes}, self.label(index)
+            encoded = {size: self.encoded(size, index) for size in self.meta.sizes}
+            yield StoredImage(str(index), encoded, self.label(index), self.caption(index))
 
     def _foreign_meta(self, file: LmdbFile) -> DatasetMeta:
         """What can be said of a dataset that another program wrote: a length and images, but no `meta`."""
@@ -281,16 +309,18 @@ class StoreWriter:
         """Whether enough images wait for the next batch."""
         return self.length - self._begun_at >= BATCH_IMAGES or self._record_bytes >= BATCH_BYTES
 
-    def add(self, images: Mapping[int, bytes], label: int | None) -> int:
-        """Append one image in all its sizes (`{size: encoded}`) and its class; returns its index."""
+    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "") -> int:
+        """Append one image in all its sizes (`{size: encoded}`), its class and its captions; returns its index."""
         index = self.length
         records = {record_key(size, index): encoded for size, encoded in images.items()}
         if label is not None:
             records[record_key("label", index)] = str(label).encode()
+        if caption:
+            records[record_key("caption", index)] = caption.encode()
         records[record_key("check", index)] = b" ".join(map(check_of, records.values()))
         self._records += records.items()
         self._record_bytes += sum(map(len, records.values()))
-        self.link = next_link(self.link, digest_of(images, label))
+        self.link = next_link(self.link, digest_of(images, label, caption))
         self.length += 1
         return index
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vdiff.data.batches import decode
 from vdiff.data.datasets import AnyStore, open_dataset
-from vdiff.data.store import DATA_FILE, ImageStore
+from vdiff.data.store import DATA_FILE, ImageStore, StoredImage
 from vdiff.errors import VdiffError
 from vdiff.evaluation.features import SIDE, Features
 from vdiff.evaluation.metrics import Arrays, FrechetDistance, Moments, from_arrays, to_arrays, total
@@ -132,9 +132,9 @@ class ReferenceImages:
                     if index in wanted:
                         yield torch.from_numpy(np.array(self._decoded(sample)))
 
-    def _decoded(self, sample: tuple[str, dict[int, bytes], int | None]) -> NDArray[np.uint8]:
-        name, encoded, _ = sample
-        return decode(encoded[self.image_size], self.channels, self.image_size, f"{self.store.path}: image {name}")
+    def _decoded(self, sample: StoredImage) -> NDArray[np.uint8]:
+        where = f"{self.store.path}: image {sample.name}"
+        return decode(sample.images[self.image_size], self.channels, self.image_size, where)
 
 
 def random_subset(count: int, most: int, stream: int = 0) -> NDArray[np.int64]:

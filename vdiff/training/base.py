@@ -90,6 +90,9 @@ def resolve_training(
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     if config.class_dropout and not conditional:
         raise OptionError(f"--class_dropout {config.class_dropout}: the network does not use classes", "leave it out")
+    for name in ("caption_dropout", "caption_shuffle", "caption_keep_tokens", "caption_prefix"):
+        if value := getattr(config, name):
+            raise OptionError(f"--{name} {value}: the network does not use captions", "leave it out")
     return replace(
         config,
         preset=preset,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from vdiff.data.captions import CaptionSettings
 from vdiff.diffusion.distillation import METHODS, Method, build_method
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import SCHEDULES, TableSchedule
@@ -222,7 +223,28 @@ class TrainConfig(LoopConfig):
         default=None,
         shown="if the data have classes, but not with the presets digits, cifar10, lsun128, celebahq256",
     )
+    caption_dropout: float = setting(
+        "Fraction of the captions that are dropped, for classifier-free guidance.",
+        group=OPTIMISATION, default=0.0, low=0, high=0.99,
+    )  # fmt: skip
+    caption_shuffle: bool = setting(
+        "Put the comma-separated tags of a caption in random order.", group=OPTIMISATION, default=False
+    )
+    caption_keep_tokens: int = setting(
+        "The first tags of a caption that --caption_shuffle leaves in place.",
+        group=OPTIMISATION, default=0, low=0, unit="TAGS",
+    )  # fmt: skip
+    caption_prefix: str = setting(
+        "Words before every caption that is not dropped.", group=OPTIMISATION, default="", unit="TEXT", shown="none"
+    )
     unet: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def captions(self) -> CaptionSettings:
+        """What training makes of captions."""
+        return CaptionSettings(
+            self.caption_dropout, self.caption_shuffle, self.caption_keep_tokens, self.caption_prefix
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import vdiff
 from vdiff.data.batches import Batch, decode, open_batches
 from vdiff.data.datasets import AnyStore
-from vdiff.data.shards import Sample, ShardStore
-from vdiff.data.store import ImageStore
+from vdiff.data.shards import ShardStore
+from vdiff.data.store import ImageStore, StoredImage
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.codec import from_uint8
 from vdiff.models.feature_network import (
@@ -75,6 +75,10 @@ class StorePart(ImageStore):
         """The class of image `index`; None in a dataset without classes."""
         return self.whole.label(int(self.indices[index]))
 
+    def caption(self, index: int) -> str:
+        """The captions of image `index`, one a line; "" if it has none."""
+        return self.whole.caption(int(self.indices[index]))
+
 
 class ShardPart(ShardStore):
     """A subset of each tar shard of a dataset."""
@@ -86,8 +90,8 @@ class ShardPart(ShardStore):
         self.shards = tuple(replace(whole.shards[number], images=len(places[number])) for number in self.numbers)
         self._length = sum(map(len, self.places))
 
-    def samples(self, number: int, sizes: Sequence[int], skip: int = 0) -> Generator[Sample, None, None]:
-        """(key, {size: encoded}, class) of the images of shard `number` in order, without the first `skip`."""
+    def samples(self, number: int, sizes: Sequence[int], skip: int = 0) -> Generator[StoredImage, None, None]:
+        """The images of shard `number` in order, without the first `skip`."""
         if skip >= len(self.places[number]):
             return
         first, wanted = int(self.places[number][skip]), set(self.places[number][skip:].tolist())
@@ -123,18 +127,18 @@ def split(store: AnyStore, seed: int) -> tuple[AnyStore, AnyStore]:
 
 def in_order(part: AnyStore, *, image_size: int, batch_size: int, limit: int = MAX_MEASURED) -> Iterator[Batch]:
     """The images of a part in order, in batches, once: all, or about `limit` spread over the part."""
-    samples: Iterator[Sample]
+    samples: Iterator[StoredImage]
     if isinstance(part, ShardStore):
         each = -(-limit // len(part.shards))  # the first images of each shard, as tars are read from the beginning
         samples = chain.from_iterable(islice(part.samples(k, (image_size,)), each) for k in range(len(part.shards)))
     else:
         count = min(len(part), limit)
         indices = [k * len(part) // count for k in range(count)]
-        samples = ((str(k), {image_size: part.encoded(image_size, k)}, part.label(k)) for k in indices)
+        samples = (StoredImage(str(k), {image_size: part.encoded(image_size, k)}, part.label(k)) for k in indices)
     while some := list(islice(samples, batch_size)):
         channels, path = part.meta.channels, part.path
-        images = [decode(files[image_size], channels, image_size, f"{path}: image {key}") for key, files, _ in some]
-        labels = torch.tensor([label or 0 for *_, label in some]) if part.meta.class_names else None
+        images = [decode(x.images[image_size], channels, image_size, f"{path}: image {x.name}") for x in some]
+        labels = torch.tensor([x.label or 0 for x in some]) if part.meta.class_names else None
         yield Batch(torch.from_numpy(np.stack(images)), labels)
 
 

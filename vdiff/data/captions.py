@@ -1,0 +1,65 @@
+"""Captions: how they are cleaned while a dataset is prepared, and what training makes of them."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # train.py --help reads the settings, without numpy
+    import numpy as np
+
+
+def clean_caption(text: str) -> str:
+    r"""One caption a line, without blank lines: control characters and white space become single spaces.
+
+    >>> clean_caption("a dog\tin snow\r\n\n a\x07 dog ")
+    'a dog in snow\na dog'
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join(filter(None, (" ".join("".join(map(_printed, line)).split()) for line in lines)))
+
+
+def has_control_characters(text: str) -> bool:
+    """Whether `clean_caption` replaces more than white space."""
+    return any(_printed(letter) != letter and not letter.isspace() for letter in text)
+
+
+def _printed(letter: str) -> str:
+    """A space for control characters and surrogates, which no UTF-8 text holds; other letters as they are."""
+    return " " if unicodedata.category(letter) in ("Cc", "Cs") else letter
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """What training makes of the captions of an image.
+
+    Attributes:
+        dropout: the fraction of captions that become empty, for classifier-free guidance.
+        shuffle: put the comma-separated tags in random order.
+        keep_tokens: so many first tags keep their places.
+        prefix: stands before every caption that is not dropped.
+    """
+
+    dropout: float = 0.0
+    shuffle: bool = False
+    keep_tokens: int = 0
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout <= 1 or self.keep_tokens < 0:
+            raise ValueError(f"dropout {self.dropout}, keep_tokens {self.keep_tokens}; need 0 … 1 and at least 0")
+
+    def apply(self, captions: str, rng: np.random.Generator) -> str:
+        """One of the `captions` of an image (one a line) as the network gets it; "" where it is dropped."""
+        which, kept = rng.random(2)
+        if kept < self.dropout:
+            return ""
+        lines = captions.split("\n")
+        caption = lines[int(which * len(lines))]
+        if self.shuffle:
+            tags = [tag.strip() for tag in caption.split(",")]
+            rest = tags[self.keep_tokens :]
+            tags[self.keep_tokens :] = [rest[k] for k in rng.permutation(len(rest))]
+            caption = ", ".join(tags)
+        return f"{self.prefix} {caption}".strip() if self.prefix else caption
