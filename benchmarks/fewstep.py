@@ -35,7 +35,8 @@ from benchmarks.distances import SOLVERS, Distances, reference_of
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
 from vdiff.models.checkpoint import read_config
-from vdiff.training.base import resolve_training, train
+from vdiff.training.base import resolve_training
+from vdiff.training.base_training import train
 from vdiff.training.dataset import open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages

@@ -28,7 +28,8 @@ from vdiff.cli.console import Console
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from vdiff.records import LADDER_PICTURE
 from vdiff.text import duration
-from vdiff.training.base import resolve_training, train
+from vdiff.training.base import resolve_training
+from vdiff.training.base_training import train
 from vdiff.training.comparison import compare, known_rows
 from vdiff.training.engine import build_engine
 from vdiff.training.folder import is_run

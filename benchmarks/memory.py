@@ -32,7 +32,8 @@ def measure(preset: str, batch_size: int, more: list[str]) -> str:
     import torch
 
     from vdiff.data.batches import Batch
-    from vdiff.training.base import base_task, describe, memory_of_base, resolve_training
+    from vdiff.training.base import describe, resolve_training
+    from vdiff.training.base_training import base_task, memory_of_base
     from vdiff.training.engine import build_engine
     from vdiff.training.meter import memory_bytes
     from vdiff.training.step import TrainStep

@@ -26,7 +26,8 @@ from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.reporting import Silent
-from vdiff.training.base import resolve_training, train
+from vdiff.training.base import resolve_training
+from vdiff.training.base_training import train
 from vdiff.training.meter import LOGSNR_EDGES
 
 QUARTERS = 4

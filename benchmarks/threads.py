@@ -31,7 +31,8 @@ def measure(num_threads: int, precision: str) -> float:
     import torch
 
     from vdiff.data.batches import Batch
-    from vdiff.training.base import base_task, describe, resolve_training
+    from vdiff.training.base import describe, resolve_training
+    from vdiff.training.base_training import base_task
     from vdiff.training.engine import build_engine
     from vdiff.training.step import TrainStep
 

@@ -31,7 +31,7 @@ SLOW = [
     "vdiff.data.preparation",
     "vdiff.evaluation.measure",
     "vdiff.sampling.job",
-    "vdiff.training.base",
+    "vdiff.training.base_training",
     "vdiff.training.comparison",
     "vdiff.training.ladder",
 ]

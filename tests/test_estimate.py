@@ -18,7 +18,8 @@ from vdiff.errors import VdiffError
 from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import read_config
 from vdiff.training import estimate
-from vdiff.training.base import base_task, describe, memory_of_base
+from vdiff.training.base import describe
+from vdiff.training.base_training import base_task, memory_of_base
 from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import build_engine

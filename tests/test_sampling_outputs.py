@@ -30,7 +30,7 @@ from vdiff.models.speed import ready_to_draw
 from vdiff.sampling.outputs import FORMATS, GRID
 from vdiff.sampling.record_log import HEAD, RecordLog, RecordReader
 from vdiff.sampling.spec import RECORD
-from vdiff.training.base import train
+from vdiff.training.base_training import train
 from vdiff.training.dataset import open_images
 
 NUM = 7

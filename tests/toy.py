@@ -29,7 +29,8 @@ from vdiff.models.checkpoint import (
 )
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet_config import UNetConfig
-from vdiff.training.base import describe, train
+from vdiff.training.base import describe
+from vdiff.training.base_training import train
 from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import build_engine

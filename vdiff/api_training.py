@@ -25,7 +25,8 @@ from vdiff.models.checkpoint import CheckpointConfig, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
 from vdiff.replacing import locked
 from vdiff.reporting import Silent
-from vdiff.training.base import base_task, describe, training
+from vdiff.training.base import describe
+from vdiff.training.base_training import base_task, training
 from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import Engine, build_engine

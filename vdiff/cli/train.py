@@ -79,7 +79,8 @@ def command(
         raise OptionError("--all says what --dry_run prints", "give --dry_run too")
 
     from vdiff.distributed import pick_device
-    from vdiff.training.base import describe, resolve_training, train
+    from vdiff.training.base import describe, resolve_training
+    from vdiff.training.base_training import train
     from vdiff.training.estimate import FEW_UPDATES
     from vdiff.training.run_log import preview_steps
     from vdiff.training.threads import settled_threads
@@ -126,7 +127,7 @@ def estimate(
         VdiffError: memory is too small, unless it is a trial.
     """
     from vdiff.distributed import memory_errors_named
-    from vdiff.training.base import base_task, memory_of_base
+    from vdiff.training.base_training import base_task, memory_of_base
     from vdiff.training.engine import REMEDIES, build_engine
     from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, seconds_per_update, time_facts
     from vdiff.training.presets import preset_for

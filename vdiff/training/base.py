@@ -1,36 +1,27 @@
-"""Training a base model: the teacher of all that follows."""
+"""A base model before its training: the settings of the run, its images, and the checkpoint that it will write.
+
+Nothing here loads torch, so mistakes are found at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.diffusion.weighting import ZERO_SNR_FLOOR
-from vdiff.distributed import memory_errors_named, pick_device
-from vdiff.errors import Interrupted, OptionError, VdiffError, suggestion
-from vdiff.models.checkpoint import CheckpointConfig, read_config
-from vdiff.models.denoiser import Denoiser
+from vdiff.errors import OptionError, VdiffError, suggestion
+from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet_config import UNetConfig
 from vdiff.projects import Project
-from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TENSORS, TrainingData, open_images
-from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batch
-from vdiff.training.estimate import Memory, memory_of
-from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
-from vdiff.training.loop import Run, metrics_of, settle
-from vdiff.training.objectives import DenoisingObjective
-from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer, write_run
-from vdiff.training.step import Task, TrainStep
+from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer
 
 DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
 
@@ -68,6 +59,8 @@ def resolve_training(
     reason = ""
     if not resume:
         if not preset:
+            from vdiff.distributed import pick_device
+
             device = pick_device(str(chosen.get("device") or "auto")).type
             preset = preset_for(images.image_size, images.num_images, device)
             reason = f", as it fits {images.num_images:,} such images on {device}"
@@ -181,81 +174,3 @@ def schedule_of(config: TrainConfig) -> Schedule:
         return schedule
     table = {"num_levels": config.num_timesteps, "zero_snr": config.zero_snr}
     return build_schedule({"name": config.schedule, **table})
-
-
-def train(
-    config: TrainConfig, images: TrainingData, *, folder: Path, resume: bool, overwrite: bool, reporter: Reporter
-) -> CheckpointConfig:
-    """Train a base model into `folder`: `training`, whose metrics are left to the log.
-
-    Raises:
-        Interrupted, VdiffError: as in `training`.
-    """
-    try:
-        for _ in training(config, images, folder=folder, resume=resume, overwrite=overwrite, reporter=reporter):
-            pass
-    except Interrupted as stop:
-        raise Interrupted(f"{stop}; continue with --resume", stop.exit_code) from None
-    return read_config(folder)
-
-
-def training(
-    config: TrainConfig,
-    images: TrainingData,
-    *,
-    folder: Path,
-    resume: bool,
-    overwrite: bool,
-    reporter: Reporter,
-    model: tuple[Denoiser, CheckpointConfig] | None = None,
-    on_start: Callable[[TrainStep], object] = id,
-) -> Iterator[dict[str, float]]:
-    """Train a base model into `folder`, and yield the metrics whenever they are logged.
-
-    Args:
-        model: the denoiser to train and its description; None: the one that the settings describe.
-        on_start: called with what does the updates, before the first one.
-
-    Raises:
-        Interrupted: a signal came; the run is saved and can be resumed.
-        VdiffError: the folder, the device or the training does not allow it.
-    """
-    description = describe(config, images) if model is None else model[1]
-    engine = build_engine(config)
-    with locked(folder, kind=RUN, mine=engine.is_main), memory_errors_named(REMEDIES):
-        if resume:
-            check_same_run(folder, config, resolve(TrainConfig, recorded_layer(TrainConfig, folder)))
-            found = recorded(folder)
-            if found and found.is_finished and found.num_iters >= config.num_iters:
-                reporter.line(f"{folder} is finished already: {found.num_iters} updates")
-                if engine.is_main:
-                    settle(folder, config, found.num_iters)
-                return
-            check_resumable(folder, images)
-            if found and model:
-                check_same_model(folder, found, description)
-        engine.wait()  # until every process has seen the folder as it was
-        if engine.is_main and not resume:
-            start_anew(folder, config, overwrite=overwrite)
-        engine.wait()
-        torch.manual_seed(config.seed)
-        run = Run(
-            **vars(base_task(config, description.build() if model is None else model[0])),
-            batches=images.batches(config, engine, reporter),
-            description=description,
-            folder=folder,
-            on_resumed=partial(write_run, folder, config) if resume else None,
-        )
-        reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
-        on_start(step := TrainStep(run, engine))
-        yield from metrics_of(run, step, reporter)
-
-
-def memory_of_base(config: TrainConfig, images: TrainingData, description: CheckpointConfig, engine: Engine) -> Memory:
-    """The memory of a base model's training; see `memory_of`."""
-    return memory_of(lambda _: base_task(config, description.build()), description.shape, images.num_images, engine)
-
-
-def base_task(config: TrainConfig, denoiser: Denoiser) -> Task:
-    """A denoiser that learns images from their noisy copies."""
-    return Task(denoiser, DenoisingObjective(denoiser.schedule), config, class_dropout=config.class_dropout)

@@ -1,20 +1,22 @@
-"""A run's dataset: its size, shape and classes, and its batches."""
+"""A run's dataset: its size, shape and classes, and its batches; opening it does not load torch."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from vdiff.data.batches import Batch, Batches, open_batches
 from vdiff.data.datasets import AnyStore, open_at_size
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig, TrainConfig
-from vdiff.training.engine import Engine
+
+if TYPE_CHECKING:
+    from vdiff.data.batches import Batch, Batches
+    from vdiff.training.engine import Engine
 
 TENSORS = "tensors"
 """Recorded by a checkpoint instead of a dataset's path, if the run was trained on tensors."""
@@ -58,6 +60,8 @@ class TrainingData:
 
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
         """This process's share of the batches, in the seed's order."""
+        from vdiff.data.batches import open_batches
+
         if self.none_needed:
             share = engine.part(config.batch_size)
             return ClassesOnly(self.shape, len(self.class_names), config.seed, config.batch_size, share)
@@ -89,6 +93,10 @@ class ClassesOnly:
 
     def start_at(self, step: int) -> Generator[Batch, None, None]:
         """The batches of optimiser steps `step`, `step` + 1, … without end."""
+        import torch
+
+        from vdiff.data.batches import Batch
+
         images = torch.zeros((self.share.stop - self.share.start, *self.shape), dtype=torch.uint8)
         while True:
             generator = np.random.default_rng([self.seed, step])

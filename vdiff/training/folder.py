@@ -10,12 +10,11 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CONFIG, FILES, CheckpointConfig, is_checkpoint, read_config
-from vdiff.records import RUN_FILE, check_same_settings
+from vdiff.records import RUN_FILE, STATE, check_same_settings
 from vdiff.replacing import Kind, check_free, is_free, start_folder
 from vdiff.training.config import DistillConfig, TrainConfig, settings_of, values_of
 from vdiff.training.dataset import TENSORS, TrainingData
 from vdiff.training.presets import run_text
-from vdiff.training.state import state_path
 
 FILES_OF_RUN = "|".join(
     [
@@ -90,9 +89,9 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
     if found.dataset_fingerprint != images.fingerprint:
         was = "the same tensors" if found.dataset == TENSORS else f"{shell('--data', found.dataset)} as it was"
         raise VdiffError(f"{folder} was begun with other images than {images.name} holds", f"give {was}")
-    if not state_path(folder).is_file():
+    if not (folder / STATE).is_file():
         raise VdiffError(
-            f"{folder} cannot be resumed: {state_path(folder)} is missing",
+            f"{folder} cannot be resumed: {folder / STATE} is missing",
             "give another --out, or --overwrite to begin again",
         )
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from vdiff.diffusion.distillation import METHODS, Guided, shortening
 from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
-from vdiff.distributed import pick_device
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
@@ -105,6 +104,8 @@ def resolve_distillation(
         num_images = open_images(data, teacher.image_size or None).num_images
     preset = str(chosen.get("preset") or _preset_of(base))
     if not preset:
+        from vdiff.distributed import pick_device
+
         device = pick_device(str(chosen.get("device") or "auto")).type
         preset = preset_for(teacher.image_size, num_images, device)
     presets = read_preset(preset, num_images).distill

@@ -1,0 +1,104 @@
+"""Training a base model: the teacher of all that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vdiff.distributed import memory_errors_named
+from vdiff.errors import Interrupted
+from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.denoiser import Denoiser
+from vdiff.replacing import locked
+from vdiff.reporting import Reporter
+from vdiff.training.base import describe
+from vdiff.training.config import TrainConfig, resolve
+from vdiff.training.dataset import TrainingData
+from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batch
+from vdiff.training.estimate import Memory, memory_of
+from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
+from vdiff.training.loop import Run, metrics_of, settle
+from vdiff.training.objectives import DenoisingObjective
+from vdiff.training.presets import recorded_layer, write_run
+from vdiff.training.step import Task, TrainStep
+
+
+def train(
+    config: TrainConfig, images: TrainingData, *, folder: Path, resume: bool, overwrite: bool, reporter: Reporter
+) -> CheckpointConfig:
+    """Train a base model into `folder`: `training`, whose metrics are left to the log.
+
+    Raises:
+        Interrupted, VdiffError: as in `training`.
+    """
+    try:
+        for _ in training(config, images, folder=folder, resume=resume, overwrite=overwrite, reporter=reporter):
+            pass
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; continue with --resume", stop.exit_code) from None
+    return read_config(folder)
+
+
+def training(
+    config: TrainConfig,
+    images: TrainingData,
+    *,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    reporter: Reporter,
+    model: tuple[Denoiser, CheckpointConfig] | None = None,
+    on_start: Callable[[TrainStep], object] = id,
+) -> Iterator[dict[str, float]]:
+    """Train a base model into `folder`, and yield the metrics whenever they are logged.
+
+    Args:
+        model: the denoiser to train and its description; None: the one that the settings describe.
+        on_start: called with what does the updates, before the first one.
+
+    Raises:
+        Interrupted: a signal came; the run is saved and can be resumed.
+        VdiffError: the folder, the device or the training does not allow it.
+    """
+    description = describe(config, images) if model is None else model[1]
+    engine = build_engine(config)
+    with locked(folder, kind=RUN, mine=engine.is_main), memory_errors_named(REMEDIES):
+        if resume:
+            check_same_run(folder, config, resolve(TrainConfig, recorded_layer(TrainConfig, folder)))
+            found = recorded(folder)
+            if found and found.is_finished and found.num_iters >= config.num_iters:
+                reporter.line(f"{folder} is finished already: {found.num_iters} updates")
+                if engine.is_main:
+                    settle(folder, config, found.num_iters)
+                return
+            check_resumable(folder, images)
+            if found and model:
+                check_same_model(folder, found, description)
+        engine.wait()  # until every process has seen the folder as it was
+        if engine.is_main and not resume:
+            start_anew(folder, config, overwrite=overwrite)
+        engine.wait()
+        torch.manual_seed(config.seed)
+        run = Run(
+            **vars(base_task(config, description.build() if model is None else model[0])),
+            batches=images.batches(config, engine, reporter),
+            description=description,
+            folder=folder,
+            on_resumed=partial(write_run, folder, config) if resume else None,
+        )
+        reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
+        on_start(step := TrainStep(run, engine))
+        yield from metrics_of(run, step, reporter)
+
+
+def memory_of_base(config: TrainConfig, images: TrainingData, description: CheckpointConfig, engine: Engine) -> Memory:
+    """The memory of a base model's training; see `memory_of`."""
+    return memory_of(lambda _: base_task(config, description.build()), description.shape, images.num_images, engine)
+
+
+def base_task(config: TrainConfig, denoiser: Denoiser) -> Task:
+    """A denoiser that learns images from their noisy copies."""
+    return Task(denoiser, DenoisingObjective(denoiser.schedule), config, class_dropout=config.class_dropout)
