@@ -238,7 +238,7 @@ def test_commands_draw_and_export_what_a_folder_builds_and_refuse_the_rest(tmp_p
     done("vdiff inspect unet_2d")
     refused = "these are the weights of a network in Python, tests.test_backbones.Mlp: its code is not in the folder"
     assert refused in error("sample.py --checkpoint mlp --out no", 1)
-    assert "only vdiff's UNet is written in diffusers' form" in error("vdiff export diffusers unet_2d no", 1)
+    assert "only vdiff's UNet can be exported to diffusers" in error("vdiff export diffusers unet_2d no", 1)
 
 
 def test_datasets_have_no_samples_that_are_not_square(tmp_path, monkeypatch):

@@ -231,9 +231,9 @@ CASES = [
     (f"{SAMPLE}/base_5 --sampler dimm", USAGE, "Invalid value for '--sampler': 'dimm' is unknown; did you mean 'ddim'"),
     ("prepare_data.py --format jpg", USAGE, "Invalid value for '--format': 'jpg' is unknown; did you mean 'jpeg'?; se"),
     (f"{TRAIN} --flip perhaps", USAGE, "Invalid value for '--flip': it takes True, False or nothing after it, not 'pe"),
-    (f"{SAMPLE}/classes --classes cow", USAGE, "--classes: no class 'cow'; …cat"),
-    (f"{SAMPLE}/classes --classes cats,dog", USAGE, "--classes: no class 'cats'; did you mean 'cat'?"),
-    (f"{SAMPLE}/classes --classes 2", USAGE, "--classes: no class '2'; choose from cat, dog"),
+    (f"{SAMPLE}/classes --classes cow", USAGE, "--classes: unknown class 'cow'; …cat"),
+    (f"{SAMPLE}/classes --classes cats,dog", USAGE, "--classes: unknown class 'cats'; did you mean 'cat'?"),
+    (f"{SAMPLE}/classes --classes 2", USAGE, "--classes: unknown class '2'; choose from cat, dog"),
     (f"{SAMPLE}/base_5 --classes 0", USAGE, "--classes: this model knows no classes; leave it out"),
     *[(f"{SAMPLE}/base_5 --{option} {value}", USAGE, f"Invalid value for '--{option}': {value}…; see sample.py --help")
       for option, value in [("num", 0), ("batch_size", 0), ("seed", -1), ("num_timesteps", 0), ("time_scale", 0),

@@ -88,12 +88,12 @@ def test_files_that_are_no_features_are_refused_in_one_line(tmp_path):
         tmp_path: "Is a directory|Permission denied",
         tmp_path / "text.pt2": "is not a network",
         tmp_path / "weights.pt": "weights alone",
-        colour: "cannot be given images of 4×4 pixels and 1 channel",
-        fixed: "cannot be given images",
-        sums: "cannot be given images",
+        colour: "does not accept images of 4×4 pixels and 1 channel",
+        fixed: "does not accept images",
+        sums: "does not accept images",
         infinite: "not finite",
-        pair: "cannot be given images|not a tensor",
-        damaged: "cannot be loaded|is not a network|cannot be given",
+        pair: "does not accept images|not a tensor",
+        damaged: "cannot be loaded|is not a network|does not accept",
     }
     for path, words in cases.items():
         with pytest.raises(VdiffError, match=words) as caught:

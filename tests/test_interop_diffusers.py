@@ -415,8 +415,8 @@ def test_what_is_written(place):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prediction": "both"}, "no word for a network that predicts 'both'; only eps, v, x can be written"),
-        ({"unet": {"fold": 2, "attention_strides": (4,)}}, "UNet2DModel cannot say fold 2"),
+        ({"prediction": "both"}, "no prediction type 'both'; only eps, v, x can be written"),
+        ({"unet": {"fold": 2, "attention_strides": (4,)}}, "UNet2DModel does not support fold 2"),
         ({"unet": {"guidance_input": True}}, "a weight of guidance as an input; give --guidance W"),
         ({"unet": {"multipliers": (2, 4)}}, "a first multiplier of 2"),
         (
@@ -427,7 +427,7 @@ def test_what_is_written(place):
             {"unet": {"attention_strides": (1,), "num_heads": 2, "head_channels": 0}},
             "heads of 4, 8 channels; train with",
         ),
-        ({"num_timesteps": 6}, "cannot take 6 equal steps among 1024 timesteps; distil to"),
+        ({"num_timesteps": 6}, "cannot place 6 equal steps on 1024 timesteps; distil to"),
     ],
 )
 def test_what_diffusers_cannot_say_is_refused(tmp_path, changes, message):
@@ -446,11 +446,11 @@ def test_what_diffusers_cannot_say_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("v", {"class_name": "cat"}, "--class: this network knows no classes"),
-        ("classes", {"class_name": "3"}, "--class: no class '3'; choose from cat, dog, 7, none"),
-        ("guided", {"class_name": "none", "guidance": 1.0}, "--class: no class 'none'; choose from cat, dog"),
-        ("guided", {"guidance": 4.5}, r"--guidance 4.5: the network was taught 0.0 to 4.0"),
-        ("v", {"guidance": 1.0}, "--guidance: this network takes no weight of guidance"),
+        ("v", {"class_name": "cat"}, "--class: this network has no classes"),
+        ("classes", {"class_name": "3"}, "--class: unknown class '3'; choose from cat, dog, 7, none"),
+        ("guided", {"class_name": "none", "guidance": 1.0}, "--class: unknown class 'none'; choose from cat, dog"),
+        ("guided", {"guidance": 4.5}, r"--guidance 4.5: the network supports 0.0 to 4.0"),
+        ("v", {"guidance": 1.0}, "--guidance: this network does not take a guidance weight"),
     ],
 )
 def test_unknown_classes_and_weights_are_refused(place, tmp_path, name, options, message):
@@ -510,38 +510,38 @@ def test_differences_in_sampling_are_told(place, tmp_path):
     def told(name: str) -> list[str]:
         return import_pipeline(str(place / "theirs" / name), tmp_path / name).remarks
 
-    leading = "its timesteps are leading, ours trailing: the same at {} steps only"
+    leading = "its timesteps are leading, vdiff's are trailing: they agree only at {} steps"
     assert told("ddpm-celebahq-256") == [leading.format(1000)]
     assert told("ddim-v") == []
     assert told("x") == [
         leading.format(1000),
-        "its last step stops at its first noise level, ours at the image (set_alpha_to_one)",
-        "it does not clip the image; ours do unless told --no_clip",
+        "its last step ends at its first noise level, not at the image (set_alpha_to_one)",
+        "it does not clip the image; vdiff does without --no_clip",
     ]
 
 
-LEADING = "its timesteps are leading, ours trailing: the same at 1000 steps only"
-LINSPACE = "its timesteps are linspace, ours trailing: the same at 1000 steps only"
-UNCLIPPED = "it does not clip the image; ours do unless told --no_clip"
+LEADING = "its timesteps are leading, vdiff's are trailing: they agree only at 1000 steps"
+LINSPACE = "its timesteps are linspace, vdiff's are trailing: they agree only at 1000 steps"
+UNCLIPPED = "it does not clip the image; vdiff does without --no_clip"
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "expected"),
     [
         ("DDPM", {}, [LEADING]),
-        ("DDIM", {"steps_offset": 1}, [LEADING, "its timesteps begin 1 later than ours (steps_offset)"]),
+        ("DDIM", {"steps_offset": 1}, [LEADING, "its timesteps begin 1 later than vdiff's (steps_offset)"]),
         ("DDIM", {"steps_offset": 1, "timestep_spacing": "trailing"}, []),
         (
             "DDPM",
             {"variance_type": "fixed_large"},
-            [LEADING, "its noise has the variance fixed_large, ours fixed_small (--sampler ddpm)"],
+            [LEADING, "its noise has the variance fixed_large, vdiff's fixed_small (--sampler ddpm)"],
         ),
         ("DDPM", {"clip_sample_range": 2.0}, [LEADING, "it clips the image to ±2.0: --clipping_value 2.0"]),
         ("DDPM", {"clip_sample_range": 2.0, "clip_sample": False}, [LEADING, UNCLIPPED]),
         (
             "PNDM",
             {},
-            [LEADING, "its last step stops at its first noise level, ours at the image (set_alpha_to_one)", UNCLIPPED],
+            [LEADING, "its last step ends at its first noise level, not at the image (set_alpha_to_one)", UNCLIPPED],
         ),
         ("EulerDiscrete", {}, [LINSPACE, UNCLIPPED]),
         (
@@ -554,9 +554,9 @@ UNCLIPPED = "it does not clip the image; ours do unless told --no_clip"
             {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
             [
                 LINSPACE,
-                "its last step stops at its first noise level, ours at the image (final_sigmas_type)",
+                "its last step ends at its first noise level, not at the image (final_sigmas_type)",
                 UNCLIPPED,
-                "its noise levels are spaced by use_karras_sigmas; ours are not unless told (--grid)",
+                "its noise levels are spaced by use_karras_sigmas; vdiff's only with --grid",
             ],
         ),
         ("DPMSolverSinglestep", {}, [LINSPACE, UNCLIPPED]),
@@ -565,11 +565,11 @@ UNCLIPPED = "it does not clip the image; ours do unless told --no_clip"
             {"lambda_min_clipped": -5.1, "thresholding": True},
             [
                 LINSPACE,
-                "it leaves out its highest noise levels (lambda_min_clipped)",
-                "it clips to a quantile of the pixels (thresholding), ours to ±1 unless told otherwise",
+                "it skips its highest noise levels (lambda_min_clipped)",
+                "it clips to a quantile of the pixels (thresholding), vdiff to ±1 by default",
             ],
         ),
-        ("DDPM", {"zebra": 1}, [LEADING, "theirs has 'zebra', unknown here: it may draw other images"]),
+        ("DDPM", {"zebra": 1}, [LEADING, "theirs has 'zebra', which vdiff does not know: it may draw other images"]),
     ],
 )
 def test_what_a_scheduler_does_in_another_way_is_told(kind, values, expected):
@@ -638,7 +638,7 @@ def test_variants_and_parts_are_read(place, tmp_path, form):
     assert (len(list((theirs / "unet").glob("*.safetensors"))) > 1) == ("parts" in form)
     assert not (theirs / UNET_FILE).exists()
     made = import_pipeline(str(theirs), tmp_path / "made")
-    assert any("of the variant diffusion_pytorch_model.fp16" in remark for remark in made.remarks) == bool(variant)
+    assert any("the variant diffusion_pytorch_model.fp16" in remark for remark in made.remarks) == bool(variant)
     expected, found = (load_file(tmp_path / name / WEIGHTS) for name in ("expected", "made"))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor.half().float() if variant else tensor)
@@ -782,7 +782,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no scheduler": (without("scheduler/scheduler_config.json"), "scheduler_config.json is missing"),
     "no unet": (without("unet/config.json"), "unet/config.json is missing"),
     "no weights": (without(UNET_FILE), "diffusion_pytorch_model.safetensors is missing; weights in pickles"),
-    "pickle": (as_pickle, "diffusion_pytorch_model.safetensors is missing; weights in pickles (.bin) are never read"),
+    "pickle": (as_pickle, "diffusion_pytorch_model.safetensors is missing; vdiff never reads weights in pickles"),
     "cut": (cut, "truncated or damaged"),
     "huge header": (written(UNET_FILE, b"\xff" * 64), "truncated or damaged"),
     "huge": (huge, "1,024 MiB"),
@@ -831,7 +831,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "flow": (scheduler(_class_name="UniPCMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas is True; only "),
     "absurd clip": (scheduler(clip_sample=True, clip_sample_range=10**400), "need a number from 0"),
     "latents": (unet(in_channels=4, out_channels=4), "in_channels is 4; only images of 1 or 3 channels can be read: "),
-    "words in a table": (scheduler(trained_betas=["a"] * 1024), "1024 numbers from 0 to 1 are due"),
+    "words in a table": (scheduler(trained_betas=["a"] * 1024), "need 1024 numbers from 0 to 1"),
 }  # fmt: skip
 
 
@@ -959,7 +959,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, failure
     monkeypatch.setattr(reading, "hub_answers", lambda: True)
     monkeypatch.chdir(tmp_path)
     message = error("vdiff import diffusers owner/name", 1)
-    assert message.startswith("owner/name: no such folder, and the hub does not give it (")
+    assert message.startswith("owner/name: no such folder, and the hub does not provide it (")
     assert "\n" not in message
     assert tree(tmp_path) == {}
 

@@ -252,7 +252,7 @@ def test_without_a_token_nothing_is_asked(hub, checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "status", "said", "message"),
     [
-        ("/api/repos", 401, "Invalid token.", "does not know the token (Invalid token.); set HF_TOKEN to one"),
+        ("/api/repos", 401, "Invalid token.", "rejects the token (Invalid token.); set HF_TOKEN to a"),
         (
             "/api/repos",
             403,
@@ -283,7 +283,7 @@ def test_a_hub_that_is_not_there_is_one_line(hub, checkpoint):
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     line = error(f"vdiff push {checkpoint} me/digits --endpoint {url}", 1)
     assert line.startswith(f"cannot upload to {url}: ")
-    assert line.endswith("; look at the network and --endpoint; nothing was uploaded")
+    assert line.endswith("; check the network and --endpoint; nothing was uploaded")
     assert hub.asked == []
 
 
@@ -300,7 +300,7 @@ def test_only_models_are_uploaded(hub, checkpoint, tmp_path):
     done(f"vdiff export weights {checkpoint} {tmp_path / 'out'}")
     (tmp_path / "out/model.safetensors").unlink()
     line = error(f"vdiff push {tmp_path / 'out'} me/digits --endpoint {hub.url}", 1)
-    assert line.startswith(f"{tmp_path / 'out'} holds a model card and no model; ")
+    assert line.startswith(f"{tmp_path / 'out'} holds a model card but no model; ")
     (checkpoint / "model.safetensors").write_bytes(b"damaged")
     error(f"vdiff push {checkpoint} me/digits --endpoint {hub.url}", 1)
     assert hub.asked == []

@@ -118,7 +118,7 @@ def test_their_notebook_from_images_to_a_student():
         ("train.py --checkpoint_to_continue x.pt", "--checkpoint_to_continue: vdiff continues its own runs; leave it "),
         ("distillate.py --gamma 0.3", "--gamma 0.3: that weight is not in vdiff; choose another with --weighting"),
         ("distillate.py --gamma x", "--gamma x: that weight is not in vdiff; choose another with --weighting"),
-        ("distillate.py --diffusion Mine", "--diffusion Mine: vdiff takes no class of yours here; see --method and"),
+        ("distillate.py --diffusion Mine", "--diffusion Mine: vdiff does not load your classes; see --method and"),
         ("sample.py --module mine --checkpoint x.pt", "--module mine: vdiff reads no network from Python code; import "
          "it first: vdiff import reference x.pt --image_size PIXELS --attention_heads HEADS"),
         ("sample.py --module celeba_u --checkpoint y.pt", "y.pt: no such checkpoint; "),

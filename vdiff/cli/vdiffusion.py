@@ -82,7 +82,7 @@ def _one(command: str, name: str, value: str, given: dict[str, str]) -> list[str
         return ["--num_workers", value]
     if name == "diffusion":
         if value not in DIFFUSIONS:
-            raise OptionError(f"--diffusion {value}: vdiff takes no class of yours here", "see --method and --sampler")
+            raise OptionError(f"--diffusion {value}: vdiff does not load your classes", "see --method and --sampler")
         return []
     if name == "scheduler":
         if value not in SCHEDULES:

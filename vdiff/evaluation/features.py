@@ -128,7 +128,7 @@ class FileFeatures(Features):
                 "train one on images such as yours: vdiff features",
             )
         noise = torch.rand((3, channels, image_size, image_size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        with _one_line_errors(path, f"it cannot be given images of {_kind(image_size, channels)}"):
+        with _one_line_errors(path, f"it does not accept images of {_kind(image_size, channels)}"):
             three, one = self(noise), self(noise[:1])
         if three.ndim != 2 or len(three) != 3 or one.shape != three[:1].shape or not three.shape[1]:
             raise VdiffError(f"{path} returns shape {three.shape} for 3 images; need (3, d)", MAKE_ONE)

@@ -1,1 +1,1 @@
-"""Other people's formats: checkpoints of the v-diffusion repositories, and whatever else comes in or goes out."""
+"""Import and export: checkpoints of the v-diffusion repositories, diffusers, ONNX, torch.export and the hub."""

@@ -1,8 +1,8 @@
-"""The model card: README.md with a picture, what the model is, where it came from, how far it is from its teachers, its
-licence, and how to use the files beside it; and a checkpoint's description as others may see it.
+"""The model card (README.md): a picture, the model's facts, lineage, distances to its teachers, licence, and how to use
+the files beside it; and the public form of a checkpoint's description.
 
-A card names the weights it belongs to. Another file of the same weights adds a section to it; what people have written
-into it stays.
+A card names its weights. Exporting another file of the same weights adds a section to it, and keeps other people's
+changes.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ UNKNOWN = "unknown"
 USE = "\n## Use\n"
 MARK = "<!-- vdiff: the card of weights {} -->"
 MARKED = re.compile("<!-- vdiff: the card of weights ([0-9a-f]{64}) -->")
-IDENTIFIER = re.compile("[A-Za-z][A-Za-z0-9.+_-]{0,63}")  # of a licence
+IDENTIFIER = re.compile("[A-Za-z][A-Za-z0-9.+_-]{0,63}")  # a licence's identifier
 TASK = "unconditional-image-generation"
 PICTURE_IMAGES, PICTURE_STEPS, FEWEST_STEPS = 16, 64, 4
 PIXELS_AT_ONCE = 16 * 64**2
 SAME_NOISE = "From the same noise; RMSE is of pixels in [−1, 1]."
 MAX_NAMES = 20
 NO_DISTANCES = {"checkpoint", "seed", "num_steps", "num_iters", "train_seconds", "ms_per_image"}
-"""Columns of a ladder that are no distances."""
+"""Columns of a ladder that are not distances."""
 PATHS = ("dataset", "path")
-"""Keys of a checkpoint's description, or of a teacher's in it, that hold a path or an address."""
+"""Keys with a path or an address, in the description of a checkpoint or of its teacher."""
 
 
 # Descriptions without paths of this machine
 
 
 def last_name(path: str) -> str:
-    """`/home/me/data/photos_64`, `https://me:word@host/photos_64?key=…` → `photos_64`; `imported:` stays before it."""
+    """`/home/me/data/photos_64`, `https://me:word@host/photos_64?key=…` → `photos_64`; the prefix `imported:` stays."""
     if path.startswith(IMPORTED):
         return IMPORTED + last_name(path.removeprefix(IMPORTED))
     if "://" in path:
@@ -62,7 +62,7 @@ def last_name(path: str) -> str:
 
 
 def public(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json, teachers included, with the last part alone of every path and address."""
+    """The values of a config.json, including teachers, with only the last part of every path and address."""
     shown = {key: last_name(str(value)) if key in PATHS else value for key, value in values.items()}
     if isinstance(teacher := values.get("teacher"), Mapping):
         shown["teacher"] = public(teacher)
@@ -74,7 +74,7 @@ def public(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Card:
-    """A card that is yet to be written; no `picture`: the one that lies there stays, or there is none."""
+    """A card to write; without a `picture`, an existing one stays."""
 
     text: str
     picture: Image | None
@@ -95,14 +95,14 @@ def card_beside(
     anew: bool,
     tags: Sequence[str],
 ) -> Card:
-    """The card for `folder`, in which a file is to be exported: a new one, or what lies there with a section more.
+    """The card for a file to be exported to `folder`: a new one, or the existing one with another section.
 
     Args:
-        license_name: None: unknown, or what the card that lies there says.
-        anew: replace a card of the same weights; the sections of files that still lie there are kept.
+        license_name: None: the licence of an existing card, else unknown.
+        anew: replace a card of the same weights; the sections of files that still exist are kept.
 
     Raises:
-        VdiffError: what lies there is no card of these weights.
+        VdiffError: the existing README.md is not a card of these weights.
     """
     path = folder / CARD
     if not path.exists():
@@ -111,8 +111,8 @@ def card_beside(
     text = _text(path)
     if MARK.format(weights_fingerprint(checkpoint)) not in text:
         raise VdiffError(
-            f"{path} is not the model card of {checkpoint}, and an export writes one",
-            "give a file in a folder of its own, or --card False",
+            f"{path} is not the model card of {checkpoint}, which an export writes",
+            "give a file in a separate folder, or --card False",
         )
     sections = {name: body for name, body in _sections(text) if (folder / name).exists()} | dict(usage)
     if anew or license_name is not None or not (folder / PICTURE).exists():
@@ -128,14 +128,14 @@ def new_card(
     library: str = "vdiff",
     tags: Sequence[str] = (),
 ) -> Card:
-    """The card of `checkpoint`; its picture is drawn from noise of seed 0.
+    """The card of `checkpoint`; its picture is drawn from the noise of seed 0.
 
     Args:
-        usage: for each file (or the folder) that was exported, its heading and how to use it, as Markdown.
-        library: what loads the files: the hub's `library_name`.
+        usage: for each exported file (or the folder), its heading and how to use it, as Markdown.
+        library: the library that loads the files: the hub's `library_name`.
 
     Raises:
-        OptionError: a licence that is no identifier.
+        OptionError: the licence is not an identifier.
         VdiffError: the checkpoint cannot be used.
     """
     from huggingface_hub import ModelCardData
@@ -172,12 +172,12 @@ def new_card(
 
 
 def is_card(path: Path) -> bool:
-    """Whether a model card of ours lies at `path`."""
+    """Whether `path` is a model card that vdiff wrote."""
     return MARKED.search(_text(path)) is not None
 
 
 def _text(path: Path) -> str:
-    """What lies at `path`; nothing where there is no text."""
+    """The text of the file at `path`; empty if there is none."""
     try:
         return read_text(path)
     except (OSError, ValueError):
@@ -185,7 +185,7 @@ def _text(path: Path) -> str:
 
 
 def _license_of(text: str) -> str:
-    """The licence in a card's first lines, which people may have changed."""
+    """The licence in a card's metadata, which people may have changed."""
     from huggingface_hub import ModelCard
 
     try:
@@ -195,16 +195,16 @@ def _license_of(text: str) -> str:
     return name if IDENTIFIER.fullmatch(name) else UNKNOWN
 
 
-# What a card says
+# The contents of a card
 
 
 def sizes_of(config: CheckpointConfig) -> str:
-    """`32 × 32`: the sizes of a sample behind its channels."""
+    """`32 × 32`: the sizes of a sample without its channels."""
     return " × ".join(map(str, config.shape[1:]))
 
 
 def _summary(config: CheckpointConfig) -> str:
-    """One sentence."""
+    """The model in one sentence."""
     of = f" of {len(config.class_names)} classes" if config.class_names else ""
     how = "a base model" if config.method == "base" else f"distilled ({_cell(config.method)})"
     size = sizes_of(config)
@@ -213,7 +213,7 @@ def _summary(config: CheckpointConfig) -> str:
 
 
 def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> str:
-    """The table of what the model is."""
+    """The table of the model's facts."""
     schedule = ", ".join(f"{key} {value}" for key, value in config.schedule.items() if key != "name")
     names = [_cell(name) for name in config.class_names]
     listed = ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
@@ -252,7 +252,7 @@ def _lineage(name: str, config: CheckpointConfig, fingerprint: str) -> str:
 
 
 def _read_ladder(checkpoint: Path, config: CheckpointConfig) -> list[dict[str, Any]]:
-    """The rows of the ladder that ends with the checkpoint, from the file beside it; empty without distances."""
+    """The rows of the ladder that ends with the checkpoint, from its folder; empty without distances."""
     try:
         rows: list[dict[str, Any]] = parse(read_text(checkpoint / LADDER))
         if rows[-1]["num_steps"] == config.num_timesteps and _distance_keys(rows):
@@ -263,12 +263,12 @@ def _read_ladder(checkpoint: Path, config: CheckpointConfig) -> list[dict[str, A
 
 
 def _distance_keys(ladder: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns of a ladder that are distances of its last model."""
+    """The columns of a ladder with distances of its last model."""
     return [key for key, value in ladder[-1].items() if key not in NO_DISTANCES and isinstance(value, float)]
 
 
 def _distances(ladder: Sequence[Mapping[str, Any]]) -> str:
-    """The table of every distance in a ladder."""
+    """The table of all distances in a ladder."""
     keys, table = _distance_keys(ladder), []
     for row in ladder:
         distances = [f"{value:.4f}" if isinstance(value := row.get(key), float) else "" for key in keys]
@@ -277,7 +277,7 @@ def _distances(ladder: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _eval_results(name: str, config: CheckpointConfig, ladder: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The distances of the last model of a ladder, as a hub reads them."""
+    """The distances of a ladder's last model, in the hub's format."""
     from huggingface_hub import EvalResult
 
     if not ladder:
@@ -302,9 +302,9 @@ def _metric_name(key: str) -> str:
 
 
 def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None, int]:
-    """A grid of images, and the steps they were drawn in: the model's own, or what is nearest below 64.
+    """A grid of images, and the number of steps: the model's own, or the largest possible one up to 64.
 
-    None where so few steps draw nothing worth seeing, or where images are neither grey nor RGB.
+    None if so few steps cannot give a useful picture, or if the images are neither grey nor RGB.
     """
     own = config.num_timesteps
     steps = own
@@ -324,7 +324,7 @@ def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
-    """Name and text of the files under the heading Use."""
+    """Name and text of each file's section under the heading Use."""
     for part in ("\n" + text.partition(USE)[2]).split("\n### ")[1:]:
         name, _, body = part.partition("\n")
         yield name.strip("` "), body.strip("\n")
@@ -341,16 +341,16 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text of a configuration, which may be anybody's, as it may stand in a table."""
+    """Text of an untrusted configuration, escaped for a table."""
     plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
 
 
 def _code(text: str) -> str:
-    """A checksum, or what may be anything else of letters and digits."""
+    """A checksum, reduced to letters and digits, as code."""
     return f"`{plain}`" if (plain := re.sub(r"[^0-9A-Za-z:._-]", "", text)) else ""
 
 
 def _plain(text: str, joint: str = "-") -> str:
-    """Small letters and digits, with `joint` in place of everything else."""
+    """Lower-case letters and digits, with `joint` for everything else."""
     return re.sub("[^a-z0-9]", joint, text.lower())

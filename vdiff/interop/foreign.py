@@ -18,10 +18,10 @@ from vdiff.replacing import Kind, new_folder
 
 @dataclass(frozen=True)
 class JsonFile:
-    """The values of one JSON object, and where they come from.
+    """The values of a JSON object, and their source.
 
     Attributes:
-        where: names the file in errors.
+        where: the file's name in errors.
     """
 
     where: str
@@ -32,17 +32,17 @@ class JsonFile:
         """The object in the file `path`.
 
         Args:
-            advice: what to do where it cannot be read.
+            advice: the hint if it cannot be read.
 
         Raises:
-            VdiffError: the file is missing, too large, or holds no JSON object.
+            VdiffError: the file is missing, too large, or not a JSON object.
         """
         if not path.is_file():
             raise VdiffError(f"{path} is missing", advice)
         return cls(str(path), read_json(path, advice))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as it is; `default` where the key is missing or null."""
+        """The value, unchecked; `default` if the key is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
 
@@ -75,16 +75,16 @@ class JsonFile:
         return str(value)
 
     def items(self, key: str, kind: type, *, high: int) -> list[Any]:
-        """A list of one to `high` values of a kind."""
+        """A list of one to `high` values of a type."""
         value = self.get(key)
         if type(value) is not list or not 1 <= len(value) <= high or any(type(item) is not kind for item in value):
             raise self.refusal(key, f"need a list of 1 to {high} values of type {kind.__name__}")
         return value
 
     def unknown(self, known: Collection[str]) -> list[str]:
-        """A sentence on the keys that are none of `known`, as newer versions of diffusers may write; else none."""
+        """A sentence about keys outside `known`, as newer versions of diffusers may write; else empty."""
         names = ", ".join(sorted(reprlib.repr(key) for key in self.values if key not in known and key[:1] != "_"))
-        return [f"{self.where} has {names}, unknown here: it may draw other images"] if names else []
+        return [f"{self.where} has {names}, which vdiff does not know: it may draw other images"] if names else []
 
     def refusal(self, key: str, why: str) -> VdiffError:
         """The error that names the file, the key and its value, cut short."""
@@ -102,7 +102,7 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], description: Checkp
         description: its `dataset` begins with "imported:".
 
     Raises:
-        VdiffError: something is in the way, or the file system refuses.
+        VdiffError: the folder holds something else, or the file system refuses.
     """
     with new_folder(folder, IMPORTED_MODEL, overwrite=overwrite) as temporary:
         save_checkpoint(temporary, {f"network.{name}": tensor for name, tensor in weights.items()}, description)

@@ -1,7 +1,7 @@
-"""The graphs of exported files and their metadata; the check that they compute what vdiff computes; torch.export.
+"""Graphs for export and their metadata, the check of exported graphs against vdiff, and torch.export.
 
-Times and coefficients of a sampler are constants of its graph, taken in float64. A check compares with `denoiser` and
-`draw`, not with the modules that were exported, which might be wrong themselves.
+Times and coefficients of a sampler are constants of its graph, computed in float64. The check compares with `denoiser`
+and `draw`, not with the exported modules, which might be wrong themselves.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from vdiff.models.drawing import draw
 from vdiff.models.program import write_program
 
 MAX_STEPS, MAX_GRID = 64, 1024
-"""Steps of a sampler's graph, each a copy of the network, and of a grid in the metadata of an evaluation."""
+"""Most steps of a sampler's graph, where each is a copy of the network, and of a grid in the metadata."""
 TOLERANCE = 1e-4
 BATCHES = (range(3), range(3, 4))
-"""The numbers of the images that a check draws: two batches, since exported graphs are easily fixed to one size."""
+"""The images that a check draws: two batches of different sizes, to find graphs that fix the batch size."""
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What the graph computes.
+    """The options of a graph.
 
     Attributes:
-        sampler: noise → images; off: (z, label) → `output`.
+        sampler: noise → images; off: one evaluation, (z, label) → `output`.
         output: "v", "x" or "eps".
-        num_steps: of the sampler, or of the grid that an evaluation's metadata tells.
-        clipping_value: predicted images are clipped to ± it in each step of the sampler; None: no clip.
-        guided: the sampler evaluates the network with and without the class, and takes the weight of guidance.
+        num_steps: of the sampler, or of the grid in an evaluation's metadata.
+        clipping_value: predicted images are clipped to ± this value in each step of the sampler; None: no clip.
+        guided: the sampler evaluates the network with and without the class, and takes the guidance weight.
     """
 
     sampler: bool
@@ -134,7 +134,7 @@ class Step(nn.Module):
 
 
 class FewSteps(nn.Module):
-    """(noise [, classes][, guidance]) → images in [−1, 1]: `num_steps` steps of DDIM, one after the other."""
+    """(noise [, classes][, guidance]) → images in [−1, 1], by `num_steps` steps of DDIM."""
 
     def __init__(self, denoiser: Denoiser, options: GraphOptions) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class FewSteps(nn.Module):
 
 
 def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
-    """The constants of each of the steps t = 1, (N−1)/N, …: label (1,) float32, angle_t and angle_s (1,) float64."""
+    """The constants of the steps t = 1, (N−1)/N, …: label (1,) float32, angle_t and angle_s (1,) float64."""
     times = grid_times(num_steps)
     angles = grid_angles(denoiser.schedule, times)
     labels = denoiser.parameterisation.timestep(denoiser.schedule, times).float()
@@ -163,9 +163,9 @@ def grid(denoiser: Denoiser, num_steps: int) -> list[dict[str, Tensor]]:
 
 
 def _read(parameterisation: Parameterisation, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
-    """What the network's output says, without a look at any value: a graph that is being traced has none.
+    """The prediction in the network's output, without reading values, which do not exist during tracing.
 
-    `from_eps` looks at α to refuse zero signal; `check_exportable` does so before.
+    `from_eps` would read α to refuse zero signal; `check_exportable` does this beforehand.
     """
     if parameterisation != Vp("eps"):
         return parameterisation.read(z, output, angle)
@@ -174,10 +174,10 @@ def _read(parameterisation: Parameterisation, z: Tensor, output: Tensor, angle: 
 
 
 def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, fingerprint: str) -> dict[str, str]:
-    """What a file says of itself, as texts; values that are no texts are JSON.
+    """The metadata of a file, as strings; other values are JSON.
 
-    `grid` has what a sampling loop in any language needs for each step, from t = 1 down: the label, and α and σ at both
-    ends of the step. It is left out above `MAX_GRID` steps.
+    `grid` holds what a sampling loop in any language needs for each step, from t = 1 down: the label, and α and σ at
+    both ends of the step. It is omitted above `MAX_GRID` steps.
     """
     takes = denoiser.network.signature
     schedule = denoiser.schedule
@@ -217,10 +217,10 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
 
 
 def check_exportable(denoiser: Denoiser) -> None:
-    """Refuse an ε-prediction whose schedule ends at zero signal, and a network with other inputs than graphs have.
+    """Refuse an ε-prediction with zero signal at t = 1, and a network with inputs that graphs lack.
 
     Raises:
-        VdiffError: it is one of these.
+        VdiffError: the model is one of these.
     """
     if others := [name for name in denoiser.network.signature.names if name not in (CLASSES, GUIDANCE)]:
         raise VdiffError(
@@ -230,15 +230,15 @@ def check_exportable(denoiser: Denoiser) -> None:
     last = denoiser.schedule.angle(torch.ones(1, dtype=torch.float64))
     if denoiser.parameterisation.predicts_noise and float(last.cos()) < MIN_SIGNAL:
         raise VdiffError(
-            "this model predicts eps and its schedule ends at zero signal, where that says nothing about the image",
+            "this model predicts eps, which contains no information about the image at this schedule's zero signal",
             "export a model that predicts v, x or both",
         )
 
 
 def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, images: range) -> dict[str, Tensor]:
-    """Inputs of the graph by name: the noise of images `images` of seed 0, at times or of classes all over their range.
+    """Inputs of the graph by name: noise of images `images` of seed 0, with times and classes over their whole range.
 
-    The weight of guidance is that of `_test_guidance`.
+    The guidance weight is that of `_test_guidance`.
     """
     takes = denoiser.network.signature
     count = len(images)
@@ -254,12 +254,12 @@ def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, 
 
 
 def _test_guidance(config: CheckpointConfig) -> float:
-    """A weight of guidance to check with: the middle of those that the network knows, or 1.5."""
+    """A guidance weight for the check: the middle of the network's range, or 1.5."""
     return sum(config.guidance_range) / 2 if config.guidance_range else 1.5
 
 
 def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, images: range) -> Tensor:
-    """What vdiff itself answers to `inputs`."""
+    """vdiff's own result for `inputs`."""
     given = inputs(denoiser, options, config, images)
     if options.sampler:
         drawn = draw(
@@ -280,8 +280,8 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
 def check(
     answer: Callable[[dict[str, Tensor]], Tensor], denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
 ) -> float:
-    """The largest difference between what an exported graph and vdiff answer, in units of the images (or of the
-    largest value, where that is above 1).
+    """The largest difference between the results of an exported graph and vdiff, in units of the images (or of the
+    largest value, if that is above 1).
 
     Args:
         answer: runs the exported graph on named inputs.
@@ -301,7 +301,7 @@ def check(
         scale = due.abs().max().clamp(min=1).double()
         differences.append((found.double() - due.double()).abs().max() / scale)
     worst = float(torch.stack(differences).max())
-    if not worst <= TOLERANCE:  # NaN is no agreement either
+    if not worst <= TOLERANCE:  # also true for NaN
         raise VdiffError(
             f"the exported graph differs from vdiff by {worst:.1e}, more than {TOLERANCE:g}",
             "nothing was written; please report this with the checkpoint's config.json",
@@ -312,13 +312,13 @@ def check(
 def export_torch(
     denoiser: Denoiser, config: CheckpointConfig, options: GraphOptions, path: Path, *, fingerprint: str
 ) -> float:
-    """Write the program to `path`, whole or not at all, and answer how far its answers are from vdiff's once reloaded.
+    """Write the program to `path`, whole or not at all; returns the difference of the reloaded program to vdiff.
 
-    Inputs are those of `NetworkCall` and `FewSteps`, given by keyword, for any batch size; `metadata` is the extra file
-    `vdiff.json`.
+    The inputs are those of `NetworkCall` and `FewSteps`, by keyword, for any batch size; `metadata` becomes the extra
+    file `vdiff.json`.
 
     Raises:
-        VdiffError: the answers differ, or the file system refuses.
+        VdiffError: the results differ, or the file system refuses.
     """
     module = FewSteps(denoiser, options) if options.sampler else NetworkCall(denoiser, options.output)
     example = inputs(denoiser, options, config, range(2))

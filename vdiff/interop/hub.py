@@ -1,4 +1,4 @@
-"""A checkpoint for others: its weights, public description and model card, in a folder or on a hub of models."""
+"""Publishing a checkpoint: its weights, public description and model card, in a folder or on a model hub."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vdiff.text import cause_of
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 PATTERNS = (CARD, PICTURE, CONFIG, WEIGHTS, "*.onnx", "*.pt2", "model_index.json")
 PATTERNS_BELOW = ("unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json", f"vdiff/{CONFIG}")
-"""What an export consists of, at its top and in the folders of a pipeline; whatever else lies there is not uploaded."""
+"""Files of an export, at its top and in a pipeline's subfolders; other files are not uploaded."""
 DESCRIPTIONS = (CONFIG, f"vdiff/{CONFIG}")
-"""Files that tell paths of this machine where the export of another tool, or an older one, put them there."""
+"""Files that may contain paths of this machine, if another tool or an older version exported them."""
 
 
 # A folder
@@ -33,10 +33,10 @@ EXPORT = Kind("export", lambda path: f"{FILES}|{FILES_OF_CARD}" if is_checkpoint
 
 
 def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwrite: bool) -> None:
-    """Write `folder`, which is a checkpoint itself, with the weights of `checkpoint` bit for bit; whole or not at all.
+    """Write `folder`, itself a checkpoint, with the bits of `checkpoint`'s weights; whole or not at all.
 
     Raises:
-        VdiffError: the checkpoint cannot be used, or the folder exists; only folders of this function are replaced.
+        VdiffError: the checkpoint cannot be used, or the folder exists; only folders from this function are replaced.
     """
     if folder.resolve() == checkpoint.resolve():
         raise VdiffError(f"{folder} is the checkpoint itself", "give another folder")
@@ -46,7 +46,7 @@ def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwri
 
 
 def _describe(checkpoint: Path, folder: Path, license_name: str) -> None:
-    """Write all but the weights into `folder`: config.json without paths, README.md and its picture."""
+    """Write everything except the weights into `folder`: config.json without paths, README.md and its picture."""
     usage = {WEIGHTS: weights_usage(checkpoint.resolve().name)}
     new_card(checkpoint, usage=usage, license_name=license_name).write(folder)
     write_json(folder / CONFIG, public(read_config(checkpoint).to_dict()))
@@ -57,11 +57,11 @@ def _describe(checkpoint: Path, folder: Path, license_name: str) -> None:
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be uploaded.
+    """The files to upload.
 
     Attributes:
         files: name in the repository → file, or the content itself.
-        left: names of what lies in the folder and stays here.
+        left: names of files in the folder that are not uploaded.
     """
 
     files: Mapping[str, Path | bytes]
@@ -74,14 +74,14 @@ class Upload:
 
 
 def collect(folder: Path, scratch: Path, *, license_name: str | None) -> Upload:
-    """The files of a checkpoint or of an export; what a checkpoint lacks, a card and a picture, is made in `scratch`.
+    """The files of a checkpoint or an export; a checkpoint's card and picture are made in `scratch`.
 
-    Never among them: state, logs, previews, settings (`run.toml`) and hidden files. Paths in descriptions are cut down
+    They never include state, logs, previews, settings (`run.toml`) or hidden files. Paths in descriptions are reduced
     to their last part.
 
     Raises:
         VdiffError: the folder is neither, or cannot be used.
-        OptionError: a licence for an export, whose card has one.
+        OptionError: a licence is given for an export, which has one in its card.
     """
     if is_card(folder / CARD):
         if license_name is not None:
@@ -101,26 +101,26 @@ def _exported(folder: Path) -> dict[str, Path]:
     found = [path for pattern in (*PATTERNS, *PATTERNS_BELOW) for path in folder.glob(pattern)]
     files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and not path.is_symlink()}
     if not any(name.endswith((".safetensors", ".onnx", ".pt2")) for name in files):
-        raise VdiffError(f"{folder} holds a model card and no model", "give the folder of a checkpoint or an export")
+        raise VdiffError(f"{folder} holds a model card but no model", "give the folder of a checkpoint or an export")
     return files
 
 
 def _content(name: str, path: Path) -> Path | bytes:
-    """A file as it is uploaded: as it is, or a description without paths."""
+    """A file for upload: unchanged, or a description without paths."""
     return json_text(public(read_json(path, "export again"))).encode() if name in DESCRIPTIONS else path
 
 
 def push(
     upload: Upload, repository: str, *, private: bool, endpoint: str | None, token: str | None, overwrite: bool
 ) -> str:
-    """Make the repository and commit all files to it at once; answer its address.
+    """Create the repository and commit all files in one commit; returns its address.
 
     Args:
-        token: None: `HF_TOKEN` from the environment, or what `hf auth login` keeps.
-        overwrite: commit to a repository that exists, too.
+        token: None: `HF_TOKEN` from the environment, or the token of `hf auth login`.
+        overwrite: also commit to an existing repository.
 
     Raises:
-        VdiffError: no token, no network, no permission, or the repository exists.
+        VdiffError: there is no token, no network or no permission, or the repository exists.
     """
     import huggingface_hub
 
@@ -134,14 +134,14 @@ def push(
         huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
         for name, content in upload.files.items()
     ]
-    with _hub_errors(address, repository, hint="give the same command with --overwrite to go on"):
+    with _hub_errors(address, repository, hint="run the same command with --overwrite to continue"):
         api.create_commit(repository, operations, commit_message="Upload a model from vdiff")
     return str(created)
 
 
 @contextmanager
 def _hub_errors(address: str, repository: str, *, hint: str) -> Iterator[None]:
-    """Turn what the library, its HTTP client or the hub raises into one line."""
+    """Turn errors of the library, its HTTP client or the hub into one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -154,17 +154,17 @@ def _hub_errors(address: str, repository: str, *, hint: str) -> Iterator[None]:
         if isinstance(cause, HfHubHTTPError):
             raise _refusal(address, repository, cause, hint) from None
         raise VdiffError(
-            f"cannot upload to {address}: {cause_of(cause)}", f"look at the network and --endpoint; {hint}"
+            f"cannot upload to {address}: {cause_of(cause)}", f"check the network and --endpoint; {hint}"
         ) from None
 
 
 def _refusal(address: str, repository: str, error: Any, hint: str) -> VdiffError:
-    """What the hub's answer means."""
+    """The error for the hub's answer."""
     code = error.response.status_code
     said = cause_of(error.server_message or f"HTTP {code}")
     known = {
-        401: (f"{address} does not know the token ({said})", "set HF_TOKEN to one that may write"),
-        403: (f"the token may not write to {repository} ({said})", "use a token of its owner that may write"),
+        401: (f"{address} rejects the token ({said})", "set HF_TOKEN to a token with write access"),
+        403: (f"the token may not write to {repository} ({said})", "use a token of its owner with write access"),
         409: (f"{repository} exists already", "give another name, or --overwrite to commit to it"),
     }
     return VdiffError(*known.get(code, (f"{address} refuses {repository}: {said}", hint)))

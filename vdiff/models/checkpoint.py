@@ -81,8 +81,8 @@ class CheckpointConfig:
         train_seconds: spent on those updates.
         kept_start: whether its weights are those that its training began with, because the training made them worse.
         class_names: of a class-conditional model; where a file has none, the numbers of the classes.
-        guidance_range: the least and the largest weight w of guidance that the network was taught to take as an input;
-            empty where it was taught none.
+        guidance_range: the least and the largest guidance weight w that the network takes as an input; empty if it
+            takes none.
         dataset, dataset_fingerprint: what it was trained on; "imported:…" says where an imported model came from.
         components: {path, fingerprint} of the folder with the text encoders, tokenizers and autoencoder of a
             text-to-image model, see `vdiff.models.components`; a path in a file may be relative to the file's folder.

@@ -35,7 +35,7 @@ def class_numbers(config: CheckpointConfig, words: Sequence[str | int] | None) -
     numbers = []
     for word in map(str, words):
         if word not in names and not (word.isdecimal() and int(word) < len(names)):
-            raise VdiffError(f"no class {word!r}", suggestion(word, names))
+            raise VdiffError(f"unknown class {word!r}", suggestion(word, names))
         numbers.append(names.index(word) if word in names else int(word))
     return numbers
 

@@ -1,1 +1,1 @@
-"""Checkpoints as diffusers' pipeline folders, both ways; diffusers itself is not needed."""
+"""Import and export of diffusers' pipeline folders; diffusers itself is not needed."""

@@ -1,10 +1,10 @@
 """A pipeline folder of diffusers, or a model of the hub, as a checkpoint.
 
 model_index.json                            the pipeline's class and parts
-unet/config.json                            `UNet2DModel`; in old folders these two lie beside model_index.json
-unet/diffusion_pytorch_model.safetensors   with a variant (….fp16.safetensors) or in parts with an index, too
-scheduler/scheduler_config.json             in old folders beside model_index.json, too
-vdiff/config.json                           ours: the checkpoint's own description, which diffusers does not read
+unet/config.json                            `UNet2DModel`; in old folders these two are beside model_index.json
+unet/diffusion_pytorch_model.safetensors   or with a variant (….fp16.safetensors), or in parts with an index
+scheduler/scheduler_config.json             in old folders beside model_index.json
+vdiff/config.json                           the checkpoint's description by vdiff, which diffusers ignores
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WEIGHTS_PATTERN = "diffusion_pytorch_model*.safetensors"
-"""Weights, their variants, and the parts of either."""
+"""File names of weights, with variants and parts."""
 PARTS_PATTERN = "diffusion_pytorch_model.safetensors.index*.json"
-"""What says which tensor is in which part."""
+"""File names of the indices that assign tensors to parts."""
 NOTE = f"vdiff/{CONFIG}"
 FILES = [INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", NOTE]
 FILES += [f"{place}{name}" for place in ("", "unet/") for name in (CONFIG, WEIGHTS_PATTERN, PARTS_PATTERN)]
-"""All that is ever read, and so all that is fetched: JSON and safetensors, no pickle."""
+"""All files that are read or downloaded: JSON and safetensors, no pickles."""
 PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
 NOT_THEIRS = "give a folder that diffusers' save_pretrained wrote, or OWNER/NAME of the hub"
 DAMAGED = "copy or download it again"
@@ -55,7 +55,7 @@ DAMAGED = "copy or download it again"
 
 @dataclass(frozen=True)
 class Imported:
-    """The checkpoint's description, and where the pipeline draws other images than vdiff, a sentence each."""
+    """The checkpoint's description, and a sentence for each reason why the pipeline draws other images than vdiff."""
 
     config: CheckpointConfig
     remarks: list[str]
@@ -66,16 +66,16 @@ def import_pipeline(
 ) -> Imported:
     """Write a pipeline of a `UNet2DModel` and a scheduler as a checkpoint, whole or not at all.
 
-    A folder that we exported keeps its own description (steps, classes, lineage); others become a base model.
+    A folder that vdiff exported keeps its description (steps, classes, lineage); others become a base model.
 
     Args:
         source: a folder, or OWNER/NAME of the hub.
-        num_timesteps: steps that it samples with by default; None: as many as it was trained with.
+        num_timesteps: default number of sampling steps; None: as many as in training.
 
     Raises:
-        VdiffError: `source` is no such pipeline, or one that vdiff does not support; the folder exists or cannot be
+        VdiffError: `source` is not such a pipeline, or vdiff does not support it; the folder exists or cannot be
             written.
-        OptionError: a number of steps that the model has no levels for.
+        OptionError: the model has too few levels for this number of steps.
     """
     check_free(folder, IMPORTED_MODEL, overwrite=overwrite)
     root, name = _find(source)
@@ -85,7 +85,7 @@ def import_pipeline(
         try:
             config = _own_description(root, scheduler, unet, name)
         except (VdiffError, ValueError) as error:
-            notes.append(f"{root / NOTE} is left aside: {error}")
+            notes.append(f"{root / NOTE} is ignored: {error}")
     config = config or _base_model(scheduler, unet, name)
     if num_timesteps is not None:
         try:
@@ -96,7 +96,7 @@ def import_pipeline(
     shape = UNetConfig.from_dict(config.unet)
     files = _weights_files(Path(unet.where).parent)
     if "." in files[0].name.removesuffix(".safetensors"):
-        notes.append(f"its weights are of the variant {files[0].name}, which may be rounded")
+        notes.append(f"its weights are the variant {files[0].name}, which may be rounded")
     tensors = _read_tensors(files, unet_shapes(shape))
     weights = read_unet_weights(shape, tensors, sines_first=not unet.flag("flip_sin_to_cos", True))
     write_model(folder, weights, config, overwrite=overwrite)
@@ -104,26 +104,26 @@ def import_pipeline(
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model of the hub, `OWNER/NAME`, downloaded if it is not there yet: its JSON and safetensors.
+    """The local folder of a hub's model, `OWNER/NAME`; its JSON and safetensors are downloaded if they are missing.
 
     Raises:
-        VdiffError: the hub cannot be reached or does not give it.
+        VdiffError: the hub cannot be reached or refuses the model.
     """
     is_there = hub_answers()
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # what it raises depends on its version and on the library that it speaks HTTP with
+    except Exception as error:  # the type depends on the versions of huggingface_hub and of its HTTP library
         raise VdiffError(
             f"{name}: no such folder, and the hub does not "
-            + (f"give it ({cause_of(error)})" if is_there else "answer"),
-            "check the name and the network (HF_TOKEN opens what is private), or give a folder",
+            + (f"provide it ({cause_of(error)})" if is_there else "answer"),
+            "check the name and the network (private models need HF_TOKEN), or give a folder",
         ) from None
 
 
 def _find(source: str) -> tuple[Path, str]:
-    """The folder of `source`, and the name that the checkpoint will keep of it."""
+    """The folder of `source`, and its name for the checkpoint's description."""
     root = Path(source)
     if root.is_dir():
         return root, root.resolve().name
@@ -172,7 +172,7 @@ def _base_model(scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointCon
 
 
 def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointConfig:
-    """What a checkpoint that we exported said of itself."""
+    """The original description of a checkpoint that vdiff exported."""
     own = read_config((root / NOTE).parent)
     shape = UNetConfig.from_dict(own.unet)
     said = write_unet_config(shape, own.image_size)
@@ -184,13 +184,13 @@ def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str)
         raise ValueError(f"it describes another schedule or prediction than {scheduler.where}")
     own.check_num_steps(own.num_timesteps)
     if len(own.class_names) != shape.num_classes:
-        raise ValueError(f"it names {len(own.class_names)} of {shape.num_classes} classes")
+        raise ValueError(f"it names only {len(own.class_names)} of {shape.num_classes} classes")
     imported = f"{IMPORTED}diffusers/{name}, trained by vdiff on {own.dataset}"
     return replace(own, dataset=own.dataset if own.is_imported else imported)
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The safetensors files of the network: one, or its parts; of several variants the one without a name."""
+    """The safetensors files of the network: one, or its parts; of several variants, the plain one."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     indices = sorted(folder.glob(PARTS_PATTERN))
@@ -200,12 +200,12 @@ def _weights_files(folder: Path) -> list[Path]:
         parts = index.get("weight_map")
         names = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
         if not names or not all(fnmatch(name, WEIGHTS_PATTERN) and Path(name).name == name for name in names):
-            raise index.refusal("weight_map", f"names of {WEIGHTS_PATTERN} are due")
+            raise index.refusal("weight_map", f"need names of the form {WEIGHTS_PATTERN}")
         found = [folder / name for name in names]
     elif not found:
         raise VdiffError(
             f"{folder / WEIGHTS} is missing",
-            "weights in pickles (.bin) are never read: let diffusers save the pipeline again, as safetensors",
+            "vdiff never reads weights in pickles (.bin): save the pipeline again as safetensors, with diffusers",
         )
     elif len(found) > 1:
         raise VdiffError(f"{folder} has {' and '.join(path.name for path in found)}", f"rename one to {WEIGHTS}")
@@ -213,7 +213,7 @@ def _weights_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of safetensors files, once their names and shapes are known to be `shapes`."""
+    """The tensors of safetensors files, after checking that their names and shapes are `shapes`."""
     found = {current_name(name): shape for path in files for name, shape in read_shapes(path).items()}
     if difference := _difference(shapes, found):
         raise VdiffError(f"{files[0]} does not fit {CONFIG}: {difference}", DAMAGED)
@@ -221,7 +221,7 @@ def _read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """What keeps `found` from fitting, in a few words; empty when it fits."""
+    """Why `found` does not fit, in a few words; empty if it fits."""
     for count, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
             return f"{len(names)} tensors {count} ({min(names)[:80]}, …)"

@@ -1,6 +1,6 @@
-"""Our schedules and the configurations of diffusers' schedulers: β by name or as a table, and what a network predicts.
+"""Conversion between vdiff's schedules and configurations of diffusers' schedulers: β and the prediction type.
 
-Their timestep k − 1 is our level k of a table, t = k/L, and the network's timestep there is k − 1 in both.
+Timestep k − 1 of diffusers is level k of a table, t = k/L; the network receives the timestep k − 1 in both.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "KDPM2AncestralDiscreteScheduler": _KDPM2,
     "LMSDiscreteScheduler": {**_OF_BETA, **_LINSPACE, **_SPACED},
 }  # fmt: skip
-"""Those that can be read: the fields of `BETAS` and `RULES` that each has, with its defaults.
+"""The supported schedulers: the fields of `BETAS` and `RULES` that each has, with its defaults.
 
-Files may hold more fields than their scheduler has, which has no use for them.
+Files may hold additional fields, which their scheduler ignores.
 """
 BETAS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
-"""Fields that are carried over, of all schedulers."""
+"""Fields of all schedulers that define β."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the value of a field means for us.
+    """The meaning of a field's values for vdiff.
 
     Attributes:
-        same: values with which their sampler does what ours does.
-        remark: what is said of others; empty: others are refused.
-        others: those; None: any number from 0, or from the value with which nothing differs.
-        where: an earlier field, and the value of it without which this one has no effect.
+        same: values with which both samplers do the same.
+        remark: the note for other values; empty: other values are refused.
+        others: the other values; None: any number from 0, or from the value with the same result.
+        where: an earlier field, and its value with which this field has an effect.
     """
 
     same: tuple[Any, ...]
@@ -82,34 +82,34 @@ class Rule:
     where: tuple[str, Any] | None = None
 
 
-_SPACING = Rule((False,), "its noise levels are spaced by {key}; ours are not unless told (--grid)", (True,))
+_SPACING = Rule((False,), "its noise levels are spaced by {key}; vdiff's only with --grid", (True,))
 _ONLY_FALSE = Rule((False,))
 RULES = {
     "timestep_spacing": Rule(
         ("trailing",),
-        "its timesteps are {value}, ours trailing: the same at {size} steps only",
+        "its timesteps are {value}, vdiff's are trailing: they agree only at {size} steps",
         ("leading", "linspace"),
     ),
     "steps_offset": Rule(
-        (0,), "its timesteps begin {value} later than ours (steps_offset)", None, ("timestep_spacing", "leading")
+        (0,), "its timesteps begin {value} later than vdiff's (steps_offset)", None, ("timestep_spacing", "leading")
     ),
     "set_alpha_to_one": Rule(
-        (True,), "its last step stops at its first noise level, ours at the image (set_alpha_to_one)", (False,)
+        (True,), "its last step ends at its first noise level, not at the image (set_alpha_to_one)", (False,)
     ),
     "final_sigmas_type": Rule(
-        ("zero",), "its last step stops at its first noise level, ours at the image (final_sigmas_type)", ("sigma_min",)
+        ("zero",), "its last step ends at its first noise level, not at the image (final_sigmas_type)", ("sigma_min",)
     ),
-    "lambda_min_clipped": Rule((-math.inf,), "it leaves out its highest noise levels (lambda_min_clipped)", None),
+    "lambda_min_clipped": Rule((-math.inf,), "it skips its highest noise levels (lambda_min_clipped)", None),
     "variance_type": Rule(
         ("fixed_small", "fixed_small_log", None),
-        "its noise has the variance {value}, ours fixed_small (--sampler ddpm)",
+        "its noise has the variance {value}, vdiff's fixed_small (--sampler ddpm)",
         ("fixed_large", "fixed_large_log"),
     ),
     "thresholding": Rule(
-        (False,), "it clips to a quantile of the pixels (thresholding), ours to ±1 unless told otherwise", (True,)
+        (False,), "it clips to a quantile of the pixels (thresholding), vdiff to ±1 by default", (True,)
     ),
     "clip_sample": Rule(
-        (True,), "it does not clip the image; ours do unless told --no_clip", (False,), ("thresholding", False)
+        (True,), "it does not clip the image; vdiff does without --no_clip", (False,), ("thresholding", False)
     ),
     "clip_sample_range": Rule(
         (1.0,), "it clips the image to ±{value}: --clipping_value {value}", None, ("clip_sample", True)
@@ -123,25 +123,25 @@ RULES = {
     "rescale_betas_zero_snr": _ONLY_FALSE,
     "timestep_type": Rule(("discrete",)),  # continuous: the timestep is log σ/4 and not the index of a level
 }
-"""Fields that change what is drawn, in the order of the remarks."""
+"""Fields that change the images, in the order of the notes."""
 AS_IF: dict[str, Any] = {"timestep_spacing": "linspace", "clip_sample": False}
-"""What a scheduler does that has no such field; what is in neither is the first of `Rule.same`."""
+"""Values for schedulers without such a field; the default is the first of `Rule.same`."""
 WITHOUT_EFFECT = {
     *("solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final", "skip_prk_steps"),
-    *("predict_x0", "disable_corrector", "solver_p"),  # how a step is taken: sample.py has samplers of its own
-    *("dynamic_thresholding_ratio", "sample_max_value"),  # nothing without thresholding, which has a remark
-    *("sigma_min", "sigma_max", "interpolation_type"),  # nothing without other spacings, which have remarks
-    *("flow_shift", "time_shift_type", "shift_terminal"),  # nothing without use_flow_sigmas, which is refused
-    *("predict_epsilon", "tensor_format", "timestep_values"),  # of 2022; the first is read as a prediction_type
+    *("predict_x0", "disable_corrector", "solver_p"),  # the rule of a step: sample.py has its own samplers
+    *("dynamic_thresholding_ratio", "sample_max_value"),  # no effect without thresholding, which has a note
+    *("sigma_min", "sigma_max", "interpolation_type"),  # no effect without other spacings, which have notes
+    *("flow_shift", "time_shift_type", "shift_terminal"),  # no effect without use_flow_sigmas, which is refused
+    *("predict_epsilon", "tensor_format", "timestep_values"),  # fields of 2022; the first is read as a prediction_type
 }
 TOLERANCE = 2e-7
-"""How far a β may be off: theirs may be rounded to 24 bits."""
+"""The tolerance of a β: diffusers' may be rounded to 24 bits."""
 
 
 def write_scheduler_config(schedule: Schedule, prediction: str, *, clip: bool) -> dict[str, Any]:
-    """The arguments of the `DDIMScheduler` whose steps are ours, wherever their number divides the levels.
+    """The arguments of a `DDIMScheduler` with vdiff's steps, for every number of steps that divides the levels.
 
-    Its last step ends at ᾱ = 1, as ours at φ = 0.
+    Its last step ends at ᾱ = 1, like vdiff's at φ = 0.
 
     Args:
         clip: clip x̂ to ±1.
@@ -151,7 +151,7 @@ def write_scheduler_config(schedule: Schedule, prediction: str, *, clip: bool) -
     """
     if prediction not in PREDICTIONS:
         raise VdiffError(
-            f"diffusers has no word for a network that predicts {prediction!r}",
+            f"diffusers has no prediction type {prediction!r}",
             f"only {', '.join(PREDICTIONS)} can be written: distil with another --prediction",
         )
     return {
@@ -169,9 +169,9 @@ def write_scheduler_config(schedule: Schedule, prediction: str, *, clip: bool) -
 
 
 def betas_of(schedule: Schedule) -> list[float]:
-    """β_k = 1 − ᾱ_k/ᾱ_{k−1} for k = 1 … L, with ᾱ_k = cos² φ(k/L) and ᾱ_0 = 1; for a table of L levels its own.
+    """β_k = 1 − ᾱ_k/ᾱ_{k−1} for k = 1 … L, with ᾱ_k = cos² φ(k/L) and ᾱ_0 = 1; for a table of L levels, its own β.
 
-    From angles, 1 − ᾱ_k/ᾱ_{k−1} = sin(φ_k − φ_{k−1}) sin(φ_k + φ_{k−1})/cos² φ_{k−1} loses no digits.
+    From angles, 1 − ᾱ_k/ᾱ_{k−1} = sin(φ_k − φ_{k−1}) sin(φ_k + φ_{k−1})/cos² φ_{k−1} is computed without cancellation.
     """
     if isinstance(schedule, TableSchedule) and schedule.num_levels == schedule.label_scale:
         return schedule.betas()
@@ -183,31 +183,31 @@ def betas_of(schedule: Schedule) -> list[float]:
 
 
 def read_prediction(file: JsonFile) -> str:
-    """What a network predicts, by a scheduler's configuration.
+    """The prediction type in a scheduler's configuration.
 
     Raises:
-        VdiffError: a scheduler or prediction that vdiff does not support; the file and key are named.
+        VdiffError: vdiff does not support the scheduler or the prediction; names the file and the key.
     """
     _kind(file)
-    usual = "sample" if file.get("predict_epsilon") is False else "epsilon"  # how files of 2022 said it
+    usual = "sample" if file.get("predict_epsilon") is False else "epsilon"  # the form in files of 2022
     said = file.word("prediction_type", usual, [*PREDICTIONS.values()])
     return next(ours for ours, theirs in PREDICTIONS.items() if theirs == said)
 
 
 def read_table(file: JsonFile) -> list[float] | None:
-    """The table of β, where one is given.
+    """The table of β, if one is given.
 
     Raises:
-        VdiffError: it is no such table, or is to be changed before it is used; the file and key are named.
+        VdiffError: the table is not valid, or diffusers would change it before use; names the file and the key.
     """
     size = file.whole("num_train_timesteps", 1000, low=1, high=MAX_LEVELS)
     betas = file.get("trained_betas")
     if betas is None:
         return None
     if not isinstance(betas, list) or len(betas) != size:
-        raise file.refusal("trained_betas", f"{size} numbers from 0 to 1 are due")
+        raise file.refusal("trained_betas", f"need {size} numbers from 0 to 1")
     if any(type(beta) not in (int, float) or not 0 < beta <= 1 for beta in betas):
-        raise file.refusal("trained_betas", f"{size} numbers from 0 to 1 are due")
+        raise file.refusal("trained_betas", f"need {size} numbers from 0 to 1")
     return betas
 
 
@@ -215,7 +215,7 @@ def read_schedule(file: JsonFile) -> Schedule:
     """The schedule that a scheduler's configuration describes, by name or by its table.
 
     Raises:
-        VdiffError: β that vdiff does not support; the file and key are named.
+        VdiffError: vdiff does not support the β; names the file and the key.
     """
     if (betas := read_table(file)) is not None:
         known = next((schedule for schedule in _candidates(betas) if agree(schedule, betas)), None)
@@ -233,10 +233,10 @@ def read_schedule(file: JsonFile) -> Schedule:
 
 
 def remarks(file: JsonFile) -> list[str]:
-    """Where a pipeline of theirs with this configuration draws other images than vdiff, one sentence each.
+    """A sentence for each reason why a pipeline with this configuration draws other images than vdiff.
 
     Raises:
-        VdiffError: a value that diffusers does not know, or that vdiff does not support; the file and key are named.
+        VdiffError: diffusers does not know a value, or vdiff does not support it; names the file and the key.
     """
     size = file.whole("num_train_timesteps", 1000, low=1, high=MAX_LEVELS)
     kind = _kind(file)
@@ -256,7 +256,7 @@ def _kind(file: JsonFile) -> str:
 
 
 def _value(file: JsonFile, kind: str, key: str, rule: Rule) -> Any:
-    """The value of a field, as their scheduler takes it."""
+    """The value of a field for its scheduler, with the scheduler's default."""
     if key not in SCHEDULERS[kind]:
         return AS_IF.get(key, rule.same[0])
     value = file.get(key, SCHEDULERS[kind][key])
@@ -270,20 +270,20 @@ def _value(file: JsonFile, kind: str, key: str, rule: Rule) -> Any:
 
 
 def agree(schedule: Schedule, betas: Sequence[float]) -> bool:
-    """Whether `betas` are the schedule's."""
+    """Whether `betas` are those of the schedule."""
     if schedule.label_scale != len(betas):
         return False
     return all(abs(ours - theirs) <= TOLERANCE for ours, theirs in zip(betas_of(schedule), betas, strict=True))
 
 
 def _candidates(betas: Sequence[float]) -> list[Schedule]:
-    """The schedules that have the first and the last β of the table."""
+    """The named schedules with the first and the last β of the table."""
     size, first, last = len(betas), betas[0], betas[-1]
     found: list[Schedule] = [DdpmCosineSchedule(size)]
     if max(first, last) < 1:
         found += [LinearSchedule(size, first, last), ScaledLinearSchedule(size, first, last)]
     kept = math.fsum(math.log1p(-beta) for beta in betas) if max(betas) < 1 else -math.inf  # log ᾱ_L
-    if kept < -0.7:  # ᾱ_L is below ½ in every cosine schedule
-        # λ at t = 1 is log ᾱ_L/(1 − ᾱ_L); rounded because their tables have seven digits
+    if kept < -0.7:  # in every cosine schedule ᾱ_L is below ½
+        # λ at t = 1 is log ᾱ_L/(1 − ᾱ_L); rounded, as diffusers' tables have seven digits
         found.append(CosineSchedule(round(math.log1p(-math.exp(kept)) - kept, 3), size))
     return found

@@ -1,7 +1,7 @@
-"""Our UNet and diffusers' `UNet2DModel`: the same network under other names, and what only one of the two can say.
+"""Conversion between vdiff's UNet and diffusers' `UNet2DModel`: the same network with other names.
 
-Both are the UNet of Ho et al. 2020. Names differ, and two things more: our q, k and v are one matrix, and theirs may
-put the sines of the time embedding before the cosines, which the columns of the first matrix behind it make good.
+Both are the UNet of Ho et al. 2020. Besides the names, two things differ: vdiff's q, k and v are one matrix, and
+diffusers may put the sines of the time embedding before the cosines; swapping columns of the next matrix corrects this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vdiff.models.unet import Resample, UNet
 from vdiff.models.unet_config import UNetConfig
 
 MAX_SIZE, MAX_LEVELS, MAX_BLOCKS, MAX_CLASSES = 2**16, 12, 64, 2**20
-"""Beyond these a file describes no network: channels, levels, blocks a level, classes."""
+"""Limits for a plausible network: channels, levels, blocks per level, classes."""
 PLAIN = {"block": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), "conv": ("DownBlock2D", "UpBlock2D")}
 """Levels without attention, by `UNetConfig.resample`."""
 ATTENDING = ("AttnDownBlock2D", "AttnUpBlock2D")
@@ -32,15 +32,15 @@ ONLY: dict[str, list[Any]] = {
     "act_fn": ["silu", "swish"],
     "add_attention": [True],
 }
-"""Options of theirs of which our network knows one value, their default."""
+"""Options of diffusers that vdiff supports only at their defaults."""
 READ = {
     *("sample_size", "in_channels", "out_channels", "time_embedding_dim", "freq_shift", "flip_sin_to_cos", "dropout"),
     *("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "downsample_padding"),
     *("downsample_type", "upsample_type", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps"),
     *("resnet_time_scale_shift", "class_embed_type", "num_class_embeds"),
-    "num_train_timesteps",  # without effect but for time_embedding_type learned, which is refused
+    "num_train_timesteps",  # has an effect only with time_embedding_type learned, which is refused
 }
-"""The others."""
+"""The other options."""
 OF_BLOCK = {
     "norm1": "norm1",
     "conv1": "conv1",
@@ -60,20 +60,20 @@ OF_NETWORK = {
 }
 QKV = ("to_q", "to_k", "to_v")
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""What attention was called in files written before 2023."""
+"""Names of attention weights in files from before 2023."""
 
 
 # Configurations
 
 
 def write_unet_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
-    """The arguments of the `UNet2DModel` that is the network of `config`.
+    """The arguments of the `UNet2DModel` that equals the network of `config`.
 
     Raises:
-        VdiffError: UNet2DModel does not support it; the option is named.
+        VdiffError: UNet2DModel does not support an option; names it.
     """
     if config.fold > 1:
-        raise _cannot_say(f"fold {config.fold}: its network always sees single pixels")
+        raise _cannot_say(f"fold {config.fold}: it always reads single pixels")
     if config.guidance_input:
         raise _cannot_say("a weight of guidance as an input", "give --guidance W to write the network for one weight")
     if config.second_time:
@@ -128,7 +128,7 @@ def read_unet_config(file: JsonFile) -> tuple[UNetConfig, int]:
     """The network that a `UNet2DModel`'s configuration describes, and the size of its images.
 
     Raises:
-        VdiffError: a value that diffusers does not know, or our network does not support; it names the file and key.
+        VdiffError: diffusers does not know a value, or vdiff's UNet does not support it; names the file and the key.
     """
     if file.get("_class_name") != "UNet2DModel":
         raise file.refusal("_class_name", "only UNet2DModel can be read")
@@ -145,13 +145,13 @@ def read_unet_config(file: JsonFile) -> tuple[UNetConfig, int]:
     if type(image_size) is list and len(set(map(str, image_size))) == 1:
         image_size = image_size[0]
     if type(image_size) is not int or not 1 <= image_size <= MAX_IMAGE_SIZE:
-        raise file.refusal("sample_size", "the pixels of a side of square images are due")
+        raise file.refusal("sample_size", "need the side length of square images")
     channels = file.whole("in_channels", 3, low=1, high=MAX_SIZE)
     if channels not in (1, 3):
-        raise file.refusal("in_channels", "only images of 1 or 3 channels can be read: latents need their autoencoder")
+        raise file.refusal("in_channels", "only images of 1 or 3 channels can be read: latents need an autoencoder")
     groups = file.whole("norm_num_groups", 32, low=1, high=MAX_SIZE)
     affine = file.word("resnet_time_scale_shift", "default", ["default", "scale_shift"]) == "scale_shift"
-    if file.get("attn_norm_num_groups", None if affine else groups) != groups:  # null and scale_shift: no norm at all
+    if file.get("attn_norm_num_groups", None if affine else groups) != groups:  # null and scale_shift: no normalisation
         raise file.refusal("attn_norm_num_groups", f"only norm_num_groups, {groups}, can be read")
     head_channels = _read_head_channels(file, {widths[-1], *(w for w, a in zip(widths, attends, strict=True) if a)})
     try:
@@ -174,7 +174,7 @@ def read_unet_config(file: JsonFile) -> tuple[UNetConfig, int]:
             downsample_pad="sides" if file.whole("downsample_padding", 1, low=0, high=1) else "end",
         )
     except (ValueError, TypeError) as error:
-        raise VdiffError(f"{file.where} describes no network of ours: {error}", "choose another model") from None
+        raise VdiffError(f"{file.where} describes no network of vdiff: {error}", "choose another model") from None
     if config.in_channels != config.out_channels:
         raise file.refusal("out_channels", f"only as many as in_channels, {config.in_channels}, can be read")
     if image_size % config.size_multiple:
@@ -183,7 +183,7 @@ def read_unet_config(file: JsonFile) -> tuple[UNetConfig, int]:
 
 
 def _read_levels(file: JsonFile, count: int) -> tuple[list[bool], Literal["block", "conv"]]:
-    """Which levels attend, from the first down, and how the size changes between them."""
+    """Which levels have attention, from the first down, and how the size changes between them."""
     attends: list[list[bool]] = []
     types = set()
     for direction, key in enumerate(("down_block_types", "up_block_types")):
@@ -193,7 +193,7 @@ def _read_levels(file: JsonFile, count: int) -> tuple[list[bool], Literal["block
             raise file.refusal(key, f"{count} names among {', '.join(kinds)} can be read")
         chosen = file.word(("downsample_type", "upsample_type")[direction], "conv", [*RESAMPLE_TYPES.values()])
         by_option = next(kind for kind, name in RESAMPLE_TYPES.items() if name == chosen)
-        resampling = names[:-1] or names  # the last level changes no size, on the way down as on the way up
+        resampling = names[:-1] or names  # the last level does not resize, neither down nor up
         types |= {by_option if kinds[name] == "attending" else kinds[name] for name in resampling}
         attends.append([kinds[name] == "attending" for name in names])
     if attends[0] != attends[1][::-1]:
@@ -205,7 +205,7 @@ def _read_levels(file: JsonFile, count: int) -> tuple[list[bool], Literal["block
 
 
 def _read_head_channels(file: JsonFile, widths: set[int]) -> int:
-    """Channels of an attention head; 0: one head, which is what null stands for."""
+    """Channels per attention head; 0 (null in the file): one head."""
     value = file.values.get("attention_head_dim", 8)
     if value is None:
         return 0
@@ -215,14 +215,14 @@ def _read_head_channels(file: JsonFile, widths: set[int]) -> int:
 
 
 def _cannot_say(what: str, advice: str = "export another network, or to another format") -> VdiffError:
-    return VdiffError(f"diffusers' UNet2DModel cannot say {what}", advice)
+    return VdiffError(f"diffusers' UNet2DModel does not support {what}", advice)
 
 
 # Weights
 
 
 def write_unet_weights(config: UNetConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Theirs from ours: `weights` is the state dict of our UNet."""
+    """diffusers' weights from vdiff's: `weights` is the state dict of vdiff's UNet."""
     written: dict[str, Tensor] = {}
     for ours, theirs in _names(config):
         parts = weights[ours].chunk(3) if len(theirs) == 3 else (weights[ours],)
@@ -231,7 +231,7 @@ def write_unet_weights(config: UNetConfig, weights: Mapping[str, Tensor]) -> dic
 
 
 def read_unet_weights(config: UNetConfig, weights: Mapping[str, Tensor], *, sines_first: bool) -> dict[str, Tensor]:
-    """Ours from theirs, in float32: the state dict of our UNet.
+    """vdiff's weights from diffusers', in float32: the state dict of vdiff's UNet.
 
     Args:
         sines_first: `flip_sin_to_cos` is off.
@@ -244,7 +244,7 @@ def read_unet_weights(config: UNetConfig, weights: Mapping[str, Tensor], *, sine
 
 
 def unet_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
-    """Their names and shapes of all tensors; nothing is allocated."""
+    """diffusers' names and shapes of all tensors; nothing is allocated."""
     with torch.device("meta"):
         state = UNet(config).state_dict()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -262,7 +262,7 @@ def current_name(name: str) -> str:
 
 
 def _names(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
-    """Our name of each tensor and theirs, three for q, k and v, whose rows follow each other in ours."""
+    """vdiff's name of each tensor, and diffusers' names: three for q, k and v, whose rows vdiff concatenates."""
     with torch.device("meta"):
         network = UNet(config)
     places = dict(_places(network))
@@ -278,7 +278,7 @@ def _names(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def _places(network: UNet) -> Iterator[tuple[str, tuple[str, dict[str, str]]]]:
-    """The parts of our network: our prefix, theirs, and the names inside."""
+    """The parts of the network: vdiff's prefix, diffusers' prefix, and the names inside."""
     for ours, theirs in OF_NETWORK.items():
         yield ours, (theirs, {})
     for stage, (block, attention) in enumerate([("resnets.0", "attentions.0"), ("resnets.1", "")]):

@@ -1,4 +1,4 @@
-"""A checkpoint as a `DDIMPipeline` folder."""
+"""Export of a checkpoint as a `DDIMPipeline` folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vdiff.models.unet import GUIDANCE_SCALE, UNet, timestep_embedding
 from vdiff.replacing import Kind, check_free, new_folder
 
 DIFFUSERS_VERSION = "0.32.0"
-"""The oldest version that the written folders are meant for."""
+"""The oldest supported version of diffusers for exported folders."""
 NO_CLASS = "none"
 
 
@@ -39,12 +39,12 @@ PIPELINE = Kind("pipeline", _files_of_pipeline)
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how diffusers draws with it.
+    """The exported folder, and how diffusers samples with it.
 
     Attributes:
-        config: the checkpoint's description, as far as it holds for what was written.
-        call: the arguments with which the pipeline draws our images; empty where it needs a class,
-            which it cannot.
+        config: the checkpoint's description, as far as it applies to the export.
+        call: the arguments with which the pipeline draws vdiff's images; empty if the network needs a class, which the
+            pipeline does not support.
     """
 
     config: CheckpointConfig
@@ -64,29 +64,29 @@ def export_pipeline(
     """Write a checkpoint as a pipeline folder, whole or not at all.
 
     Args:
-        clip: clip x̂ to ±1 in every step, as `ddim` does. The pipeline then has to be called with
-            `use_clipped_model_output=True`. Without a clip it draws what `ddim` without a clip does, called plainly.
-        class_name: of a class-conditional network the one class that is drawn ("none": no class); None: the network
-            takes a class at each call.
-        guidance: of a network that takes a weight of guidance, the one weight that it takes.
-        license_name: what the model card says of the licence; None: no card is written.
+        clip: clip x̂ to ±1 in every step, as `ddim` does; the pipeline then must be called with
+            `use_clipped_model_output=True`. Without it, a plain call of the pipeline equals `ddim` without a clip.
+        class_name: fixes the class of a class-conditional network ("none": no class); None: the network receives a
+            class at each call.
+        guidance: fixes the guidance weight of a network that takes one.
+        license_name: the licence in the model card; None: no card is written.
 
     Raises:
-        VdiffError: diffusers does not support something in the checkpoint; the checkpoint cannot be read; the folder
-            exists or cannot be written.
-        OptionError: a class or a weight that the network does not know.
+        VdiffError: diffusers does not support the checkpoint, the checkpoint cannot be read, or the folder exists or
+            cannot be written.
+        OptionError: the network does not have the class or the weight.
     """
     check_free(folder, PIPELINE, overwrite=overwrite, flag="another folder")
     denoiser, config = load_checkpoint(checkpoint)
     if not isinstance(denoiser.network, UNet):
         raise VdiffError(
-            f"{checkpoint} holds a network of kind {config.kind}, and only vdiff's UNet is written in diffusers' form",
-            "take its own weights, in model.safetensors",
+            f"{checkpoint} holds a network of kind {config.kind}; only vdiff's UNet can be exported to diffusers",
+            "use its weights directly, in model.safetensors",
         )
     levels = denoiser.schedule.label_scale
     if not config.takes_any_num_steps and levels % config.num_timesteps:
         raise VdiffError(
-            f"diffusers cannot take {config.num_timesteps} equal steps among {levels} timesteps",
+            f"diffusers cannot place {config.num_timesteps} equal steps on {levels} timesteps",
             "distil to a number of steps that divides them",
         )
     scheduler = write_scheduler_config(denoiser.schedule, config.prediction, clip=clip)
@@ -122,10 +122,10 @@ def _write_json(path: Path, class_name: str, values: Mapping[str, Any]) -> None:
 def _fixed(
     network: UNet, config: CheckpointConfig, class_name: str | None, guidance: float | None
 ) -> tuple[UNet, CheckpointConfig]:
-    """The network for one class and one weight of guidance, and its description; as they are where none is given.
+    """The network for a fixed class and guidance weight, if given, and its description.
 
-    The network adds their embeddings to the embedding of the time, so a class and a weight that stay the same
-    go into the last bias of that embedding.
+    The network adds their embeddings to the time embedding, so a fixed class and a fixed weight become part of that
+    embedding's last bias.
     """
     shape, added = network.config, list[Tensor]()
     if class_name is not None:
@@ -136,10 +136,10 @@ def _fixed(
         config = replace(config, class_names=[])
     if guidance is not None:
         if network.embed_guidance is None:
-            raise OptionError("--guidance: this network takes no weight of guidance", "leave it out")
+            raise OptionError("--guidance: this network does not take a guidance weight", "leave it out")
         low, high = config.guidance_range or [guidance, guidance]
         if not low <= guidance <= high:
-            raise OptionError(f"--guidance {guidance}: the network was taught {low} to {high}", "give one of these")
+            raise OptionError(f"--guidance {guidance}: the network supports {low} to {high}", "give one of these")
         weight = timestep_embedding(torch.tensor([GUIDANCE_SCALE * guidance]), shape.channels)
         added.append(network.embed_guidance(weight)[0])
         shape = replace(shape, guidance_input=False)
@@ -157,11 +157,11 @@ def _fixed(
 def _class_row(count: int, names: list[str], name: str, *, null_class: bool) -> int:
     """The row of a class in the table of classes: by name, by number, or the last one for "no class"."""
     if not count:
-        raise OptionError("--class: this network knows no classes", "leave it out")
+        raise OptionError("--class: this network has no classes", "leave it out")
     if name in names:
         return names.index(name)
     if name.isdecimal() and int(name) < count:
         return int(name)
     if name == NO_CLASS and null_class:
         return count
-    raise OptionError(f"--class: no class {name!r}", suggestion(name, [*names, *[NO_CLASS] * null_class]))
+    raise OptionError(f"--class: unknown class {name!r}", suggestion(name, [*names, *[NO_CLASS] * null_class]))
