@@ -113,7 +113,7 @@ def test_what_was_drawn_is_said():
     assert pictures == [
         "picture    x.zip.grid.png", "trajectory x.zip.trajectory.png", "trajectory x.zip.trajectory.webp",
     ]  # fmt: skip
-    assert done(line).stdout.splitlines()[0] == "x.zip holds all 3 images already"
+    assert done(line).stdout.splitlines()[0] == "x.zip already holds all 3 images"
 
 
 @pytest.mark.usefixtures("place")

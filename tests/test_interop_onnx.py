@@ -205,7 +205,7 @@ def test_a_missing_package_is_named(name, folder, tmp_path, monkeypatch):
 def test_a_network_too_large_for_the_format_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(interop, "MAX_BYTES", 1000)
     line = error(f"vdiff export onnx {folder / 'told'} {tmp_path / 'model.onnx'}", 1)
-    assert "2 GiB of an ONNX file; use `vdiff export torch`" in line
+    assert "2 GiB limit of ONNX files; use `vdiff export torch`" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,13 +115,13 @@ def test_a_pickle_is_never_run(form, tmp_path, monkeypatch):
     assert message.startswith("evil.pt ")
     reasons = {"bare": "vdiff never opens a bare pickle", "legacy": "vdiff never opens a bare pickle"}
     reasons["protocol 4"] = "more than tensors, or damaged"
-    assert reasons.get(form, "nothing of it was run") in message
+    assert reasons.get(form, "none of its code was run") in message
     assert sorted(os.listdir()) == ["evil.pt"]
 
 
 def test_what_would_have_run_is_named(tmp_path):
     torch.save(Shell(), tmp_path / "evil.pt")
-    refused(lambda: read_pt(tmp_path / "evil.pt"), "asks for 'posix.system', which no weights need")
+    refused(lambda: read_pt(tmp_path / "evil.pt"), "asks for 'posix.system', which weights do not need")
 
 
 def test_torch_itself_refuses_what_the_list_of_names_would_let_through(tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ class Reserve:
 def test_memory_that_a_file_asks_for_is_not_reserved(tmp_path):
     data = pickle.dumps({"G": Reserve()}, protocol=2).replace(b"c__builtin__", b"cbuiltins")
     archive(tmp_path / "evil.pt", [("x/data.pkl", data), ("x/version", b"3"), ("x/byteorder", b"little")])
-    refused(lambda: read_pt(tmp_path / "evil.pt"), "asks for 'builtins.bytearray', which no weights need")
+    refused(lambda: read_pt(tmp_path / "evil.pt"), "asks for 'builtins.bytearray', which weights do not need")
 
 
 class Claim:
@@ -212,7 +212,7 @@ def test_archives_of_another_form(tmp_path, monkeypatch):
     archive(path, entries)
     assert read_pt(path)["n_timesteps"] == 8
     archive(path, [*entries, ("x/data/bomb", bytes(2**24))], zipfile.ZIP_DEFLATED)
-    refused(lambda: read_pt(path), "evil.pt unpacks to 16,", " bytes, and has ")
+    refused(lambda: read_pt(path), " bytes but unpacks to 16,")
     for name in ("x/more.pkl", entries[0][0], "x/DATA.PKL"):
         archive(path, [*entries, (name, b"")])
         refused(lambda: read_pt(path), "holds 2 pickles, not one")
@@ -237,7 +237,7 @@ def test_files_that_are_no_archive(tmp_path):
         path.write_bytes(content)
         refused(lambda: read_pt(path), "evil.pt ")
     torch.save([1, 2], path)
-    refused(lambda: read_pt(path), "holds a list, no dictionary")
+    refused(lambda: read_pt(path), "holds a list, not a dictionary")
     path.write_bytes(b"PK\x03\x04")
     os.truncate(path, pickles.MAX_FILE_BYTES + 1)  # a hole: no disk holds it
     refused(lambda: read_pt(path), "is larger than 64 GiB")

@@ -735,8 +735,8 @@ def test_a_comparison_costs_what_it_may(whole, budget, count, most):
     assert [row.rmse_to_teacher is not None for row in rows] == [False, *told]
     assert [row.rmse_to_first is not None for row in rows] == [False, *([most == 8] * 3)]
     assert watcher.bars == [("comparing", sum(n for n in steps if n <= most), 0)]
-    words = {8: "", 4: ", models of more than 4 steps left out", 2: ", models of more than 2 steps left out"}
-    without = words.get(most, ", models of more than 1 step left out")
+    words = {8: "", 4: ", without models of more than 4 steps", 2: ", without models of more than 2 steps"}
+    without = words.get(most, ", without models of more than 1 step")
     assert watcher.lines == [f"comparing by {count} images{without}, as the training was short"] * (budget < 10**9)
     assert known_rows(stages, seed=0) == rows
 

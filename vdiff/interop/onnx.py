@@ -1,7 +1,7 @@
-"""Checkpoint → ONNX: one evaluation of the network, or the whole sampler in one graph, checked in ONNX Runtime.
+"""Export to ONNX: one evaluation of the network, or the whole sampler in one graph, checked in ONNX Runtime.
 
-The sampler's graph is made of one step, exported once and repeated with its constants filled in: tracing all the steps
-would take as many times as long, and give the same nodes.
+For the sampler's graph, one step is exported once and repeated with the constants of each step. Tracing N steps would
+give the same nodes in N times the time.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 18
-"""The operators that torch's exporter writes itself; newer ones it would convert to, and fewer programs read them."""
+"""The operator set of torch's exporter; it would convert to newer ones, which fewer programs read."""
 MAX_BYTES = 2**31 - 2**24
-"""A protocol buffer, which an ONNX file is, ends at 2 GiB."""
+"""The largest ONNX file: protocol buffers are limited to 2 GiB."""
 BATCH = "batch"
 
 
@@ -44,10 +44,10 @@ GRAPH = Kind("ONNX file", _is_graph)
 
 
 def require_packages() -> None:
-    """See that everything the export needs is installed.
+    """Check that everything for the export is installed.
 
     Raises:
-        VdiffError: it is not.
+        VdiffError: a package is missing.
     """
     try:
         import onnx  # noqa: F401
@@ -60,12 +60,12 @@ def require_packages() -> None:
 def export_onnx(
     denoiser: Denoiser, config: CheckpointConfig, options: GraphOptions, path: Path, *, fingerprint: str
 ) -> float:
-    """Write the graph to `path`, whole or not at all, and answer how far ONNX Runtime's answers are from vdiff's.
+    """Write the graph to `path`, whole or not at all; returns the difference of ONNX Runtime's results to vdiff's.
 
-    Inputs and outputs are those of `NetworkCall` and `FewSteps`, by name, for any batch size; the file has `metadata`.
+    Inputs and outputs are those of `NetworkCall` and `FewSteps`, by name, for any batch size; it holds `metadata`.
 
     Raises:
-        VdiffError: packages are missing, the network is too large for the format, the answers differ, or the file
+        VdiffError: packages are missing, the network is too large for the format, the results differ, or the file
             system refuses.
     """
     require_packages()
@@ -74,7 +74,7 @@ def export_onnx(
     size = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())
     if size > MAX_BYTES:
         raise VdiffError(
-            f"{size / 2**30:.1f} GiB of weights are more than the 2 GiB of an ONNX file", "use `vdiff export torch`"
+            f"{size / 2**30:.1f} GiB of weights exceed the 2 GiB limit of ONNX files", "use `vdiff export torch`"
         )
     if options.sampler:
         steps = grid(denoiser, options.num_steps)
@@ -105,7 +105,7 @@ def export_onnx(
 def _traced(
     module: nn.Module, example: Mapping[str, Tensor], output_names: list[str], fixed: Sequence[str] = ()
 ) -> Any:
-    """The ONNX model of `module`, called by keyword; every input but those of `fixed` has a dynamic batch size."""
+    """The ONNX model of `module`, called by keyword; every input except those in `fixed` has a dynamic batch size."""
     module.eval().requires_grad_(False)
     with torch.no_grad(), _silenced(logging.getLogger("torch.onnx")):
         written = torch.onnx.export(
@@ -121,10 +121,10 @@ def _traced(
 
 
 def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx.ModelProto:
-    """A model that applies `step` with each of `steps`, z_s of one being z of the next: noise → images in [−1, 1].
+    """A model that applies `step` with each of `steps`; z_s of one is z of the next: noise → images in [−1, 1].
 
-    What depends on weights alone is computed once. What depends on `steps` as well (the time embedding, α and σ) is
-    computed here and becomes a constant of each step. Only the rest is repeated.
+    Values that depend only on weights are computed once. Values that also depend on `steps` (the time embedding,
+    α and σ) are computed here and become constants of each step. Only the other nodes are repeated.
 
     Args:
         step: inputs z and the names in `steps`, which are the same for the whole batch, and others; output z_s.
@@ -202,7 +202,7 @@ def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx
 
 
 def _clean(model: onnx.ModelProto) -> None:
-    """Take out what the exporter notes of the source code and its place on this machine; name the batch size."""
+    """Remove the exporter's notes on source code and paths of this machine; name the batch size."""
     import vdiff
 
     model.producer_name, model.producer_version, model.doc_string = "vdiff", vdiff.__version__, ""
@@ -217,7 +217,7 @@ def _clean(model: onnx.ModelProto) -> None:
 
 
 def _session(model: str | bytes) -> Any:
-    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    """ONNX Runtime on the CPU, with torch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -228,7 +228,7 @@ def _session(model: str | bytes) -> Any:
 
 @contextlib.contextmanager
 def _silenced(logger: logging.Logger) -> Iterator[None]:
-    """Only errors of `logger` are shown; the exporter remarks on its own workings."""
+    """Show only errors of `logger`; the exporter also logs its internals."""
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -1,8 +1,8 @@
-"""The weights in a `.pt` file, read so that nothing in the file is ever run.
+"""Reading the weights in a `.pt` file without running any code in it.
 
-`torch.load(weights_only=True)` runs nothing, but would make a bytearray of any size that a file asks for. So two checks
-come first: the pickle names nothing that weights do not need, and the archive claims no more bytes than the file has.
-The file is mapped, not read into memory: no claim about sizes reserves more than the file holds.
+`torch.load(weights_only=True)` runs no code, but allocates a bytearray of any size that a file asks for. So two checks
+come first: the pickle names only what weights need, and the archive does not claim more bytes than the file has. The
+file is memory-mapped, so wrong sizes cannot allocate more than the file holds.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NAMES = {
     "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in STORAGES),
 }
-"""All that a file of tensors, texts and numbers refers to."""
+"""All names that a file of tensors, strings and numbers needs."""
 
 
 def read_pt(path: Path) -> Mapping[str, Any]:
-    """The dictionary that `torch.save` wrote to `path`; its tensors are mapped from the file.
+    """The dictionary that `torch.save` wrote to `path`; its tensors are memory-mapped.
 
     Raises:
-        VdiffError: there is no such file, it is no archive of tensors, or it asks for anything but tensors.
+        VdiffError: the file is missing, is not an archive of tensors, or asks for anything except tensors.
     """
     try:
         _check_archive(path)
@@ -48,23 +48,23 @@ def read_pt(path: Path) -> Mapping[str, Any]:
         raise VdiffError(f"{path} cannot be read ({cause_of(error)})", "copy it again") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of newer pickle protocols before it refuses them
+            warnings.simplefilter("ignore")  # torch warns about newer pickle protocols before it refuses them
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise errors of any type
-        # torch advises to open it without a guard, which would run what is in it
+        # torch suggests loading it unsafely, which would run its code
         is_advice = re.search("weights.only", str(error), re.IGNORECASE)
         reason = "more than tensors, or damaged" if is_advice else cause_of(error)
         raise VdiffError(f"{path} cannot be read as weights ({reason})", "copy it again") from None
     if not isinstance(values, Mapping):
-        raise VdiffError(f"{path} holds a {type(values).__name__}, no dictionary", "give another file")
+        raise VdiffError(f"{path} holds a {type(values).__name__}, not a dictionary", "give another file")
     return values
 
 
 def check_backed(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that claim more numbers than the file has room for, as views of few numbers may.
+    """Refuse tensors that claim more numbers than the file can hold, as views of few numbers may.
 
     Raises:
-        VdiffError: it names the first tensor.
+        VdiffError: names the first such tensor.
     """
     room = path.stat().st_size
     for name, tensor in tensors.items():
@@ -72,42 +72,42 @@ def check_backed(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if room < 0:
             raise VdiffError(
                 f"{path}: {name} claims to be {' × '.join(map(str, tensor.shape))} numbers, more than the file holds",
-                "the file is damaged or made up: give another one",
+                "the file is damaged or forged: give another one",
             )
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the archive's sizes with the file's, and the names in its pickle with `NAMES`."""
+    """Check the archive's sizes against the file's, and the names in its pickle against `NAMES`."""
     if path.is_dir():
         raise VdiffError(f"{path} is a folder", "give the path of the checkpoint.pt in it")
     check_regular(path)
     if path.suffix == ".safetensors":
         raise VdiffError(
-            f"{path} is not a .pt file, and holds no number of timesteps",
-            "give the checkpoint.pt; `vdiff import diffusers` takes the folder of a pipeline, sample.py one of vdiff",
+            f"{path} is not a .pt file and does not contain the number of timesteps",
+            "give the checkpoint.pt; `vdiff import diffusers` reads pipeline folders, sample.py reads vdiff's",
         )
     size = path.stat().st_size
     with open(path, "rb") as file:
         is_archive = file.read(2) == b"PK"
     if size > MAX_FILE_BYTES:
-        raise VdiffError(f"{path} is larger than {MAX_FILE_BYTES // 2**30} GiB", "give a file of weights alone")
+        raise VdiffError(f"{path} is larger than {MAX_FILE_BYTES // 2**30} GiB", "give a file with only weights")
     if not is_archive:
         raise VdiffError(
-            f"{path} is not an archive that torch.save wrote; vdiff never opens a bare pickle",
+            f"{path} is not an archive of torch.save; vdiff never opens a bare pickle",
             "if you trust it, load and save it again with PyTorch 1.6 or newer",
         )
     with zipfile.ZipFile(path) as archive:
         if (claimed := sum(entry.file_size for entry in archive.infolist())) > size:
-            raise VdiffError(f"{path} unpacks to {claimed:,} bytes, and has {size:,}", "give what torch.save wrote")
+            raise VdiffError(f"{path} has {size:,} bytes but unpacks to {claimed:,}", "give a file of torch.save")
         pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith(".pkl")]
         if len(pickles) != 1:
-            raise VdiffError(f"{path} holds {len(pickles)} pickles, not one", "give a file of weights alone")
+            raise VdiffError(f"{path} holds {len(pickles)} pickles, not one", "give a file with only weights")
         if pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise VdiffError(f"{path}: {pickles[0].filename!r} is too large", "give a file of weights alone")
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):  # reads, and runs nothing
+            raise VdiffError(f"{path}: {pickles[0].filename!r} is too large", "give a file with only weights")
+        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):  # runs no code
             if opcode.name == "GLOBAL" and (name := str(argument)) not in NAMES:
                 raise VdiffError(
-                    f"{path} asks for {name.replace(' ', '.')[:80]!r}, which no weights need: refused, "
-                    "nothing of it was run",
-                    "do not open the file with anything that runs pickles; save the plain tensors if it is yours",
+                    f"{path} asks for {name.replace(' ', '.')[:80]!r}, which weights do not need: refused, "
+                    "and none of its code was run",
+                    "do not open the file with programs that run pickles; if it is yours, save only its tensors",
                 )

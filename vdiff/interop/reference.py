@@ -1,13 +1,14 @@
 """Checkpoints of the v-diffusion repositories: `checkpoint.pt` = {"G": weights, "n_timesteps", "time_scale"}.
 
-Their network is the rosinality UNet, ours with other names. What differs is put into the weights, exactly:
+Their network is rosinality's UNet, which equals vdiff's except for names and these differences, which the import
+compensates exactly in the weights:
 
-- scores of attention are divided by √channels, ours by √(channels of a head): q is scaled by 1/√heads;
-- q, k and v lie head by head, ours one after the other: rows are sorted;
-- the embedding of time is (sin, cos), ours (cos, sin): columns are sorted;
-- its label is index × time_scale, ours L·t − 1, which is time_scale − 1 more: a shift of the label rotates each pair
-  (cos ω l, sin ω l) by a fixed angle, and the first layer after it takes the rotation in;
-- its images are in the order of OpenCV, blue first: the channels of the first and the last convolution are reversed.
+- attention scores are divided by √channels, in vdiff by √(channels per head): q is scaled by 1/√heads;
+- q, k and v are interleaved by head, in vdiff concatenated: rows are permuted;
+- the time embedding is (sin, cos), in vdiff (cos, sin): columns are permuted;
+- the label is index × time_scale, in vdiff L·t − 1, which is larger by time_scale − 1: this shift rotates each pair
+  (cos ω l, sin ω l) by a fixed angle, and the next layer absorbs the rotation;
+- images have OpenCV's channel order, blue first: the channels of the first and the last convolution are reversed.
 
 The schedule is the `ddpm_cosine` table of `n_timesteps` levels, L = n_timesteps · time_scale; the network predicts v.
 """
@@ -49,23 +50,23 @@ def import_reference(
     channel_order: str = BGR,
     overwrite: bool = False,
 ) -> CheckpointConfig:
-    """Turn `path` into the checkpoint folder `out`, and answer its description.
+    """Convert `path` to the checkpoint folder `out`; returns its description.
 
     Args:
-        image_size, attention_heads: which no tensor tells; the defaults are those repositories' for CelebA-HQ.
-        image_channels: None: 3 where that fits the output, else 1.
-        channel_order: of the 3 channels that it was trained on; "bgr" as those repositories read images, or "rgb".
+        image_size, attention_heads: not recorded in the file; the defaults are those repositories' for CelebA-HQ.
+        image_channels: None: 3 if that fits the output, else 1.
+        channel_order: of the training images: "bgr", as those repositories read images, or "rgb".
 
     Raises:
-        VdiffError: the file is none of this kind, the flags do not fit it, or `out` exists.
+        VdiffError: the file is not of this kind, the flags do not fit it, or `out` exists.
     """
     check_free(out, IMPORTED_MODEL, overwrite=overwrite)
     tensors, num_levels, time_scale = _read(path)
     unet = unet_config(path, tensors, attention_heads=attention_heads, image_channels=image_channels)
     if image_size % unet.size_multiple:
         raise OptionError(
-            f"--image_size {image_size}: the network of {path} takes multiples of {unet.size_multiple}",
-            "give the size of the images that it was trained on",
+            f"--image_size {image_size}: the network of {path} needs multiples of {unet.size_multiple}",
+            "give the size of its training images",
         )
     description = CheckpointConfig(
         unet=unet.to_dict(),
@@ -91,10 +92,10 @@ def import_reference(
 def unet_config(
     path: Path, tensors: Mapping[str, Tensor], *, attention_heads: int, image_channels: int | None
 ) -> UNetConfig:
-    """The network that the tensors' names and shapes describe; `path` is for messages.
+    """The network's configuration, from the tensors' names and shapes; `path` is for messages.
 
     Raises:
-        VdiffError: they describe none.
+        VdiffError: they do not describe such a network.
     """
     first, last = _shape(path, tensors, "down.0.weight", 4), _shape(path, tensors, "out.2.weight", 4)
     channels = first[0]
@@ -103,12 +104,12 @@ def unet_config(
     if not fold:
         raise OptionError(
             f"--image_channels: the network of {path} has {last[0]} outputs, not {image_channels} times a square",
-            "give the channels of its images",
+            "give the number of channels of its images",
         )
     if first[1] != last[0]:
         raise VdiffError(
-            f"{path} takes {first[1]} channels and gives {last[0]}: it needs more than the noisy image",
-            "only networks of images alone can be imported",
+            f"{path} takes {first[1]} channels and returns {last[0]}: it needs more than the noisy image",
+            "only networks with images as their only input can be imported",
         )
     levels: list[list[tuple[int, bool]]] = [[]]
     for i in range(1, len(tensors)):
@@ -122,7 +123,7 @@ def unet_config(
     alike = all(len(level) == len(levels[0]) > 0 and len(set(level)) == 1 for level in levels)
     if not alike or any(level[0][0] % channels for level in levels):
         raise VdiffError(
-            f"{path} holds no UNet of these repositories: blocks of {[[w for w, _ in level] for level in levels]} "
+            f"{path} is not a UNet of these repositories: blocks of {[[w for w, _ in level] for level in levels]} "
             f"channels from {channels}",
             "only networks of unet_ddpm.py can be imported",
         )
@@ -144,15 +145,15 @@ def unet_config(
         )
     except ValueError as error:
         raise OptionError(
-            f"{path} with --attention_heads {attention_heads}: {error}", "give the heads it has"
+            f"{path} with --attention_heads {attention_heads}: {error}", "give its number of heads"
         ) from None
 
 
 def translate(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, time_scale: int) -> dict[str, Tensor]:
-    """Their weights under the names and in the layout of `UNet(config)`, float32.
+    """The weights with the names and the layout of `UNet(config)`, float32.
 
     Raises:
-        VdiffError: a tensor is missing, left over, of another shape or not finite.
+        VdiffError: a tensor is missing, superfluous, of another shape or not finite.
     """
     with torch.device("meta"):
         network = UNet(config)
@@ -160,13 +161,13 @@ def translate(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, tim
     missing = sorted(set(names.values()) - set(tensors))
     extra = sorted(set(tensors) - set(names.values()) - {FREQUENCIES})
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which belongs to no place"
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which is unknown"
         raise VdiffError(f"{path} {what}", "only networks of unet_ddpm.py can be imported")
     modules = dict(network.named_modules())
     expected = network.state_dict()
     found: dict[str, Tensor] = {}
     for name, tensor in expected.items():
-        if name not in names:  # the normalisation before scale and shift has none of its own
+        if name not in names:  # the normalisation before scale and shift has no weights
             found[name] = torch.full(tensor.shape, float(name.endswith("weight")))
             continue
         theirs = tensors[names[name]]
@@ -189,7 +190,7 @@ def translate(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, tim
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], int, int]:
-    """The generator's tensors, the number of levels, and the labels between two of them."""
+    """The generator's tensors, the number of levels, and the label distance of two levels."""
     values = read_pt(path)
     if lacking := [key for key in KEYS if key not in values]:
         held = ", ".join(map(str, list(values)[:6])) or "nothing"
@@ -203,7 +204,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int, int]:
             raise VdiffError(f"{path}: {key} must be a whole number from 1 to {MAX_LEVELS}", "give another file")
         numbers.append(number)
     if math.prod(numbers) > MAX_LEVELS:
-        raise VdiffError(f"{path}: n_timesteps × time_scale is {math.prod(numbers)}", f"{MAX_LEVELS} is the most")
+        raise VdiffError(f"{path}: n_timesteps × time_scale is {math.prod(numbers)}", f"at most {MAX_LEVELS}")
     weights = values["G"]
     if not isinstance(weights, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
@@ -216,7 +217,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int, int]:
 
 
 def _names(network: UNet) -> dict[str, str]:
-    """Our name of each tensor → theirs; left out what they have not."""
+    """vdiff's name of each tensor → theirs, without tensors that they lack."""
     found = {"embed.0": "time.1", "embed.2": "time.3", "conv_in": "down.0", "norm_out": "out.0", "conv_out": "out.2"}
     for part, modules, offset in (("down", network.down, 1), ("middle", network.middle, 0), ("up", network.up, 0)):
         theirs = "mid" if part == "middle" else part
@@ -235,9 +236,9 @@ def _names(network: UNet) -> dict[str, str]:
 
 
 def _reversed_channels(weights: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """The first and the last convolution for images whose channels are in reverse order.
+    """The first and the last convolution for images with reversed channels.
 
-    A channel is fold² rows or columns that follow each other; an output of several images has one group for each.
+    A channel is fold² consecutive rows or columns; an output of several images has one group for each.
     """
     axes = {"conv_in.weight": 1, "conv_out.weight": 0, "conv_out.bias": 0}
     shape = (-1, config.in_channels, config.fold**2)
@@ -247,14 +248,14 @@ def _reversed_channels(weights: Mapping[str, Tensor], config: UNetConfig) -> dic
 
 
 def _sorted_qkv(weight: Tensor, heads: int) -> Tensor:
-    """(heads · 3 · width, …) → (3 · heads · width, …), q divided by √heads."""
+    """(heads · 3 · width, …) → (3 · heads · width, …), with q divided by √heads."""
     sorted_rows = weight.unflatten(0, (heads, 3, -1)).transpose(0, 1).clone()
     sorted_rows[0] /= math.sqrt(heads)
     return sorted_rows.flatten(0, 2)
 
 
 def _rotated(weight: Tensor, frequencies: Tensor, shift: int) -> Tensor:
-    """The weights that read (cos ω l, sin ω l) as `weight` reads (sin ω (l + shift), cos ω (l + shift)).
+    """The weights for (cos ω l, sin ω l) that equal `weight` for (sin ω (l + shift), cos ω (l + shift)).
 
     sin ω(l + d) = sin ωl cos ωd + cos ωl sin ωd, cos ω(l + d) = cos ωl cos ωd − sin ωl sin ωd.
     """
@@ -269,18 +270,18 @@ def _frequencies(path: Path, tensors: Mapping[str, Tensor], channels: int) -> Te
     usual = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000.0) / half))
     theirs = tensors.get(FREQUENCIES, usual).double()
     if theirs.shape != usual.shape or channels % 2 or not torch.allclose(theirs, usual, rtol=1e-2, atol=0):
-        raise VdiffError(f"{path}: {FREQUENCIES} is another embedding of time", "it cannot be imported")
+        raise VdiffError(f"{path}: {FREQUENCIES} is another time embedding", "it cannot be imported")
     return theirs
 
 
 def _shape(path: Path, tensors: Mapping[str, Any], name: str, ndim: int) -> tuple[int, ...]:
     """The shape of a tensor that every such network has."""
     if name not in tensors or tensors[name].ndim != ndim or 0 in tensors[name].shape:
-        raise VdiffError(f"{path} holds no UNet of these repositories: no {name}", "give another file")
+        raise VdiffError(f"{path} is not a UNet of these repositories: it has no {name}", "give another file")
     return tuple(tensors[name].shape)
 
 
 def _root(number: int) -> int:
-    """√number where that is whole, else 0."""
+    """√number if that is whole, else 0."""
     root = math.isqrt(number)
     return root if root * root == number else 0

@@ -1,4 +1,4 @@
-"""How to use an exported file: the programs that stand in its model card."""
+"""How to use an exported file: the example programs in its model card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DDIM = """\
     z = step["alpha_s"] * x + step["sigma_s"] * eps
 # z is now {{ shape }}, images in [-1, 1]
 """
-"""The rest of a step of DDIM with x clipped to ±1, from what the network answers."""
+"""A DDIM step with x clipped to ±1, after the evaluation of the network."""
 ONNX_SAMPLER = """\
 import numpy as np
 import onnxruntime
@@ -103,7 +103,7 @@ for t in scheduler.timesteps:
 
 def weights_usage(name: str) -> str:
     """For a folder called `name` with weights and config.json."""
-    words = "The weights, and in `config.json` the network they belong to. With vdiff installed:"
+    words = "The weights, and `config.json`, which describes their network. With vdiff installed:"
     return f"{words}\n\n    vdiff sample --checkpoint {shlex.quote(name)}\n"
 
 
@@ -126,7 +126,7 @@ def torch_usage(name: str, config: CheckpointConfig, options: GraphOptions) -> s
 
 
 def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, clip: bool) -> str:
-    """For a pipeline folder called `name`, which draws with the arguments `call`; empty: it needs a class."""
+    """For a pipeline folder called `name`, called with the arguments `call`; empty: it needs a class."""
     values = {
         "name": name,
         "arguments": ", ".join(f"{key}={value}" for key, value in call.items()),
@@ -135,12 +135,12 @@ def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any]
         "steps": config.num_timesteps,
         "clipped": ", use_clipped_model_output=True" if clip else "",
     }
-    words = "With diffusers; vdiff is not needed. Any number of steps that divides the model's will do."
+    words = "With diffusers; vdiff is not needed. Use any number of steps that divides the model's."
     return _fenced(words, PIPELINE, values)
 
 
 def _in_words(config: CheckpointConfig, options: GraphOptions) -> str:
-    """What it is, and what goes in and out."""
+    """What the file is, with its inputs and outputs."""
     takes = config.signature
     names = ["`noise` (B, C, H, W)"] if options.sampler else ["`z` (B, C, H, W)", "`label` (B,)"]
     if takes.num_classes:
@@ -152,7 +152,7 @@ def _in_words(config: CheckpointConfig, options: GraphOptions) -> str:
     steps = plural(options.num_steps, "step")
     what = f"the whole sampler, DDIM in {steps}" if options.sampler else "one evaluation of the network"
     if not options.sampler and options.num_steps <= MAX_GRID:
-        what += f", with what a sampler of {steps} must know of each in its metadata, `grid`"
+        what += f"; its metadata `grid` holds the constants of each step for a sampler of {steps}"
     return f"{what}. {'; '.join(names)} → `{options.results}` (B, C, H, W), float32."
 
 
@@ -176,7 +176,7 @@ def _inputs(config: CheckpointConfig, options: GraphOptions, *, classes: str, gu
 def _program(
     words: str, template: str, name: str, config: CheckpointConfig, options: GraphOptions, **values: str
 ) -> str:
-    """The words, and the program where the file tells all that it needs."""
+    """The text, and the program if the file contains all that it needs."""
     if not options.sampler and options.num_steps > MAX_GRID:
         return words
     return _fenced(
@@ -185,5 +185,5 @@ def _program(
 
 
 def _fenced(words: str, template: str, values: Mapping[str, Any]) -> str:
-    """The words, and below them the program as Markdown shows it."""
+    """The text, and below it the program in Markdown."""
     return f"{words}\n\n```python\n{TEMPLATES.from_string(template).render(count=IMAGES, **values).rstrip()}\n```\n"
