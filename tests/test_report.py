@@ -183,7 +183,7 @@ def test_a_teacher_that_was_trained_again_is_told_from_its_description(tmp_path)
         assert ladder.first.folder is None
         assert ladder.first.number("num_images") == 1000
     told = notes(ladder, distances_of(ladder))
-    assert told == ["original is not here any more, or was trained again since: its losses are not shown."]
+    assert told == ["original is gone, or was trained again since: its losses are not shown."]
 
 
 # What is said
@@ -195,9 +195,9 @@ def test_the_page_says_the_figures(html):
     assert "distilled in 3 stages into one that draws an image in 1 step" in text
     assert "An image takes 0.5 ms instead of 4 ms: it is 8 times as fast" in text
     assert "distance to the data is 0.4, 2 times the teacher's 0.2 in 8 steps (Fréchet distance on pixels)" in text
-    assert "The teacher itself, drawn in 1 step, is at 4." in text
+    assert "In 1 step, the teacher itself reaches 4." in text
     assert "2,000 samples each against 1,797 images of data/toy" in text
-    assert "Not shown: 1 row of the evaluation, measured with other weights than those here." in text
+    assert "Not shown: 1 row of the evaluation, measured with other weights than the current ones." in text
     assert "n is small." in text
     assert "vdiff evaluate --seed 3" in text
     assert "406 10,000 16 s" in text, "updates, images and seconds of all stages"
@@ -212,7 +212,7 @@ SCALE = Scale(same=0.1, blurred=6.4, mean_image=20.0, noise=50.0)
         (0.79, 0.2, "It worked: the student of 1 step is good."),
         (0.81, 0.2, "It worked in part: the student of 1 step is usable."),
         (6.5, 0.2, "It did not work: the student of 1 step is not trained yet."),
-        (6.5, 7.0, "It did not work, for its teacher is not trained yet: distance to the data 7 (other images 0.1"),
+        (6.5, 7.0, "It did not work, as the teacher is not trained yet: distance to the data 7 (other images 0.1"),
     ],
 )
 def test_the_first_sentence_tells_whether_it_worked(root, tmp_path, far, teacher, words):
@@ -320,7 +320,7 @@ def test_a_teacher_that_began_with_fewer_steps_has_two_lines(root, tmp_path):
         ("original", 4, True, 2.5, 0.07, 2.5),
         ("base_0", 4, False, 2.0, 0.031, 0.25),
     ]
-    assert "in 3 stages, beginning at 4 steps, into one" in " ".join(summary(ladder, distances_of(ladder)))
+    assert "in 3 stages, starting at 4 steps, into one" in " ".join(summary(ladder, distances_of(ladder)))
     assert stage_table(ladder, distances_of(ladder)).rows[1][:3] == ["original", "in fewer steps", "4"]
 
 
@@ -369,7 +369,7 @@ def test_times_that_cannot_be_are_named_and_marked(root, tmp_path):
     (folder / "evaluation.json").write_text(json.dumps(values))
     ladder = read_ladder(folder)
     told = " ".join(notes(ladder, distances_of(ladder)))
-    assert "The times of base_0 in 4 steps cannot be: more evaluations took less time, measured twice." in told
+    assert "The times of base_0 in 4 steps are unreliable: more evaluations took less time, twice." in told
     times = [row[8] for row in evaluation_table(ladder).rows]
     assert [text.endswith(" ?") for text in times] == [True] + [False] * (len(times) - 1)
 
@@ -378,8 +378,8 @@ def test_times_that_cannot_be_are_named_and_marked(root, tmp_path):
     ("changes", "words"),
     [
         ({"attempts": 3}, "The stage of base_1 was done 3 times"),
-        ({"kept_start": "it rose"}, "base_1 is what its training began with, which made it worse: it rose."),
-        ({"reason": "it is worse"}, "base_1 failed its examination: it is worse"),
+        ({"kept_start": "it rose"}, "base_1 has its initial weights, as training made it worse: it rose."),
+        ({"reason": "it is worse"}, "base_1 failed its check: it is worse"),
         ({"rmse": None}, "base_1 draws values that are not finite"),
     ],
 )
@@ -470,7 +470,7 @@ def test_plots_keep_text_as_text_and_take_the_pages_colours(html):
         assert set(re.findall(r"(?:fill|stroke): (#\w+)", drawing)) <= {"#000000"}
         assert "var(--s0)" in drawing
     told = "".join(re.findall(r"<title>(.*?)</title>", html))
-    assert "students: 0.4 (0.36 to 0.44) at 1 network evaluations an image" in told
+    assert "students: 0.4 (0.36 to 0.44) at 1 network evaluations per image" in told
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a&b \"c\" 'd'", "{{ 7 * 7 }}"])
@@ -493,7 +493,7 @@ def test_a_base_model_alone_gets_a_page(tmp_path):
     write_checkpoint(tmp_path / "original")
     page = Page(render(read_ladder(tmp_path)))
     assert "Nothing has been distilled from it yet." in page.text
-    assert "No picture lies here yet" in page.text
+    assert "There is no picture yet" in page.text
     assert f"python sample.py --checkpoint {tmp_path / 'original'}" in page.text
     assert page.all("svg") == []
 

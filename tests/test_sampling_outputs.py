@@ -324,7 +324,7 @@ def test_a_log_of_several_processes(tmp_path):
     RecordLog(tmp_path, 3).append([(2, b"two"), (99, b"beyond")])
     assert logged(tmp_path) == {0: b"", 2: b"two", 4: b"four"}
     assert list(RecordReader(tmp_path, 5).read([4, 2, 4])) == [b"four", b"two", b"four"]
-    with pytest.raises(VdiffError, match="image 1 is not there"):
+    with pytest.raises(VdiffError, match="image 1 is missing"):
         list(RecordReader(tmp_path, 5).read([1]))
 
 

@@ -1,1 +1,1 @@
-"""One page that tells how good a ladder is."""
+"""One page about the quality of a ladder."""

@@ -1,4 +1,4 @@
-"""What a report says of a ladder: distances and times, tables, sentences, and the commands that make it again."""
+"""The contents of a report: distances and times, tables, sentences, and the commands that reproduce the ladder."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Distances:
     """The distances of a ladder's models to the data.
 
     Attributes:
-        name: of the distance, with the features that it compares.
-        basis: numbers of samples and images, in words.
+        name: of the distance, with its features.
+        basis: the numbers of samples and images, as text.
         students: by the fingerprint of their weights and their steps.
-        student_curve: the same over the evaluations per image.
+        student_curve: the same, over the evaluations per image.
         samplers: each training-free sampler on the first teacher, over the evaluations per image.
-        teacher: the first teacher in the most steps that it was measured in.
-        left_out: number of rows of the evaluation whose models are not of this ladder.
-        scale: what these distances are read by; None where they have none.
+        teacher: the first teacher, in the most steps that were measured.
+        left_out: number of rows of the evaluation with models outside this ladder.
+        scale: the scale of these distances; None if they have none.
     """
 
     name: str = ""
@@ -60,11 +60,11 @@ class Distances:
 
     @property
     def curves(self) -> list[Curve]:
-        """All that have points, the students first."""
+        """All curves with points, the students first."""
         return [curve for curve in (self.student_curve, *self.samplers) if curve.points]
 
     def teacher_at(self, steps: int) -> Point | None:
-        """The teacher, drawn by ddim in a number of steps."""
+        """The teacher's distance with ddim in a number of steps."""
         points = [point for curve in self.samplers if curve.label == OF_TEACHER for point in curve.points]
         return next((p for p in [*points, *([self.teacher] if self.teacher else [])] if p.x == steps), None)
 
@@ -123,7 +123,7 @@ def _basis(rows: list[EvalRow], evaluation: Evaluation) -> str:
 
 
 def _from_verdicts(ladder: LadderRun) -> Distances:
-    """The distances in the verdicts: of few images, and of no other sampler."""
+    """The distances in the verdicts, from few images and without other samplers."""
     students: dict[tuple[str, int], Point] = {}
     teacher, counts = None, [0]
     for model in ladder.students:
@@ -139,7 +139,7 @@ def _from_verdicts(ladder: LadderRun) -> Distances:
         return Distances()
     return Distances(
         name="Fréchet distance on pixels",
-        basis=f"{max(counts):,} samples each, as the ladder examined its students",
+        basis=f"{max(counts):,} samples each, from the checks of the students",
         students=students,
         student_curve=Curve("students", _ordered(students.values())),
         teacher=teacher,
@@ -147,7 +147,7 @@ def _from_verdicts(ladder: LadderRun) -> Distances:
 
 
 def milliseconds(ladder: LadderRun) -> dict[tuple[str, int], float]:
-    """Milliseconds per image by the name of a model and its steps: from the comparison, else from the evaluation."""
+    """Milliseconds per image, by a model's name and steps: from the comparison, else from the evaluation."""
     rows = [row for row in ladder.evaluation.rows if row.sampler == PLAIN] if ladder.evaluation else []
     times = {
         (model.name, row.num_steps): row.ms_per_image
@@ -159,20 +159,20 @@ def milliseconds(ladder: LadderRun) -> dict[tuple[str, int], float]:
 
 
 def time_curve(ladder: LadderRun) -> Curve:
-    """Milliseconds per image over the steps: the models of the ladder, each in its own."""
+    """Milliseconds per image over the steps: each model of the ladder in its own steps."""
     own = {(model.name, model.steps) for model in ladder.models} | {(ladder.first.name, ladder.teacher_steps)}
     times = {steps: ms for (name, steps), ms in milliseconds(ladder).items() if (name, steps) in own and ms > 0}
-    return Curve("an image", tuple(Point(steps, times[steps]) for steps in sorted(times)))
+    return Curve("per image", tuple(Point(steps, times[steps]) for steps in sorted(times)))
 
 
 def finite(value: object) -> float | None:
-    """A finite number of a file, else None."""
+    """The number if it is finite, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
 
 
 def in_fewer_steps(model: LadderModel) -> bool:
-    """Whether a student was examined in fewer steps than its own, because its training was short."""
+    """Whether a student was checked in fewer steps than its own, because its training was short."""
     return (finite(model.verdict.get("every")) or 1) > 1
 
 
@@ -189,7 +189,7 @@ def _ordered(points: Iterable[Point]) -> tuple[Point, ...]:
 
 @dataclass(frozen=True)
 class Table:
-    """Column heads, rows of as many cells, and a last line or none."""
+    """Column heads, rows of as many cells, and an optional last line."""
 
     heads: tuple[str, ...]
     rows: list[list[str]]
@@ -197,9 +197,9 @@ class Table:
 
 
 def models(ladder: LadderRun, found: Distances) -> list[dict[str, Any]]:
-    """Everything known of each model, as plain values for JSON; None for what is not.
+    """Everything known about each model, as plain values for JSON; None for unknown values.
 
-    The first teacher has one more entry if it taught with fewer steps than its own (`is_again`).
+    The first teacher has a second entry if it taught with fewer steps than its own (`is_again`).
     """
     first, began = ladder.first, ladder.teacher_steps
     entries = [(first, first.steps, False), *((model, model.steps, False) for model in ladder.students)]
@@ -231,7 +231,7 @@ def models(ladder: LadderRun, found: Distances) -> list[dict[str, Any]]:
 
 
 def stage_table(ladder: LadderRun, found: Distances) -> Table:
-    """A line for each entry of `models`."""
+    """A row for each entry of `models`."""
     rows = []
     for each in models(ladder, found):
         method = each["method"] + ", kept start" * each["kept_start"]
@@ -248,7 +248,7 @@ def stage_table(ladder: LadderRun, found: Distances) -> Table:
 
 
 def distance_table(found: Distances) -> Table:
-    """A line for each number of evaluations, a column for each curve."""
+    """A row for each number of evaluations, a column for each curve."""
     rows = []
     for x in sorted({point.x for curve in found.curves for point in curve.points}):
         cells = [next((point for point in curve.points if point.x == x), None) for curve in found.curves]
@@ -257,9 +257,9 @@ def distance_table(found: Distances) -> Table:
 
 
 def time_table(ladder: LadderRun) -> Table:
-    """Milliseconds per image by steps."""
+    """Milliseconds per image, by steps."""
     rows = [[whole(point.x), milliseconds_text(point.y)] for point in time_curve(ladder).points]
-    return Table(("steps", "an image"), rows)
+    return Table(("steps", "per image"), rows)
 
 
 def evaluation_table(ladder: LadderRun) -> Table:
@@ -302,20 +302,20 @@ def _cell(metric: Metric | None) -> str:
 
 
 def title(ladder: LadderRun) -> str:
-    """The project's name: of its folder, or in the folder that projects without a name share, that of its data."""
+    """The project's name: its folder's, or in the folder of projects without a name, its dataset's."""
     folder = ladder.root.resolve().name
     data = re.sub(r"(_\d+)+$", "", Path(str(ladder.first.description.get("dataset", ""))).stem)
     return data if folder == CHECKPOINTS.name and data else folder
 
 
 def outcome(ladder: LadderRun, found: Distances) -> str:
-    """Whether it worked, in one sentence; empty where no distance was measured on the `Scale`."""
+    """Whether it worked, in one sentence; empty if no distance was measured on the `Scale`."""
     first, last, mine = ladder.first, ladder.last, found.students.get(ladder.last.key)
     teacher = read_quality(first.folder, first.fingerprint) if first.folder else None
     if teacher is None and found.teacher and found.scale:
         teacher = Quality(found.teacher.y, found.scale)
     if teacher and (not ladder.students or teacher.word == NOT_TRAINED):
-        begin = "It did not work, for its teacher" if ladder.students else first.name
+        begin = "It did not work, as the teacher" if ladder.students else first.name
         return f"{begin} {AS_SAID[teacher.word]}: {str(teacher).partition(': ')[2]}."
     if mine is None or found.scale is None:
         return ""
@@ -326,7 +326,7 @@ def outcome(ladder: LadderRun, found: Distances) -> str:
 
 
 def summary(ladder: LadderRun, found: Distances) -> list[str]:
-    """A few sentences: whether it worked, what was made, and what it costs."""
+    """A few sentences: whether it worked, what was trained, and its cost."""
     first, last = ladder.first, ladder.last
     size = first.description.get("image_size")
     data = str(first.description.get("dataset", "") or "unknown images")
@@ -335,7 +335,7 @@ def summary(ladder: LadderRun, found: Distances) -> list[str]:
     if not ladder.students:
         return [*worked, f"{base}. Nothing has been distilled from it yet."]
     stages, began = len(ladder.students), ladder.teacher_steps
-    begin = "" if began == first.steps else f", beginning at {plural(began, 'step')},"
+    begin = "" if began == first.steps else f", starting at {plural(began, 'step')},"
     by = f"in {stages} stages" if stages > 1 else "in one stage"
     end = f"into one that draws an image in {plural(last.steps, 'step')}."
     sentences = [*worked, f"{base}, was distilled {by}{begin} {end}"]
@@ -356,16 +356,16 @@ def summary(ladder: LadderRun, found: Distances) -> list[str]:
         plain = [point for curve in found.samplers if curve.label == OF_TEACHER for point in curve.points]
         same = next((point for point in plain if point.x == mine.x), None)
         if same and same.y > mine.y:
-            sentences.append(f"The teacher itself, drawn in {plural(round(mine.x), 'step')}, is at {figure(same.y)}.")
+            sentences.append(f"In {plural(round(mine.x), 'step')}, the teacher itself reaches {figure(same.y)}.")
     return sentences
 
 
 def facts(ladder: LadderRun, found: Distances) -> list[tuple[str, str, str]]:
-    """The numbers at the head of the page: each number, what it is, and what to compare it with."""
+    """The numbers at the top of the page: each with its meaning and a value to compare it with."""
     first, last = ladder.first, ladder.last
-    result = [(plural(last.steps, "step"), "to draw an image", f"teacher {first.steps:,}" if ladder.students else "")]
+    result = [(plural(last.steps, "step"), "per image", f"teacher {first.steps:,}" if ladder.students else "")]
     if (gain := speed_up(ladder)) is not None:
-        result.append((milliseconds_text(gain[1]), "an image", f"{times_text(gain[2])} as fast"))
+        result.append((milliseconds_text(gain[1]), "per image", f"{times_text(gain[2])} as fast"))
     if mine := found.students.get(last.key):
         others = f", other images {figure(found.scale.same)}" if found.scale else ""
         against = f"teacher {figure(found.teacher.y)}{others}" if found.teacher else others.removeprefix(", ")
@@ -386,28 +386,28 @@ def speed_up(ladder: LadderRun) -> tuple[float, float, float] | None:
 
 
 def notes(ladder: LadderRun, found: Distances) -> list[str]:
-    """What a reader must know that the numbers do not say."""
+    """Notes that the numbers do not show."""
     result = []
     for model in ladder.models:
         done, asked = model.number("num_iters"), model.number("target_iters")
         if done < asked:
             result.append(f"{model.name} is unfinished: {whole(done)} of {whole(asked)} updates.")
         if model.folder is None:
-            result.append(f"{model.name} is not here any more, or was trained again since: its losses are not shown.")
+            result.append(f"{model.name} is gone, or was trained again since: its losses are not shown.")
         if (times := int(finite(model.verdict.get("attempts")) or 1)) > 1:
-            result.append(f"The stage of {model.name} was done {times} times, with half the learning rate each time.")
+            result.append(f"The stage of {model.name} was tried {times} times, each time with half the learning rate.")
         if reason := model.verdict.get("kept_start"):
-            result.append(f"{model.name} is what its training began with, which made it worse: {reason}.")
+            result.append(f"{model.name} has its initial weights, as training made it worse: {reason}.")
         if reason := model.verdict.get("reason"):
-            result.append(f"{model.name} failed its examination: {reason}.")
+            result.append(f"{model.name} failed its check: {reason}.")
         if model in ladder.students and finite(model.verdict.get("rmse")) is None and model.verdict:
             result.append(f"{model.name} draws values that are not finite.")
     lines = [line.key for line in ladder.compared if line.is_time_doubtful]
     if doubtful := [f"{name} in {plural(steps, 'step')}" for name, steps in lines]:
-        result.append(f"The times of {', '.join(doubtful)} cannot be: more evaluations took less time, measured twice.")
+        result.append(f"The times of {', '.join(doubtful)} are unreliable: more evaluations took less time, twice.")
     if found.left_out:
         rows = plural(found.left_out, "row")
-        result.append(f"Not shown: {rows} of the evaluation, measured with other weights than those here.")
+        result.append(f"Not shown: {rows} of the evaluation, measured with other weights than the current ones.")
     return result
 
 
@@ -423,9 +423,9 @@ def sample_command(ladder: LadderRun) -> str:
 
 
 def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
-    """What for, and the command: all that makes data, models, samples and this page again, in a folder of its own."""
+    """(purpose, command) of all commands that reproduce data, models, samples and this page, in a separate folder."""
     made = [(number, model) for number, model in enumerate(ladder.models) if model.folder and model.settings]
-    result = [("Prepare the images; give the path of their source, if it is no named one", prepare_command(ladder))]
+    result = [("Prepare the images (replace the source by its path, if it has no name)", prepare_command(ladder))]
     for number, model in made:
         config = ["--config", ((model.folder or Path()) / RUN_FILE).as_posix(), "--data", f"{AGAIN}/data"]
         command, what = ["python", "train.py", *config], "Train the teacher"
@@ -441,7 +441,7 @@ def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
 
 
 def prepare_command(ladder: LadderRun) -> str:
-    """The command that makes the data of the first teacher again, as far as the dataset or its name tell."""
+    """The command that prepares the first teacher's data again, as far as the dataset or its name tells."""
     first = ladder.first
     data, channels = str(first.description.get("dataset", "")), first.description.get("unet", {}).get("in_channels", 3)
     sizes, source, how = str(first.description.get("image_size")), re.sub(r"(_\d+)+$", "", Path(data).stem), []

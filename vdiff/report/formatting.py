@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formatting of numbers for readers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(value: float | None) -> str:
 
 
 def bounded(value: float | None, low: float | None, high: float | None) -> str:
-    """`0.36 (0.35 to 0.37)`; empty where there is no value."""
+    """`0.36 (0.35 to 0.37)`; empty if there is no value."""
     bounds = "" if low is None else f" ({figure(low)} to {figure(high)})"
     return "" if value is None else f"{figure(value)}{bounds}"
 

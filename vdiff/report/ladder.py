@@ -1,4 +1,4 @@
-"""A ladder as it lies on the disk: models, verdicts, logs and pictures; and the evaluation that a report needs."""
+"""A ladder's files: models, verdicts, logs and pictures; and the evaluation for a report."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from vdiff.records import (
 )
 from vdiff.text import cause_of
 
-AGAIN = "move it away: the same distill.py command writes it again"
+AGAIN = "move it away, and run the same distill.py command to write it again"
 PLAIN = "ddim"
 SAMPLERS = (PLAIN, "dpmpp_2m")
 FEW = (1, 2, 4, 8)
-"""The steps in which training-free samplers are measured: where distillation competes with them."""
+"""The steps in which training-free samplers are measured, where distillation competes with them."""
 QUICK_IMAGES, QUICK_SIZE, QUICK_STEPS = 256, 32, 64
-"""The evaluation at the end of `distill.py`: at most so many samples a row, of images up to 32 × 32, in 64 steps."""
+"""The evaluation at the end of `distill.py`: the most samples per row and pixels per side, and the steps."""
 QUICK_LEAST = 64
-"""No evaluation where the budget allows fewer samples."""
+"""No evaluation if the budget allows fewer samples."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class LadderModel:
 
     Attributes:
         name: of its folder.
-        folder: None where only the description in its student's checkpoint is left.
-        description: its `config.json`, without that of its teacher.
+        folder: None if only the description in its student's checkpoint is left.
+        description: its `config.json`, without its teacher's.
         fingerprint: SHA-256 of its weights; empty if unknown.
         verdict: its `verdict.json`; empty if there is none.
         settings: its `run.toml`.
@@ -59,30 +59,30 @@ class LadderModel:
 
     @property
     def steps(self) -> int:
-        """The steps that it samples with by default."""
+        """Its default number of sampling steps."""
         return int(self.description["num_timesteps"])
 
     @property
     def key(self) -> tuple[str, int]:
-        """Weights and steps: a student that kept its start has its teacher's weights."""
+        """Weights and steps: a student with its initial weights has its teacher's weights."""
         return self.fingerprint, self.steps
 
     def number(self, key: str) -> float:
-        """A number of its description, 0 where there is none."""
+        """A number in its description; 0 if it is missing."""
         value = self.description.get(key)
         return value if isinstance(value, int | float) else 0
 
 
 @dataclass(frozen=True)
 class LadderRun:
-    """Everything that a report shows.
+    """Everything in a report.
 
     Attributes:
-        folder: that was asked for.
-        root: that holds the ladder; the same, unless one checkpoint was asked for.
+        folder: the folder of the call.
+        root: the folder of the ladder; the same, unless `folder` is a checkpoint.
         models: the first teacher, then its students in order.
-        compared: models drawn from the same noise, if any.
-        images: the picture of those samples, a row for each of `compared`, or None.
+        compared: models that sampled from the same noise, if any.
+        images: the picture of those samples, with a row for each of `compared`, or None.
         picture: the same with captions, as `distill.py` writes it.
         samples: the newest grid of samples of the last model.
         evaluation: of these and other models, or None.
@@ -113,26 +113,26 @@ class LadderRun:
 
     @property
     def students(self) -> tuple[LadderModel, ...]:
-        """All but the first."""
+        """All models except the first."""
         return self.models[1:]
 
     @property
     def teacher_steps(self) -> int:
-        """The steps of the first teacher in the first stage: its own, or those that the ladder began with."""
+        """The steps of the first teacher in the first stage: its own, or fewer if the ladder began with fewer."""
         mine = [steps for name, steps in (line.key for line in self.compared) if name == self.first.name]
         return mine[-1] if mine else self.first.steps
 
 
 def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
-    """The ladder in `folder`: one that holds checkpoints, or the checkpoint at a ladder's end.
+    """The ladder in `folder`, which holds checkpoints or is the last checkpoint of a ladder.
 
-    Of several ladders in a folder, it is the one whose last student was written last; the others are named.
+    Of several ladders in a folder, it is the one with the newest last student; `others` names the others.
 
     Args:
-        last: the last student of the ladder that is meant.
+        last: the last student, to choose the ladder.
 
     Raises:
-        VdiffError: no such folder, no checkpoint in it, or a file that cannot be read.
+        VdiffError: the folder is missing or holds no checkpoint, or a file cannot be read.
     """
     if not folder.exists():
         raise VdiffError(f"{folder}: no such folder", "give the one that holds original, base_0, base_1 …")
@@ -170,9 +170,9 @@ def read_ladder(folder: Path, *, last: Path | None = None) -> LadderRun:
 
 
 def _ends(found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]) -> list[Path]:
-    """The checkpoints that no other was distilled from, in the order of their time; students after all base models."""
+    """The checkpoints that are not teachers, in the order of their time; base models before students."""
     teachers = [config.teacher or {} for config in found.values()]
-    # a student that stays as it began has its teacher's weights, and other steps
+    # a student with its initial weights has its teacher's weights, but other steps
     known = {(str(teacher.get("fingerprint")), teacher.get("num_timesteps")) for teacher in teachers}
     ends = [path for path in found if (fingerprints[path], found[path].num_timesteps) not in known]
 
@@ -185,7 +185,7 @@ def _ends(found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, st
 def _lineage(
     last: Path, found: Mapping[Path, CheckpointConfig], fingerprints: Mapping[Path, str]
 ) -> tuple[LadderModel, ...]:
-    """The models from the first teacher to `last`; a teacher is known by its weights and steps, wherever it lies."""
+    """The models from the first teacher to `last`; weights and steps identify a teacher in any folder."""
     config = found[last] if last in found else read_config(last)
     fingerprint = fingerprints[last] if last in found else weights_fingerprint(last)
     models = [_model(last.name, last, vars(config), fingerprint)]
@@ -204,15 +204,15 @@ def _lineage(
 
 def _model(name: str, folder: Path | None, description: Mapping[str, Any], fingerprint: str) -> LadderModel:
     steps = description.get("num_timesteps")
-    if not isinstance(steps, int) or steps < 1:  # a teacher's description is written by others than its own run
-        raise VdiffError(f"{name}: the description of a teacher tells no number of steps", "restore the student")
+    if not isinstance(steps, int) or steps < 1:  # a teacher's description does not come from its own run
+        raise VdiffError(f"{name}: the description of a teacher lacks the number of steps", "restore the student")
     own = {key: value for key, value in description.items() if key not in ("teacher", "path", "fingerprint")}
     verdict = read_json(folder / VERDICT, AGAIN) if folder and (folder / VERDICT).is_file() else {}
     return LadderModel(name, folder, own, fingerprint, verdict, _text(folder / RUN_FILE) if folder else "")
 
 
 def _compared(path: Path) -> tuple[LadderRow, ...]:
-    """The lines of `ladder.json`, if it is there.
+    """The rows of `ladder.json`, if it exists.
 
     Raises:
         VdiffError: it cannot be read.
@@ -220,11 +220,11 @@ def _compared(path: Path) -> tuple[LadderRow, ...]:
     try:
         return tuple(read_ladder_rows(path)) if path.is_file() else ()
     except (OSError, ValueError) as error:
-        raise VdiffError(f"{path} holds no comparison: {cause_of(error)}", AGAIN) from None
+        raise VdiffError(f"{path} is not a comparison: {cause_of(error)}", AGAIN) from None
 
 
 def _text(path: Path) -> str:
-    """A text file; empty where there is none.
+    """A text file; empty if it is missing.
 
     Raises:
         VdiffError: it cannot be read.
@@ -238,23 +238,23 @@ def _text(path: Path) -> str:
 
 
 def _file(*paths: Path) -> Path | None:
-    """The first of some files that is there."""
+    """The first of some files that exists."""
     return next((path for path in paths if path.is_file()), None)
 
 
 def ladder_rows(ladder: LadderRun, *, most_steps: int = 2**20) -> list[RowSpec]:
-    """The first teacher in the most steps that it takes, up to those that the ladder began with, and with `SAMPLERS` in
+    """The rows to measure: the first teacher in its most steps, up to the ladder's first number, and with `SAMPLERS` in
     few steps; then the students.
 
     Args:
-        most_steps: rows of more steps are left out.
+        most_steps: rows with more steps are omitted.
 
     Raises:
-        VdiffError: the first teacher is not there.
+        VdiffError: the first teacher is missing.
     """
     first = ladder.first.folder
     if first is None:
-        raise VdiffError(f"{ladder.first.name}, the first teacher, is not there", "give --data and `vdiff evaluate`")
+        raise VdiffError(f"{ladder.first.name}, the first teacher, is missing", "use `vdiff evaluate --data DATASET`")
     config = read_config(first)
     began = range(min(ladder.teacher_steps, most_steps), 0, -1)
     reference = next((steps for steps in began if not why_not(config, "uniform", steps)), None)
@@ -267,7 +267,7 @@ def ladder_rows(ladder: LadderRun, *, most_steps: int = 2**20) -> list[RowSpec]:
 
 
 def quick_plan(ladder: LadderRun, budget: int) -> tuple[list[RowSpec], EvalPlan] | None:
-    """An evaluation of at most `budget` network evaluations; None where these are too few."""
+    """An evaluation with at most `budget` network evaluations; None if these are too few."""
     rows = ladder_rows(ladder, most_steps=QUICK_STEPS)
     num = min(QUICK_IMAGES, budget // sum(row.num_steps for row in rows))
     return (rows, EvalPlan(n=num, batch_size=num)) if num >= QUICK_LEAST else None

@@ -1,4 +1,4 @@
-"""The report as one HTML file that holds everything it shows and loads nothing."""
+"""The report as one HTML file that contains everything it shows and loads nothing."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from vdiff.text import plural
 
 NAME = "report.html"
 GENERATOR = "vdiff"
-EVALUATIONS = "network evaluations an image"
+EVALUATIONS = "network evaluations per image"
 LOSSLESS_PIXELS = 2**19
 """Pictures up to this size stay lossless."""
 QUALITY = 88
 MAX_SIDE = 4096
-AGAIN = "move it away: the command that wrote it writes it again"
+AGAIN = "move it away, and run the command that wrote it again"
 LOSS = "loss"
 MAX_POINTS = 400
 FEWEST = 3
-"""Points that make a plot; fewer are in the tables."""
+"""The fewest points for a plot; fewer are shown only in the tables."""
 SHOWN_GRIDS = 4
 
 
 @dataclass(frozen=True)
 class Inlined:
-    """A picture as a `data:` address, and its size in pixels."""
+    """A picture as a `data:` URL, and its size in pixels."""
 
     address: str
     width: int
@@ -54,7 +54,7 @@ class Inlined:
 
 @dataclass(frozen=True)
 class Rung:
-    """A model in the ladder's picture: a strip of `count` images, drawn from the same noise as the other strips."""
+    """A model in the ladder's picture: a strip of `count` images, from the same noise as the other strips."""
 
     name: str
     steps: str
@@ -78,7 +78,7 @@ def write_report(ladder: LadderRun, out: Path | None = None) -> Path:
         out: the file; `report.html` in the ladder's folder by default. An earlier report is replaced.
 
     Raises:
-        VdiffError: a picture cannot be read, the file is no report, or the file system refuses.
+        VdiffError: a picture cannot be read, the file is not a report, or the file system refuses.
     """
     path = out or ladder.folder / NAME
     with locked(path):
@@ -96,7 +96,7 @@ def render(ladder: LadderRun) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
-    environment.globals["svg"] = Markup  # for our own drawings alone: `to_svg` escapes their texts
+    environment.globals["svg"] = Markup  # only for vdiff's own drawings: `to_svg` escapes their texts
     environment.filters |= {"figure": figure, "whole": whole, "plural": plural}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     page = environment.from_string(_part("page.html")).render(
@@ -113,7 +113,7 @@ def render(ladder: LadderRun) -> str:
 def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
     """The values of the template."""
     strips = rungs(ladder)
-    is_second = bool(strips)  # else pictures that are not shown would be in the file
+    is_second = bool(strips)  # otherwise the file would contain pictures that are not shown
     times, levels = content.time_curve(ladder), {}
     if found.teacher and found.student_curve.points:
         levels[""] = found.teacher.y
@@ -136,7 +136,7 @@ def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
         "evaluation_table": content.evaluation_table(ladder),
         "evaluate_command": content.evaluate_command(ladder),
         "sample_command": content.sample_command(ladder),
-        "time_plot": _plot("time", [times], "steps", "milliseconds an image"),
+        "time_plot": _plot("time", [times], "steps", "milliseconds per image"),
         "progress": progress(ladder),
         "time_table": content.time_table(ladder),
         "losses": losses(ladder),
@@ -149,7 +149,7 @@ def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
 
 
 def rungs(ladder: LadderRun) -> list[Rung]:
-    """The ladder's picture in strips; empty if there is none, or it is of another comparison."""
+    """The ladder's picture in strips; empty if it is missing or belongs to another comparison."""
     if not ladder.images:
         return []
     picture = read_picture(ladder.images)
@@ -180,7 +180,7 @@ def _picture(path: Path | None) -> Inlined | None:
 
 
 def progress(ladder: LadderRun) -> list[tuple[str, Inlined]]:
-    """Grids of samples that the first teacher drew while it was trained: the first, the last and some between."""
+    """Grids of samples from the first teacher's training: the first, the last and some in between."""
     folder = ladder.first.folder
     paths = sorted((folder / SAMPLES_FOLDER).glob("[0-9]*.png")) if folder else []
     last = min(len(paths), SHOWN_GRIDS) - 1
@@ -191,14 +191,14 @@ def progress(ladder: LadderRun) -> list[tuple[str, Inlined]]:
 def _plot(
     name: str, curves: Sequence[Curve], x: str, y: str, levels: Mapping[str, float] | None = None
 ) -> dict[str, str]:
-    """A plot for wide and for narrow screens; empty if there are too few points to plot."""
+    """A plot for wide and for narrow screens; empty if there are too few points."""
     is_line = max((len(curve.points) for curve in curves), default=0) >= FEWEST
     sizes = {"wide": plots.WIDE, "narrow": plots.NARROW} if is_line else {}
     return {key: plots.trade(f"{name}-{key}", size, curves, x, y, levels or {}) for key, size in sizes.items()}
 
 
 def _printable(value: Any) -> Any:
-    """Texts without control characters; our own markup, whose type is not `str`, and numbers stay as they are."""
+    """Texts without control characters; vdiff's markup, which is not of type `str`, and numbers are unchanged."""
     return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
 
 
@@ -224,7 +224,7 @@ def read_picture(path: Path) -> PIL.Image.Image:
 
 
 def inlined(picture: PIL.Image.Image) -> Inlined:
-    """The picture as WebP: lossless if it is small, else at a quality of 88 and at most 4096 pixels a side."""
+    """The picture as WebP: lossless if it is small, else with quality 88 and at most 4096 pixels per side."""
     buffer, is_small = io.BytesIO(), picture.width * picture.height <= LOSSLESS_PIXELS
     if max(picture.size) > MAX_SIDE:
         picture = picture.copy()
@@ -249,16 +249,16 @@ def split_rows(picture: PIL.Image.Image, rows: int) -> list[PIL.Image.Image]:
 
 
 def read_losses(folder: Path) -> list[tuple[int, float]]:
-    """(update, loss) of a run's TensorBoard log, in order; of an update that a resumed run repeated, the last loss.
+    """(update, loss) of a run's TensorBoard log, in order; for updates that a resumed run repeated, the last loss.
 
-    Empty if there is no log that can be read. Of very many, every k-th and the last.
+    Empty if there is no readable log. Of very many, every k-th and the last.
     """
     if not any((folder / LOG_FOLDER).glob("events.out.tfevents.*")):
         return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = logging.getLogger("tensorboard")
-    before, logger.disabled = logger.disabled, True  # it warns of a log that a kill cut short
+    before, logger.disabled = logger.disabled, True  # it warns about a log that a kill cut short
     try:
         events = EventAccumulator(str(folder / LOG_FOLDER), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
         events.Reload()

@@ -1,4 +1,4 @@
-"""The page's plots: drawn by matplotlib, turned into SVG that takes the page's colours and font."""
+"""The page's plots: drawn by matplotlib, converted to SVG with the page's colours and font."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDE, NARROW = (940, 430), (350, 330)
 SERIES = 6
 INK, SOFT, LINE, CARD = "#010203", "#010204", "#010205", "#010206"
 COLOURS = {INK: "ink", SOFT: "soft", LINE: "line", CARD: "card"}
-"""Colours that a figure is drawn with, and the page's custom properties that replace them."""
+"""Colours of a figure, and the page's custom properties that replace them."""
 NAMESPACE = re.compile(r"\{[^}]*\}")
 REFERENCE = re.compile(r"url\(#([^)]+)\)")
 FONT = re.compile(r"'DejaVu Sans'[^;\"]*")
@@ -44,7 +44,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in the order of x, and their name."""
+    """A named list of points in the order of x."""
 
     label: str
     points: tuple[Point, ...]
@@ -56,13 +56,13 @@ def trade(
     """Curves over the number of evaluations, both axes logarithmic; the first one is emphasised.
 
     Args:
-        levels: values to compare the curves with, as level lines with these names.
+        levels: values to compare with the curves, as level lines with these names.
     """
     figure, axes = _canvas(size)
     titles = {}
     middle = (min(levels.values(), default=0.0) + max(levels.values(), default=0.0)) / 2
     for text, level in levels.items():
-        is_high = level > middle  # curves fall to the right: names stand where they are not
+        is_high = level > middle  # curves fall to the right: names go where the curves are not
         axes.axhline(level, color=SOFT, linewidth=1, linestyle=(0, (3, 3)) if not text else (0, (1, 3)), zorder=1)
         place, aligned = axes.get_yaxis_transform(), ("right", "bottom") if is_high else ("left", "top")
         axes.text(is_high, level, text, transform=place, color=SOFT, fontsize=10, ha=aligned[0], va=aligned[1])
@@ -85,7 +85,7 @@ def trade(
 
 
 def losses(name: str, points: Sequence[tuple[int, float]], of: str) -> str:
-    """The loss of one model over its updates, the loss axis logarithmic."""
+    """The loss of one model over its updates, with a logarithmic loss axis."""
     figure, axes = _canvas((320, 190))
     x, y = [step for step, _ in points], [loss for _, loss in points]
     axes.plot(x, y, color=series(0), linewidth=1.8, marker="o" if len(x) < 12 else "", markersize=4, gid="points-0")
@@ -101,12 +101,12 @@ def losses(name: str, points: Sequence[tuple[int, float]], of: str) -> str:
 
 
 def point_text(point: Point, unit: str) -> str:
-    """`0.36 (0.35 to 0.37) at 1 network evaluations an image`."""
+    """`0.36 (0.35 to 0.37) at 1 network evaluations per image`."""
     return f"{bounded(point.y, point.low, point.high)} at {number(point.x)} {unit}"
 
 
 def _canvas(size: tuple[int, int]) -> tuple[Figure, Axes]:
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a HOME that cannot be written is no problem
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a read-only HOME is harmless
     from matplotlib.figure import Figure
 
     figure = Figure((size[0] / POINTS_AN_INCH, size[1] / POINTS_AN_INCH), dpi=POINTS_AN_INCH, layout="constrained")
@@ -147,14 +147,14 @@ def _logarithmic(axes: Axes, points: Sequence[Point], *, narrow: bool) -> None:
 
 
 def _margins(values: Sequence[float], share: float) -> tuple[float, float]:
-    """Bounds of a logarithmic axis, with room below and above."""
+    """Bounds of a logarithmic axis, with margins."""
     low, high = math.log10(min(values)), math.log10(max(values))
     room = max((high - low) * share, 0.08)
     return 10 ** (low - 1.4 * room), 10 ** (high + room)
 
 
 def _ticks(axis: Any, low: float, high: float, at_most: int) -> None:
-    """Round numbers between `low` and `high`: 1, 2, 5, 10 … or fewer of them."""
+    """Round numbers between `low` and `high`: 1, 2, 5, 10 …, or fewer."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for mantissas in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         ticks = [m * 10.0**e for e in decades for m in mantissas if low <= m * 10.0**e <= high]
@@ -180,12 +180,12 @@ def series(k: int) -> str:
 
 
 def to_svg(figure: Figure, *, name: str, title: str, description: str, titles: Mapping[str, Sequence[str]]) -> str:
-    """The figure as an element of an HTML page.
+    """The figure as an HTML element.
 
     Args:
         name: unique on the page.
-        title, description: for readers who do not see the figure.
-        titles: the tooltips of each group of markers, by its gid.
+        title, description: for screen readers.
+        titles: the tooltips of each group of markers, by the group's gid.
     """
     import matplotlib
 
@@ -224,7 +224,7 @@ def _of_the_page(value: str, name: str) -> str:
 
 
 def _rename(root: ElementTree.Element, name: str) -> None:
-    """Give ids that are referred to the figure's own prefix, and remove the others."""
+    """Prefix referenced ids with the figure's name, and remove the others."""
     for element in root.iter():
         if (target := element.get("href", "")).startswith("#"):
             element.set("href", f"#{name}-{target[1:]}")

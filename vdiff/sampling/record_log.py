@@ -79,7 +79,7 @@ class RecordReader:
             for index in indices:
                 number, offset, length = self.places[index].item()
                 if not number:
-                    raise VdiffError(f"image {index} is not there", "give the same command again")
+                    raise VdiffError(f"image {index} is missing", "run the same command again")
                 files[number - 1].seek(offset)
                 yield files[number - 1].read(length)
 
