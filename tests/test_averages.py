@@ -707,7 +707,7 @@ def test_what_can_be_made_depends_on_the_snapshots(tmp_path):
     reconstruct(tmp_path, [low, high])
     for wrong in (low - 0.001, high + 0.001):
         with pytest.raises(
-            OptionError, match=rf"{wrong}: made from 30 snapshots .* off; give one from {low} to {high}"
+            OptionError, match=rf"{wrong}: the profile from 30 snapshots .* off; give one from {low} to {high}"
         ):
             reconstruct(tmp_path, [0.1, wrong])
 
@@ -839,7 +839,7 @@ def test_the_command_alone_says_what_there_is(run):
     lines = done(run).splitlines()
     assert lines[0] == "run              runs/original"
     assert lines[1].startswith("snapshots        20, updates 2 to 40, ")
-    assert lines[2].startswith("power functions  stored with σ_rel 0.05, 0.1; --sigma_rel 0.0")
+    assert lines[2].startswith("power functions  stored with σ_rel 0.05, 0.1; --sigma_rel can be 0.0")
     assert lines[3] == "exponential      --decay 0.5"
     facts = json.loads(done(f"{run} --json"))
     low, high = facts.pop("sigma_rel")

@@ -50,7 +50,7 @@ def test_images_of_four_channels_are_no_pictures(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("latents"), channels=4)
     told = error(f"sample.py --checkpoint latents --num 1 --device cpu --out {out}", 1)
-    assert told.startswith("the model's images have 4 channels, and pictures 1 or 3; latents need their autoencoder")
+    assert told.startswith("the model's images have 4 channels, but pictures need 1 or 3; latents need an autoencoder")
     assert os.listdir() == ["latents"]
 
 

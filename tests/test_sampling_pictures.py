@@ -60,7 +60,7 @@ def test_slerp_turns_evenly_in_the_plane_of_both():
     mixed = slerp(a, b, torch.tensor([0.3]))
     torch.testing.assert_close(mixed, slerp(b, a, torch.tensor([0.7])))
     for same in (a, -a):
-        with pytest.raises(ValueError, match="no single shortest way"):
+        with pytest.raises(ValueError, match="no unique shortest path"):
             slerp(a, same, torch.tensor([0.5]))
 
 

@@ -1,1 +1,1 @@
-"""Drawing images into files: any number, cut short or not, by one process or several."""
+"""Drawing any number of images into files, with one process or several, and resuming after interruptions."""

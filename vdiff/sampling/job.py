@@ -1,7 +1,7 @@
-"""Drawing the images 0 … n − 1 of a specification into an output: what is missing, batch by batch, in all processes.
+"""Drawing the missing ones of images 0 … n − 1 into an output, in batches, by all processes.
 
-Batch j holds the images j·B … j·B + B − 1, whatever is there already and whichever process draws it, so an image comes
-out of the same arithmetic after any interruption.
+Batch j always holds the images j·B … j·B + B − 1, whichever exist already and whichever process draws it. So every
+image results from the same arithmetic after any interruption.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ MAX_ENCODERS = 8
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How images are drawn, apart from what they look like.
+    """Options of drawing that do not affect the images.
 
     Attributes:
-        num: images in all.
-        batch_size: drawn at once by each process.
-        precision: as it was asked for; the specification holds what it means.
+        num: number of images.
+        batch_size: images that each process draws at once.
+        precision: as given; the specification holds the resolved one.
         compiled: whether to compile the network.
-        overwrite: whether to replace what an earlier call left.
-        trajectory: whether to keep the path of the first images too.
+        overwrite: whether to replace the output of an earlier call.
+        trajectory: whether to save the trajectory of the first images too.
     """
 
     num: int
@@ -61,13 +61,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a call did.
+    """The report of a call.
 
     Attributes:
-        num, drawn: images that are there, and those that this call drew, in all processes.
-        evaluations: network evaluations an image, as counted; None where none was drawn.
+        num, drawn: number of images in the output, and of images that this call drew, in all processes.
+        evaluations: counted network evaluations per image; None if no image was drawn.
         seconds: from loading the model to the last picture.
-        picture, trajectory: where the grid is, and the strip and the animation.
+        picture, trajectory: the paths of the grid, and of the strip and the animation.
     """
 
     out: Path
@@ -80,7 +80,7 @@ class SampleReport:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of this call; None where it drew none."""
+        """The speed of this call; None if it drew no images."""
         return self.drawn / self.seconds if self.drawn else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,11 +92,11 @@ class SampleReport:
 def draw_images(
     spec: SampleSpec, output: Output, options: RunOptions, *, processes: Processes, reporter: Reporter
 ) -> SampleReport:
-    """Draw images 0 … num − 1 that are not in `output` yet, then its pictures, and finish it.
+    """Draw the images 0 … num − 1 that `output` lacks, then its pictures, and finish it.
 
     Raises:
-        Interrupted: a signal came; what was drawn is kept.
-        VdiffError: the output holds something else, the model cannot be read or draws no finite image.
+        Interrupted: by a signal; the images so far are kept.
+        VdiffError: the output holds something else, the model cannot be read, or an image is not finite.
     """
     with ExitStack() as lock:
         with processes.together():
@@ -113,7 +113,7 @@ def draw_images(
             if processes.is_main:
                 output.begin(spec, state)
             return report
-        with processes.together():  # before anything is replaced: it may be damaged
+        with processes.together():  # before anything is replaced, as it may be damaged
             denoiser, config = load_checkpoint(Path(spec.checkpoint), processes.device)
             denoiser = ready_to_draw(denoiser, precision=options.precision, compiled=options.compiled)
         with processes.together():
@@ -138,7 +138,7 @@ def draw_images(
 
 @dataclass
 class _Job:
-    """The part of one process."""
+    """The work of one process."""
 
     spec: SampleSpec
     output: Output
@@ -150,14 +150,14 @@ class _Job:
 
     @property
     def network(self) -> FastNetwork:
-        """The network, which counts its evaluations."""
+        """The network, with a counter of its evaluations."""
         network = self.denoiser.network
         assert isinstance(network, FastNetwork)
         return network
 
     @property
     def evaluations(self) -> float | None:
-        """Network evaluations an image."""
+        """Network evaluations per image."""
         return self.network.evaluations / self.asked if self.asked else None
 
     def draw(self, held: np.ndarray, *, wants_path: bool, reporter: Reporter) -> None:
@@ -185,7 +185,7 @@ class _Job:
                 bar.update(done)
 
     def _draw_batch(self, batch: range, bar: Progress, done: int, recorder: TrajectoryRecorder | None) -> Tensor:
-        # a network is compiled for one shape: the last batch is filled up, unless there is but one
+        # a network is compiled for one shape: the last batch is padded, unless it is the only one
         is_filled = self.network.is_compiled and self.options.num > self.options.batch_size
         full = self.options.batch_size if is_filled else len(batch)
         indices = [*batch, *[batch[-1]] * (full - len(batch))]
@@ -208,18 +208,18 @@ class _Job:
         return images[: len(batch)]
 
     def finish(self) -> None:
-        """The grid, then the whole in its place; every image is looked for once more."""
+        """Save the grid, then move the output to its place, after checking once more that no image is missing."""
         missing = int((~self.output.held(self.options.num)).sum())
         if missing:
             raise VdiffError(
                 f"{missing} of {self.options.num} images are missing in {self.output.place}",
-                "give the same command again",
+                "run the same command again",
             )
         save_png(self._grid(), self.output.picture_in_work(GRID))
         self.output.finish(self.spec, self.options.num)
 
     def _grid(self) -> PIL.Image.Image:
-        """The first images; of a path images from its whole length."""
+        """The grid of the first images, or of images along the whole path."""
         num, path, of_classes = self.options.num, self.spec.path, len(self.spec.classes)
         shown = spread(num, MAX_GRID) if path else range(num_shown(num, of_classes))
         images = torch.stack(list(self.output.read(shown)))
@@ -234,13 +234,13 @@ class _Job:
         return path_picture(images, f"From {ends[0]} to {ends[1]}\n{title}")
 
     def _class_names(self, indices: Sequence[int]) -> list[str]:
-        """Of images number `indices`; none of an unconditional model."""
+        """The class names of images `indices`; none for an unconditional model."""
         labels = self.spec.labels(indices)
         return [] if labels is None else [self.config.class_names[label] for label in labels]
 
 
 class AsyncWriter:
-    """Writes images while others are drawn; on leaving, all that were handed over are written, whatever happened."""
+    """Writes images while others are drawn; on exit, even after an error, all images passed to it are written."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -256,7 +256,7 @@ class AsyncWriter:
             self._wait()
 
     def write(self, images: Sequence[tuple[int, Tensor]]) -> None:
-        """Take images over as soon as those of the call before are written: two batches are held at the most."""
+        """Accept images when those of the previous call are written: at most two batches are in memory."""
         self._wait()
         encoded = [(k, self.encoders.submit(self.output.encode, k, image)) for k, image in images]
         self.last = self.committer.submit(

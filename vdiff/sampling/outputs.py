@@ -1,4 +1,4 @@
-"""Where images go: a folder of PNG files, or one archive that is packed when all images are there."""
+"""Outputs of images: a folder of PNG files, or one archive that is packed at the end."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ FORMATS = ("png", *PACKERS)
 GRID, STRIP, ANIMATION = PICTURES = ("grid.png", "trajectory.png", "trajectory.webp")
 State = Literal["anew", "going on", "finished"]
 FSYNCS_AT_ONCE = 16
-"""File systems make several files durable in the time of one: 500 in 0.3 s instead of 4 (ext4)."""
+"""Threads that sync files: file systems sync several at once, 500 in 0.3 s instead of 4 s (ext4)."""
 
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What all images of an output share.
+    """The common properties of an output's images.
 
     Attributes:
-        size, channels: pixels of a side; 1 or 3.
-        class_names: of the model's classes; empty: it has none.
+        size, channels: pixels per side; 1 or 3.
+        class_names: of the model's classes; empty if it has none.
     """
 
     size: int
@@ -52,16 +52,16 @@ class ImageKind:
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise VdiffError(
-                f"the model's images have {self.channels} channels, and pictures 1 or 3",
-                "latents need their autoencoder; vdiff.load draws them as tensors",
+                f"the model's images have {self.channels} channels, but pictures need 1 or 3",
+                "latents need an autoencoder; vdiff.load draws them as tensors",
             )
 
 
 class Output(ABC):
-    """Where images go. Every process may add images of its own; the first one checks, begins and finishes.
+    """The destination of images. Every process adds its images; rank 0 checks, begins and finishes.
 
     Attributes:
-        place: the folder where images are until all are there.
+        place: the folder of the images until all are drawn.
     """
 
     def __init__(self, path: Path, place: Path, kind: ImageKind, form: str) -> None:
@@ -69,17 +69,17 @@ class Output(ABC):
 
     @abstractmethod
     def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
-        """How far an earlier call came; nothing is changed.
+        """The state that an earlier call left; changes nothing.
 
         Raises:
-            VdiffError: the place is taken by something else, or by images drawn in another way.
+            VdiffError: the place holds something else, or images drawn with other settings.
         """
 
     def earlier(self, place: Path, spec: SampleSpec, *, overwrite: bool) -> dict[str, Any] | None:
-        """The record of images at `place` that this call completes; None: there are none, or they are replaced.
+        """The record of images at `place` that this call continues; None: there are none, or they are replaced.
 
         Raises:
-            VdiffError: something else is there, or images drawn or kept in another way.
+            VdiffError: the place holds something else, or images of other settings or another format.
         """
         if is_free(place):
             return None
@@ -96,10 +96,10 @@ class Output(ABC):
         return record
 
     def check_pictures(self) -> None:
-        """See that no picture that another program drew lies where those of a new output go.
+        """Check that the pictures of a new output would not replace another program's.
 
         Raises:
-            VdiffError: one does.
+            VdiffError: they would.
         """
         if is_free(self.path) and is_free(self.place):
             for name in PICTURES:
@@ -107,62 +107,62 @@ class Output(ABC):
 
     @abstractmethod
     def begin(self, spec: SampleSpec, state: State) -> None:
-        """Make the place, emptied where it begins anew; where all is finished, take leftovers away."""
+        """Create the place, empty for a new output; remove leftovers of a finished one."""
 
     @abstractmethod
     def held(self, num: int) -> np.ndarray:
-        """Which of the images 0 … `num` − 1 are there: (num,) bool."""
+        """Which of the images 0 … `num` − 1 exist: (num,) bool."""
 
     @abstractmethod
     def encode(self, index: int, image: Tensor) -> bytes:
-        """Image (C, H, W) in [−1, 1] as it is kept; called in threads, several at once."""
+        """Image (C, H, W) in [−1, 1] in its stored form; called in several threads."""
 
     @abstractmethod
     def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
-        """Keep what `encode` answered."""
+        """Store results of `encode`."""
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """Images that are there: (C, H, W) in [−1, 1].
+        """Stored images: (C, H, W) in [−1, 1].
 
         Raises:
-            VdiffError: one is damaged.
+            VdiffError: an image is damaged.
         """
 
     @abstractmethod
     def finish(self, spec: SampleSpec, num: int) -> None:
-        """Put the whole in its place, where that is still to be done."""
+        """Move the output to its final place, if necessary."""
 
     def picture(self, name: str) -> Path:
-        """`OUT.grid.png`: beside the output, as tools that read a folder of images take every picture for a sample."""
+        """`OUT.grid.png`, beside the output, as tools that read a folder of images treat every picture as a sample."""
         path = self.path if self.path.name.strip(".") else self.path.resolve()
         return path.with_name(f"{path.name}.{name}")
 
     def picture_in_work(self, name: str) -> Path:
-        """Where the picture called `name` is until all is done."""
+        """The path of the picture `name` until all is done."""
         return self.picture(name)
 
     def locked(self, *, mine: bool) -> AbstractContextManager[None]:
-        """Keep other commands from writing here; `mine`: whether this is the first process."""
+        """Lock the output against other commands; `mine`: whether this is the first process."""
         return locked(self.path, self.place, *map(self.picture, PICTURES), mine=mine)
 
 
 class PngFolder(Output):
-    """`00000.png`, …, the record, and `dataset.json` with the classes; the pictures lie beside the folder."""
+    """`00000.png`, …, the record, and `dataset.json` with the classes; the pictures are beside the folder."""
 
     def __init__(self, path: Path, kind: ImageKind) -> None:
         super().__init__(path, path, kind, "png")
         self.labels_path = path / LABELS_FILE
 
     def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
-        """Finished: all images, their classes and the grid (earlier versions put it among them) are there."""
+        """Finished: all images, the classes and the grid exist (earlier versions saved the grid in the folder)."""
         if self.earlier(self.path, spec, overwrite=overwrite) is None:
             return "anew"
         is_finished = bool(self.held(num).all()) and (self.picture(GRID).exists() or (self.path / GRID).exists())
         return "finished" if is_finished and (self.labels_path.exists() or not spec.classes) else "going on"
 
     def begin(self, spec: SampleSpec, state: State) -> None:
-        """Write the record; remove grid and classes, as those of fewer images must not pass for those of all."""
+        """Write the record; remove the grid and the classes, which may be those of fewer images."""
         if state == "anew":
             for name in PICTURES:
                 remove(self.picture(name))
@@ -176,16 +176,16 @@ class PngFolder(Output):
         sweep_inside(self.path, SAMPLES)
 
     def held(self, num: int) -> np.ndarray:
-        """Which files are there."""
+        """Which files exist."""
         names = {entry.name for entry in os.scandir(self.path)} if self.path.is_dir() else set()
         return np.fromiter((png_name(k) in names for k in range(num)), bool, num)
 
     def _temporary(self, index: int) -> Path:
-        """Where image `index` lies before it is kept."""
+        """The temporary file of image `index`."""
         return self.path / f".{png_name(index)}.tmp"
 
     def encode(self, index: int, image: Tensor) -> bytes:
-        """Write the file under another name: that is all there is to do before it is kept."""
+        """Write the image to its temporary file."""
         try:
             self._temporary(index).write_bytes(to_png(image))
         except OSError as error:
@@ -193,7 +193,7 @@ class PngFolder(Output):
         return b""
 
     def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
-        """Make the files durable, then give them their names."""
+        """Sync the files, then rename them."""
         try:
             with ThreadPoolExecutor(FSYNCS_AT_ONCE) as pool:
                 list(pool.map(fsync, [self._temporary(index) for index, _ in images]))
@@ -204,30 +204,30 @@ class PngFolder(Output):
             raise refusal(self.path, error) from None
 
     def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """From their files."""
+        """Read the images from their files."""
         for path in (self.path / png_name(k) for k in indices):
             try:
                 yield from_png(path.read_bytes())
-            except (OSError, SyntaxError):  # Pillow's word for a broken PNG is SyntaxError
-                raise VdiffError(f"{path} is damaged", "delete it, then give the same command again") from None
+            except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
+                raise VdiffError(f"{path} is damaged", "delete it, then run the same command again") from None
 
     def finish(self, spec: SampleSpec, num: int) -> None:
-        """Write the classes; all else is where it belongs."""
+        """Write the classes; everything else is in place."""
         if (labels := spec.labels(range(num))) is not None:
             write_text(self.labels_path, labels_json(labels.numpy(), self.kind.class_names))
 
 
 class Archive(Output):
-    """One file, or one LMDB folder, packed from the images that wait in the record logs of `OUT.partial`."""
+    """One file, or one LMDB folder, packed from the images in the record logs of `OUT.partial`."""
 
     def __init__(self, path: Path, kind: ImageKind, form: str, rank: int = 0) -> None:
-        target = path.resolve() if path.is_symlink() else path  # on its disk, since the whole is renamed in the end
+        target = path.resolve() if path.is_symlink() else path  # its disk: the output is renamed at the end
         super().__init__(path, target.with_name(f"{target.name}.partial"), kind, form)
         self.log = RecordLog(self.place, rank)
         self.reader: RecordReader | None = None
 
     def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
-        """Finished: the whole is in its place, with as many images."""
+        """Finished: the output is in place, with the same number of images."""
         if self.form == "npz" and len(spec.to_json(format=self.form, num=num)) > zipfile.ZIP_MAX_COMMENT:
             raise VdiffError("an npz cannot record so many classes", "name fewer with --classes, or give --format zip")
         if (record := self.earlier(self.path, spec, overwrite=overwrite)) is not None:
@@ -240,7 +240,7 @@ class Archive(Output):
         return "anew" if self.earlier(self.place, spec, overwrite=overwrite) is None else "going on"
 
     def begin(self, spec: SampleSpec, state: State) -> None:
-        """Make the partial folder; what is at OUT stays until it is replaced."""
+        """Create the partial folder; OUT stays until it is replaced."""
         if state != "going on":
             discard(self.place)
         if state == "anew":
@@ -248,7 +248,7 @@ class Archive(Output):
         sweep_inside(self.place, SAMPLES)
 
     def held(self, num: int) -> np.ndarray:
-        """What lies in the partial folder: reads all of it, and remembers where each image is."""
+        """Which images the partial folder holds; reads all of it, and remembers where each image is."""
         self.reader = RecordReader(self.place, num)
         return self.reader.held
 
@@ -258,11 +258,11 @@ class Archive(Output):
         return to_uint8(image).permute(1, 2, 0).contiguous().numpy().tobytes() if self.form == "npz" else to_png(image)
 
     def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
-        """Append them to this process's file."""
+        """Append the images to this process's file."""
         self.log.append(images)
 
     def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """From the partial folder."""
+        """Read the images from the partial folder."""
         shape = (self.kind.size, self.kind.size, self.kind.channels)
         for data in (self.reader or RecordReader(self.place, max(indices) + 1)).read(indices):
             if self.form == "npz":
@@ -271,7 +271,7 @@ class Archive(Output):
                 yield from_png(data)
 
     def finish(self, spec: SampleSpec, num: int) -> None:
-        """Pack, then move the pictures and the whole to their places, and take the partial folder away."""
+        """Pack, move the pictures and the output to their places, and remove the partial folder."""
         packed = self.place / f"packed.{self.form}"
         labels = spec.labels(range(num))
         contents = Contents(
@@ -286,7 +286,7 @@ class Archive(Output):
             remove(packed)
             PACKERS[self.form](contents, packed)
             for name in PICTURES:
-                remove(self.picture(name))  # also that of an earlier output, which this one need not have
+                remove(self.picture(name))  # also that of an earlier output, if this one has none
                 if (self.place / name).exists():
                     shutil.move(self.place / name, self.picture(name))
             take_place(packed, self.path)
@@ -295,7 +295,7 @@ class Archive(Output):
             raise refusal(self.path, error) from None
 
     def picture_in_work(self, name: str) -> Path:
-        """In the partial folder; beside OUT where all else is done."""
+        """In the partial folder, or beside OUT if everything else is done."""
         return self.place / name if self.place.exists() else self.picture(name)
 
 

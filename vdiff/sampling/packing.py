@@ -1,4 +1,4 @@
-"""Packing images that are all there into one whole: a zip, an npz or an LMDB. Equal images make equal bytes."""
+"""Packing a complete set of images into a zip, an npz or an LMDB. Equal images give equal bytes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ FILES = (
     r"(samples|dataset)\.json|\d{5,}\.png|grid\.png|trajectory\.(png|webp)|(packed\.lmdb/)?(data|lock)\.mdb"
     r"|part-\d{5,}\.images|packed\.(zip|npz|lmdb/samples\.json)"
 )
-"""A regular expression of the names in a folder of samples, and of those that wait to be packed."""
+"""A regular expression of the file names in a folder of samples, and of a partial folder."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is packed.
+    """The images to pack.
 
     Attributes:
         name: of a dataset.
         shape: (N, H, W, C).
-        images: in order: PNG files; for an npz plain pixels (H, W, C).
-        labels: their classes, (N,) int64; None where there are none.
-        record: JSON of how they were drawn.
+        images: in order: PNG files, or pixels (H, W, C) for an npz.
+        labels: their classes, (N,) int64; None if there are none.
+        record: the settings of drawing, as JSON.
     """
 
     name: str
@@ -62,16 +62,16 @@ def png_name(index: int) -> str:
 
 
 def labels_json(labels: np.ndarray, class_names: Sequence[str]) -> str:
-    """`dataset.json` as StyleGAN's and EDM's readers expect it, and the names of the classes, which those pass over."""
+    """`dataset.json` as StyleGAN's and EDM's readers expect it, plus the class names, which those ignore."""
     pairs = [[png_name(k), label] for k, label in enumerate(labels.tolist())]
     return json.dumps({"labels": pairs, "class_names": list(class_names)})
 
 
 def pack_npz(contents: Contents, path: Path) -> None:
-    """`arr_0` (N, H, W, C) uint8 and, of a class-conditional model, `arr_1` (N,) int64, as evaluation suites read.
+    """`arr_0` (N, H, W, C) uint8 and, for a class-conditional model, `arr_1` (N,) int64, as evaluation suites expect.
 
-    The record is the comment of the zip file, so that those who take every array of it find these two alone; with the
-    names of the classes, where a comment has room for them.
+    The record is the comment of the zip file, so that programs which read every array find only these two. It includes
+    the class names, if they fit in a comment.
     """
     names = {}
     with zipfile.ZipFile(path, "w") as file:
@@ -89,7 +89,7 @@ def pack_npz(contents: Contents, path: Path) -> None:
 
 
 def pack_lmdb(contents: Contents, path: Path) -> None:
-    """A dataset as `prepare_data.py` makes them, which `train.py --data` reads."""
+    """A dataset as `prepare_data.py` writes it, for `train.py --data`."""
     num, size, _, channels = contents.shape
     meta = DatasetMeta(
         name=contents.name,
@@ -109,7 +109,7 @@ def pack_lmdb(contents: Contents, path: Path) -> None:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """An entry without the time of day, readable by all."""
+    """An entry without a timestamp, readable by all users."""
     entry = zipfile.ZipInfo(name)
     entry.external_attr = 0o644 << 16
     return entry
@@ -119,7 +119,7 @@ PACKERS: dict[str, Callable[[Contents, Path], None]] = {"zip": pack_zip, "npz": 
 
 
 def read_packed_record(path: Path) -> dict[str, Any] | None:
-    """The record in a zip, an npz or a folder; None where it is none of ours."""
+    """The record in a zip, an npz or a folder; None if vdiff did not write it."""
     if path.is_dir():
         record = read_record(path / RECORD)
     else:

@@ -1,4 +1,4 @@
-"""What people look at: the way from one image to another, and the path of x̂ as a strip and as an animation."""
+"""Pictures: interpolations between two images, and the trajectory of x̂ as a strip and as an animation."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ SECONDS, LAST_SECONDS, MIN_MILLISECONDS = 3.0, 1.5, 40
 
 
 def path_picture(images: Tensor, title: str) -> PIL.Image.Image:
-    """(N, C, H, W) images on the way from one to another under a title, read like a text: rows of 16 at the most."""
+    """Interpolated images (N, C, H, W) under a title, in reading order, in rows of at most 16."""
     rows = -(-len(images) // MAX_COLUMNS)
     columns = -(-len(images) // rows)
     return captioned_grid(in_rows(images, columns), [""] * columns, title=title)
 
 
 class TrajectoryRecorder:
-    """What the model makes of the first images after each step: x̂ as it was predicted, at the end the image itself.
+    """The trajectory of the first images: the predicted x̂ after each step, and finally the image.
 
-    It is an `on_state` of the sampling loop.
+    It is a callback `on_state` of the sampling loop.
 
     Attributes:
-        steps: those whose x̂ is kept: all, or 64 evenly chosen.
+        steps: the kept steps: all, or 64 evenly spaced ones.
         frames: (n, C, H, W) uint8 at each of them.
     """
 
@@ -50,17 +50,17 @@ class TrajectoryRecorder:
         self.frames: list[Tensor] = []
 
     def __call__(self, step: int, z: Tensor, prediction: Prediction) -> None:
-        """Keep x̂ of this step."""
+        """Store x̂ of this step."""
         del z
         if step in self.steps:
             x = prediction.x[:MAX_ROWS].float()
             self.frames.append(to_uint8(PIXEL_CODEC.clip(x.nan_to_num())).cpu())
 
     def save(self, images: Tensor, strip: Path, animation: Path, names: Sequence[str] = ()) -> None:
-        """Write both pictures; `images` (N, C, H, W) in [−1, 1] are what the last step made of x̂.
+        """Write both pictures; `images` (N, C, H, W) in [−1, 1] are the final images.
 
         Args:
-            names: of the class of each image, which stand before the rows of the strip.
+            names: of the class of each image, shown before the rows of the strip.
         """
         count = min(len(images), MAX_ROWS)
         frames = [from_uint8(frame[:count]) for frame in [*self.frames[:-1], to_uint8(images[:count])]]
@@ -89,7 +89,7 @@ class TrajectoryRecorder:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of 0 … `count` − 1, evenly spaced, the first and the last among them."""
+    """At most `most` of 0 … `count` − 1, evenly spaced, including the first and the last."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]

@@ -1,7 +1,7 @@
-"""Where images wait until all are there: files that only grow, one of each process, of any images in any order.
+"""Append-only files for images until all are drawn: one per process, with any images in any order.
 
-A record is a mark, the image's number, its length, a checksum and its bytes. Whatever a kill leaves behind, reading
-ends before the first record that is not whole; the process that goes on with a file cuts the rest off.
+A record is a mark, the image's number, its length, a checksum and its bytes. After a kill, reading ends before the
+first incomplete record, and the process that continues a file cuts off the rest.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ HEAD = struct.Struct("<4sQII")
 MARK = b"img\n"
 NAME, PATTERN = "part-{:05d}.images", "part-*.images"
 PLACE = np.dtype([("file", "i4"), ("offset", "i8"), ("length", "u4")])
-"""Where an image is: 16 bytes, so that a million take no memory to speak of."""
+"""The position of an image: 16 bytes, so that a million images take little memory."""
 
 
 class RecordLog:
-    """The file of process `rank` in `folder`, which it alone writes."""
+    """The file of process `rank` in `folder`; no other process writes it."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / NAME.format(rank)
@@ -53,7 +53,7 @@ class RecordLog:
 
 
 class RecordReader:
-    """The images 0 … `num` − 1 that lie in the files of all processes in `folder`."""
+    """The images 0 … `num` − 1 in the files of all processes in `folder`."""
 
     def __init__(self, folder: Path, num: int) -> None:
         self.paths = sorted(folder.glob(PATTERN))
@@ -65,14 +65,14 @@ class RecordReader:
 
     @property
     def held(self) -> np.ndarray:
-        """Which images are there: (num,) bool."""
+        """Which images exist: (num,) bool."""
         return self.places["file"] > 0
 
     def read(self, indices: Sequence[int]) -> Iterator[bytes]:
-        """The bytes of images, in the order asked for.
+        """The bytes of images, in the given order.
 
         Raises:
-            VdiffError: an image that is not there.
+            VdiffError: an image is missing.
         """
         with ExitStack() as stack:
             files = [stack.enter_context(open(path, "rb")) for path in self.paths]
@@ -85,7 +85,7 @@ class RecordReader:
 
 
 def _records(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Number, offset and length of each whole record from the beginning."""
+    """Number, offset and length of each complete record from the beginning."""
     with open(path, "rb") as file:
         while len(head := file.read(HEAD.size)) == HEAD.size:
             mark, index, length, checksum = HEAD.unpack(head)

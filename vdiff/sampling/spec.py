@@ -1,4 +1,4 @@
-"""What decides the looks of image k, and the record of it that lies beside the images."""
+"""The specification that determines image k, and its record beside the images."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ RECORD = SAMPLES_FILE
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """All that decides what image k looks like.
+    """Everything that determines image k.
 
     Attributes:
         checkpoint, fingerprint: the model's folder, and the SHA-256 of its weights.
-        sampler, options: the sampler's name and the parameters that differ from its defaults.
+        sampler, options: the sampler's name and its settings that differ from the defaults.
         num_steps, grid: sampling steps, and the name of the grid of times.
-        classes: numbers that the images take in turn; empty for an unconditional model.
-        guidance, guidance_interval: the weight w, and the first and last time that is guided (empty: all).
-        precision: that the network computes in.
-        path: [A, B, n]: not the images 0, 1, … but n images on the way from image A to image B.
+        classes: class numbers, assigned to the images in turn; empty for an unconditional model.
+        guidance, guidance_interval: the weight w, and the first and last time with guidance (empty: all).
+        precision: of the network.
+        path: [A, B, n]: instead of the images 0, 1, …, n images that interpolate from image A to image B.
     """
 
     checkpoint: str
@@ -48,7 +48,7 @@ class SampleSpec:
     path: list[int] = field(default_factory=list)
 
     def noise(self, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
-        """The noise of images number `indices`."""
+        """The noise of images `indices`."""
         if not self.path:
             return ImageNoise(seed=self.seed, indices=indices, shape=shape, device=device)
         first, last, number = self.path
@@ -56,7 +56,7 @@ class SampleSpec:
         return PathNoise(seed=self.seed, ends=(first, last), positions=positions, shape=shape, device=device)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
-        """Their classes, (B,) int64; on a path that of the nearer end."""
+        """The classes of images `indices`, (B,) int64; on a path, that of the nearer end."""
         if not self.classes:
             return None
         if self.path:
@@ -65,10 +65,10 @@ class SampleSpec:
         return image_classes(indices, self.classes)
 
     def check_same(self, before: dict[str, Any], place: Path) -> None:
-        """Refuse to go on with images in `place` that were drawn in another way, as their record says.
+        """Refuse to continue images in `place` if their record differs from this specification.
 
         Raises:
-            VdiffError: they were.
+            VdiffError: it differs.
         """
         said = {item.name: _default(item) for item in fields(self)} | before
         if isinstance(options := said["options"], dict):  # "clip" in earlier versions
@@ -85,18 +85,18 @@ class SampleSpec:
 
 
 def is_record(record: object) -> bool:
-    """Whether it is the record of a specification, perhaps of another version of vdiff."""
+    """Whether `values` are the record of a specification, perhaps of another version of vdiff."""
     needed = {item.name for item in fields(SampleSpec) if _default(item) is MISSING}
     return isinstance(record, dict) and record.keys() >= needed
 
 
 def _default(item: Any) -> Any:
-    """What a record without this key means, as it was written before there was such a choice; MISSING: it is none."""
+    """The value for records without this key, written before the key existed; MISSING: the key is required."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def read_record(path: Path) -> Any:
-    """What is in the record; None where it cannot be read."""
+    """The contents of the record; None if it cannot be read."""
     try:
         return parse(read_text(path))
     except (OSError, ValueError):
@@ -104,29 +104,29 @@ def read_record(path: Path) -> Any:
 
 
 def slerp(a: Tensor, b: Tensor, positions: Tensor) -> Tensor:
-    """sin((1 − u) θ)/sin θ · a + sin(u θ)/sin θ · b, θ the angle between a and b: (N, …) for N positions u.
+    """sin((1 − u) θ)/sin θ · a + sin(u θ)/sin θ · b, with θ the angle between a and b: (N, …) for N positions u.
 
-    At u = 0 exactly a, at u = 1 exactly b; in between the length passes evenly from that of a to that of b, as noise
-    of many dimensions has it. Source: Shoemake 1985; for DDIM's noise, Song et al. 2021, section 5.3.
+    Exactly a at u = 0 and b at u = 1. In between, the norm changes smoothly from that of a to that of b, and so stays
+    typical for noise of many dimensions. Source: Shoemake 1985; for DDIM's noise, Song et al. 2021, section 5.3.
 
     Raises:
-        ValueError: a and b point the same way, or opposite ways.
+        ValueError: a and b have the same or opposite directions.
     """
     x, y, u = a.double(), b.double(), positions.double().reshape(-1, *[1] * a.ndim)
     theta = torch.acos((x * y).sum() / (x.norm() * y.norm()))
     if not theta.sin() > 1e-6:
-        raise ValueError("between noise of the same direction, or of opposite ones, there is no single shortest way")
+        raise ValueError("there is no unique shortest path between noise of equal or opposite directions")
     return ((((1 - u) * theta).sin() * x + (u * theta).sin() * y) / theta.sin()).to(a.dtype)
 
 
 class PathNoise:
-    """Like `ImageNoise`, for images on the way from image A to image B of a seed: every draw is the `slerp` of theirs.
+    """Like `ImageNoise`, for images between image A and image B of a seed: every draw is the `slerp` of A's and B's.
 
-    So the ends are the images A and B themselves, also where a sampler adds noise.
+    So the ends are exactly the images A and B, even if a sampler adds noise.
 
     Args:
         ends: A and B.
-        positions: of the B images, 0 at A and 1 at B.
+        positions: of the images, 0 at A and 1 at B.
     """
 
     def __init__(
@@ -148,5 +148,5 @@ class PathNoise:
 
 
 def nearer_end(position: float, first: int, last: int) -> int:
-    """The end that a position from 0 to 1 is nearer to; the first one from halfway."""
+    """The nearer end of a position from 0 to 1; halfway, the first one."""
     return first if position <= 0.5 else last
