@@ -180,7 +180,7 @@ def test_values_that_fill_little_of_the_range_are_counted() -> None:
 def test_colours_of_16_bits_are_counted_too_and_not_scaled() -> None:
     data = png_file(2, 16, 2, struct.pack(">6H", *[4095, 0, 17, 80, 900, 4000]))
     assert decode(data, RGB).kinds == (colour.NARROW,)
-    with pytest.raises(UnreadableImageError, match=r"colours of 16 bits.*--range cannot scale them"):
+    with pytest.raises(UnreadableImageError, match=r"16-bit colours.*--range cannot scale them"):
         decode(data, dataclasses.replace(RGB, value_range=(0.0, 4095.0)))
     assert decode(file_bytes(PIL.Image.new("RGB", (2, 2))), RGB).kinds == ()
 

@@ -207,7 +207,7 @@ def test_a_script_that_its_workers_cannot_import_says_so(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "vdiff.errors.VdiffError: the worker processes ended while they started, for the reason above; a script that "
+        "vdiff.errors.VdiffError: the worker processes ended during their start, for the reason above; a script that "
         'asks for workers needs `if __name__ == "__main__":`, since each worker imports it'
     )
 

@@ -641,7 +641,7 @@ def test_commands_are_never_run(tmp_path: Path) -> None:
         ShardStore(f"{{pipe:touch {proof},{proof}}}.tar")
     with pytest.raises(VdiffError, match=r"cannot read unknown://x/index.json: .*not known: unknown"):
         ShardStore("unknown://x")
-    with pytest.raises(VdiffError, match="is no URL: Invalid IPv6 URL"):
+    with pytest.raises(VdiffError, match="is not a valid URL: Invalid IPv6 URL"):
         ShardStore("http://[x")
     with pytest.raises(VdiffError, match=r"cannot read http://a b/index.json: "):
         ShardStore("http://a b")

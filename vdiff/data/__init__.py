@@ -1,1 +1,1 @@
-"""Images in: sources, one documented conversion, an LMDB store, and the batches that training eats."""
+"""Data: sources of images, one documented conversion, datasets (LMDB or tar shards) and training batches."""

@@ -1,7 +1,7 @@
-"""Any mode that Pillow reads to 8-bit sRGB colours or greys, without transparency.
+"""Conversion of any Pillow mode to 8-bit sRGB colour or grey, without transparency.
 
-Order: everything 8-bit, transparency set aside, colour profile applied, transparency composited on the background, RGB
-or grey: Pillow's L of the sRGB colours, (19595 R + 38470 G + 7471 B + 2¹⁵) // 2¹⁶ ≈ 0.299 R + 0.587 G + 0.114 B.
+Order: convert to 8 bits, separate transparency, apply the colour profile, composite on the background, convert to RGB
+or grey. Grey is Pillow's L of sRGB, (19595 R + 38470 G + 7471 B + 2¹⁵) // 2¹⁶ ≈ 0.299 R + 0.587 G + 0.114 B.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ from PIL import ImageCms
 from PIL.Image import Image
 from PIL.ImageFile import ImageFile
 
-# levels (of 0 … 255) by which a profile may differ from sRGB and still be one: profiles of sRGB from different makers
-# round its curve differently
+# a profile within this many levels (of 0 … 255) of sRGB counts as sRGB, as vendors round its curve differently
 SAME_LEVELS = 2
 
 
-# a kind of conversion: values that fill so little of what they are scaled from that the picture is dark or flat
+# a kind of conversion: the values use so little of the range that the picture is dark or flat
 NARROW = "in under a quarter of the range"
 
 
 class UnsupportedValuesError(Exception):
-    """Numbers whose scale nobody can know."""
+    """Pixel values of unknown scale."""
 
 
 def to_8_bit_srgb(
     image: Image, mode: str, background: tuple[int, int, int], value_range: tuple[float, float] | None = None
 ) -> tuple[Image, list[str]]:
-    """A loaded picture in `mode` (RGB or L), and the kinds of conversion it took.
+    """A loaded picture in `mode` (RGB or L), and the kinds of conversion that were needed.
 
-    `value_range`: the values of integer and floating-point grey that become 0 and 255; None: all that there can be.
+    `value_range`: the values of integer and floating-point grey that become 0 and 255; None: the type's full range.
 
     Raises:
-        UnsupportedValuesError: numbers whose scale nobody can know.
+        UnsupportedValuesError: the scale of the values is unknown.
     """
     kinds = [KINDS_OF_MODES[image.mode]] if image.mode in KINDS_OF_MODES else []
     profile = image.info.get("icc_profile")
@@ -77,9 +76,9 @@ KINDS_OF_MODES = {
 
 
 def scale_transparency(image: ImageFile) -> None:
-    """Make the transparent colour of an opened, not yet decoded PNG 8-bit.
+    """Convert the transparent colour of an opened, not yet decoded PNG to 8 bits.
 
-    Pillow does so with its samples of 2, 4 and 16 bits, but leaves this one as the file says it.
+    Pillow converts samples of 2, 4 and 16 bits, but not this colour.
     """
     transparent = image.info.get("transparency")
     depth = image.tile[0].args if image.tile else ""
@@ -103,7 +102,7 @@ def _split(image: Image) -> tuple[Image, Image | None]:
 def _to_8_bit(image: Image, value_range: tuple[float, float] | None) -> tuple[Image, Image | None, list[str]]:
     """Integer and floating-point grey to L: round(255 (v − low)/(high − low)), clipped to 0 … 255.
 
-    Also the opacity, where one grey value stands for transparency, and the kinds of conversion.
+    Also returns the opacity, if one grey value means transparent, and the kinds of conversion.
     """
     values = np.asarray(image)
     least, most = values.min(), values.max()
@@ -124,7 +123,7 @@ def _to_8_bit(image: Image, value_range: tuple[float, float] | None) -> tuple[Im
 
 
 def extremes(image: Image) -> tuple[float, float, bool] | None:
-    """The least and the largest value of integer or floating-point grey, and whether it is integer; None: no such."""
+    """The least and largest value of integer or floating-point grey, and whether it is integer; None: other modes."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return None
     values = np.asarray(image)
@@ -132,7 +131,7 @@ def extremes(image: Image) -> tuple[float, float, bool] | None:
 
 
 def common_range(found: Iterable[tuple[float, float, bool]]) -> tuple[float, float] | None:
-    """The values that become 0 and 255 in all pictures alike, by `extremes` of each; None: there are none.
+    """The values that become 0 and 255 in all pictures, from the `extremes` of each; None: there are none.
 
     Integers from 0 on: 0 … 2^b − 1 with the fewest bits b ≥ 8 that hold the largest; others: the least … the largest.
     """
@@ -145,7 +144,7 @@ def common_range(found: Iterable[tuple[float, float, bool]]) -> tuple[float, flo
     return low, high if high > low else low + 1
 
 
-# a data set holds pictures of a few cameras: building the transform takes longer than applying it to a small picture
+# cached, as building the transform takes longer than applying it to a small picture, and profiles repeat
 @lru_cache(maxsize=32)
 def srgb_transform(profile: bytes, mode: str) -> Callable[[Image], Image] | None:
     """Pixels of `mode` (L, RGB, CMYK or LAB) with that ICC profile → sRGB: relative colorimetric, black on black.
@@ -154,7 +153,7 @@ def srgb_transform(profile: bytes, mode: str) -> Callable[[Image], Image] | None
     stays within `SAME_LEVELS`.
 
     Raises:
-        PyCMSError, OSError: no profile, or one for another kind of pixels.
+        PyCMSError, OSError: not a profile, or a profile for other pixels.
     """
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)),
@@ -162,7 +161,7 @@ def srgb_transform(profile: bytes, mode: str) -> Callable[[Image], Image] | None
         mode,
         "RGB",
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        # greys go through a table made once, for which littlecms need not take the shortcuts that spoil dark ones
+        # greys use a table made once, as littlecms' shortcuts distort dark greys
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0),
     )
     if mode not in ("L", "RGB"):
@@ -184,5 +183,5 @@ def _close(before: np.ndarray, after: np.ndarray) -> bool:
 
 def _transformed(image: Image, transform: ImageCms.ImageCmsTransform) -> Image:
     result = ImageCms.applyTransform(image, transform)
-    assert result is not None  # only a transform in place gives none
+    assert result is not None  # None only for a transform in place
     return result

@@ -62,7 +62,7 @@ CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class ConversionConfig:
-    """What the images of a dataset are made into.
+    """The form of a dataset's images.
 
     `background` is `(R, G, B)`; `quality` (1 … 100) is for jpeg alone. Choices: `CROPS`, `RESAMPLES`, `FORMATS`.
     `crop_scale` in (0, 1] is the smallest part of the area that `random_resized` takes, and `seed` its randomness.
@@ -129,11 +129,11 @@ class Converted:
 
 
 def convert(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> Converted:
-    """An image file's bytes, or a picture, to encoded images of all `config.sizes`; `key` = its name in its source.
+    """Convert an image file's bytes, or a picture, to encoded images of all `config.sizes`; `key`: its name.
 
     Raises:
-        UnreadableImageError: `data` is no image, damaged, beyond Pillow's decompression-bomb limit, of a kind that
-            cannot be read, or of a size that `config` rules out.
+        UnreadableImageError: `data` is not an image, is damaged, exceeds Pillow's decompression-bomb limit, is of an
+            unsupported kind, or has a size that `config` excludes.
     """
     picture = decode(data, config, key=key)
     kinds = picture.kinds
@@ -168,7 +168,7 @@ class Picture:
 
 
 def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> Picture:
-    """An image file's bytes, or a picture, to the upright 8-bit picture that all sizes are made from.
+    """Convert an image file's bytes, or a picture, to the upright 8-bit picture for all sizes.
 
     Raises:
         UnreadableImageError: see `convert`.
@@ -189,13 +189,13 @@ def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> P
             raise UnreadableImageError("damaged", "nothing readable after its first bytes") from None
         raise UnreadableImageError("not an image") from None
     except Exception as error:
-        # decoders raise whatever a damaged file makes them stumble over: OSError, SyntaxError, struct.error, …
+        # decoders raise many types for damaged files: OSError, SyntaxError, struct.error, …
         raise UnreadableImageError("damaged", cause_of(error)) from None
 
 
 @contextmanager
 def _opened(data: bytes | Image) -> Iterator[Image]:
-    """A picture, or the image in a file's bytes; in the block, too many pixels are an error."""
+    """The picture, or the image in a file's bytes; in the block, too many pixels are an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
@@ -204,18 +204,18 @@ def _opened(data: bytes | Image) -> Iterator[Image]:
 
 
 def _upright(image: Image, config: ConversionConfig, key: str, full: tuple[int, int], scale: int) -> Picture:
-    """Decode, turn, crop on paper, and make the colours those of `config`; `full` = the stored size if scale > 1."""
+    """Decode, turn upright, compute the crop, convert the colours; `full` = the stored size if scale > 1."""
     # only the formats that can be animated have the attribute
     kinds = ["animation"] if getattr(image, "is_animated", False) else []
     colours_of_16_bits = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     image.load()
     if scale == 1:
-        full = image.size  # only now: a TIFF turns itself when it is loaded
+        full = image.size  # read here, as Pillow turns a TIFF while loading it
     offset = (0.0, 0.0)
     turn = ORIENTATIONS.get(_orientation(image))
     if turn is not None:
         kinds.append("orientation")
-        # a copy: an open file would decode anew, and transposing keeps `info`, which says what is transparent
+        # a copy: an open file would be decoded again, and transposing keeps `info`, which holds the transparent colour
         image = image.transpose(turn.method)
         full = turn.size(full)
         left, top = (decoded - side / scale for decoded, side in zip(image.size, full, strict=True))
@@ -227,17 +227,17 @@ def _upright(image: Image, config: ConversionConfig, key: str, full: tuple[int, 
         colours = np.asarray(image)[..., : 3 if image.mode != "LA" else 1]
         kinds += [NARROW] if int(colours.max()) - int(colours.min()) < 64 else []
         if limits:
-            raise UnsupportedValuesError("colours of 16 bits, of which the upper 8 are read; --range cannot scale them")
+            raise UnsupportedValuesError("16-bit colours: only their upper 8 bits are read, --range cannot scale them")
     image, colour_kinds = to_8_bit_srgb(image, config.mode, config.background, limits)
     return Picture(image, full, box, scale, offset, (*kinds, *colour_kinds))
 
 
 def value_extremes(data: bytes | Image) -> tuple[float, float, bool] | None:
-    """`colour.extremes` of an image file or a picture; None also for what cannot be read."""
+    """`colour.extremes` of an image file or a picture; None also if it cannot be read."""
     try:
         with _opened(data) as image:
             return extremes(image)
-    except Exception:  # whoever converts it says what is wrong with it
+    except Exception:  # the conversion reports the error
         return None
 
 
@@ -265,7 +265,7 @@ def _draft(image: Image, config: ConversionConfig, key: str) -> int:
 def draft_scale(box: Box, config: ConversionConfig) -> int:
     """The largest s of 8, 4, 2 for which the decisive side of `box` ≥ s · `DRAFT_MARGIN` · the largest target, or 1."""
     if config.crop == "none" or config.resample == "box":
-        # box weighs a pixel with all or nothing: on a coarser grid its edges would fall elsewhere
+        # box weights a pixel by 0 or 1: on a coarser grid its edges would move
         return 1
     left, top, right, bottom = box
     decisive = CROPS[config.crop].decisive(right - left, bottom - top)
@@ -275,7 +275,7 @@ def draft_scale(box: Box, config: ConversionConfig) -> int:
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # a damaged EXIF block makes no damaged picture
+    except Exception:  # a picture with a damaged EXIF block is still readable
         return 1
 
 
@@ -305,9 +305,9 @@ def render(picture: Picture, size: int, config: ConversionConfig) -> Image:
 
 
 def _resize(picture: Picture, size: tuple[int, int], resample: Resampling) -> Image:
-    """Crop and resize in one go: nothing is rounded on the way, and nothing is blurred at scale 1.
+    """Crop and resize in one operation, without intermediate rounding, and without blur at scale 1.
 
-    An outermost decoded column that holds a part f < 1 of `scale` columns must count f, yet resizing counts it whole.
+    A decoded column at the edge that covers a fraction f < 1 of `scale` columns must count f, but resizing counts 1.
     With its weight w in a new pixel y and its colour p: y′ = (y − (1 − f) w p) / (1 − (1 − f) w). Rows likewise.
     """
     image, box = picture.image, picture.decoded_box
@@ -343,12 +343,12 @@ def center_box(width: int, height: int) -> Box:
 def random_box(width: int, height: int, smallest: float, rng: random.Random) -> Box:
     """A random part, as torchvision's RandomResizedCrop draws it.
 
-    Area ~ U(smallest, 1) of the whole; log(width / height) ~ U(log 3/4, log 4/3); drawn anew up to `CROP_TRIES` times
-    if it does not fit. Else the largest centred part with width / height in that range.
+    Area ~ U(smallest, 1) of the whole; log(width / height) ~ U(log 3/4, log 4/3); drawn up to `CROP_TRIES` times until
+    it fits. Otherwise the largest centred part with width / height in that range.
     """
     low, high = (math.log(aspect) for aspect in ASPECTS)
     for _ in range(CROP_TRIES):
-        # random() alone, which every version of Python draws alike
+        # only random(), which is the same in every version of Python
         area = width * height * (smallest + (1 - smallest) * rng.random())
         aspect = math.exp(low + (high - low) * rng.random())
         new_width, new_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -364,7 +364,7 @@ def random_box(width: int, height: int, smallest: float, rng: random.Random) -> 
 
 
 def pad_box(width: int, height: int, size: int) -> Box:
-    """Where the whole picture lies in the square, its long side `size`, its middle in the middle."""
+    """The place of the whole picture in the square: centred, with the long side `size`."""
     long = max(width, height)
     new_width, new_height = (max(1, (2 * side * size + long) // (2 * long)) for side in (width, height))
     left, top = (size - new_width) // 2, (size - new_height) // 2
@@ -395,7 +395,7 @@ def encode(image: Image, config: ConversionConfig) -> bytes:
 CROPS = {
     "center": Crop(lambda width, height, _config, _key: center_box(width, height)),
     "random_resized": Crop(
-        # seeded by text: the same numbers in every process, whatever was drawn before; file names may be no UTF-8
+        # seeded by text: the same numbers in every process; file names may not be UTF-8
         lambda width, height, config, key: random_box(
             width, height, config.crop_scale, random.Random(f"{config.seed}/{key}".encode("utf-8", "surrogateescape"))
         )
@@ -406,7 +406,7 @@ CROPS = {
 }
 RESAMPLES = {"lanczos": Resampling.LANCZOS, "bicubic": Resampling.BICUBIC, "box": Resampling.BOX}
 FORMATS: dict[str, dict[str, Any]] = {"jpeg": {"subsampling": 0}, "png": {}, "webp": {"lossless": True}}
-"""What Pillow is told; subsampling 0 is 4:4:4."""
+"""Pillow's options for saving; subsampling 0 is 4:4:4."""
 ORIENTATIONS = {
     2: Turn(Transpose.FLIP_LEFT_RIGHT, flips_x=True),
     3: Turn(Transpose.ROTATE_180, flips_x=True, flips_y=True),

@@ -1,4 +1,4 @@
-"""Datasets of either kind, LMDB or tar shards: opened, described, verified, shown, and joined of their parts."""
+"""Datasets of both kinds, LMDB and tar shards: open, describe, verify, show and merge them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vdiff.replacing import new_folder
 from vdiff.reporting import Reporter, Silent
 from vdiff.text import cause_of
 
-# the workers of a verification import this file, and need no torch
+# the workers of a verification import this file without torch
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,14 +44,14 @@ T = TypeVar("T")
 
 COUNTED = ("skipped", "converted")
 SHOWN_PROBLEMS = 20
-SHEET_IMAGES = 2_000  # of tar shards, so many are read for a contact sheet
+SHEET_IMAGES = 2_000  # most images of tar shards to read for a contact sheet
 
 
 def open_dataset(place: Path | str) -> AnyStore:
     """The dataset at a path or URL: an LMDB folder, a folder of tar shards, or a pattern of tars.
 
     Raises:
-        VdiffError: no such dataset, or one that is incomplete.
+        VdiffError: the dataset is missing or incomplete.
     """
     text, path = str(place), Path(place)
     if "://" in text or "{" in text or path.suffix in (".tar", ".json") or (path / INDEX_FILE).is_file():
@@ -60,10 +60,10 @@ def open_dataset(place: Path | str) -> AnyStore:
 
 
 def open_at_size(place: Path | str, image_size: int | None) -> tuple[AnyStore, int]:
-    """The dataset at a path or URL, and the size of its images: its only one, or the one that is asked for.
+    """The dataset at a path or URL, and the size of its images: its only size, or the chosen one.
 
     Raises:
-        VdiffError: no such dataset, an incomplete one, or one without images (of that size).
+        VdiffError: the dataset is missing or incomplete, or has no images (of that size).
         OptionError: it has several sizes and none was chosen.
     """
     store = open_dataset(place)
@@ -82,7 +82,7 @@ def _check_images(store: AnyStore, size: int) -> None:
 
 
 def facts(dataset: AnyStore) -> dict[str, Any]:
-    """What a dataset is and how it was made, as plain values; `classes` counts images where that is quick (LMDB)."""
+    """A dataset's description as plain values; `classes` counts images if that is fast (LMDB)."""
     meta = asdict(dataset.meta)
     values: dict[str, Any] = {"path": str(dataset.path), "images": len(dataset), **meta}
     if isinstance(dataset, ShardStore):
@@ -98,7 +98,7 @@ def facts(dataset: AnyStore) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: `problems` says what is wrong where (the first 20); `checked` images were decoded.
+    """The result of `verify`: the first 20 `problems`, and the number of decoded images, `checked`.
 
     `fingerprint` is "equal", "unequal", or "none" in a dataset that another program wrote.
     """
@@ -111,7 +111,7 @@ class Verification:
 
     @property
     def is_good(self) -> bool:
-        """Whether everything is as it was written."""
+        """Whether the dataset is unchanged."""
         return not self.num_problems and self.fingerprint != "unequal"
 
 
@@ -139,7 +139,7 @@ def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None
 
 
 def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], list[str]]:
-    """Decode a stretch of a dataset; answers each image's digest, and what is wrong."""
+    """Decode a stretch of a dataset; returns each image's digest, and the problems."""
     digests: list[bytes] = []
     problems: list[str] = []
     start, stop = stretch
@@ -155,22 +155,22 @@ def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], li
             problems.append(error.cause)
             if not isinstance(dataset, ImageStore):
                 break
-            digests.append(b"")  # the images after it can be read
+            digests.append(b"")  # later images can be read
     return digests, problems
 
 
 def _problem(encoded: bytes, size: int) -> str:
-    """What is wrong with an encoded image; nothing if it is whole."""
+    """The problem of an encoded image; empty if it has none."""
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
             image.load()
             return "" if image.size == (size, size) else f"it is {image.width}×{image.height}"
-    except Exception as error:  # decoders raise whatever damaged data makes them stumble over
+    except Exception as error:  # decoders raise many types for damaged data
         return cause_of(error)
 
 
 def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_rows: int = 20) -> PIL.Image.Image:
-    """A contact sheet: a row for each class (evenly chosen where there are more than rows), or rows without names.
+    """A contact sheet: a row for each class (evenly chosen if there are too many), or rows without names.
 
     Images are evenly spread over their class, or over the whole set; of tar shards, over the first images.
 
@@ -218,19 +218,19 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 def merge(
     paths: Sequence[Path], out: Path, *, overwrite: bool = False, reporter: Reporter | None = None
 ) -> DatasetMeta:
-    """Join all parts 1/n … n/n of one preparation, in any order, into the folder `out`.
+    """Merge all parts 1/n … n/n of one preparation, in any order, into the folder `out`.
 
-    Equal to what one run over all images would have written, byte for byte; tar shards are linked or copied.
+    The result equals that of one run over all images, byte for byte; tar shards are linked or copied.
 
     Raises:
-        VdiffError: a part is missing, given twice, incomplete or of another preparation; `out` exists; the disk
+        VdiffError: a part is missing, given twice, incomplete or of another preparation; `out` exists; or the disk
             refuses.
     """
     parts = in_order([open_dataset(path) for path in paths])
     whole = replace(parts[0].meta, shard="", counts={}, fingerprint="")
     counts = {key: sum((Counter(part.meta.counts[key]) for part in parts), Counter[str]()) for key in COUNTED}
     sums = {key: dict(sorted(joined.items())) for key, joined in counts.items()}
-    # every part saw the whole list of files, so what is ignored is the same in all
+    # every part listed all files, so the ignored ones are the same in all
     sums |= {"images": sum(part.meta.counts["images"] for part in parts), "ignored": parts[0].meta.counts["ignored"]}
     with new_folder(out, DATASET, overwrite=overwrite) as folder:
         if stores := [part for part in parts if isinstance(part, ImageStore)]:
@@ -244,7 +244,7 @@ def merge(
 
 
 def in_order(parts: Sequence[AnyStore]) -> list[AnyStore]:
-    """The parts 1/n … n/n. Raises VdiffError: they are not all parts of one preparation, or not each of them once."""
+    """The parts 1/n … n/n. Raises VdiffError: they are not all parts of one preparation, each given once."""
     first = parts[0]
     count = first.meta.shard.partition("/")[2]
     of_number: dict[int, AnyStore] = {}
@@ -258,7 +258,7 @@ def in_order(parts: Sequence[AnyStore]) -> list[AnyStore]:
                 "prepare all parts from the same source with the same options",
             )
         if of != count:
-            raise VdiffError(f"{part.path} is part {part.meta.shard}, {first.path} one of {count}", "cut alike")
+            raise VdiffError(f"{part.path} is part {part.meta.shard}, {first.path} one of {count}", "use one n in i/n")
         if (other := of_number.setdefault(int(number), part)) is not part:
             raise VdiffError(f"{part.path} and {other.path} are both part {number}", "give each once")
     if missing := [f"{number}/{count}" for number in range(1, int(count) + 1) if number not in of_number]:

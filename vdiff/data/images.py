@@ -1,4 +1,4 @@
-"""Between tensors and pictures: [−1, 1] ⇄ uint8, PNG files, grids with captions."""
+"""Conversion between tensors and pictures: [−1, 1] ⇄ uint8, PNG files, grids with captions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def to_pil(image: Tensor) -> PIL.Image.Image:
 
 
 def own_mark() -> bytes:
-    """EXIF that tells vdiff's pictures from images: prepare_data.py passes over them."""
+    """EXIF that marks vdiff's pictures, which prepare_data.py ignores."""
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Software] = MARK.decode().removesuffix("\0")
     return exif.tobytes()
@@ -58,7 +58,7 @@ PICTURE = Kind("picture", _is_picture)
 
 
 def cell_scale(images: Tensor) -> int:
-    """How many times (…, H, W) images are to be enlarged for people to see them: to 72 pixels or a little more."""
+    """The factor that enlarges (…, H, W) images for display, to 72 pixels or a little more."""
     return max(1, -(-CELL_PIXELS // min(images.shape[-2:])))
 
 
@@ -82,7 +82,7 @@ def labelled_grid(
     Images are enlarged `scale` times without smoothing; by default just enough for cells of 72 pixels.
 
     Raises:
-        ValueError: not one label for each image.
+        ValueError: the numbers of labels and images differ.
     """
     if len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images")
@@ -124,7 +124,7 @@ def captioned_grid(
     Images are enlarged `scale` times without smoothing; by default just enough for cells of 72 pixels.
 
     Raises:
-        ValueError: the rows differ in length, or the titles in number.
+        ValueError: the rows differ in length, or the number of titles is wrong.
     """
     if not rows or not rows[0]:
         raise ValueError("no images; need at least one row of one image")
@@ -142,7 +142,7 @@ def captioned_grid(
     canvas = PIL.ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
 
     def measure(words: str, font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont) -> tuple[int, int]:
-        # heights by lines, not by ink, so that words with and without ascenders share a base line
+        # heights of lines, not of glyphs, so that words with and without ascenders share a baseline
         width = canvas.multiline_textbbox((0, 0), words, font=font, spacing=SPACING)[2]
         line = canvas.textbbox((0, 0), "A", font=font)[3] + SPACING
         return int(width + 1), int(line * len(words.split("\n")))
@@ -165,7 +165,7 @@ def captioned_grid(
             (total_w / 2, MARGIN), title, fill=INK, font=big, anchor="ma", align="center", spacing=SPACING
         )
     for column, words in enumerate(column_titles):
-        # titles of one line stand on the same foot as those of several
+        # titles of one line and of several lines share the last baseline
         x, y = left + column * step + (step - GAP) / 2, top + head - 8 - titles[column][1]
         draw.multiline_text((x, y), words, fill=INK, font=text, anchor="ma", align="center", spacing=SPACING)
     for row, images in enumerate(rows):
@@ -183,7 +183,7 @@ def captioned_grid(
 
 
 def num_shown(num: int, num_classes: int = 0) -> int:
-    """How many of `num` images the grid shows: full rows of `num_classes`, if that makes sense, but 64 at the most."""
+    """The number of images in the grid: full rows of `num_classes`, if possible, and at most 64."""
     if 1 < num_classes <= MAX_COLUMNS:
         return min(num, MAX_GRID // num_classes * num_classes)
     return min(num, MAX_GRID)
@@ -192,12 +192,12 @@ def num_shown(num: int, num_classes: int = 0) -> int:
 def grid_picture(
     images: Tensor, names: Sequence[str] = (), num_classes: int = 0, *, title: str = ""
 ) -> PIL.Image.Image:
-    """(N, C, H, W) in [−1, 1] as one picture; with the names of their classes, where they have any.
+    """(N, C, H, W) in [−1, 1] as one picture, with the names of their classes, if any.
 
     Args:
         names: of the class of each image.
-        num_classes: images take so many classes in turn, which then become columns; 0: in no such order.
-        title: what stands above.
+        num_classes: images take this many classes in turn, which become columns; 0: in no such order.
+        title: the text above the grid.
     """
     columns = full_columns(len(images))
     if len(names) and not 1 <= num_classes <= MAX_COLUMNS:
@@ -216,6 +216,6 @@ def in_rows(images: Tensor, columns: int) -> list[list[Tensor]]:
 
 
 def full_columns(count: int) -> int:
-    """Columns of a nearly square grid; one more than that where all rows are then full."""
+    """Columns of a nearly square grid; one more if this fills all rows."""
     columns = math.ceil(math.sqrt(count))
     return columns + 1 if count % columns and count % (columns + 1) == 0 else columns

@@ -1,4 +1,4 @@
-"""Classes that a file beside the images gives, and how vdiff's own pictures are told from photographs."""
+"""Classes from a label file beside the images, and the mark of vdiff's own pictures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vdiff.files import parse
 
 LABELS_FILE = "dataset.json"
 SAMPLES_FILE = "samples.json"
-DO_WITHOUT = "mend it, or give --label_column none to prepare without classes"
-# what `save_png` and the animations of sample.py write as EXIF's Software; EDGE bytes at either end of a file show it
+DO_WITHOUT = "correct it, or give --label_column none to prepare without classes"
+# written by `save_png` and sample.py's animations as EXIF Software; within the first or last EDGE bytes of a file
 MARK = b"picture by vdiff\0"
 EDGE_BYTES = 512
 
 
 @dataclass(frozen=True)
 class FileLabels:
-    """What a label file says: (image, class) pairs, images relative to the file's folder, None where it has no class.
+    """The contents of a label file: (image, class) pairs; images are relative to its folder; None: no class.
 
-    `order` lists class names in the order of their numbers, where the file knows it.
+    `order` lists class names in the order of their numbers, if the file has numbers.
     """
 
     pairs: Iterable[tuple[str, str | None]]
@@ -32,7 +32,7 @@ class FileLabels:
 
 
 def clean_name(name: str) -> str:
-    r"""A class name that any file can hold: bytes that are no UTF-8 and control characters become `\xe9`, `\n`."""
+    r"""A class name for any file: bytes that are not UTF-8 and control characters become `\xe9`, `\n`."""
     text = name.encode("utf-8", "surrogateescape" if _is_bytes(name) else "backslashreplace")
     return "".join(
         repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter
@@ -41,15 +41,15 @@ def clean_name(name: str) -> str:
 
 
 def _is_bytes(name: str) -> bool:
-    """Whether all surrogates in `name` stand for bytes of a file name; JSON can hold others."""
+    """Whether all surrogates in `name` represent bytes of a file name; JSON can hold others."""
     return all("\udc80" <= letter <= "\udcff" for letter in name if "\ud800" <= letter <= "\udfff")
 
 
 def read_labels(place: str, data: bytes, column: str) -> FileLabels | None:
-    """The classes in the label file at `place` (base name: one of `LABEL_FILES`); None: it says nothing of classes.
+    """The classes in the label file at `place` (base name: one of `LABEL_FILES`); None: it has no classes.
 
     Raises:
-        VdiffError: it cannot be read, or gives something else than classes.
+        VdiffError: the file cannot be read, or holds something other than classes.
     """
     try:
         return LABEL_FILES[place.rpartition("/")[2]](data, column or "label")
@@ -85,16 +85,16 @@ def _table(rows: Iterable[Mapping[str, Any]], column: str) -> FileLabels:
 
 
 def _class(label: Any, names: tuple[str, ...] = ()) -> str | None:
-    """The name of a class: that of its number in `names`, or the number, or the text itself."""
+    """The name of a class: the entry of `names` for its number, or the number, or the text itself."""
     if label is None or label == "":
         return None
     if isinstance(label, str):
         return clean_name(label)
     if isinstance(label, list | dict) or label != int(label):
-        raise ValueError(f"{str(label)[:40]} is no class, but a value")
+        raise ValueError(f"{str(label)[:40]} is a value, not a class")
     number = int(label)
     if number < 0 or (names and number >= len(names)):
-        raise ValueError(f"{number} is the number of no class")
+        raise ValueError(f"{number} is not the number of a class")
     return names[number] if names else str(number)
 
 
@@ -111,7 +111,7 @@ def in_order(found: Iterable[str], order: Iterable[str]) -> list[str]:
 
 
 def record_of_samples(data: bytes) -> dict[str, Any]:
-    """The record that sample.py leaves with images that it drew; empty if it is none."""
+    """The record that sample.py writes beside its images; empty if the file is not one."""
     try:
         record = parse(data)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The images of a source in their final order, in a file: memory does not grow with their number."""
+"""The images of a source in their final order, in a file, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a source: its name there, the index of its class if that is known, where its bytes lie."""
+    """One image of a source: its name, its class number if known, and the place of its bytes."""
 
     name: str
     label: int | None = None
@@ -39,7 +39,7 @@ class Item:
 
 
 class Listing:
-    """Images in order, class names, the files passed over by extension, and remarks for people.
+    """Images in order, class names, ignored files by extension, and remarks for the user.
 
     `fingerprint` = SHA-256 (hex) over names, labels and class names in order.
     """
@@ -65,21 +65,21 @@ class Listing:
         yield from (Item(_decode(name), label, place) for name, label, place in rows)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._database.close()
 
 
 class ListingWriter:
-    """Takes the images of a source in any order; `finish` gives them theirs.
+    """Collects the images of a source in any order; `finish` sorts them.
 
     Args:
-        path: the file to be; it appears when it is whole.
-        extensions: what tells an image from other files, lower case with the dot.
-        shuffled: order by a hash of the name instead of the name, so that neighbours have nothing in common.
+        path: the file to write; it appears when it is complete.
+        extensions: of images, lower case with the dot.
+        shuffled: order by a hash of the name instead of the name, so that neighbours are unrelated.
 
     Attributes:
-        class_names: of a source that gives its labels itself; None: label files and folders give them.
-        split: which of the folders train, val and test above the classes; empty: train; `all`: every one.
+        class_names: of a source with its own labels; None: label files and folders give the classes.
+        split: which of the folders train, val and test above the classes to use; empty: train; `all`: every one.
     """
 
     def __init__(self, path: Path, extensions: Collection[str] = (), *, shuffled: bool = False) -> None:
@@ -94,7 +94,7 @@ class ListingWriter:
         self._database = sqlite3.connect(self._temporary, isolation_level=None)
         with self._refusals_explained():
             for statement in (
-                # a listing that is cut short is made again, so nothing in it needs to be durable before the end
+                # an interrupted listing is made again, so nothing needs to be synced before the end
                 "PRAGMA journal_mode = OFF",
                 "PRAGMA synchronous = OFF",
                 "CREATE TABLE found (key BLOB PRIMARY KEY, name BLOB, label INTEGER, place TEXT) WITHOUT ROWID",
@@ -116,7 +116,7 @@ class ListingWriter:
                 raise error[1]
 
     def add_file(self, name: str, place: str = "") -> None:
-        """Take a file by its `/`-separated name; hidden files and `__MACOSX` do not count, others are no images."""
+        """Add a file by its `/`-separated name; hidden files and `__MACOSX` are skipped, other types counted."""
         key = key_of(name)
         extension = os.path.splitext(key.rpartition("\0")[2])[1].lower()
         if key and extension in self.extensions:
@@ -125,15 +125,15 @@ class ListingWriter:
             self.ignore(extension or "no extension")
 
     def ignore(self, what: str, count: int = 1) -> None:
-        """Count what is passed over."""
+        """Count ignored files."""
         self._ignored[what] += count
 
     def add(self, number: int, label: int | None = None) -> None:
-        """Take image `number` of a source that numbers its images, and its class if that is known without reading."""
+        """Add image `number` of a source with numbered images, and its class if it is known without reading."""
         self._add(f"{number:012d}", f"{number:07d}", label, "")
 
     def add_labels(self, folder: str, labels: FileLabels) -> None:
-        """Take the classes of a label file in `folder` for the images that it names; folders are no classes then."""
+        """Use the classes of a label file in `folder` for the images that it names; folders then are not classes."""
         if self._order is None:
             self._order = {}
             self._execute("CREATE TABLE labels (key BLOB PRIMARY KEY, name TEXT) WITHOUT ROWID")
@@ -146,7 +146,7 @@ class ListingWriter:
         self._database.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?)", rows)
 
     def leave_out_own(self, folders: Sequence[str], files: Sequence[str]) -> bool:
-        """Leave out what vdiff drew: files, and folders of samples unless one is all there is; whether folders were."""
+        """Remove vdiff's files, and folders of samples unless nothing else is left; returns whether folders were."""
         bounds = [(key + b"\0", key + b"\1") for folder in folders if (key := _encode(key_of(folder)))]
         inside = sum(self._value("SELECT count(*) FROM found WHERE key > ? AND key < ?", ends) for ends in bounds)
         before = self._count()
@@ -160,10 +160,10 @@ class ListingWriter:
     def finish(self) -> Listing:
         """Put the images in order.
 
-        Folders that all files share are looked through first, then folders that are all called train, val or test, of
-        which one is taken. Label files give the classes; without them, files that all lie in folders get the first
-        folder's name as their class. A source that sets `class_names` gives its labels itself. Classes without an
-        image are dropped, where labels are known before images are read.
+        Folders that all files share are stripped first. If all folders then are called train, val or test, one of them
+        is used. Label files give the classes. Without them, if all files are in folders, the first folder's name is the
+        class. A source that sets `class_names` has its own labels. Classes without an image are dropped if labels are
+        known before images are read.
         """
         folders = self._choose_split()
         if self.class_names is not None:
@@ -205,10 +205,10 @@ class ListingWriter:
         return int(self._value("SELECT count(*) FROM found"))
 
     def _choose_split(self) -> tuple[int, list[bytes], int]:
-        """Keep the images of one split, where folders are splits; answers `_folders` of what is left, below them.
+        """Keep the images of one split, if folders are splits; returns `_folders` below the splits.
 
         Raises:
-            OptionError: there is no such split, or there are none.
+            OptionError: the split is missing, or there are no splits.
         """
         depth, folders, loose = self._folders()
         splits = {folder: SPLITS.get(_decode(folder).lower(), "") for folder in folders}
@@ -233,7 +233,7 @@ class ListingWriter:
         return self._folders(depth + 1)
 
     def _used_classes(self, class_names: tuple[str, ...]) -> list[str]:
-        """Of classes that the source numbered, those with images, numbered anew; all where labels come with images."""
+        """The classes with images, renumbered; all classes of the source if labels come with the images."""
         found = [label for (label,) in self._execute("SELECT DISTINCT label FROM found ORDER BY label")]
         if None in found or len(found) == len(class_names):
             return list(class_names)
@@ -245,7 +245,7 @@ class ListingWriter:
         return [class_names[label] for label in found]
 
     def _label_files(self, order: dict[str, None]) -> list[str]:
-        """Classes by the label files; images that they give none are left out where they give others one."""
+        """Classes from the label files; if some images have a class, those without are left out."""
         found = [name for (name,) in self._execute("SELECT DISTINCT labels.name FROM found JOIN labels USING (key)")]
         if not found:
             if named := self._value("SELECT min(key) FROM labels"):
@@ -263,9 +263,9 @@ class ListingWriter:
         return names
 
     def _class_folders(self, depth: int, folders: list[bytes], loose: int) -> list[str]:
-        """Classes by the folders at `depth`, if every image lies in one."""
+        """Classes from the folders at `depth`, if every image is in one."""
         if loose and folders:
-            self._remarks.append(f"no classes: {loose} of {self._count()} images lie outside the class folders")
+            self._remarks.append(f"no classes: {loose} of {self._count()} images are outside the class folders")
         if loose or not folders:
             return []
         cleaned = {folder: clean_name(_decode(folder)) for folder in folders}
@@ -278,11 +278,11 @@ class ListingWriter:
         return names
 
     def _folders(self, depth: int = 0) -> tuple[int, list[bytes], int]:
-        """How many folders all images share (at least `depth`), those below them, and how many images lie in none."""
+        """How many folders all images share (at least `depth`), the folders below, and how many images are in none."""
         first, last = self._execute("SELECT min(key), max(key) FROM found")[0]
         if first is None:
             return depth, [], 0
-        # keys are sorted, so what the first and the last share, all share
+        # keys are sorted, so all share what the first and the last share
         pairs = zip(first.split(b"\0")[:-1], last.split(b"\0")[:-1], strict=False)
         depth = max(depth, len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
         counts = Counter(_folder(key, depth) for (key,) in self._database.execute("SELECT key FROM found ORDER BY key"))
@@ -301,7 +301,7 @@ def open_listing(path: Path) -> Listing:
         before = {key: value for key, value in values.items() if key not in ("fingerprint", "check")}
         fingerprint, check = _checksums(database, json.dumps(before))
         if (values["fingerprint"], values.get("check", check)) != (fingerprint, check):
-            raise ValueError("its checksum is another one")
+            raise ValueError("its checksum does not match")
         return Listing(database)
     except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
         if database is not None:
@@ -312,7 +312,7 @@ def open_listing(path: Path) -> Listing:
 
 
 def key_of(name: str) -> str:
-    """A `/`-separated name by which files are sorted: its parts with zeros between; empty for hidden files."""
+    """The sort key of a `/`-separated name: its parts with zeros in between; empty for hidden files."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
     return "" if hidden else "\0".join(parts)
@@ -325,7 +325,7 @@ def few(names: Sequence[str]) -> str:
 
 
 def _checksums(database: sqlite3.Connection, facts: str) -> tuple[str, int]:
-    """The SHA-256 (hex) over class names, names and labels, and a CRC-32 over all that is in a listing."""
+    """The SHA-256 (hex) of class names, names and labels, and a CRC-32 of everything in a listing."""
     digest, check = hashlib.sha256(json.dumps(parse(facts)["class_names"]).encode()), zlib.crc32(facts.encode())
     for name, label, place in database.execute("SELECT name, label, place FROM images ORDER BY rowid"):
         digest.update(b"%d %s %d " % (len(name), name, -1 if label is None else label))
@@ -334,13 +334,13 @@ def _checksums(database: sqlite3.Connection, facts: str) -> tuple[str, int]:
 
 
 def _folder(key: bytes, depth: int) -> bytes:
-    """The folder at `depth` on the way to a file; empty for a file that lies there itself."""
+    """The folder at `depth` on the way to a file; empty if the file itself is at `depth`."""
     parts = key.split(b"\0")
     return parts[depth] if len(parts) > depth + 1 else b""
 
 
 def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # file names may be no text at all
+    return text.encode("utf-8", "surrogateescape")  # file names may not be UTF-8
 
 
 def _decode(data: bytes) -> str:

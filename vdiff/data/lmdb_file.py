@@ -1,10 +1,10 @@
-"""Reading an LMDB file that may be damaged or made up: every place in it is checked before it is read.
+"""Reading an LMDB file that may be damaged or forged: every offset is checked before it is used.
 
-The library maps the file and follows what it says: a damaged page, or a file cut short meanwhile, ends the process.
+The library maps the file and trusts it: a damaged page, or a file that is cut short meanwhile, crashes the process.
 
     page  = number u64, –, flags u16 at 10, end of the offsets u16 at 12; for a large value: pages u32 at 12
     node  = low u16, high u16, flags u16, length of the key u16, key, value
-    leaf  : value of low + 2¹⁶ high bytes, or (flag 1) the number of the page where it begins
+    leaf  : value of low + 2¹⁶ high bytes, or (flag 1) the number of its first page
     branch: no value; low, high and flags are the number of the page below
 
 (https://github.com/LMDB/lmdb, libraries/liblmdb/mdb.c)
@@ -26,16 +26,16 @@ BRANCH, LEAF, OVERFLOW, KINDS = 1, 2, 4, 0x6F
 NO_PAGE = 2**64 - 1
 MAX_LEVELS = 32
 KNOWN_PAGES = 1024
-# magic, version, address, size of the map; the free pages' tree, of which the first word is the size of a page; the
-# main tree's entries and root; the last page, the transaction
+# magic, version, address, size of the map; the tree of free pages (its first word is the page size); the main tree's
+# entries and root; the last page, the transaction
 _META = struct.Struct("=IIQQ I44x 32xQQ QQ")
 
 
 class LmdbFile:
-    """The newest state of an LMDB file in one database of keys without duplicates. It may be used across a fork.
+    """The newest state of an LMDB file with one database without duplicate keys. It may be used across a fork.
 
     Raises:
-        VdiffError: the file is damaged, or ends before a page that it should hold; `advice` says what to do.
+        VdiffError: the file is damaged, or ends before a page that it should hold; `advice` is the hint.
     """
 
     def __init__(self, path: Path, advice: str) -> None:
@@ -50,7 +50,7 @@ class LmdbFile:
         if size < needed:
             raise VdiffError(f"{path} is truncated: {size} of {needed} bytes", advice)
         if self.entries * SMALLEST_ENTRY > size:
-            raise self._damaged("it says that it holds more than it can")
+            raise self._damaged("it claims to hold more than it can")
 
     @property
     def used_bytes(self) -> int:
@@ -63,7 +63,7 @@ class LmdbFile:
         return self._value(*found) if found and self._key(*found) == key else None
 
     def first_key(self, start: bytes) -> bytes | None:
-        """The first key that is not before `start`; None if there is none."""
+        """The first key from `start` on; None if there is none."""
         if not (found := self._seek(self._root, start)):
             return None
         if (key := self._key(*found)) < start:
@@ -71,7 +71,7 @@ class LmdbFile:
         return key
 
     def _seek(self, number: int, start: bytes, level: int = 0) -> tuple[bytes, int] | None:
-        """The page and the node of the first key that is not before `start` in the tree below page `number`."""
+        """The page and the node of the first key from `start` on, in the tree below page `number`."""
         if number == NO_PAGE:
             return None
         if level >= MAX_LEVELS:
@@ -92,21 +92,21 @@ class LmdbFile:
         data = self._read(number * self._page_bytes + HEADER_BYTES, _META.size)
         magic, version, _, _, page_bytes, entries, root, last_page, transaction = _META.unpack(data)
         if (magic, version) != (MAGIC, VERSION) or page_bytes not in (2**k for k in range(8, 17)):
-            raise self._damaged("it does not begin as an LMDB file does")
+            raise self._damaged("it does not begin like an LMDB file")
         if self._page_bytes not in (0, page_bytes):
             raise self._damaged("it has pages of two sizes")
         self._page_bytes = page_bytes
         return transaction, entries, root, last_page
 
     def _nodes(self, number: int) -> tuple[bool, bytes, tuple[int, ...]]:
-        """Whether a page of the tree is a leaf, the page, and where its nodes begin."""
+        """Whether a page of the tree is a leaf, the page, and the offsets of its nodes."""
         if number in self._known:
             return self._known[number]
         page = self._page(number, self._page_bytes)
         flags, end = struct.unpack_from("=HH", page, 10)
         count = (end - HEADER_BYTES) // 2
         if flags & KINDS not in (BRANCH, LEAF) or not 0 < count <= len(page) // 2 - HEADER_BYTES:
-            raise self._damaged(f"page {number} is no page of its tree")
+            raise self._damaged(f"page {number} is not a page of its tree")
         nodes = struct.unpack_from(f"={count}H", page, HEADER_BYTES)
         if max(nodes) > len(page) - NODE_BYTES:
             raise self._damaged(f"page {number} has a node beyond its end")
@@ -134,16 +134,16 @@ class LmdbFile:
         large = self._page(number, HEADER_BYTES + size)
         flags, count = struct.unpack_from("=HI", large, 10)
         if flags & KINDS != OVERFLOW or HEADER_BYTES + size > count * self._page_bytes:
-            raise self._damaged(f"page {number} does not hold the value that it should")
+            raise self._damaged(f"page {number} does not hold its value")
         return large[HEADER_BYTES:]
 
     def _page(self, number: int, size: int) -> bytes:
-        """The first `size` bytes of a page, which know its number."""
+        """The first `size` bytes of a page, after checking its number."""
         if not 1 < number <= self.last_page or number * self._page_bytes + size > self.used_bytes:
             raise self._damaged(f"it refers to page {number} of {self.last_page}")
         page = self._read(number * self._page_bytes, size)
         if struct.unpack_from("=Q", page)[0] != number:
-            raise self._damaged(f"page {number} does not know its number")
+            raise self._damaged(f"page {number} has another number")
         return page
 
     def _read(self, offset: int, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Files at paths and URLs, read once from the beginning."""
+"""Files at paths and URLs, read once, from the beginning."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ TIMEOUT_SECONDS = 60.0
 RETRIES = 3
 RETRY_SECONDS = 1.0
 EXTRAS = {"http": "webdataset", "https": "webdataset", "s3": "s3", "gs": "gs", "gcs": "gs"}
-"""The extra of vdiff that holds what `fsspec` needs for the addresses of a scheme."""
+"""vdiff's extra with the packages that `fsspec` needs for a scheme."""
 
 
 def damaged(where: str | Path, reason: object) -> VdiffError:
-    """The error of a file that is not what was written."""
+    """The error for a file that was changed."""
     return VdiffError(f"{where} is damaged or truncated: {reason}", COPY_AGAIN)
 
 
 def scheme_of(place: str) -> str:
-    """`https`, `s3`, `pipe` …; empty for a path, also for one that begins with a drive letter."""
+    """`https`, `s3`, `pipe` …; empty for a path, even one with a drive letter."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", place)
     return match[1].lower() if match and (match[1].lower() == "pipe" or place[match.end() :].startswith("//")) else ""
 
 
 def shown(place: str) -> str:
-    """A URL without the passwords that it may hold; a path as it is."""
+    """A URL without passwords; a path unchanged."""
     if not scheme_of(place):
         return place
     parts = urlsplit(place)
@@ -46,13 +46,13 @@ def shown(place: str) -> str:
 
 
 def check_place(place: str) -> None:
-    """Raise VdiffError if `place` is a command (`pipe:`), which a dataset's name must never run, or no URL."""
+    """Raise VdiffError if `place` is a command (`pipe:`), which must never run, or is not a valid URL."""
     if scheme_of(place) == "pipe":
         raise VdiffError(f"{place} would run a command", "give a path or a URL; for a command's output, save it first")
     try:
         urlsplit(place)
     except ValueError as error:
-        raise VdiffError(f"{place} is no URL: {error}", "check the place given to --data") from None
+        raise VdiffError(f"{place} is not a valid URL: {error}", "check the place given to --data") from None
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def opened(place: str | Path, num_bytes: int | None = None) -> Iterator[Any]:
     """The file at a path or URL (text; a Path is always one on disk), to be read once from its beginning.
 
     Raises:
-        VdiffError: it cannot be read; it is a command (`pipe:`).
+        VdiffError: it cannot be read, or is a command (`pipe:`).
     """
     try:
         if isinstance(place, str) and scheme_of(place):
@@ -79,14 +79,14 @@ def opened(place: str | Path, num_bytes: int | None = None) -> Iterator[Any]:
 
 
 class RemoteFile:
-    """A file at a URL of any scheme that `fsspec` knows, read once from its beginning.
+    """A file at a URL of any scheme that `fsspec` supports, read once from its beginning.
 
-    A connection that breaks is opened again at the byte where it broke: over HTTP by a range, or from the beginning
-    where the server knows no ranges.
+    A broken connection is opened again at the byte where it broke: over HTTP by a range request, or from the beginning
+    if the server does not support ranges.
 
     Raises:
-        VdiffError: the server refuses, has a file of another length than `num_bytes` (None: any length), or still fails
-            after `RETRIES` retries; a package for the scheme is missing.
+        VdiffError: the server refuses, its file has another length than `num_bytes` (None: any length), it still fails
+            after `RETRIES` retries, or a package for the scheme is missing.
     """
 
     def __init__(self, url: str, num_bytes: int | None = None) -> None:
@@ -104,7 +104,7 @@ class RemoteFile:
             extra = EXTRAS.get(scheme_of(url))
             hint = f"pip install 'vdiff[{extra}]'" if extra else str(error)
             raise VdiffError(f"{scheme_of(url)}:// addresses need a package that is not installed", hint) from None
-        except Exception as error:  # unknown schemes, and whatever a scheme's own library refuses: no credentials, …
+        except Exception as error:  # unknown schemes, and errors of a scheme's library: no credentials, …
             raise self._refusal(str(error)) from None
 
     def read(self, size: int = 2**20) -> bytes:
@@ -123,7 +123,7 @@ class RemoteFile:
                 raise ConnectionError
             except VdiffError:
                 raise
-            except Exception as error:  # each scheme's library raises its own
+            except Exception as error:  # each scheme's library raises its own types
                 self.close()
                 status = 404 if isinstance(error, FileNotFoundError) else getattr(error, "status", None)
                 failures += 1
@@ -136,7 +136,7 @@ class RemoteFile:
         return b""
 
     def close(self) -> None:
-        """Close the connection; the next read opens it again where it ended."""
+        """Close the connection; the next read opens it again at the same position."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -149,12 +149,12 @@ class RemoteFile:
             file.seek(self.position)
             return
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={self.position}-"} if self.position else {})
-        # block_size 0: one response, read as it comes; size: without one fsspec asks the server for it first
+        # block_size 0: stream one response; size: without it fsspec asks the server first
         file = self._file = self._system.open(self._path, "rb", block_size=0, size=1, headers=headers)
         skipped = self.position if file.r.status == 206 else 0
         if file.r.content_length is not None:
             self._check_length(skipped + file.r.content_length)
-        while skipped < self.position:  # the server cannot begin in the middle
+        while skipped < self.position:  # the server does not support ranges
             if not (data := file.read(min(2**20, self.position - skipped))):
                 raise ConnectionError
             skipped += len(data)
@@ -165,7 +165,7 @@ class RemoteFile:
         self.num_bytes = num_bytes if self.num_bytes is None else self.num_bytes
 
     def _reason(self, error: Exception, status: int | None) -> str:
-        """The reason of an error, where possible in the same words for all libraries."""
+        """The reason of an error, if possible in the same words for all libraries."""
         if self._is_http and status:
             return f"HTTP status {status}"
         if isinstance(error, FileNotFoundError):
@@ -176,13 +176,13 @@ class RemoteFile:
         return os.strerror(number) if isinstance(number, int) and number > 0 else str(error)
 
     def _refusal(self, reason: str) -> VdiffError:
-        # the address in it may hold a token
+        # it may contain the address with a token
         reason = " ".join(reason.replace(self.url, shown(self.url)).split())
         return VdiffError(f"cannot read {shown(self.url)}: {reason}", "check the URL and the server, then continue")
 
 
 def _http_options() -> dict[str, Any]:
-    """Use the proxies of the environment; limit the time without data, and not the time of a whole shard."""
+    """Use the proxies of the environment; limit the time without data, not the time of a whole shard."""
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS)

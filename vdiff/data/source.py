@@ -1,4 +1,4 @@
-"""What a source of images is, and what it may be asked for."""
+"""The interface of sources of images, and their options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What suits the images of a source best, if nothing else is asked for."""
+    """A source's default settings of the conversion."""
 
     size: int = 64
     channels: int = 3
@@ -25,7 +25,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as its source gives it, a file's bytes or a decoded picture, and its class."""
+    """One image of a source, as a file's bytes or a decoded picture, and its class."""
 
     data: bytes | Image
     label: int | None = None
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What named sets can be asked for; empty = their own default."""
+    """Options of named datasets; empty = the dataset's default."""
 
     root: Path = Path("downloads")
     split: str = ""
@@ -41,19 +41,19 @@ class SourceOptions:
     label_column: str = ""
 
     def refuse(self, source: object, *names: str) -> None:
-        """Raise if one of the options `names` was given to a source that knows none such."""
+        """Raise OptionError if one of the options `names` was given to a source that lacks it."""
         for name in names:
             if value := getattr(self, name):
                 raise OptionError(f"--{name} {value} does not apply to {source}", "leave it out")
 
 
 class Source(ABC):
-    """Images to prepare. A source is pickled to other processes, which read items by themselves.
+    """Images to prepare. A source is pickled for other processes, which read items themselves.
 
     Attributes:
-        name: what the dataset is called by default.
-        path: the file or folder the images are in, None if they come with a library.
-        defaults: what suits the images best.
+        name: the dataset's default name.
+        path: the file or folder of the images; None if a library provides them.
+        defaults: default settings for these images.
     """
 
     name: str
@@ -66,15 +66,15 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Plain values that are equal when the images are the same: an unfinished preparation goes on only then."""
+        """Plain values that identify the images: an unfinished preparation continues only if they are equal."""
 
     def fetch(self, scratch: Path) -> None:
-        """Download or unpack, once, in the main process; `scratch` is a folder that lasts until the work is done."""
+        """Download or unpack, once, in the main process; the folder `scratch` exists until the work is done."""
         del scratch
 
     @abstractmethod
     def fill(self, listing: ListingWriter) -> None:
-        """Tell the listing of all images, and of the class names if it cannot find them by itself."""
+        """Add all images to the listing, and the class names if it cannot find them itself."""
 
     @abstractmethod
     def read(self, item: Item) -> Sample:

@@ -1,7 +1,7 @@
 """Members and samples of tar files that may be damaged or malicious.
 
-WebDataset's reader cannot do this: it reads each member whole, also those to be skipped, trusts the sizes in headers,
-and takes a tar that was cut between two members for a whole one.
+WebDataset's reader cannot do this: it reads each member whole, even skipped ones, trusts the sizes in headers, and
+accepts a tar that was cut between two members as complete.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def require_webdataset() -> ModuleType:
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose size is checked before anything of that size is read."""
+    """A header with a size that is checked before reading."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """The header in a block."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in NAME_TYPES and header.size > MAX_NAME_BYTES):
-            raise tarfile.ReadError(f"a header says that {header.size:,} bytes follow")
+            raise tarfile.ReadError(f"a header claims that {header.size:,} bytes follow")
         return header
 
 
@@ -57,22 +57,22 @@ def is_tar(file: IO[bytes]) -> bool:
 
 
 def members(file: IO[bytes], mode: str = "r:") -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """All members of a tar, each with the archive that it can be read from.
+    """All members of a tar, each with the archive to read it from.
 
     Args:
-        mode: `r:`, or `r|` where the file cannot be read twice.
+        mode: `r:`, or `r|` if the file cannot be read twice.
 
     Raises:
-        TarError: damaged: a header that is wrong, a size that cannot be, or (`r:`) an end that is missing.
+        TarError: the tar is damaged: a wrong header, an impossible size, or (`r:`) a missing end.
     """
     with _tar_errors(tarfile.open, fileobj=file, mode=mode, bufsize=BUFFER_BYTES, tarinfo=_Header) as tar:
         while (member := _tar_errors(tar.next)) is not None:
-            tar.members.clear()  # or every header stays in memory
-            if member.size < 0 or tar.offset <= member.offset:  # it would be read again without end
+            tar.members.clear()  # otherwise every header stays in memory
+            if member.size < 0 or tar.offset <= member.offset:  # otherwise an endless loop
                 raise tarfile.ReadError(f"the size of {member.name} is {member.size:,}")
             yield tar, member
         if mode == "r:":
-            # tarfile takes a cut or wrong header for the end of the tar; the true end is a block of zeros
+            # tarfile treats a cut or wrong header as the end of the tar; the real end is a block of zeros
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it ends in the middle")
@@ -93,8 +93,8 @@ def read_samples(
 ) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """(key, {suffix: content}) of the samples of a tar that have an image, from number `skip` on.
 
-    As in WebDataset, a sample is a run of members whose names are equal up to the first dot of the base name. Only
-    what is `wanted` by its suffix is read, other contents are None; skipped samples are passed over by their headers.
+    As in WebDataset, a sample is a run of members with names that are equal up to the first dot of the base name. Only
+    members with `wanted` suffixes are read, other contents are None; of skipped samples only headers are read.
     """
     from webdataset.tariterators import base_plus_ext
 

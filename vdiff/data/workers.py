@@ -1,4 +1,4 @@
-"""Many processes, one order: results come in the order of their items, whichever process made them."""
+"""An ordered map over worker processes: results come in the order of the items."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 _function: Callable[[Any], Any]
 
 SECONDS_ALONE = 0.1
-"""How long this process works without workers; it starts none if all of the work takes less than ten times as long."""
+"""How long this process works alone; it starts workers only if all work takes more than ten times as long."""
 CHUNKS_AHEAD = (3, 64)
 BUFFER_BYTES = 128 * 2**20
 
@@ -39,11 +39,11 @@ def ordered_map(
 ) -> Generator[Result, None, None]:
     """`map(function, items)` in `num_workers` processes (0: in this one), which run ahead of the consumer.
 
-    A slow item does not stop the others: 64 chunks of `chunk_items` a worker may wait behind it, fewer where results of
-    `num_bytes` would fill more than 128 MiB. This process works alone while the work looks short, and until the first
-    worker has started; where `num_items` is infinite (unknown, or few that are long) it leaves all to the workers.
-    Workers are spawned, so threads and locks of the caller are not copied. They ignore SIGINT, which is for the caller
-    to handle, and end with the caller, however that ends.
+    A slow item does not stop the others: 64 chunks of `chunk_items` per worker may wait behind it, or fewer if results
+    of `num_bytes` would fill more than 128 MiB. This process works alone while the work looks short, and until the
+    first worker has started; if `num_items` is infinite (unknown, or few long items) only the workers work. Workers are
+    spawned, so threads and locks of the caller are not copied. They ignore SIGINT, which the caller handles, and they
+    end with the caller in any case.
 
     Raises:
         VdiffError: a worker died, or could not start.
@@ -64,7 +64,7 @@ def ordered_map(
     fewest, most = (each * num_workers for each in CHUNKS_AHEAD)
 
     def ahead() -> int:
-        """How many chunks may be under way."""
+        """How many chunks may be in progress."""
         return max(fewest, min(most, BUFFER_BYTES * count // max(total_bytes * chunk_items, 1)))
 
     spawn = get_context("spawn")
@@ -86,18 +86,18 @@ def ordered_map(
     except BrokenProcessPool:
         if not has_begun.is_set():
             raise VdiffError(
-                "the worker processes ended while they started, for the reason above",
+                "the worker processes ended during their start, for the reason above",
                 'a script that asks for workers needs `if __name__ == "__main__":`, since each worker imports it',
             ) from None
         raise VdiffError(
-            "a worker process was killed, most likely for want of memory", "use fewer --num_workers"
+            "a worker process was killed, probably for lack of memory", "use fewer --num_workers"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, chunk: list[Any]) -> Future[list[Any]]:
-    """Submit with signals held back: the pool starts its processes here, which must not be cut in half."""
+    """Submit with signals blocked: the pool starts its processes here, which must not be interrupted."""
     if os.name == "nt":
         return pool.submit(_work, chunk)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -108,7 +108,7 @@ def _submit(pool: ProcessPoolExecutor, chunk: list[Any]) -> Future[list[Any]]:
 
 
 def _begin(function: Callable[[Any], Any], has_begun: Event) -> None:
-    """Prepare a worker process; the function is sent once, and not with every chunk."""
+    """Prepare a worker process; the function is sent once, not with every chunk."""
     global _function
     _function = function
     has_begun.set()
@@ -123,7 +123,7 @@ def _work(chunk: list[Any]) -> list[Any]:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed outright cannot stop its workers, which would wait for it forever."""
+    """End this worker if the parent was killed, which cannot stop its workers; they would wait forever."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
