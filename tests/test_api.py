@@ -132,7 +132,7 @@ def test_a_network_that_was_taught_guidance_is_told_it(folder):
     ).v
     assert torch.equal(told, expected.detach())
     assert (told - model.denoise(z, 0.5).v).abs().max() > 1e-4
-    with pytest.raises(VdiffError, match="this model knows weights from 0 to 4, not 5"):
+    with pytest.raises(VdiffError, match="this model supports weights 0 to 4, not 5"):
         model.sample(1, guidance=5)
     with pytest.raises(VdiffError, match="distilled with guidance at all times; leave it out"):
         model.sample(1, guidance=1, guidance_interval=(0.1, 0.5))
@@ -160,13 +160,13 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
             lambda: plain.sample(1, clipping_value=-1.0),
             "clipping_value must be a positive number, got -1.0; give another",
         ),
-        (lambda: plain.sample(1, classes=[0]), "this model knows no classes; leave it out"),
+        (lambda: plain.sample(1, classes=[0]), "this model has no classes; leave it out"),
         (lambda: classes.sample(1, classes=["cow"]), "unknown class 'cow'; did you mean 'owl'?"),
-        (lambda: classes.sample(1, classes=[]), "no class is named; choose from cat, dog, owl"),
+        (lambda: classes.sample(1, classes=[]), "no class is given; choose from cat, dog, owl"),
         (lambda: classes.sample(1, classes=[-1]), "unknown class '-1'; choose from cat, dog, owl"),
-        (lambda: plain.sample(1, guidance=1.0), "this model has no answer without a class; leave it out, or train"),
-        (lambda: classes.sample(1, guidance=float("nan")), "nan is not a weight; "),
-        (lambda: classes.sample(1, guidance_interval=(0.1, 0.2)), "it means nothing without guidance; "),
+        (lambda: plain.sample(1, guidance=1.0), "this model cannot predict without a class; leave it out, or train"),
+        (lambda: classes.sample(1, guidance=float("nan")), "nan is not a guidance weight; "),
+        (lambda: classes.sample(1, guidance_interval=(0.1, 0.2)), "it has no effect without guidance; "),
         (lambda: classes.sample(1, guidance=1, guidance_interval=(0.9, 0.2)), "0.9,0.2 are not two increasing times"),
         (lambda: plain.sample(1, grid="log"), "unknown grid 'log'"),
         (lambda: student.sample(1, grid="logsnr"), "this model was distilled for 8 uniform steps and knows no other"),
@@ -225,7 +225,7 @@ def test_a_half_precise_network_that_overflows_says_so(folder):
     with pytest.raises(VdiffError) as caught:
         model.sample(1)
     assert str(caught.value) == (
-        "the model draws no image: step 1 of 8 produced non-finite values in torch.float32, "
+        "the model does not draw an image: step 1 of 8 produced non-finite values in torch.float32, "
         "the network in torch.bfloat16; give --precision fp32"
     )
 

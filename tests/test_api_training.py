@@ -529,7 +529,7 @@ def test_a_network_of_ones_own_learns_guidance():
     assert (student.config.num_timesteps, student.config.guidance_range) == (4, [0, 4])
     first, second = (student.sample(4, guidance=weight) for weight in (1.0, 4.0))
     assert not torch.equal(first, second)
-    with pytest.raises(VdiffError, match="knows weights from 0 to 4, not 5"):
+    with pytest.raises(VdiffError, match="supports weights 0 to 4, not 5"):
         student.sample(4, guidance=5.0)
 
 

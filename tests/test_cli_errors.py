@@ -216,13 +216,13 @@ CASES = [
     (f"{SAMPLE}/eps --no_clip", USAGE, "--no_clip: an eps-prediction at zero signal …; leave --no_clip out"),
     (f"{TRAIN} --prediction eps --weighting truncated_snr", USAGE, "truncated_snr cannot weight an eps-prediction: …;"),
     # options, choices, commands
-    ("train.py --num_itres 3", USAGE, "no such option --num_itres; did you mean '--num_iters'?; see train.py --help"),
-    ("train.py --epochs 3", USAGE, "no such option --epochs; did you mean '--num_iters'?; see train.py --help"),
-    ("train.py --learning-rate 3", USAGE, "no such option --learning_rate; did you mean '--lr'?; see train.py --help"),
-    ("sample.py --steps 3", USAGE, "no such option --steps; did you mean '--num_timesteps'?; see sample.py --help"),
-    ("prepare_data.py --resolution 3", USAGE, "no such option --resolution; did you mean '--size'?; see prepare_data"),
-    ("distill.py --teacher x", USAGE, "no such option --teacher; did you mean '--base'?; see distill.py --help"),
-    ("vdiff distill --to-step 3", USAGE, "no such option --to_step; did you mean '--to_steps'?; see vdiff distill --h"),
+    ("train.py --num_itres 3", USAGE, "unknown option --num_itres; did you mean '--num_iters'?; see train.py --help"),
+    ("train.py --epochs 3", USAGE, "unknown option --epochs; did you mean '--num_iters'?; see train.py --help"),
+    ("train.py --learning-rate 3", USAGE, "unknown option --learning_rate; did you mean '--lr'?; see train.py --help"),
+    ("sample.py --steps 3", USAGE, "unknown option --steps; did you mean '--num_timesteps'?; see sample.py --help"),
+    ("prepare_data.py --resolution 3", USAGE, "unknown option --resolution; did you mean '--size'?; see prepare_data"),
+    ("distill.py --teacher x", USAGE, "unknown option --teacher; did you mean '--base'?; see distill.py --help"),
+    ("vdiff distill --to-step 3", USAGE, "unknown option --to_step; did you mean '--to_steps'?; see vdiff distill --h"),
     ("vdiff destill", USAGE, "unknown command 'destill'; did you mean 'distill'?; see vdiff --help"),
     ("train.py more", USAGE, "Got unexpected extra argument (more); see train.py --help"),
     (f"{TRAIN} --preset digit", USAGE, "Invalid value for '--preset': 'digit' is unknown; did you mean 'digits'?; see"),
@@ -230,11 +230,11 @@ CASES = [
     (f"{TRAIN} --schedule cosin", USAGE, "Invalid value for '--schedule': 'cosin' is unknown; did you mean 'cosine'?"),
     (f"{SAMPLE}/base_5 --sampler dimm", USAGE, "Invalid value for '--sampler': 'dimm' is unknown; did you mean 'ddim'"),
     ("prepare_data.py --format jpg", USAGE, "Invalid value for '--format': 'jpg' is unknown; did you mean 'jpeg'?; se"),
-    (f"{TRAIN} --flip perhaps", USAGE, "Invalid value for '--flip': it takes True, False or nothing after it, not 'pe"),
+    (f"{TRAIN} --flip perhaps", USAGE, "Invalid value for '--flip': it accepts True, False or no value, not 'pe"),
     (f"{SAMPLE}/classes --classes cow", USAGE, "--classes: unknown class 'cow'; …cat"),
     (f"{SAMPLE}/classes --classes cats,dog", USAGE, "--classes: unknown class 'cats'; did you mean 'cat'?"),
     (f"{SAMPLE}/classes --classes 2", USAGE, "--classes: unknown class '2'; choose from cat, dog"),
-    (f"{SAMPLE}/base_5 --classes 0", USAGE, "--classes: this model knows no classes; leave it out"),
+    (f"{SAMPLE}/base_5 --classes 0", USAGE, "--classes: this model has no classes; leave it out"),
     *[(f"{SAMPLE}/base_5 --{option} {value}", USAGE, f"Invalid value for '--{option}': {value}…; see sample.py --help")
       for option, value in [("num", 0), ("batch_size", 0), ("seed", -1), ("num_timesteps", 0), ("time_scale", 0),
                             ("clipping_value", 0.0), ("eta", 1.5)]],
@@ -455,7 +455,7 @@ def test_results_that_cannot_be_written_down(tmp_path):
         process = start("python sample.py --help", tmp_path, stdout=full.fileno())
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == FAILED
-    assert the_error("", stderr) == "No space left on device; correct that, then give the same command again"
+    assert the_error("", stderr) == "No space left on device; fix this, then run the same command again"
 
 
 @pytest.mark.usefixtures("place")

@@ -153,11 +153,11 @@ SAMPLE = "sample.py --num 2 --out new --checkpoint checkpoints"
 CASES = [
     (
         "plain --guidance 2",
-        "--guidance: this model has no answer without a class; leave it out, or train with --class_d",
+        "--guidance: this model cannot predict without a class; leave it out, or train with --class_d",
     ),
-    ("taught --guidance 5", "--guidance: this model knows weights from 0 to 4, not 5; give one of those"),
-    ("narrow", "--guidance: this model knows weights from 1 to 4, not 0; give one of those"),
-    ("guided --guidance nan", "--guidance: nan is not a weight; give a number such as 1.5"),
+    ("taught --guidance 5", "--guidance: this model supports weights 0 to 4, not 5; give one of these"),
+    ("narrow", "--guidance: this model supports weights 1 to 4, not 0; give one of these"),
+    ("guided --guidance nan", "--guidance: nan is not a guidance weight; give a number such as 1.5"),
     (
         "plain --clipping_value nan",
         "Invalid value for '--clipping_value': nan is not a finite number; see sample.py --help",
@@ -175,7 +175,7 @@ CASES = [
     ("guided --guidance high", "Invalid value for '--guidance': 'high' is not a valid float; see sample.py --help"),
     (
         "guided --guidance_interval 0.2,0.8",
-        "--guidance_interval: it means nothing without guidance; give --guidance too",
+        "--guidance_interval: it has no effect without guidance; give --guidance too",
     ),
     (
         "guided --guidance 1 --guidance_interval 0.8,0.2",

@@ -170,7 +170,7 @@ def test_descriptions_without_the_key_have_no_such_class():
     assert UNetConfig.from_dict(values) == UNetConfig(num_classes=3, null_class=False, fold=1)
     config = UNetConfig(num_classes=3, null_class=True)
     assert UNetConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="null_class says that classes may be left out, but num_classes is 0"):
+    with pytest.raises(ValueError, match="null_class needs classes, but num_classes is 0"):
         UNetConfig(null_class=True)
 
 

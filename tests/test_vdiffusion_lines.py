@@ -113,13 +113,13 @@ def test_their_notebook_from_images_to_a_student():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("train.py --module mine", "--module mine: vdiff reads no network from Python code; leave it out, and give "),
+        ("train.py --module mine", "--module mine: vdiff does not read networks in Python; leave it out, and give "),
         ("train.py --module celeba_u --scheduler StrategyOneCycle", "--scheduler StrategyOneCycle is not in vdiff; "),
         ("train.py --checkpoint_to_continue x.pt", "--checkpoint_to_continue: vdiff continues its own runs; leave it "),
-        ("distillate.py --gamma 0.3", "--gamma 0.3: that weight is not in vdiff; choose another with --weighting"),
-        ("distillate.py --gamma x", "--gamma x: that weight is not in vdiff; choose another with --weighting"),
+        ("distillate.py --gamma 0.3", "--gamma 0.3: vdiff lacks this weighting; choose another with --weighting"),
+        ("distillate.py --gamma x", "--gamma x: vdiff lacks this weighting; choose another with --weighting"),
         ("distillate.py --diffusion Mine", "--diffusion Mine: vdiff does not load your classes; see --method and"),
-        ("sample.py --module mine --checkpoint x.pt", "--module mine: vdiff reads no network from Python code; import "
+        ("sample.py --module mine --checkpoint x.pt", "--module mine: vdiff does not read networks in Python; import "
          "it first: vdiff import reference x.pt --image_size PIXELS --attention_heads HEADS"),
         ("sample.py --module celeba_u --checkpoint y.pt", "y.pt: no such checkpoint; "),
     ],

@@ -377,7 +377,7 @@ def test_a_student_that_draws_no_image_has_failed(tmp_path):
     broken.network.conv_out.bias.data.fill_(math.nan)
     save_checkpoint(student, broken.state_dict(), described)
     verdict = examine(examiner(distance=mean_of), base, student, start=unchanged)
-    assert verdict.reason == "the model draws no image: step 1 of 4 produced non-finite values in torch.float32"
+    assert verdict.reason == "the model does not draw an image: step 1 of 4 produced non-finite values in torch.float32"
     assert (verdict.rmse, verdict.distance, verdict.teacher_distance) == (math.inf, None, None)
     assert verdict.rmse_before < math.inf
     assert (verdict.num_images, verdict.attempts) == (7, 2)

@@ -179,7 +179,7 @@ def _plain(name: str) -> str:
 def holds_keys(path: Path, *keys: str) -> bool:
     """Whether a JSON object with all these keys lies at `path`."""
     try:
-        values = json.loads(read_text(path))  # also where it was edited, and its checksum is another
+        values = json.loads(read_text(path))  # also if it was edited and the checksum does not match
     except (OSError, ValueError, VdiffError, RecursionError):
         return False
     return isinstance(values, dict) and values.keys() >= set(keys)

@@ -1,4 +1,4 @@
-"""What every command shares: spelling of options, exit codes, one-line errors."""
+"""Common parts of all commands: spelling of options, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONTEXT = {
 }
 
 NUM, OLD_NUM = ("--num", "-n"), ["--num_images"]
-"""torchrun takes a word after the script that shortens two of its own options, as --num does, for an error."""
+"""torchrun rejects a word after the script that abbreviates two of its own options, such as --num."""
 ELSEWHERE = {
     "num_iters": "epochs num_epochs num_train_epochs iterations steps max_train_steps",
     "num_timesteps": "num_inference_steps sampling_steps ddpm_num_steps steps",
@@ -46,25 +46,25 @@ ELSEWHERE = {
     "precision": "mixed_precision",
     "grad_accum": "gradient_accumulation_steps",
 }
-"""Options, and what other tools or commands call them."""
+"""Options, and their names in other tools or commands."""
 ALL = "vdiff.help_all"
 MAX_SHOWN = 10**6
 LONG, LONGEST_METAVAR = 300, 50
-"""Characters; a longer list of choices stands in the help text of its option."""
+"""A list of choices with more characters goes into the help text of its option."""
 WORDS, PROJECT = "vdiff.words", "vdiff.project"
 PATH = click.Path(path_type=Path)
 SECONDS_UNTIL_SAID = 0.8
 BUSY, SPINS = 0.5, "1000"
-"""Programs that want to compute for each core, and how often a thread looks whether another one is ready."""
+"""Programs that want to compute per core, and how often a thread polls for another one."""
 MPI = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
-"""What Open MPI calls OMPI_COMM_WORLD_…, and torchrun so."""
+"""Names of Open MPI (OMPI_COMM_WORLD_…) → names of torchrun."""
 
 
 class Program(click.Command):
-    """A command or group whose failures are one line and an exit code."""
+    """A command or group that reports failures as one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Do the work; Ctrl-C is taken here because Click would print an empty line first."""
+        """Run; Ctrl-C is handled here, as Click would print an empty line first."""
         project = ctx.meta.get(PROJECT, Project())
         for param in self.params:
             if isinstance(kind := param.type, Checkpoint) and (given := ctx.params[str(param.name)]):
@@ -76,7 +76,7 @@ class Program(click.Command):
             raise Interrupted("interrupted", 130) from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; some of Click's errors do not know which command they belong to."""
+        """Parse; adds the command to errors of Click that lack it."""
         words = translated(getattr(self, "theirs", ""), args)
         if words != args and not ctx.resilient_parsing and speaks():
             print(f"read as: {shlex.join([*_program(ctx), *words])}", file=sys.stderr, flush=True)
@@ -89,7 +89,7 @@ class Program(click.Command):
             raise
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The parameters, `--help`, and `--help_all`, which is listed where it shows more."""
+        """The parameters, `--help`, and `--help_all`, which is listed if it shows more."""
         more = click.Option(
             ["--help_all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
             hidden=not getattr(self, "first", ()), help="Show all options and exit.",
@@ -104,7 +104,7 @@ class Program(click.Command):
 
 
 def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """`--help_all`: print the help with all options and leave."""
+    """`--help_all`: print the help with all options and exit."""
     del parameter
     if value and not ctx.resilient_parsing:
         ctx.meta[ALL] = True
@@ -113,12 +113,12 @@ def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 
 class Command(Program):
-    """A command whose help ends with examples, and whose options stand under headings.
+    """A command with examples in its help, and options under headings.
 
     Args:
-        examples: lines as they are typed.
+        examples: command lines, as typed.
         first: names of the options in `--help`, without dashes; the others are in `--help_all`. Empty: all are in both.
-        theirs: the command whose lines of the v-diffusion repositories are understood.
+        theirs: the command of the v-diffusion repositories; its lines are also accepted.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Command(Program):
         self.theirs = theirs
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples as they are typed."""
+        """Write the examples as typed."""
         if self.examples:
             with formatter.section("Examples"):
                 for example in self.examples:
@@ -139,7 +139,7 @@ class Command(Program):
         super().format_epilog(ctx, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under the headings that `option(group=…)` gave them."""
+        """Write the options under the headings from `option(group=…)`."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             name = parameter.opts[0].removeprefix("--")
@@ -154,20 +154,20 @@ class Command(Program):
 
 
 class ProgramGroup(Program, click.Group):
-    """A group of commands whose failures are one line and an exit code."""
+    """A group of commands that report failures as one line and an exit code."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the subcommands with the whole first sentence of each."""
+        """List the subcommands, each with its whole first sentence."""
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, each.get_short_help_str(LONG)) for name, each in self.commands.items()])
 
 
 class GroupedOption(click.Option):
-    """An option that knows the heading it stands under in `--help`.
+    """An option with a heading in `--help`.
 
     Args:
-        old: earlier names, which go on working and are not shown.
+        old: earlier names, which still work but are not shown.
     """
 
     def __init__(
@@ -179,12 +179,12 @@ class GroupedOption(click.Option):
 
     @property
     def long_choices(self) -> list[str]:
-        """The words that it takes, where they are too many for one line."""
+        """The choices, if they are too many for one line."""
         choices = list(map(str, self.type.choices)) if isinstance(self.type, click.Choice) else []
         return choices if len("|".join(choices)) > LONGEST_METAVAR else []
 
     def make_metavar(self, ctx: click.Context) -> str:
-        """What stands behind the option in `--help`."""
+        """The placeholder after the option in `--help`."""
         if self.metavar is None and isinstance(self.type, click.IntRange | click.FloatRange):
             return "INTEGER" if isinstance(self.type, click.IntRange) else "NUMBER"
         return "NAME" if self.long_choices else super().make_metavar(ctx)
@@ -201,7 +201,7 @@ class GroupedOption(click.Option):
             self.opts, self.help = names, help_text
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Defaults that are words stand as they are; that a switch is off, and usual bounds, need not be said."""
+        """Defaults that are words are shown unchanged; the default "off" of switches and usual bounds are not shown."""
         extra = super().get_help_extra(ctx)
         if isinstance(self.show_default, str):
             extra["default"] = self.show_default
@@ -212,7 +212,7 @@ class GroupedOption(click.Option):
         return extra
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Convert; a whole number that would overflow somewhere is refused."""
+        """Convert; refuse a whole number that could overflow."""
         found = super().type_cast_value(ctx, value)
         if getattr(getattr(self.type, "item", self.type), "max", None) is None:
             for number in found if isinstance(found, tuple) else (found,):
@@ -221,22 +221,22 @@ class GroupedOption(click.Option):
         return found
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
-        """Name the option by its first name alone."""
+        """Name the option only by its first name."""
         del ctx
         return f"'{self.opts[0]}'"
 
 
 def option(*names: str, group: str, old: Sequence[str] = (), **attributes: Any) -> Callable[[Any], Any]:
-    """`click.option`, under the heading `group` of the help text; `VDIFF_NAME` in the environment gives it too."""
+    """`click.option`, under the heading `group` of the help; the environment variable `VDIFF_NAME` also sets it."""
     envvar = [f"VDIFF_{name.removeprefix('--').upper()}" for name in (names[0], *old)]
     return click.option(*names, cls=GroupedOption, group=group, old=old, envvar=envvar, **attributes)
 
 
 class OneOf(click.Choice[str]):
-    """One word of a list; for another one the error names the nearest."""
+    """One word of a list; the error about another word names the nearest."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        """What is wrong with `value`."""
+        """The error about `value`."""
         del ctx
         return f"{value!r} is unknown; {suggestion(str(value), self.choices)}"
 
@@ -253,7 +253,7 @@ class Number(click.FloatRange):
 
 
 class TrueOrFalse(click.ParamType):
-    """True or False, in the spellings that people use."""
+    """True or False, in all common spellings."""
 
     name = "boolean"
     words: ClassVar = {
@@ -267,12 +267,12 @@ class TrueOrFalse(click.ParamType):
             return value
         answer = self.words.get(str(value).strip().lower())
         if answer is None:
-            self.fail(f"it takes True, False or nothing after it, not {value!r}", param, ctx)
+            self.fail(f"it accepts True, False or no value, not {value!r}", param, ctx)
         return answer
 
 
 def switch(*names: str, group: str, default: bool | None = False, **attributes: Any) -> Callable[[Any], Any]:
-    """An option that takes True, False, or nothing after it (which means True)."""
+    """An option that accepts True, False, or no value (which means True)."""
     return option(
         *names,
         group=group,
@@ -291,7 +291,7 @@ class ProjectName(click.ParamType):
     name = "NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Project:
-        """The project of that name; `Command.invoke` looks for checkpoints in it."""
+        """The project of this name; `Command.invoke` looks for checkpoints in it."""
         del param
         project = value if isinstance(value, Project) else Project(value)
         if ctx is not None:
@@ -300,7 +300,7 @@ class ProjectName(click.ParamType):
 
 
 class Checkpoint(click.ParamType):
-    """The folder of a checkpoint, or its name within the project; it is looked for before the command begins."""
+    """The folder of a checkpoint, or its name in the project; it is checked before the command begins."""
 
     name = "CHECKPOINT"
 
@@ -308,15 +308,15 @@ class Checkpoint(click.ParamType):
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
-        """A path; of a setting, as text."""
+        """A path; for a setting, as text."""
         del param, ctx
         return self.kind(value)
 
     def find(self, value: Path | str, project: Project) -> Path | str:
-        """Where it lies.
+        """The checkpoint's folder.
 
         Raises:
-            VdiffError: no checkpoint is there.
+            VdiffError: it is not a checkpoint.
         """
         found = project.inside(Path(value))
         if not (found.suffix in PICKLES and found.is_file()):
@@ -325,10 +325,10 @@ class Checkpoint(click.ParamType):
 
 
 def project_option(*, read: bool = True) -> Callable[[Any], Any]:
-    """`--name` of every command.
+    """The option `--name` of every command.
 
     Args:
-        read: whether the command gets the project; without it, only names of checkpoints are looked for in it.
+        read: whether the command receives the project; otherwise the name only affects names of checkpoints.
     """
     return option(
         "--name",
@@ -339,10 +339,10 @@ def project_option(*, read: bool = True) -> Callable[[Any], Any]:
         metavar="NAME",
         show_default="none",
         expose_value=read,
-        help="Work in a separate project: data/NAME_SIZE, checkpoints/NAME, samples/NAME. A checkpoint in it may be "
-        "given as base_5."
+        help="Work in a separate project: data/NAME_SIZE, checkpoints/NAME, samples/NAME. Its checkpoints may be given "
+        "as base_5."
         if read
-        else "Of the project whose checkpoint is meant, which may be given as base_5: checkpoints/NAME/base_5.",
+        else "The checkpoint's project: base_5 then means checkpoints/NAME/base_5.",
     )
 
 
@@ -360,7 +360,7 @@ class Names(click.ParamType):
         return tuple(self.item.convert(part.strip(), param, ctx) for part in str(value).split(","))
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """What stands behind the option in `--help`."""
+        """The placeholder after the option in `--help`."""
         del param, ctx
         return self.name
 
@@ -378,12 +378,12 @@ def _program(context: click.Context) -> list[str]:
 
 
 def one_line_usage_error(error: click.ClickException) -> str:
-    """Click's message as one line that ends with what to do next."""
+    """Click's message as one line, with a hint at its end."""
     message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
     if isinstance(error, click.NoSuchOption) and context is not None:
         options = [name for p in context.command.params if isinstance(p, click.Option) for name in p.opts]
-        message = f"no such option {error.option_name}"
+        message = f"unknown option {error.option_name}"
         name = error.option_name.replace("-", "_").replace("__", "--", 1)
         known = (f"--{here}" for here, words in ELSEWHERE.items() if name[2:] in words.split())
         if near := suggestion(next((here for here in known if here in options), name), options, only_near=True):
@@ -395,26 +395,26 @@ def one_line_usage_error(error: click.ClickException) -> str:
 
 
 def speaks() -> bool:
-    """Whether this is the only process, or the first of those that a launcher started."""
+    """Whether this is the only process, or rank 0 under a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def fail(message: str, code: int) -> None:
-    """Print one error line to stderr and leave."""
+    """Print one error line to stderr and exit."""
     if speaks():
         print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def run_as_program(run: Callable[[], Any]) -> None:
-    """Run a command and leave with its exit code.
+    """Run a command and exit with its exit code.
 
     0 done, 1 failed, 2 usage, 3 finished with skipped inputs, 130 Ctrl-C, 143 SIGTERM.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where × and → cannot be written, ? will do
+        sys.stdout.reconfigure(errors="replace")  # if × and → cannot be written, ? replaces them
     wait_briefly()
-    for mpi, name in MPI.items():  # where accelerate launches by mpirun
+    for mpi, name in MPI.items():  # if accelerate launches by mpirun
         if value := os.environ.get(f"OMPI_COMM_WORLD_{mpi}"):
             os.environ.setdefault(name, value)
     try:
@@ -443,15 +443,15 @@ def run_as_program(run: Callable[[], Any]) -> None:
         if error.filename is None:
             _discard_output()
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        fail(f"{where}{error.strerror or error}; correct that, then give the same command again", 1)
+        fail(f"{where}{error.strerror or error}; fix this, then run the same command again", 1)
     sys.exit(result if isinstance(result, int) else 0)
 
 
 def wait_briefly() -> None:
-    """Have threads that wait for each other give the processor back soon, where other programs want it.
+    """Make waiting threads release the processor quickly if other programs need it.
 
-    OpenMP lets them spin for milliseconds, which made two threads beside other programs 50 times slower. It reads this
-    when torch is loaded.
+    OpenMP lets them spin for milliseconds, which made two threads 50 times slower when other programs ran. OpenMP reads
+    this setting when torch is loaded.
     """
     is_chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     if not is_chosen and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
@@ -459,16 +459,16 @@ def wait_briefly() -> None:
 
 
 def _discard_output() -> None:
-    """Nobody reads stdout, or its disk is full: what is left of it must not fail once more when Python ends."""
+    """If stdout is closed or its disk is full, discard the rest, so that it does not fail again when Python exits."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Inside the block SIGTERM raises `Interrupted`, and a second signal ends the process within a second.
+    """In the block, SIGTERM raises `Interrupted`, and a second signal ends the process within a second.
 
-    Only the main thread can see to that.
+    Only the main thread can do this.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -482,12 +482,12 @@ def _terminable() -> Iterator[None]:
 
 
 def _stopping(over: threading.Event) -> None:
-    """Say that a signal was heard, where leaving takes longer than a moment."""
+    """Print that a signal was received, if stopping takes longer than a moment."""
     if not over.wait(SECONDS_UNTIL_SAID) and speaks():
         print("stopping; press again to leave now", file=sys.stderr, flush=True)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that what is half-written is taken away, and leaves with 143."""
+    """SIGTERM unwinds like Ctrl-C, so that partial output is removed, and exits with 143."""
     del signum, frame
     raise Interrupted("terminated", 143)

@@ -1,4 +1,4 @@
-"""Lines of the v-diffusion repositories, read as lines of vdiff; `--help` does not list their options.
+"""Command lines of the v-diffusion repositories, translated to vdiff; `--help` does not list their options.
 
 python train.py --module celeba_u --name celeba --dname original --batch_size 1
 python distillate.py --module celeba_u --name celeba --dname base_0 --base_checkpoint original/checkpoint.pt
@@ -29,10 +29,10 @@ PICKLES = (".pt", ".pth")
 
 
 def translated(command: str, words: Sequence[str]) -> list[str]:
-    """The words of a command line; those of a v-diffusion repository become vdiff's.
+    """The words of a command line; options of a v-diffusion repository become vdiff's.
 
     Raises:
-        OptionError: an option that vdiff has nothing for; the hint is what does it.
+        OptionError: vdiff has no such option; the hint names the alternative.
     """
     theirs = THEIRS.get(command, "").split()
     options = _options(words)
@@ -51,7 +51,7 @@ def translated(command: str, words: Sequence[str]) -> list[str]:
 
 
 def _options(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Options with their value, and what is none as a value without a name."""
+    """Options with their values; other words are values without a name."""
     found: list[tuple[str, str]] = []
     for word in words:
         if word.startswith("--"):
@@ -65,7 +65,7 @@ def _options(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _one(command: str, name: str, value: str, given: dict[str, str]) -> list[str]:
-    """vdiff's words for one option of theirs."""
+    """vdiff's words for one of their options."""
     if name == "module":
         return _module(command, value, given)
     if name == "dname":
@@ -90,39 +90,39 @@ def _one(command: str, name: str, value: str, given: dict[str, str]) -> list[str
         return ["--lr_schedule", SCHEDULES[value]]
     if name == "gamma":
         if value.strip("0.") or "0" not in value:
-            raise OptionError(f"--gamma {value}: that weight is not in vdiff", "choose another with --weighting")
-        return ["--weighting", "snr_plus_one"]  # their error of v, for each pixel
+            raise OptionError(f"--gamma {value}: vdiff lacks this weighting", "choose another with --weighting")
+        return ["--weighting", "snr_plus_one"]  # their error of v, per pixel
     raise OptionError(f"--{name}: vdiff continues its own runs", "leave it out, and give --resume to train.py")
 
 
 def _module(command: str, value: str, given: dict[str, str]) -> list[str]:
-    """Their network and dataset in one: only celeba_u has a preset here; checkpoints of vdiff tell theirs."""
+    """Their network and dataset: only celeba_u has a preset in vdiff; vdiff's checkpoints contain theirs."""
     if value != MODULE and command == "sample":
         model = given.get("checkpoint", "FILE.pt")
         if Path(model).suffix in PICKLES and Path(model).is_file():
             line = f"vdiff import reference {shell(model)} --image_size PIXELS --attention_heads HEADS"
-            raise OptionError(f"--module {value}: vdiff reads no network from Python code", f"import it first: {line}")
+            raise OptionError(f"--module {value}: vdiff does not read networks in Python", f"import it first: {line}")
     elif value != MODULE:
         hint = "leave it out, and give --preset NAME or a table [unet] in --config FILE.toml"
-        raise OptionError(f"--module {value}: vdiff reads no network from Python code", hint)
+        raise OptionError(f"--module {value}: vdiff does not read networks in Python", hint)
     return [] if command == "sample" or "preset" in given else ["--preset", PRESET]
 
 
 def home_of(checkpoint: Path, project: Project) -> Path:
-    """The folder that a checkpoint stands for: students lie beside it, samples in its project."""
+    """The folder of a checkpoint: students go beside it, samples into its project."""
     if checkpoint.suffix not in PICKLES:
         return checkpoint
     return checkpoint.parent if checkpoint.stem == "checkpoint" else project.checkpoints / checkpoint.stem
 
 
 def imported(checkpoint: Path, say: Callable[[str], object]) -> Path:
-    """A checkpoint's folder; a checkpoint.pt of those repositories is imported into the user's cache, by its content.
+    """A checkpoint's folder; a checkpoint.pt of those repositories is imported into the user's cache, keyed by content.
 
     Args:
-        say: gets a line of what was assumed of a file.
+        say: receives a line about what was assumed of a file.
 
     Raises:
-        VdiffError: the file is no such checkpoint.
+        VdiffError: the file is not such a checkpoint.
     """
     if checkpoint.suffix not in PICKLES or not checkpoint.is_file():
         return checkpoint
@@ -135,5 +135,5 @@ def imported(checkpoint: Path, say: Callable[[str], object]) -> Path:
     if not (folder / CONFIG).is_file():
         import_reference(checkpoint, folder)
     line = f"vdiff import reference {shell(checkpoint)} --image_size PIXELS --attention_heads HEADS"
-    say(f"{checkpoint} is read as the network of {MODULE}: 256 pixels, 4 heads; of others: {line}")
+    say(f"{checkpoint} is read as the network of {MODULE}: 256 pixels, 4 heads; for others: {line}")
     return folder

@@ -311,7 +311,7 @@ class ShardStore(StoredImages):
             if count != shard.images:
                 raise damaged(shown(place), f"{count} images, not {shard.images}")
             if is_whole and file.sha256() != shard.sha256:
-                raise damaged(shown(place), "its checksum is another one")
+                raise damaged(shown(place), "its checksum does not match")
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """The dataset in pieces that may be read by different processes: the images of each shard."""

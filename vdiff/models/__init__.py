@@ -1,1 +1,1 @@
-"""Networks, the denoiser that joins one to a schedule, and the folder it is kept in."""
+"""Networks, the denoiser that combines one with a schedule, and the folder of a checkpoint."""

@@ -1,4 +1,4 @@
-"""What a network is asked for, whatever it is: network(z, timestep, **condition) → output."""
+"""The interface of all networks: network(z, timestep, **condition) → output."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vdiff.models.condition import Condition, Signature
 
 
 class Backbone(nn.Module):
-    """A network of one of the kinds of `vdiff.models.kinds`.
+    """A network of one of the kinds in `vdiff.models.kinds`.
 
-    Its forward takes z (B, C, …), a real timestep (B,) and conditions by the names of its signature, and answers
+    Its forward takes z (B, C, …), a real timestep (B,) and conditions by the names of its signature, and returns
     (B, C_out, …).
 
     Attributes:
         kind: its name in `vdiff.models.kinds`.
-        signature: what it takes and answers.
-        full_precision: compute in the precision of the weights, whatever mixed precision is switched on outside.
-        checkpointing: keep less for the gradient and compute it again (Chen et al. 2016).
+        signature: its inputs and outputs.
+        full_precision: compute in the precision of the weights, even under mixed precision.
+        checkpointing: store fewer activations for the gradient, and recompute them (Chen et al. 2016).
     """
 
     kind: ClassVar[str]
@@ -31,29 +31,29 @@ class Backbone(nn.Module):
     checkpointing = False
 
     def describe(self) -> dict[str, Any]:
-        """Plain values from which a checkpoint builds it again: the `config` of its kind."""
+        """Plain values to rebuild it from a checkpoint: the `config` of its kind."""
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """The parts whose weights are put together one after the other where they are shared out over processes."""
+        """The parts whose sharded weights are gathered one part at a time."""
         raise NotImplementedError
 
     def encode(self, condition: Condition) -> Condition:
-        """The condition as it is the same at all times: what is computed of it once, before a sampling loop."""
+        """The parts of the condition that are equal at all times, computed once before a sampling loop."""
         return condition
 
     @property
     def output_layer(self) -> nn.Module | None:
-        """The layer whose output is the network's; None: unknown."""
+        """The layer that computes the network's output; None: unknown."""
         return None
 
     def own_precision(self, device: torch.device) -> AbstractContextManager[object]:
-        """What `full_precision` asks for, around a forward pass."""
+        """The context of a forward pass that implements `full_precision`."""
         return without_autocast(device) if self.full_precision else nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Mixed precision off; where it is off anyway, nothing at all, so that exported graphs stay free of it."""
+    """Disable mixed precision; does nothing if it is off, so that exported graphs do not contain it."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -65,9 +65,9 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def count_flops(build: Callable[[], Backbone], shape: Sequence[int]) -> tuple[int, int]:
-    """Parameters, and floating-point operations of one evaluation on one sample (a multiply-add counts as two).
+    """Parameters, and floating-point operations per evaluation and sample (a multiply-add counts as two).
 
-    Nothing is computed: the network is made without weights.
+    Nothing is computed: the network has no weights.
 
     Args:
         shape: (C, H, W), (C, L), … of a sample.

@@ -1,4 +1,4 @@
-"""What can be asked of a checkpoint: each check answers what was asked in the form that drawing takes, or refuses."""
+"""Checks of options for sampling from a checkpoint: each returns the options for drawing, or refuses them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from vdiff.models.checkpoint import CheckpointConfig
 
 UNIFORM = "uniform"
 MIN_SIGNAL = 1e-3
-"""With a smaller α at t = 1, x̂ = (z − σ ε̂)/α is the network's error magnified."""
+"""For a smaller α at t = 1, x̂ = (z − σ ε̂)/α magnifies the network's error too much."""
 
 
 def class_numbers(config: CheckpointConfig, words: Sequence[str | int] | None) -> list[int]:
-    """Classes by name or number; all of them where none is named, none for an unconditional model.
+    """The numbers of classes, given by name or number; all if none are given; none for an unconditional model.
 
     Raises:
-        VdiffError: an unknown class, or a model without classes.
+        VdiffError: a class is unknown, or the model has no classes.
     """
     names = config.class_names
     if words is None:
         return list(range(len(names)))
     if not names:
-        raise VdiffError("this model knows no classes", "leave it out")
+        raise VdiffError("this model has no classes", "leave it out")
     if not words:
-        raise VdiffError("no class is named", suggestion("", names))
+        raise VdiffError("no class is given", suggestion("", names))
     numbers = []
     for word in map(str, words):
         if word not in names and not (word.isdecimal() and int(word) < len(names)):
@@ -41,44 +41,44 @@ def class_numbers(config: CheckpointConfig, words: Sequence[str | int] | None) -
 
 
 def check_grid(config: CheckpointConfig, grid: str, num_steps: int) -> None:
-    """Refuse times that the network has never seen.
+    """Refuse times that the network was not trained for.
 
     Raises:
-        VdiffError: another grid than its own for a distilled model, or a number of steps that the grid cannot have.
+        VdiffError: a distilled model needs its own grid, or the grid cannot have this number of steps.
     """
     try:
         config.check_grid(grid, num_steps)
     except ValueError as error:
         if grid != UNIFORM and config.is_distilled:
-            hint = "leave it out, or take the model that it was distilled from"
+            hint = "leave it out, or use the model that it was distilled from"
         else:
             hint = "give a number that does" if "divide" in str(error) else "give another"
         raise VdiffError(str(error), hint) from None
 
 
 def check_guidance(config: CheckpointConfig, weight: float) -> None:
-    """Refuse a weight w that this network cannot be guided with.
+    """Refuse a guidance weight w that this network does not support.
 
     Raises:
-        VdiffError: a network that learned no answer without a class, or another range of weights.
+        VdiffError: the network was not trained without classes, or only for another range of weights.
     """
     if not math.isfinite(weight):
-        raise VdiffError(f"{weight} is not a weight", "give a number such as 1.5")
+        raise VdiffError(f"{weight} is not a guidance weight", "give a number such as 1.5")
     if config.signature.takes_guidance:
         low, high = config.guidance_range or (0.0, 0.0)
         if not low <= weight <= high:
-            raise VdiffError(f"this model knows weights from {low:g} to {high:g}, not {weight:g}", "give one of those")
+            raise VdiffError(f"this model supports weights {low:g} to {high:g}, not {weight:g}", "give one of these")
     elif weight and not config.signature.null:
         raise VdiffError(
-            "this model has no answer without a class", "leave it out, or train with --class_dropout 0.1 for guidance"
+            "this model cannot predict without a class", "leave it out, or train with --class_dropout 0.1 for guidance"
         )
 
 
 def check_interval(config: CheckpointConfig, weight: float, interval: Sequence[float] | None) -> None:
-    """Refuse an interval (first, last) of times t that are guided with the weight w; None: all times.
+    """Refuse an invalid interval (first, last) of times for guidance with weight w; None: all times.
 
     Raises:
-        VdiffError: These are not two increasing times, there is no guidance, or the network knows none.
+        VdiffError: the interval is not two increasing times, there is no guidance, or the network has it built in.
     """
     if interval is None:
         return
@@ -86,19 +86,19 @@ def check_interval(config: CheckpointConfig, weight: float, interval: Sequence[f
         shown = ",".join(f"{t:g}" for t in interval)
         raise VdiffError(f"{shown} are not two increasing times between 0 and 1", "give two, such as 0.2,0.8")
     if not weight:
-        raise VdiffError("it means nothing without guidance", "give --guidance too")
+        raise VdiffError("it has no effect without guidance", "give --guidance too")
     if config.signature.takes_guidance:
         raise VdiffError("this model was distilled with guidance at all times", "leave it out")
 
 
 def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
-    """The sampler `name` with those options.
+    """The sampler `name` with these options.
 
     Raises:
-        VdiffError: no such sampler, or an option that it has no use for or cannot take.
+        VdiffError: the sampler is unknown, or an option is unknown or invalid.
     """
     if name not in SAMPLERS:
-        raise VdiffError(f"no sampler {name!r}", suggestion(name, SAMPLERS))
+        raise VdiffError(f"unknown sampler {name!r}", suggestion(name, SAMPLERS))
     known = sampler_fields(name)
     for key in options:
         if key not in known:
@@ -115,15 +115,13 @@ def sampler_fields(name: str) -> set[str]:
 
 
 def check_limits(config: CheckpointConfig, options: Mapping[str, Any]) -> None:
-    """Refuse an x̂ without limits from an ε-prediction on a schedule that ends in noise alone.
+    """Refuse an unclipped x̂ of an ε-prediction on a schedule that ends in pure noise.
 
     Raises:
-        VdiffError: as said.
+        VdiffError: the model and the options are such a case.
     """
     if not config.family.predicts_noise or options.get("clipping_value", 1.0) is not None:
         return
     end = build_schedule(config.schedule).angle(torch.ones(1))
     if float(end.cos()) < MIN_SIGNAL:
-        raise VdiffError(
-            "an eps-prediction at zero signal says nothing about the image, so x must be clipped", "clip it"
-        )
+        raise VdiffError("an eps-prediction at zero signal contains no image, so x must be clipped", "clip it")

@@ -1,4 +1,4 @@
-"""Drawing images from a denoiser: numbered images in, pixels out."""
+"""Drawing numbered images from a denoiser."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ OnState = Callable[[int, Tensor, Prediction], None]
 
 
 def classes_in_turn(denoiser: Denoiser, indices: Sequence[int], choices: Sequence[int] | None = None) -> Condition:
-    """The condition in which images take the classes `choices` in turn (None: all), if the network takes classes."""
+    """The condition that assigns the classes `choices` to images in turn (None: all), if the network takes classes."""
     choices = choices or range(denoiser.network.signature.num_classes)
     return denoiser.condition(classes=image_classes(indices, choices) if choices else None)
 
 
 def image_classes(indices: Sequence[int], choices: Sequence[int]) -> Tensor:
-    """Image k is of class `choices[k mod len(choices)]`: (B,) int64."""
+    """Image k has class `choices[k mod len(choices)]`: (B,) int64."""
     return torch.tensor([choices[k % len(choices)] for k in indices])
 
 
 def squared_errors(images: Tensor, theirs: Tensor, codec: Codec) -> Tensor:
-    """(n,) float64: the mean over each sample of the squared difference, pixels being clipped to [−1, 1].
+    """(n,) float64: the mean squared difference of each sample, with pixels clipped to [−1, 1].
 
-    Images are paired by their number, over those that both have.
+    Images are paired by their number, as far as both have them.
     """
     count = min(len(images), len(theirs))
     a, b = (codec.clip(each[:count].double()) for each in (images, theirs))
@@ -44,7 +44,7 @@ def squared_errors(images: Tensor, theirs: Tensor, codec: Codec) -> Tensor:
 
 
 def rmse(images: Tensor, theirs: Tensor, codec: Codec) -> float:
-    """√ of the mean of `squared_errors`: what every "RMSE" of a ladder, report or evaluation is."""
+    """√ of the mean of `squared_errors`: the "RMSE" in ladders, reports and evaluations."""
     return float(squared_errors(images, theirs, codec).mean().sqrt())
 
 
@@ -58,11 +58,11 @@ def draw(
     classes: Sequence[int] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Samples number `indices` of `seed`: (B, C, …) float32 on the CPU, in [−1, 1] where the sampler clips.
+    """Samples `indices` of `seed`: (B, C, …) float32 on the CPU, in [−1, 1] if the sampler clips.
 
     Args:
-        image_size: pixels of a side, or the sizes behind the channels: (H, W), (L,), ….
-        classes: for a class-conditional network, the classes that the images take in turn; None: all of them.
+        image_size: pixels per side, or the sizes after the channels: (H, W), (L,), ….
+        classes: for a class-conditional network, the classes, assigned to the images in turn; None: all.
         options: of `draw_from`, such as `num_steps` and `guidance`.
 
     Raises:
@@ -95,15 +95,15 @@ def draw_from(
     on_step: OnStep | None = None,
     on_state: OnState | None = None,
 ) -> Tensor:
-    """Images from what `noise()` answers, (B, C, H, W): float32 on the CPU, in [−1, 1] where the sampler clips.
+    """Images from noise (B, C, H, W): float32 on the CPU, in [−1, 1] if the sampler clips.
 
     Args:
-        noise: its first answer is z at t = 1, the others are what a stochastic sampler adds.
-        start: z at t = 1 instead of that first answer, which is passed over.
+        noise: its first result is z at t = 1; a stochastic sampler adds the later ones.
+        start: z at t = 1 instead of that first result, which is skipped.
         condition: of B rows, on any device.
-        guidance: the weight w of classifier-free guidance. A network that takes it as an input is told it; another one
-            is evaluated with the condition and with its null.
-        guidance_interval: the times, ends included, that are guided by two evaluations; elsewhere one is enough.
+        guidance: the weight w of classifier-free guidance. A network may take it as an input; otherwise it is evaluated
+            with the condition and with its null.
+        guidance_interval: the times, ends included, with guidance by two evaluations; elsewhere there is one.
         grid: the name of the grid of `num_steps` steps, see `vdiff.diffusion.grids`.
         on_step, on_state: see `vdiff.diffusion.samplers.sample`.
 
@@ -124,7 +124,7 @@ def draw_from(
 
     def denoise(z: Tensor, t: Tensor) -> Prediction:
         told = condition
-        if SECOND_TIME in denoiser.network.signature.names:  # where the step from t ends
+        if SECOND_TIME in denoiser.network.signature.names:  # the end of the step from t
             end = (torch.searchsorted(times, t.to(times).contiguous()) - 1).clamp(min=0)
             told = condition.with_tensors(second_time=times[end])
         prediction: Prediction = guided(z, t, told)
@@ -150,8 +150,8 @@ def draw_from(
         remedy = "use an earlier checkpoint, or train with a lower --lr"
         if dtype.itemsize < 4:
             error, remedy = NonFiniteSampleError(f"{error}, the network in {dtype}"), "give --precision fp32"
-        raise VdiffError(f"the model draws no image: {error}", remedy) from None
+        raise VdiffError(f"the model does not draw an image: {error}", remedy) from None
     finally:
         denoiser.train(was_training)
-    # outside of inference mode, so that who asked may compute gradients with it
+    # outside of inference mode, so that the caller may compute gradients with it
     return images.to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""A small network that maps images to feature vectors, and its file: a `torch.export` program with a description."""
+"""A small network that maps images to feature vectors, and its file: a `torch.export` program with metadata."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("classifier", "autoencoder")
 MIN_SIZE, MAX_SIZE = 8, 256
 LAST_SIDE = 4
 FULL_SIDE = 64
-"""The largest side that the first convolution keeps: larger images are reduced to it by its stride."""
+"""The largest side after the first convolution; its stride reduces larger images."""
 GROUPS = 8
 SUFFIX = ".pt2"
 FORMAT = 1
@@ -33,7 +33,7 @@ class FeatureNetConfig:
     """The shape of a feature network.
 
     Attributes:
-        kind: what it is trained as, "classifier" or "autoencoder".
+        kind: "classifier" or "autoencoder".
         image_size, channels: of the images, 8 to 256 pixels a side.
         dim: of a feature vector.
         num_classes: of a classifier; 0 for an autoencoder.
@@ -58,7 +58,7 @@ class FeatureNetConfig:
 
     @property
     def stride(self) -> int:
-        """Of the first convolution: 1 up to 64 pixels, then 2 or 4."""
+        """The stride of the first convolution: 1 up to 64 pixels, then 2 or 4."""
         return 1 if self.image_size <= FULL_SIDE else 2 if self.image_size <= 2 * FULL_SIDE else 4
 
     @property
@@ -78,7 +78,7 @@ class FeatureNetConfig:
 def _block(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
     """Convolution, normalisation over groups, SiLU: (n, inputs, s, s) → (n, outputs, ⌈s/stride⌉, ⌈s/stride⌉).
 
-    The kernel is 3 × 3, or 9 × 9 where the stride is 4, so that it misses no pixel.
+    The kernel is 3 × 3, or 9 × 9 for stride 4, so that it covers every pixel.
     """
     reach = 4 if stride == 4 else 1
     return nn.Sequential(
@@ -115,7 +115,7 @@ class FeatureNet(nn.Module):
         return features
 
     def standardise(self, mean: Tensor, scale: Tensor) -> None:
-        """Make the output (features − `mean`) / `scale`, (dim,) and () tensors, by changing the linear layer."""
+        """Change the linear layer so that the output is (features − `mean`) / `scale`, with tensors (dim,) and ()."""
         weight, bias = self.linear.weight.data, self.linear.bias.data
         weight.div_(scale.to(weight))
         bias.sub_(mean.to(bias)).div_(scale.to(bias))
@@ -135,7 +135,7 @@ class FeatureClassifier(nn.Module):
 
 
 class FeatureAutoencoder(nn.Module):
-    """(n, C, S, S) images → reconstructions of them from the `features` alone."""
+    """(n, C, S, S) images → their reconstructions from the `features` alone."""
 
     def __init__(self, config: FeatureNetConfig) -> None:
         super().__init__()
@@ -158,17 +158,17 @@ class FeatureAutoencoder(nn.Module):
 
 @dataclass(frozen=True)
 class FeatureMetadata:
-    """The description in a feature network's file: JSON in the extra file `vdiff.json`.
+    """The metadata in a feature network's file: JSON in the extra file `vdiff.json`.
 
     Attributes:
         features: the format's version; the key marks a program that computes features.
         kind: "classifier" or "autoencoder".
-        image_size, channels: of the images (n, channels, image_size, image_size) in [−1, 1] that it takes.
+        image_size, channels: of its input images (n, channels, image_size, image_size) in [−1, 1].
         dim: of a feature vector.
         dataset, dataset_fingerprint, class_names: the training data.
         num_iters, batch_size, seed: of the training.
-        metric, held_out, baseline, num_held_out: "accuracy" or "psnr", its value on held-out images, the value of the
-            most common class or the mean image, and the number of those images.
+        metric, held_out, baseline, num_held_out: "accuracy" or "psnr", its value on held-out images, the value of
+            guessing the most common class or the mean image, and the number of held-out images.
     """
 
     features: int
@@ -190,10 +190,10 @@ class FeatureMetadata:
 
 
 def check_out(path: Path, *, overwrite: bool) -> None:
-    """Check before the training that the file may be written after it.
+    """Check before the training that the file may be written afterwards.
 
     Raises:
-        OptionError: the name does not end with .pt2, or is that of a folder.
+        OptionError: the name does not end in .pt2, or is a folder.
         VdiffError: the file exists, and `overwrite` is off or vdiff did not write it.
     """
     if path.suffix != SUFFIX:
@@ -206,7 +206,7 @@ def check_out(path: Path, *, overwrite: bool) -> None:
 def write_features(network: FeatureNet, metadata: FeatureMetadata, path: Path) -> float:
     """Write the program, whole or not at all; return the largest difference of its features after reloading.
 
-    It takes images (n, C, S, S), float32 in [−1, 1], for any n.
+    The program takes images (n, C, S, S), float32 in [−1, 1], for any n.
 
     Raises:
         VdiffError: the features differ, or the file system refuses.
@@ -236,7 +236,7 @@ def _probe(network: FeatureNet, count: int) -> Tensor:
 
 
 def parse_metadata(text: str | bytes) -> FeatureMetadata | None:
-    """The description in a program's extra file; None if it is empty or not that of features."""
+    """The metadata in a program's extra file; None if it is empty or not of a feature network."""
     try:
         found = record_of(FeatureMetadata, parse(text or "null"), "the description", "")
     except (ValueError, VdiffError):

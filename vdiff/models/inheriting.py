@@ -1,8 +1,8 @@
-"""The weights of a network of another shape: a smaller student begins with what fits of its teacher's.
+"""Initial weights for a smaller student: the parts of its teacher's weights that fit.
 
-Weights are matched by what they mean, not by where they are: a level by its pixels' size, a block by its place in the
-level, a channel by its number among those that come from one source. Every width keeps its leading channels, so that
-all the branches that are added to one stream of features agree about which channels it still has.
+Weights are matched by meaning, not by position: a level by its resolution, a block by its place in the level, a channel
+by its number among the channels of one source. Every width keeps its leading channels, so that all branches that add to
+a stream of features keep the same channels.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetStage
 from vdiff.models.unet_config import UNetConfig
 
 Parts = tuple[int, ...]
-"""The lengths of the pieces that one axis of a tensor is made of, each of a meaning of its own."""
+"""The lengths of the pieces of a tensor's axis; each piece has its own meaning."""
 
 
 @dataclass(frozen=True)
 class Inherited:
-    """How much of a network came from another.
+    """How much of a network was copied from another.
 
     Attributes:
-        whole, part, fresh: tensors that are the other's as they are, that hold a piece of one (or are filled by it in
-            part), and that nothing in the other fits.
-        copied, parameters: numbers that came from the other, of so many in all.
+        whole, part, fresh: number of tensors that were copied whole, copied in part, and not copied.
+        copied, parameters: copied numbers, and all numbers.
     """
 
     whole: int
@@ -48,19 +47,19 @@ class Inherited:
 
 
 def inherit(student: UNet, teacher: UNet) -> Inherited:
-    """Put what fits of the teacher's weights into the student, whose other weights stay as they are.
+    """Copy the fitting parts of the teacher's weights to the student; its other weights do not change.
 
-    - Fewer channels: the leading ones, of h and of the skip that the way up joins, of scale and of shift, of q, k and
-      v and of each head. Where there are fewer heads, each stands for a group of the teacher's.
-    - Fewer blocks a level: the first, the last and evenly between; on the way up the blocks that take their skips.
+    - Fewer channels: the leading ones, separately for h and the skip on the way up, for scale and shift, for q, k and v
+      and for each head. With fewer heads, each represents a group of the teacher's.
+    - Fewer blocks per level: the first, the last and evenly between; on the way up, the blocks that take their skips.
     - The embeddings of times and guidance: the nearest frequencies.
-    - A block that changes its width where the teacher's does not begins with the identity.
+    - A block that changes its width, unlike the teacher's, begins with the identity.
 
-    Equal shapes give equal networks. Dropout, attention that is new, guidance as an input and classes left out change
-    no answer.
+    Equal shapes give equal networks. Dropout, new attention, guidance as an input and omitted classes do not change the
+    output.
 
     Raises:
-        ValueError: images of other channels, or other classes.
+        ValueError: the channels of images or the classes differ.
     """
     for name in ("in_channels", "num_classes"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
@@ -85,7 +84,7 @@ def inherit(student: UNet, teacher: UNet) -> Inherited:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor, and the pieces of each of its axes (those of a convolution's kernel are left out)."""
+    """A tensor, and the pieces of each axis (without the axes of a convolution's kernel)."""
 
     tensor: Tensor
     axes: tuple[Parts, ...]
@@ -93,7 +92,7 @@ class _Weight:
 
 @torch.no_grad()
 def _copy(weight: _Weight, source: _Weight) -> int:
-    """Put the leading numbers of each piece of `source` into the same piece of `weight`; answers how many."""
+    """Copy the leading numbers of each piece of `source` to the same piece of `weight`; returns how many."""
     pairs = [_alike(mine, theirs) for mine, theirs in zip(weight.axes, source.axes, strict=True)]
     copied = 0
     for pieces in itertools.product(*pairs):
@@ -107,9 +106,9 @@ def _copy(weight: _Weight, source: _Weight) -> int:
 
 
 def _alike(mine: Parts, theirs: Parts) -> list[tuple[int, int, int, int]]:
-    """The pieces that stand for each other: start and length of mine, start and length of theirs.
+    """The corresponding pieces: start and length of mine, start and length of theirs.
 
-    Where they are not as many, neighbours are put together until they are.
+    If the numbers of pieces differ, neighbours are merged until they agree.
     """
     count = math.gcd(len(mine), len(theirs))
     mine, theirs = _joined(mine, count), _joined(theirs, count)
@@ -122,13 +121,13 @@ def _joined(parts: Parts, count: int) -> Parts:
     return tuple(sum(parts[i : i + size]) for i in range(0, len(parts), size))
 
 
-# What the weights of a network mean
+# The meaning of a network's weights
 
 
 def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
-    """Name by meaning → weight. Blocks have their numbers in a network of shape `like`, and those without are left out.
+    """Name by meaning → weight. Blocks have their numbers in a network of shape `like`; blocks without one are omitted.
 
-    Where a block passes its input on, the identity is said as the 1×1 convolution that it is.
+    If a block passes its input on, the identity is given as a 1×1 convolution.
     """
     config = network.config
     emb, c = (config.embedding_channels,), config.channels
@@ -165,7 +164,7 @@ def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
 
 
 def _places(network: UNet, like: UNetConfig) -> Iterator[tuple[str, UNetStage | Resample, Parts]]:
-    """Name by meaning, module, and the channels of what goes into it (two where it is h and a skip)."""
+    """Name by meaning, module, and the channels of its inputs (two for h and a skip)."""
     config = network.config
     blocks = config.num_blocks
     number = _numbers(blocks, like.num_blocks)
@@ -190,7 +189,7 @@ def _places(network: UNet, like: UNetConfig) -> Iterator[tuple[str, UNetStage | 
     for stride, channels in reversed(levels):
         for k in range(blocks + 1):
             stage, skip = next(up), skips.pop()
-            taken = blocks - 1 - k  # the block on the way down whose output this one is given
+            taken = blocks - 1 - k  # the block on the way down that provides this one's skip
             if k == blocks:
                 yield f"up, stride {stride}, entry", stage, (width, skip)
             elif taken in number:
@@ -233,7 +232,7 @@ def _block(name: str, block: ResBlock, config: UNetConfig, inputs: Parts) -> dic
 
 
 def _attention(name: str, attention: Attention) -> dict[str, _Weight]:
-    """The weights of an attention block: q, k and v fall into heads."""
+    """The weights of an attention block: q, k and v are divided into heads."""
     c, heads = attention.norm.num_channels, attention.num_heads
     by_head = (c // heads,) * heads
     found = _norm(f"{name}, norm", attention.norm, (c,))
@@ -252,15 +251,15 @@ def _norm(name: str, norm: nn.GroupNorm, channels: Parts) -> dict[str, _Weight]:
 
 
 def _pieces(config: UNetConfig) -> Parts:
-    """The pieces of an embedding of time: cosines, sines, and a zero where the number is odd."""
+    """The pieces of a time embedding: cosines, sines, and a zero if the number is odd."""
     return config.channels // 2, config.channels // 2, config.channels % 2
 
 
 def _at_frequencies(weight: Tensor, config: UNetConfig, like: UNetConfig) -> Tensor:
-    """The weights that read `like`'s embedding of time nearly as `weight` (…, channels) reads that of `config`.
+    """Weights for `like`'s time embedding with nearly the output of `weight` (…, channels) for that of `config`.
 
-    Frequency i is P^(−i/(half − freq_shift)); as a number of the other's frequencies that is mostly between two whole
-    ones, and its weights are shared out between these.
+    Frequency i is P^(−i/(half − freq_shift)). It mostly lies between two of the other's frequencies, and its weights
+    are divided between these.
     """
     if (config.channels, config.freq_shift) == (like.channels, like.freq_shift):
         return weight

@@ -1,4 +1,4 @@
-"""A network as a file that runs wherever torch is: a `torch.export` program, and what it says of itself."""
+"""A network as a file that runs with torch alone: a `torch.export` program with metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vdiff.replacing import Kind
 from vdiff.text import cause_of
 
 METADATA = "vdiff.json"
-"""The extra file in a program that says what it is."""
+"""The name of the extra file with a program's metadata."""
 
 
 def _is_program(path: Path) -> str:
@@ -32,14 +32,14 @@ PROGRAM = Kind("program", _is_program)
 def exported(
     module: nn.Module, example: tuple[Tensor, ...] | Mapping[str, Tensor], fixed: Sequence[str] = ()
 ) -> torch.export.ExportedProgram:
-    """The program of a module, whose batch size is free.
+    """The program of a module, for any batch size.
 
     Args:
         example: inputs of any batch but 1, in order or by name.
         fixed: names of inputs that have no batch size.
 
     Raises:
-        VdiffError: the module's code depends on the batch size, or does what a program cannot.
+        VdiffError: the module's code depends on the batch size, or cannot be exported.
     """
     batch = torch.export.Dim("batch", min=1)
     try:
@@ -48,7 +48,7 @@ def exported(
                 return torch.export.export(module, example, dynamic_shapes=tuple({0: batch} for _ in example))
             shapes = {name: None if name in fixed else {0: batch} for name in example}
             return torch.export.export(module, (), dict(example), dynamic_shapes=shapes)
-    except Exception as error:  # a type of torch._dynamo, whose import costs a second
+    except Exception as error:  # a type of torch._dynamo, which takes a second to import
         if type(error).__name__ != "UserError":
             raise
         reason = cause_of(error, 160)
@@ -62,12 +62,12 @@ def write_program(
     path: Path,
     compare: Callable[[nn.Module], float],
 ) -> float:
-    """Write `module`, made ready for inference, to `path`, whole or not at all, and answer what `compare` found.
+    """Write `module`, prepared for inference, to `path`, whole or not at all; returns the result of `compare`.
 
     Args:
-        example: inputs of any batch but 1, in order or by name, as the program will be called; it takes every batch.
+        example: inputs of any batch size except 1, in order or by name, as in calls of the program.
         metadata: for the extra file `METADATA`, as JSON.
-        compare: told the program as it was read from the file, without gradients; what it raises leaves no file.
+        compare: called with the program as read from the file, without gradients; if it raises, no file is left.
 
     Raises:
         VdiffError: the file system refuses.
@@ -75,9 +75,9 @@ def write_program(
     module.eval().requires_grad_(False)
     program = exported(module, example)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names files of this machine
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine
     told = json.dumps(metadata, ensure_ascii=False, indent=2)
-    buffer = io.BytesIO()  # written to a disk that is full, torch would end the whole process
+    buffer = io.BytesIO()  # on a full disk, torch would end the whole process
     torch.export.save(program, buffer, extra_files={METADATA: told})
 
     def write(temporary: Path) -> float:

@@ -1,7 +1,7 @@
-"""Safetensors of somebody who may not be trusted: sizes and shapes are looked at first, then the checksum.
+"""Reading safetensors from untrusted sources: sizes and shapes are checked first, then the checksum.
 
-In the metadata of a file of ours are two CRC-32: of the header, taken with zeros in their place, and of the tensors'
-bytes. Files without them are read as they are.
+The metadata of vdiff's files hold two CRC-32: of the header, computed with zeros in their place, and of the tensors'
+bytes. Files without them are read without this check.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM, check_regular, sha256_of
 
 MAX_HEADER_BYTES = 100_000_000
-"""The most that safetensors itself reads."""
+"""The largest header that safetensors itself reads."""
 NO_CHECKSUM = "0" * 16
 CHECKSUM_FIELD = re.compile(rf'(?<="{CHECKSUM}":")[^"]{{16}}(?=")'.encode())
 MAX_WEIGHTS_BYTES = 64 * 2**30
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in a safetensors file; no number of its tensors is read.
+    """The names and shapes in a safetensors file, without reading its tensors.
 
     Raises:
-        VdiffError: the file is missing, truncated, of another format or larger than weights are.
+        VdiffError: the file is missing, truncated, of another format, or too large for weights.
     """
     with reading(path):
         size = path.stat().st_size
         if size > MAX_WEIGHTS_BYTES:
-            raise VdiffError(f"{path} has {size / 2**30:,.0f} GiB: no weights of ours do", "restore the file")
+            raise VdiffError(f"{path} has {size / 2**30:,.0f} GiB, too much for weights", "restore the file")
         check_tensors(path, header_only=True)
         with safe_open(path, framework="np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -52,9 +52,9 @@ def file_fingerprint(path: Path) -> str:
 
 
 def add_checksum(path: Path) -> None:
-    """Fill in the checksum of a safetensors file whose metadata holds `NO_CHECKSUM`, and sort its metadata.
+    """Replace `NO_CHECKSUM` in a safetensors file's metadata by the checksum, and sort the metadata.
 
-    safetensors writes metadata in random order; sorted, equal tensors make equal files.
+    safetensors writes metadata in random order; sorting makes equal tensors give equal files.
     """
     with open(path, "r+b") as file:
         header = _read_header(file)
@@ -67,7 +67,7 @@ def add_checksum(path: Path) -> None:
 
 
 def check_tensors(path: Path, *, header_only: bool = False) -> None:
-    """Compare a safetensors file with its checksum, if it has one.
+    """Check a safetensors file against its checksum, if it has one.
 
     Raises:
         OSError: they differ, or the file cannot be read.
@@ -84,7 +84,7 @@ def check_tensors(path: Path, *, header_only: bool = False) -> None:
 
 
 def _read_header(file: BufferedReader | BufferedRandom) -> bytes:
-    """The JSON at the beginning of a safetensors file; empty where it claims to be too long."""
+    """The JSON header of a safetensors file; empty if it claims to be too long."""
     size = int.from_bytes(file.read(8), "little")
     return file.read(size) if size <= MAX_HEADER_BYTES else b""
 
@@ -99,12 +99,12 @@ def _crc32(file: BufferedReader | BufferedRandom) -> int:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say in one line what keeps the safetensors file from being read."""
+    """Turn errors of reading the safetensors file into one line."""
     advice = "restore the file, or train again"
     check_regular(path)
     try:
         yield
     except FileNotFoundError:
         raise VdiffError(f"{path} is missing", advice) from None
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch's refusal to map a file is the last
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
         raise VdiffError(f"{path} cannot be read ({error}): truncated or damaged", advice) from None

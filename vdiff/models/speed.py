@@ -1,4 +1,4 @@
-"""A denoiser made ready to draw with: its precision, its layout in memory, compiled or not."""
+"""Preparing a denoiser for fast drawing: precision, memory layout, compilation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser, device_of
 
 CHANNELS_LAST_FROM = 64
-"""On the CPU, channels-last takes 0.81 to 0.9 of the time from so many channels on, and 1.1 with 32 at 8×8 pixels."""
+"""On the CPU, channels-last takes 0.81 to 0.9 of the time from this many channels on, but 1.1 for 32 at 8×8 pixels."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -22,23 +22,23 @@ def pick_precision(name: str, device: torch.device) -> str:
     """`fp32`, `bf16` or `fp16`; `auto` is fp32, with products in TF32 on CUDA, so that images stay comparable.
 
     Raises:
-        OptionError: no such precision, or fp16 on the CPU, which computes it slowly.
+        OptionError: the precision is unknown, or fp16 on the CPU, where it is slow.
     """
     if name != "auto" and name not in DTYPES:
-        raise OptionError(f"no precision {name!r}", suggestion(str(name), ["auto", *DTYPES]))
+        raise OptionError(f"unknown precision {name!r}", suggestion(str(name), ["auto", *DTYPES]))
     if name == "fp16" and device.type == "cpu":
         raise OptionError("--precision fp16 needs a GPU", "give --precision bf16 or fp32")
     return "fp32" if name == "auto" else name
 
 
 def ready_to_draw(denoiser: Denoiser, *, precision: str = "auto", compiled: bool = False) -> Denoiser:
-    """The denoiser with a `FastNetwork` of the same network, which is changed in place, on the device where it is.
+    """The denoiser with a `FastNetwork` around its network, which is changed in place, on its current device.
 
-    In half precision the whole network computes in it, but for what it is told of time and guidance and for what is
-    made of its output. On CUDA torch's switches for TF32 are set: on for `auto`, off for `fp32`.
+    In half precision the whole network computes in it, except for time and guidance inputs and for the use of its
+    output. On CUDA this sets torch's switches for TF32: on for `auto`, off for `fp32`.
 
     Raises:
-        OptionError: a precision that the device has not.
+        OptionError: the device does not support the precision.
     """
     device = device_of(denoiser)
     dtype = DTYPES[pick_precision(precision, device)]
@@ -49,18 +49,18 @@ def ready_to_draw(denoiser: Denoiser, *, precision: str = "auto", compiled: bool
 
 
 def layout_for(device: torch.device, channels: int) -> torch.memory_format:
-    """The layout in memory that convolutions are fastest in."""
+    """The fastest memory layout for convolutions."""
     is_faster = device.type == "cuda" or (device.type == "cpu" and channels >= CHANNELS_LAST_FROM)
     return torch.channels_last if is_faster else torch.contiguous_format
 
 
 class FastNetwork(Backbone):
-    """A network that computes in `dtype`, in the layout that is fastest on its device; called like the network itself.
+    """A network in `dtype` and the fastest memory layout for its device; called like the network itself.
 
-    On CUDA a compiled one is replayed as a CUDA graph, which is recorded once for each shape: keep to one batch size.
+    On CUDA a compiled network is replayed as a CUDA graph, recorded once per shape: use a single batch size.
 
     Attributes:
-        evaluations: how many images it was asked about; one with and without its class counts as two.
+        evaluations: number of evaluated images; with and without the class counts as two.
     """
 
     def __init__(self, network: Backbone, *, dtype: torch.dtype, compiled: bool) -> None:
@@ -77,7 +77,7 @@ class FastNetwork(Backbone):
             self.network.compile(dynamic=False, mode="reduce-overhead" if self.is_graph else None)
 
     def encode(self, condition: Condition) -> Condition:
-        """As the network itself."""
+        """Call the network."""
         return self.network.encode(condition)
 
     def forward(self, z: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
@@ -92,14 +92,14 @@ class FastNetwork(Backbone):
                 raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise VdiffError(f"the network cannot be compiled here: {reason}", "leave --compile out") from None
-        # the next replay of a graph writes over what the last one answered, and samplers remember predictions
+        # the next replay of a graph overwrites the previous result, but samplers keep predictions
         return output.to(z.dtype, copy=self.is_graph)
 
 
 def impossible_times(times: Sequence[tuple[Hashable, float, float]]) -> list[int]:
-    """Which of some (network, evaluations, ms an image) cannot be: more evaluations of a network in less time.
+    """Which (network, evaluations, ms per image) are implausible: more evaluations of a network in less time.
 
-    Both sides of such a pair are answered: either may have been slowed down by something else.
+    Both sides of such a pair are returned, as other programs may have slowed down either.
     """
     pairs = [
         pair

@@ -1,6 +1,6 @@
 """The DDPM UNet (Ho et al. 2020, with the options of Dhariwal & Nichol 2021): network(z, timestep) → output.
 
-It knows no schedule: `timestep` is a real number that the denoiser derives from the time.
+It does not depend on a schedule: the denoiser computes `timestep`, a real number, from the time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vdiff.models.unet_config import NORM_EPS, UNetConfig
 
 MAX_GROUPS = 32
 GUIDANCE_SCALE = 250.0
-"""Weights of guidance are told as this many units of the embedding of times, so that 0 to 4 is told apart as well as
-0 to 1000."""
+"""Guidance weights are multiplied by this before the embedding of times, which resolves 0 to 1000, so that it resolves
+0 to 4 as well."""
 
 
 def group_norm(channels: int, config: UNetConfig | None = None) -> nn.GroupNorm:
-    """GroupNorm as `config` says; without one, as many groups as divide the channels, 32 at the most."""
+    """GroupNorm with `config`'s number of groups; by default the largest divisor of the channels up to 32."""
     num_groups, eps = (config.num_groups, config.norm_eps) if config else (0, NORM_EPS)
     return nn.GroupNorm(num_groups or math.gcd(channels, MAX_GROUPS), channels, eps=eps)
 
@@ -34,7 +34,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
-    """Start at zero, so that the residual branch it closes starts as nothing."""
+    """Initialise with zeros, so that the residual branch starts at zero."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -44,7 +44,7 @@ def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
 def timestep_embedding(timestep: Tensor, channels: int, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
     """(cos ω_i l, sin ω_i l), ω_i = max_period^(−i/(half − freq_shift)), half = channels/2: (B,) → (B, channels).
 
-    Source: Vaswani et al. 2017; the order and the frequencies are diffusers' for `UNet2DModel`.
+    Source: Vaswani et al. 2017; order and frequencies as in diffusers' `UNet2DModel`.
     """
     half = channels // 2
     index = torch.arange(half, dtype=torch.float32, device=timestep.device)
@@ -56,8 +56,8 @@ def timestep_embedding(timestep: Tensor, channels: int, max_period: float = 10_0
 def upsample_conv(h: Tensor, conv: nn.Conv2d) -> Tensor:
     """conv(nearest-neighbour upsampling of h by 2), for a 3×3 convolution, in 16/36 of the multiplications.
 
-    Repeating each pixel is a transposed convolution with a 2×2 kernel of ones, and the two convolutions in a row are
-    one: a transposed convolution whose 4×4 kernel is the flipped 3×3 kernel convolved with those ones.
+    Repeating each pixel is a transposed convolution with a 2×2 kernel of ones. Together with the 3×3 convolution it is
+    a single transposed convolution; its 4×4 kernel is the flipped 3×3 kernel convolved with those ones.
     """
     kernel = F.pad(conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
     kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
@@ -66,7 +66,7 @@ def upsample_conv(h: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, (resample), conv; norm with the time, SiLU, dropout, conv; plus the (resampled) input."""
+    """norm, SiLU, (resample), conv; norm modulated by time, SiLU, dropout, conv; plus the (resampled) input."""
 
     def __init__(
         self, in_channels: int, out_channels: int, config: UNetConfig, resample: Literal["down", "up"] | None = None
@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
 
 class UNetStage(nn.Module):
-    """A residual block and, at the levels that attend, an attention block."""
+    """A residual block and, at levels with attention, an attention block."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, *, attend: bool) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class UNetStage(nn.Module):
 
 
 class Resample(nn.Module):
-    """The step between two levels: a residual block that changes the size, or a convolution."""
+    """The resampling between two levels: a residual block that changes the size, or a convolution."""
 
     def __init__(self, channels: int, config: UNetConfig, direction: Literal["down", "up"]) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Resample(nn.Module):
         if self.block is not None:
             return self.block(h, embedding)
         assert self.conv is not None
-        if self.pads_end:  # a row and a column more; those that the convolution adds before the first fall away
+        if self.pads_end:  # one more row and column at the end; the padding before the first is cut off
             return F.conv2d(F.pad(h, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
         return self.conv(h) if self.direction == "down" else upsample_conv(h, self.conv)
 
@@ -154,12 +154,11 @@ class UNet(Backbone):
     """z (B, in_channels, H, W), timestep (B,) [, classes (B,) int64][, guidance (B,)][, second_time (B,)]
     → (B, out_channels, H, W).
 
-    H and W must be multiples of `config.size_multiple`. With `config.null_class` class number `num_classes` is "no
-    class", and so are all where none are given. With `config.guidance_input` guidance is w, and 0 where none is given;
-    a network that has not learned what it means pays no heed to it. The same holds of `config.second_time` and the
-    second timestep, for which the first one stands where none is given.
+    H and W must be multiples of `config.size_multiple`. With `config.null_class`, class number `num_classes` is "no
+    class", and the default. With `config.guidance_input`, guidance is w, by default 0; a network that was not trained
+    with it ignores it. The same holds for `config.second_time` and the second timestep, by default the first one.
 
-    With `checkpointing` only what goes into each stage is kept for the gradient, and the rest computed again.
+    With `checkpointing`, only the inputs of each stage are stored for the gradient; the rest is recomputed.
     """
 
     kind = "unet"
@@ -231,9 +230,9 @@ class UNet(Backbone):
     def _embedding(
         self, timestep: Tensor, classes: Tensor | None, guidance: Tensor | None, second_time: Tensor | None
     ) -> Tensor:
-        """What the residual blocks are told of times, class and guidance: (B, embedding_channels)."""
+        """The embedding of times, class and guidance for the residual blocks: (B, embedding_channels)."""
         config, dtype = self.config, self.conv_in.weight.dtype
-        with without_autocast(timestep.device):  # some thousand multiplications an image: rounding them gains no time
+        with without_autocast(timestep.device):  # a few multiplications: rounding saves no time
             told = timestep_embedding(timestep, config.channels, freq_shift=config.freq_shift).to(dtype)
             embedding = self.embed(told)
             if self.embed_guidance is not None:
@@ -266,22 +265,22 @@ class UNet(Backbone):
         return self.conv_out
 
     def _run(self, module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
-        """`module` on the features, one or two along the channels; see `checkpointing`."""
+        """`module` on the features, one or two concatenated tensors; see `checkpointing`."""
         if self.checkpointing and torch.is_grad_enabled():
-            # draws of dropout are repeated, and features are joined inside, so that the joined ones are not kept
+            # dropout repeats its random numbers; features are concatenated inside, so that the result is not stored
             h: Tensor = checkpoint(_stage, module, embedding, *features, use_reentrant=False, preserve_rng_state=True)
             return h
         return _stage(module, embedding, *features)
 
 
 def _stage(module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
-    """A stage on its input; on the way up that is joined, along the channels, with the same level's on the way down."""
+    """A stage on its input; on the way up, the input is concatenated with the skip of the same level."""
     h: Tensor = module(features[0] if len(features) == 1 else torch.cat(features, dim=1), embedding)
     return h
 
 
 def _folded(z: Tensor, fold: int) -> Tensor:
-    """Space to depth: (B, C, H, W) → (B, C·fold², H/fold, W/fold), a square's pixels row by row."""
+    """Space to depth: (B, C, H, W) → (B, C·fold², H/fold, W/fold), with the pixels of a square row by row."""
     return F.pixel_unshuffle(z, fold) if fold > 1 else z
 
 

@@ -1,4 +1,4 @@
-"""The description of a UNet, which a checkpoint holds; without torch."""
+"""The configuration of a UNet, as stored in a checkpoint; without torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMITS = {
     "num_classes": 10**7,
 }
 MAX_LEVELS, MAX_MULTIPLIER = 16, 2**10
-"""Far above any network that exists: a damaged or hostile description is refused before anything is made of it."""
+"""Far above any existing network: a damaged or hostile configuration is refused before it is used."""
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,26 @@ class UNetConfig:
     """The shape of a UNet.
 
     Attributes:
-        in_channels, out_channels: of the images, and of the output (twice as many for `both`).
+        in_channels, out_channels: of the images and of the output (twice as many for `both`).
         channels: of the first level; level i has channels · multipliers[i].
         embedding_channels: of the time embedding.
-        num_blocks: residual blocks a level.
-        attention_strides: image pixels a pixel of the levels that attend: 4 = at a quarter of the image size.
-        num_heads: attention heads; or `head_channels` channels a head, where that is given (one head where a level
-            is narrower).
+        num_blocks: residual blocks per level.
+        attention_strides: the levels with attention, by image pixels per pixel: 4 = at a quarter of the image size.
+        num_heads: attention heads; or, if given, `head_channels` channels per head (one head if a level is narrower).
         dropout: rate in the residual blocks.
         resample: "block" changes the size inside a residual block, "conv" by a strided or upsampled convolution.
         time_affine: the time scales and shifts the normalised features; off: it is added to them.
         num_classes: of a class-conditional network; 0: unconditional.
-        null_class: one class more, number `num_classes`, stands for "no class", as classifier-free guidance needs it.
-        guidance_input: the network is told a weight w of guidance, whose effect it has learned (Meng et al. 2023).
-        second_time: the network is told a second time, as it is told of the first.
-        fold: squares of fold × fold pixels become the channels of one (space to depth) before the first convolution,
-            and are unfolded behind the last: the levels begin at 1/fold of the image size.
-        num_groups: of every normalisation; 0: as many as divide the channels, 32 at the most.
+        null_class: an additional class, number `num_classes`, means "no class", for classifier-free guidance.
+        guidance_input: the network receives a guidance weight w (Meng et al. 2023).
+        second_time: the network receives a second time, embedded like the first.
+        fold: squares of fold × fold pixels become channels of one pixel (space to depth) before the first convolution,
+            and are unfolded after the last: the levels begin at 1/fold of the image size.
+        num_groups: of every normalisation; 0: the largest divisor of the channels up to 32.
         norm_eps: ε that the normalisations add to the variance.
         freq_shift: the slowest frequency of the time embedding is max_period^(−(half − 1)/(half − freq_shift)).
-        downsample_pad: where the strided convolutions of `resample` "conv" see zeros beyond the image: on all "sides",
-            or at the "end" alone, below and to the right.
+        downsample_pad: zero padding of the strided convolutions of `resample` "conv": on all "sides", or only at the
+            "end", below and to the right.
     """
 
     in_channels: int = 3
@@ -87,9 +86,9 @@ class UNetConfig:
             if getattr(self, name) > limit:
                 raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
         if len(self.multipliers) > MAX_LEVELS or max(self.multipliers, default=1) > MAX_MULTIPLIER:
-            raise ValueError(f"multipliers must be {MAX_LEVELS} numbers up to {MAX_MULTIPLIER} at the most")
+            raise ValueError(f"multipliers must be at most {MAX_LEVELS} numbers up to {MAX_MULTIPLIER}")
         if self.null_class and not self.num_classes:
-            raise ValueError("null_class says that classes may be left out, but num_classes is 0")
+            raise ValueError("null_class needs classes, but num_classes is 0")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be whole numbers from 1 up, got {self.multipliers}")
         if not 0 <= self.dropout < 1:
@@ -118,7 +117,7 @@ class UNetConfig:
         return max(channels // self.head_channels, 1) if self.head_channels else self.num_heads
 
     def stride(self, level: int) -> int:
-        """Image pixels a pixel of a level, along each side."""
+        """Image pixels per pixel of a level, along each side."""
         return self.fold * 2**level
 
     @property
@@ -128,7 +127,7 @@ class UNetConfig:
 
     @property
     def signature(self) -> Signature:
-        """What the network takes and answers."""
+        """The network's inputs and outputs."""
         takes = {CLASSES: self.num_classes, GUIDANCE: self.guidance_input, SECOND_TIME: self.second_time}
         names = tuple(name for name, value in takes.items() if value)
         null = {CLASSES: self.num_classes} if self.null_class else {}
