@@ -27,12 +27,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_checkpoint(Path("checkpoints/original"), num_timesteps=16)
     write_checkpoint(Path("checkpoints/photos/original"), num_timesteps=16)
     write_checkpoint(Path("checkpoints/photos/base_0"), num_timesteps=8)
+    write_dataset(Path("other/colours_4"), channels=3)
     Path("photos").mkdir()
     PIL.Image.new("RGB", (8, 8)).save("photos/1.png")
     Path("empty").mkdir()
     Path("film.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     Path("paper.pdf").write_bytes(b"%PDF-1.5")
     Path("tiny.toml").write_text(TINY)
+    Path("deep.toml").write_text('preset = "toy"\n[unet]\nmultipliers = [1, 1, 1, 1]\nattention_strides = []\n')
     return tmp_path
 
 
@@ -61,6 +63,19 @@ MISTAKES = [
     ("vdiff evaluate checkpoints/nowhere", 1, "checkpoints/nowhere: no such checkpoint; checkpoints holds original"),
     ("vdiff inspect photos", 1, "photos holds no config.json; give a folder that train.py or distill.py wrote"),
     ("train.py --name original", 2, "--name original: checkpoints/original is a model's folder; give another name"),
+    # datasets, and runs that exist
+    ("train.py --out new", 1, "data/ holds several datasets; choose with --data: data/digits_4, data/photos_4"),
+    ("train.py --data photos --out new", 1, "photos is not a dataset: it holds no data.mdb; make one of"),
+    ("train.py --data data/digits_8 --out new", 1, "data/digits_8: no such dataset; give the folder that prepare_da"),
+    ("train.py --name cats", 1, "data/ holds no dataset of the project cats; make one: python prepare_data.py FOLDER_"),
+    ("train.py --data data/digits_4 --image_size 8 --out new", 1, "data/digits_4 has no images of size 8; it has 4; "),
+    ("train.py --config tiny.toml --data data/digits_4", 1, "checkpoints/original exists already (1 of 1 updates); gi"),
+    ("train.py --data data/digits_4 --resume", 1, "checkpoints/original holds no run to resume: it has no run.toml; "),
+    ("train.py --config deep.toml --data data/digits_4 --name new", 2, "images of 4 pixels do not fit a network of 4 "),
+    ("distill.py --preset toy --data photos", 1, "photos is not a dataset: it holds no data.mdb; make one of your ima"),
+    ("distill.py --preset toy --data other/colours_4", 2, "other/colours_4 has 3 channels, the teacher 1; give --d"),
+    ("distill.py --preset toy --data data/digits_4 --to_steps 16", 2, "--to_steps 16: the teacher already takes 16; "),
+    ("distill.py --preset toy --data data/digits_4 --out photos", 1, "photos exists and is not a run that vdiff wrote"),
 ]  # fmt: skip
 WITH_TORCH = [
     # images and datasets
@@ -68,14 +83,8 @@ WITH_TORCH = [
     ("prepare_data.py empty", 1, "no images in empty; give a folder or an archive with image files"),
     ("prepare_data.py film.mp4", 1, "film.mp4 is not a folder, zip, tar or dataset; give a folder of images, or an ar"),
     ("prepare_data.py paper.pdf", 1, "paper.pdf is not a folder, zip, tar or dataset; give a folder of images, or an"),
-    ("train.py", 1, "data/ holds several datasets; choose with --data: data/digits_4, data/photos_4"),
-    ("train.py --data photos", 1, "photos is not a dataset: it holds no data.mdb; make one of your images: python pre"),
-    ("train.py --data data/digits_8", 1, "data/digits_8: no such dataset; give the folder that prepare_data.py wrote"),
-    ("train.py --name cats", 1, "data/ holds no dataset of the project cats; make one: python prepare_data.py FOLDER_"),
-    ("train.py --data data/digits_4 --image_size 8", 1, "data/digits_4 has no images of size 8; it has 4; choose one"),
     # twice, and in the wrong order
     ("prepare_data.py photos --size 4", 1, "data/photos_4 exists already; give another --name or --out to keep both,"),
-    ("train.py --config tiny.toml --data data/digits_4", 1, "checkpoints/original exists already (1 of 1 updates); gi"),
 ]  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from vdiff.training.config import TrainConfig
 from vdiff.training.engine import build_engine
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, TrainTarget
-from vdiff.training.run_log import preview, preview_steps
+from vdiff.training.run_log import PICTURE_SHARE, preview, preview_size, preview_steps
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep, seed_update
 
@@ -489,7 +489,7 @@ def test_accelerate_s_precision_is_not_ignored_silently(data, monkeypatch, their
 
 def test_samples_are_pictures_of_the_average_from_the_same_noise(data, tmp_path):
     folder = tmp_path / "original"
-    run_training(train_config(data, sample_interval=4, ckpt_interval=3), folder)
+    run_training(train_config(data, batch_size=1000, sample_interval=4, ckpt_interval=3), folder)
     names = sorted(path.name for path in (folder / "samples").iterdir())
     assert names == ["0000004.png", "0000006.png"]
     denoiser, _ = load_checkpoint(folder)
@@ -547,11 +547,27 @@ def test_a_preview_takes_few_evaluations(tmp_path, changes, steps, sampler):
     description = read_config(tmp_path / "model")
     seen, told = [], []
     denoiser.register_forward_hook(lambda *_: seen.append(1))
-    found = preview(denoiser, description, seed=2, title="model", on_step=told.append)
+    found = preview(denoiser, description, num=64, steps=steps, seed=2, title="model", on_step=told.append)
     assert (len(seen), told, preview_steps(description)) == (steps, list(range(1, steps + 1)), steps)
     images = draw(denoiser, sampler(), indices=range(64), image_size=SIZE, num_steps=steps, seed=2)
     expected = grid_picture(images, title=f"model · {steps} steps · seed 2")
     assert np.array_equal(np.array(found), np.array(expected))
+
+
+@pytest.mark.parametrize("student", [{}, {"num_timesteps": 2, "method": "progressive"}])
+def test_grids_take_a_small_part_of_a_run(data, tmp_path, student):
+    """Counted in evaluations of the network, of which an update takes three per image; few samples remain anyway."""
+    write_checkpoint(tmp_path / "model", **{"num_timesteps": 1024, **student})
+    description, sizes = read_config(tmp_path / "model"), []
+    for updates in (2, 200, 500, 2000, 20_000, 200_000):
+        config = train_config(data, num_iters=updates, batch_size=8, sample_interval=max(1, updates // 10))
+        num, steps, is_small = preview_size(config, description)
+        assert 12 * num * steps <= updates * 8 * 3 / PICTURE_SHARE or (num, steps) == (4, 2 if student else 8)
+        sizes.append((num, steps, is_small))
+    usual = (64, 2, False) if student else (64, 32, False)
+    assert sizes == sorted(sizes, key=lambda size: size[:2])
+    assert len(set(sizes)) > 2
+    assert (sizes[0][2], sizes[-1]) == (True, usual)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.1, [2, 40]), (61.0, [1, 2, 40])])
@@ -571,7 +587,8 @@ def test_the_first_samples_come_early(data, tmp_path, monkeypatch, seconds, expe
     run_training(config, folder, reporter=watcher)
     assert sorted(int(path.stem) for path in (folder / "samples").iterdir()) == expected
     told = [line for line in watcher.lines if line.startswith("samples")]
-    assert told == [f"samples are saved in {folder / 'samples'}; curves: tensorboard --logdir {tmp_path}"]
+    size = ", 4 in 8 steps: a short run"
+    assert told == [f"samples are saved in {folder / 'samples'}{size}; curves: tensorboard --logdir {tmp_path}"]
 
 
 def test_pictures_change_nothing(data, whole, tmp_path):

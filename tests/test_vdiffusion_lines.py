@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from tests.commands import PROGRAMS, done, error
 from tests.reference_network import Shape, save
 from tests.toy import write_checkpoint
 from vdiff.cli import distill
-from vdiff.cli.vdiffusion import THEIRS, translated
+from vdiff.cli.vdiffusion import THEIRS, imported, translated
+from vdiff.interop import reference
 from vdiff.models.checkpoint import read_config
 from vdiff.training.presets import read_run
 
@@ -75,6 +78,34 @@ def test_from_their_checkpoint_to_a_picture(place):
     assert "images/mine.png exists and is not a picture that vdiff wrote" in error(
         f"sample.py --checkpoint {cached.parent} --out images/mine.png", 1
     )
+
+
+def test_their_checkpoint_is_exported_and_inspected_as_a_folder_is():
+    save(Path("their/base_6/checkpoint.pt"), TINY, n_timesteps=2, time_scale=4)
+    result = done("vdiff export weights their/base_6/checkpoint.pt exports/base_6")
+    assert "checkpoint.pt is read as the network of celeba_u" in result.stderr
+    assert read_config(Path("exports/base_6")).num_timesteps == 2
+    assert "not by vdiff" in done("vdiff inspect their/base_6/checkpoint.pt").stdout
+    Path("their/other.pt").write_bytes(b"PK")
+    assert error("vdiff export weights their/other.pt exports/other", 1).startswith("their/other.pt ")
+    assert sorted(path.name for path in Path("exports").iterdir()) == ["base_6"]
+
+
+def test_of_processes_that_start_together_one_imports(monkeypatch):
+    """As those of torchrun do; the others wait for it."""
+    save(Path("their/base_6/checkpoint.pt"), TINY, n_timesteps=2, time_scale=4)
+    calls, import_reference = [], reference.import_reference
+
+    def slowly(*args):
+        calls.append(args)
+        time.sleep(0.3)
+        import_reference(*args)
+
+    monkeypatch.setattr(reference, "import_reference", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: imported(Path("their/base_6/checkpoint.pt"), id), range(2)))
+    assert len(calls) == 1
+    assert read_config(folders[0]) == read_config(folders[1])
 
 
 @pytest.mark.slow

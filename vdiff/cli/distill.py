@@ -79,17 +79,9 @@ def command(
     if not config_file and "base" not in chosen:
         chosen["base"] = str(project.teacher(console.line))
 
-    from vdiff.evaluation.results import NOT_TRAINED
     from vdiff.replacing import check_ours, is_free, locked
-    from vdiff.training.comparison import compare, known_rows
-    from vdiff.training.engine import build_engine, effective_batch
-    from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
     from vdiff.training.folder import RUN
-    from vdiff.training.ladder import found_student, run_stages
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
-    from vdiff.training.student import memory_of_stage, recorded_threads
-    from vdiff.training.threads import settled_threads
-    from vdiff.training.verdict import read_verdict
 
     if "base" in chosen:  # else it is in the configuration file
         home = home_of(Path(chosen["base"]), project)
@@ -97,6 +89,19 @@ def command(
     config, teacher = resolve_distillation(chosen, config_file, project, console)
     images = teachers_images(config, teacher, project)
     stages = plan_stages(config, teacher, out, project.students_beside(home or Path(config.base)))
+    if not overwrite and not is_free(stages[0].folder):
+        check_ours(stages[0].folder, RUN)
+
+    # torch is loaded here, when everything that needs no torch is known to be right
+    from vdiff.evaluation.results import NOT_TRAINED
+    from vdiff.training.comparison import compare, known_rows
+    from vdiff.training.engine import build_engine, effective_batch
+    from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
+    from vdiff.training.ladder import found_student, run_stages
+    from vdiff.training.student import memory_of_stage, recorded_threads
+    from vdiff.training.threads import settled_threads
+    from vdiff.training.verdict import read_verdict
+
     console.line(f"preset {config.preset}, {images.name}, method {config.method}")
     for remark in remarks(config, teacher):
         console.line(remark)
@@ -107,8 +112,6 @@ def command(
         recorded = recorded_threads(stages)
         config = replace(config, threads=settled_threads(config, teacher.build, teacher.shape, console, recorded))
     if not overwrite:  # refuse before anything is measured
-        if not is_free(stages[0].folder):
-            check_ours(stages[0].folder, RUN)
         found_student(stages[0], stages[0].settings(config))
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")

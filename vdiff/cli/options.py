@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import click
 
-from vdiff.cli.vdiffusion import PICKLES, translated
+from vdiff.cli.vdiffusion import PICKLES, imported, translated
 from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggestion
 from vdiff.projects import Project, check_checkpoint
 from vdiff.signals import answered
@@ -304,8 +304,8 @@ class Checkpoint(click.ParamType):
 
     name = "CHECKPOINT"
 
-    def __init__(self, kind: type[Path] | type[str] = Path) -> None:
-        self.kind = kind
+    def __init__(self, kind: type[Path] | type[str] = Path, *, imports: bool = True) -> None:
+        self.kind, self.imports = kind, imports
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         """A path; for a setting, as text."""
@@ -321,6 +321,10 @@ class Checkpoint(click.ParamType):
         found = project.inside(Path(value))
         if not (found.suffix in PICKLES and found.is_file()):
             check_checkpoint(found, project)
+        elif self.imports:
+            from vdiff.cli.console import Console
+
+            found = imported(found, Console().line)
         return self.kind(found)
 
 

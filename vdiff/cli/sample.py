@@ -52,7 +52,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 @option(
     "--checkpoint",
     group="Model",
-    type=Checkpoint(),
+    type=Checkpoint(imports=False),
     metavar="FOLDER",
     show_default="the newest under checkpoints/",
     help="A folder that train.py or distill.py wrote.",

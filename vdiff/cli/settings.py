@@ -83,7 +83,7 @@ def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
     types: dict[type, click.ParamType] = {
         int: click.IntRange(rules["low"], rules["high"]),
         float: Number(rules["low"], rules["high"], min_open=rules["open_low"]),
-        str: Checkpoint(str) if name == "base" else click.STRING,
+        str: Checkpoint(str, imports=False) if name == "base" else click.STRING,
     }
     return option(*names, type=types[kind], **attributes)
 

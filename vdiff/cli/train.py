@@ -15,14 +15,14 @@ from vdiff.cli.settings import check_early, config_option, given, settings
 from vdiff.errors import Interrupted, OptionError, VdiffError, shell
 from vdiff.projects import Project
 from vdiff.text import duration, quantity
-from vdiff.training.config import TrainConfig
+from vdiff.training.config import EVALUATIONS, TrainConfig
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
     from vdiff.training.dataset import TrainingData
 
-EVALUATIONS, SHARE = 3, 25
-"""An update costs so many network evaluations an image; the verdict costs at most one part in so many of all."""
+SHARE = 25
+"""The verdict uses at most 1/N of the run's network evaluations."""
 
 
 @click.command(
@@ -78,20 +78,27 @@ def command(
     if every_setting and not dry_run:
         raise OptionError("--all says what --dry_run prints", "give --dry_run too")
 
-    from vdiff.distributed import pick_device
+    from vdiff.replacing import is_free
     from vdiff.training.base import describe, resolve_training
+    from vdiff.training.folder import check_new
+
+    console = Console()
+    out = out or project.original
+    is_new = not resume and (overwrite or is_free(out))
+    if not (resume or dry_run):
+        check_new(out, overwrite=overwrite)
+    config, images = resolve_training(
+        given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console, project=project
+    )
+    description = describe(config, images)
+
+    # torch is loaded here, when everything that needs no torch is known to be right
+    from vdiff.distributed import pick_device
     from vdiff.training.base_training import train
     from vdiff.training.estimate import FEW_UPDATES
     from vdiff.training.run_log import preview_steps
     from vdiff.training.threads import settled_threads
 
-    console = Console()
-    out = out or project.original
-    config, images = resolve_training(
-        given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console, project=project
-    )
-    description = describe(config, images)
-    is_new = not resume and (overwrite or not out.exists())
     if is_new and not every_setting and config.num_iters >= FEW_UPDATES:
         threads = settled_threads(config, description.build, description.shape, console, None)
         config = replace(config, threads=threads)

@@ -126,14 +126,17 @@ def imported(checkpoint: Path, say: Callable[[str], object]) -> Path:
     """
     if checkpoint.suffix not in PICKLES or not checkpoint.is_file():
         return checkpoint
+    from filelock import FileLock
+
     from vdiff.evaluation.reference import cache_folder
-    from vdiff.files import sha256_of
+    from vdiff.files import make_folder, sha256_of
     from vdiff.interop.reference import import_reference
 
     name = home_of(checkpoint.resolve(), Project()).name
     folder = cache_folder() / "imported" / sha256_of(checkpoint)[:16] / name
-    if not (folder / CONFIG).is_file():
-        import_reference(checkpoint, folder)
+    with FileLock(make_folder(folder.parent) / ".lock"):  # of the processes of a launcher, one imports
+        if not (folder / CONFIG).is_file():
+            import_reference(checkpoint, folder)
     line = f"vdiff import reference {shell(checkpoint)} --image_size PIXELS --attention_heads HEADS"
     say(f"{checkpoint} is read as the network of {MODULE}: 256 pixels, 4 heads; for others: {line}")
     return folder

@@ -39,6 +39,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TIMES = ("uniform", "importance")
+EVALUATIONS = 3
+"""The cost of an update per image, in network evaluations: the gradient costs twice as much as the loss."""
 AVERAGE = (
     "Moving average of the weights, which is what is saved: its decay per update (0.9999), its half-life in images "
     "(500000), or the weight of the first update at the end of the training (0.1%); 0 = no average."

@@ -25,7 +25,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import REMEDIES, Engine
 from vdiff.training.meter import Meter, Position
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
-from vdiff.training.run_log import RunLog, preview, preview_steps
+from vdiff.training.run_log import RunLog, preview, preview_size
 from vdiff.training.state import load_state, remove_state, save_state
 from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole
@@ -132,8 +132,11 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
         if engine.is_main or config.fsdp:  # sharded weights are gathered by all processes
             title = f"{folder.name} · update {done:,} of {config.num_iters:,}"
-            log.picture(preview(averages.model, run.description, seed=config.seed, title=title, on_step=on_step), done)
+            size = {"num": num_samples, "steps": num_steps}
+            drawn = preview(averages.model, run.description, **size, seed=config.seed, title=title, on_step=on_step)
+            log.picture(drawn, done)
 
+    num_samples, num_steps, is_small = preview_size(config, run.description)
     shows = run.description.space.are_pictures(run.description.shape)
     began, is_first = time.monotonic(), shows and not any((folder / SAMPLES_FOLDER).glob("*.png"))
     early = 0 if run.description.is_distilled else config.num_iters // EARLY_PART
@@ -170,7 +173,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
                     draw_preview(done, partial(_note_preview, bar, done))  # after saving: a kill here loses nothing
                     bar.update(done, meter.note or "samples drawn")
                     if is_first:
-                        report_pictures(run, reporter)
+                        report_pictures(run, f", {num_samples} in {num_steps} steps: a short run" * is_small, reporter)
                     is_first = False
                 if metrics and not is_last:
                     yield {"update": done, **metrics}
@@ -181,7 +184,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
             settle(folder, config, config.num_iters)
         stop.answer = lambda: reporter.line(f"{folder} is saved, its last samples are drawn; press again to leave now")
         if shows:
-            with reporter.progress(f"samples of {folder.name}", preview_steps(run.description), "steps") as bar:
+            with reporter.progress(f"samples of {folder.name}", num_steps, "steps") as bar:
                 draw_preview(config.num_iters, bar.update)
         if stop.exit_code is not None:
             raise Interrupted(f"stopped; {folder} is finished and saved", stop.exit_code)
@@ -189,10 +192,11 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         yield {"update": config.num_iters, **metrics}
 
 
-def report_pictures(run: Run, reporter: Reporter) -> None:
-    """Print where the grids of samples are, and the command that shows the curves."""
+def report_pictures(run: Run, size: str, reporter: Reporter) -> None:
+    """Print where the grids of samples are, `size` if it is unusual, and the command that shows the curves."""
     curves = f"; curves: tensorboard {shell('--logdir', run.folder.parent)}"
-    reporter.line(f"samples are saved in {run.folder / SAMPLES_FOLDER}{curves * (run.config.tracker == 'tensorboard')}")
+    curves *= run.config.tracker == "tensorboard"
+    reporter.line(f"samples are saved in {run.folder / SAMPLES_FOLDER}{size}{curves}")
 
 
 def report_long_average(config: LoopConfig, reporter: Reporter) -> None:

@@ -19,8 +19,11 @@ from vdiff.models.denoiser import Denoiser
 from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.reporting import Reporter
 from vdiff.text import cause_of, plural
+from vdiff.training.config import EVALUATIONS, LoopConfig
 
 MAX_PREVIEW_STEPS = 32
+FEWEST_SAMPLES, FEWEST_STEPS = 4, 8
+PICTURE_SHARE = 10
 
 
 class RunLog:
@@ -92,36 +95,60 @@ def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
 
 
 def preview(
-    denoiser: Denoiser, description: CheckpointConfig, *, seed: int, title: str, on_step: Callable[[int], None]
+    denoiser: Denoiser,
+    description: CheckpointConfig,
+    *,
+    num: int,
+    steps: int,
+    seed: int,
+    title: str,
+    on_step: Callable[[int], None],
 ) -> PIL.Image.Image:
-    """A grid of samples, always from the same noise, in at most `MAX_PREVIEW_STEPS` network evaluations each.
-
-    A few-step student uses its own steps of DDIM; every other model uses `preview_steps` of DPM-Solver++ (2M).
+    """A grid of samples, always from the same noise: DDIM for a few-step student, else DPM-Solver++ (2M).
 
     Args:
+        num, steps: the samples, and the network evaluations for each of them; see `preview_size`.
         title: the beginning of the picture's title, before steps and seed.
         on_step: called after each step with the number of finished steps.
     """
     from vdiff.models.drawing import draw
 
-    names, steps = description.class_names, preview_steps(description)
-    is_few_step_student = description.is_distilled and description.num_timesteps <= MAX_PREVIEW_STEPS
-    indices = range(num_shown(64 if description.image_size <= 32 else 16, len(names)))
+    names = description.class_names
     images = draw(
         denoiser,
-        Ddim() if is_few_step_student else Dpmpp2m(),
-        indices=indices,
+        Ddim() if _is_few_step_student(description) else Dpmpp2m(),
+        indices=range(num),
         image_size=description.shape[1:],
         num_steps=steps,
         seed=seed,
         on_step=on_step,
     )
-    shown = [names[k % len(names)] for k in indices] if names else []
+    shown = [names[k % len(names)] for k in range(num)] if names else []
     return grid_picture(images, shown, len(names), title=f"{title} · {plural(steps, 'step')} · seed {seed}")
 
 
-def preview_steps(description: CheckpointConfig) -> int:
-    """The largest number of steps up to `MAX_PREVIEW_STEPS` that the model can take, at most its own."""
+def preview_size(config: LoopConfig, description: CheckpointConfig) -> tuple[int, int, bool]:
+    """The samples of a grid and the steps of each; and whether a short run made them fewer than usual.
+
+    All grids of a run take at most 1/`PICTURE_SHARE` of its network evaluations, down to `FEWEST_SAMPLES` and
+    `FEWEST_STEPS`. A few-step student uses its own steps, every other model `preview_steps`.
+    """
+    num = usual = num_shown(64 if description.image_size <= 32 else 16, len(description.class_names))
+    steps = usual_steps = preview_steps(description)
+    pictures = config.num_iters // config.sample_interval + 2  # the first one and the last one, too
+    budget = config.num_iters * config.batch_size * EVALUATIONS / PICTURE_SHARE / pictures
+    while num * steps > budget and num > FEWEST_SAMPLES:
+        num = max(FEWEST_SAMPLES, num // 2)
+    while num * steps > budget and steps > FEWEST_STEPS and not _is_few_step_student(description):
+        steps = preview_steps(description, max(FEWEST_STEPS, steps // 2))
+    return num, steps, (num, steps) != (usual, usual_steps)
+
+
+def preview_steps(description: CheckpointConfig, most: int = MAX_PREVIEW_STEPS) -> int:
+    """The largest number of steps up to `most` that the model can take, at most its own."""
     own = description.num_timesteps
-    steps = range(min(own, MAX_PREVIEW_STEPS), 0, -1)
-    return next(n for n in steps if description.takes_any_num_steps or own % n == 0)
+    return next(n for n in range(min(own, most), 0, -1) if description.takes_any_num_steps or own % n == 0)
+
+
+def _is_few_step_student(description: CheckpointConfig) -> bool:
+    return description.is_distilled and description.num_timesteps <= MAX_PREVIEW_STEPS
