@@ -40,8 +40,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 MISTAKES = [
     # spelling, which needs no torch
-    ("train.py --epochs 5", 2, "no such option --epochs; did you mean '--num_iters'?"),
-    ("train.py --batchsize 5", 2, "no such option --batchsize; did you mean '--batch_size'?"),
+    ("train.py --epochs 5", 2, "unknown option --epochs; did you mean '--num_iters'?"),
+    ("train.py --batchsize 5", 2, "unknown option --batchsize; did you mean '--batch_size'?"),
     ("train.py --preset cifar", 2, "Invalid value for '--preset': 'cifar' is unknown; did you mean 'cifar10'?"),
     ("prepare_data.py photos --size 64x64", 2, "Invalid value for '--size': '64x64' is not a valid integer range; did"),
     ("distill.py --stages 2 --to_steps 4", 2, "--to_steps and --stages set the same thing; give one of them"),
