@@ -42,7 +42,7 @@ def sentences(found: Distances) -> str:
             f"{teacher[most]:.3f} for the teacher in {plural(most, 'step')};",
             *(
                 f"{students[steps]:.3f} for the student of {plural(steps, 'step')} "
-                f"(teacher in as many: {teacher[steps]:.3f}){'.' if steps == few[-1] else ';'}"
+                f"(teacher in {plural(steps, 'step')}: {teacher[steps]:.3f}){'.' if steps == few[-1] else ';'}"
                 for steps in few
             ),
         ]
@@ -55,7 +55,7 @@ def table(ladder: LadderRun, found: Distances) -> str:
     times = {
         model.steps: ms for model in ladder.students if (ms := milliseconds(ladder).get((model.name, model.steps)))
     }
-    rows = [["evaluations", *(curve.label for curve in curves), "student, ms an image"]]
+    rows = [["evaluations", *(curve.label for curve in curves), "student, ms per image"]]
     rows.append(["---"] * len(rows[0]))
     for x in sorted({point.x for curve in curves for point in curve.points}, reverse=True):
         cells = [next((point for point in curve.points if point.x == x), None) for curve in curves]

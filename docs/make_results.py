@@ -113,7 +113,7 @@ def run(name: str, emoji: Path | None) -> None:
 def table(rows: tuple[EvalRow, ...]) -> list[str]:
     """Markdown: a line for each model and number of steps."""
     names = [name for name in COLUMNS if any(name in row.metrics for row in rows)]
-    cells = [["model", "evaluations", *(COLUMNS[name] for name in names), "ms an image"]]
+    cells = [["model", "evaluations", *(COLUMNS[name] for name in names), "ms per image"]]
     cells.append(["---"] * len(cells[0]))
     seen: set[str] = set()
     for row in rows:
