@@ -138,7 +138,7 @@ def test_errors_say_what_to_do() -> None:
     assert "--crop none resizes nothing" in error("photos", "--crop", "none", "--size", "4,8", code=2)
     assert "--split x: there are no folders train, val or test" in error("photos", "--split", "x", code=2)
     assert "did you mean 'cifar10'?" in error("cifar1O")
-    assert "it takes full, auto or two numbers such as 0,4095, not '5,1'" in error("photos", "--range", "5,1", code=2)
+    assert "need full, auto or two numbers such as 0,4095, not '5,1'" in error("photos", "--range", "5,1", code=2)
     assert "two numbers such as 0,4095, not 'nan,1'" in error("photos", "--range", "nan,1", code=2)
 
 

@@ -898,9 +898,7 @@ def test_commands_say_what_they_made_and_what_comes_next(place, tmp_path, monkey
     ]
     result = done(f"vdiff export diffusers {place}/ours/classes classes")
     assert result.stdout == "classes: DDIMPipeline, 8 steps\n"
-    assert result.stderr == (
-        "DDIMPipeline asks for no class: README.md says how to draw, or give --class to write the network for one\n"
-    )
+    assert result.stderr == ("DDIMPipeline has no argument for a class: see README.md, or fix a class with --class\n")
     assert "library_name: diffusers" in Path("out/README.md").read_text()
     assert "unet(z, t, class_labels=classes)" in Path("classes/README.md").read_text()
     result = done("vdiff import diffusers out")

@@ -217,9 +217,9 @@ BAD = [
     ("s.onnx --clipping_value 1.2", "--clipping_value is for samplers"),
     ("s.onnx --guided", "--guided is for samplers"),
     ("s.onnx --sampler_graph --no_clip --clipping_value 1", "exclude each other"),
-    ("s.onnx --sampler_graph --guided", "takes a weight of guidance as it is"),
+    ("s.onnx --sampler_graph --guided", "already takes a guidance weight"),
     ("s.onnx --num_timesteps 17", "--num_timesteps 17: the ddpm_cosine schedule has 16 levels"),
-    ("s.onnx --card False --license mit", "--license stands in the card"),
+    ("s.onnx --card False --license mit", "--license needs a card"),
     ("s.onnx --license 'as you like'", "--license 'as you like' is not an identifier"),
     ("s.onnx --output w", "'w' is unknown"),
 ]  # fmt: skip
@@ -236,7 +236,9 @@ def test_what_cannot_be_done_is_said_in_a_line(words, message, folder, tmp_path)
 def test_long_samplers_are_refused(tmp_path):
     write_model(tmp_path / "long", schedule={"name": "cosine"}, steps=128)
     line = error(f"vdiff export onnx {tmp_path / 'long'} {tmp_path / 'out/s.onnx'} --sampler_graph", 2)
-    assert line.startswith("a graph of 128 steps has 128 copies of the network, and 64 are the most; give --num_timest")
+    assert line.startswith(
+        "a graph of 128 steps has 128 copies of the network; at most 64 are allowed; give --num_timest"
+    )
     assert not (tmp_path / "out").exists()
 
 

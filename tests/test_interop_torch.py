@@ -201,8 +201,8 @@ def test_existing_files_stay_without_overwrite(folder, tmp_path):
 
 
 BAD = [
-    ("plain", "s.pt2 --sampler_graph --no_clip", "an eps-prediction at zero signal says nothing"),
-    ("plain", "s.pt2 --sampler_graph --guided", "trained without classes left out"),
+    ("plain", "s.pt2 --sampler_graph --no_clip", "an eps-prediction at zero signal contains no image"),
+    ("plain", "s.pt2 --sampler_graph --guided", "trained only with classes"),
     ("plain", "s.onnx", "give FILE.pt2"),
 ]
 

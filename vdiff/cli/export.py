@@ -1,4 +1,4 @@
-"""`vdiff export`: carry models to where other tools run them."""
+"""`vdiff export`: write models for other tools."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def license_option(**attributes: Any) -> Callable[[Any], Any]:
 
 @click.group(cls=ProgramGroup, context_settings=CONTEXT)
 def command() -> None:
-    """Carry a model to where other tools run it.
+    """Write a model for other tools.
 
-    CHECKPOINT is a folder that train.py, distill.py or `vdiff import` wrote. Graphs are run before they are written,
-    and must give vdiff's own images. Every export gets a model card: README.md with a picture.
+    CHECKPOINT is a folder that train.py, distill.py or `vdiff import` wrote. Graphs are written only if their results
+    equal vdiff's. Every export gets a model card: README.md with a picture.
     """
 
 
@@ -48,11 +48,11 @@ GRAPH_OPTIONS = [
     ),
     option(
         "--num_timesteps", group="Graph", type=click.IntRange(1), metavar="STEPS", show_default="the model's own",
-        help="Steps of the sampler; of an evaluation, those that its metadata tells the coefficients of.",
+        help="Steps of the sampler, or of the coefficients in an evaluation's metadata.",
     ),
     option(
-        "--output", group="Graph", type=OneOf(OUTPUTS), show_default="v; eps where the network predicts that",
-        help="What an evaluation answers, whatever the network predicts.",
+        "--output", group="Graph", type=OneOf(OUTPUTS), show_default="v; eps if the network predicts eps",
+        help="Output of an evaluation, converted from the network's prediction.",
     ),
     option(
         "--clipping_value", group="Sampler", type=Number(0, min_open=True), metavar="LIMIT", show_default="1",
@@ -61,13 +61,13 @@ GRAPH_OPTIONS = [
     switch("--no_clip", group="Sampler", help="Do not clip predicted images."),
     switch(
         "--guided", group="Sampler",
-        help="Take a weight of guidance for each image, and evaluate the network with and without the class.",
+        help="Take a guidance weight for each image, and evaluate the network with and without the class.",
     ),
     license_option(show_default="unknown"),
     switch("--card", group="Output", default=True, help="Write a model card, README.md, beside FILE."),
-    switch("--overwrite", group="Output", help="Replace FILE, and write a card of the same weights anew."),
+    switch("--overwrite", group="Output", help="Replace FILE, and rewrite a card of the same weights."),
 ]  # fmt: skip
-"""Of the exports of graphs, in the order of the help."""
+"""Options of graph exports, in the order of the help."""
 
 
 def _shared(suffix: str) -> Callable[[Any], Any]:
@@ -89,7 +89,7 @@ def _shared(suffix: str) -> Callable[[Any], Any]:
 def onnx_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     """Write CHECKPOINT as ONNX: one evaluation of the network, or the whole few-step sampler in one graph.
 
-    ONNX Runtime must give vdiff's own answers from the same noise to 1e-4, or nothing is written. Needs
+    Nothing is written unless ONNX Runtime's results equal vdiff's, from the same noise, to 1e-4. Needs
     `pip install 'vdiff[onnx]'`.
     """
     from vdiff.interop.onnx import GRAPH, export_onnx, require_packages
@@ -109,10 +109,10 @@ def onnx_command(checkpoint: Path, file: Path, **flags: Any) -> None:
 )
 @_shared(".pt2")
 def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
-    """Write CHECKPOINT as a torch.export program, which runs where torch is, without vdiff.
+    """Write CHECKPOINT as a torch.export program, which needs only torch.
 
-    It is one evaluation of the network, or the whole few-step sampler. The file, read again, must give vdiff's own
-    answers from the same noise to 1e-4, or nothing is written.
+    It is one evaluation of the network, or the whole few-step sampler. Nothing is written unless the results of the
+    reloaded file equal vdiff's, from the same noise, to 1e-4.
     """
     from vdiff.interop.graphs import export_torch
     from vdiff.interop.usage import torch_usage
@@ -130,9 +130,9 @@ def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
 @license_option(default="unknown")
 @switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
 def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite: bool) -> None:
-    """Copy CHECKPOINT into FOLDER as others may see it: weights, configuration without paths, model card.
+    """Copy CHECKPOINT to FOLDER for publishing: weights, configuration without paths, model card.
 
-    FOLDER is a checkpoint itself: sample.py and distill.py take it. It is what `vdiff push` uploads.
+    FOLDER is itself a checkpoint for sample.py and distill.py. `vdiff push` uploads the same files.
     """
     from vdiff.interop.hub import export_weights
 
@@ -156,25 +156,24 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
 @project_option(read=False)
 @switch(
     "--clip", group="Sampling", default=True,
-    help="Clip predicted images to ±1, as sample.py does; the pipeline is then to be called with "
-    "use_clipped_model_output=True. With False, a plain call draws what sample.py --no_clip draws.",
+    help="Clip predicted images to ±1, as sample.py does; the pipeline then needs use_clipped_model_output=True in its "
+    "call. With False, a plain call equals sample.py --no_clip.",
 )  # fmt: skip
 @option(
     "--class", "class_name", group="Sampling", metavar="CLASS",
-    help="Write the network for this class alone (a name, a number, or none), so that the pipeline can be called: it "
-    "has no way to ask for one.",
+    help="Fix the class (a name, a number, or none), as a call of the pipeline has no argument for a class.",
 )  # fmt: skip
 @option(
     "--guidance", group="Sampling", type=click.FLOAT, metavar="W",
-    help="Write the network for this weight of guidance alone, where it takes one as an input.",
+    help="Fix the guidance weight of a network that takes one as an input.",
 )  # fmt: skip
 @license_option(default="unknown")
 @switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
 def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
-    """Write CHECKPOINT as a pipeline into FOLDER, which diffusers loads without vdiff; with a model card.
+    """Write CHECKPOINT to FOLDER as a pipeline of diffusers, with a model card.
 
-    It is a DDIMPipeline with a UNet2DModel, and draws the same images from the same noise, at every number of steps
-    that divides the model's. Networks that UNet2DModel does not support are refused.
+    The DDIMPipeline with a UNet2DModel does not need vdiff. It draws the same images from the same noise, with every
+    number of steps that divides the model's. Networks that UNet2DModel does not support are refused.
     """
     from vdiff.interop.diffusers.writing import export_pipeline
 
@@ -182,9 +181,7 @@ def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
     made = export_pipeline(checkpoint, folder, **options)
     console.result(f"{folder}: DDIMPipeline, {plural(made.config.num_timesteps, 'step')}")
     if not made.call:
-        console.line(
-            "DDIMPipeline asks for no class: README.md says how to draw, or give --class to write the network for one"
-        )
+        console.line("DDIMPipeline has no argument for a class: see README.md, or fix a class with --class")
         return
     arguments = ", ".join(f"{name}={value}" for name, value in made.call.items())
     load = f"P.from_pretrained({json.dumps(str(folder))})"
@@ -206,13 +203,13 @@ def _export(
     overwrite: bool,
     **flags: Any,
 ) -> None:
-    """Export one file and write its card, which is made first: its picture shows whether the model draws."""
+    """Export one file and its card; the card is made first, as its picture shows whether the model can sample."""
     if file.suffix.lower() != suffix:
         raise OptionError(f"{file} is not a name for an export of this kind", f"give FILE{suffix}")
     if file.is_dir():
         raise VdiffError(f"{file} is a folder", f"give the name of a file in it: {file / ('model' + suffix)}")
     if license_name is not None and not card:
-        raise OptionError("--license stands in the card that --card False leaves out", "leave one of them out")
+        raise OptionError("--license needs a card, but --card False omits it", "leave one of them out")
 
     from vdiff.interop.card import CARD, PICTURE, card_beside
     from vdiff.interop.graphs import check_exportable
@@ -256,10 +253,10 @@ def graph_options(
     no_clip: bool,
     guided: bool,
 ) -> GraphOptions:
-    """What the flags ask for.
+    """The graph's options, from the flags.
 
     Raises:
-        OptionError: flags that exclude each other, or that this model has no use for.
+        OptionError: flags exclude each other, or do not apply to this model.
     """
     from vdiff.interop.graphs import MAX_STEPS, GraphOptions
 
@@ -267,15 +264,15 @@ def graph_options(
     of_samplers = {"--clipping_value": clipping_value is not None, "--no_clip": no_clip, "--guided": guided}
     useless = next((name for name, is_given in of_samplers.items() if is_given and not sampler_graph), "")
     both = "--no_clip and --clipping_value exclude each other"
-    of_graphs = f"--output {output} is for evaluations, and a sampler answers images"
-    eps = "an eps-prediction at zero signal says nothing about the image, so x must be clipped"
-    no_null = "this network was trained without classes left out, so it has no answer without one"
+    of_graphs = f"--output {output} is for evaluations, but a sampler returns images"
+    eps = "an eps-prediction at zero signal contains no image, so x must be clipped"
+    no_null = "this network was trained only with classes and cannot predict without one"
     for is_wrong, cause, hint in (
         (no_clip and clipping_value is not None, both, "give one of them"),
-        (useless, f"{useless} is for samplers, and this is one evaluation", "give --sampler_graph, too"),
+        (useless, f"{useless} is for samplers, but this is one evaluation", "give --sampler_graph too"),
         (sampler_graph and output, of_graphs, "leave it out"),
         (is_eps and no_clip, f"--no_clip: {eps}", "leave --no_clip out"),
-        (guided and takes.takes_guidance, "--guided: this network takes a weight of guidance as it is", "leave it out"),
+        (guided and takes.takes_guidance, "--guided: this network already takes a guidance weight", "leave it out"),
         (guided and not takes.null, f"--guided: {no_null}", "leave it out"),
     ):
         if is_wrong:
@@ -287,7 +284,7 @@ def graph_options(
         raise OptionError(f"--num_timesteps {steps}: {error}", hint) from None
     if sampler_graph and steps > MAX_STEPS:
         raise OptionError(
-            f"a graph of {steps} steps has {steps} copies of the network, and {MAX_STEPS} are the most",
+            f"a graph of {steps} steps has {steps} copies of the network; at most {MAX_STEPS} are allowed",
             f"give --num_timesteps {MAX_STEPS} or less, a distilled model, or leave --sampler_graph out",
         )
     return GraphOptions(

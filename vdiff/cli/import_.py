@@ -1,4 +1,4 @@
-"""`vdiff import`: bring in models that other tools wrote."""
+"""`vdiff import`: import models of other tools."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def out_option(default: str) -> Callable[[Any], Any]:
 
 @click.group(cls=ProgramGroup, context_settings=CONTEXT)
 def command() -> None:
-    """Bring in a model that another tool wrote: sample.py, distill.py and the exports take it like any other.
+    """Import a model of another tool, for sample.py, distill.py and the exports.
 
-    Nothing in a foreign file is ever run, and a file that claims impossible sizes is refused before memory is taken.
+    Code in foreign files is never run. Files that claim impossible sizes are refused before memory is allocated.
     """
 
 
@@ -47,29 +47,29 @@ def command() -> None:
 @project_option()
 @option(
     "--image_size", group="Model", type=click.IntRange(1, 2**13), default=256, metavar="PIXELS",
-    help="Width and height of its images, which no tensor tells.",
+    help="Width and height of its images; the file does not record it.",
 )  # fmt: skip
 @option(
     "--attention_heads", group="Model", type=click.IntRange(1), default=4, metavar="HEADS",
-    help="Its attn_heads, which no tensor tells.",
+    help="Its attn_heads; the file does not record it.",
 )  # fmt: skip
 @option(
     "--image_channels", group="Model", type=click.IntRange(1, 4096), metavar="CHANNELS",
-    show_default="3, or 1 where 3 cannot be", help="Of its images.",
+    show_default="3, or 1 if 3 is impossible", help="Channels of its images.",
 )  # fmt: skip
 @option(
     "--channel_order", group="Model", type=OneOf(["bgr", "rgb"]), default="bgr",
-    help="Of the 3 channels that it was trained on: those repositories read images as OpenCV does, blue first.",
+    help="Channel order of its training images: those repositories read images with OpenCV, blue first.",
 )  # fmt: skip
 @out_option("checkpoints/NAME after the file, or after its folder for a checkpoint.pt")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
 def reference(file: Path, project: Project, out: Path | None, **options: Any) -> None:
-    """Bring in FILE, the checkpoint.pt of a v-diffusion repository.
+    """Import FILE, the checkpoint.pt of a v-diffusion repository.
 
-    That is {"G", "n_timesteps", "time_scale"} with the weights of the rosinality UNet. Its architecture is found from
-    their shapes; what these do not tell are the options below, whose defaults are the CelebA-HQ model's. From the same
-    noise, its channels in --channel_order, sample.py --clipped_sampling draws the images that the clipped sampling of
-    that repository draws.
+    It holds {"G", "n_timesteps", "time_scale"} with the weights of rosinality's UNet. The architecture is inferred from
+    their shapes; the options below give the rest, by default as in the CelebA-HQ model. From the same noise (with its
+    channels in --channel_order), sample.py --clipped_sampling draws the same images as the clipped sampling of that
+    repository.
     """
     from vdiff.interop.reference import import_reference
     from vdiff.models.unet_config import UNetConfig
@@ -97,7 +97,7 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
 @project_option()
 @option(
     "--num_timesteps", group="Model", type=click.IntRange(1), metavar="STEPS",
-    show_default="as many as it was trained with", help="Sampling steps of the checkpoint.",
+    show_default="as in its training", help="Sampling steps of the checkpoint.",
 )  # fmt: skip
 @out_option("checkpoints/NAME after the source")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
@@ -105,7 +105,7 @@ def diffusers(source: str, project: Project, out: Path | None, **options: Any) -
     """Import SOURCE, a pipeline of diffusers: a folder, or OWNER/NAME of the Hugging Face hub.
 
     It is a DDPMPipeline, DDIMPipeline or PNDMPipeline with a UNet2DModel that predicts ε, v or x. Only JSON and
-    safetensors are read. A folder that `vdiff export diffusers` wrote gives back the checkpoint that it was.
+    safetensors are read. A folder from `vdiff export diffusers` becomes the original checkpoint again.
     """
     from vdiff.interop.diffusers.reading import import_pipeline
     from vdiff.models.unet_config import UNetConfig

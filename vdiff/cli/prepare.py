@@ -1,4 +1,4 @@
-"""`prepare_data.py`: turn images from anywhere into a dataset."""
+"""`prepare_data.py`: turn images into a dataset."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PartType(click.ParamType):
         number, slash, count = str(value).partition("/")
         is_pair = slash and number.isdecimal() and count.isdecimal() and len(number) <= len(count) < 10
         if not (is_pair and 1 <= int(number) <= int(count)):
-            self.fail(f"it takes I/N with I from 1 to N, such as 1/4, not {value!r}", param, ctx)
+            self.fail(f"need I/N with I from 1 to N, such as 1/4, not {value!r}", param, ctx)
         return int(number), int(count)
 
 
@@ -57,7 +57,7 @@ class RangeType(click.ParamType):
         except ValueError:
             low = high = math.nan
         if not -math.inf < low < high < math.inf:
-            self.fail(f"it takes full, auto or two numbers such as 0,4095, not {value!r}", param, ctx)
+            self.fail(f"need full, auto or two numbers such as 0,4095, not {value!r}", param, ctx)
         return low, high
 
 
@@ -79,7 +79,7 @@ class RangeType(click.ParamType):
     "--size",
     group="Dataset",
     type=Names(click.IntRange(1, MAX_SIZE), "PIXELS[,PIXELS…]"),
-    show_default="64; small sets as they are: digits 8, mnist 28, cifar10 32 …",
+    show_default="64; small sets keep theirs: digits 8, mnist 28, cifar10 32 …",
     help="Width and height of the images; one dataset can hold several sizes.",
 )
 @option(
@@ -88,7 +88,7 @@ class RangeType(click.ParamType):
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     show_default="data/NAME_SIZE",
-    help="Where the dataset goes; FOLDER.tar makes it a folder of WebDataset tar shards.",
+    help="The dataset's folder; FOLDER.tar makes it a folder of WebDataset tar shards.",
 )
 @option(
     "--format",
@@ -98,9 +98,7 @@ class RangeType(click.ParamType):
     show_default="jpeg; png for small sets",
     help="How images are stored; webp is lossless, jpeg keeps full colour resolution (4:4:4).",
 )
-@option(
-    "--quality", group="Dataset", type=click.IntRange(1, 100), show_default="100", help="JPEG quality; for jpeg alone."
-)
+@option("--quality", group="Dataset", type=click.IntRange(1, 100), show_default="100", help="Quality of jpeg.")
 @option(
     "--channels",
     group="Dataset",
@@ -114,14 +112,14 @@ class RangeType(click.ParamType):
     type=click.Path(path_type=Path),
     default=Path("downloads"),
     metavar="FOLDER",
-    help="Where torchvision's sets lie, or are downloaded to.",
+    help="Folder of torchvision's sets; missing ones are downloaded to it.",
 )
 @option(
     "--split",
     group="Source",
     default="",
     show_default="train",
-    help="Which part of a named set, or of files with folders train, val or test above the classes; all: all parts.",
+    help="Which split of a named set, or of folders train, val and test above the classes; all: all splits.",
 )
 @option(
     "--image_column",
@@ -129,7 +127,7 @@ class RangeType(click.ParamType):
     default="",
     metavar="NAME",
     show_default="the one with images",
-    help="The images of an hf: set.",
+    help="Column of the images in an hf: set.",
 )
 @option(
     "--label_column",
@@ -137,29 +135,29 @@ class RangeType(click.ParamType):
     default="",
     metavar="NAME",
     show_default="the one with classes; label",
-    help="The classes of an hf: set, or in metadata.csv or .jsonl; none for none.",
+    help="Column of the classes in an hf: set, metadata.csv or .jsonl; none = no classes.",
 )
 @option(
     "--crop",
     group="Conversion",
     type=OneOf(CROPS),
     default="center",
-    help="Make a square of the middle, of a random part (the same in every run), of the whole on the background "
-    "colour, or by distorting; none takes only images that have the size already.",
+    help="Make a square from the centre, from a random part (the same in every run), by padding with the background "
+    "colour, or by stretching; none accepts only images that already have the size.",
 )
 @option(
     "--crop_scale",
     group="Conversion",
     type=Number(0, 1, min_open=True),
     show_default="0.25",
-    help="The smallest part of the area that random_resized takes.",
+    help="Smallest fraction of the area that random_resized keeps.",
 )
 @option(
     "--seed",
     group="Conversion",
     type=click.IntRange(min=0),
     show_default="0",
-    help="Other random parts with another number; for random_resized.",
+    help="Seed of the random parts of random_resized.",
 )
 @option(
     "--range",
@@ -167,8 +165,8 @@ class RangeType(click.ParamType):
     group="Conversion",
     type=RangeType(),
     default="full",
-    help="Values of grey of more than 8 bits that become black and white: all that can be, what all images together "
-    "hold (in whole bits; looks at each one first), or two numbers.",
+    help="Grey values of more than 8 bits that become black and white: the full range, the range of all images (in "
+    "whole bits; reads all images first), or two numbers.",
 )
 @option("--resample", group="Conversion", type=OneOf(RESAMPLES), default="lanczos", help="How images are resized.")
 @option(
@@ -178,21 +176,21 @@ class RangeType(click.ParamType):
     default=0,
     metavar="PIXELS",
     show_default="0: smaller images are enlarged, and counted",
-    help="Skip images whose shorter side (with pad: longer) is below.",
+    help="Skip images with a shorter side (with pad: longer side) below this.",
 )
 @option(
     "--background",
     group="Conversion",
     default="white",
     metavar="COLOUR",
-    help="What lies behind transparent pixels and padding: a name or #rrggbb.",
+    help="Colour behind transparent pixels and of padding: a name or #rrggbb.",
 )
 @option(
     "--num_workers",
     group="Work",
     type=click.IntRange(min=0),
     show_default="CPU cores",
-    help="Processes; 0 converts in the main one. The dataset is the same for any number.",
+    help="Worker processes; 0 = none. The dataset is the same for any number.",
 )
 @option(
     "--shard",
@@ -200,7 +198,7 @@ class RangeType(click.ParamType):
     group="Work",
     type=PartType(),
     show_default="everything",
-    help="Prepare only part I of N of the images; vdiff data merge joins the parts of several machines.",
+    help="Prepare only part I of N of the images; vdiff data merge merges the parts of several machines.",
 )
 @switch("--overwrite", group="Work", help="Replace an existing dataset, once the new one is complete.")
 @switch("--strict", group="Work", help="Stop at the first file that cannot be read instead of skipping it.")
@@ -230,16 +228,16 @@ def command(
     strict: bool,
     json: bool,
 ) -> int:
-    """Turn the images of PATH into an LMDB dataset; without PATH, scikit-learn's digits.
+    """Turn the images of PATH (default: scikit-learn's digits) into an LMDB dataset.
 
     PATH is a folder, a zip, a tar, an npz of samples, a prepared dataset, the name of one of torchvision's sets
     (cifar10, mnist, svhn, celeba, flowers102, imagenet, lsun …) or hf:NAME for one of the Hugging Face hub.
 
     Classes come from dataset.json (EDM, StyleGAN) or metadata.csv or .jsonl (Hugging Face) beside the images, else from
-    subfolders if every image lies in one. vdiff's own pictures and samples are left out. EXIF orientation and colour
-    profiles are applied, transparency is laid on the background, animations give their first frame. Files that cannot
-    be read are skipped, listed in rejected.jsonl in the dataset, and make the exit code 3. However a run ends, the same
-    command continues.
+    subfolders if every image is in one. vdiff's own pictures and samples are skipped. EXIF orientation and colour
+    profiles are applied, transparent images are placed on the background, and the first frame of animations is used.
+    Files that cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
+    interruption the same command continues.
     """
     from vdiff.data.conversion import ConversionConfig
     from vdiff.data.preparation import Part, prepare
@@ -299,7 +297,7 @@ def parse_colour(text: str) -> tuple[int, int, int]:
     """`white` or `#ffffff` as (255, 255, 255).
 
     Raises:
-        OptionError: no such colour.
+        OptionError: not a colour.
     """
     from PIL import ImageColor
 
@@ -310,7 +308,7 @@ def parse_colour(text: str) -> tuple[int, int, int]:
 
 
 def cpu_cores() -> int:
-    """The processors this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -320,7 +318,7 @@ def as_json(report: Report) -> str:
 
 
 def summary(report: Report, part: Part | None = None, project: Project | None = None) -> list[str]:
-    """The report as aligned lines, ending with the command to run next."""
+    """The report as aligned lines, with the next command at the end."""
     from vdiff.data.listing import few
 
     sizes = ", ".join(map(str, report.sizes))

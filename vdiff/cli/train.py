@@ -34,7 +34,7 @@ SHARE = 25
         "python train.py                   # the only dataset under data/",
         "python train.py --data data/photos_64 --batch_size 64 --lr 1e-4",
         "python train.py --preset cifar10 --dry_run        # what it would cost",
-        "python train.py --resume          # go on after Ctrl-C",
+        "python train.py --resume          # continue after Ctrl-C",
         "python train.py --config checkpoints/original/run.toml --out checkpoints/b",
     ],
 )
@@ -52,9 +52,9 @@ SHARE = 25
 @switch("--overwrite", group="Run", help="Replace what is in --out.")
 @switch(
     "--dry_run", group="Run",
-    help="Print what the training takes, in memory, time and disk, then stop; with --preset it needs no dataset.",
+    help="Print the memory, time and disk that the training needs, then stop; with --preset no dataset is needed.",
 )  # fmt: skip
-@switch("--all", "every_setting", group="Run", help="With --dry_run: print every setting, and time nothing.")
+@switch("--all", "every_setting", group="Run", help="With --dry_run: print every setting, without timing.")
 @settings(TrainConfig)
 def command(
     project: Project,
@@ -76,7 +76,7 @@ def command(
     if not resume:
         check_early(TrainConfig, given(flags), config_file)
     if every_setting and not dry_run:
-        raise OptionError("--all says what --dry_run prints", "give --dry_run too")
+        raise OptionError("--all needs --dry_run", "give --dry_run too")
 
     from vdiff.replacing import is_free
     from vdiff.training.base import describe, resolve_training
@@ -128,7 +128,7 @@ def command(
 def estimate(
     config: TrainConfig, images: TrainingData, description: CheckpointConfig, *, is_trial: bool
 ) -> dict[str, str]:
-    """What a run takes: parameters, memory, disk and time.
+    """The cost of a run: parameters, memory, disk and time.
 
     Raises:
         VdiffError: memory is too small, unless it is a trial.
