@@ -405,7 +405,7 @@ def test_a_base_run_in_the_place_of_a_student():
 def test_damaged_leftovers():
     Path("samples/mine/00001.png").write_bytes(b"text")
     again = f"{SAMPLE}/base_5 --out samples/mine --num 3"
-    assert error(again, FAILED) == "samples/mine/00001.png is damaged; delete it, then give the same command again"
+    assert error(again, FAILED) == "samples/mine/00001.png is damaged; delete it, then run the same command again"
     Path("samples/mine/00001.png").unlink()
     done(again)
     Path("samples/mine/samples.json").write_text("{")

@@ -228,7 +228,7 @@ def test_raw_weights_come_from_the_state_of_the_training(place, tmp_path):
     from vdiff.models.checkpoint import read_tensors, write_tensors
 
     write_checkpoint(tmp_path / "model", weights="ema")
-    with pytest.raises(VdiffError, match="keeps no raw weights"):
+    with pytest.raises(VdiffError, match="has no raw weights"):
         measured(place, checkpoints=[tmp_path / "model"], raw=True, out=tmp_path / "out.json")
     (tmp_path / "model" / "state").mkdir()
     raw = {f"raw.{name}": tensor for name, tensor in read_tensors(place / "teacher" / WEIGHTS).items()}

@@ -1,4 +1,4 @@
-"""The dataset that samples are compared with: read once, its statistics cached for the next evaluation."""
+"""The dataset to compare samples with: read once; its statistics are cached for later evaluations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vdiff.reporting import Progress, Reporter
 
 PARTS = 16
 MAX_KEPT = 10_000
-"""Vectors in the kernel distance and in precision and recall, at most."""
+"""At most this many vectors are used for the kernel distance, precision and recall."""
 BATCH = 128
 MAX_DECODERS = 8
 FORMAT = 1
@@ -38,16 +38,16 @@ MOMENTS = ("counts", "means", "scatters")
 
 
 class ReferenceImages:
-    """A dataset at one size, in order, decoded by threads.
+    """A dataset in one size, in order, decoded by threads.
 
     Args:
-        most: of a larger dataset, about so many images are read: the first ones of each stretch.
+        most: read about this many images of a larger dataset: the first ones of each stretch.
 
     Attributes:
-        numbers: of the images that are read, in the dataset.
+        numbers: the numbers, in the dataset, of the images that are read.
 
     Raises:
-        VdiffError: no such dataset, an incomplete one, or one without images of this size.
+        VdiffError: the dataset is missing or incomplete, or has no images of this size.
     """
 
     def __init__(self, dataset: Path | str, image_size: int, most: int | None = None) -> None:
@@ -65,7 +65,7 @@ class ReferenceImages:
 
     @property
     def identity(self) -> str:
-        """A key of these images: their fingerprint, or where there is none, the file's path, length and time."""
+        """The key of these images: the fingerprint, or if there is none, the file's path, length and time."""
         fingerprint = self.store.meta.fingerprint
         if not fingerprint:
             place = Path(str(self.store.path)).resolve()
@@ -77,7 +77,7 @@ class ReferenceImages:
         return key_of([fingerprint, self.image_size, self.channels, len(self.store), *part])
 
     def describe(self) -> Reference:
-        """Its description in the results."""
+        """The dataset's description in the results."""
         meta = self.store.meta
         how = [meta.resample, f"crop {meta.crop}" if meta.crop else ""]
         quality = f" quality {meta.quality}" if meta.quality is not None else ""
@@ -93,9 +93,9 @@ class ReferenceImages:
         )
 
     def parts(self, name: str) -> tuple[dict[str, int], list[list[tuple[int, int]]]]:
-        """At most `PARTS` parts for `WorkFolder.compute`: their names and sizes, and the stretches of each.
+        """At most `PARTS` parts for `WorkFolder.compute`: names, sizes, and the stretches of each.
 
-        They are the same for any number of processes.
+        The parts are the same for any number of processes.
         """
         count = min(PARTS, len(self.stretches))
         edges = [len(self.stretches) * k // count for k in range(count + 1)]
@@ -103,10 +103,10 @@ class ReferenceImages:
         return {f"{name}-{k:02d}.npz": sum(stop - start for start, stop in part) for k, part in enumerate(parts)}, parts
 
     def batches(self, stretches: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
-        """The number of the first image, and (B, C, H, W) uint8, of all images of some stretches.
+        """The number of the first image and (B, C, H, W) uint8, for all images of some stretches.
 
         Raises:
-            VdiffError: an image that is missing or damaged.
+            VdiffError: an image is missing or damaged.
         """
         with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_DECODERS)) as pool:
             for start, stop in stretches:
@@ -121,7 +121,7 @@ class ReferenceImages:
         return torch.from_numpy(np.array(self._decoded(sample)))
 
     def some(self, indices: NDArray[np.int64]) -> Iterator[Tensor]:
-        """Those images, in order, (C, H, W) uint8 each; a stretch that holds some of them is read once."""
+        """The images with these numbers, in order, (C, H, W) uint8 each; every stretch is read at most once."""
         for start, stop in self.stretches:
             low, high = np.searchsorted(indices, [start, stop])
             if isinstance(self.store, ImageStore):
@@ -138,7 +138,7 @@ class ReferenceImages:
 
 
 def random_subset(count: int, most: int, stream: int = 0) -> NDArray[np.int64]:
-    """At most `most` of 0 … count − 1, in order, uniformly at random; the same in every call."""
+    """At most `most` of 0 … count − 1, drawn uniformly, in order; the same in every call."""
     if count <= most:
         return np.arange(count)
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([count, most, stream])))
@@ -147,7 +147,7 @@ def random_subset(count: int, most: int, stream: int = 0) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class DataStats:
-    """Statistics of a dataset on one kind of features.
+    """Statistics of a dataset for one kind of features.
 
     Attributes:
         moments: of all images.
@@ -162,9 +162,9 @@ class DataStats:
 def scale_of(data: DataStats, n: int, image_size: int) -> Scale:
     """The scale of Fréchet distances of `n` samples as `pixel_vectors`, from the statistics of the data alone.
 
-    Of k other images against the remaining N − k, the distance is in the mean proportional to 1/k + 1/(N − k), as both
-    have the same distribution: so the one of n samples against all N follows. Noise is N(0, 1) clipped to ±1, whose
-    variance is 1 − 2 φ(1), φ the normal density; a part of p pixels has the p-th of it.
+    The expected distance of k images to the remaining N − k is proportional to 1/k + 1/(N − k), as both have the same
+    distribution. This gives the distance of n samples to all N. Noise is N(0, 1) clipped to ±1; its variance is
+    1 − 2 φ(1), with φ the normal density, and the mean of p pixels has 1/p of it.
     """
     total, dim = data.moments.count, len(data.moments.mean)
     side = min(image_size, SIDE)
@@ -186,22 +186,22 @@ def scale_of(data: DataStats, n: int, image_size: int) -> Scale:
 
 
 def cache_folder() -> Path:
-    """The default cache: `vdiff` in the user's cache folder, or in that of temporary files."""
+    """The default cache: `vdiff` in the user's cache folder, or in the temporary folder."""
     home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     try:
         return (Path(home) if home else Path.home() / ".cache") / "vdiff"
-    except RuntimeError:  # the user has no home
+    except RuntimeError:  # the user has no home folder
         return Path(tempfile.gettempdir()) / "vdiff"
 
 
 def data_stats(images: ReferenceImages, features: Features, cache: Path | None, work: WorkFolder) -> DataStats:
-    """The statistics of a dataset: from the cache, or computed by all processes and put there.
+    """The statistics of a dataset: from the cache, or computed by all processes and cached.
 
-    A killed computation goes on: its parts lie in the cache too.
+    A killed computation continues: its parts are cached too.
 
     Args:
         cache: `cache_folder()` by default.
-        work: its folder is used instead of a cache that cannot be written.
+        work: its folder replaces a cache that cannot be written.
 
     Raises:
         VdiffError: an image cannot be read, or the disk refuses.
@@ -221,41 +221,41 @@ def data_stats(images: ReferenceImages, features: Features, cache: Path | None, 
             if processes.is_main:
                 _wait_for(lock, reporter)
         with processes.together():
-            found = _cached(path, features.dim)  # another evaluation may have put it there by now
+            found = _cached(path, features.dim)  # another evaluation may have written it by now
         if found is None:
             _compute(path, images, features, WorkFolder(path.with_suffix(".partial"), key, processes, reporter))
             found = _cached(path, features.dim)
     finally:
         lock.release()
     if found is None:
-        raise VdiffError(f"{path} cannot be read", "remove it, then give the command again")
+        raise VdiffError(f"{path} cannot be read", "remove it, then run the command again")
     return found
 
 
 def _writable(cache: Path, spare: Path, reporter: Reporter) -> Path:
-    """The cache, or `spare` where it cannot be written."""
+    """The cache, or `spare` if it cannot be written."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             return cache
     except OSError as error:
-        reporter.line(f"{cache} cannot be written ({error.strerror}): going on without it")
+        reporter.line(f"{cache} cannot be written ({error.strerror}): continuing without it")
         return make_folder(spare)
 
 
 def _wait_for(lock: FileLock, reporter: Reporter) -> None:
-    """Take the lock, when another evaluation of the same data releases it."""
+    """Take the lock; wait while another evaluation of the same data holds it."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        reporter.line("waiting for another evaluation that reads the same data")
+        reporter.line("waiting for another evaluation of the same data")
         lock.acquire()
     except OSError as error:
         raise VdiffError(f"cannot write {lock.lock_file}: {error.strerror}", "give another --cache") from None
 
 
 def _compute(path: Path, images: ReferenceImages, features: Features, work: WorkFolder) -> None:
-    """Read all the data, and write their statistics to `path`."""
+    """Read all data, and write the statistics to `path`."""
     sizes, parts = images.parts("part")
     indices = images.numbers[random_subset(len(images), MAX_KEPT)]
 

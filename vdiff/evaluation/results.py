@@ -1,4 +1,4 @@
-"""The results of an evaluation: metrics with their intervals, what was compared with what, and the file of them."""
+"""The results of an evaluation: metrics with intervals, what was compared, and their file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from vdiff.text import cause_of
 
 FORMAT = 1
 FILE = "evaluation.json"
-"""Name of a ladder's evaluation, in the folder that holds the ladder."""
+"""File name of a ladder's evaluation, in the ladder's folder."""
 QUALITY = "quality.json"
-"""Name of a short evaluation of a checkpoint alone, in its folder."""
+"""File name of a short evaluation of a single checkpoint, in its folder."""
 NOT_TRAINED = "not trained yet"
 AGAIN = "evaluate again: vdiff evaluate"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images that samples were compared with.
+    """The dataset that samples were compared with.
 
     Attributes:
         name: the dataset's path.
-        fingerprint: SHA-256 of its content; empty where another program wrote it.
-        num_images: the images in its statistics.
+        fingerprint: SHA-256 of its content; empty if another program wrote it.
+        num_images: number of images in the statistics.
         split: `all`, or `i/n` for part i of a dataset prepared in n parts.
-        resize, format: how the images were resized and encoded; empty where the dataset does not say.
+        resize, format: how the images were resized and encoded; empty if unknown.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Metric:
-    """A value and the bounds of its 95 % interval, None where there is none."""
+    """A value and the bounds of its 95 % interval; None if there are no bounds."""
 
     value: float
     low: float | None = None
@@ -61,7 +61,7 @@ class Metric:
         return cls(value, value - half, value + half)
 
     def __str__(self) -> str:
-        """`0.208 ± 0.012`: the value and half of its interval, to two significant digits of the half."""
+        """`0.208 ± 0.012`: the value and half of its interval, which has two significant digits."""
         half = math.nan if self.low is None or self.high is None else (self.high - self.low) / 2
         if not math.isfinite(half) or half <= 0:
             return f"{self.value:.4g}"
@@ -71,23 +71,23 @@ class Metric:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """The metrics of one checkpoint, drawn with one sampler in one number of steps.
+    """The metrics of one checkpoint with one sampler and one number of steps.
 
     Attributes:
         checkpoint, checkpoint_fingerprint: its folder, and the SHA-256 of its weights.
         weights: "ema" or "raw".
-        evaluations: network evaluations per image, as counted.
+        evaluations: counted network evaluations per image.
         n: number of samples.
-        seconds: spent on this row, measuring included.
-        ms_per_image: of drawing alone.
+        seconds: spent on this row, including measuring.
+        ms_per_image: milliseconds of drawing per image.
         metrics: by name: `fd` and `kd`, Fréchet and kernel distance on the chosen features (`fid` and `kid` on
             Inception's); `fd_inf` (`fid_inf`), the first without its bias; `precision`, `recall`; `isc`, the Inception
             score; `rmse`, `psnr` to the teacher from the same noise; `nearest`, the median distance of a sample to the
-            nearest image of the data, beside `nearest_data`, the same of the data's images to their nearest other
-            one, both with `_features` too; `closest`, the smallest distance of any sample.
+            nearest image of the data; `nearest_data`, the median distance of an image of the data to the nearest other
+            one; both also with `_features`; `closest`, the smallest distance of any sample.
         guidance: the weight w of classifier-free guidance.
-        closest: the samples nearest to an image of the data: number of the sample, of the image, distance.
-        is_time_doubtful: more evaluations of the same network took less time, in a second measurement too.
+        closest: the samples nearest to an image of the data: sample number, image number, distance.
+        is_time_doubtful: more evaluations of the same network took less time, even when measured again.
     """
 
     checkpoint: str
@@ -109,12 +109,12 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class Scale:
-    """Fréchet distances to the data of what no model drew: what the distances of samples are read by.
+    """Reference values for the Fréchet distances of samples: distances to the data without a model.
 
     Attributes:
-        same: of other images of the data, as many as samples: a perfect model's.
-        blurred: of images of the data blurred by (1 2 1)/4 along rows and columns of what is compared.
-        mean_image: of the mean image, again and again: the trace of the data's covariance.
+        same: of other images of the data, as many as samples, so that of a perfect model.
+        blurred: of images of the data, blurred by (1 2 1)/4 along the rows and columns that are compared.
+        mean_image: of the repeated mean image: the trace of the data's covariance.
         noise: of pure noise.
     """
 
@@ -125,7 +125,7 @@ class Scale:
 
     @property
     def good(self) -> float:
-        """√(same · blurred): below it, a distance is by its ratio nearer to that of other images."""
+        """√(same · blurred): a distance below it has a smaller ratio to `same` than to `blurred`."""
         return math.sqrt(max(self.same * self.blurred, 0.0))
 
     def __str__(self) -> str:
@@ -137,10 +137,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good samples are, in a word that follows from their distances and the `Scale`.
+    """The quality of samples, in a word that follows from their distances and the `Scale`.
 
-    `not trained yet`: no nearer to the data than blurred images are. `memorises`: good, and the median sample is nearer
-    to an image of the data than the midpoint between that image and the nearest other one usually is.
+    `not trained yet`: not nearer to the data than blurred images. `memorises`: good, and the median distance of samples
+    to their nearest images of the data is less than half of that between nearest images of the data.
     """
 
     distance: float
@@ -165,7 +165,7 @@ class Quality:
         text = f"{self.word}: distance to the data {self.distance:.3g}"
         if self.word == "memorises":
             text += f"; half of the samples are within {self.nearest:.3g} of an image of the data, "
-            text += f"whose nearest other image is {self.nearest_data:.3g} away"
+            text += f"but the distance between nearest images of the data is {self.nearest_data:.3g}"
         return text
 
     def __str__(self) -> str:
@@ -175,17 +175,17 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows measured by one command against one dataset.
+    """Rows that one command measured against one dataset.
 
     Attributes:
-        features: what images were compared by: `pixels`, `inception`, or a feature network's file.
-        device, date, command: where, when (ISO 8601) and by which command the rows were measured.
+        features: `pixels`, `inception`, or a feature network's file.
+        device, date, command: where, when (ISO 8601) and with which command the rows were measured.
         pairs: file name of the picture of samples beside their nearest images, in the folder of this file, or None.
-        teacher: the checkpoint that `rmse` and `psnr` compare with; empty where there is none.
-        teacher_steps: the steps that it was drawn in.
-        notes: what a reader must know of the metrics, a sentence each.
+        teacher: the checkpoint that `rmse` and `psnr` compare with; empty if there is none.
+        teacher_steps: its sampling steps.
+        notes: notes for the reader of the metrics, one sentence each.
         job: the key of everything that determines the metrics.
-        scale: what Fréchet distances on pixels are read by; None where there are none.
+        scale: the scale of Fréchet distances on pixels; None if there are none.
     """
 
     features: str
@@ -204,7 +204,7 @@ class Evaluation:
     format: int = FORMAT
 
     def quality(self, row: EvalRow) -> Quality | None:
-        """How good the samples of a row are; None where no distance on pixels was measured."""
+        """The quality of a row's samples; None if no distance on pixels was measured."""
         if self.scale is None or "fd" not in row.metrics:
             return None
         near = (row.metrics[name].value if name in row.metrics else None for name in ("nearest", "nearest_data"))
@@ -219,13 +219,13 @@ class Evaluation:
         """The inverse of `to_json`.
 
         Raises:
-            VdiffError: not JSON, another format, or keys that are missing, unknown or of the wrong type.
+            VdiffError: not JSON, another format, or keys are missing, unknown or of the wrong type.
         """
         try:
             values = parse(text)
             if isinstance(values, dict):
                 if values.get("format") != FORMAT:
-                    raise ValueError(f"its format is {values.get('format')!r}, this vdiff reads {FORMAT}")
+                    raise ValueError(f"its format is {values.get('format')!r}, but this vdiff reads {FORMAT}")
                 if isinstance(values.get("rows"), list):
                     values["rows"] = list(map(with_infinity, values["rows"]))
             return record_of(cls, values, "it", AGAIN)
@@ -234,7 +234,7 @@ class Evaluation:
             raise VdiffError(f"not an evaluation: {cause}", AGAIN) from None
 
     def write(self, path: Path) -> None:
-        """Write it to `path`, whole or not at all.
+        """Write the evaluation to `path`, whole or not at all.
 
         Raises:
             VdiffError: the file system refuses.
@@ -243,10 +243,10 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        """Read what `write` wrote.
+        """Read the file of `write`.
 
         Raises:
-            VdiffError: no such file, or none that can be read.
+            VdiffError: the file is missing or cannot be read.
         """
         try:
             text = read_text(path)
@@ -259,7 +259,7 @@ class Evaluation:
 
 
 def read_quality(folder: Path, fingerprint: str) -> Quality | None:
-    """What `measure_quality` found of the weights with this fingerprint; None where that is not known."""
+    """The result of `measure_quality` for the weights with this fingerprint; None if it is not known."""
     try:
         found = Evaluation.read(folder / QUALITY)
     except VdiffError:
@@ -272,7 +272,7 @@ EVALUATION = Kind("evaluation", lambda path: FILE if holds_keys(path, "reference
 
 
 def plain(value: Any) -> Any:
-    """The same with None for every number that is not finite."""
+    """The values, with None for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -281,7 +281,7 @@ def plain(value: Any) -> Any:
 
 
 def with_infinity(row: Any) -> Any:
-    """The JSON object of a row, with infinity for metrics that are null there: the PSNR of equal images."""
+    """The JSON object of a row, with infinity for metrics that are null: the PSNR of equal images."""
     if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
         return row
     metrics = {

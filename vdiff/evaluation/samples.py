@@ -1,4 +1,4 @@
-"""The samples of one row: drawn in batches, kept as statistics."""
+"""The samples of one row: drawn in batches, and reduced to statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vdiff.records import STATE
 from vdiff.reporting import Progress
 
 PIECE_IMAGES = 256
-"""Images of a piece, at least, but for the last: a kill loses at most so many."""
+"""The fewest images of a piece, except the last; a kill loses at most one piece."""
 CLASS_STATS = ("answer_counts", "answer_sums", "answer_negentropies")
 RAW = "raw."
 
@@ -44,7 +44,7 @@ class SampleBlocks:
 
     @property
     def num_blocks(self) -> int:
-        """Fewer for features of many dimensions, whose moments take more memory."""
+        """The number of blocks: fewer for features of many dimensions, as their moments take more memory."""
         most = 50 if self.dim <= 256 else 20 if self.dim <= 1024 else 10
         return min(most, self.n // 2)
 
@@ -53,7 +53,7 @@ class SampleBlocks:
         return range(self.n * number // self.num_blocks, self.n * (number + 1) // self.num_blocks)
 
     def pieces(self) -> list[range]:
-        """The blocks of each piece."""
+        """The blocks in each piece."""
         of_each = max(1, -(-PIECE_IMAGES * self.num_blocks // self.n))
         return [range(k, min(k + of_each, self.num_blocks)) for k in range(0, self.num_blocks, of_each)]
 
@@ -63,7 +63,7 @@ class SampleBlocks:
 
 
 class Generator:
-    """Draws the samples of one row; the model is loaded when the first are drawn."""
+    """Draws the samples of one row; loads the model at the first draw."""
 
     def __init__(self, row: RowSpec, plan: EvalPlan, device: torch.device) -> None:
         self.row, self.plan, self.device = row, plan, device
@@ -71,16 +71,16 @@ class Generator:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations so far, counted by images."""
+        """Network evaluations so far, counted per image."""
         return self.network.evaluations if self.network else 0
 
     def batches(self, samples: range) -> list[range]:
-        """The samples drawn at once."""
+        """The samples, divided into batches."""
         size = self.plan.batch_size
         return [range(k, min(k + size, samples.stop)) for k in range(samples.start, samples.stop, size)]
 
     def draw(self, indices: range, bar: Progress, done: int) -> Tensor:
-        """Samples number `indices`: (B, C, H, W) float32 in [−1, 1].
+        """Samples `indices`: (B, C, H, W) float32 in [−1, 1].
 
         Raises:
             VdiffError: the model cannot be read, or draws images that are not finite.
@@ -117,16 +117,16 @@ class Generator:
 
 
 def weights_file(row: RowSpec) -> Path:
-    """The weights that a row is drawn with; for `raw` those without average, which a training keeps in its state.
+    """The weights of a row; for `raw` those without average, from the training state.
 
     Raises:
-        VdiffError: there are none.
+        VdiffError: there are no such weights.
     """
     if not row.raw or read_config(row.checkpoint).weights == "raw":
         return row.checkpoint / WEIGHTS
     path = row.checkpoint / STATE
     if not path.exists():
-        raise VdiffError(f"{row.checkpoint} keeps no raw weights: there is no {STATE}", "leave --raw out")
+        raise VdiffError(f"{row.checkpoint} has no raw weights: {STATE} is missing", "leave --raw out")
     return path
 
 

@@ -1,7 +1,7 @@
-"""A job whose results are files: any process may compute any of them, and a killed job goes on with the next.
+"""A job with results in files: any process may compute any of them, and a killed job continues with the next.
 
-A result is a function of its number alone, and results are combined in the order of their numbers. So the outcome has
-the same bits however often the job was killed, and whichever process computed what.
+A result depends only on its number, and results are combined in the order of their numbers. So the final bits do not
+depend on interruptions or on the distribution of work among processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vdiff.reporting import Progress, Reporter
 
 JOB = "job.json"
 Compute = Callable[[int, Progress, int], Arrays]
-"""From the number of a result, the progress bar and the images that the bar stands at, to the result."""
+"""(number of a result, progress bar, images on the bar so far) → the result."""
 
 
 def key_of(values: Any) -> str:
@@ -55,21 +55,21 @@ class WorkFolder:
             return ""
 
     def file(self, name: str) -> Path:
-        """Where the result `name` is, or will be."""
+        """The file of the result `name`."""
         return self.path / name
 
     def has(self, name: str) -> bool:
-        """Whether there is a result `name`, asked by all processes before any of them goes on."""
+        """Whether the result `name` exists; all processes check before any of them continues."""
         with self.processes.together():
             return self.file(name).exists()
 
     def compute(self, title: str, sizes: Mapping[str, int], result: Compute) -> None:
-        """Have the missing results computed, each by one process, and wait for all of them.
+        """Compute the missing results, each by one process, and wait for all of them.
 
         Args:
             title: of the progress bar.
             sizes: the name of each result, and the number of images behind it.
-            result: computes a result from its number, its place in `sizes`.
+            result: computes a result from its number, the index in `sizes`.
 
         Raises:
             VdiffError: from `result`, in this process or another one.
@@ -94,7 +94,7 @@ class WorkFolder:
         """
         found = read_arrays(self.file(name))
         if found is None:
-            raise VdiffError(f"{self.file(name)} cannot be read", f"remove {self.path}, then give the command again")
+            raise VdiffError(f"{self.file(name)} cannot be read", f"remove {self.path}, then run the command again")
         return found
 
     def remove(self) -> None:
@@ -117,7 +117,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
-    """The arrays that `write_arrays` wrote; None where there is no such file, or a damaged one."""
+    """The arrays that `write_arrays` wrote; None if the file is missing or damaged."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
