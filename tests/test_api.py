@@ -154,7 +154,7 @@ def test_images_in_double_precision_are_denoised_like_others(plain):
 def test_what_cannot_be_is_refused(plain, classes, folder):
     student = vdiff.load(folder / "student")
     for call, words in [
-        (lambda: plain.sample(1, sampler="dimm"), "no sampler 'dimm'; did you mean 'ddim'?"),
+        (lambda: plain.sample(1, sampler="dimm"), "unknown sampler 'dimm'; did you mean 'ddim'?"),
         (lambda: plain.sample(1, sampler="ddpm", eta=1.0), "the sampler ddpm does not use eta; it takes clip"),
         (
             lambda: plain.sample(1, clipping_value=-1.0),
@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
         (lambda: plain.sample(1, steps=0), "num_steps must be at least 1, got 0"),
         (lambda: plain.sample(1, sampler=None), "None is not a sampler; choose from ddim"),
         (lambda: vdiff.load(folder / "plain", device="gpu"), "unknown device 'gpu'; did you mean 'cpu'?"),
-        (lambda: vdiff.load(folder / "plain", precision="fp8"), "no precision 'fp8'; choose from auto, fp32"),
+        (lambda: vdiff.load(folder / "plain", precision="fp8"), "unknown precision 'fp8'; choose from auto, fp32"),
         (lambda: vdiff.load(folder / "nowhere"), "no such checkpoint; "),
     ]:
         with pytest.raises(VdiffError) as caught:

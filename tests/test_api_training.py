@@ -362,7 +362,7 @@ def test_a_network_without_weights_draws_and_says_where_it_is():
     model = vdiff.wrap(Network(), (2, 5))
     assert repr(model) == "<vdiff model: base, 1024 steps, (2, 5), on cpu>"
     assert model.sample(3, steps=2).shape == (3, 2, 5)
-    with pytest.raises(VdiffError, match="no sampler 'dim'; did you mean 'ddim'"):
+    with pytest.raises(VdiffError, match="unknown sampler 'dim'; did you mean 'ddim'"):
         model.sample(1, steps=2, sampler="dim")
 
 

@@ -93,7 +93,7 @@ def test_a_dataset_json_of_another_tool_changes_nothing(tmp_path: Path) -> None:
     ("name", "data", "words"),
     [
         ("dataset.json", b'{"labels": [["00000/img00000000.png", [0.5, 1]]]}', r"\[0.5, 1\] is a value, not a class"),
-        ("dataset.json", b'{"labels": [["00000/img00000000.png", 1.5]]}', "1.5 is no class"),
+        ("dataset.json", b'{"labels": [["00000/img00000000.png", 1.5]]}', "1.5 is a value"),
         ("dataset.json", b'{"labels": [["00000/img00000000.png", -1]]}', "-1 is not the number of a class"),
         ("dataset.json", b'{"labels": [["00000/img00000000.png"]]}', "cannot be read"),
         ("dataset.json", b'{"labels": 7}', "cannot be read"),

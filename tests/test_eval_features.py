@@ -87,7 +87,7 @@ def test_files_that_are_no_features_are_refused_in_one_line(tmp_path):
         tmp_path / "none.pt2": "No such file",
         tmp_path: "Is a directory|Permission denied",
         tmp_path / "text.pt2": "is not a network",
-        tmp_path / "weights.pt": "weights alone",
+        tmp_path / "weights.pt": "only weights",
         colour: "does not accept images of 4×4 pixels and 1 channel",
         fixed: "does not accept images",
         sums: "does not accept images",

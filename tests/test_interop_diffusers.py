@@ -700,7 +700,7 @@ def test_a_description_that_does_not_fit_is_left_aside(place, tmp_path):
         (tmp_path / "there/vdiff/config.json").write_text(text)
         made = import_pipeline(str(tmp_path / "there"), tmp_path / change)
         assert f"{tmp_path}/there/vdiff/config.json" in made.remarks[-1]
-        assert "left aside: " in made.remarks[-1]
+        assert "is ignored: " in made.remarks[-1]
         assert (made.config.method, made.config.num_timesteps) == ("base", 1024)
         assert made.config.dataset == "imported:diffusers/there"
 
@@ -820,7 +820,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "predicts flow": (scheduler(prediction_type="flow_prediction"), "prediction_type is 'flow_prediction'"),
     "sigmoid": (scheduler(beta_schedule="sigmoid", trained_betas=None), "beta_schedule is 'sigmoid'"),
     "rescaled": (scheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr is True"),
-    "short table": (scheduler(trained_betas=[0.1, 0.2]), "trained_betas is [0.1, 0.2]; 1024 numbers from 0 to 1"),
+    "short table": (scheduler(trained_betas=[0.1, 0.2]), "trained_betas is [0.1, 0.2]; need 1024 numbers from 0 to 1"),
     "strange table": (scheduler(trained_betas=[0.1] * 512 + [0.2] * 512), "only linear, scaled_linear and cosine"),
     "table of one": (scheduler(trained_betas=[1.0] + [0.5] * 1023), "only linear, scaled_linear and cosine"),
     "little noise": (scheduler(trained_betas=[1e-5, 2e-5] * 512), "only linear, scaled_linear and cosine"),

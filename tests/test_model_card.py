@@ -235,7 +235,7 @@ def test_a_card_serves_all_exports_of_the_same_weights(tmp_path):
 @pytest.mark.parametrize("content", [b"# My repository", b"\xff\xfe", b""])
 def test_other_peoples_readme_stays(content, tmp_path):
     (tmp_path / CARD).write_bytes(content)
-    with pytest.raises(VdiffError, match=r"is not the model card of .*; give a file in a folder of its own"):
+    with pytest.raises(VdiffError, match=r"is not the model card of .*; give a file in a separate folder"):
         beside(tmp_path, student(tmp_path / "m"), "a.onnx")
     assert (tmp_path / CARD).read_bytes() == content
 

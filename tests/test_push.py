@@ -265,10 +265,15 @@ def test_without_a_token_nothing_is_asked(hub, checkpoint, monkeypatch):
             "/api/validate",
             400,
             "license must be one of …",
-            "license must be one of …; give the same command with --over",
+            "license must be one of …; run the same command with --over",
         ),
         ("/api/models/me/digits/commit", 403, "No.", "the token may not write to me/digits (No.); use a token"),
-        ("/put/", 400, "Too large.", "refuses me/digits: Too large.; give the same command with --overwrite to go on"),
+        (
+            "/put/",
+            400,
+            "Too large.",
+            "refuses me/digits: Too large.; run the same command with --overwrite to continue",
+        ),
     ],
 )
 def test_refusals_are_one_line(path, status, said, message, hub, checkpoint):

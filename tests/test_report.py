@@ -234,7 +234,7 @@ def test_the_scale_is_on_the_page(root, tmp_path):
     page = render(read_ladder(folder))
     text = " ".join(Page(page).text.split())
     assert "It worked: the student of 1 step is good." in text
-    assert f"For scale, distances without a model: {SCALE}. Samples below 0.8 count as good" in text
+    assert f"For comparison, distances without a model: {SCALE}. Samples below 0.8 count as good" in text
     assert text.count("blurred") == 4, "in the sentence twice, and in both plots"
     assert "teacher 0.2, other images 0.1" in text
 
@@ -377,7 +377,7 @@ def test_times_that_cannot_be_are_named_and_marked(root, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"attempts": 3}, "The stage of base_1 was done 3 times"),
+        ({"attempts": 3}, "The stage of base_1 was tried 3 times"),
         ({"kept_start": "it rose"}, "base_1 has its initial weights, as training made it worse: it rose."),
         ({"reason": "it is worse"}, "base_1 failed its check: it is worse"),
         ({"rmse": None}, "base_1 draws values that are not finite"),
@@ -507,8 +507,8 @@ def test_a_ladder_without_its_records_gets_a_page_and_the_commands_that_make_the
             path.unlink()
     page = Page(render(read_ladder(folder)))
     assert page.text.count(f"vdiff report {folder} --evaluate") == 3
-    assert "No losses were logged here" in page.text
-    assert "No settings were recorded here" in page.text
+    assert "No losses were logged" in page.text
+    assert "No settings were recorded" in page.text
 
 
 def test_without_the_images_the_ladders_picture_is_shown(root, tmp_path):

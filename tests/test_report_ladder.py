@@ -80,7 +80,7 @@ def test_after_a_short_training_nothing_is_measured_for_the_report(place):
         f"no evaluation for the report: the training was short; `vdiff report {place}/checkpoints --evaluate` makes one"
     ) in result.stderr.splitlines()
     assert not (place / "checkpoints" / "evaluation.json").exists()
-    assert "comparing by 8 images, models of more than 4 steps left out, as the training was short" in result.stderr
+    assert "comparing by 8 images, without models of more than 4 steps, as the training was short" in result.stderr
     assert (place / "checkpoints" / "report.html").is_file()
 
 
