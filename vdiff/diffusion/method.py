@@ -1,8 +1,8 @@
-"""What a method of distillation is given, what it answers, and what it says of itself.
+"""The interface of distillation methods: their inputs, their result and their properties.
 
 A method turns images and noise into a `TrainTarget`: noisy images z, their times t, and the image x* that the student
-should see in them. Most methods pick z_t = α x + σ ε of real images, find the place z_s where the student's one step
-from t should end, and invert the step (`targets`); they differ in how z_s is found.
+should predict. Most methods take z_t = α x + σ ε of real images, compute the point z_s where the student's single step
+from t should end, and invert the step (`targets`); they differ in how they compute z_s.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainTarget:
-    """What is learned from: noisy images `z` (B, C, H, W) at times `t` (B,), and the images `x` to see in them.
+    """A training target: noisy images `z` (B, C, H, W) at times `t` (B,), and the images `x` to predict.
 
     Attributes:
-        rows: (B,) int64, to which of the given images (their class, their weight of guidance) each belongs; None: in
-            their order.
-        inputs: what else the student's network takes, (B, …) by name: a second time, see `Method.network_options`.
+        rows: (B,) int64, the given image of each row, for its class and guidance weight; None: in their order.
+        inputs: further inputs of the student's network, (B, …) by name: a second time, see `Method.network_options`.
     """
 
     z: Tensor
@@ -39,23 +38,23 @@ class TrainTarget:
 
 
 DenoiseWith = Callable[..., Prediction]
-"""(z, t, **inputs) → Prediction: a `stepping.Denoise` whose network may take more, by name."""
+"""(z, t, **inputs) → Prediction: a `stepping.Denoise` with further inputs of the network, by name."""
 
 
 @dataclass(frozen=True)
 class DistillContext:
-    """What a method may ask.
+    """The inputs of a method.
 
     Attributes:
-        teacher: frozen. Called with fewer rows than there are images, it is asked about the first of them.
+        teacher: frozen. If it is called with fewer rows than images, they belong to the first images.
         num_steps: N, the steps of the student.
-        teacher_steps: n, the steps that the teacher takes.
-        levels: the steps of the only grid that the teacher knows; None: it knows every t.
-        student: the student as it is now, without gradient.
-        average: a moving average of the student; for methods that ask for one (`self_ema`).
-        progress: the part of the stage's updates that is done, 0 to 1.
-        predicts_noise: whether the teacher is an ε-prediction.
-        networks: those of the method, without gradient; None: it has none.
+        teacher_steps: n, the steps of the teacher.
+        levels: the number of steps of the only grid that the teacher was trained for; None: any t.
+        student: the current student, without gradient.
+        average: a moving average of the student, for methods with `self_ema`.
+        progress: the finished fraction of the stage's updates, 0 to 1.
+        predicts_noise: whether the teacher predicts ε.
+        networks: the method's networks, without gradient; None: it has none.
     """
 
     teacher: DenoiseWith
@@ -71,12 +70,11 @@ class DistillContext:
 
     @property
     def teacher_is_distilled(self) -> bool:
-        """Whether the teacher knows fewer times than its schedule, as a student of few steps does."""
+        """Whether the teacher supports fewer times than its schedule, as few-step students do."""
         return self.levels not in (None, self.schedule.num_levels)
 
     def fine_steps(self, wanted: float) -> int:
-        """The number of teacher steps nearest to `wanted` (as a ratio) that the student's N divide and the teacher
-        knows: N·m, where N·m divides `levels`."""
+        """The number of teacher steps nearest to `wanted` (as a ratio): N·m, where N·m divides `levels`."""
         if self.levels is None:
             return self.num_steps * max(1, round(wanted / self.num_steps))
         most = self.levels // self.num_steps
@@ -85,19 +83,19 @@ class DistillContext:
 
 
 class Method(ABC):
-    """A way to distil: a frozen dataclass whose fields, made by `setting`, are its parameters.
+    """A distillation method: a frozen dataclass; its fields, made by `setting`, are its settings.
 
-    A new one is a class in a file of its own and a line in `METHODS`. Flags, TOML keys, help texts and checks of its
-    parameters follow from there. Names of parameters are unique over all methods.
+    A new method is a class in a separate file and a line in `METHODS`. Flags, TOML keys, help texts and checks follow
+    from its settings. Names of settings are unique over all methods.
 
     Attributes:
-        keeps_steps: the student takes as many steps as its teacher.
-        needs_images: whether real images are used; if not, a batch of targets is whole paths of the student's steps.
-        is_annealed: whether targets depend on how much of the training is done.
-        has_fine_times: targets lie at the times of the teacher's steps, not at those of the student's alone.
-        network_options: options of the student's network that its teacher's need not have. With `second_time` it takes
-            the time where a step ends, which samplers give it. The method gives it too: in `TrainTarget.inputs`, and by
-            name to the context's student, and to its teacher, which may be such a student.
+        keeps_steps: the student has as many steps as its teacher.
+        needs_images: whether real images are used; if not, a batch of targets consists of whole paths of the student.
+        is_annealed: whether targets depend on the progress of the training.
+        has_fine_times: targets are at the times of the teacher's steps, not only at those of the student's.
+        network_options: options of the student's network that its teacher's may lack. With `second_time` the network
+            receives the end time of a step from samplers. The method must pass it too: in `TrainTarget.inputs`, and by
+            name to the context's student and to its teacher, which may be such a student.
     """
 
     keeps_steps: ClassVar[bool] = False
@@ -108,12 +106,12 @@ class Method(ABC):
 
     @property
     def self_ema(self) -> float | None:
-        """Decay of the average of the student that the method asks; None: it asks none."""
+        """Decay of the student's average that the method uses; None: it uses none."""
         return None
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of distill.py that suit the method better than a preset's, which are for `Progressive`."""
+        """Settings of distill.py for this method, which replace a preset's; presets are made for `Progressive`."""
         del preset
         return {}
 
@@ -122,7 +120,7 @@ class Method(ABC):
         """The students' numbers of steps on the way from `num_steps` to `to_steps`.
 
         Raises:
-            ValueError: there is no way.
+            ValueError: the method cannot get there.
         """
 
     @abstractmethod
@@ -130,28 +128,28 @@ class Method(ABC):
         """A target for images x (B, C, H, W), noise N(0, I) like them, and u (B,) uniform in [0, 1)."""
 
     def networks(self, student: nn.Module) -> nn.Module | None:
-        """Networks of the method's own, such as a critic, that learn beside the student; None: none.
+        """The method's own networks, such as a critic, trained beside the student; None: none.
 
-        They begin with the same weights in every process, are part of what resuming needs, and of no checkpoint.
+        They start with the same weights in every process, and are saved in the training state but not in checkpoints.
         """
         del student
         return None
 
     def build_optimizer(self, networks: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """The optimiser of `networks`; its learning rates follow the student's, which begins with `lr`."""
+        """The optimiser of `networks`; its learning rates follow the student's, which starts at `lr`."""
         import torch
 
         return torch.optim.AdamW(networks.parameters(), lr=lr, weight_decay=0.0)
 
     def student_loss(self, networks: nn.Module, target: TrainTarget, prediction: Prediction) -> Tensor | None:
-        """(B,) what the student's loss gets besides the error of x̂; `prediction` is the student's of the target."""
+        """(B,) the term added to the student's loss of x̂; `prediction` is the student's for the target."""
         del networks, target, prediction
         return None
 
     def network_loss(self, networks: nn.Module, target: TrainTarget, prediction: Prediction) -> Tensor:
-        """(B,) the loss that `networks` learn by; no gradient reaches the student.
+        """(B,) the loss of `networks`; no gradient reaches the student.
 
         Raises:
-            NotImplementedError: a method with networks says none.
+            NotImplementedError: a method with networks lacks it.
         """
         raise NotImplementedError(f"{type(self).__name__} has networks and no network_loss")

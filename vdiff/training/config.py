@@ -58,10 +58,10 @@ class LoopConfig:
     preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="what fits the data")
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
     batch_size: int = setting(
-        "Images in an update, in all processes and parts together.", group=OPTIMISATION, low=1, unit="IMAGES"
+        "Images per update, over all processes and parts.", group=OPTIMISATION, low=1, unit="IMAGES"
     )
     grad_accum: int = setting(
-        "Compute each process's share of a batch in this many parts, one after another, to save memory.",
+        "Compute each process's share of a batch in this many parts, in sequence, to save memory.",
         group=OPTIMISATION, default=1, low=1, unit="PARTS",
     )  # fmt: skip
     lr: float = setting("Learning rate of AdamW.", group=OPTIMISATION, low=0, open_low=True)
@@ -76,7 +76,7 @@ class LoopConfig:
         "Clip the norm of the gradient to this.", group=OPTIMISATION, default=1.0, low=0, open_low=True
     )
     max_bad_steps: int = setting(
-        "Stop after this many updates in a row whose gradient is not finite; such updates change nothing.",
+        "Stop after this many updates in a row with a gradient that is not finite; they change nothing.",
         group=OPTIMISATION, default=20, low=0, unit="UPDATES", free=True,
     )  # fmt: skip
     ema: float = setting(
@@ -93,7 +93,7 @@ class LoopConfig:
         group=OPTIMISATION, default=0.0, low=0, high=0.99, hidden=True,
     )  # fmt: skip
     ema_more: str = setting(
-        "Store further averages for vdiff ema: decays such as 0.999,0.9995, or profiles: power functions that give "
+        "Store more averages for vdiff ema: decays such as 0.999,0.9995, or profiles: power functions that give "
         "averages of any length.",
         group=OPTIMISATION, default="", shown="none",
     )  # fmt: skip
@@ -154,11 +154,11 @@ class LoopConfig:
     )  # fmt: skip
     compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
     threads: int | None = setting(
-        "Threads of the processor, on which bits depend; a continued run uses the same.",
+        "CPU threads; the bits of the result depend on their number, so a resumed run keeps it.",
         group=MACHINE, default=None, low=1, high=1024, unit="THREADS", shown="timed at the start", free=True,
     )  # fmt: skip
     fsdp: bool = setting(
-        "Shard weights, moments and averages over the processes, for networks that do not fit one device.",
+        "Shard weights, moments and averages over the processes, for networks too large for one device.",
         group=MACHINE, default=False, free=True,
     )  # fmt: skip
     checkpointing: bool = setting(
@@ -212,7 +212,7 @@ class TrainConfig(LoopConfig):
     prediction: str = setting("What the network predicts.", group=MODEL, default="v", choices=PREDICTION_TYPES)
     schedule: str = setting("Noise schedule.", group=MODEL, default="cosine", choices=SCHEDULES)
     zero_snr: bool = setting(
-        "Rescale the betas of a table schedule so that its last level is noise alone; for v, x or both.",
+        "Rescale the betas of a table schedule so that its last level is pure noise; for v, x or both.",
         group=MODEL, default=False,
     )  # fmt: skip
     num_timesteps: int = setting(
@@ -298,7 +298,7 @@ class DistillConfig(LoopConfig):
     )
     teacher_steps: int | None = setting(
         "Steps that the teacher takes; the first student takes half of them.",
-        group=MODEL, default=None, low=2, unit="STEPS", shown="its own, or the most that halve to --to_steps",
+        group=MODEL, default=None, low=2, unit="STEPS", shown="its own, or fewer if they cannot be halved to --to_steps",
     )  # fmt: skip
     phases: str = setting(
         "Steps of the teacher and of each student, such as 1024,32,1, instead of --to_steps.",
@@ -306,7 +306,7 @@ class DistillConfig(LoopConfig):
     )  # fmt: skip
     method: str = setting("Distillation method.", group=MODEL, default="progressive", choices=METHODS)
     student_config: str = setting(
-        "TOML file whose table [unet] holds what differs between the first student's network and its teacher's.",
+        "TOML file with a table [unet]: how the first student's network differs from its teacher's.",
         group=MODEL, default="", unit="FILE.toml", shown="the teacher's network",
     )  # fmt: skip
     lr_schedule: str = setting(
@@ -349,7 +349,7 @@ class DistillConfig(LoopConfig):
         group=RECORDS, default=10.0, low=1, free=True,
     )  # fmt: skip
     retries: int = setting(
-        "How often a stage whose student collapsed is repeated, each time with half the learning rate.",
+        "How often to repeat a stage with a collapsed student, each time with half the learning rate.",
         group=OPTIMISATION, default=1, low=0, unit="TIMES", free=True,
     )  # fmt: skip
 
