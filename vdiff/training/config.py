@@ -298,7 +298,7 @@ class DistillConfig(LoopConfig):
     )
     teacher_steps: int | None = setting(
         "Steps that the teacher takes; the first student takes half of them.",
-        group=MODEL, default=None, low=2, unit="STEPS", shown="its own, or fewer if they cannot be halved to --to_steps",
+        group=MODEL, default=None, low=2, unit="STEPS", shown="its own, or fewer to reach --to_steps",
     )  # fmt: skip
     phases: str = setting(
         "Steps of the teacher and of each student, such as 1024,32,1, instead of --to_steps.",
