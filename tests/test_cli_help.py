@@ -323,6 +323,7 @@ TRAIN_VALUES = {
     "image_size": "72",
     "prediction": "x",
     "schedule": "linear",
+    "zero_snr": "True",
     "num_timesteps": "64",
     "class_conditional": "False",
     "flip": "False",
