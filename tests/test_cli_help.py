@@ -43,7 +43,7 @@ from vdiff.settings import parameters
 from vdiff.training import config
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of
 from vdiff.training.engine import MIXED
-from vdiff.training.presets import PRESETS, WRITTEN
+from vdiff.training.presets import FINE_TUNING, PRESETS, WRITTEN
 
 SCRIPTS = {name: program for name, program in PROGRAMS.items() if name != "vdiff"}
 SETTINGS: dict[str, type[LoopConfig]] = {"train.py": TrainConfig, "distill.py": DistillConfig}
@@ -186,7 +186,7 @@ def test_choices_are_the_registries():
     assert tuple(sample.PRECISIONS) == config.PRECISIONS == ("auto", *DTYPES)
     assert tuple(sample.SUFFIXES) == FORMATS
     assert MIXED.keys() | {"auto"} == set(config.PRECISIONS)
-    assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == set(WRITTEN)
+    assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == {*WRITTEN, *FINE_TUNING}
     for device in config.DEVICES:
         with suppress(OptionError):  # another machine has it
             assert pick_device(device).type in ({device} if device != "auto" else set(config.DEVICES) - {"auto"})
@@ -200,7 +200,7 @@ def test_every_choice_offered_is_a_registry(name):
         "weighting": WEIGHTINGS,
         "method": METHODS,
         "sampler": SAMPLERS,
-        "preset": PRESETS,
+        "preset": (*PRESETS, *FINE_TUNING),
         "lr_schedule": config.LR_SCHEDULES,
         "device": config.DEVICES,
         "precision": config.PRECISIONS,
@@ -368,7 +368,8 @@ def as_typed(values: dict[str, str], how: str) -> tuple[str, dict[str, str]]:
 def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {item.name for item in fields(TrainConfig) if item.metadata} == {
-        *TRAIN_VALUES, "data", "preset", "class_dropout", *CAPTION_VALUES,
+        *TRAIN_VALUES, "data", "preset", "class_dropout", "base",
+        *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), *CAPTION_VALUES,
     }  # fmt: skip
 
     def shown(words: str, env: dict[str, str]) -> dict[str, str]:

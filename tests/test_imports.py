@@ -63,6 +63,7 @@ MODELS = (
         "condition",
         "unet_config",
         "backbone",
+        "adapters",
         "unet",
         "wrapped",
         "components",

@@ -169,6 +169,9 @@ LIMITS = {
     "seed": (0, 2**32 - 1, -1, 2**32),
     "num_workers": (0, None, -1, None),
     "image_size": (1, None, 0, None),
+    "lora_rank": (0, 2**12, -1, 2**12 + 1),
+    "lora_alpha": (5e-324, 2**20, 0, 2**20 + 1),
+    "lora_dropout": (0, 0.99, -1e-9, 0.991),
     "num_timesteps": (1, 2**16, 0, 2**16 + 1),
     "to_steps": (1, None, 0, None),
     "stages": (1, None, 0, None),
@@ -190,8 +193,9 @@ LIMITS = {
 @pytest.mark.parametrize(("kind", "field"), [pair for pair in FIELDS if pair[1].name in LIMITS])
 def test_ranges(kind, field):
     low, high, below, above = LIMITS[field.name]
+    lora = {"base": "a", "lora_rank": 1} if field.name.startswith("lora_") else {}
     for value in (low, 10**9 if high is None else high):
-        assert values_of(resolve(kind, {"my.toml": {**ENOUGH, field.name: value}}))[field.name] == value
+        assert values_of(resolve(kind, {"my.toml": {**ENOUGH, **lora, field.name: value}}))[field.name] == value
     bound = "above 0" if low == 5e-324 else f"at least {low}"
     message = refusal(kind, "my.toml", **{field.name: below})
     assert message.startswith(f"my.toml: {field.name} = ")
@@ -237,7 +241,7 @@ def test_choices(kind, field):
 def test_every_word_has_choices_or_is_a_path():
     words = {field.name for _, field in FIELDS if str(field.type) == "str"}
     assert words - set(CHOICES) == {
-        "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config",
+        "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config", "lora_targets",
     }  # fmt: skip
     assert "did you mean 'truncated_snr'?" in refusal(TrainConfig, "my.toml", weighting="truncated")
 

@@ -192,11 +192,11 @@ def _write(
     from dataclasses import replace
 
     from vdiff.files import write_text
-    from vdiff.models.checkpoint import AVERAGE, AVERAGED, save_checkpoint
+    from vdiff.models.checkpoint import AVERAGE, AVERAGED, load_stored, save_checkpoint
     from vdiff.replacing import new_folder
 
     try:
-        config.build().load_state_dict(weights)
+        load_stored(config.build(), config, weights)
     except (RuntimeError, ValueError, TypeError):
         raise VdiffError(
             f"the snapshots in {note['run']} do not fit its config.json", "restore both from one copy of the run"

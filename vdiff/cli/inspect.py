@@ -49,11 +49,11 @@ def facts(folder: Path) -> dict[str, Any]:
         VdiffError: the checkpoint is missing, or one of its two files cannot be read.
     """
     from vdiff.evaluation.results import read_quality
-    from vdiff.models.checkpoint import WEIGHTS, read_config, weights_fingerprint
+    from vdiff.models.checkpoint import read_config, weights_fingerprint, weights_path
     from vdiff.models.reading import read_shapes
 
     config = read_config(folder)
-    shapes = read_shapes(folder / WEIGHTS)
+    shapes = read_shapes(weights_path(folder))
     said, fingerprint = config.to_dict(), weights_fingerprint(folder)
     quality = read_quality(folder, fingerprint)
     own = {name: said[name] for name in (*OWN, *NETWORK) if name in said}
@@ -65,7 +65,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "is_finished": config.is_finished,
         "takes_any_num_steps": config.takes_any_num_steps,
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
-        "weights_bytes": (folder / WEIGHTS).stat().st_size,
+        "weights_bytes": weights_path(folder).stat().st_size,
         "bytes": _bytes_below(folder),
         "verdict": {"word": quality.word, "text": str(quality), **asdict(quality)} if quality else None,
         "can_be_resumed": (folder / STATE).is_file(),

@@ -17,7 +17,7 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
 from vdiff.settings import COMMAND_LINE, DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, choices_of, parameters, value_type
 from vdiff.training.config import Config, DistillConfig, LoopConfig, resolve, settings_of
-from vdiff.training.presets import PRESETS, Settings, read_preset, read_settings
+from vdiff.training.presets import FINE_TUNING, PRESETS, Settings, read_preset, read_settings
 
 config_option = option(
     "--config",
@@ -77,7 +77,7 @@ def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
         return option(*names, type=AVERAGES[name], **attributes)
     if kind is bool:
         return switch(*names, **attributes)
-    if choices := choices_of(item) or (PRESETS if name == "preset" else ()):
+    if choices := choices_of(item) or ((*PRESETS, *FINE_TUNING) if name == "preset" else ()):
         return option(*names, type=OneOf(choices), **attributes)
     attributes["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     types: dict[type, click.ParamType] = {

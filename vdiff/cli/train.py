@@ -36,6 +36,7 @@ SHARE = 25
         "python train.py --preset cifar10 --dry_run        # what it would cost",
         "python train.py --resume          # continue after Ctrl-C",
         "python train.py --config checkpoints/original/run.toml --out checkpoints/b",
+        "python train.py --base checkpoints/original --data data/others --lora_rank 8",
     ],
 )
 @project_option()
@@ -44,7 +45,7 @@ SHARE = 25
     group="Run",
     type=PATH,
     metavar="FOLDER",
-    show_default="checkpoints/original",
+    show_default="checkpoints/original; with --base, BASE_lora or BASE_tuned",
     help="The checkpoint's folder.",
 )
 @config_option
@@ -66,7 +67,7 @@ def command(
     every_setting: bool,
     **flags: Any,
 ) -> None:
-    """Train a diffusion UNet on a dataset that prepare_data.py wrote.
+    """Train a diffusion UNet on a dataset that prepare_data.py wrote, or fine-tune a checkpoint (--base).
 
     Settings come from flags, then VDIFF_* environment variables, then --config, then the preset. The folder gets
     model.safetensors (averaged weights), config.json, run.toml (all settings), samples/ and log/ (TensorBoard).
@@ -83,13 +84,15 @@ def command(
     from vdiff.training.folder import check_new
 
     console = Console()
-    out = out or project.original
+    out = out or folder_of_base(given(flags)) or project.original
     is_new = not resume and (overwrite or is_free(out))
     if not (resume or dry_run):
         check_new(out, overwrite=overwrite)
     config, images = resolve_training(
         given(flags), config_file, folder=out, resume=resume, assume=dry_run, reporter=console, project=project
     )
+    if config.base and out.resolve() == Path(config.base).resolve():
+        raise OptionError(f"--out {out} is the base itself", "choose another --out")
     description = describe(config, images)
 
     # torch is loaded here, when everything that needs no torch is known to be right
@@ -123,6 +126,15 @@ def command(
         f"next       python sample.py {shell('--checkpoint', out)} --sampler dpmpp_2m --num_timesteps {steps}"
     )
     console.result(f"           python distill.py {shell('--base', out)}")
+
+
+def folder_of_base(flags: dict[str, Any]) -> Path | None:
+    """Where a fine-tuning goes: beside its base; None: nothing says that it is one."""
+    if not (base := flags.get("base")):
+        return None
+    place = Path(base).resolve() if Path(base).name in ("", "..") else Path(base)
+    is_lora = flags.get("lora_rank") or str(flags.get("preset", "")) == "lora"
+    return place.with_name(f"{place.name}_{'lora' if is_lora else 'tuned'}")
 
 
 def estimate(

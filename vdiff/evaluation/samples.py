@@ -19,7 +19,15 @@ from vdiff.evaluation.metrics import Arrays, ClassStats, Moments, to_arrays
 from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
 from vdiff.evaluation.plan import EvalPlan, RowSpec
 from vdiff.evaluation.reference import MAX_KEPT, MOMENTS
-from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.models.checkpoint import (
+    ADAPTER,
+    WEIGHTS,
+    load_adapted,
+    load_checkpoint,
+    read_config,
+    read_tensors,
+    weights_path,
+)
 from vdiff.models.codec import to_uint8
 from vdiff.models.drawing import draw, squared_errors
 from vdiff.models.speed import FastNetwork, ready_to_draw
@@ -105,12 +113,15 @@ class Generator:
     def _load(self) -> None:
         denoiser, self.config = load_checkpoint(self.row.checkpoint, self.device)
         path = weights_file(self.row)
-        if path.name != WEIGHTS:
+        if path.name not in (WEIGHTS, ADAPTER):
             tensors = read_tensors(path).items()
             raw = {name.removeprefix(RAW): tensor for name, tensor in tensors if name.startswith(RAW)}
-            if raw.keys() != denoiser.state_dict().keys():
+            if (described := read_config(self.row.checkpoint)).adapter:
+                denoiser = load_adapted(described, path, raw).to(self.device).eval()
+            elif raw.keys() != denoiser.state_dict().keys():
                 raise VdiffError(f"{path} does not fit the checkpoint", "leave --raw out, or resume the training")
-            denoiser.load_state_dict(raw)
+            else:
+                denoiser.load_state_dict(raw)
         self.denoiser = ready_to_draw(denoiser, precision=self.plan.precision)
         assert isinstance(self.denoiser.network, FastNetwork)
         self.network = self.denoiser.network
@@ -123,7 +134,7 @@ def weights_file(row: RowSpec) -> Path:
         VdiffError: there are no such weights.
     """
     if not row.raw or read_config(row.checkpoint).weights == "raw":
-        return row.checkpoint / WEIGHTS
+        return weights_path(row.checkpoint)
     path = row.checkpoint / STATE
     if not path.exists():
         raise VdiffError(f"{row.checkpoint} has no raw weights: {STATE} is missing", "leave --raw out")

@@ -22,11 +22,13 @@ class Backbone(nn.Module):
         kind: its name in `vdiff.models.kinds`.
         signature: its inputs and outputs.
         full_precision: compute in the precision of the weights, even under mixed precision.
+        attention_layers: the ends of the names of the projections of attention, see `vdiff.models.adapters`.
         checkpointing: store fewer activations for the gradient, and recompute them (Chen et al. 2016).
     """
 
     kind: ClassVar[str]
     signature: Signature
+    attention_layers: tuple[str, ...] = ()
     full_precision = False
     checkpointing = False
 

@@ -1,6 +1,7 @@
 """The model folder: weights and everything needed to rebuild the model, each written whole, loaded by path alone.
 
     model.safetensors   the weights to sample with
+    adapter.safetensors in its place: the LoRA of a model whose other weights are those of its base
     config.json         `CheckpointConfig`
     average.json        how `vdiff ema` made them, where it did
 
@@ -10,6 +11,7 @@ Descriptions are read without torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -26,8 +28,9 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import grid_of
 from vdiff.diffusion.parameterisation import Parameterisation, Vp, build_parameterisation
 from vdiff.diffusion.schedules import build_schedule
-from vdiff.errors import VdiffError, suggestion
+from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whole
+from vdiff.models.adapters import OWN_NAME, AdapterSettings, add_adapter, is_adapter_weight, merge_adapter
 from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
 from vdiff.models.components import check_components, load_text_encoders, resolved, written
 from vdiff.models.condition import Signature
@@ -48,8 +51,8 @@ if TYPE_CHECKING:
     from vdiff.models.denoiser import Denoiser
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-FILES = r"model\.safetensors|config\.json|average\.json"
+WEIGHTS, ADAPTER = "model.safetensors", "adapter.safetensors"
+FILES = r"(model|adapter)\.safetensors|config\.json|average\.json"
 """A regular expression of their names."""
 WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
 TEXT_ENCODERS = "network.text_encoders"
@@ -86,8 +89,8 @@ class CheckpointConfig:
         dataset, dataset_fingerprint: what it was trained on; "imported:…" says where an imported model came from.
         components: {path, fingerprint} of the folder with the text encoders, tokenizers and autoencoder of a
             text-to-image model, see `vdiff.models.components`; a path in a file may be relative to the file's folder.
-        adapter: {rank, alpha, dropout, targets, text_encoder, conv} where `adapter.safetensors` holds LoRA weights for
-            the model `base` {path, fingerprint}.
+        adapter: the LoRA in `adapter.safetensors`, on the weights of `base`.
+        base: {path, fingerprint} of the checkpoint that was fine-tuned.
     """
 
     unet: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class CheckpointConfig:
     class_names: list[str] = field(default_factory=list)
     guidance_range: list[float] = field(default_factory=list)
     components: dict[str, Any] | None = None
-    adapter: dict[str, Any] | None = None
+    adapter: AdapterSettings | None = None
     base: dict[str, Any] | None = None
     teacher: dict[str, Any] | None = None
     vdiff_version: str = vdiff.__version__
@@ -202,7 +205,7 @@ class CheckpointConfig:
         return not self.is_distilled
 
     def build(self, module: nn.Module | None = None) -> Denoiser:
-        """The denoiser, with fresh weights; `module` is the network where its code is outside of vdiff.
+        """The denoiser with fresh weights and its LoRA; `module` is the network where its code is outside of vdiff.
 
         Raises:
             VdiffError: the network's code is not there.
@@ -211,11 +214,13 @@ class CheckpointConfig:
         from vdiff.models.denoiser import Denoiser
 
         network: Backbone = build_network(self.kind, self.network_config, module)
+        if self.adapter is not None:
+            add_adapter(network, self.adapter)
         return Denoiser(network, build_schedule(self.schedule), self.family)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `config.json`; those of a UNet on square images are as they always were."""
-        values = asdict(self)
+        values = {**asdict(self), "adapter": self.adapter and self.adapter.to_dict()}
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
         for key in ("components", "adapter", "base", "parameterisation"):
@@ -227,9 +232,26 @@ class CheckpointConfig:
         return {key: value for key, value in values.items() if key not in ("backbone", "sample_shape")}
 
     def stores(self, name: str) -> bool:
-        """Whether the weights file has the weight `name` of the denoiser: components have those of text encoders."""
+        """Whether the weights file has the weight `name` of the denoiser.
+
+        Components have those of text encoders, and the base has those that are not of a LoRA.
+        """
+        if self.adapter is not None:
+            return is_adapter_weight(name)
         is_component = self.kind == TEXT and not self.network_config.get("own_text_encoders")
         return not (is_component and name.startswith(f"{TEXT_ENCODERS}."))
+
+    def shapes(self, module: nn.Module | None = None) -> dict[str, tuple[int, ...]]:
+        """Name in the weights file → shape; no weight is allocated.
+
+        Raises:
+            VdiffError, ValueError: as in `build`.
+        """
+        import torch
+
+        with torch.device("meta"):
+            empty = self.build(module).state_dict()
+        return {_plain_name(name): tuple(tensor.shape) for name, tensor in empty.items() if self.stores(name)}
 
     def check_num_steps(self, num_steps: int) -> None:
         """Refuse a number of sampling steps for which the network was never trained.
@@ -269,10 +291,11 @@ def save_checkpoint(folder: Path, weights: Mapping[str, Tensor], config: Checkpo
     make_folder(folder)
     plain = {_plain_name(name): tensor for name, tensor in weights.items()}
     kept = {name: tensor for name, tensor in plain.items() if config.stores(name)}
-    write_tensors(folder / WEIGHTS, kept, {"format": "pt"})
+    write_tensors(folder / (ADAPTER if config.adapter else WEIGHTS), kept, {"format": "pt"})
     values = config.to_dict()
-    if config.components is not None:
-        values["components"] = written(config.components, folder)
+    for name in ("components", "base"):
+        if name in values:
+            values[name] = written(values[name], folder)
     write_json(folder / CONFIG, values)
 
 
@@ -302,6 +325,10 @@ def read_config(folder: str | Path) -> CheckpointConfig:
         config = replace(config, class_names=config.class_names or [str(k) for k in range(num_classes)])
         if config.components is not None:
             config = replace(config, components=resolved(config.components, folder))
+        if config.base is not None:
+            config = replace(config, base=resolved(config.base, folder))
+        elif config.adapter is not None:
+            raise ValueError("'adapter' needs a 'base'")
         if num_classes and len(config.class_names) != num_classes:
             raise ValueError(f"'class_names' names {len(config.class_names)} of {num_classes} classes")
     except (ValueError, TypeError, OverflowError, KeyError) as error:
@@ -343,25 +370,24 @@ def load_checkpoint(
     Raises:
         VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
     """
-    import torch
 
     folder = Path(folder)
     config, advice = read_config(folder), "restore the file, or train again"
-    needs_components = not config.stores(f"{TEXT_ENCODERS}.")
+    if config.adapter is not None:
+        denoiser = load_adapted(config, folder / ADAPTER, read_tensors(folder / ADAPTER), module, components)
+        return denoiser.to(device).eval(), replace(config, adapter=None)
+    path, needs_components = folder / WEIGHTS, not config.stores(f"{TEXT_ENCODERS}.")
     if needs_components or components is not None:
         config = replace(config, components=check_components(config.components, components))
-    found = {_plain_name(name): shape for name, shape in read_shapes(folder / WEIGHTS).items()}
-    mismatch = f"{folder / WEIGHTS} does not fit {CONFIG}"
+    found = {_plain_name(name): shape for name, shape in read_shapes(path).items()}
+    mismatch = f"{path} does not fit {CONFIG}"
     if min_blocks(config.network_config) > len(found):
         raise VdiffError(f"{mismatch}: {len(found)} tensors are too few", "restore the two files together")
     try:
-        with torch.device("meta"):  # shapes alone: nothing is allocated before the two files are known to fit
-            empty = config.build(module).state_dict()
-        names = {_plain_name(name): name for name in empty if config.stores(name)}
-        shapes = {plain: tuple(empty[name].shape) for plain, name in names.items()}
+        expected = config.shapes(module)  # nothing is allocated before the two files are known to fit
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise VdiffError(f"{folder / CONFIG} describes no model: {cause_of(error)}", advice) from None
-    if difference := _difference(shapes, found):
+    if difference := _difference(expected, found):
         raise VdiffError(f"{mismatch}: {difference}", "restore the two files together")
     multiple = config.signature.size_multiple
     if config.image_size and config.image_size % multiple:
@@ -370,13 +396,77 @@ def load_checkpoint(
         config.signature.check_shape(config.shape)
     except ValueError as error:
         raise VdiffError(f"{folder / CONFIG}: {error}", advice) from None
-    weights = {names[_plain_name(name)]: tensor for name, tensor in read_tensors(folder / WEIGHTS).items()}
     denoiser = config.build(module)
-    denoiser.load_state_dict(weights, strict=not needs_components)
+    load_stored(denoiser, config, read_tensors(path))
     if needs_components:
         encoders = cast("nn.ModuleList", denoiser.network.text_encoders)
         load_text_encoders(encoders, Path((config.components or {})["path"]))
     return denoiser.to(device).eval(), config
+
+
+def load_stored(denoiser: Denoiser, config: CheckpointConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Give a denoiser the weights that its checkpoint has; the others stay as they are.
+
+    Raises:
+        ValueError: the tensors are not those weights.
+    """
+    state = denoiser.state_dict()
+    names = {_plain_name(name): name for name in state if config.stores(name)}
+    weights = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    shapes = {plain: tuple(state[name].shape) for plain, name in names.items()}
+    if difference := _difference(shapes, {name: tuple(tensor.shape) for name, tensor in weights.items()}):
+        raise ValueError(difference)
+    denoiser.load_state_dict({names[plain]: tensor for plain, tensor in weights.items()}, strict=False)
+
+
+def load_base(config: CheckpointConfig, module: nn.Module | None = None, components: Path | None = None) -> Denoiser:
+    """The denoiser of a fine-tuned model before its training: with the weights of its base, and without a LoRA.
+
+    Args:
+        module, components: as in `load_checkpoint`.
+
+    Raises:
+        VdiffError: the base is missing, is another model, or its network does not fit.
+    """
+    base, advice = config.base or {}, "put the base back, there or beside the model"
+    folder = Path(str(base.get("path")))
+    if not folder.is_dir():
+        raise VdiffError(f"{folder}, the base of this model: no such checkpoint", advice)
+    if base.get("fingerprint") != weights_fingerprint(folder):
+        raise VdiffError(f"{folder} has other weights than the base of this model had", advice)
+    loaded, found = load_checkpoint(folder, module=module, components=components)
+    if config.network_id() != found.network_id():
+        raise VdiffError(f"{folder}: its network is not that of this model", advice)
+    network, schedule = loaded.network, build_schedule(config.schedule)
+    if config.network_config != found.network_config:  # another dropout
+        network = build_network(config.kind, config.network_config, module)
+        network.load_state_dict(loaded.network.state_dict(), assign=True)
+    return type(loaded)(network, schedule, config.family)
+
+
+def load_adapted(
+    config: CheckpointConfig,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    module: nn.Module | None = None,
+    components: Path | None = None,
+) -> Denoiser:
+    """The denoiser whose LoRA has the weights `tensors` of the file `path`, merged into those of its base.
+
+    Args:
+        module, components: as in `load_checkpoint`.
+
+    Raises:
+        VdiffError: as in `load_base`, or the tensors are not those of the LoRA.
+    """
+    denoiser = load_base(config, module, components)
+    try:
+        add_adapter(denoiser.network, cast("AdapterSettings", config.adapter))
+        load_stored(denoiser, config, tensors)
+    except (ValueError, OptionError) as error:
+        raise VdiffError(f"{path} does not fit {CONFIG}: {error}", "restore the two files together") from None
+    merge_adapter(denoiser.network)
+    return denoiser
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -431,12 +521,20 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 of the weights file, to tell whether two results come from the same model.
+    """SHA-256 of the weights file (with that of the base for a LoRA), which tells models apart.
 
     Raises:
         VdiffError: there is none, or it cannot be read.
     """
-    return file_fingerprint(folder / WEIGHTS)
+    if (path := weights_path(folder)).name == WEIGHTS:
+        return file_fingerprint(path)
+    base = (read_config(folder).base or {}).get("fingerprint")
+    return hashlib.sha256(f"{file_fingerprint(path)} {base}".encode()).hexdigest()
+
+
+def weights_path(folder: Path) -> Path:
+    """The weights file of the checkpoint in `folder`: `ADAPTER` if it is there, else `WEIGHTS`."""
+    return folder / ADAPTER if (folder / ADAPTER).is_file() else folder / WEIGHTS
 
 
 def min_blocks(config: Mapping[str, Any]) -> int:
@@ -453,7 +551,8 @@ def min_blocks(config: Mapping[str, Any]) -> int:
 def _plain_name(name: str) -> str:
     """Parameter names without what wrappers (DDP, torch.compile) put before them; the same in all transformers."""
     name = re.sub(rf"^{WRAPPERS}(network\.)?{WRAPPERS}", r"\1", name)
-    return re.sub(rf"^({TEXT_ENCODERS}\.\d+\.)text_model\.", r"\1", name)
+    name = re.sub(rf"^({TEXT_ENCODERS}\.\d+\.)text_model\.", r"\1", name)
+    return OWN_NAME.sub("", name)
 
 
 def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

@@ -108,9 +108,15 @@ def components_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def resolved(components: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a checkpoint in `folder` says of its components, their path as it is from here."""
-    return {**components, "path": os.path.abspath(folder / str(components["path"]))}
+def resolved(reference: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a checkpoint in `folder` says of its components or of its base, their path as it is from here.
+
+    A checkpoint of `history/` lies two folders deeper than the one that it was, and a folder that was moved together
+    with the checkpoint lies beside it.
+    """
+    path = Path(str(reference["path"]))
+    places = (folder / path, folder.parent.parent / path, folder.parent / path.name)
+    return {**reference, "path": os.path.abspath(next((place for place in places if place.is_dir()), places[0]))}
 
 
 def written(components: Mapping[str, Any], folder: Path) -> dict[str, Any]:

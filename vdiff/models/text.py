@@ -40,6 +40,7 @@ class TextBackbone(Backbone):
     """
 
     kind = "text"
+    attention_layers = DiffusersBackbone.attention_layers
 
     def __init__(
         self,

@@ -57,8 +57,12 @@ def upsample_conv(h: Tensor, conv: nn.Conv2d) -> Tensor:
     """conv(nearest-neighbour upsampling of h by 2), for a 3×3 convolution, in 16/36 of the multiplications.
 
     Repeating each pixel is a transposed convolution with a 2×2 kernel of ones. Together with the 3×3 convolution it is
-    a single transposed convolution; its 4×4 kernel is the flipped 3×3 kernel convolved with those ones.
+    a single transposed convolution; its 4×4 kernel is the flipped 3×3 kernel convolved with those ones. A convolution
+    with a LoRA has further kernels, so it is called.
     """
+    if not isinstance(conv, nn.Conv2d):
+        upsampled: Tensor = conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return upsampled
     kernel = F.pad(conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
     kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
     kernel = kernel[:, :, :, 1:] + kernel[:, :, :, :-1]
@@ -146,6 +150,8 @@ class Resample(nn.Module):
             return self.block(h, embedding)
         assert self.conv is not None
         if self.pads_end:  # one more row and column at the end; the padding before the first is cut off
+            if not isinstance(self.conv, nn.Conv2d):  # it has a LoRA
+                return self.conv(F.pad(h, (1, 1, 1, 1)))[:, :, 1:, 1:]
             return F.conv2d(F.pad(h, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
         return self.conv(h) if self.direction == "down" else upsample_conv(h, self.conv)
 
@@ -162,6 +168,7 @@ class UNet(Backbone):
     """
 
     kind = "unet"
+    attention_layers = ("attention.qkv", "attention.out")
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

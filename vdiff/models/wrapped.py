@@ -60,6 +60,7 @@ class DiffusersBackbone(PythonBackbone):
     """
 
     kind = "diffusers"
+    attention_layers = ("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn")
 
     def __init__(self, model: nn.Module, *, null_class: bool = False, drops_variance: bool = False) -> None:
         self.class_name = type(model).__name__

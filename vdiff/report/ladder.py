@@ -12,7 +12,7 @@ from vdiff.evaluation.plan import EvalPlan, RowSpec, why_not
 from vdiff.evaluation.results import FILE as EVALUATION
 from vdiff.evaluation.results import Evaluation
 from vdiff.files import read_json, read_text
-from vdiff.models.checkpoint import CONFIG, WEIGHTS, CheckpointConfig, read_config, weights_fingerprint
+from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, weights_fingerprint, weights_path
 from vdiff.projects import models_in
 from vdiff.records import (
     LADDER,
@@ -195,7 +195,7 @@ def _lineage(
         same = [other for other in found if wanted and fingerprints[other] == wanted]
         steps = teacher.get("num_timesteps")
         folder = next((other for other in same if found[other].num_timesteps == steps), same[0] if same else None)
-        if folder is None and wanted and (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
+        if folder is None and wanted and (path / CONFIG).is_file() and weights_path(path).is_file():
             folder = path if weights_fingerprint(path) == wanted else None
         models.append(_model(folder.name if folder else path.name, folder, teacher, wanted))
         teacher = teacher.get("teacher")

@@ -14,13 +14,15 @@ from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.diffusion.weighting import ZERO_SNR_FLOOR
 from vdiff.errors import OptionError, VdiffError, suggestion
-from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.condition import CLASSES
 from vdiff.models.unet_config import UNetConfig
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TENSORS, TrainingData, open_images
+from vdiff.training.finetuning import check_base, check_preset, describe_finetuned, settings_of_base
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer
 
 DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
@@ -55,20 +57,31 @@ def resolve_training(
     data, size = str(chosen.get("data") or ""), chosen.get("image_size")
     if resume and data == TENSORS:
         raise VdiffError(f"{folder} was trained on tensors in Python", "the same call of vdiff.train continues")
-    images = _assumed(preset, size) if assume and preset and not data else open_images(data, size, project)
+    base = str(chosen.get("base") or "")
+    found = read_config(Path(base)) if base else None
+    is_assumed = assume and preset and not data and not base
+    size = size or (found.image_size if found else None)
+    images = _assumed(preset, size) if is_assumed else open_images(data, size, project)
     reason = ""
     if not resume:
-        if not preset:
+        if found:
+            layers[base] = settings_of_base(found)
+            preset, reason = preset or ("lora" if chosen.get("lora_rank") else "finetune"), f", fine-tuning {base}"
+        elif not preset:
             from vdiff.distributed import pick_device
 
             device = pick_device(str(chosen.get("device") or "auto")).type
             preset = preset_for(images.image_size, images.num_images, device)
             reason = f", as it fits {images.num_images:,} such images on {device}"
+        check_preset(preset, base)
         layers[f"preset {preset}"] = read_preset(preset, images.num_images).train
     if config_file:
         layers[str(config_file)] = settings.train
     config = resolve(TrainConfig, {**layers, COMMAND_LINE: flags})
-    if config.class_conditional and not images.class_names:
+    if found:
+        check_base(config, images, found, {**settings.train, **flags})
+        config = replace(config, class_conditional=CLASSES in found.signature.names)
+    elif config.class_conditional and not images.class_names:
         raise OptionError(f"--class_conditional: {images.name} has no classes", "give --class_conditional False")
     if reporter:
         shape = f"{images.image_size}×{images.image_size}×{images.channels}"
@@ -107,7 +120,10 @@ def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
 
     Raises:
         OptionError: the network's settings do not fit together, or not the images.
+        VdiffError: a base that cannot be read.
     """
+    if config.base:
+        return describe_finetuned(config, images)
     check_unet(config.unet)
     try:
         unet = UNetConfig.from_dict(

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from vdiff.distributed import memory_errors_named
-from vdiff.errors import Interrupted
-from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.errors import Interrupted, VdiffError
+from vdiff.models.adapters import add_adapter
+from vdiff.models.checkpoint import CheckpointConfig, load_base, read_config
 from vdiff.models.denoiser import Denoiser
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
@@ -19,6 +20,7 @@ from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batch
 from vdiff.training.estimate import Memory, memory_of
+from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective
@@ -64,6 +66,8 @@ def training(
         VdiffError: the folder, the device or the training does not allow it.
     """
     description = describe(config, images) if model is None else model[1]
+    if config.base:
+        description = with_fingerprint(description)
     engine = build_engine(config)
     with locked(folder, kind=RUN, mine=engine.is_main), memory_errors_named(REMEDIES):
         if resume:
@@ -75,15 +79,17 @@ def training(
                     settle(folder, config, found.num_iters)
                 return
             check_resumable(folder, images)
-            if found and model:
+            if found and (model or config.base):
                 check_same_model(folder, found, description)
+            if found and (found.base or {}).get("fingerprint") != (description.base or {}).get("fingerprint"):
+                raise VdiffError(f"{folder} was begun from other weights than {config.base} has now", "restore them")
         engine.wait()  # until every process has seen the folder as it was
         if engine.is_main and not resume:
             start_anew(folder, config, overwrite=overwrite)
         engine.wait()
         torch.manual_seed(config.seed)
         run = Run(
-            **vars(base_task(config, description.build() if model is None else model[0])),
+            **vars(base_task(config, begin(description) if model is None else model[0])),
             batches=images.batches(config, engine, reporter),
             description=description,
             folder=folder,
@@ -92,6 +98,22 @@ def training(
         reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         on_start(step := TrainStep(run, engine))
         yield from metrics_of(run, step, reporter)
+
+
+def begin(description: CheckpointConfig) -> Denoiser:
+    """The denoiser before its training: with random weights, or with those of its base; what learns requires a gradient.
+
+    Raises:
+        VdiffError: the base cannot be used.
+    """
+    if description.base is None:
+        return description.build()
+    denoiser = load_base(description)
+    if description.adapter is None:
+        denoiser.requires_grad_(True)
+    else:
+        add_adapter(denoiser.network, description.adapter)
+    return denoiser
 
 
 def memory_of_base(config: TrainConfig, images: TrainingData, description: CheckpointConfig, engine: Engine) -> Memory:

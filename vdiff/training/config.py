@@ -17,6 +17,7 @@ from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import SCHEDULES, TableSchedule
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
 from vdiff.errors import OptionError
+from vdiff.models.adapters import ATTENTION, MAX_RANK
 from vdiff.settings import (
     DATA,
     MACHINE,
@@ -209,6 +210,23 @@ class TrainConfig(LoopConfig):
         "Which size, if the dataset has several.",
         group=DATA, default=None, low=1, unit="PIXELS", shown="the dataset's",
     )  # fmt: skip
+    base: str = setting(
+        "Fine-tune this checkpoint instead of training a new network.",
+        group=MODEL, default="", unit="FOLDER", shown="none", free=True,
+    )  # fmt: skip
+    lora_rank: int = setting(
+        "Of a base, train a LoRA of this rank, which is stored alone; 0 = all weights.",
+        group=MODEL, default=0, low=0, high=MAX_RANK, unit="RANK",
+    )  # fmt: skip
+    lora_alpha: float | None = setting(
+        "The LoRA is scaled by alpha/rank.",
+        group=MODEL, default=None, low=0, high=2**20, open_low=True, shown="the rank",
+    )  # fmt: skip
+    lora_dropout: float = setting("Dropout rate of the LoRA's input.", group=MODEL, default=0.0, low=0, high=0.99)
+    lora_targets: str = setting(
+        "Layers with a LoRA: attention, linear, conv, or ends of their names, such as to_q,to_v.",
+        group=MODEL, default=ATTENTION, unit="LAYERS",
+    )  # fmt: skip
     prediction: str = setting("What the network predicts.", group=MODEL, default="v", choices=PREDICTION_TYPES)
     schedule: str = setting("Noise schedule.", group=MODEL, default="cosine", choices=SCHEDULES)
     zero_snr: bool = setting(
@@ -250,6 +268,11 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lora_rank and not self.base:
+            raise OptionError("--lora_rank: a LoRA needs a model", "give it with --base CHECKPOINT")
+        of_lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets != ATTENTION}
+        if not self.lora_rank and (useless := [name for name, value in of_lora.items() if value]):
+            raise OptionError(f"--lora_{useless[0]}: all weights are to learn", "give --lora_rank, or leave it out")
         if self.prediction == "eps" and self.weighting == "truncated_snr":
             raise OptionError(
                 "truncated_snr cannot weight an eps-prediction: at zero signal its x̂ = (z − σ ε̂)/α has no bound",
@@ -259,7 +282,7 @@ class TrainConfig(LoopConfig):
             raise OptionError(
                 "--zero_snr: at zero SNR an eps-prediction says nothing about the image", "give --prediction v"
             )
-        if self.zero_snr and not issubclass(SCHEDULES[self.schedule], TableSchedule):
+        if self.zero_snr and not self.base and not issubclass(SCHEDULES[self.schedule], TableSchedule):
             tables = [name for name, kind in SCHEDULES.items() if issubclass(kind, TableSchedule)]
             raise OptionError(
                 f"--zero_snr: the {self.schedule} schedule has no betas", f"give --schedule {' or '.join(tables)}"

@@ -20,7 +20,7 @@ FILES_OF_RUN = "|".join(
     [
         *(FILES, r"run\.toml", r"verdict\.json", r"ladder(_images)?\.(png|json)", r"state/state\.safetensors"),
         *(r"samples/\d{7,}\.png", r"log/events\.out\.tfevents\.[^/]+", r"averages/\d{9,}\.safetensors"),
-        r"history/\d{9,}/(model\.safetensors|config\.json)",
+        r"history/\d{9,}/((model|adapter)\.safetensors|config\.json)",
         r"report\.html|evaluation\.json|evaluation-nearest\.png",  # written by vdiff report FOLDER
         r"quality(-nearest\.png|\.json)|\.quality\.json\.(lock|work/[^/]+)",
     ]

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from vdiff.files import fsync, make_folder, refusal, remove
-from vdiff.models.checkpoint import CONFIG, WEIGHTS
+from vdiff.models.checkpoint import CONFIG, weights_path
 
 HISTORY_FOLDER = "history"
 
@@ -27,8 +27,8 @@ def take(folder: Path, step: int, *, last: int, every: int) -> None:
         remove(unfinished)
         make_folder(unfinished)
         try:
-            for name in (WEIGHTS, CONFIG):
-                _link(folder / name, unfinished / name)
+            for path in (weights_path(folder), folder / CONFIG):
+                _link(path, unfinished / path.name)
             os.replace(unfinished, target)
             fsync(root)
         except OSError as error:

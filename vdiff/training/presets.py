@@ -27,6 +27,8 @@ CHANNELS = {"small": (32, 5e-4), "base": (64, 3e-4), "large": (128, 2e-4)}
 """Networks for ordinary machines, of about 2, 9 and 35 million parameters: channels, and the learning rate."""
 IMAGE_SIZES = (32, 64, 128, 256)
 FITTED = {f"{network}{size}": (network, size) for network in CHANNELS for size in IMAGE_SIZES}
+FINE_TUNING = ("finetune", "lora")
+"""Presets of models that are there already: all weights, or a LoRA."""
 PRESETS = (*WRITTEN, *FITTED)
 LARGEST_OF_DIGITS = 16
 DEVICE_LIMITS = {"cpu": "small", "mps": "base", "cuda": "large"}
@@ -76,8 +78,8 @@ def read_preset(name: str, num_images: int = 0) -> Settings:
     Raises:
         OptionError: there is none of that name.
     """
-    if name not in PRESETS:
-        raise OptionError(f"unknown preset {name!r}", suggestion(name, PRESETS))
+    if name not in (*PRESETS, *FINE_TUNING):
+        raise OptionError(f"unknown preset {name!r}", suggestion(name, (*PRESETS, *FINE_TUNING)))
     if name in FITTED:
         return fitted(*FITTED[name], amount_of(num_images))
     return _settings(resources.files("vdiff").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8"), name)

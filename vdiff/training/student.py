@@ -56,6 +56,8 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
         unet=network if teacher.kind == UNET else {},
         **teacher.family.student().config_fields(),
         num_timesteps=stage.num_steps,
+        adapter=None,  # a student of a LoRA has all weights
+        base=None,
         method=stage.method,
         guidance_range=taught,
         weights=config.weights,

@@ -1,0 +1,139 @@
+"""LoRA: low-rank changes to layers of a network whose own weights stay as they are, by peft.
+
+A layer of weight W computes (W + (alpha/rank)·B A) x with A (rank, in) and B (out, rank), B zero at first. A checkpoint
+of such a network holds A and B alone. Source: Hu et al. 2022, *LoRA: Low-Rank Adaptation of Large Language Models*.
+Imports torch and peft when a network is at hand, so that a checkpoint is described without them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta
+
+from vdiff.errors import OptionError, VdiffError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vdiff.models.backbone import Backbone
+
+ATTENTION, LINEAR, CONV = "attention", "linear", "conv"
+"""Words for layers: the projections of attention, all linear layers, all convolutions."""
+ENCODERS = "text_encoders."
+ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Where text encoders are in a network, and the layers of theirs that get a LoRA."""
+MAX_RANK = 2**12
+OWN_NAME = re.compile(r"(?<=\.lora_[AB]\.)default\.")
+"""What peft has in the name of a weight, `LAYER.lora_A.default.weight`, and files do not have."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What a LoRA is, as `config.json` says it.
+
+    Attributes:
+        rank, alpha: the layer gets (alpha/rank)·B A, B A of this rank.
+        dropout: of the input of A, in training.
+        targets: layers by the ends of their names ("to_q", "to_out.0"), or by `ATTENTION`, `LINEAR`, `CONV`.
+        text_encoder: whether the projections of attention in the text encoders have one, too.
+    """
+
+    rank: Annotated[int, Meta(ge=1, le=MAX_RANK)]
+    alpha: Annotated[float, Meta(gt=0, le=2**20)]
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] = (ATTENTION,)
+    text_encoder: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "targets": list(self.targets)}
+
+
+def adapted_layers(network: Backbone, settings: AdapterSettings) -> list[str]:
+    """The names of the layers that get a LoRA, in the order of the network.
+
+    Raises:
+        OptionError: no layer has one of the names.
+    """
+    from torch import nn
+
+    layers: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():
+        inside = isinstance(module, nn.MultiheadAttention)  # it uses the weights of its layers without calling them
+        kinds = () if inside else (nn.Linear, nn.Conv1d, nn.Conv2d)
+        layers |= {f"{name}.{own}".lstrip("."): child for own, child in module.named_children() if type(child) in kinds}
+    own = {name: layer for name, layer in layers.items() if not name.startswith(ENCODERS)}
+    words = {
+        ATTENTION: {name for name in own if _ends(name, network.attention_layers)},
+        LINEAR: {name for name, layer in own.items() if isinstance(layer, nn.Linear)},
+        CONV: {name for name, layer in own.items() if not isinstance(layer, nn.Linear)},
+    }
+    found: set[str] = set()
+    for target in settings.targets:
+        more = words[target] if target in words else {name for name in own if _ends(name, (target,))}
+        if not more:
+            some = sorted({name.rpartition(".")[2] for name in own if not name.rpartition(".")[2].isdigit()})
+            raise OptionError(
+                f"--lora_targets {target}: no layer of the network is called so",
+                f"give {ATTENTION}, {LINEAR}, {CONV}, or ends of names: {', '.join(some[:8])}, …",
+            )
+        found |= more
+    if settings.text_encoder:
+        found |= {name for name in layers if name.startswith(ENCODERS) and _ends(name, ENCODER_LAYERS)}
+    return [name for name in layers if name in found]
+
+
+def _ends(name: str, ends: tuple[str, ...]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+@contextmanager
+def lora_library() -> Iterator[Any]:
+    """peft, around what uses it.
+
+    Raises:
+        VdiffError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise VdiffError("LoRA needs peft, which is not installed", "pip install 'vdiff[text]'") from None
+    yield peft
+
+
+def add_adapter(network: Backbone, settings: AdapterSettings) -> None:
+    """Give the network a LoRA that changes nothing yet, and freeze all other weights.
+
+    Raises:
+        VdiffError: peft is not installed.
+        OptionError: no layer has one of the names.
+    """
+    names = adapted_layers(network, settings)
+    with lora_library() as peft:
+        config = peft.LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names
+        )
+        peft.inject_adapter_in_model(config, network)
+
+
+def merge_adapter(network: nn.Module) -> None:
+    """Add (alpha/rank)·B A to the weights of the layers, which are plain layers afterwards."""
+    with lora_library():
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, module in list(network.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                parent, _, own = name.rpartition(".")
+                setattr(network.get_submodule(parent), own, module.get_base_layer())
+    vars(network).pop("peft_config", None)  # peft's note that there is one
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Whether a weight of this name belongs to a LoRA."""
+    return ".lora_A." in name or ".lora_B." in name

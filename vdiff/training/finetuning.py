@@ -1,0 +1,150 @@
+"""Fine-tuning: a run that begins with the weights of a checkpoint, all of which learn, or with a LoRA on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import vdiff
+from vdiff.diffusion.parameterisation import Vp
+from vdiff.diffusion.schedules import TableSchedule, build_schedule
+from vdiff.errors import OptionError
+from vdiff.models.adapters import AdapterSettings
+from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
+from vdiff.models.condition import CLASSES
+from vdiff.models.kinds import UNET
+from vdiff.training.config import TrainConfig
+from vdiff.training.dataset import TrainingData
+from vdiff.training.presets import FINE_TUNING
+
+OF_NETWORK = ("unet", "class_conditional")
+"""Settings of a new network, which a fine-tuned one has from its base."""
+
+
+def settings_of_base(found: CheckpointConfig) -> dict[str, Any]:
+    """The settings that a fine-tuning has from its base, unless a preset, a file or a flag says otherwise."""
+    schedule = build_schedule(found.schedule)
+    return {
+        "prediction": found.prediction,
+        "schedule": schedule.name,
+        "zero_snr": schedule.zero_snr,
+        "num_timesteps": found.num_timesteps,
+    }
+
+
+def check_preset(preset: str, base: str) -> None:
+    """Refuse a preset of new networks for a base, and one of fine-tuning without a base.
+
+    Raises:
+        OptionError: it says which presets there are.
+    """
+    if base and preset not in FINE_TUNING:
+        raise OptionError(
+            f"--preset {preset} describes a new network, and --base names one", f"give {' or '.join(FINE_TUNING)}"
+        )
+    if not base and preset in FINE_TUNING:
+        raise OptionError(f"--preset {preset} fine-tunes a model", "give it with --base CHECKPOINT")
+
+
+def check_base(config: TrainConfig, images: TrainingData, found: CheckpointConfig, chosen: Mapping[str, Any]) -> None:
+    """Refuse a base that cannot be fine-tuned by these settings on these images.
+
+    Args:
+        chosen: the settings that a file or a flag gave.
+
+    Raises:
+        OptionError: it names the setting.
+    """
+    base, takes = config.base, found.signature
+    if found.method != "base":
+        raise OptionError(
+            f"--base {base} is a student of {found.num_timesteps} steps, which knows no other times",
+            "fine-tune the model that it was distilled from, and distil that",
+        )
+    if found.kind == "python":
+        raise OptionError(
+            f"--base {base} is a network in Python: its code is not in the folder", "train it with vdiff.train"
+        )
+    for name in OF_NETWORK:
+        if chosen.get(name) not in (None, {}, CLASSES in takes.names if name == "class_conditional" else None):
+            raise OptionError(f"{name} follows from --base {base}", "leave it out")
+    if "dropout" in chosen and config.dropout and found.kind != UNET:
+        raise OptionError(f"--dropout {config.dropout}: the network of {base} has its own", "leave it out")
+    if config.class_dropout and CLASSES not in takes.null:
+        raise OptionError(f"--class_dropout {config.class_dropout}: the base cannot drop classes", "leave it out")
+    was = settings_of_base(found)
+    for name in ("schedule", "num_timesteps"):
+        if getattr(config, name) != was[name] and (name == "schedule" or build_schedule(found.schedule).num_levels):
+            raise OptionError(f"--{name} {getattr(config, name)}: {base} has {was[name]}", "leave it out")
+    if config.prediction != was["prediction"]:
+        if found.family.name != Vp.name:
+            raise OptionError(
+                f"--prediction {config.prediction}: {base} is a {found.family.name} model", "leave it out"
+            )
+        if "both" in (config.prediction, was["prediction"]):
+            raise OptionError(
+                f"--prediction {config.prediction}: {base} predicts {was['prediction']}, with other channels",
+                "leave it out",
+            )
+    if config.zero_snr and not isinstance(build_schedule(found.schedule), TableSchedule):
+        raise OptionError(f"--zero_snr: the {was['schedule']} schedule of {base} has no betas", "leave it out")
+    if images.shape != found.shape:
+        sizes = " × ".join(map(str, images.shape)), " × ".join(map(str, found.shape))
+        raise OptionError(f"{images.name} has samples of {sizes[0]}, the base of {sizes[1]}", "give another --data")
+    if takes.num_classes and len(images.class_names) != takes.num_classes:
+        raise OptionError(
+            f"{images.name} has {len(images.class_names)} classes, the base {takes.num_classes}", "give another --data"
+        )
+
+
+def describe_finetuned(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
+    """The checkpoint that a fine-tuning will write; the fingerprint of its base is not taken yet.
+
+    Raises:
+        VdiffError: the base cannot be read.
+    """
+    found = read_config(Path(config.base))
+    unet = {**found.unet, "dropout": config.dropout} if found.kind == UNET else found.unet
+    rescaled = {"zero_snr": True} if config.zero_snr else {}
+    return replace(
+        found,
+        unet=unet,
+        schedule=build_schedule({**found.schedule, **rescaled}).to_dict(),
+        prediction=config.prediction,
+        num_timesteps=config.num_timesteps,
+        weights=config.weights,
+        num_iters=0,
+        target_iters=config.num_iters,
+        num_images=0,
+        train_seconds=0.0,
+        dataset=images.name,
+        dataset_fingerprint=images.fingerprint,
+        class_names=images.class_names if CLASSES in found.signature.names else [],
+        adapter=adapter_of(config),
+        base={"path": Path(config.base).absolute().as_posix(), "fingerprint": ""},
+        vdiff_version=vdiff.__version__,
+    )
+
+
+def with_fingerprint(description: CheckpointConfig) -> CheckpointConfig:
+    """The description with the fingerprint of its base, which is read for it."""
+    path = (description.base or {})["path"]
+    return replace(description, base={"path": path, "fingerprint": weights_fingerprint(Path(path))})
+
+
+def adapter_of(config: TrainConfig) -> AdapterSettings | None:
+    """The LoRA that the settings ask for; None: all weights learn.
+
+    Raises:
+        VdiffError: the LoRA to begin with cannot be read, or is of another rank.
+    """
+    if not config.lora_rank:
+        return None
+    return AdapterSettings(
+        config.lora_rank,
+        config.lora_alpha or float(config.lora_rank),
+        config.lora_dropout,
+        tuple(word.strip() for word in config.lora_targets.split(",")),
+    )
