@@ -170,7 +170,7 @@ LIMITS = {
     "num_workers": (0, None, -1, None),
     "image_size": (1, None, 0, None),
     "lora_rank": (0, 2**12, -1, 2**12 + 1),
-    "lora_alpha": (5e-324, 2**20, 0, 2**20 + 1),
+    "lora_alpha": (5e-324, 2**20, 0, 2.0**20 + 1),
     "lora_dropout": (0, 0.99, -1e-9, 0.991),
     "num_timesteps": (1, 2**16, 0, 2**16 + 1),
     "to_steps": (1, None, 0, None),

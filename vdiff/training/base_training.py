@@ -101,7 +101,7 @@ def training(
 
 
 def begin(description: CheckpointConfig) -> Denoiser:
-    """The denoiser before its training: with random weights, or with those of its base; what learns requires a gradient.
+    """The denoiser before its training, with random weights or those of its base; what learns requires a gradient.
 
     Raises:
         VdiffError: the base cannot be used.
