@@ -46,7 +46,7 @@ DIFFUSION = [
         "phases",
     )
 ]
-METHODS = [f"vdiff.diffusion.{name}" for name in ("method",)]
+METHODS = [f"vdiff.diffusion.{name}" for name in ("method", "continuous", "scm", "ect", "meanflow")]
 
 
 def of_room(room: str, names: list[str]) -> list[str]:
@@ -88,6 +88,10 @@ MAY_IMPORT = {
     "vdiff.diffusion.samplers": [*DIFFUSION[:6], "vdiff.settings"],
     "vdiff.diffusion.targets": DIFFUSION[:7],
     "vdiff.diffusion.phases": [],
+    **{
+        method: [*DIFFUSION, *METHODS[:2], "vdiff.diffusion.log_weight", "vdiff.errors", "vdiff.settings"]
+        for method in METHODS
+    },
     "vdiff.diffusion.method": DIFFUSION[:2],
     "vdiff.diffusion.distillation": [*DIFFUSION, *METHODS, "vdiff.errors", "vdiff.settings"],
     **{f"vdiff.models.{name}": [*LAYERS[:k], "vdiff.diffusion", *BASE, "vdiff"] for k, name in enumerate(MODELS)},

@@ -169,11 +169,15 @@ METHOD_RUNS = {
     "consistency": {"method": "consistency", "phases": "8,2", "first_steps": 2, "addim": 0.5, "ema_remainder": 0.01},
     "trajectory": {"method": "trajectory", "phases": "8,2", "loss": "l1", "batch_size": 5},
     "match": {"method": "match", "dropout": 0.2},
+    "scm": {"method": "scm", "phases": "8,2", "adaptive_weight": True, "ema_remainder": 0.01},
+    "ect": {"method": "ect", "phases": "8,2"},
+    "meanflow": {"method": "meanflow", "phases": "8,2", "precision": "bf16"},
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("progressive", "match"))) for name in METHOD_RUNS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("progressive", "match", "ect"))) for name in METHOD_RUNS],
 )
 def test_a_stage_that_is_cut_ends_with_the_same_bits(data, teacher, name):
     halvings = 1 if name in ("match", "progressive") else 2

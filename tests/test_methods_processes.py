@@ -83,3 +83,22 @@ def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch
         first, second = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (one, two))
         reference = first if moved is None else first - torch.cat([moved[name[4:]].flatten() for name in names])
         assert (first - second).norm() <= (1e-3 if moved is None else 0.1) * reference.norm()
+
+
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_student_that_is_differentiated_learns_alike_in_two_processes(tmp_path, fsdp):
+    """The derivative goes round the model that sums gradients, the student's loss does not."""
+    data = write_dataset(tmp_path / "toy_4")
+    changes = {"batch_size": 8, "num_iters": 2, "lr": 1e-3, "tracker": "none", "adaptive_weight": True}
+    for name, count in (("one", 1), ("two", 2)):
+        base = tmp_path / name / "original"
+        write_checkpoint(base, seed=7, dataset=str(data))
+        changes["fsdp"] = fsdp and count > 1
+        config = distill_config(data, base, method="scm", phases="8,2", check_images=0, **changes)
+        codes, stdout, stderr = ends(launch(partial(run_ladder, config, read_config(base)), tmp_path, count))
+        assert codes == [0] * count, stdout + stderr
+    one, two, start = (read_tensors(tmp_path / name / WEIGHTS) for name in ("one/base_0", "two/base_0", "one/original"))
+    moved = torch.cat([(one[name] - start[name]).flatten() for name in start])
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in start])
+    assert moved.norm() > 0
+    assert apart.norm() < 0.1 * moved.norm()  # by Adam, much of signs

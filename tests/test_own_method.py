@@ -126,10 +126,10 @@ def test_its_parameters_are_flags_with_help():
     try:
         command = importlib.reload(vdiff.cli.distill).command
         text = " ".join(CliRunner().invoke(command, ["--help_all"]).output.split())
-        assert "match, adversarial. " in text
+        assert "meanflow, adversarial. " in text
         assert "--critic_weight NUMBER Weight of the critic of adversarial. [default: 0.25; 0<=x<=10]" in text
         assert "--critic_width UNITS Hidden units of the critic of adversarial. [default: 3]" in text
-        assert "NAME: progressive, tract, consistency, trajectory, adversarial. " in text  # --then
+        assert "NAME: progressive, tract, consistency, trajectory, scm, ect, meanflow, adversarial. " in text  # --then
     finally:
         METHODS.pop("adversarial")
         importlib.reload(vdiff.cli.distill)

@@ -33,7 +33,7 @@ from vdiff.training.engine import Engine, build_engine
 from vdiff.training.folder import RUN, check_resumable, check_same_run, is_run, recorded, start_anew
 from vdiff.training.loop import Run, metrics_in_memory, metrics_of
 from vdiff.training.presets import read_preset, recorded_layer
-from vdiff.training.stages import Stage, is_there, plan_stages, teachers_images
+from vdiff.training.stages import Stage, is_there, plan_stages, recipe_of, teachers_images
 from vdiff.training.step import Task, TrainStep
 from vdiff.training.student import describe_student, stage_task, student_of
 from vdiff.training.tensors import TensorData
@@ -216,7 +216,8 @@ def distill(
         raise OptionError(f"a {type(teacher).__name__} is neither a model nor a checkpoint's folder", WRAP)
     model = teacher if isinstance(teacher, Model) else load_plain(Path(teacher))
     method = settings.get("then", "progressive") if settings.get("method") == "guided" else settings.get("method")
-    usual = {**USUAL, "ema_remainder": 0.0, **(METHODS[method].settings(USUAL) if method in METHODS else {})}
+    recipe = recipe_of(method, settings.get("recipe", ""), USUAL) if method in METHODS else {}
+    usual = {**USUAL, "ema_remainder": 0.0, **recipe}
     given = {"data": str(data)} if isinstance(data, str | Path) else {}
     config = resolve(DistillConfig, {"usual settings": usual, "vdiff.distill": {**given, **settings}})
     root = Path(out) if out is not None else Path()

@@ -9,11 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vdiff.diffusion.method import DenoiseWith, DistillContext, Method, TrainTarget
+from vdiff.diffusion.ect import Ect
+from vdiff.diffusion.meanflow import MeanFlow
+from vdiff.diffusion.method import DenoiseWith, DistillContext, Method, TrainTarget, scaled
 from vdiff.diffusion.phases import halving_plan, single_plan, two_phase_plan
 from vdiff.diffusion.samplers import SAMPLERS, ddim_step, sample
 from vdiff.diffusion.schedules import alpha_sigma, diffuse, grid_angles, grid_times
-from vdiff.diffusion.targets import addim_velocity, grid_times_of, invert_ddim, progressive_target, segment_target
+from vdiff.diffusion.scm import Scm
+from vdiff.diffusion.targets import (
+    addim_velocity,
+    fine_step,
+    grid_times_of,
+    invert_ddim,
+    progressive_target,
+    segment_target,
+)
 from vdiff.errors import OptionError
 from vdiff.settings import parameters, setting
 
@@ -68,6 +78,11 @@ class Tract(Method):
         inference = {"lr_schedule": "constant", "ema_remainder": 1e-3}
         return {"lr": scaled(preset["lr"], 10 / 3), **inference, "last_factor": 1.0}
 
+    @classmethod
+    def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
+        """Four times the learning rate of `Progressive`."""
+        return {**cls.settings(preset), "lr": scaled(preset["lr"], 4), "self_ema": 0.5}
+
     def plan(self, num_steps: int, to_steps: int) -> list[int]:
         """`two_phase_plan`."""
         return two_phase_plan(num_steps, to_steps)
@@ -76,19 +91,12 @@ class Tract(Method):
         """Noisy images on the teacher's grid."""
         assert context.average is not None
 
-        fine = context.teacher_steps
-        level = (u * fine).floor() + 1
-        z = diffuse(x, noise, context.schedule.angle(level / fine))
+        times = fine_step(u, context.num_steps, context.teacher_steps)
+        z = diffuse(x, noise, context.schedule.angle(times["t"]))
         target = segment_target(
-            lambda z, t, *_: context.teacher(z, t).v,
-            context.average,
-            context.schedule,
-            z=z,
-            level=level,
-            num_steps=context.num_steps,
-            fine_steps=fine,
+            lambda z, t, *_: context.teacher(z, t).v, context.average, context.schedule, z=z, **times
         )
-        return TrainTarget(z, level / fine, target.x)
+        return TrainTarget(z, times["t"], target.x)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,12 @@ class Consistency(Method):
         """
         return {"lr": scaled(preset["lr"], 20 / 3), "ema_remainder": 1e-3, "last_factor": 1.0}
 
+    @classmethod
+    def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
+        """A constant learning rate, the Huber loss and aDDIM."""
+        own = {"loss": "huber", "first_steps": 64, "addim": 0.75}
+        return {**cls.settings(preset), "lr": preset["lr"], "lr_schedule": "constant", **own}
+
     def plan(self, num_steps: int, to_steps: int) -> list[int]:
         """`single_plan`."""
         return single_plan(num_steps, to_steps)
@@ -141,13 +155,10 @@ class Consistency(Method):
             prediction = context.teacher(z, t)
             return addim_velocity(z, prediction, x, angle_t, angle_s, self.addim) if self.addim else prediction.v
 
-        fine = self.steps_at(context)
-        level = (u * fine).floor() + 1
-        z = diffuse(x, noise, context.schedule.angle(level / fine))
-        target = segment_target(
-            first, context.student, context.schedule, z=z, level=level, num_steps=context.num_steps, fine_steps=fine
-        )
-        return TrainTarget(z, level / fine, target.x)
+        times = fine_step(u, context.num_steps, self.steps_at(context))
+        z = diffuse(x, noise, context.schedule.angle(times["t"]))
+        target = segment_target(first, context.student, context.schedule, z=z, **times)
+        return TrainTarget(z, times["t"], target.x)
 
 
 @dataclass(frozen=True)
@@ -254,6 +265,11 @@ class Trajectory(Method):
         updates = min(preset["num_iters"], 200)
         return {"lr": scaled(preset["lr"], 10 / 3), "num_iters": updates, "loss": "l1", "last_factor": 1.0}
 
+    @classmethod
+    def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
+        """A teacher of 4 steps for a student of one."""
+        return {**cls.settings(preset), "path_steps": 4, "path_sampler": "auto"}
+
     def plan(self, num_steps: int, to_steps: int) -> list[int]:
         """`single_plan`."""
         return single_plan(num_steps, to_steps)
@@ -312,11 +328,6 @@ def _no_noise() -> Tensor:
     raise ValueError("the teacher's path is to be deterministic, and its sampler draws noise")
 
 
-def scaled(lr: float, factor: float) -> float:
-    """`factor` times a learning rate, in two digits."""
-    return float(f"{lr * factor:.2g}")
-
-
 METHODS: dict[str, type[Method]] = {
     "progressive": Progressive,
     "tract": Tract,
@@ -324,6 +335,9 @@ METHODS: dict[str, type[Method]] = {
     "guided": Guided,
     "trajectory": Trajectory,
     "match": Match,
+    "scm": Scm,
+    "ect": Ect,
+    "meanflow": MeanFlow,
 }
 
 

@@ -28,6 +28,7 @@ class TrainTarget:
     Attributes:
         rows: (B,) int64, the given image of each row, for its class and guidance weight; None: in their order.
         inputs: further inputs of the student's network, (B, …) by name: a second time, see `Method.network_options`.
+        weight: (B,) factors of the losses, besides those of `--weighting`; None: all 1.
     """
 
     z: Tensor
@@ -35,10 +36,13 @@ class TrainTarget:
     x: Tensor
     rows: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
 
 
 DenoiseWith = Callable[..., Prediction]
 """(z, t, **inputs) → Prediction: a `stepping.Denoise` with further inputs of the network, by name."""
+DeriveWith = Callable[..., "tuple[Tensor, Tensor]"]
+"""(z, t, ż, ṫ, **inputs) → v̂ and its derivative ∂v̂/∂z · ż + ∂v̂/∂t · ṫ."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class DistillContext:
         levels: the number of steps of the only grid that the teacher was trained for; None: any t.
         student: the current student, without gradient.
         average: a moving average of the student, for methods with `self_ema`.
+        derivative: of the student's v̂ along a direction, without gradient.
         progress: the finished fraction of the stage's updates, 0 to 1.
         predicts_noise: whether the teacher predicts ε.
         networks: the method's networks, without gradient; None: it has none.
@@ -64,6 +69,7 @@ class DistillContext:
     levels: int | None = None
     student: DenoiseWith | None = None
     average: DenoiseWith | None = None
+    derivative: DeriveWith | None = None
     progress: float = 0.0
     predicts_noise: bool = False
     networks: nn.Module | None = None
@@ -93,6 +99,7 @@ class Method(ABC):
         needs_images: whether real images are used; if not, a batch of targets consists of whole paths of the student.
         is_annealed: whether targets depend on the progress of the training.
         has_fine_times: targets are at the times of the teacher's steps, not only at those of the student's.
+        has_any_time: targets are at any time.
         network_options: options of the student's network that its teacher's may lack. With `second_time` the network
             receives the end time of a step from samplers. The method must pass it too: in `TrainTarget.inputs`, and by
             name to the context's student and to its teacher, which may be such a student.
@@ -102,6 +109,7 @@ class Method(ABC):
     needs_images: ClassVar[bool] = True
     is_annealed: ClassVar[bool] = False
     has_fine_times: ClassVar[bool] = False
+    has_any_time: ClassVar[bool] = False
     network_options: ClassVar[Mapping[str, Any]] = {}
 
     @property
@@ -109,11 +117,21 @@ class Method(ABC):
         """Decay of the student's average that the method uses; None: it uses none."""
         return None
 
+    @property
+    def asks_at_any_time(self) -> bool:
+        """Whether the teacher is asked at times that are on no grid of steps."""
+        return False
+
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of distill.py for this method, which replace a preset's; presets are made for `Progressive`."""
         del preset
         return {}
+
+    @classmethod
+    def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the method's paper, for `--recipe paper`, as far as they are no matter of network and data."""
+        return cls.settings(preset)
 
     @abstractmethod
     def plan(self, num_steps: int, to_steps: int) -> list[int]:
@@ -153,3 +171,8 @@ class Method(ABC):
             NotImplementedError: a method with networks lacks it.
         """
         raise NotImplementedError(f"{type(self).__name__} has networks and no network_loss")
+
+
+def scaled(lr: float, factor: float) -> float:
+    """`factor` times a learning rate, in two digits."""
+    return float(f"{lr * factor:.2g}")

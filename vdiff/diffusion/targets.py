@@ -81,31 +81,60 @@ def segment_target(
     schedule: Schedule,
     *,
     z: Tensor,
-    level: Tensor,
-    num_steps: int,
-    fine_steps: int,
+    t: Tensor,
+    middle: Tensor,
+    end: Tensor,
 ) -> Prediction:
-    """One step that equals a fine step of the teacher and then a jump of the student to the end of its segment.
+    """One step that equals a short step t → m and then a jump of the student to the end e of its segment.
 
-    [0, 1] is divided into N segments, the student's steps, and each into m = n/N fine steps. The teacher goes from
-    level k of the fine grid to k − 1, and `jump` from there to the segment's end e = m ⌊(k − 1)/m⌋. If k − 1 = e, the
-    target is the teacher's alone.
+    If m = e, the target is the first step's alone.
 
     Args:
-        first: (z, t, φ_t, φ_s) → v, the velocity of the teacher's step.
-        jump: the student's prediction at k − 1.
-        level: k (B,), whole numbers 1 … n.
-        num_steps, fine_steps: N and n.
+        first: (z, t, φ_t, φ_m) → v, the velocity of the short step.
+        jump: the student's prediction at m.
+        t, middle, end: (B,), t > m ≥ e.
     """
-    part = fine_steps // num_steps
-    end = (level - 1).div(part, rounding_mode="floor") * part
-    t, middle, s = level / fine_steps, (level - 1) / fine_steps, end / fine_steps
-    angle_t, angle_m, angle_s = (grid_angles(schedule, time) for time in (t, middle, s))
+    angle_t, angle_m, angle_s = (grid_angles(schedule, time) for time in (t, middle, end))
     v = first(z, t, angle_t, angle_m)
     z_middle = ddim_step(z, v, angle_t, angle_m)
-    jumps = middle > s  # networks do not accept t = 0; predictions without a jump get weight 0
+    jumps = middle > end  # networks do not accept t = 0; predictions without a jump get weight 0
     then = jump(z_middle, middle.where(jumps, t)).v
     return from_v(z, composed_velocity(z, v, then, angle_t, angle_m, angle_s), angle_t)
+
+
+def fine_step(u: Tensor, num_steps: int, fine_steps: int) -> dict[str, Tensor]:
+    """t = k/n, m = (k − 1)/n and the end e of the segment that t lies in, k uniform in 1 … n.
+
+    [0, 1] is cut into N = `num_steps` segments, the student's steps, and each into n/N fine ones.
+    """
+    level, part = (u * fine_steps).floor() + 1, fine_steps // num_steps
+    end = (level - 1).div(part, rounding_mode="floor") * part
+    return {"t": level / fine_steps, "middle": (level - 1) / fine_steps, "end": end / fine_steps}
+
+
+def segment_end(t: Tensor, num_steps: int) -> Tensor:
+    """(⌈t·N⌉ − 1)/N: where the step of N that begins at t or above it ends."""
+    return ((t * num_steps - 1e-9).ceil() - 1).clamp(min=0) / num_steps
+
+
+def flow_map_tangent(
+    z: Tensor, velocity: Tensor, v: Tensor, v_along: Tensor, delta: Tensor, warmup: float = 1.0
+) -> Tensor:
+    """How a student's jump changes where it begins further along the flow: 0 where the student is consistent.
+
+    g = −cos² δ (v̂ − ż) − r cos δ sin δ (z + dv̂/dφ) = cos δ · df/dφ at r = 1, of the jump
+    f(z, φ) = cos δ z − sin δ v̂(z, φ) to the segment's end, δ = φ − φ_s. At δ = 0 what is left is flow matching.
+
+    Args:
+        velocity: ż = dz/dφ, the flow's.
+        v, v_along: the student's v̂, and its derivative dv̂/dφ along the flow.
+        warmup: r.
+
+    Source: Lu & Song 2024, *Simplifying, Stabilizing and Scaling Continuous-time Consistency Models*, eq. 6 and
+    algorithm 1, with σ_d = 1 and their t for δ: their segment ends at the image.
+    """
+    cosine, sine = coefficient(delta.cos(), z), coefficient(delta.sin(), z)
+    return -(cosine**2) * (v - velocity) - warmup * cosine * sine * (z + v_along)
 
 
 def addim_velocity(

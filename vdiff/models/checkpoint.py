@@ -33,7 +33,7 @@ from vdiff.files import CHECKSUM, make_folder, read_json, write_json, write_whol
 from vdiff.models.adapters import OWN_NAME, AdapterSettings, add_adapter, is_adapter_weight, merge_adapter
 from vdiff.models.codec import CODECS, PIXEL_CODEC, Codec
 from vdiff.models.components import check_components, load_text_encoders, resolved, written
-from vdiff.models.condition import Signature
+from vdiff.models.condition import SECOND_TIME, Signature
 from vdiff.models.kinds import TEXT, UNET, build_network, signature_of
 from vdiff.models.reading import NO_CHECKSUM, add_checksum, check_tensors, file_fingerprint, read_shapes, reading
 from vdiff.projects import check_checkpoint
@@ -204,6 +204,13 @@ class CheckpointConfig:
         """Whether every number of steps, up to the levels of a table, is right for the network."""
         return not self.is_distilled
 
+    @property
+    def knows_every_time(self) -> bool:
+        """Whether a student may be sampled in any number of steps: its jumps lead from every time to the image, or to
+        every earlier time."""
+        method = METHODS.get(self.method)
+        return bool(method and method.has_any_time) and (self.num_timesteps == 1 or SECOND_TIME in self.signature.names)
+
     def build(self, module: nn.Module | None = None) -> Denoiser:
         """The denoiser with fresh weights and its LoRA; `module` is the network where its code is outside of vdiff.
 
@@ -258,10 +265,10 @@ class CheckpointConfig:
 
         Raises:
             ValueError: `num_steps` is less than 1, more than a table has levels, or does not divide the `num_timesteps`
-                of a distilled model.
+                of a distilled model that does not know every time.
         """
         build_schedule(self.schedule).check_num_steps(num_steps)
-        if self.is_distilled and self.num_timesteps % num_steps:
+        if self.is_distilled and self.num_timesteps % num_steps and not self.knows_every_time:
             raise ValueError(
                 f"this model was made for {self.num_timesteps} steps, and {num_steps} does not divide them"
             )
@@ -275,7 +282,7 @@ class CheckpointConfig:
         """
         if grid == "uniform":
             self.check_num_steps(num_steps)
-        elif self.is_distilled:
+        elif self.is_distilled and not self.knows_every_time:
             raise ValueError(
                 f"this model was distilled for {self.num_timesteps} uniform steps and knows no other times"
             )

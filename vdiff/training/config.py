@@ -328,6 +328,10 @@ class DistillConfig(LoopConfig):
         group=MODEL, default="", unit="STEPS", shown="by method",
     )  # fmt: skip
     method: str = setting("Distillation method.", group=MODEL, default="progressive", choices=METHODS)
+    recipe: str = setting(
+        "Settings of the method: those that did best here, or those of its paper; other settings go over both.",
+        group=MODEL, default="vdiff", choices=("vdiff", "paper"), free=True,
+    )  # fmt: skip
     student_config: str = setting(
         "TOML file with a table [unet]: how the first student's network differs from its teacher's.",
         group=MODEL, default="", unit="FILE.toml", shown="the teacher's network",

@@ -5,18 +5,22 @@ An objective is given all its randomness.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from vdiff.diffusion.distillation import DenoiseWith, DistillContext, Method, TrainTarget
+from vdiff.diffusion.method import DenoiseWith, DeriveWith, DistillContext, Method, TrainTarget
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.diffusion.targets import grid_times_of
 from vdiff.diffusion.weighting import LOSSES
+from vdiff.errors import VdiffError
 from vdiff.models.condition import Condition
 from vdiff.models.denoiser import NOTHING, Denoiser
 
@@ -90,6 +94,7 @@ class DistillationObjective:
             levels=self.levels,
             student=bind_condition(student.now, batch.condition),
             average=bind_condition(student.average, batch.condition),
+            derivative=bind_derivative(student.now, batch.condition),
             progress=student.progress,
             networks=student.networks,
             predicts_noise=self.teacher.parameterisation.predicts_noise,
@@ -118,6 +123,48 @@ def bind_condition(
     return denoise
 
 
+def bind_derivative(denoiser: Denoiser, condition: Condition) -> DeriveWith:
+    """The denoiser's v̂ and its derivative along a direction, with the first rows of the condition.
+
+    Computed in fp32 whatever the precision of training, by attention that has a forward derivative (fused attention has
+    none), and without the compiled program of the network, whose transforms do not nest. Weights get no gradient: what
+    a student learns from goes through the model that sums gradients over processes.
+
+    Raises:
+        VdiffError: the network has another operation without a forward derivative.
+    """
+
+    def derive(z: Tensor, t: Tensor, dz: Tensor, dt: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        told = condition[: len(z)].with_tensors(**inputs)
+        # past the autocast that Accelerate puts into `forward`; FSDP's hooks bring the weights
+        call = denoiser if isinstance(denoiser, FSDPModule) else partial(Denoiser.forward, denoiser)
+
+        def v(z: Tensor, t: Tensor) -> Tensor:
+            prediction: Prediction = call(z, t, told)
+            return prediction.v
+
+        # what a teacher answered in inference mode has no derivative
+        direction = tuple(each.clone() if each.is_inference() else each for each in (dz, dt))
+        with (
+            torch.no_grad(),
+            torch.autocast(z.device.type, enabled=False),
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
+            try:
+                value, derivative = torch.func.jvp(v, (z, t), direction)[:2]
+            except NotImplementedError as error:
+                reason = str(error).partition(" that does not")[0]
+                raise VdiffError(
+                    f"the network cannot be differentiated along the flow: {reason}", "give --method ect"
+                ) from None
+        return value, derivative
+
+    return derive
+
+
 def stratified(size: int, device: torch.device | str = "cpu") -> Tensor:
     """One uniform number in each of `size` equal parts of [0, 1): (size,) float64 (float32 where a GPU has no more).
 
@@ -140,9 +187,10 @@ def weighted_losses(
     weighting: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor], Tensor] = LOSSES["l2"],
 ) -> Tensor:
-    """The loss of √w(λ_t) (x − x̂): (B,); for l2 that is w(λ_t) ‖x − x̂‖², the mean over pixels.
+    """The loss of √w(λ_t) (x − x̂), times the weight of each: (B,); for l2 w(λ_t) ‖x − x̂‖², the mean over pixels.
 
     `logsnr` (B,) = λ_t.
     """
     error = example.x - prediction.x
-    return loss(coefficient(weighting(logsnr).sqrt(), error) * error)
+    losses = loss(coefficient(weighting(logsnr).sqrt(), error) * error)
+    return losses if example.weight is None else losses * example.weight.to(losses)

@@ -114,12 +114,18 @@ def resolve_distillation(
     if method == "guided":
         method = str(chosen.get("then") or Guided.then)
     if method in METHODS:
-        layers[f"method {method}"] = METHODS[method].settings(presets)
+        layers[f"method {method}"] = recipe_of(method, str(chosen.get("recipe") or ""), presets)
     if config_file:
         layers[str(config_file)] = settings.distill
     config = resolve(DistillConfig, {**layers, COMMAND_LINE: flags})
     _check_read(config, flags)
     return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
+
+
+def recipe_of(method: str, recipe: str, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method: its paper's, or, where the recipe is any other, ours."""
+    kind = METHODS[method]
+    return kind.paper_settings(preset) if recipe == "paper" else kind.settings(preset)
 
 
 def _check_read(config: DistillConfig, flags: Mapping[str, Any]) -> None:
@@ -237,6 +243,13 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
         raise OptionError(
             f"--method {steps[0][0]} does not pass the second time that the teacher needs",
             f"give --method {teacher.method}, or another --base",
+        )
+    asked = next((method for method, *_ in steps if config.build_method(method).asks_at_any_time), "")
+    if asked and asked == steps[0][0] and not teacher.takes_any_num_steps:
+        raise OptionError(
+            f"--method {asked} asks the teacher at every time, and {config.base} knows those of its "
+            f"{teacher.num_timesteps} steps",
+            "give --base the base model, or --method ect",
         )
     return steps
 

@@ -160,7 +160,11 @@ def stage_task(
         self_ema=method.self_ema,
         method=method,
         step_bins=None if method.keeps_steps else stage.num_steps,
-        time_bins=None if method.keeps_steps else stage.teacher_steps if method.has_fine_times else stage.num_steps,
+        time_bins=None
+        if method.keeps_steps or method.has_any_time
+        else stage.teacher_steps
+        if method.has_fine_times
+        else stage.num_steps,
     )
 
 

@@ -1,0 +1,62 @@
+"""Flow maps between any two times, by the identity of MeanFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vdiff.diffusion.continuous import TangentMethod, angle_rate
+from vdiff.diffusion.method import DistillContext, TrainTarget
+from vdiff.diffusion.prediction import from_v
+from vdiff.diffusion.schedules import diffuse, grid_angles
+from vdiff.diffusion.targets import flow_map_tangent
+from vdiff.settings import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MeanFlow(TangentMethod):
+    """A student that is told where its step ends learns the jump between any two times t ≥ s: v* = v̂ + g.
+
+    g by `flow_map_tangent`; at s = t, which is so in a part of the batch, it learns the flow itself. MeanFlow's
+    identity u = v − (t − s) du/dt holds for straight lines z_s = z − (t − s) u; on our circle, z_s = cos δ z − sin δ v̂,
+    it reads v̂ = ż − tan δ (z + dv̂/dφ), which is g = 0. With `flow` "data" no teacher is asked, as in the paper; the
+    student begins as a copy of its teacher all the same, so a teacher that was not trained makes it training from
+    scratch. Each loss is divided by (‖g‖² + 0.001)^p.
+    Source: Geng et al. 2025, *Mean Flows for One-step Generative Modeling*, eqs. 6, 9 and 11, algorithm 1, section 4.3.
+
+    Args:
+        flow_share: the part of a batch with s = t.
+        loss_power: p.
+    """
+
+    network_options: ClassVar[Mapping[str, Any]] = {"second_time": True}
+    flow_share: float = setting("Part of a batch in which meanflow learns the flow itself.", default=0.5, low=0, high=1)
+    loss_power: float = setting("p of the weight 1/(‖g‖² + 0.001)^p in meanflow; 0 = none.", default=0.5, low=0, high=2)
+
+    @classmethod
+    def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
+        """Those for ImageNet 256×256, from scratch: the flow is the data's, and nothing is warmed up."""
+        own = {"proposal": "-0.4,1.0", "flow": "data", "flow_share": 0.75, "loss_power": 1.0, "tangent_warmup": 0.0}
+        return {**cls.settings(preset), "lr": preset["lr"], "lr_schedule": "constant", **own}
+
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
+        """Noisy images at any time t, and an earlier one s."""
+        assert context.derivative is not None
+        schedule = context.schedule
+        # two more uniform numbers from later digits of u, of which those of stratified numbers that come first tell
+        # nothing
+        one, other = self.times(schedule, u), self.times(schedule, (u * 2**18) % 1)
+        is_flow = (u * 2**36) % 1 < self.flow_share
+        t = one.where(is_flow, one.maximum(other))
+        s = one.where(is_flow, one.minimum(other) - 1 / schedule.label_scale)
+        angle = schedule.angle(t)
+        z = diffuse(x, noise, angle)
+        velocity = self.velocity(context, x, noise, z, t, second_time=t)
+        v, v_along = context.derivative(z, t, velocity, 1 / angle_rate(schedule, t), second_time=s)
+        g = flow_map_tangent(z, velocity, v, v_along, angle - grid_angles(schedule, s), self.warmup(context))
+        weight = (g.square().flatten(1).mean(1) + 1e-3) ** -self.loss_power
+        return TrainTarget(z, t, from_v(z, v + g, angle).x, inputs={"second_time": s}, weight=weight)
