@@ -264,7 +264,7 @@ def test_classes_come_in_turn_and_unlike_models_are_refused(place, tmp_path):
 def test_notes_say_what_a_reader_must_know(place):
     notes = " ".join(Evaluation.read(place / "out.json").notes)
     assert "n = 60 is below 10,000: fd@60 is biased upwards" in notes
-    assert "take kd, which has no bias." in notes
+    assert "use kd, which has no bias." in notes
     assert "fd_inf is omitted: it needs 80 samples, 5 for each of the 16 dimensions" in notes
     assert "model was trained on other images than these" in notes
 
