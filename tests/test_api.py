@@ -169,7 +169,10 @@ def test_what_cannot_be_is_refused(plain, classes, folder):
         (lambda: classes.sample(1, guidance_interval=(0.1, 0.2)), "it has no effect without guidance; "),
         (lambda: classes.sample(1, guidance=1, guidance_interval=(0.9, 0.2)), "0.9,0.2 are not two increasing times"),
         (lambda: plain.sample(1, grid="log"), "unknown grid 'log'"),
-        (lambda: student.sample(1, grid="logsnr"), "this model was distilled for 8 uniform steps and knows no other"),
+        (
+            lambda: student.sample(1, grid="logsnr"),
+            "this model was distilled for 8 uniform steps and supports no other",
+        ),
         (lambda: student.sample(1, steps=3), "this model was made for 8 steps, and 3 does not divide them; give a num"),
         (lambda: plain.sample(1, steps=0), "num_steps must be at least 1, got 0"),
         (lambda: plain.sample(1, sampler=None), "None is not a sampler; choose from ddim"),

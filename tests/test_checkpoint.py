@@ -238,15 +238,15 @@ def test_newer_format(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"unet": {"chanels": 4}}, ["describes no model", "unknown UNet option chanels"]),
-        ({"unet": {"channels": "4"}}, ["describes no model", "channels must be a whole number, got '4'"]),
+        ({"unet": {"chanels": 4}}, ["does not describe a model", "unknown UNet option chanels"]),
+        ({"unet": {"channels": "4"}}, ["does not describe a model", "channels must be a whole number, got '4'"]),
         (
             {"unet": {"in_channels": float("nan")}},
-            ["describes no model", "in_channels must be a whole number, got nan"],
+            ["does not describe a model", "in_channels must be a whole number, got nan"],
         ),
-        ({"unet": {"num_classes": 3}, "class_names": ["a"]}, ["describes no model", "names 1 of 3 classes"]),
-        ({"schedule": {"name": "sine"}}, ["describes no model", "unknown schedule 'sine'"]),
-        ({"prediction": "both"}, ["describes no model", "needs 6 output channels"]),
+        ({"unet": {"num_classes": 3}, "class_names": ["a"]}, ["does not describe a model", "names 1 of 3 classes"]),
+        ({"schedule": {"name": "sine"}}, ["does not describe a model", "unknown schedule 'sine'"]),
+        ({"prediction": "both"}, ["does not describe a model", "needs 6 output channels"]),
         ({"prediction": "w"}, ["unknown prediction type 'w'"]),
     ],
 )
@@ -296,8 +296,8 @@ def test_every_key_is_held_to_its_kind(tmp_path, key):
         ("num_images", -1, "'num_images' must be at least 0, not -1"),
         ("target_iters", 10**400, "'target_iters' must be at most 9223372036854775808, not 1"),
         ("guidance_range", [0.0, float("nan")], "'guidance_range' must be finite"),
-        ("schedule", {"name": "cosin"}, "describes no model: unknown schedule 'cosin'"),
-        ("schedule", {"name": "cosine", "logsnr_max": -1}, "describes no model: logsnr_max must be positive"),
+        ("schedule", {"name": "cosin"}, "does not describe a model: unknown schedule 'cosin'"),
+        ("schedule", {"name": "cosine", "logsnr_max": -1}, "does not describe a model: logsnr_max must be positive"),
     ],
 )
 def test_values_without_a_meaning_are_blamed_on_the_file(tmp_path, key, value, words):

@@ -189,7 +189,10 @@ CASES = [
         "taught --guidance 1 --guidance_interval 0,0.5",
         "--guidance_interval: this model was distilled with guidance at al",
     ),
-    ("student --grid logsnr", "--grid logsnr: this model was distilled for 8 uniform steps and knows no other times; "),
+    (
+        "student --grid logsnr",
+        "--grid logsnr: this model was distilled for 8 uniform steps and supports no other times; ",
+    ),
     (
         "student --num_timesteps 3",
         "--num_timesteps 3: this model was made for 8 steps, and 3 does not divide them; give",

@@ -222,7 +222,7 @@ def test_the_same_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr.splitlines()[-1] == "interrupted; 8 images are done, the same command continues"
     result = run(*words)
     assert result.exit_code == 0
-    assert "going on after 8 images" in result.stderr
+    assert "continuing after 8 images" in result.stderr
     assert "kept       8 of them from an earlier run" in result.stdout
     values = json.loads(run(*words, "--overwrite", "--json").stdout)
     assert (values["images"], values["kept"]) == (20, 0)

@@ -444,4 +444,6 @@ def test_a_class_of_which_no_image_can_be_read_is_named_and_keeps_its_number(tmp
     source = open_source(write(tmp_path / "set", files))
     report = prepare(source, tmp_path / f"out{suffix}", CONFIG, reporter=watcher)
     assert report.class_names == ("ant", "bee", "cow", "dog")
-    assert watcher.lines == ["no image could be read of ant, cow; prepare again without, or train an empty class"]
+    assert watcher.lines == [
+        "no readable images in ant, cow; prepare again without these classes, or train with them empty"
+    ]

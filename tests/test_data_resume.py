@@ -250,7 +250,7 @@ def test_strict_goes_on_once_the_file_is_mended(source: Path, tmp_path: Path, mo
     broken = mine / "b" / "0030.png"
     good = broken.read_bytes()
     broken.write_bytes(good[:50])
-    with pytest.raises(VdiffError, match=r"b/0030\.png: damaged .*mend it and give the same command again"):
+    with pytest.raises(VdiffError, match=r"b/0030\.png: damaged .*fix it and run the same command again"):
         prepare(Folder(mine), tmp_path / "out", CONFIG, strict=True)
     broken.write_bytes(good)
     report = prepare(Folder(mine), tmp_path / "out", CONFIG, strict=True)
@@ -303,7 +303,7 @@ def test_too_little_space_is_said_before_the_work(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda _: usage._replace(free=30_000))
-    with pytest.raises(VdiffError, match=r"about 0\.\d MB are needed, 0\.0 MB are free where .*; free space") as caught:
+    with pytest.raises(VdiffError, match=r"about 0\.\d MB are needed, 0\.0 MB are free for .*; free space") as caught:
         prepare(Folder(source), tmp_path / "out", CONFIG)
     assert "smaller --size" in str(caught.value)
     assert os.listdir(tmp_path) == []

@@ -343,7 +343,7 @@ def test_foreign_sizes_come_from_the_images(tmp_path: Path) -> None:
     ("sample", "message"),
     [
         ({"png": encode(np.zeros((2, 3, 3), np.uint8))}, r"no square images: its first is 3×2; make a dataset"),
-        ({"png": b"nothing"}, r"k\.png is no image"),
+        ({"png": b"nothing"}, r"k\.png is not an image"),
         ({"txt": "text"}, r"no square images: it has no images"),
         ({"png": encode(pixels(0)), "cls": b"cat"}, r"the class of k is not a number"),
         ({"png": encode(pixels(0)), "cls": b"99999999999"}, r"the class of k is not a number below 100000"),
@@ -854,7 +854,7 @@ def test_a_shard_of_another_length_is_refused(server: Server, tmp_path: Path, fo
 
 def test_a_pattern_of_urls_needs_an_index(server: Server) -> None:
     for place in (server.url + "/x-{000000..000006}.tar", server.url + "/x-000000.tar", "s3://bucket/x-{0..1}.tar"):
-        with pytest.raises(VdiffError, match=r"has no index to say what is in it; put the index\.json"):
+        with pytest.raises(VdiffError, match=r"has no index of its contents; put the index\.json"):
             ShardStore(place)
 
 

@@ -362,7 +362,7 @@ def test_tables_of_no_noise_levels(parameters, tmp_path):
     write_checkpoint(tmp_path / "own")
     edited(tmp_path / "own", schedule=None)
     edited(tmp_path / "own", schedule=parameters)
-    refused(lambda: read_config(tmp_path / "own"), "describes no model: ")
+    refused(lambda: read_config(tmp_path / "own"), "does not describe a model: ")
 
 
 def test_a_large_network_is_compared_with_its_weights_before_it_is_made(tmp_path):

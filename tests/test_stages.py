@@ -142,13 +142,13 @@ def test_ladders_that_lead_nowhere(described, settings, words):
 
 @pytest.mark.parametrize("phases", ["8", "8,", "8,x", "8,0", "8,-4", "8,4.0", ","])
 def test_phases_are_a_list_of_steps(phases):
-    with pytest.raises(OptionError, match=f"--phases {phases}: no list of steps"):
+    with pytest.raises(OptionError, match=f"--phases {phases}: not a list of steps"):
         distill_config(Path(), Path(), phases=phases)
 
 
 @pytest.mark.parametrize("words", ["4", "4,0", "1,1", "0,inf", "0,nan", "-2,1", "a,b", "0,1,2", ""])
 def test_weights_of_guidance_are_a_range(words):
-    with pytest.raises(OptionError, match=f"--guidance_range {words}: no range of weights"):
+    with pytest.raises(OptionError, match=f"--guidance_range {words}: not a range of weights"):
         distill_config(Path(), Path(), guidance_range=words)
     assert distill_config(Path(), Path(), guidance_range="-1, 2.5").build_method("guided").weights() == (-1, 2.5)
     assert distill_config(Path(), Path()).build_method("guided").weights() == (0, 4)

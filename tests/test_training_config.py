@@ -251,8 +251,10 @@ def test_every_word_has_choices_or_is_a_path():
 def test_what_no_layer_says(kind, missing):
     with pytest.raises(OptionError) as caught:
         resolve(kind, {"my.toml": {key: value for key, value in ENOUGH.items() if key != missing}})
-    assert str(caught.value) == f"nothing says {missing}; give --{missing}, or a --preset"
-    with pytest.raises(OptionError, match="nothing says num_iters, batch_size, lr; give --num_iters, or a --preset"):
+    assert str(caught.value) == f"missing setting: {missing}; give --{missing}, or a --preset"
+    with pytest.raises(
+        OptionError, match="missing setting: num_iters, batch_size, lr; give --num_iters, or a --preset"
+    ):
         resolve(kind, {})
 
 
@@ -294,7 +296,7 @@ def test_zero_snr_has_a_constant_weight_in_v_unless_told_otherwise(data):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schedule": "linear", "prediction": "eps"}, "an eps-prediction says nothing about the image; give"),
+        ({"schedule": "linear", "prediction": "eps"}, "an eps-prediction contains no image; give"),
         ({}, "the cosine schedule has no betas; give --schedule ddpm_cosine or linear or scaled_linear"),
         ({"schedule": "linear", "num_timesteps": 1}, "needs at least two levels"),
     ],

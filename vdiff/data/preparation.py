@@ -174,7 +174,7 @@ class Journal:
         self._execute("DELETE FROM batches WHERE number > ?", num_committed)
         rows = self._execute("SELECT tally FROM batches WHERE number = ?", num_committed)
         if num_committed and not rows:
-            raise VdiffError(f"{self.folder} does not fit together", BEGIN_ANEW)
+            raise VdiffError(f"{self.folder} is inconsistent", BEGIN_ANEW)
         if rows:
             try:
                 text, _, check = rows[0][0].partition("\n")
@@ -232,7 +232,7 @@ class Journal:
             return None
         before = read_json(path, advice)
         if not (isinstance(before.get("job"), dict) and isinstance(before.get("command"), str)):
-            raise VdiffError(f"{path} cannot be read: it describes no preparation", advice)
+            raise VdiffError(f"{path} cannot be read: it is not a record of a preparation", advice)
         return before
 
     def _execute(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -338,7 +338,7 @@ def _convert_all(
     journal.restore(writer.num_committed)
     tally, kept = journal.tally, journal.tally.images
     if kept:
-        reporter.line(f"going on after {tally.position} images of an earlier run")
+        reporter.line(f"continuing after {tally.position} images of an earlier run")
     work = partial(_convert, source, config)
 
     def num_bytes(result: Result) -> int:
@@ -356,7 +356,7 @@ def _convert_all(
                 journal.add_image(converted.kinds)
                 writer.add(converted.images, label)
             elif strict:
-                hint = "mend it and give the same command again, or leave out --strict to skip it"
+                hint = "fix it and run the same command again, or leave out --strict to skip it"
                 raise VdiffError(str(result), hint)
             else:
                 journal.add_rejected(result)
@@ -450,7 +450,7 @@ def _check_space(
     needed = sum(_stored_bytes(len(data)) for data in encoded) / len(tried) * count
     if needed > free:
         raise VdiffError(
-            f"about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free where {journal.out} goes",
+            f"about {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free for {journal.out}",
             "free space, choose another --out, or a smaller --size or --quality",
         )
 
@@ -492,7 +492,7 @@ def _say_empty_classes(listing: Listing, journal: Journal, reporter: Reporter) -
             empty.pop(item.label, None)
     if empty:
         names = few([listing.class_names[label] for label in empty])
-        reporter.line(f"no image could be read of {names}; prepare again without, or train an empty class")
+        reporter.line(f"no readable images in {names}; prepare again without these classes, or train with them empty")
 
 
 def _report(meta: DatasetMeta, out: Path, kept: int, began: float) -> Report:

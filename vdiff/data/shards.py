@@ -382,7 +382,7 @@ class ShardStore(StoredImages):
         parts = urlsplit(url)
         if "{" in parts.path or parts.path.endswith(".tar"):
             raise VdiffError(
-                f"{shown(url)} has no index to say what is in it",
+                f"{shown(url)} has no index of its contents",
                 f"put the {INDEX_FILE} of the dataset beside the shards, and give the URL of their folder",
             )
         self._base = urlunsplit(parts._replace(path=parts.path.removesuffix(INDEX_FILE).rstrip("/"), fragment=""))
@@ -444,7 +444,7 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
     try:
         paths = [Path(place) for place in braceexpand(pattern, escape=False)]
     except ValueError as error:
-        raise VdiffError(f"{pattern} is no pattern: {error}", "write it as x-{000000..000009}.tar") from None
+        raise VdiffError(f"{pattern} is not a pattern: {error}", "write it as x-{000000..000009}.tar") from None
     shards: list[Shard] = []
     sizes: dict[str, tuple[int, int]] = {}  # the width and height of the first image of each suffix
     modes: set[str] = set()
@@ -469,7 +469,7 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
                                 sizes[suffix] = image.size
                                 modes.add(image.mode)
                         except OSError:
-                            raise VdiffError(f"{path}: {key}.{suffix} is no image", PREPARE) from None
+                            raise VdiffError(f"{path}: {key}.{suffix} is not an image", PREPARE) from None
         shards += [Shard(str(path), count, path.stat().st_size)] if count else []
     num_images = sum(shard.images for shard in shards)
     suffixes: dict[int, tuple[str, ...]] = {}

@@ -160,7 +160,7 @@ class HuggingFace(Source):
     def __init__(self, name: str, options: SourceOptions) -> None:
         self.repository, _, self.config = name.removeprefix("hf:").partition(":")
         if not self.repository:
-            raise OptionError(f"{name!r} names no dataset", "give hf:OWNER/NAME")
+            raise OptionError(f"{name!r} does not name a dataset", "give hf:OWNER/NAME")
         self.name = Path(self.repository).name
         self.options = options
         self.split = options.split or "train"

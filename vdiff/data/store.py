@@ -131,7 +131,7 @@ class DatasetMeta:
             raise VdiffError("the dataset's description is not a JSON object", PREPARE_AGAIN)
         if (version := values.get("format_version")) != FORMAT_VERSION:
             raise VdiffError(
-                f"the dataset has format version {version}, this vdiff reads version {FORMAT_VERSION}",
+                f"the dataset has format version {version}, but this vdiff reads version {FORMAT_VERSION}",
                 f"update vdiff, or {PREPARE_AGAIN}",
             )
         meta = record_of(cls, values, "the dataset's description", PREPARE_AGAIN)
@@ -145,7 +145,7 @@ class DatasetMeta:
             and all(type(meta.counts.get(key, 0)) is int for key in ("images", "captions"))
             and all(isinstance(count, dict) and all(type(n) is int for n in count.values()) for count in counts)
         ):
-            raise VdiffError("the dataset's description says what no dataset is", PREPARE_AGAIN)
+            raise VdiffError("the description is not that of a dataset", PREPARE_AGAIN)
         return replace(meta, class_names=tuple(map(clean_name, meta.class_names)))
 
 
@@ -357,7 +357,7 @@ class StoreWriter:
         if state is not None:
             found = re.fullmatch(rb"(\d{12}) (\d{12}) ([0-9a-f]{64})", state)
             if found is None:
-                raise VdiffError(f"{self.path} is damaged: it does not say how far it is", BEGIN_ANEW)
+                raise VdiffError(f"{self.path} is damaged: its progress is missing", BEGIN_ANEW)
             self.num_committed, self.length = int(found[1]), int(found[2])
             self._begun_at, self.link = self.length, bytes.fromhex(found[3].decode())
 

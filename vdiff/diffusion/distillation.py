@@ -176,7 +176,7 @@ class Match(Method):
     def plan(self, num_steps: int, to_steps: int) -> list[int]:
         """One stage of as many steps."""
         if to_steps != num_steps:
-            raise ValueError(f"this method keeps the {num_steps} steps of the teacher, and does not lead to {to_steps}")
+            raise ValueError(f"this method keeps the {num_steps} steps of the teacher and cannot reach {to_steps}")
         return [num_steps]
 
     def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
@@ -228,7 +228,7 @@ class Guided(Match):
             low, high = math.nan, math.nan
         if not (-1 <= low < high < math.inf):
             raise OptionError(
-                f"--guidance_range {self.guidance_range}: no range of weights", "give two numbers that rise: 0,4"
+                f"--guidance_range {self.guidance_range}: not a range of weights", "give two increasing numbers: 0,4"
             )
         return low, high
 
@@ -325,7 +325,7 @@ class Trajectory(Method):
 
 
 def _no_noise() -> Tensor:
-    raise ValueError("the teacher's path is to be deterministic, and its sampler draws noise")
+    raise ValueError("the teacher's path must be deterministic, but its sampler draws noise")
 
 
 METHODS: dict[str, type[Method]] = {

@@ -284,7 +284,7 @@ class CheckpointConfig:
             self.check_num_steps(num_steps)
         elif self.is_distilled and not self.knows_every_time:
             raise ValueError(
-                f"this model was distilled for {self.num_timesteps} uniform steps and knows no other times"
+                f"this model was distilled for {self.num_timesteps} uniform steps and supports no other times"
             )
         grid_of(grid, build_schedule(self.schedule), num_steps)
 
@@ -339,7 +339,7 @@ def read_config(folder: str | Path) -> CheckpointConfig:
         if num_classes and len(config.class_names) != num_classes:
             raise ValueError(f"'class_names' names {len(config.class_names)} of {num_classes} classes")
     except (ValueError, TypeError, OverflowError, KeyError) as error:
-        raise VdiffError(f"{path} describes no model: {error}", advice) from None
+        raise VdiffError(f"{path} does not describe a model: {error}", advice) from None
     if not all(math.isfinite(weight) for weight in config.guidance_range):
         raise VdiffError(f"{path}: 'guidance_range' must be finite", advice)
     teacher = config.teacher
@@ -393,7 +393,7 @@ def load_checkpoint(
     try:
         expected = config.shapes(module)  # nothing is allocated before the two files are known to fit
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise VdiffError(f"{folder / CONFIG} describes no model: {cause_of(error)}", advice) from None
+        raise VdiffError(f"{folder / CONFIG} does not describe a model: {cause_of(error)}", advice) from None
     if difference := _difference(expected, found):
         raise VdiffError(f"{mismatch}: {difference}", "restore the two files together")
     multiple = config.signature.size_multiple

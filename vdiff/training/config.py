@@ -198,7 +198,7 @@ class LoopConfig:
         except ValueError:
             decays = [math.nan]
         if not all(0 < decay < 1 for decay in decays) or len(set(decays)) < len(decays):
-            raise OptionError(f"--ema_more {self.ema_more}: no list of decays", "give numbers below 1: 0.999,0.9995")
+            raise OptionError(f"--ema_more {self.ema_more}: not a list of decays", "give numbers below 1: 0.999,0.9995")
         return decays
 
 
@@ -279,9 +279,7 @@ class TrainConfig(LoopConfig):
                 "give --weighting snr, or --prediction v",
             )
         if self.zero_snr and self.prediction == "eps":
-            raise OptionError(
-                "--zero_snr: at zero SNR an eps-prediction says nothing about the image", "give --prediction v"
-            )
+            raise OptionError("--zero_snr: at zero SNR an eps-prediction contains no image", "give --prediction v")
         if self.zero_snr and not self.base and not issubclass(SCHEDULES[self.schedule], TableSchedule):
             tables = [name for name, kind in SCHEDULES.items() if issubclass(kind, TableSchedule)]
             raise OptionError(
@@ -395,7 +393,7 @@ class DistillConfig(LoopConfig):
             raise OptionError(f"{given[0]} and {given[1]} set the same thing", "give one of them")
         if self.times == "importance" and not METHODS[self.shortening].needs_images:
             raise OptionError(
-                f"--times importance: {self.shortening} learns from whole paths, in which every step has its part",
+                f"--times importance: {self.shortening} learns from whole paths, which contain every step",
                 "leave it out",
             )
 
@@ -416,7 +414,9 @@ class DistillConfig(LoopConfig):
         """
         words = self.phases.split(",") if self.phases else []
         if not all(word.strip().isdecimal() and len(word) < 10 and int(word) > 0 for word in words) or len(words) == 1:
-            raise OptionError(f"--phases {self.phases}: no list of steps", "give them from the teacher's down: 64,8,1")
+            raise OptionError(
+                f"--phases {self.phases}: not a list of steps", "give them from the teacher's down: 64,8,1"
+            )
         return [int(word) for word in words]
 
 
@@ -465,7 +465,7 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
             merged["weighting"] = "snr_plus_one"
     missing = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in missing if name not in merged]:
-        raise OptionError(f"nothing says {', '.join(missing)}", f"give --{missing[0]}, or a --preset")
+        raise OptionError(f"missing setting: {', '.join(missing)}", f"give --{missing[0]}, or a --preset")
     if kind is DistillConfig:
         merged["method_settings"] = {name: merged.pop(name) for name in method_parameters() if name in merged}
     return kind(**merged)
