@@ -142,7 +142,9 @@ def test_a_network_that_computes_by_values_has_no_estimate():
 
 
 GIB = 2**30
-NEEDS = Memory(weights=GIB, gradients=GIB, moments=2 * GIB, averages=GIB, activations=8 * GIB, images=0, program=0)
+NEEDS = Memory(
+    weights=GIB, frozen=0, gradients=GIB, moments=2 * GIB, averages=GIB, activations=8 * GIB, images=0, program=0
+)
 
 
 def needs(config: TrainConfig) -> Memory:
@@ -222,6 +224,36 @@ def test_disk_and_time_in_words():
     assert time_facts(7200, 100, "cpu") == {"time": "2:00:00 on cpu: 100 updates of 72 s"}
     longer = time_facts(90_000, 100, "cpu")
     assert longer["warning"] == "more than a day: fewer --num_iters, a smaller --preset or a GPU"
+
+
+def test_the_disk_of_a_run_includes_weights_that_do_not_learn(tmp_path):
+    """Compared with the files of a run: model and state, of which there are two while they are replaced."""
+
+    class PartlyFrozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 64, 1), nn.Conv2d(64, 1, 1)
+            self.middle = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+            self.learns = nn.Conv2d(64, 64, 1)
+
+        def forward(self, z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.last(self.learns(self.middle(self.first(z)))) + 0 * timestep.view(-1, 1, 1, 1)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model, config = vdiff.wrap(PartlyFrozen(), (1, 4, 4)), config_of(num_iters=2, ema=0.9, ema_more="")
+    engine = build_engine(config)
+
+    def build(_):
+        return base_task(config, vdiff.wrap(PartlyFrozen(), (1, 4, 4)).denoiser)
+
+    found = memory_of(build, (1, 4, 4), 0, engine)
+    middle = 4 * parameter_count(model.denoiser.network.model.middle)
+    assert found.frozen == middle == 4 * 64 * (64 * 9 + 1)
+    settings = {"num_iters": 2, "batch_size": 2, "ema_remainder": 0.0, "ema": 0.9, "device": "cpu", "lr": 1e-3}
+    vdiff.train(model, torch.zeros(4, 1, 4, 4), out=tmp_path / "run", **settings).finish()
+    sizes = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
+    assert sizes == pytest.approx(disk_of(found, config, 1) / 2, rel=0.05)
+    assert sizes > 1.5 * disk_of(replace(found, frozen=0), config, 1) / 2
 
 
 def test_a_dry_run_says_what_a_training_takes_and_a_training_says_it_first(tmp_path, monkeypatch):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,11 @@ import torch
 from vdiff.errors import OptionError, VdiffError, suggestion
 
 T = TypeVar("T")
+CGROUPS = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Controller, "" in version 2 → the files of the limit and of what is used, and the cached files in `memory.stat`."""
 PATIENCE = timedelta(days=1)
 """How long one process waits for the others: shares have equal numbers of items, but take different times."""
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -130,16 +136,38 @@ def pick_device(name: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on a device; in a container, at most its limit."""
+    """Free bytes on a device; in a container, at most what its limit leaves."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup/memory.max")
-    if group.exists() and (text := group.read_text().strip()).isdigit():
-        available = min(available, int(text))
-    return available
+    return int(min(psutil.virtual_memory().available, left_in_cgroups()))
+
+
+def left_in_cgroups(root: Path = Path("/")) -> float:
+    """Bytes that the limits on this process's cgroups, of version 1 or 2, still leave; inf without a limit.
+
+    A limit of a parent group counts, too. Cached files count as free, as the kernel drops them when memory is short.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    left = math.inf
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names, top = CGROUPS["memory" if controllers else ""], root / "sys/fs/cgroup"
+        top = top / "memory" if controllers else top
+        group = top / path.lstrip("/")  # in a container it may be missing: then the container's group is at the top
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such group, or "max": no limit
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left = min(left, max(0, limit - used + int(statistics.get(names[2], 0))))
+            if folder == top:
+                break
+    return left
 
 
 @contextmanager

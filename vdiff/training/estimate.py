@@ -7,7 +7,7 @@ import os
 import textwrap
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -56,13 +56,15 @@ class Memory:
     """Bytes that a process needs on its device.
 
     Attributes:
-        weights: of the trained networks and their teachers.
+        weights: of the trained networks and their teachers, without `frozen`.
+        frozen: the model's weights that do not learn, which are part of every checkpoint.
         activations: the peak of forward and backward pass, without the gradients.
         images: decoded images that are kept.
         program: what the process uses already, and what libraries add.
     """
 
     weights: int
+    frozen: int
     gradients: int
     moments: int
     averages: int
@@ -151,12 +153,14 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
             losses, _, _ = part_losses(task, denoiser, batch, student, engine)
             losses.mean().backward()
     learning = sum(weight.numel() for weight in trainable(denoiser).values()) * FLOAT
+    fixed = num_bytes(weight for weight in denoiser.parameters() if not weight.requires_grad)
     gradients = learning + (parameter_count(more) * FLOAT if more else 0)
     shared = engine.world_size if config.fsdp else 1
     averages = num_averages(config) + (task.self_ema is not None)
     is_host = device.type != "cuda"
     return Memory(
-        weights=sum(tensor.numel() * tensor.element_size() for tensor in kept) // shared,
+        weights=(num_bytes(kept) - fixed) // shared,
+        frozen=fixed // shared,
         gradients=gradients // shared,
         moments=2 * gradients // shared,
         averages=averages * learning // shared,
@@ -164,6 +168,11 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         images=min(num_images * math.prod(shape), cache_limit()) if is_host else 0,
         program=LIBRARIES + (psutil.Process().memory_info().rss + COPIES * live.largest if is_host else 0),
     )
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """The size of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def num_averages(config: LoopConfig) -> int:
@@ -181,11 +190,12 @@ def disk_of(memory: Memory, config: LoopConfig, world_size: int) -> int:
     """
     parts = world_size if config.fsdp else 1
     weights = parts * memory.gradients
+    checkpoint = weights + parts * memory.frozen
     state = weights + parts * (memory.moments + memory.averages)
     kept = config.keep_last + (config.num_iters // config.keep_every if config.keep_every else 0)
     further = max(0, num_averages(config) - 1) * weights
     snapshots = math.ceil(config.num_iters / config.ema_interval) if config.ema_interval else NUM_SNAPSHOTS
-    return 2 * (weights + state) + kept * weights + snapshots * further
+    return 2 * (checkpoint + state) + kept * checkpoint + snapshots * further
 
 
 def seconds_per_update(task: Task, shape: tuple[int, ...], engine: Engine) -> float:
@@ -256,7 +266,7 @@ def facts(memory: Memory | None, config: LoopConfig, engine: Engine) -> dict[str
     parts = {item.name: getattr(memory, item.name) for item in fields(memory)}
     named = ", ".join(f"{name} {gib(value)}" for name, value in parts.items() if value >= 0.01 * memory.total)
     free = memory.total + memory_left(memory, engine)
-    rows = textwrap.wrap(f"{gib(memory.total)} of {gib(free)} GiB: {named}", MAX_WIDTH)
+    rows = textwrap.wrap(f"{memory.total / 2**30:.3g} of {gib(free)} GiB: {named}", MAX_WIDTH)
     return {
         "memory": rows[0],
         **{" " * k: row for k, row in enumerate(rows[1:], 1)},
