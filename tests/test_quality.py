@@ -189,8 +189,8 @@ def test_commands_tell_it(monkeypatch, tmp_path):
     assert json.loads(done("vdiff inspect model --json").stdout)["verdict"]["word"] == found.word
     result = done(f"distill.py {common} --base model --num_iters 2 --report False")
     assert f"model is {found.short}\nscale      {found.scale}\n" in result.stderr
-    assert ("no better than its teacher" in result.stderr) == (found.word == "not trained yet")
+    assert ("cannot be better than its teacher" in result.stderr) == (found.word == "not trained yet")
     write_checkpoint(tmp_path / "noise", num_timesteps=8, dataset="data")
     result = done(f"distill.py {common} --base noise --num_iters 60 --out student --report False --check_images 8")
     assert "noise is not trained yet: distance to the data" in result.stderr
-    assert "a student is no better than its teacher" in result.stderr
+    assert "a student cannot be better than its teacher" in result.stderr

@@ -136,7 +136,9 @@ def command(
             console.line(f"{config.base} is {verdict.short}")
             console.line(f"scale      {verdict.scale}")
         if verdict and verdict.word == NOT_TRAINED:
-            console.line("a student is no better than its teacher: train it longer first, unless this is a trial")
+            console.line(
+                "a student cannot be better than its teacher: train the teacher longer first, unless this is a trial"
+            )
     distance = distance_to(images, config, engine)
     trained = run_stages(stages, config, images, engine, overwrite=overwrite, reporter=console, distance=distance)
     if not engine.is_main:
