@@ -55,6 +55,12 @@ def test_angle_rises_within_a_quarter_turn(schedule):
 
 
 @every_schedule
+def test_ends_are_the_angles_of_the_first_timestep_and_of_the_last(schedule):
+    first = 1 / (schedule.num_levels or schedule.label_scale)
+    torch.testing.assert_close(tensor(*schedule.ends), schedule.angle(tensor(first, 1)), rtol=1e-12, atol=0)
+
+
+@every_schedule
 @given(t=st.floats(0, 1))
 def test_angle_keeps_shape_and_signal_to_noise(schedule, t):
     times = torch.full((2, 3), t, dtype=torch.float64)

@@ -210,17 +210,19 @@ def test_ranges(kind, field):
 
 def test_every_number_has_limits():
     numbers = {field.name for _, field in FIELDS if str(field.type).removesuffix(" | None") in ("int", "float")}
-    assert numbers == set(LIMITS)
+    of_families = {"sigma_data", "flow_shift", "noise_mean", "noise_std"}  # tests/test_families.py
+    assert numbers == set(LIMITS) | of_families
 
 
 CHOICES = {
     "lr_schedule": {"constant", "linear", "cosine"},
-    "weighting": set(WEIGHTINGS),
+    "weighting": {*WEIGHTINGS, "output"},
+    "parameterisation": {"vp", "edm", "flow"},
     "device": {"auto", "cpu", "cuda", "mps"},
     "precision": {"auto", "fp32", "bf16", "fp16"},
     "tracker": {"tensorboard", "wandb", "mlflow", "none"},
     "prediction": {"v", "x", "eps", "both"},
-    "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear"},
+    "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear", "edm", "flow"},
     "method": {"progressive", "tract", "consistency", "guided", "trajectory", "match"},
     "then": {"progressive", "tract", "consistency", "trajectory"},
     "loss": {"l2", "l1", "huber"},

@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.oracles import randn
 from vdiff.data.store import DatasetMeta, StoreWriter
-from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.models.checkpoint import (
     WEIGHTS,
     CheckpointConfig,
@@ -200,7 +199,7 @@ def write_checkpoint(folder: Path, *, seed: int = 0, channels: int = 1, classes:
         {
             **UNET,
             "in_channels": channels,
-            "out_channels": channels * PREDICTION_TYPES[prediction].channel_factor,
+            "out_channels": channels * (2 if prediction == "both" else 1),
             "num_classes": classes,
         }
     )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vdiff.data.images import cell_scale, make_grid, to_pil
 from vdiff.diffusion.noise import ImageNoise
-from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
+from vdiff.diffusion.parameterisation import Parameterisation, Vp
+from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS, Sampler
 from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.diffusion.weighting import WEIGHTINGS, weighting_of
@@ -73,7 +74,8 @@ def wrap(
     shape: Sequence[int],
     *,
     prediction: str = "v",
-    schedule: str | Schedule = "cosine",
+    parameterisation: Parameterisation | None = None,
+    schedule: str | Schedule | None = None,
     num_timesteps: int = 1024,
     classes: int | Sequence[str] = 0,
     null_class: bool = False,
@@ -91,7 +93,10 @@ def wrap(
     Args:
         shape: of a sample: (C, H, W), (C, L), ….
         prediction: what the network outputs: "v", "x", "eps" or "both".
-        schedule: a name in `vdiff.diffusion.schedules.SCHEDULES`, or a schedule.
+        parameterisation: how the network is given z and the time, and how its output is read, if not by `prediction`:
+            `Edm` or `Flow` of `vdiff.diffusion.parameterisation`. The shape of its output is that of z.
+        schedule: a name in `vdiff.diffusion.schedules.SCHEDULES`, or a schedule; None: the parameterisation's, or
+            "cosine".
         num_timesteps: default number of sampling steps.
         classes: the number of classes, or their names, for a network that takes `classes` (B,) int64.
         null_class: the network accepts the number after the last class as "no class", which guidance needs.
@@ -114,20 +119,21 @@ def wrap(
     if type(num_timesteps) is not int or num_timesteps < 1:
         raise ValueError(f"num_timesteps = {num_timesteps!r}; need a whole number from 1")
     names = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
-    out_channels = shape[0] * (PREDICTION_TYPES[prediction].channel_factor if prediction in PREDICTION_TYPES else 1)
+    family = Vp(prediction) if parameterisation is None else parameterisation
+    schedule = schedule or str(family.training.get("schedule", "cosine"))
     null = {CLASSES: len(names)} if null_class else {}
     takes = (*(CLASSES,) * bool(names), *takes)
-    own = Signature(shape[0], out_channels, takes, null, len(names), size_multiple)
+    own = Signature(shape[0], shape[0] * family.channel_factor, takes, null, len(names), size_multiple)
     backbone = wrapped(network, own, null_class=null_class, drops_variance=drops_variance)
     backbone.signature.check_shape(shape)
     table = build_schedule({"name": schedule}) if isinstance(schedule, str) else schedule
     config = CheckpointConfig(
         backbone={"kind": backbone.kind, "config": backbone.describe()}, sample_shape=list(shape), codec=codec,
-        schedule=table.to_dict(), prediction=prediction, num_timesteps=num_timesteps, method="base", weights="raw",
+        schedule=table.to_dict(), **family.config_fields(), num_timesteps=num_timesteps, method="base", weights="raw",
         num_iters=0, target_iters=0, num_images=0, dataset="", dataset_fingerprint="",
         class_names=names or [str(k) for k in range(backbone.signature.num_classes)],
     )  # fmt: skip
-    return Model(Denoiser(backbone, table, prediction), config)
+    return Model(Denoiser(backbone, table, family), config)
 
 
 class Samples(Tensor):

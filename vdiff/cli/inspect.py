@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +19,12 @@ from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
 
+if TYPE_CHECKING:
+    from vdiff.models.checkpoint import CheckpointConfig
+
 SHOWN_CLASSES = 8
+INFINITE = 1e12
+"""σ/α at φ = π/2, as tan gives it, is above this."""
 HEADINGS = ["model", "method", "steps", "updates", "images", "training", "dataset", "weights"]
 
 
@@ -61,6 +66,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "path": folder.as_posix(),
         "fingerprint": fingerprint,
         **own,
+        "noise": noise_of(config),
         "is_imported": config.is_imported,
         "is_finished": config.is_finished,
         "takes_any_num_steps": config.takes_any_num_steps,
@@ -71,6 +77,16 @@ def facts(folder: Path) -> dict[str, Any]:
         "can_be_resumed": (folder / STATE).is_file(),
         "lineage": list(ancestors(config.teacher)),
     }
+
+
+def noise_of(config: CheckpointConfig) -> dict[str, Any]:
+    """The parameterisation, the range of σ/α from t = 1/L to t = 1 (null: infinite), and what the network is told."""
+    from vdiff.diffusion.schedules import build_schedule
+
+    schedule = build_schedule(config.schedule)
+    least, most = (math.tan(angle) for angle in schedule.ends)
+    values = {"family": config.family.summary(), "least": least, "most": most if most < INFINITE else None}
+    return {**values, "told": config.family.describe(schedule)}
 
 
 def ancestors(teacher: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -90,9 +106,9 @@ def _bytes_below(folder: Path) -> int:
 
 
 OWN = (
-    *("method", "prediction", "num_timesteps", "image_size", "schedule", "unet", "class_names", "guidance_range"),
-    *("weights", "num_iters", "target_iters", "num_images", "train_seconds", "dataset", "dataset_fingerprint"),
-    "vdiff_version",
+    *("method", "prediction", "parameterisation", "num_timesteps", "image_size", "schedule", "unet", "class_names"),
+    *("guidance_range", "weights", "num_iters", "target_iters", "num_images", "train_seconds", "dataset"),
+    *("dataset_fingerprint", "vdiff_version"),
 )
 """The keys that are shown as they are in the checkpoint's config."""
 NETWORK = ("backbone", "sample_shape")
@@ -111,8 +127,9 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
     parameters = ", ".join(f"{key} {value}" for key, value in values["schedule"].items() if key != "name")
     rows |= {
         "images": f"{' × '.join(map(str, shape[1:]))} pixels, channels: {shape[0]}",
-        "prediction": values["prediction"],
+        "predicts": values["noise"]["family"],
         "schedule": f"{values['schedule']['name']} ({parameters})",
+        "noise levels": _noise_levels(**values["noise"]),
         "steps": f"{values['num_timesteps']}, or {others}",
     }
     if values["guidance_range"]:
@@ -133,6 +150,13 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
         fingerprint = values["dataset_fingerprint"]
         rows["dataset"] = f"{values['dataset']} (fingerprint {fingerprint})" if fingerprint else values["dataset"]
     return rows | {"written by": f"vdiff {values['vdiff_version']}"}
+
+
+def _noise_levels(*, family: str, least: float, most: float | None, told: str) -> str:
+    """Their range, and the network's timestep."""
+    del family
+    end = "infinity" if most is None else f"{most:.4g}"
+    return f"sigma/alpha from {least:.4g} to {end}; the network receives {told}"
 
 
 def _kind(values: Mapping[str, Any]) -> str:

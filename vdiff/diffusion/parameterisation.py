@@ -53,8 +53,8 @@ class Parameterisation(ABC):
         return angle.double().tan()
 
     def angle(self, level: Tensor) -> Tensor:
-        """φ = atan s: the inverse of `level`."""
-        return level.double().atan()
+        """φ = atan s: the inverse of `level`, in its precision, as ONNX knows no arcs in float64."""
+        return level.atan()
 
     @abstractmethod
     def state(self, z: Tensor, angle: Tensor) -> Tensor:
@@ -79,6 +79,11 @@ class Parameterisation(ABC):
     @abstractmethod
     def describe(self, schedule: Schedule) -> str:
         """What the network is told, as a formula."""
+
+    def summary(self) -> str:
+        """One line for people: the name, and the parameters."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return ", ".join([self.name, *(f"{name} {value}" for name, value in values.items())])
 
     def student(self) -> Parameterisation:
         """That of a student of few steps: its input stays the same; an output that is the noise is read otherwise."""
@@ -173,7 +178,7 @@ class OfLevel(Parameterisation):
     def angle_told(self, schedule: Schedule, timestep: Tensor) -> Tensor:
         """φ of the level that was told."""
         del schedule
-        return self.angle(self.level_told(timestep.double()))
+        return self.angle(self.level_told(timestep))
 
 
 @dataclass(frozen=True)
@@ -298,7 +303,6 @@ class Flow(OfLevel):
         """φ = atan2(τ, 1 − τ)."""
         import torch
 
-        level = level.double()
         return torch.atan2(level, 1 - level)
 
     def state(self, z: Tensor, angle: Tensor) -> Tensor:

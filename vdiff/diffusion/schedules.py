@@ -50,6 +50,11 @@ class Schedule(ABC):
     def num_levels(self) -> int | None:
         """The noise levels of a table; None where every t ∈ [0, 1] is a level."""
 
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[float, float]:
+        """φ at the first timestep, t = 1/L (of a table: at its first level), and at t = 1."""
+
     @abstractmethod
     def angle(self, t: Tensor) -> Tensor:
         """φ(t), float64, rising with t; the shape of t."""
@@ -122,6 +127,11 @@ class CosineSchedule(Schedule):
         """a, the angle from t = 0 to t = 1: symmetric, so that it is π/2 − 2b."""
         return math.pi / 2 - 2 * self.first
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(a/L + b, a + b)."""
+        return self.first + self.span / self.label_scale, self.first + self.span
+
     def angle(self, t: Tensor) -> Tensor:
         """φ(t) = a·t + b."""
         return self.span * t.double() + self.first
@@ -166,6 +176,11 @@ class EdmSchedule(Schedule):
         """s^(1/ρ) at t = 1/L and at t = 1."""
         return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(atan `sigma_min`, atan `sigma_max`)."""
+        return math.atan(self.sigma_min), math.atan(self.sigma_max)
+
     def angle(self, t: Tensor) -> Tensor:
         """φ(t) = atan s, s^(1/ρ) linear in t."""
         low, high = self.roots
@@ -201,6 +216,11 @@ class FlowSchedule(Schedule):
     def num_levels(self) -> None:
         """Every t is a level."""
         return
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(atan2(s, L − 1), π/2)."""
+        return math.atan2(self.shift, self.label_scale - 1), math.pi / 2
 
     def angle(self, t: Tensor) -> Tensor:
         """φ(t) = atan2(s t, 1 − t)."""
@@ -257,6 +277,11 @@ class TableSchedule(Schedule):
     def angles(self) -> list[float]:
         """φ_k for k = 0 … N: tan² φ_k = (1 − ᾱ_k)/ᾱ_k, φ_0 = 0."""
         return [0.0, *(math.atan2(math.sqrt(1 - a), math.sqrt(a)) for a in self.alphas_cumprod())]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(φ_1, φ_N)."""
+        return self.angles[1], self.angles[-1]
 
     def angle(self, t: Tensor) -> Tensor:
         """φ at t, linear between the levels of the table."""

@@ -222,7 +222,7 @@ def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> st
         "steps": f"{config.num_timesteps}" + (", or any other number" if config.takes_any_num_steps else ""),
         "method": _cell(config.method),
         "parameters": f"{parameter_count(denoiser):,}",
-        "predicts": config.prediction,
+        "predicts": config.family.summary() if config.parameterisation else config.prediction,
         "noise schedule": _cell(f"{config.schedule['name']}" + (f" ({schedule})" if schedule else "")),
         "images": f"{sizes_of(config)}, {plural(config.shape[0], 'channel')}",
         "classes": f"{len(names)}: {listed}" if names else "",

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vdiff.diffusion.prediction import PREDICTION_TYPES
-from vdiff.diffusion.schedules import Schedule, build_schedule
+from vdiff.diffusion.schedules import FlowSchedule, Schedule, build_schedule
 from vdiff.diffusion.weighting import ZERO_SNR_FLOOR
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
@@ -130,7 +129,7 @@ def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
             {
                 **config.unet,
                 "in_channels": images.channels,
-                "out_channels": images.channels * PREDICTION_TYPES[config.prediction].channel_factor,
+                "out_channels": images.channels * config.family.channel_factor,
                 "num_classes": len(images.class_names) if config.class_conditional else 0,
                 "null_class": config.class_dropout > 0,
                 "dropout": config.dropout,
@@ -147,7 +146,7 @@ def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
     return CheckpointConfig(
         unet=unet.to_dict(),
         schedule=schedule_of(config).to_dict(),
-        prediction=config.prediction,
+        **config.family.config_fields(),
         num_timesteps=config.num_timesteps,
         image_size=images.image_size,
         method="base",
@@ -185,6 +184,8 @@ def check_unet(values: Mapping[str, Any], origin: str = "") -> None:
 
 def schedule_of(config: TrainConfig) -> Schedule:
     """The noise schedule; a table gets `num_timesteps` levels."""
+    if config.schedule == FlowSchedule.name:
+        return FlowSchedule(config.flow_shift)
     schedule = build_schedule({"name": config.schedule})
     if schedule.num_levels is None:
         return schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -123,4 +124,7 @@ def memory_of_base(config: TrainConfig, images: TrainingData, description: Check
 
 def base_task(config: TrainConfig, denoiser: Denoiser) -> Task:
     """A denoiser that learns images from their noisy copies."""
-    return Task(denoiser, DenoisingObjective(denoiser.schedule), config, class_dropout=config.class_dropout)
+    levels = None
+    if config.noise_mean is not None and config.noise_std is not None:
+        levels = (config.noise_mean + math.log(config.flow_shift), config.noise_std)
+    return Task(denoiser, DenoisingObjective(denoiser.schedule, levels), config, class_dropout=config.class_dropout)

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from vdiff.data.captions import CaptionSettings
 from vdiff.diffusion.distillation import METHODS, Method, build_method
+from vdiff.diffusion.parameterisation import PARAMETERISATIONS, Edm, Flow, Parameterisation, Vp
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import SCHEDULES, TableSchedule
-from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
+from vdiff.diffusion.weighting import LOSSES, OUTPUT, WEIGHTINGS
 from vdiff.errors import OptionError
 from vdiff.models.adapters import ATTENTION, MAX_RANK
 from vdiff.settings import (
@@ -42,6 +43,14 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 TIMES = ("uniform", "importance")
 EVALUATIONS = 3
 """The cost of an update per image, in network evaluations: the gradient costs twice as much as the loss."""
+EDM_NOISE_SCALE = 250.0
+"""A new network of EDM is told 250 ln σ, as those of consistency_models, whose embedding of times is ours."""
+FAMILY_SETTINGS = (
+    ("prediction", "v", ("parameterisation", Vp.name)),
+    ("sigma_data", 0.5, ("parameterisation", Edm.name)),
+    ("flow_shift", 1.0, ("schedule", Flow.name)),
+)
+"""Settings that have a meaning with one parameterisation or schedule alone, and their defaults."""
 AVERAGE = (
     "Moving average of the weights, which is what is saved: its decay per update (0.9999), its half-life in images "
     "(500000), or the weight of the first update at the end of the training (0.1%); 0 = no average."
@@ -106,8 +115,8 @@ class LoopConfig:
         group=RECORDS, default=None, low=1, unit="UPDATES", shown="40 snapshots in all", free=True,
     )  # fmt: skip
     weighting: str = setting(
-        "Weight of the squared error of x̂ at each noise level.",
-        group=OPTIMISATION, default="truncated_snr", choices=WEIGHTINGS,
+        "Weight of the squared error of x̂ at each noise level; output: the error of what the network itself puts out.",
+        group=OPTIMISATION, default="truncated_snr", choices=(*WEIGHTINGS, OUTPUT),
     )  # fmt: skip
     loss: str = setting(
         "Loss of the weighted pixel errors: squared, absolute, or pseudo-Huber.",
@@ -227,8 +236,36 @@ class TrainConfig(LoopConfig):
         "Layers with a LoRA: attention, linear, conv, or ends of their names, such as to_q,to_v.",
         group=MODEL, default=ATTENTION, unit="LAYERS",
     )  # fmt: skip
-    prediction: str = setting("What the network predicts.", group=MODEL, default="v", choices=PREDICTION_TYPES)
-    schedule: str = setting("Noise schedule.", group=MODEL, default="cosine", choices=SCHEDULES)
+    parameterisation: str = setting(
+        "How the network sees noisy images and what it puts out: variance preserving with --prediction, EDM, or "
+        "rectified flow. The last two bring a schedule, noise levels and a weighting of their own.",
+        group=MODEL, default=Vp.name, choices=PARAMETERISATIONS,
+    )  # fmt: skip
+    prediction: str = setting(
+        "What the network predicts, with --parameterisation vp.", group=MODEL, default="v", choices=PREDICTION_TYPES
+    )
+    sigma_data: float = setting(
+        "Standard deviation of the data, with --parameterisation edm.", group=MODEL, default=0.5, low=0, open_low=True
+    )
+    schedule: str = setting(
+        "Noise schedule.",
+        group=MODEL,
+        default="cosine",
+        choices=SCHEDULES,
+        shown="that of --parameterisation, or cosine",
+    )
+    flow_shift: float = setting(
+        "Time shift of the schedule flow: above 1, more of the steps are at much noise.",
+        group=MODEL, default=1.0, low=0, open_low=True,
+    )  # fmt: skip
+    noise_mean: float | None = setting(
+        "Mean of ln(sigma/alpha), whose distribution in training is normal.",
+        group=OPTIMISATION, default=None, shown="-1.2 with edm, 0 with flow; else times are uniform",
+    )  # fmt: skip
+    noise_std: float | None = setting(
+        "Standard deviation of ln(sigma/alpha) in training.",
+        group=OPTIMISATION, default=None, low=0, open_low=True, shown="1.2 with edm, 1 with flow",
+    )  # fmt: skip
     zero_snr: bool = setting(
         "Rescale the betas of a table schedule so that its last level is pure noise; for v, x or both.",
         group=MODEL, default=False,
@@ -266,6 +303,13 @@ class TrainConfig(LoopConfig):
             self.caption_dropout, self.caption_shuffle, self.caption_keep_tokens, self.caption_prefix
         )
 
+    @property
+    def family(self) -> Parameterisation:
+        """The parameterisation of the network: a UNet's embedding of times is made for numbers up to about 1000."""
+        if self.parameterisation == Edm.name:
+            return Edm(self.sigma_data, noise_scale=EDM_NOISE_SCALE)
+        return Flow() if self.parameterisation == Flow.name else Vp(self.prediction)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_rank and not self.base:
@@ -273,13 +317,19 @@ class TrainConfig(LoopConfig):
         of_lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets != ATTENTION}
         if not self.lora_rank and (useless := [name for name, value in of_lora.items() if value]):
             raise OptionError(f"--lora_{useless[0]}: all weights are to learn", "give --lora_rank, or leave it out")
+        for name, usual, only in FAMILY_SETTINGS:
+            if getattr(self, name) != usual and getattr(self, only[0]) != only[1]:
+                raise OptionError(f"--{name} is only for --{only[0]} {only[1]}", "leave it out")
+        if (self.noise_mean is None) != (self.noise_std is None):
+            raise OptionError("--noise_mean and --noise_std describe one distribution", "give both")
         if self.prediction == "eps" and self.weighting == "truncated_snr":
             raise OptionError(
                 "truncated_snr cannot weight an eps-prediction: at zero signal its x̂ = (z − σ ε̂)/α has no bound",
                 "give --weighting snr, or --prediction v",
             )
-        if self.zero_snr and self.prediction == "eps":
-            raise OptionError("--zero_snr: at zero SNR an eps-prediction contains no image", "give --prediction v")
+        if (self.zero_snr or SCHEDULES[self.schedule].zero_snr) and self.prediction == "eps":
+            where = "--zero_snr" if self.zero_snr else f"--schedule {self.schedule}"
+            raise OptionError(f"{where}: at zero SNR an eps-prediction contains no image", "give --prediction v")
         if self.zero_snr and not self.base and not issubclass(SCHEDULES[self.schedule], TableSchedule):
             tables = [name for name, kind in SCHEDULES.items() if issubclass(kind, TableSchedule)]
             raise OptionError(
@@ -458,6 +508,8 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
                 merged = {name: value for name, value in merged.items() if name not in stronger}
         for key, value in check_values(known, values, origin).items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    if kind is TrainConfig:
+        merged = {**PARAMETERISATIONS[merged.get("parameterisation", Vp.name)].training, **merged}
     if "weighting" not in merged:
         if merged.get("prediction") == "eps":
             merged["weighting"] = "snr"

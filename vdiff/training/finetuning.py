@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import vdiff
-from vdiff.diffusion.parameterisation import Vp
-from vdiff.diffusion.schedules import TableSchedule, build_schedule
+from vdiff.diffusion.parameterisation import Edm, Vp
+from vdiff.diffusion.schedules import FlowSchedule, TableSchedule, build_schedule
 from vdiff.errors import OptionError
 from vdiff.models.adapters import AdapterSettings
 from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
@@ -25,13 +25,19 @@ OF_NETWORK = ("unet", "class_conditional")
 
 def settings_of_base(found: CheckpointConfig) -> dict[str, Any]:
     """The settings that a fine-tuning has from its base, unless a preset, a file or a flag says otherwise."""
-    schedule = build_schedule(found.schedule)
-    return {
-        "prediction": found.prediction,
+    schedule, family = build_schedule(found.schedule), found.family
+    values: dict[str, Any] = {
+        "parameterisation": family.name,
         "schedule": schedule.name,
-        "zero_snr": schedule.zero_snr,
         "num_timesteps": found.num_timesteps,
     }
+    if isinstance(schedule, TableSchedule):
+        values["zero_snr"] = schedule.zero_snr
+    if isinstance(schedule, FlowSchedule):
+        values["flow_shift"] = schedule.shift
+    if isinstance(family, Edm):
+        values["sigma_data"] = family.sigma_data
+    return values | ({"prediction": found.prediction} if isinstance(family, Vp) else {})
 
 
 def check_preset(preset: str, base: str) -> None:
@@ -75,19 +81,15 @@ def check_base(config: TrainConfig, images: TrainingData, found: CheckpointConfi
     if config.class_dropout and CLASSES not in takes.null:
         raise OptionError(f"--class_dropout {config.class_dropout}: the base cannot drop classes", "leave it out")
     was = settings_of_base(found)
-    for name in ("schedule", "num_timesteps"):
-        if getattr(config, name) != was[name] and (name == "schedule" or build_schedule(found.schedule).num_levels):
+    for name in was.keys() - {"prediction", "zero_snr"}:
+        is_free = name == "num_timesteps" and not build_schedule(found.schedule).num_levels
+        if getattr(config, name) != was[name] and not is_free:
             raise OptionError(f"--{name} {getattr(config, name)}: {base} has {was[name]}", "leave it out")
-    if config.prediction != was["prediction"]:
-        if found.family.name != Vp.name:
-            raise OptionError(
-                f"--prediction {config.prediction}: {base} is a {found.family.name} model", "leave it out"
-            )
-        if "both" in (config.prediction, was["prediction"]):
-            raise OptionError(
-                f"--prediction {config.prediction}: {base} predicts {was['prediction']}, with other channels",
-                "leave it out",
-            )
+    predicted = was.get("prediction", config.prediction)
+    if config.prediction != predicted and "both" in (config.prediction, predicted):
+        raise OptionError(
+            f"--prediction {config.prediction}: {base} predicts {predicted}, with other channels", "leave it out"
+        )
     if config.zero_snr and not isinstance(build_schedule(found.schedule), TableSchedule):
         raise OptionError(f"--zero_snr: the {was['schedule']} schedule of {base} has no betas", "leave it out")
     if images.shape != found.shape:
@@ -112,7 +114,7 @@ def describe_finetuned(config: TrainConfig, images: TrainingData) -> CheckpointC
         found,
         unet=unet,
         schedule=build_schedule({**found.schedule, **rescaled}).to_dict(),
-        prediction=config.prediction,
+        **({"prediction": config.prediction} if found.parameterisation is None else {}),
         num_timesteps=config.num_timesteps,
         weights=config.weights,
         num_iters=0,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from vdiff.diffusion.method import DenoiseWith, DeriveWith, DistillContext, Method, TrainTarget
+from vdiff.diffusion.parameterisation import normal_angles
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.diffusion.targets import grid_times_of
@@ -59,14 +60,22 @@ class DenoisingObjective:
     """Base training: the target is the image itself.
 
     t = 1 − u ∈ (0, 1], every time; for a schedule that is a table of N levels t = (⌊u·N⌋ + 1)/N.
+
+    Attributes:
+        normal: mean and standard deviation of ln tan φ, whose distribution is normal (`normal_angles`) but for what
+            lies outside the schedule; None: t as above.
     """
 
     schedule: Schedule
+    normal: tuple[float, float] | None = None
 
     def __call__(self, batch: TrainBatch, student: StudentState) -> TrainTarget:
         del student
         levels = self.schedule.num_levels
         t = 1 - batch.u if levels is None else grid_times_of(batch.u, levels)
+        if self.normal is not None:
+            t = self.schedule.time(normal_angles(batch.u, *self.normal)).clamp(1 / self.schedule.label_scale, 1)
+            t = t if levels is None else (t * levels).round() / levels
         return TrainTarget(diffuse(batch.images, batch.noise, self.schedule.angle(t)), t, batch.images)
 
 
