@@ -140,7 +140,7 @@ def test_a_fine_tuned_model_keeps_its_bases_family(family, data, tmp_path):
     assert (found.family, found.prediction, found.schedule) == (due.family, due.prediction, due.schedule)
     with pytest.raises(OptionError, match="--prediction is only for --parameterisation vp"):
         resolve_training({**flags, "prediction": "x"}, None, folder=tmp_path / "out", resume=False)
-    with pytest.raises(OptionError, match="--parameterisation vp: .* has"):
+    with pytest.raises(OptionError, match=r"--parameterisation vp: .* has"):
         resolve_training({**flags, "parameterisation": "vp"}, None, folder=tmp_path / "out", resume=False)
 
 

@@ -114,7 +114,7 @@ def describe_finetuned(config: TrainConfig, images: TrainingData) -> CheckpointC
         found,
         unet=unet,
         schedule=build_schedule({**found.schedule, **rescaled}).to_dict(),
-        **({"prediction": config.prediction} if found.parameterisation is None else {}),
+        prediction=found.prediction if found.parameterisation else config.prediction,
         num_timesteps=config.num_timesteps,
         weights=config.weights,
         num_iters=0,
