@@ -82,7 +82,7 @@ WRONG = {
     "model --data small": ("--num 30", 1, "small holds 12 images, fewer than the 16 dimensions of the features pixels"),
     "model --data tiny": ("--metrics kd", 1, "tiny holds 4 images, fewer than 10"),
     "model --data cut": ("", 1, "cut is an incomplete dataset"),
-    "model --data colour": ("", 1, "4×4 with 1 channel, colour holds 4×4 with 3 channels"),
+    "model --data colour": ("", 1, "4×4 with 1 channel, but colour holds 4×4 with 3 channels"),
     "model --num 15": (
         "--data data",
         2,
