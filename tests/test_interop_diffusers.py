@@ -781,7 +781,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "network": (with_values("model_index.json", unet=["diffusers", "UNet2DConditionModel"]), "only UNet2DModel"),
     "no scheduler": (without("scheduler/scheduler_config.json"), "scheduler_config.json is missing"),
     "no unet": (without("unet/config.json"), "unet/config.json is missing"),
-    "no weights": (without(UNET_FILE), "diffusion_pytorch_model.safetensors is missing; vdiff never reads weights in pickles"),
+    "no weights": (without(UNET_FILE), "safetensors is missing; vdiff never reads weights in pickles"),
     "pickle": (as_pickle, "diffusion_pytorch_model.safetensors is missing; vdiff never reads weights in pickles"),
     "cut": (cut, "truncated or damaged"),
     "huge header": (written(UNET_FILE, b"\xff" * 64), "truncated or damaged"),
