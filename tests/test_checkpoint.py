@@ -266,9 +266,9 @@ def test_config_that_describes_no_model(tmp_path, changes, words):
         ("format_version", None, "a whole number"),
         ("format_version", True, "a whole number"),
         ("num_iters", 3.5, "a whole number"),
-        ("dataset", None, "a text"),
+        ("dataset", None, "a string"),
         ("class_names", "ab", "a list"),
-        ("class_names", ["a", 3], "a list of texts"),
+        ("class_names", ["a", 3], "a list of strings"),
         ("guidance_range", [0.0, "4"], "a list of numbers"),
     ],
 )
@@ -278,11 +278,12 @@ def test_config_with_values_of_the_wrong_kind(tmp_path, key, value, kind):
     assert_refused(tmp_path, f"config.json: '{key}' must be {kind};", "train again")
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(CheckpointConfig)])
-def test_every_key_is_held_to_its_kind(tmp_path, key):
+@pytest.mark.parametrize("field", dataclasses.fields(CheckpointConfig), ids=lambda field: field.name)
+def test_every_key_is_held_to_its_kind(tmp_path, field):
     saved(tmp_path)
-    edit(tmp_path, **{key: [True]})
-    assert_refused(tmp_path, f"config.json: '{key}' must be a", load=read_config)
+    edit(tmp_path, **{field.name: [True]})
+    kind = "true or false" if field.type == "bool" else "a"
+    assert_refused(tmp_path, f"config.json: '{field.name}' must be {kind}", load=read_config)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ SAMPLES_FOLDER, LOG_FOLDER, FAILED = "samples", "log", ".failed_"
 LADDER, LADDER_PICTURE, LADDER_IMAGES = "ladder.json", "ladder.png", "ladder_images.png"
 """File names in a run's folder; the ladder's files are in the folder of its last student."""
 KINDS = {
-    "str": "a text",
+    "str": "a string",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
