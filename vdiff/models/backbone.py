@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vdiff.models.condition import Condition, Signature
+from vdiff.models.condition import CLASSES, TOKENS, Condition, Signature
 
 
 class Backbone(nn.Module):
@@ -66,6 +66,13 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def example_condition(takes: Signature, count: int) -> Condition:
+    """A condition of `count` rows with which the cost of a network can be measured: class 0, the empty prompt."""
+    classes = torch.zeros(count, dtype=torch.int64)
+    tokens = torch.tensor(takes.null.get(TOKENS, ())).expand(count, -1)
+    return takes.condition(**{CLASSES: classes, TOKENS: tokens, "time_ids": torch.zeros(count, 6)})
+
+
 def count_flops(build: Callable[[], Backbone], shape: Sequence[int]) -> tuple[int, int]:
     """Parameters, and floating-point operations per evaluation and sample (a multiply-add counts as two).
 
@@ -78,7 +85,7 @@ def count_flops(build: Callable[[], Backbone], shape: Sequence[int]) -> tuple[in
 
     with torch.device("meta"):
         network = build().eval()
-        condition = network.signature.condition(classes=torch.zeros(1, dtype=torch.int64))
+        condition = example_condition(network.signature, 1)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(torch.empty(1, *shape), torch.zeros(1), **condition.tensors)
     return parameter_count(network), int(counter.get_total_flops())

@@ -14,14 +14,14 @@ from vdiff.diffusion.schedules import FlowSchedule, Schedule, build_schedule
 from vdiff.diffusion.weighting import ZERO_SNR_FLOOR
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
-from vdiff.models.condition import CLASSES
+from vdiff.models.condition import CLASSES, TOKENS
 from vdiff.models.unet_config import UNetConfig
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TENSORS, TrainingData, open_images
-from vdiff.training.finetuning import check_base, check_preset, describe_finetuned, settings_of_base
+from vdiff.training.finetuning import check_base, check_preset, describe_finetuned, settings_of_base, size_of
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer
 
 DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
@@ -59,7 +59,7 @@ def resolve_training(
     base = str(chosen.get("base") or "")
     found = read_config(Path(base)) if base else None
     is_assumed = assume and preset and not data and not base
-    size = size or (found.image_size if found else None)
+    size = size or (size_of(found) if found else None)
     images = _assumed(preset, size) if is_assumed else open_images(data, size, project)
     reason = ""
     if not resume:
@@ -95,8 +95,9 @@ def resolve_training(
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     if config.class_dropout and not conditional:
         raise OptionError(f"--class_dropout {config.class_dropout}: the network does not use classes", "leave it out")
+    takes_text = found is not None and TOKENS in found.signature.names
     for name in ("caption_dropout", "caption_shuffle", "caption_keep_tokens", "caption_prefix"):
-        if value := getattr(config, name):
+        if not takes_text and (value := getattr(config, name)):
             raise OptionError(f"--{name} {value}: the network does not use captions", "leave it out")
     return replace(
         config,

@@ -23,6 +23,7 @@ from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batc
 from vdiff.training.estimate import Memory, memory_of
 from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
+from vdiff.training.inputs import Inputs, inputs_of
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective
 from vdiff.training.presets import recorded_layer, write_run
@@ -89,8 +90,9 @@ def training(
             start_anew(folder, config, overwrite=overwrite)
         engine.wait()
         torch.manual_seed(config.seed)
+        inputs = inputs_of(description, engine.device)
         run = Run(
-            **vars(base_task(config, begin(description) if model is None else model[0])),
+            **vars(base_task(config, begin(description) if model is None else model[0], inputs)),
             batches=images.batches(config, engine, reporter),
             description=description,
             folder=folder,
@@ -122,9 +124,14 @@ def memory_of_base(config: TrainConfig, images: TrainingData, description: Check
     return memory_of(lambda _: base_task(config, description.build()), description.shape, images.num_images, engine)
 
 
-def base_task(config: TrainConfig, denoiser: Denoiser) -> Task:
-    """A denoiser that learns images from their noisy copies."""
+def base_task(config: TrainConfig, denoiser: Denoiser, inputs: Inputs | None = None) -> Task:
+    """A denoiser that learns images from their noisy copies.
+
+    Args:
+        inputs: what a batch is for the network; None: pixels and classes.
+    """
     levels = None
     if config.noise_mean is not None and config.noise_std is not None:
         levels = (config.noise_mean + math.log(config.flow_shift), config.noise_std)
-    return Task(denoiser, DenoisingObjective(denoiser.schedule, levels), config, class_dropout=config.class_dropout)
+    objective = DenoisingObjective(denoiser.schedule, levels)
+    return Task(denoiser, objective, config, class_dropout=config.class_dropout, inputs=inputs or Inputs())

@@ -26,12 +26,14 @@ from torch.utils._pytree import tree_leaves
 from vdiff.data.batches import Batch, cache_limit
 from vdiff.distributed import free_memory
 from vdiff.errors import VdiffError
-from vdiff.models.backbone import parameter_count
+from vdiff.models.backbone import example_condition, parameter_count
+from vdiff.models.condition import Condition, Signature
 from vdiff.models.denoiser import Denoiser
 from vdiff.text import duration
 from vdiff.training.averages import profiles_of
 from vdiff.training.config import Config, LoopConfig
 from vdiff.training.engine import Engine
+from vdiff.training.inputs import Inputs
 from vdiff.training.objectives import StudentState, TrainBatch
 from vdiff.training.posthoc import NUM_SNAPSHOTS
 from vdiff.training.step import Task, TrainStep, part_losses
@@ -119,6 +121,14 @@ class WithoutValues(Engine):
         return denoiser
 
 
+class ExampleInputs(Inputs):
+    """What is given is x already, and every condition is the same."""
+
+    def condition(self, batch: Batch, takes: Signature) -> Condition:
+        """`example_condition`."""
+        return example_condition(takes, len(batch.images))
+
+
 def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_images: int, engine: Engine) -> Memory:
     """The memory of an update, counted in one update on tensors without values, so it holds for any network.
 
@@ -137,7 +147,7 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         denoiser.network.checkpointing = config.checkpointing
         more = task.method.networks(denoiser) if task.method else None
         count = config.batch_size // (engine.world_size * config.grad_accum)
-        condition = denoiser.condition(classes=torch.zeros(count, dtype=torch.int64))
+        condition = example_condition(denoiser.network.signature, count)
         if denoiser.network.signature.takes_guidance:
             condition = condition.with_tensors(guidance=torch.zeros(count))
         images = torch.zeros(count, *shape)
@@ -200,7 +210,7 @@ def disk_of(memory: Memory, config: LoopConfig, world_size: int) -> int:
 
 def seconds_per_update(task: Task, shape: tuple[int, ...], engine: Engine) -> float:
     """The seconds of an update, measured on a few updates with black images; their results are discarded."""
-    step = TrainStep(task, engine)
+    step = TrainStep(replace(task, inputs=ExampleInputs()), engine)
     share = engine.part(task.config.batch_size)
     size = (share.stop - share.start, *shape)
     batch = Batch(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:1], dtype=torch.int64))

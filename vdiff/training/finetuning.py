@@ -13,7 +13,8 @@ from vdiff.diffusion.schedules import FlowSchedule, TableSchedule, build_schedul
 from vdiff.errors import OptionError
 from vdiff.models.adapters import AdapterSettings
 from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
-from vdiff.models.condition import CLASSES
+from vdiff.models.codec import LATENTS
+from vdiff.models.condition import CLASSES, TOKENS
 from vdiff.models.kinds import UNET
 from vdiff.training.config import TrainConfig
 from vdiff.training.dataset import TrainingData
@@ -92,13 +93,51 @@ def check_base(config: TrainConfig, images: TrainingData, found: CheckpointConfi
         )
     if config.zero_snr and not isinstance(build_schedule(found.schedule), TableSchedule):
         raise OptionError(f"--zero_snr: the {was['schedule']} schedule of {base} has no betas", "leave it out")
-    if images.shape != found.shape:
-        sizes = " × ".join(map(str, images.shape)), " × ".join(map(str, found.shape))
-        raise OptionError(f"{images.name} has samples of {sizes[0]}, the base of {sizes[1]}", "give another --data")
+    sample_shape_of(found, images)
+    has_captions = images.store is None or bool(images.store.meta.num_captions)
+    if TOKENS in takes.names and not has_captions:
+        raise OptionError(
+            f"{images.name} has no captions, and {base} is a text-to-image model",
+            "prepare images with captions: .txt files beside them, metadata.jsonl, or --captions FILE",
+        )
     if takes.num_classes and len(images.class_names) != takes.num_classes:
         raise OptionError(
             f"{images.name} has {len(images.class_names)} classes, the base {takes.num_classes}", "give another --data"
         )
+
+
+def size_of(found: CheckpointConfig) -> int | None:
+    """Pixels of a side of the images of a base; None: they are not square, or latents, which have no fixed size."""
+    return None if found.codec == LATENTS.name else found.image_size or None
+
+
+def sample_shape_of(found: CheckpointConfig, images: TrainingData) -> tuple[int, ...]:
+    """(C, H, W) of x: that of the images, or of their latents.
+
+    Raises:
+        OptionError: the network of the base does not take such samples.
+        VdiffError: the autoencoder of the base cannot be read.
+    """
+    shape = tuple(images.shape)
+    if found.codec == LATENTS.name:
+        from vdiff.models.autoencoder import picture_shape
+
+        folder = Path(str((found.components or {}).get("path")))
+        channels, height, _ = picture_shape((found.shape[0], 1, 1), folder)
+        if shape[0] == channels and not any(size % height for size in shape[1:]):
+            latents = (found.shape[0], *(size // height for size in shape[1:]))
+            if not any(size % found.signature.size_multiple for size in latents[1:]):
+                return latents
+        pixels = height * found.signature.size_multiple
+        raise OptionError(
+            f"{images.name} has images of {' × '.join(map(str, shape))}, and the base takes {channels} channels and "
+            f"sides that are multiples of {pixels}",
+            "prepare another --size",
+        )
+    if shape != found.shape:
+        sizes = " × ".join(map(str, shape)), " × ".join(map(str, found.shape))
+        raise OptionError(f"{images.name} has samples of {sizes[0]}, the base of {sizes[1]}", "give another --data")
+    return shape
 
 
 def describe_finetuned(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
@@ -113,6 +152,7 @@ def describe_finetuned(config: TrainConfig, images: TrainingData) -> CheckpointC
     return replace(
         found,
         unet=unet,
+        sample_shape=list(sample_shape_of(found, images)) if found.codec == LATENTS.name else found.sample_shape,
         schedule=build_schedule({**found.schedule, **rescaled}).to_dict(),
         prediction=found.prediction if found.parameterisation else config.prediction,
         num_timesteps=config.num_timesteps,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE, TIMES, DROPPED, GUIDANCE = range(4)
+NOISE, TIMES, DROPPED, GUIDANCE, POSTERIOR, OFFSET, PERTURBATION = range(7)
 """Purposes, each with its own numbers."""
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 INCREMENTS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
@@ -40,7 +40,7 @@ class UpdateRandom:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return (words >> 11 & 2**53 - 1).to(dtype) * 2.0**-53
 
-    def normal(self, shape: Sequence[int]) -> Tensor:
+    def normal(self, shape: Sequence[int], purpose: int = NOISE) -> Tensor:
         """N(0, I): (b, *shape) float32. Sample k uses ⌈D/8⌉ blocks; each half of a word gives one normal number."""
         size = int(np.prod(shape))
         blocks = -(-size // (2 * WORDS))
@@ -48,7 +48,7 @@ class UpdateRandom:
         at_once = max(1, CHUNK // size)
         for first in range(0, len(self.rows), at_once):
             rows = self.rows[first : first + at_once]
-            words = philox(self.seed, self.update, NOISE, range(rows.start * blocks, rows.stop * blocks), self.device)
+            words = philox(self.seed, self.update, purpose, range(rows.start * blocks, rows.stop * blocks), self.device)
             halves = words.view(torch.int32).reshape(len(rows), -1)[:, :size]
             noise[first : first + len(rows)] = normal_of(halves)
         return noise.reshape(len(self.rows), *shape)

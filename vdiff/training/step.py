@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -17,12 +17,12 @@ from vdiff.diffusion.distillation import Method, TrainTarget
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.weighting import LOSSES, weighting_of
 from vdiff.errors import VdiffError
-from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.averages import Averages, Exponential, profiles_of
 from vdiff.training.config import LoopConfig
 from vdiff.training.engine import Engine
 from vdiff.training.importance import ImportanceSampling, num_bins
+from vdiff.training.inputs import Inputs
 from vdiff.training.meter import StepResult
 from vdiff.training.method_networks import networks_of
 from vdiff.training.objectives import Objective, StudentState, TrainBatch, in_strata, weighted_losses
@@ -41,6 +41,7 @@ class Task:
         self_ema: decay of the average that the network learns from; None: it learns from none.
         step_bins: the steps of a model of few steps, each of which gets its own loss in the log; None: none does.
         time_bins: the number of times that targets can have, all equally likely; None: any time in (0, 1].
+        inputs: what a batch of the dataset is for the network.
         method: of distillation, which may bring networks that learn too.
     """
 
@@ -53,6 +54,7 @@ class Task:
     step_bins: int | None = None
     time_bins: int | None = None
     method: Method | None = None
+    inputs: Inputs = field(default_factory=Inputs)
 
 
 class OptimizerStep(ABC):
@@ -178,13 +180,13 @@ class TrainStep(OptimizerStep):
         """This process's images, noise, u and condition of update `step`."""
         seed, size, device = self.config.seed, self.config.batch_size, self.engine.device
         takes, rows = self.denoiser.network.signature, range(self._share.start, self._share.stop)
-        random: UpdateRandom | WholeBatchRandom = UpdateRandom(seed, step, rows, device)
+        own = UpdateRandom(seed, step, rows, device)
+        random: UpdateRandom | WholeBatchRandom = own
         if self.draws_whole_batch:
             seed_update(seed, step)
             random = WholeBatchRandom(rows, size, device)
-        images = batch.images.to(device, non_blocking=True)
-        images = PIXEL_CODEC.encode(images)
-        condition = takes.condition(classes=batch.classes).to(device)
+        images = self.task.inputs.x(batch, device, own)
+        condition = self.task.inputs.condition(batch, takes).to(device)
         noise = random.normal(images.shape[1:])
         u = in_strata(random.uniform(TIMES), rows, size)
         if condition.can_drop:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from vdiff.models.backbone import example_condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
@@ -67,7 +68,7 @@ def seconds_by_threads(denoiser: Denoiser, z: torch.Tensor, numbers: list[int]) 
 def seconds_of_pass(denoiser: Denoiser, z: torch.Tensor, precision: AbstractContextManager[object]) -> float:
     """The time of a forward and a backward pass."""
     began = time.monotonic()
-    condition = denoiser.condition(classes=torch.zeros(len(z), dtype=torch.int64))
+    condition = example_condition(denoiser.network.signature, len(z))
     with precision:
         v = denoiser(z, torch.full((len(z),), 0.5, dtype=torch.float64), condition).v
     v.square().mean().backward()
