@@ -44,6 +44,7 @@ class TextInputs(Inputs):
     autoencoder: Autoencoder | None
 
     def x(self, batch: Batch, device: torch.device, random: UpdateRandom) -> Tensor:
+        """Latents mean + std · noise, the noise from (seed, update, image)."""
         if self.autoencoder is None:
             return super().x(batch, device, random)
         mean, std = self.autoencoder.encode(batch.images.to(device, non_blocking=True))
