@@ -229,7 +229,7 @@ CASES = [
     ("plain --sampler heun --frame x", "Invalid value for '--frame': 'x' is unknown; choose from v, eps"),
     (
         "eps_cosine --no_clip",
-        "--no_clip: an eps-prediction at zero signal contains no image, so x must be cli",
+        "--no_clip: an eps-prediction at zero signal carries no information about the image, so x must be cli",
     ),
 ]
 

@@ -346,8 +346,8 @@ def test_a_guided_teacher_is_one_whose_answers_are_guided():
 
 def test_guidance_that_cannot_be_is_refused():
     schedule = CosineSchedule()
-    with pytest.raises(ValueError, match=r"trained with some classes left out \(null_class\)"):
+    with pytest.raises(ValueError, match=r"trained with class dropout \(null_class\)"):
         GuidedDenoiser(Denoiser(Perfect(schedule, "v", null_class=False), schedule, "v"), 1.0)
     for interval in ((0.5, 0.4), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)):
-        with pytest.raises(ValueError, match="must rise within 0 to 1"):
+        with pytest.raises(ValueError, match="must increase within 0 to 1"):
             guided(weight=1.0, interval=interval)

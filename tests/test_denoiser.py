@@ -158,6 +158,6 @@ def test_unknown_type_and_wrong_channels_are_refused():
 
 def test_eps_prediction_with_zero_terminal_snr_is_refused():
     network = UNet(UNetConfig(channels=4, embedding_channels=8, multipliers=(1,), attention_strides=()))
-    with pytest.raises(ValueError, match="eps prediction says nothing about the image at zero terminal SNR"):
+    with pytest.raises(ValueError, match="eps prediction carries no information about the image at zero terminal SNR"):
         Denoiser(network, LinearSchedule(zero_snr=True), "eps")
     Denoiser(network, LinearSchedule(zero_snr=True), "v")

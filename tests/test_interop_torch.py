@@ -201,7 +201,11 @@ def test_existing_files_stay_without_overwrite(folder, tmp_path):
 
 
 BAD = [
-    ("plain", "s.pt2 --sampler_graph --no_clip", "an eps-prediction at zero signal contains no image"),
+    (
+        "plain",
+        "s.pt2 --sampler_graph --no_clip",
+        "an eps-prediction at zero signal carries no information about the image",
+    ),
     ("plain", "s.pt2 --sampler_graph --guided", "trained only with classes"),
     ("plain", "s.onnx", "give FILE.pt2"),
 ]

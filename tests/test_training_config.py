@@ -298,7 +298,7 @@ def test_zero_snr_has_a_constant_weight_in_v_unless_told_otherwise(data):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schedule": "linear", "prediction": "eps"}, "an eps-prediction contains no image; give"),
+        ({"schedule": "linear", "prediction": "eps"}, "an eps-prediction carries no information about the image; give"),
         ({}, "the cosine schedule has no betas; give --schedule ddpm_cosine or linear or scaled_linear"),
         ({"schedule": "linear", "num_timesteps": 1}, "needs at least two levels"),
     ],

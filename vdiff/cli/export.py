@@ -265,7 +265,7 @@ def graph_options(
     useless = next((name for name, is_given in of_samplers.items() if is_given and not sampler_graph), "")
     both = "--no_clip and --clipping_value exclude each other"
     of_graphs = f"--output {output} is for evaluations, but a sampler returns images"
-    eps = "an eps-prediction at zero signal contains no image, so x must be clipped"
+    eps = "an eps-prediction at zero signal carries no information about the image, so x must be clipped"
     no_null = "this network was trained only with classes and cannot predict without one"
     for is_wrong, cause, hint in (
         (no_clip and clipping_value is not None, both, "give one of them"),

@@ -1,8 +1,8 @@
-"""Parameterisations: in what state a network is given z, what it is told of the noise level, how its output is read.
+"""Parameterisations: the input of a network for z, its measure of the noise level, and the meaning of its output.
 
 Every Gaussian diffusion a x + b ε is z = cos φ · x + sin φ · ε after a division by √(a² + b²), φ = atan(b/a). So a
-network that was trained elsewhere keeps its own state, its own measure of noise and its own output, and the rest of
-vdiff knows z, φ and `Prediction` alone. All formulas are regular at both ends, φ = 0 and φ = π/2, but for `noise`.
+network of another family keeps its own state, noise measure and output, and the rest of vdiff uses only z, φ and
+`Prediction`. All formulas are regular at both ends, φ = 0 and φ = π/2, except for outputs that are noise.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Parameterisation(ABC):
-    """How one family of diffusion models uses its network.
+    """How a family of diffusion models uses its network.
 
     Attributes:
-        name: in `PARAMETERISATIONS`.
+        name: its key in `PARAMETERISATIONS`.
         training: settings of `train.py` that suit the family.
     """
 
@@ -35,21 +35,21 @@ class Parameterisation(ABC):
 
     @property
     def prediction(self) -> str:
-        """What the network predicts, for a checkpoint's `prediction`: the family's name, where it has one way only."""
+        """The `prediction` in a checkpoint: the network's prediction type, or the family's name if it has only one."""
         return self.name
 
     @property
     def channel_factor(self) -> int:
-        """How many times the channels of z the network's output has."""
+        """The network's output channels, as a multiple of those of z."""
         return 1
 
     @property
     def predicts_noise(self) -> bool:
-        """Whether the output is the noise, which says nothing about the image where there is nearly nothing of it."""
+        """Whether the output is the noise, which carries no information about the image at zero signal."""
         return False
 
     def level(self, angle: Tensor) -> Tensor:
-        """The family's own measure of noise at φ (B,), float64: s = σ/α = tan φ, or another."""
+        """The family's measure of noise at φ (B,), float64: s = σ/α = tan φ, or another."""
         return angle.double().tan()
 
     def angle(self, level: Tensor) -> Tensor:
@@ -58,27 +58,27 @@ class Parameterisation(ABC):
 
     @abstractmethod
     def state(self, z: Tensor, angle: Tensor) -> Tensor:
-        """What the network is given of z (B, …) at φ (B,)."""
+        """The network's input for z (B, …) at φ (B,)."""
 
     @abstractmethod
     def timestep(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """What the network is told of the time t (B,): (B,) float64."""
+        """The network's timestep for the time t (B,): (B,) float64."""
 
     @abstractmethod
     def angle_told(self, schedule: Schedule, timestep: Tensor) -> Tensor:
-        """φ (B,) of which a network was told `timestep` (B,): on a grid, the inverse of `timestep`."""
+        """φ (B,) for the network's timesteps (B,): the inverse of `timestep`."""
 
     @abstractmethod
     def read(self, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
-        """What the network's output at z and φ says."""
+        """The prediction in the network's output at z and φ."""
 
     @abstractmethod
     def output_weight(self, logsnr: Tensor) -> Tensor:
-        """w(λ) with which the squared error of x̂ is that of the network's output."""
+        """w(λ) that turns the squared error of x̂ into that of the network's output."""
 
     @abstractmethod
     def describe(self, schedule: Schedule) -> str:
-        """What the network is told, as a formula."""
+        """The network's timestep, as a formula."""
 
     def summary(self) -> str:
         """One line for people: the name, and the parameters."""
@@ -86,7 +86,7 @@ class Parameterisation(ABC):
         return ", ".join([self.name, *(f"{name} {value}" for name, value in values.items())])
 
     def student(self) -> Parameterisation:
-        """That of a student of few steps: its input stays the same; an output that is the noise is read otherwise."""
+        """The parameterisation of a few-step student: the same input, but a noise output gets another meaning."""
         return self
 
     def config_fields(self) -> dict[str, Any]:
@@ -97,9 +97,9 @@ class Parameterisation(ABC):
 
 @dataclass(frozen=True)
 class Vp(Parameterisation):
-    """Variance preserving: the state is z itself, and the network is told the index of the level, L·t − 1.
+    """Variance preserving: the state is z itself, and the timestep is the index of the level, L·t − 1.
 
-    DDPM, iDDPM and ADM, Stable Diffusion, and what vdiff trains by default.
+    Used by DDPM, iDDPM, ADM and Stable Diffusion, and vdiff's default.
 
     Args:
         predicts: "v", "x", "eps" or "both", see `PREDICTION_TYPES`.
@@ -161,43 +161,43 @@ class Vp(Parameterisation):
 
 
 class OfLevel(Parameterisation):
-    """A family whose network is told a function of its own noise level."""
+    """A family with a timestep that is a function of its own noise level."""
 
     @abstractmethod
     def told(self, level: Tensor) -> Tensor:
-        """What the network is told of a level (B,)."""
+        """The network's timestep for a level (B,)."""
 
     @abstractmethod
     def level_told(self, timestep: Tensor) -> Tensor:
         """The inverse of `told`."""
 
     def timestep(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """`told` of the level at t; at t = 0 that of the schedule's own least noise."""
+        """`told` of the level at t; at t = 0 that of the schedule's least noise."""
         return self.told(self.level(schedule.angle(t)))
 
     def angle_told(self, schedule: Schedule, timestep: Tensor) -> Tensor:
-        """φ of the level that was told."""
+        """φ of the timestep's level."""
         del schedule
         return self.angle(self.level_told(timestep))
 
 
 @dataclass(frozen=True)
 class Edm(OfLevel):
-    """EDM and its relatives, whose state is x + s ε with s = tan φ: input c_in · state, output F.
+    """EDM and related models: the state is x + s ε with s = tan φ, the input c_in · state, the output F.
 
     x̂ = c_skip · state + c_out F, c_skip = σ_d²/(s² + σ_d²), c_out = s σ_d/√(s² + σ_d²), c_in = 1/√(s² + σ_d²). With
-    r = √(σ² + σ_d² α²) that is input = z/r, v̂ = α σ (1 − σ_d²)/r² · z − σ_d/r · F, where nothing becomes infinite. For
+    r = √(σ² + σ_d² α²), input = z/r and v̂ = α σ (1 − σ_d²)/r² · z − σ_d/r · F, where nothing becomes infinite. For
     σ_d = 1, F is −v̂. Source: Karras et al. 2022, table 1 and eq. 7; EDM2 is the same.
 
     Args:
         sigma_data: σ_d, the standard deviation of the data.
         scaled_input: off: c_in = 1, the "variance exploding" networks of Song et al. 2021.
-        noise_output: F is −ε̂, c_skip = 1 and c_out = s, as in these; it divides by α.
-        noise_scale, noise_offset: the network is told `noise_scale` · ln s + `noise_offset`: ¼ ln s in EDM and EDM2,
+        noise_output: F is −ε̂, c_skip = 1 and c_out = s, as in those networks; it divides by α.
+        noise_scale, noise_offset: the timestep is `noise_scale` · ln s + `noise_offset`: ¼ ln s in EDM and EDM2,
             250 ln s in consistency_models, ln(s/2) in the "variance exploding" networks.
 
     Raises:
-        ValueError: numbers that are not positive and finite.
+        ValueError: a number is not positive and finite.
     """
 
     name: ClassVar[str] = "edm"
@@ -263,22 +263,22 @@ class Edm(OfLevel):
         return f"{self.noise_scale:g} * ln(sigma/alpha){offset}"
 
     def student(self) -> Edm:
-        """F by c_skip and c_out in the place of −ε̂."""
+        """F by c_skip and c_out instead of −ε̂."""
         return Edm(self.sigma_data, self.scaled_input, False, self.noise_scale, self.noise_offset)
 
 
 @dataclass(frozen=True)
 class Flow(OfLevel):
-    """Rectified flow, whose state is (1 − τ) x + τ ε with τ = sin φ/(sin φ + cos φ), and whose output is u = ε − x.
+    """Rectified flow: the state is (1 − τ) x + τ ε with τ = sin φ/(sin φ + cos φ), the output u = ε − x.
 
-    With c = 1/(sin φ + cos φ) the state is c z, and v̂ = c ((α − σ) z + û). SD3, FLUX, PixArt and others.
+    With c = 1/(sin φ + cos φ) the state is c z, and v̂ = c ((α − σ) z + û). Used by SD3, FLUX, PixArt and others.
     Source: Liu et al. 2023, *Flow Straight and Fast*; Lipman et al. 2023, *Flow Matching for Generative Modeling*.
 
     Args:
-        time_scale: the network is told `time_scale` · τ: 1000 τ in diffusers, τ in FLUX's own class.
+        time_scale: the timestep is `time_scale` · τ: 1000 τ in diffusers, τ in FLUX's own class.
 
     Raises:
-        ValueError: a scale that is not positive and finite.
+        ValueError: the scale is not positive and finite.
     """
 
     name: ClassVar[str] = "flow"
@@ -337,10 +337,10 @@ PARAMETERISATIONS: dict[str, type[Parameterisation]] = {kind.name: kind for kind
 
 
 def build_parameterisation(config: Mapping[str, Any]) -> Parameterisation:
-    """The parameterisation of a name and parameters.
+    """The parameterisation with this name and these parameters.
 
     Raises:
-        ValueError: an unknown name or parameter, or a value that it cannot have.
+        ValueError: the name or a parameter is unknown, or a value is invalid.
     """
     parameters = {key: value for key, value in config.items() if key != "name"}
     name = str(config.get("name"))
@@ -356,7 +356,7 @@ def build_parameterisation(config: Mapping[str, Any]) -> Parameterisation:
 def normal_angles(u: Tensor, mean: float, std: float) -> Tensor:
     """Angles for u (B,) uniform in [0, 1): ln tan φ ~ N(mean, std²), float64.
 
-    tan φ is EDM's s, so that is its log-normal distribution of noise levels; and tan φ = τ/(1 − τ), so that it is the
+    As tan φ is EDM's s, this is its log-normal distribution of noise levels. As tan φ = τ/(1 − τ), it is also the
     logit-normal distribution of τ in a flow. A time shift s adds ln s to the mean.
     Source: Karras et al. 2022, table 1 (mean −1.2, deviation 1.2); Esser et al. 2024, section 3.1 (0 and 1).
     """

@@ -230,7 +230,7 @@ def check_exportable(denoiser: Denoiser) -> None:
     last = denoiser.schedule.angle(torch.ones(1, dtype=torch.float64))
     if denoiser.parameterisation.predicts_noise and float(last.cos()) < MIN_SIGNAL:
         raise VdiffError(
-            "this model predicts eps, which contains no information about the image at this schedule's zero signal",
+            "this model predicts eps, which carries no information about the image at this schedule's zero signal",
             "export a model that predicts v, x or both",
         )
 

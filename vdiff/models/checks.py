@@ -124,4 +124,6 @@ def check_limits(config: CheckpointConfig, options: Mapping[str, Any]) -> None:
         return
     end = build_schedule(config.schedule).angle(torch.ones(1))
     if float(end.cos()) < MIN_SIGNAL:
-        raise VdiffError("an eps-prediction at zero signal contains no image, so x must be clipped", "clip it")
+        raise VdiffError(
+            "an eps-prediction at zero signal carries no information about the image, so x must be clipped", "clip it"
+        )

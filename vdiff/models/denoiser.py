@@ -17,23 +17,23 @@ NOTHING = Condition()
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where its weights are; the CPU, if it has none."""
+    """The device of its weights; the CPU if it has none."""
     return next((weight.device for weight in network.parameters()), torch.device("cpu"))
 
 
 class Denoiser(nn.Module):
     """(z, t[, condition]) → Prediction(x̂, ε̂, v̂): z (B, C, …), t ∈ (0, 1] (B,) float64, B rows of the condition.
 
-    The network is given the state and the timestep of its parameterisation, that of a second time too, and real
-    conditions in float32 at least, as half precision would round them. Its output is brought to the precision of z
-    before it is read, so that mixed precision ends at the network.
+    The network receives the state and the timestep of its parameterisation, also for a second time, and real
+    conditions in at least float32, as half precision would round them. Its output is converted to the precision of
+    z, so that mixed precision ends at the network.
 
     Args:
         parameterisation: a prediction type ("v", …) is `Vp` with it.
 
     Raises:
-        ValueError: an unknown prediction type, ε with a schedule of zero terminal SNR, or a network whose output has
-            the wrong number of channels.
+        ValueError: the prediction type is unknown, ε is combined with zero terminal SNR, or the network has the wrong
+            number of output channels.
     """
 
     def __init__(self, network: Backbone, schedule: Schedule, parameterisation: Parameterisation | str) -> None:
@@ -41,11 +41,11 @@ class Denoiser(nn.Module):
         if isinstance(parameterisation, str):
             parameterisation = Vp(parameterisation)
         if parameterisation.predicts_noise and schedule.zero_snr:
-            raise ValueError("eps prediction says nothing about the image at zero terminal SNR; predict v")
+            raise ValueError("eps prediction carries no information about the image at zero terminal SNR; predict v")
         expected = network.signature.channels * parameterisation.channel_factor
         if network.signature.out_channels != expected:
             raise ValueError(
-                f"{parameterisation.prediction} prediction needs {expected} output channels, the network has "
+                f"{parameterisation.prediction} prediction needs {expected} output channels, but the network has "
                 f"{network.signature.out_channels}"
             )
         self.network = network
@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
         self.parameterisation = parameterisation
 
     def condition(self, **tensors: Tensor | None) -> Condition:
-        """Those of the named tensors that the network takes, as its condition."""
+        """The network's condition: those of the named tensors that it takes."""
         return self.network.signature.condition(**tensors)
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition = NOTHING) -> Prediction:
@@ -70,26 +70,26 @@ class Denoiser(nn.Module):
 class GuidedDenoiser(Denoiser):
     """Classifier-free guidance: x̂_w = (1 + w) x̂_c − w x̂_∅, of the network of `denoiser` (shared, not copied).
 
-    w = 0 is the plain answer to the condition, w = −1 the one to its null, w > 0 moves away from the latter. Libraries
-    with a scale s mean w = s − 1. Both answers come from one batch of twice the size. z being given, x̂, ε̂ and v̂ are
-    affine in each other, so the same sum holds for all three; it is taken of v̂, from which the other two follow
-    without a division. Source: Ho & Salimans 2022, *Classifier-Free Diffusion Guidance*, eq. 6.
+    w = 0 is the prediction with the condition, w = −1 that with its null, and w > 0 moves away from the latter. A scale
+    s of other libraries means w = s − 1. Both predictions come from one batch of twice the size. For given z, x̂, ε̂
+    and v̂ are affine in each other, so the same sum holds for all three; it is computed for v̂, which gives the other
+    two without a division. Source: Ho & Salimans 2022, *Classifier-Free Diffusion Guidance*, eq. 6.
 
     Args:
-        weight: w, where the condition has none of its own for each image (`guidance`).
-        interval: the times, ends included, that are guided; elsewhere w is 0, and where that is known on the host the
-            network is evaluated once (Kynkäänniemi et al. 2024, *Applying Guidance in a Limited Interval*).
+        weight: w, unless the condition has one for each image (`guidance`).
+        interval: the times, ends included, with guidance; elsewhere w is 0, and if the host knows this, the network is
+            evaluated once (Kynkäänniemi et al. 2024, *Applying Guidance in a Limited Interval*).
 
     Raises:
-        ValueError: the network has no answer to a null condition, or the interval is none of (0, 1].
+        ValueError: the network was not trained with a null condition, or the interval is not in (0, 1].
     """
 
     def __init__(self, denoiser: Denoiser, weight: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__(denoiser.network, denoiser.schedule, denoiser.parameterisation)
         if not self.network.signature.null and set(self.network.signature.names) <= {CLASSES, GUIDANCE, SECOND_TIME}:
-            raise ValueError("guidance needs a network that was trained with some classes left out (null_class)")
+            raise ValueError("guidance needs a network that was trained with class dropout (null_class)")
         if not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"times of guidance must rise within 0 to 1, got {interval[0]} to {interval[1]}")
+            raise ValueError(f"times of guidance must increase within 0 to 1, got {interval[0]} to {interval[1]}")
         self.weight = weight
         self.interval = interval
 
@@ -100,7 +100,7 @@ class GuidedDenoiser(Denoiser):
         )
         first, last = self.interval
         guided = (first <= t) & (t <= last)
-        nowhere = t.device.type == "cpu" and not guided.any()  # times on a device are not looked at: that would wait
+        nowhere = t.device.type == "cpu" and not guided.any()  # times on a device are not read, as that would sync
         if not condition.can_drop or (weight is None and self.weight == 0) or nowhere:
             return super().forward(z, t, condition)
         pair = super().forward(torch.cat([z, z]), torch.cat([t, t]), condition.cat(condition.drop()))

@@ -329,7 +329,9 @@ class TrainConfig(LoopConfig):
             )
         if (self.zero_snr or SCHEDULES[self.schedule].zero_snr) and self.prediction == "eps":
             where = "--zero_snr" if self.zero_snr else f"--schedule {self.schedule}"
-            raise OptionError(f"{where}: at zero SNR an eps-prediction contains no image", "give --prediction v")
+            raise OptionError(
+                f"{where}: at zero SNR an eps-prediction carries no information about the image", "give --prediction v"
+            )
         if self.zero_snr and not self.base and not issubclass(SCHEDULES[self.schedule], TableSchedule):
             tables = [name for name, kind in SCHEDULES.items() if issubclass(kind, TableSchedule)]
             raise OptionError(

@@ -189,7 +189,7 @@ def plan_stages(
     """The stages from the teacher's steps down: `base_k` beside the teacher, counting on from the teacher's k.
 
     A teacher that predicts ε gets a student of v first, with the same steps: at zero signal, where few-step students
-    start, ε contains no information about the image. So does a teacher that is to be guided.
+    start, ε carries no information about the image. So does a teacher that is to be guided.
 
     Args:
         home: a path that replaces the teacher's for the students' names and parent folder.
