@@ -20,6 +20,7 @@ from vdiff.diffusion.samplers import (
     Dpmpp3m,
     Heun,
     Ipndm,
+    Renoising,
     UniPc,
     ddim_step,
     sample,
@@ -53,7 +54,7 @@ def test_data_of_one_point_are_drawn_exactly(schedule, grid, name):
             on_state=lambda _, z, __, states=states: states.append(z),
         )  # fmt: skip
         torch.testing.assert_close(end, mean, rtol=1e-9, atol=1e-9)
-        if name not in ("ddpm", "clipped"):  # `clipped` clamps ε̂, too
+        if name not in ("ddpm", "consistency", "clipped"):  # `clipped` clamps ε̂, too
             for state, angle in zip(states, angles[1:].flip(0), strict=True):
                 torch.testing.assert_close(state, angle.cos() * mean + angle.sin() * eps, rtol=1e-9, atol=1e-9)
 
@@ -78,6 +79,7 @@ def test_images_are_finite_and_within_limits(schedule, grid, name):
 LIMITED = {
     "ddim": Ddim(clipping_value=0.3),
     "ddpm": Ddpm(threshold=0.7),
+    "consistency": Renoising(clipping_value=0.3),
     "clipped": Clipped(clipping_value=0.3),
     "dpmpp_2m": Dpmpp2m(clipping_value=0.3),
     "dpmpp_3m": Dpmpp3m(threshold=0.7),
@@ -187,7 +189,7 @@ def test_a_step_outside_of_a_run_is_the_first_of_a_long_one(name):
     if name == "heun":
         with pytest.raises(ValueError, match="outside of a run there is none"):
             sampler.step(**arguments)
-    elif name not in ("ddpm", "clipped"):
+    elif name not in ("ddpm", "consistency", "clipped"):
         expected = ddim_step(z, prediction.clip(z, angle_t, 1.0).v, angle_t, angle_s)
         torch.testing.assert_close(sampler.step(**arguments), expected, rtol=1e-9, atol=1e-9)
 

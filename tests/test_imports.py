@@ -216,7 +216,10 @@ def test_help_and_registries_come_without_torch():
         "print(sorted(heavy), list(SAMPLERS))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] ['ddim', 'ddpm', 'clipped', 'dpmpp_2m', 'dpmpp_3m', 'unipc', 'ipndm', 'heun']"
+    assert (
+        done.stdout.strip()
+        == "[] ['ddim', 'ddpm', 'consistency', 'clipped', 'dpmpp_2m', 'dpmpp_3m', 'unipc', 'ipndm', 'heun']"
+    )
 
 
 def undocumented(path: Path) -> list[str]:

@@ -534,7 +534,7 @@ UNCLIPPED = "it does not clip the image; vdiff does without --no_clip"
         (
             "DDPM",
             {"variance_type": "fixed_large"},
-            [LEADING, "its noise has the variance fixed_large, vdiff's fixed_small (--sampler ddpm)"],
+            [LEADING, "its noise has the variance fixed_large (--sampler ddpm --large_variance 1)"],
         ),
         ("DDPM", {"clip_sample_range": 2.0}, [LEADING, "it clips the image to ±2.0: --clipping_value 2.0"]),
         ("DDPM", {"clip_sample_range": 2.0, "clip_sample": False}, [LEADING, UNCLIPPED]),

@@ -18,6 +18,7 @@ from vdiff.diffusion.distillation import (
     Progressive,
     Tract,
     Trajectory,
+    VariableTrajectory,
     build_method,
     shortening,
 )
@@ -93,6 +94,7 @@ def test_the_registry_knows_what_each_method_needs():
         "consistency": (Consistency, False, True, None),
         "guided": (Guided, True, True, None),
         "trajectory": (Trajectory, False, False, None),
+        "trajectory_v": (VariableTrajectory, False, False, None),
         "match": (Match, True, True, None),
         "scm": (Scm, False, True, None),
         "ect": (Ect, False, True, None),
@@ -108,7 +110,10 @@ def test_what_methods_say_over_a_preset():
     expected = {
         "tract": {"lr": 1e-3, "lr_schedule": "constant", **average},
         "consistency": {"lr": 2e-3, **average},
-        "trajectory": {"lr": 1e-3, "num_iters": 200, "loss": "l1", "last_factor": 1.0},
+        **{
+            key: {"lr": 1e-3, "num_iters": 200, "loss": "l1", "last_factor": 1.0}
+            for key in ("trajectory", "trajectory_v")
+        },
         **{key: {"lr": 1e-3, "weighting": "snr_plus_one", **average} for key in ("scm", "ect", "meanflow")},
     }
     known = settings_of(DistillConfig)
@@ -125,7 +130,16 @@ def test_what_methods_say_over_a_preset():
     for field in ("self_ema", "first_steps", "addim", "path_steps", "path_sampler"):
         owner = next(kind for kind in METHODS.values() if field in {item.name for item in dataclasses.fields(kind)})
         assert known[field].default == getattr(owner(), field)
-    assert shortening() == ["progressive", "tract", "consistency", "trajectory", "scm", "ect", "meanflow"]
+    assert shortening() == [
+        "progressive",
+        "tract",
+        "consistency",
+        "trajectory",
+        "trajectory_v",
+        "scm",
+        "ect",
+        "meanflow",
+    ]
 
 
 def test_methods_are_built_from_settings():

@@ -35,7 +35,7 @@ from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import METHODS, DistillContext, Method, TrainTarget
 from vdiff.diffusion.phases import single_plan
 from vdiff.diffusion.prediction import Prediction
-from vdiff.diffusion.samplers import Ddim, ddim_step
+from vdiff.diffusion.samplers import Ddim, Renoising, ddim_step
 from vdiff.diffusion.schedules import diffuse, grid_angles
 from vdiff.diffusion.targets import grid_times_of
 from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
@@ -129,7 +129,9 @@ def test_its_parameters_are_flags_with_help():
         assert "meanflow, adversarial. " in text
         assert "--critic_weight NUMBER Weight of the critic of adversarial. [default: 0.25; 0<=x<=10]" in text
         assert "--critic_width UNITS Hidden units of the critic of adversarial. [default: 3]" in text
-        assert "NAME: progressive, tract, consistency, trajectory, scm, ect, meanflow, adversarial. " in text  # --then
+        assert (
+            "NAME: progressive, tract, consistency, trajectory, trajectory_v, scm, ect, meanflow, adversarial. " in text
+        )  # --then
     finally:
         METHODS.pop("adversarial")
         importlib.reload(vdiff.cli.distill)
@@ -304,6 +306,19 @@ def test_a_sampler_tells_where_its_step_ends(data, teacher):
             v = student(z, t, at(end, 3)).v
             z = ddim_step(z, v, schedule.angle(t), grid_angles(schedule, s))
     torch.testing.assert_close(images, z, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampler_that_jumps_to_the_image_tells_so(data, teacher):
+    described, config = read_config(teacher), distill_config(data, teacher, **{**SETTINGS, "lr": 0.05})
+    student, _ = load_checkpoint(run_ladder(config, described)[0].folder)
+    z, schedule = randn(3, 1, SIZE, SIZE).float(), student.schedule
+    images = draw_from(student, Renoising(clipping_value=None), noise=lambda: z, num_steps=2)
+    with torch.no_grad():
+        state = z
+        for start, end in ((1.0, 0.5), (0.5, 0.0)):
+            t, s = torch.full((3,), start, dtype=torch.float64), torch.full((3,), end, dtype=torch.float64)
+            state = diffuse(student(state, t, at(0.0, 3)).x, z, grid_angles(schedule, s))
+    torch.testing.assert_close(images, state, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["torch", "diffusers"])

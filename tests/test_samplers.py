@@ -22,13 +22,14 @@ from tests.oracles import (
     randn,
     random_teacher,
 )
-from vdiff.diffusion.prediction import Prediction
+from vdiff.diffusion.prediction import Prediction, from_x
 from vdiff.diffusion.samplers import (
     SAMPLERS,
     Clipped,
     Ddim,
     Ddpm,
     NonFiniteSampleError,
+    Renoising,
     ddim_step,
     sample,
 )
@@ -197,7 +198,8 @@ def test_ddim_is_diffusers_ddim(schedule, num_steps, clip, output, eta):
 @pytest.mark.parametrize("num_steps", [1, 8, 125])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("output", PREDICTION_NAMES)
-def test_ddpm_is_diffusers_ddpm(schedule, num_steps, clip, output):
+@pytest.mark.parametrize("large", [False, True])
+def test_ddpm_is_diffusers_ddpm(schedule, num_steps, clip, output, large):
     num_steps = 128 if schedule.num_levels % num_steps else num_steps
     scheduler = foreign(
         DDPMScheduler,
@@ -206,17 +208,74 @@ def test_ddpm_is_diffusers_ddpm(schedule, num_steps, clip, output):
         clip_sample=clip is not None,
         clip_sample_range=1.0,
         prediction_type=PREDICTION_NAMES[output],
-        variance_type="fixed_small",
+        variance_type="fixed_large" if large else "fixed_small",
     )
     denoise, start = wild(schedule), randn(*Z_SHAPE)
     theirs, generator = start, torch.Generator().manual_seed(6)
     for timestep in scheduler.timesteps.tolist():
         t = torch.full((3,), (timestep + 1) / schedule.num_levels, dtype=torch.float64)
-        theirs = scheduler.step(getattr(denoise(theirs, t), output), timestep, theirs, generator=generator).prev_sample
+        step = scheduler.step(getattr(denoise(theirs, t), output), timestep, theirs, generator=generator)
+        # theirs adds noise to the image itself, where its last step is longer than a level
+        is_last = timestep == scheduler.timesteps[-1]
+        theirs = step.pred_original_sample if large and is_last else step.prev_sample
     ours = sample(
-        denoise, schedule, Ddpm(clipping_value=clip), z=start, num_steps=num_steps, noise=noise_source(Z_SHAPE, 6)
-    )
+        denoise, schedule, Ddpm(clipping_value=clip, large_variance=float(large)), z=start, num_steps=num_steps,
+        noise=noise_source(Z_SHAPE, 6),
+    )  # fmt: skip
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@every_schedule
+def test_the_large_variance_is_right_for_gaussian_data(schedule):
+    """Of data N(0, 1) every state has the variance 1, with any number of steps; with the small one it has less."""
+    for num_steps in (2, 8):
+        times = grid_times(num_steps)[1:]  # not the last step, which adds no noise
+        angles, denoise = schedule.angle(times), gaussian(schedule, 1.0)
+        found = []
+        for large in (0.0, 0.5, 1.0):
+            z, noise = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[0.0], [1.0]]).double()
+            t, angle_t, angle_s = (values.expand(2) for values in (times[-1], angles[-1], angles[-2]))
+            step = Ddpm(clipping_value=None, large_variance=large).step(
+                z=z, prediction=denoise(z, t), angle_t=angle_t, angle_s=angle_s, noise=lambda noise=noise: noise
+            )
+            found.append(step)
+        variances = [float(step.square().sum()) for step in found]
+        assert variances[2] == pytest.approx(1, abs=1e-9)
+        assert variances[0] < variances[1] < variances[2]
+        noises = [float(step[1]) for step in found]
+        assert noises[1] == pytest.approx(math.sqrt(noises[0] * noises[2]), rel=1e-9)
+
+
+@every_schedule
+@pytest.mark.parametrize("renoise", [0.0, 0.6, 1.0])
+def test_consistency_sampling_jumps_to_the_image_and_back(schedule, renoise):
+    """α_s x̂ + σ_s (√(1 − γ²) ε̂ + γ n); at γ = 1 nothing of the old noise is left, at γ = 0 it is DDIM."""
+    times = grid_times(8)
+    angles, z, n = grid_angles(schedule, times), randn(8, 1, 3, 3), randn(8, 1, 3, 3, seed=1)
+    prediction = wild(schedule)(z, times[1:])
+    arguments = {"z": z, "prediction": prediction, "angle_t": angles[1:], "angle_s": angles[:-1]}
+    found = Renoising(clipping_value=None, renoise=renoise).step(**arguments, noise=lambda: n)
+    alpha, sigma = column(angles[:-1].cos(), z), column(angles[:-1].sin(), z)
+    mixed = math.sqrt(1 - renoise**2) * prediction.eps + renoise * n
+    torch.testing.assert_close(found, alpha * prediction.x + sigma * mixed, rtol=1e-9, atol=1e-9)
+    if renoise == 0:
+        ddim = Ddim(clipping_value=None).step(**arguments, noise=no_noise)
+        torch.testing.assert_close(found, ddim, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 7])
+def test_a_perfect_jump_is_sampled_in_any_number_of_steps(num_steps):
+    """Of data N(0, c²) the flow ends at z c/√(α² c² + σ²): with new noise every state is distributed as it should."""
+    schedule, c, n = CosineSchedule(), 0.4, 40_000
+
+    def jump(z: torch.Tensor, t: torch.Tensor) -> Prediction:
+        angle = schedule.angle(t)
+        return from_x(z, column(c / (angle.cos() ** 2 * c**2 + angle.sin() ** 2).sqrt(), z) * z, angle)
+
+    z, sampler = randn(1, 1, 1, n, seed=1), Renoising(clipping_value=None)
+    found = sample(jump, schedule, sampler, z=z, num_steps=num_steps, noise=noise_source(z.shape, 2))
+    assert found.std().item() == pytest.approx(c, rel=4.5 / math.sqrt(2 * n))
+    assert found.mean().item() == pytest.approx(0, abs=4.5 * c / math.sqrt(n))
 
 
 @every_schedule
@@ -304,7 +363,7 @@ def test_only_stochastic_samplers_draw_noise(name):
         return torch.zeros_like(z)
 
     sample(mixture(schedule), schedule, SAMPLERS[name](), z=z, num_steps=3, noise=noise)
-    assert len(drawn) == (3 if name == "ddpm" else 0)
+    assert len(drawn) == (3 if name in ("ddpm", "consistency") else 0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

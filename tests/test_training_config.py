@@ -14,6 +14,7 @@ import torch
 
 from tests.toy import SIZE, Watcher, distill_config, train_config, write_dataset
 from vdiff.data.store import DatasetMeta, StoreWriter
+from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.backbone import count_flops
@@ -182,6 +183,13 @@ LIMITS = {
     "first_steps": (0, None, -1, None),
     "addim": (0, 2, -1e-9, 2.01),
     "path_steps": (2, None, 1, None),
+    "path_threshold": (5e-324, 1, 0, 1.0001),
+    "tangent_warmup": (0, 1, -1e-9, 1.0001),
+    "tangent_norm": (0, 100, -1e-9, 100.1),
+    "gap_ratio": (1, 256, 0.99, 256.1),
+    "gap_stages": (1, 64, 0, 65),
+    "flow_share": (0, 1, -1e-9, 1.0001),
+    "loss_power": (0, 2, -1e-9, 2.01),
     "check_images": (0, None, -1, None),
     "distance_images": (2, None, 1, None),
     "distance_every": (0, None, -1, None),
@@ -223,8 +231,11 @@ CHOICES = {
     "tracker": {"tensorboard", "wandb", "mlflow", "none"},
     "prediction": {"v", "x", "eps", "both"},
     "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear", "edm", "flow"},
-    "method": {"progressive", "tract", "consistency", "guided", "trajectory", "match"},
-    "then": {"progressive", "tract", "consistency", "trajectory"},
+    "method": set(METHODS),
+    "then": set(METHODS) - {"guided", "match"},
+    "recipe": {"vdiff", "paper"},
+    "flow": {"teacher", "data"},
+    "gap_weight": {"angle", "sigma", "none"},
     "loss": {"l2", "l1", "huber"},
     "times": {"uniform", "importance"},
     "path_sampler": {"auto", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "heun"},
@@ -243,7 +254,7 @@ def test_choices(kind, field):
 def test_every_word_has_choices_or_is_a_path():
     words = {field.name for _, field in FIELDS if str(field.type) == "str"}
     assert words - set(CHOICES) == {
-        "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config", "lora_targets",
+        "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config", "lora_targets", "proposal",
     }  # fmt: skip
     assert "did you mean 'truncated_snr'?" in refusal(TrainConfig, "my.toml", weighting="truncated")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracles import gaussian, mixture, randn, random_teacher
+from tests.oracles import gaussian, mixture, no_noise, randn, random_teacher
 from tests.written_out import (
     EXACT,
     SCHEDULES,
@@ -17,15 +17,17 @@ from tests.written_out import (
     ddim,
     every_schedule,
     image_towards,
+    images,
     lesson,
+    middles,
     nobody,
     perfect,
     still,
     walk,
 )
-from vdiff.diffusion.distillation import DistillContext, Trajectory
+from vdiff.diffusion.distillation import DistillContext, Trajectory, VariableTrajectory
 from vdiff.diffusion.prediction import Prediction
-from vdiff.diffusion.samplers import SAMPLERS, sample
+from vdiff.diffusion.samplers import SAMPLERS, Ddim, sample
 from vdiff.training.objectives import stratified
 
 
@@ -175,3 +177,44 @@ def test_a_sampler_that_draws_noise_is_no_path():
     given = path_lesson(schedule, mixture(schedule), mixture(schedule), 2)
     with pytest.raises(ValueError, match="deterministic"):
         Trajectory(path_sampler="ddpm")(given, noise, noise, noise.flatten())
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 6])
+def test_a_variable_trajectory_has_paths_of_every_number_of_steps(num_steps):
+    """Each part of the batch is a trajectory's, and teacher and student are told where a step ends."""
+    schedule, count = SCHEDULES["cosine"], 24
+    counts = [n for n in (6, 4, 3, 2, 1) if num_steps % n == 0]
+    asked: list[tuple[float, float]] = []
+
+    def teacher(z: Tensor, t: Tensor, second_time: Tensor | None = None) -> Prediction:
+        if second_time is not None:
+            asked.append((float(t[0]), float(second_time[0])))
+        return mixture(schedule)(z, t)
+
+    x, noise, u = *images(count), middles(count)
+    given = lesson(schedule, teacher, num_steps, 24, student=teacher)
+    found = VariableTrajectory(path_steps=12, path_sampler="ddim")(given, x, noise, u)
+    parts = []
+    for n, part, some in zip(counts, noise.tensor_split(len(counts)), u.tensor_split(len(counts)), strict=True):
+        alone = lesson(schedule, teacher, n, 24, student=teacher)
+        parts.append((n, Trajectory(path_steps=12, path_sampler="ddim")(alone, x, part, some)))
+    for name in ("z", "t", "x", "rows"):
+        assert torch.equal(getattr(found, name), torch.cat([getattr(part, name) for _, part in parts]))
+    ends = torch.cat([part.t - 1 / n for n, part in parts])
+    torch.testing.assert_close(found.inputs["second_time"], ends.clamp(min=0), **EXACT)
+    lengths = {round(1 / (t - s)) for t, s in asked}
+    assert lengths == {n for n in counts if n > 1} | {12}
+
+
+def test_a_path_may_be_thresholded():
+    """x̂ of a teacher that leaves [−1, 1] is scaled down at each step, as by `--dynamic_threshold`."""
+    schedule = SCHEDULES["cosine"]
+    teacher, noise = gaussian(schedule, 3.0), images(4)[1]
+    given = lesson(schedule, teacher, 1, 8)
+    free, limited = (
+        Trajectory(path_steps=8, path_sampler="ddim", path_threshold=p).walk(given, noise) for p in (None, 0.9)
+    )
+    sampler = Ddim(clipping_value=1.0, threshold=0.9)
+    expected = sample(teacher, schedule, sampler, z=noise, num_steps=8, noise=no_noise)
+    torch.testing.assert_close(limited[0], expected, **EXACT)
+    assert limited[0].abs().max() <= 1 + 1e-9 < free[0].abs().max()

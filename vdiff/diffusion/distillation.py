@@ -243,6 +243,8 @@ class Trajectory(Method):
 
     Args:
         path_steps: n, or 2N where that is more.
+        path_threshold: quantile of the dynamic thresholding of the teacher's x̂ (see `Limits.threshold`), for a guided
+            teacher, whose images leave [−1, 1]; None: no limits.
         path_sampler: how the teacher walks. "auto": by the paper's DPM-Solver++ (3M); by DDIM where the teacher is a
             student itself, whose answers lead to the ends of its own steps and are no x̂ that a solver may interpolate.
     """
@@ -251,6 +253,10 @@ class Trajectory(Method):
     path_sampler: str = setting(
         "Sampler of the teacher in trajectory; auto is ddim if the teacher is a student itself, else dpmpp_3m.",
         default="auto", choices=("auto", *(name for name, kind in SAMPLERS.items() if kind.solves_ode)),
+    )  # fmt: skip
+    path_threshold: float | None = setting(
+        "Dynamic thresholding of the teacher's path in trajectory, a quantile as in --dynamic_threshold.",
+        default=None, low=0, high=1, open_low=True, unit="QUANTILE",
     )  # fmt: skip
     needs_images: ClassVar[bool] = False
 
@@ -285,17 +291,18 @@ class Trajectory(Method):
         # states in float64, where the device has it: x* divides their difference by the sine of the step
         z = z if z.device.type == "mps" else z.double()
         teacher, student = context.teacher, context.student
-        context = replace(context, teacher=lambda z, t: teacher(z.to(noise), t))
+        context = replace(context, teacher=lambda z, t, **inputs: teacher(z.to(noise), t, **inputs))
         times = grid_times(steps)
         angles = grid_angles(context.schedule, times)
         ends = self.walk(context, z)
-        states, targets = [], []
+        states: Any = []
+        targets: Any = []
         for i in range(steps, 0, -1):
             t, angle_t, angle_s = (values.expand(len(z)) for values in (times[i], angles[i], angles[i - 1]))
             states.append(z.to(noise))
             targets.append(invert_ddim(z, ends[i - 1], angle_t, angle_s).x.to(noise))
             if i > 1:
-                z = ddim_step(z, student(z.to(noise), t).v, angle_t, angle_s)
+                z = ddim_step(z, student(z.to(noise), t, **self.step_end(t, steps)).v, angle_t, angle_s)
         # one noise after the other; where N does not divide the batch, the steps left out are drawn by the digits of u,
         # of which those of stratified numbers that come first tell nothing
         first = ((u[0] * 2**20) % 1 * steps).floor().long()
@@ -303,7 +310,12 @@ class Trajectory(Method):
         rows = torch.arange(len(noise[: -(-size // steps)]), device=u.device).repeat_interleave(steps)[:size]
         which = order.repeat(-(-size // steps))[:size]
         t = times.flip(0).to(u)[which]
-        return TrainTarget(torch.stack(states)[which, rows], t, torch.stack(targets)[which, rows], rows)
+        states, targets = torch.stack(states)[which, rows], torch.stack(targets)[which, rows]
+        return TrainTarget(states, t, targets, rows, inputs=self.step_end(t, steps))
+
+    def step_end(self, t: Tensor, num_steps: int) -> dict[str, Tensor]:
+        """The second time of a network that takes it: where the step of N from t ends."""
+        return {"second_time": (t - 1 / num_steps).clamp(min=0)} if self.network_options else {}
 
     def walk(self, context: DistillContext, z: Tensor) -> list[Tensor]:
         """The teacher's states z̃_0 … z̃_N at the student's times, from z at t = 1."""
@@ -312,9 +324,9 @@ class Trajectory(Method):
         sampler: Any = SAMPLERS[own if self.path_sampler == "auto" else self.path_sampler]
         states: list[Tensor] = []
         end = sample(
-            context.teacher,
+            lambda z, t: context.teacher(z, t, **self.step_end(t, fine)),
             context.schedule,
-            sampler(clipping_value=None),
+            sampler(clipping_value=1.0 if self.path_threshold else None, threshold=self.path_threshold),
             z=z,
             num_steps=fine,
             noise=_no_noise,
@@ -322,6 +334,34 @@ class Trajectory(Method):
             check=False,  # an update must not wait for the device; one that is not finite changes nothing
         )
         return [*states, end][:: -(fine // context.num_steps)]
+
+
+@dataclass(frozen=True)
+class VariableTrajectory(Trajectory):
+    """One student for N steps and for every number that divides N: it is told where each step ends, so how long it is.
+
+    An update has paths of each number of steps, in equal parts of the batch. Source: Zhou et al. 2024, SFD-v, whose
+    step condition is the number of steps; the end of a step says the same and holds for any grid.
+    """
+
+    network_options: ClassVar[Mapping[str, Any]] = {"second_time": True}
+
+    def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
+        """Paths of every number of steps; those of each number are of the classes of the first images."""
+        import torch
+
+        counts = [n for n in range(context.num_steps, 0, -1) if context.num_steps % n == 0]
+        parts = zip(counts, noise.tensor_split(len(counts)), u.tensor_split(len(counts)), strict=True)
+        found = [
+            super(VariableTrajectory, self).__call__(replace(context, num_steps=n), x, part, some)
+            for n, part, some in parts
+            if len(part)
+        ]
+        z, t, image, rows, end = (
+            torch.cat(each)
+            for each in zip(*((f.z, f.t, f.x, f.rows, f.inputs["second_time"]) for f in found), strict=True)
+        )
+        return TrainTarget(z, t, image, rows, inputs={"second_time": end})
 
 
 def _no_noise() -> Tensor:
@@ -334,6 +374,7 @@ METHODS: dict[str, type[Method]] = {
     "consistency": Consistency,
     "guided": Guided,
     "trajectory": Trajectory,
+    "trajectory_v": VariableTrajectory,
     "match": Match,
     "scm": Scm,
     "ect": Ect,

@@ -41,6 +41,7 @@ __all__ = [
     "Heun",
     "Ipndm",
     "NonFiniteSampleError",
+    "Renoising",
     "Sampler",
     "UniPc",
     "ddim_step",
@@ -94,11 +95,20 @@ class Ddim(Limits, Sampler):
 
 @dataclass(frozen=True)
 class Ddpm(Limits, Sampler):
-    """Ancestral sampling from the posterior q(z_s | z_t, x̂) of Ho et al. 2020, eqs. 6 and 7, variance β̃.
+    """Ancestral sampling from the posterior q(z_s | z_t, x̂) of Ho et al. 2020, eqs. 6 and 7.
 
-    z_s = (α_t/α_s)(σ_s²/σ_t²) z_t + α_s (σ²_{t|s}/σ_t²) x̂ + σ_s (σ_{t|s}/σ_t) n, σ²_{t|s} = σ_t² − (α_t/α_s)² σ_s².
+    z_s = (α_t/α_s)(σ_s²/σ_t²) z_t + α_s (σ²_{t|s}/σ_t²) x̂ + σ_{t|s} (σ_s/σ_t)^{1−γ} n,
+    σ²_{t|s} = σ_t² − (α_t/α_s)² σ_s².
+
+    Args:
+        large_variance: γ. 0 is their β̃, right for data of one image, 1 their β, right for Gaussian data (section 3.2);
+            between them logarithms are interpolated (Salimans & Ho 2022, appendix). The last step adds no noise.
     """
 
+    large_variance: float = setting(
+        "Variance of ddpm: 0 = that of the posterior, 1 = the larger one of the forward step.",
+        default=0.0, low=0, high=1,
+    )  # fmt: skip
     solves_ode: ClassVar[bool] = False
 
     def step(
@@ -110,7 +120,37 @@ class Ddpm(Limits, Sampler):
         added = _added_variance(angle_t, angle_s)
         of_z = coefficient(angle_t.cos() / angle_s.cos() * ratio, z)
         of_x = coefficient(angle_s.cos() * added / angle_t.sin() ** 2, z)
-        return of_z * z + of_x * x + coefficient((added * ratio).sqrt(), z) * noise()
+        variance = added * ratio ** (1 - self.large_variance) * (angle_s > 0)
+        return of_z * z + of_x * x + coefficient(variance.sqrt(), z) * noise()
+
+
+@dataclass(frozen=True)
+class Renoising(Limits, Sampler):
+    """Multistep sampling of students that jump from any time to the image: z_s = α_s x̂ + σ_s (√(1 − γ²) ε̂ + γ n).
+
+    γ = 1 is algorithm 1 of Song et al. 2023, *Consistency Models*: each step jumps to the image and adds new noise. At
+    γ = 0 it keeps the predicted noise, as `Ddim` does, and draws none.
+
+    Args:
+        renoise: γ.
+    """
+
+    renoise: float = setting(
+        "New noise that consistency adds at each step: 1 = all of it, 0 = none.", default=1.0, low=0, high=1
+    )
+    solves_ode: ClassVar[bool] = False
+    jumps_to_image: ClassVar[bool] = True
+
+    def step(
+        self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        """A jump to the image, and back to φ_s."""
+        prediction = self.limited(prediction, z, angle_t)
+        eps = (1 - self.renoise**2) ** 0.5 * prediction.eps
+        if self.renoise:
+            eps = eps + self.renoise * noise()
+        alpha, sigma = alpha_sigma(angle_s, z)
+        return alpha * prediction.x + sigma * eps
 
 
 @dataclass(frozen=True)
@@ -208,6 +248,7 @@ def sample(
 SAMPLERS: dict[str, type[Sampler]] = {
     "ddim": Ddim,
     "ddpm": Ddpm,
+    "consistency": Renoising,
     "clipped": Clipped,
     "dpmpp_2m": Dpmpp2m,
     "dpmpp_3m": Dpmpp3m,

@@ -27,9 +27,11 @@ class Sampler(ABC):
 
     Attributes:
         solves_ode: it follows the probability flow: it draws no noise, and has no limits if `clipping_value` is None.
+        jumps_to_image: its steps lead to the image and back; a network with a second time gets 0.
     """
 
     solves_ode: ClassVar[bool] = True
+    jumps_to_image: ClassVar[bool] = False
 
     @abstractmethod
     def step(

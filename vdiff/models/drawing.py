@@ -126,7 +126,7 @@ def draw_from(
         told = condition
         if SECOND_TIME in denoiser.network.signature.names:  # the end of the step from t
             end = (torch.searchsorted(times, t.to(times).contiguous()) - 1).clamp(min=0)
-            told = condition.with_tensors(second_time=times[end])
+            told = condition.with_tensors(second_time=times[end] * (not sampler.jumps_to_image))
         prediction: Prediction = guided(z, t, told)
         return prediction
 

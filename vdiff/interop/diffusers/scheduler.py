@@ -102,7 +102,7 @@ RULES = {
     "lambda_min_clipped": Rule((-math.inf,), "it skips its highest noise levels (lambda_min_clipped)", None),
     "variance_type": Rule(
         ("fixed_small", "fixed_small_log", None),
-        "its noise has the variance {value}, vdiff's fixed_small (--sampler ddpm)",
+        "its noise has the variance {value} (--sampler ddpm --large_variance 1)",
         ("fixed_large", "fixed_large_log"),
     ),
     "thresholding": Rule(
