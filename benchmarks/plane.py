@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vdiff
+from vdiff.diffusion.parameterisation import Parameterisation
 from vdiff.models.codec import from_uint8
 
 MODES, WAVES, TEACHER_STEPS = 8, 5, 64
@@ -105,12 +106,20 @@ class Scale:
     directions: int = 64
 
 
-def new_teacher(data: list[Points], seed: int, scale: Scale, *, num_classes: int = 0) -> vdiff.Model:
+def new_teacher(
+    data: list[Points],
+    seed: int,
+    scale: Scale,
+    *,
+    num_classes: int = 0,
+    parameterisation: Parameterisation | None = None,
+) -> vdiff.Model:
     """A network that has learned the data, taken at 64 steps."""
     torch.manual_seed(seed)
     model = vdiff.wrap(
-        Mlp(num_classes), (2,), classes=num_classes, null_class=num_classes > 0, num_timesteps=TEACHER_STEPS
-    )
+        Mlp(num_classes), (2,), classes=num_classes, null_class=num_classes > 0, num_timesteps=TEACHER_STEPS,
+        parameterisation=parameterisation,
+    )  # fmt: skip
     return vdiff.train(
         model, data, num_iters=scale.teacher, batch_size=scale.teacher_batch_size, seed=seed,
         lr=2e-3, lr_schedule="cosine", ema=0.0, class_dropout=0.1,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vdiff
 from tests.commands import done
 from tests.oracles import randn
 from tests.toy import (
@@ -220,7 +221,11 @@ def test_a_wrapped_network_of_another_family_is_saved_and_loaded(tmp_path):
     again = api.load(tmp_path / "model", network=Network())
     assert again.config.family == Edm(sigma_data=1.0)
     assert torch.equal(again.sample(3, steps=4), model.sample(3, steps=4))
-    assert api.wrap(Network(), (2,), parameterisation=Flow()).config.schedule["name"] == "flow"
+    flow = api.wrap(Network(), (2,), parameterisation=Flow(), schedule=FlowSchedule(3.0))
+    assert flow.config.schedule == {"name": "flow", "shift": 3.0, "label_scale": 1024}
+    for given in (model, flow):
+        trained = vdiff.train(given, randn(64, 2, dtype=torch.float32), num_iters=2, batch_size=8).finish()
+        assert trained.config.family == given.config.family
 
 
 # Files

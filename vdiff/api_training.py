@@ -148,7 +148,9 @@ def train(
         raise OptionError(f"a {type(model).__name__} is neither a model nor a preset's name", WRAP)
     images = _data_of(data, None if isinstance(model, str) else model.shape, settings.get("image_size"))
     layers: dict[str, Mapping[str, Any]] = {"usual settings": USUAL, "vdiff.train": settings}
-    if isinstance(model, str):
+    if isinstance(model, Model):
+        layers = {"the model": model.config.family.training, **layers}
+    else:
         preset = read_preset(model, images.num_images).train
         layers = {f"preset {model}": preset, "vdiff.train": {"tracker": "none", **settings}}
     config = resolve(TrainConfig, layers)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vdiff.diffusion.schedules import FlowSchedule
 from vdiff.distributed import memory_errors_named
 from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.adapters import add_adapter
@@ -132,6 +133,7 @@ def base_task(config: TrainConfig, denoiser: Denoiser, inputs: Inputs | None = N
     """
     levels = None
     if config.noise_mean is not None and config.noise_std is not None:
-        levels = (config.noise_mean + math.log(config.flow_shift), config.noise_std)
+        shift = denoiser.schedule.shift if isinstance(denoiser.schedule, FlowSchedule) else 1.0
+        levels = (config.noise_mean + math.log(shift), config.noise_std)
     objective = DenoisingObjective(denoiser.schedule, levels)
     return Task(denoiser, objective, config, class_dropout=config.class_dropout, inputs=inputs or Inputs())
