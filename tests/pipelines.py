@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -37,8 +39,8 @@ UNETS: dict[str, dict[str, Any]] = {
         **UNET, "block_out_channels": (16, 32, 32), "attention_head_dim": (1, 2, 2), "use_linear_projection": True,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 3), "cross_attention_dim": 64, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8,
+        "transformer_layers_per_block": (1, 2, 3), "cross_attention_dim": 32 + 48, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 48 + 6 * 8,
     },
 }  # fmt: skip
 SCHEDULERS: dict[str, Any] = {
@@ -77,11 +79,11 @@ def write_tokenizer(folder: Path, *, pad: str = END) -> CLIPTokenizer:
     return tokenizer
 
 
-def text_encoder(tokenizer: CLIPTokenizer, *, projected: bool = False, **more: Any) -> Any:
+def text_encoder(tokenizer: CLIPTokenizer, *, size: int = 32, projected: bool = False, **more: Any) -> Any:
     """A text encoder of CLIP with random weights."""
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=77, projection_dim=32, eos_token_id=2, bos_token_id=0, pad_token_id=1, **more,
+        vocab_size=len(tokenizer), hidden_size=size, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=77, projection_dim=size, eos_token_id=2, bos_token_id=0, pad_token_id=1, **more,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
@@ -111,7 +113,10 @@ def pipeline(kind: str) -> Path:
         }
         if kind == "sdxl":
             second = write_tokenizer(folder / "tokenizer_2", pad="!")
-            parts |= {"tokenizer_2": second, "text_encoder_2": text_encoder(second, projected=True, hidden_act="gelu")}
+            parts |= {
+                "tokenizer_2": second,
+                "text_encoder_2": text_encoder(second, size=48, projected=True, hidden_act="gelu"),
+            }
             parts["vae"] = autoencoder(scaling_factor=0.13025, force_upcast=True)
             whole = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
         else:
@@ -123,3 +128,105 @@ def pipeline(kind: str) -> Path:
             write_tokenizer(folder / name, pad=part.pad_token)
             (folder / name / "tokenizer.json").unlink(missing_ok=True)
     return folder
+
+
+def single_file(kind: str, path: Path) -> None:
+    """The weights of a tiny pipeline in one file, by the names that Stability AI's own code gives them.
+
+    The names are those that diffusers' conversion script to that format writes.
+    """
+    folder = pipeline(kind)
+    tensors = {f"model.diffusion_model.{_ldm_unet(name, kind)}": x for name, x in _weights(folder / "unet").items()}
+    tensors |= {f"first_stage_model.{_ldm_vae(name)}": x for name, x in _weights(folder / "vae").items()}
+    for name, x in list(tensors.items()):
+        if name.startswith("first_stage_model") and ".attn_1." in name and x.ndim == 2:
+            tensors[name] = x[:, :, None, None].contiguous()
+    first = {name.removeprefix("text_model."): x for name, x in _weights(folder / "text_encoder").items()}
+    if kind == "sd2":
+        tensors |= _open_clip(first, "cond_stage_model.model.")
+    else:
+        prefix = {"sd15": "cond_stage_model.transformer", "sdxl": "conditioner.embedders.0.transformer"}[kind]
+        tensors |= {f"{prefix}.text_model.{name}": x for name, x in first.items()}
+    if kind == "sdxl":
+        second = {name.removeprefix("text_model."): x for name, x in _weights(folder / "text_encoder_2").items()}
+        tensors |= _open_clip(second, "conditioner.embedders.1.model.")
+    save_file(tensors, path, {"format": "pt"})
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def _ldm_unet(name: str, kind: str) -> str:
+    """`down_blocks.1.resnets.0.norm1.weight` → `input_blocks.3.0.in_layers.0.weight`."""
+    outer = {
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    }  # fmt: skip
+    for theirs, ours in outer.items():
+        if name.startswith(f"{theirs}."):
+            return name.replace(theirs, ours, 1)
+    resnet = {
+        "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    block, *rest = name.split(".")
+    if block == "mid_block":
+        part, number, *inner = rest
+        place = f"middle_block.{1 if part == 'attentions' else 2 * int(number)}"
+    else:
+        level, part, number, *inner = rest
+        layers = UNETS[kind]["layers_per_block"]
+        attends = (
+            "CrossAttn" in UNETS[kind]["down_block_types" if block == "down_blocks" else "up_block_types"][int(level)]
+        )
+        if block == "down_blocks":
+            if part == "downsamplers":
+                return f"input_blocks.{(int(level) + 1) * (layers + 1)}.0.op.{inner[-1]}"
+            place = f"input_blocks.{int(level) * (layers + 1) + int(number) + 1}.{int(part == 'attentions')}"
+        else:
+            if part == "upsamplers":
+                return f"output_blocks.{int(level) * (layers + 1) + layers}.{1 + attends}.conv.{inner[-1]}"
+            place = f"output_blocks.{int(level) * (layers + 1) + int(number)}.{int(part == 'attentions')}"
+    if part == "resnets":
+        inner[0] = resnet[inner[0]]
+    return ".".join([place, *inner])
+
+
+def _ldm_vae(name: str) -> str:
+    """`encoder.down_blocks.1.resnets.0.norm1.weight` → `encoder.down.1.block.0.norm1.weight`."""
+    levels = 4
+    name = re.sub(r"decoder\.up_blocks\.(\d)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", name)
+    name = name.replace("down_blocks", "down").replace("conv_norm_out", "norm_out")
+    name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = name.replace("mid_block.attentions.0", "mid.attn_1").replace(".resnets.", ".block.")
+    for theirs, ours in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        name = name.replace(f"attn_1.{theirs}.", f"attn_1.{ours}.")
+    return name.replace("conv_shortcut", "nin_shortcut")
+
+
+def _open_clip(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A text encoder by the names of OpenCLIP, which keeps q, k and v in one tensor."""
+    found: dict[str, torch.Tensor] = {}
+    for name, x in weights.items():
+        if "self_attn.q_proj" in name:
+            joined = [weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            key = name.replace("encoder.layers", "transformer.resblocks").replace("self_attn.q_proj.", "attn.in_proj_")
+            found[key] = torch.cat(joined)
+        elif "_proj." in name and ("k_proj" in name or "v_proj" in name):
+            continue
+        elif name == "text_projection.weight":
+            found["text_projection"] = x.T.contiguous()
+        elif name == "embeddings.position_embedding.weight":
+            found["positional_embedding"] = x
+        else:
+            for theirs, ours in {
+                "embeddings.token_embedding": "token_embedding", "encoder.layers": "transformer.resblocks",
+                "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+                "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "final_layer_norm": "ln_final",
+            }.items():  # fmt: skip
+                name = name.replace(theirs, ours)
+            found[name] = x
+    return {f"{prefix}{name}": x for name, x in found.items()}

@@ -71,7 +71,19 @@ MODELS = (
         "tokenizing",
         "autoencoder",
     ),
-    *("kinds", "inheriting", "reading", "program", "denoiser", "checkpoint", "flops", "checks", "drawing", "speed"),
+    *(
+        "kinds",
+        "inheriting",
+        "reading",
+        "program",
+        "denoiser",
+        "checkpoint",
+        "prompting",
+        "flops",
+        "checks",
+        "drawing",
+        "speed",
+    ),
 )
 LAYERS = [f"vdiff.models.{name}" for name in MODELS]
 MAY_IMPORT = {

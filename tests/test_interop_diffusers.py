@@ -30,8 +30,9 @@ from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import Ddim, Ddpm, Sampler, sample
 from vdiff.diffusion.schedules import DdpmCosineSchedule, build_schedule, grid_angles, grid_times
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.diffusers import reading, writing
-from vdiff.interop.diffusers.reading import FILES, import_pipeline
+from vdiff.interop.diffusers import folders, writing
+from vdiff.interop.diffusers.folders import FILES
+from vdiff.interop.diffusers.reading import import_pipeline
 from vdiff.interop.diffusers.scheduler import (
     BETAS,
     RULES,
@@ -777,7 +778,7 @@ def huge(folder: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "holds no model_index.json; give a folder"),
     "index": (written("model_index.json", b"[]"), "model_index.json cannot be read: it is not a JSON object"),
-    "pipeline": (with_values("model_index.json", _class_name="StableDiffusionPipeline"), "_class_name is 'StableDiff"),
+    "pipeline": (with_values("model_index.json", _class_name="StableDiffusion3Pipeline"), "_class_name is 'StableDiff"),
     "network": (with_values("model_index.json", unet=["diffusers", "UNet2DConditionModel"]), "only UNet2DModel"),
     "no scheduler": (without("scheduler/scheduler_config.json"), "scheduler_config.json is missing"),
     "no unet": (without("unet/config.json"), "unet/config.json is missing"),
@@ -920,16 +921,17 @@ def test_a_name_of_the_hub_is_fetched(place, tmp_path, monkeypatch):
     """JSON and safetensors alone; a folder of that name comes first."""
     asked: list[tuple[str, list[str]]] = []
 
-    def fake(name: str, *, allow_patterns: list[str]) -> str:
+    def fake(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert "*.fp16.safetensors" in ignore_patterns
         asked.append((name, allow_patterns))
         return str(place / "theirs/ddpm-cifar10-32")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
-    monkeypatch.setattr(reading, "hub_answers", lambda: True)
+    monkeypatch.setattr(folders, "hub_answers", lambda: True)
     monkeypatch.chdir(tmp_path)
     done("vdiff import diffusers google/ddpm-cifar10-32")
     assert asked == [("google/ddpm-cifar10-32", FILES)]
-    assert {Path(name).suffix for name in FILES} == {".json", ".safetensors"}
+    assert {Path(name).suffix for name in FILES} == {".json", ".safetensors", ".txt"}
     config = read_config(Path("checkpoints/ddpm-cifar10-32"))
     assert config.dataset == "imported:diffusers/google/ddpm-cifar10-32"
     read = [path for path in tree(place / "theirs/ddpm-cifar10-32") if any(fnmatch(path, name) for name in FILES)]
@@ -954,7 +956,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, failure
         raise failure
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    monkeypatch.setattr(reading, "hub_answers", lambda: True)
+    monkeypatch.setattr(folders, "hub_answers", lambda: True)
     monkeypatch.chdir(tmp_path)
     message = error("vdiff import diffusers owner/name", 1)
     assert message.startswith("owner/name: no such folder, and the hub does not provide it (")

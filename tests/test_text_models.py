@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.oracles import randn
 from tests.pipelines import autoencoder, pipeline
 from vdiff.errors import VdiffError
 from vdiff.models.autoencoder import Autoencoder, picture_shape
-from vdiff.models.backbone import Backbone
+from vdiff.models.backbone import Backbone, count_flops
 from vdiff.models.checkpoint import (
     WEIGHTS,
     CheckpointConfig,
@@ -27,12 +28,12 @@ from vdiff.models.checkpoint import (
 )
 from vdiff.models.codec import from_uint8
 from vdiff.models.components import ENCODERS, components_fingerprint, read_encoder
-from vdiff.models.condition import TOKENS, Condition
+from vdiff.models.condition import POOLED, TEXT, TIME_IDS, TOKENS, Condition
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.kinds import build_network, signature_of
 from vdiff.models.text import TextBackbone
 from vdiff.models.tokenizing import Tokenizers
-from vdiff.models.wrapped import POOLED, TEXT, TIME_IDS, DiffusersBackbone
+from vdiff.models.wrapped import DiffusersBackbone
 
 KINDS = ["sd15", "sd2", "sdxl"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -117,6 +118,18 @@ def test_guidance_moves_away_from_the_negative_prompt():
         condition = network.encode(Condition({TOKENS: positive[None]}, {TOKENS: negative}))
         guided = GuidedDenoiser(denoiser, 3.0)(z, t, condition).v
     torch.testing.assert_close(guided, v + 3 * (v - v_none), rtol=0, atol=1e-5)
+
+
+def test_the_operations_of_an_evaluation_are_counted_without_weights():
+    """More than the first and the last convolution of the UNet take by hand."""
+    described = {kind: backbone(kind).describe() for kind in ("sd15", "sdxl")}
+    counts = {
+        kind: count_flops(partial(build_network, "text", config), (4, 8, 8)) for kind, config in described.items()
+    }
+    for kind, (parameters, flops) in counts.items():
+        assert parameters == sum(weight.numel() for weight in backbone(kind).parameters())
+        assert flops > 2 * 8 * 8 * 4 * 16 * 9 * 2
+    assert counts["sdxl"][1] > counts["sd15"][1]
 
 
 @every_kind

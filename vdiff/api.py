@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +28,11 @@ from vdiff.models import checks
 from vdiff.models.backbone import Backbone
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from vdiff.models.codec import CODECS, PIXEL_CODEC, UNBOUNDED
-from vdiff.models.condition import CLASSES, Signature
+from vdiff.models.condition import CLASSES, Condition, Signature
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser, device_of
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
 from vdiff.models.kinds import PYTHON
+from vdiff.models.prompting import Prompting
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.models.wrapped import wrapped
 from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, stratified, weighted_losses
@@ -42,10 +45,14 @@ def load(
     precision: str = "auto",
     compiled: bool = False,
     network: nn.Module | None = None,
+    components: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> Model:
     """The model in the folder `checkpoint`, ready to sample.
 
     Args:
+        components, vae: folders of the text encoders and of the autoencoder, instead of those that a text-to-image
+            model names.
         network: your own network, if the model was made by `wrap`; it gets the weights in the folder.
         device: auto (a GPU if the machine has one), cpu, cuda or mps.
         precision: auto (fp32, on CUDA with products in TF32), fp32, bf16 or fp16.
@@ -54,8 +61,10 @@ def load(
     Raises:
         VdiffError: the checkpoint is missing or damaged, or this machine lacks the device or precision.
     """
-    denoiser, config = load_checkpoint(checkpoint, pick_device(device), network)
-    return Model(ready_to_draw(denoiser, precision=precision, compiled=compiled), config)
+    parts = None if components is None else Path(components)
+    denoiser, config = load_checkpoint(checkpoint, pick_device(device), network, parts)
+    fast = ready_to_draw(denoiser, precision=precision, compiled=compiled)
+    return Model(fast, config, vae=None if vae is None else Path(vae))
 
 
 def load_plain(folder: Path, like: Model | None = None) -> Model:
@@ -177,8 +186,8 @@ class Model:
         config: the checkpoint's description: `num_timesteps`, `image_size`, `class_names`, `method`, `teacher`, ….
     """
 
-    def __init__(self, denoiser: Denoiser, config: CheckpointConfig) -> None:
-        self.denoiser, self.config = denoiser, config
+    def __init__(self, denoiser: Denoiser, config: CheckpointConfig, *, vae: Path | None = None) -> None:
+        self.denoiser, self.config, self._vae = denoiser, config, vae
 
     def __repr__(self) -> str:
         config = self.config
@@ -199,6 +208,15 @@ class Model:
         """The network itself: (z, timestep, **condition) → output."""
         network: nn.Module = self.denoiser.network
         return network.network if isinstance(network, FastNetwork) else network
+
+    @cached_property
+    def prompting(self) -> Prompting:
+        """The tokenizers and the autoencoder of a text-to-image model.
+
+        Raises:
+            VdiffError: the model has none, or they cannot be read.
+        """
+        return Prompting.read(self.config, self.device, vae=self._vae)
 
     def plain(self) -> Denoiser:
         """The denoiser, to train, distil or save it.
@@ -268,7 +286,9 @@ class Model:
         sampler: str | Sampler = "ddim",
         grid: str = checks.UNIFORM,
         classes: Sequence[str | int] | None = None,
-        guidance: float = 0.0,
+        prompts: Sequence[str] = (),
+        negative_prompt: str = "",
+        guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         noise: Tensor | None = None,
         batch_size: int = 64,
@@ -276,14 +296,19 @@ class Model:
     ) -> Samples:
         """Draw samples: (num, *shape) float32 on the CPU, pixels within [−1, 1]; `to_pil()` turns them into PIL images.
 
+        Those of a text-to-image model are the pictures (num, 3, H, W), not the latents.
+
         Args:
-            num: number of samples; by default as many as `noise` has, else 16.
+            num: number of samples; by default as many as `noise` or `prompts` has, else 16.
             steps: sampling steps; by default the model's own.
             seed: for equal seeds, image k is the same as that of `sample.py`.
             sampler: a name in `vdiff.diffusion.samplers.SAMPLERS`, or a sampler.
             grid: a name in `vdiff.diffusion.grids.GRIDS`; a distilled model has learned only `uniform`.
             classes: names or numbers, assigned to the images in turn; by default all.
-            guidance, guidance_interval: the weight w of classifier-free guidance, and the times at which it applies.
+            prompts: of a text-to-image model, assigned to the images in turn.
+            negative_prompt: what guidance moves away from.
+            guidance, guidance_interval: the weight w of classifier-free guidance, and the times at which it applies; by
+                default that of diffusers' pipelines for a base model of text and latents, else 0.
             noise: (num, C, H, W), z at t = 1 instead of the seed's. The noise that a stochastic sampler adds still
             depends on the seed.
             batch_size: images drawn at once; the images do not depend on it.
@@ -297,7 +322,9 @@ class Model:
             raise ValueError(
                 f"noise is a {type(noise).__name__}; need a tensor (num, {', '.join(map(str, self.shape))})"
             )
-        num = num if num is not None else 16 if noise is None else len(noise)
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        num = num if num is not None else len(noise) if noise is not None else len(prompts) or 16
         if num < 1 or batch_size < 1:
             raise ValueError(f"need at least one image, and one in a batch, got {num} and {batch_size}")
         if not 0 <= seed < 2**64:
@@ -307,9 +334,13 @@ class Model:
         steps = self.config.num_timesteps if steps is None else steps
         rule = self._sampler(sampler, options)
         checks.check_grid(self.config, grid, steps)
+        checks.check_prompts(self.config, prompts, negative_prompt)
+        guidance = checks.default_guidance(self.config) if guidance is None else guidance
         checks.check_guidance(self.config, guidance)
         checks.check_interval(self.config, guidance, guidance_interval)
         numbers = checks.class_numbers(self.config, classes)
+        for note in self.prompting.notes([*prompts, negative_prompt]) if prompts else ():
+            warnings.warn(note, stacklevel=2)
         drawn = []
         for first in range(0, num, batch_size):
             indices = range(first, min(first + batch_size, num))
@@ -319,17 +350,34 @@ class Model:
                     rule,
                     noise=ImageNoise(seed=seed, indices=indices, shape=self.shape, device=self.device),
                     start=None if noise is None else noise[first : first + batch_size],
-                    condition=classes_in_turn(self.denoiser, indices, numbers),
+                    condition=self._condition(indices, numbers, prompts, negative_prompt),
                     num_steps=steps,
                     guidance=guidance,
                     guidance_interval=guidance_interval or EVERYWHERE,
                     grid=grid,
                 )
+                images = self.prompting.decode(images) if prompts else images
             drawn.append(images)
         return self.config.space.clip(torch.cat(drawn)).as_subclass(Samples)
 
+    def _condition(
+        self, indices: Sequence[int], classes: Sequence[int], prompts: Sequence[str], negative_prompt: str
+    ) -> Condition:
+        """The condition of samples `indices`, which have the classes or prompts in turn."""
+        if not prompts:
+            return classes_in_turn(self.denoiser, indices, classes)
+        texts = [prompts[k % len(prompts)] for k in indices]
+        return self.prompting.condition(self.config.signature.names, texts, negative_prompt)
+
     def denoise(
-        self, z: Tensor, t: Tensor | float, *, classes: Sequence[str | int] | None = None, guidance: float = 0.0
+        self,
+        z: Tensor,
+        t: Tensor | float,
+        *,
+        classes: Sequence[str | int] | None = None,
+        prompts: Sequence[str] = (),
+        negative_prompt: str = "",
+        guidance: float = 0.0,
     ) -> Prediction:
         """The model's prediction for noisy images: x̂, ε̂ and v̂ of z = α x + σ ε, on the model's device.
 
@@ -337,6 +385,7 @@ class Model:
             z: (B, C, H, W).
             t: the time in (0, 1], one number or (B,); 1 is pure noise.
             classes: names or numbers, assigned to the images in turn; by default all.
+            prompts, negative_prompt: of a text-to-image model.
             guidance: the weight w of classifier-free guidance.
 
         Raises:
@@ -352,7 +401,8 @@ class Model:
             raise ValueError(f"times lie in (0, 1], got {t}")
         checks.check_guidance(self.config, guidance)
         numbers = checks.class_numbers(self.config, classes)
-        condition = classes_in_turn(self.denoiser, range(len(z)), numbers)
+        checks.check_prompts(self.config, prompts, negative_prompt)
+        condition = self._condition(range(len(z)), numbers, prompts, negative_prompt).to(self.device)
         takes_guidance = self.denoiser.network.signature.takes_guidance
         if takes_guidance:
             condition = condition.with_tensors(guidance=torch.full((len(z),), guidance))
@@ -370,11 +420,7 @@ class Model:
             if options:
                 raise ValueError(f"set {', '.join(options)} in the sampler itself: {sampler}")
             return sampler
-        if (
-            sampler in SAMPLERS
-            and self.config.space.limit is None
-            and "clipping_value" in checks.sampler_fields(sampler)
-        ):
-            options = {"clipping_value": None, **options}
+        if sampler in SAMPLERS:
+            options = checks.without_limits(self.config, sampler, options)
         checks.check_limits(self.config, options)
         return checks.build_sampler(sampler, options)

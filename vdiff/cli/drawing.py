@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError
+from vdiff.files import read_text
 from vdiff.settings import COMMAND_LINE, check_value, parameters
+from vdiff.text import cause_of
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
@@ -71,6 +75,37 @@ def sampler_options(name: str, flags: Mapping[str, Any], *, no_clip: bool) -> di
     return options | ({"clipping_value": None} if no_clip else {})
 
 
+def prompts_of(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts that the flags give, in order; of a file, its lines that are not blank.
+
+    Raises:
+        OptionError: both flags, or a file that cannot be read or has no prompt.
+    """
+    if file is None:
+        return list(prompts)
+    if prompts:
+        raise OptionError("--prompt and --prompts exclude each other", "give one of them")
+    try:
+        lines = [line.strip() for line in read_text(file).splitlines()]
+    except (OSError, ValueError) as error:
+        cause = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else cause_of(error)
+        raise OptionError(f"--prompts {file} cannot be read: {cause}", "give a text file, one prompt a line") from None
+    if not any(lines):
+        raise OptionError(f"--prompts {file} has no prompt", "write one on each line")
+    return [line for line in lines if line]
+
+
+def guidance_weight(guidance: float | None, scale: float | None) -> float | None:
+    """The weight w that the flags give; None: neither is given.
+
+    Raises:
+        OptionError: both flags.
+    """
+    if guidance is not None and scale is not None:
+        raise OptionError("--guidance and --guidance_scale exclude each other", "give one of them")
+    return guidance if scale is None else scale - 1
+
+
 def path_of(interpolate: tuple[int, int] | None, num: int) -> list[int]:
     """`SampleSpec.path`: empty, or both ends and the number of images.
 
@@ -106,9 +141,16 @@ def default_name(folder: Path, spec: SampleSpec, form: str) -> str:
     parts += [spec.grid] if spec.grid != "uniform" else []
     parts += [f"{spec.num_steps}steps"]
     parts += [f"guidance{spec.guidance:g}"] if spec.guidance else []
+    parts += [_short_name(spec.prompts)] if spec.prompts else []
     parts += [f"seed{spec.seed}"]
     parts += [f"{spec.path[0]}to{spec.path[1]}"] if spec.path else []
     return "-".join(parts) + SUFFIXES[form]
+
+
+def _short_name(prompts: Sequence[str]) -> str:
+    """The first words of the first prompt, and a checksum of all prompts: `a_red_fox-1f3a9c00`."""
+    words = "_".join(re.findall(r"\w+", prompts[0])[:4])[:40]
+    return f"{words}-{zlib.crc32(chr(10).join(prompts).encode()):08x}"
 
 
 def report_line(spec: SampleSpec, report: SampleReport) -> str:
@@ -140,6 +182,8 @@ def report_values(
         "guidance": spec.guidance,
         "guidance_interval": spec.guidance_interval,
         "classes": [config.class_names[k] for k in spec.classes],
+        "prompts": spec.prompts,
+        "negative_prompt": spec.negative_prompt,
         "interpolate": spec.path[:2],
         "seed": spec.seed,
         "precision": spec.precision,

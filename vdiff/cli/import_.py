@@ -91,31 +91,50 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
     examples=[
         "vdiff import diffusers google/ddpm-cifar10-32    # from the hub",
         "vdiff import diffusers exports/base_6 --out checkpoints/again",
+        "vdiff import diffusers stabilityai/stable-diffusion-xl-base-1.0 --out checkpoints/sd",
+        "vdiff import diffusers model.safetensors --pipeline stable-diffusion-xl-base-1.0 --prediction v",
     ],
 )
 @click.argument("source")
 @project_option()
 @option(
     "--num_timesteps", group="Model", type=click.IntRange(1), metavar="STEPS",
-    show_default="as in its training", help="Sampling steps of the checkpoint.",
+    show_default="as in its training; Stable Diffusion 50", help="Sampling steps of the checkpoint.",
 )  # fmt: skip
+@option(
+    "--prediction", group="Model", type=OneOf(["v", "eps", "x"]), show_default="what its files say",
+    help="What the network predicts; needed where its files do not say it.",
+)  # fmt: skip
+@switch("--zero_snr", group="Model", help="Its betas were rescaled to zero terminal SNR, which its files do not say.")
+@option(
+    "--pipeline", group="Model", metavar="FOLDER", show_default="that of its family, from the hub",
+    help="For a .safetensors file: a pipeline whose configurations and tokenizers are those of the file.",
+)  # fmt: skip
+@switch("--copy", group="Output", help="Copy text encoders, tokenizers and autoencoder; else SOURCE is needed later.")
 @out_option("checkpoints/NAME after the source")
 @switch("--overwrite", group="Output", help="Replace an imported model.")
 def diffusers(source: str, project: Project, out: Path | None, **options: Any) -> None:
-    """Import SOURCE, a pipeline of diffusers: a folder, or OWNER/NAME of the Hugging Face hub.
+    """Import SOURCE, a pipeline of diffusers: a folder, OWNER/NAME of the Hugging Face hub, or a .safetensors file.
 
-    It is a DDPMPipeline, DDIMPipeline or PNDMPipeline with a UNet2DModel that predicts ε, v or x. Only JSON and
-    safetensors are read. A folder from `vdiff export diffusers` becomes the original checkpoint again.
+    It is Stable Diffusion 1.5, 2 or XL (base), or a DDPMPipeline, DDIMPipeline or PNDMPipeline with a UNet2DModel. Only
+    JSON, tokenizers and safetensors are read. A folder from `vdiff export diffusers` becomes the original checkpoint
+    again.
     """
     from vdiff.interop.diffusers.reading import import_pipeline
     from vdiff.models.unet_config import UNetConfig
 
     console = Console()
-    target = out or project.checkpoints / Path(source).resolve().name
+    name = Path(source).resolve().name.removesuffix(".safetensors")
+    target = out or project.checkpoints / name
     made = import_pipeline(source, target, **options)
     config = made.config
     for remark in made.remarks:
         console.line(remark)
+    if made.preflight:
+        console.result(f"{target}: {made.preflight}")
+        prompt = shell("--checkpoint", target, "--prompt", "a red fox, watercolour")
+        console.result(f"next       python sample.py {prompt}")
+        return
     shape = _shape(config, UNetConfig.from_dict(config.unet))
     console.result(f"{target}: predicts {config.prediction}, schedule {config.schedule['name']}, {shape}")
     console.result(f"next       python sample.py {shell('--checkpoint', target)}")

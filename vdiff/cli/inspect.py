@@ -15,6 +15,7 @@ import click
 from vdiff.cli.console import Console
 from vdiff.cli.options import Checkpoint, Command, project_option, switch
 from vdiff.cli.vdiffusion import imported
+from vdiff.models.kinds import TEXT
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
@@ -111,8 +112,8 @@ OWN = (
     *("dataset_fingerprint", "vdiff_version"),
 )
 """The keys that are shown as they are in the checkpoint's config."""
-NETWORK = ("backbone", "sample_shape")
-"""The keys that replace `unet` and `image_size` in the config of another network."""
+NETWORK = ("backbone", "sample_shape", "codec", "components", "adapter", "base")
+"""The keys that only configs of other networks than a UNet on square images have."""
 
 
 def described(values: Mapping[str, Any]) -> dict[str, str]:
@@ -125,8 +126,10 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
         more = ", …" if len(names) > SHOWN_CLASSES else ""
         rows["classes"] = f"{len(names)}: {', '.join(names[:SHOWN_CLASSES])}{more}"
     parameters = ", ".join(f"{key} {value}" for key, value in values["schedule"].items() if key != "name")
+    pixels = f"{' × '.join(map(str, shape[1:]))} pixels, channels: {shape[0]}"
+    is_latent = values.get("codec") == "autoencoder"
     rows |= {
-        "images": f"{' × '.join(map(str, shape[1:]))} pixels, channels: {shape[0]}",
+        **({"latents": " × ".join(map(str, shape))} if is_latent else {"images": pixels}),
         "predicts": values["noise"]["family"],
         "schedule": f"{values['schedule']['name']} ({parameters})",
         "noise levels": _noise_levels(**values["noise"]),
@@ -178,7 +181,18 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
     from vdiff.models.unet_config import UNetConfig
 
     if "unet" not in values:
-        return {"network": f"{values['backbone']['kind']}, {values['backbone']['config'].get('class')}"}
+        kind, config = values["backbone"]["kind"], values["backbone"]["config"]
+        if kind != TEXT:
+            return {"network": f"{kind}, {config.get('class')}"}
+        rows = {
+            "network": f"{kind}, {config['unet']['class']}",
+            "text": ", ".join(
+                f"{each['class']} of {each['config']['hidden_size']}" for each in config["text_encoders"]
+            ),
+        }
+        if components := values.get("components"):
+            rows["components"] = f"{components['path']} (fingerprint {components['fingerprint'][:12]})"
+        return rows
     unet = values["unet"]
     config, usual = UNetConfig.from_dict(unet), UNetConfig()
     widths = ", ".join(str(config.channels * multiplier) for multiplier in config.multipliers)

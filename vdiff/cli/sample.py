@@ -14,8 +14,10 @@ from vdiff.cli.drawing import (
     SUFFIXES,
     asked_by,
     default_name,
+    guidance_weight,
     image_format,
     path_of,
+    prompts_of,
     report_line,
     report_values,
     sampler_options,
@@ -36,8 +38,8 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 @click.command(
     cls=Command,
     theirs="sample",
-    first="name checkpoint device precision num batch_size seed classes guidance interpolate out format trajectory "
-    "overwrite json sampler num_timesteps grid",
+    first="name checkpoint device precision num batch_size seed prompt prompts negative_prompt classes guidance "
+    "interpolate out format trajectory overwrite json sampler num_timesteps grid",
     examples=[
         "python sample.py              # 64 images from the newest checkpoint",
         "python sample.py --checkpoint checkpoints/original --num_timesteps 128",
@@ -46,6 +48,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
         "python sample.py --num 50000 --batch_size 500 --out samples/fifty.npz",
         "python sample.py --classes 3,7 --guidance 1.5 --trajectory --json",
         "python sample.py --interpolate 32 37 --num 12",
+        'python sample.py --prompt "a red fox, watercolour" --negative_prompt blurry --num_timesteps 25',
     ],
 )
 @project_option()
@@ -75,16 +78,16 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     old=OLD_NUM,
     group="Images",
     type=click.IntRange(1),
-    default=64,
     metavar="IMAGES",
+    show_default="64; with a prompt 4, with several one for each",
     help="Number of images; under torchrun use -n.",
 )
 @option(
     "--batch_size",
     group="Images",
     type=click.IntRange(1),
-    default=64,
     metavar="IMAGES",
+    show_default="64; with prompts 4",
     help="Images that each process draws at once; the images do not depend on it.",
 )
 @option(
@@ -107,9 +110,17 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Images",
     type=float,
     metavar="W",
-    show_default="0",
+    show_default="0; Stable Diffusion 6.5, XL 4",
     help="Weight W of classifier-free guidance: 0 = none, -1 = without the class. A network not distilled for it is "
     "evaluated twice per step. The guidance scale of other tools is W + 1.",
+)
+@option(
+    "--guidance_scale",
+    group="Images",
+    type=float,
+    metavar="S",
+    show_default="W + 1",
+    help="The same as other tools count it: 1 = none.",
 )
 @option(
     "--guidance_interval",
@@ -117,6 +128,39 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=Names(click.FLOAT, "FIRST,LAST"),
     show_default="0,1",
     help="Apply guidance only between these times; 1 is noise, 0 is the image.",
+)
+@option(
+    "--prompt",
+    "prompts",
+    group="Text",
+    multiple=True,
+    metavar="TEXT",
+    help="What a text-to-image model draws. If it is given several times, the images take the prompts in turn.",
+)
+@option(
+    "--prompts",
+    "prompts_file",
+    group="Text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A text file with one prompt on each line, instead of --prompt.",
+)
+@option("--negative_prompt", group="Text", default="", metavar="TEXT", help="What guidance moves away from.")
+@option(
+    "--components",
+    group="Text",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    show_default="the folder that the checkpoint names",
+    help="The folder of the model's text encoders, tokenizers and autoencoder, if it has moved.",
+)
+@option(
+    "--vae",
+    group="Text",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    show_default="the model's own",
+    help="Another autoencoder: a pipeline, or its folder vae.",
 )
 @option(
     "--interpolate",
@@ -177,12 +221,18 @@ def command(
     device: str,
     precision: str,
     compile: bool,  # noqa: A002 - the flag's name
-    num: int,
-    batch_size: int,
+    num: int | None,
+    batch_size: int | None,
     seed: int,
     classes: tuple[str, ...] | None,
     guidance: float | None,
+    guidance_scale: float | None,
     guidance_interval: tuple[float, ...] | None,
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    negative_prompt: str,
+    components: Path | None,
+    vae: Path | None,
     interpolate: tuple[int, int] | None,
     out: Path | None,
     image_store: str | None,
@@ -206,6 +256,9 @@ def command(
         raise OptionError(f"--clipped_sampling and --sampler {sampler} exclude each other", "give one of them")
     name = "clipped" if clipped_sampling else sampler or "ddim"
     options = sampler_options(name, flags, no_clip=no_clip)
+    texts = prompts_of(prompts, prompts_file)
+    num = num or (4 if len(texts) == 1 else len(texts) or 64)
+    batch_size = batch_size or (4 if texts else 64)
     path = path_of(interpolate, num)
     form = image_format(out, image_store)
     console = Console()
@@ -219,8 +272,11 @@ def command(
     from vdiff.distributed import join
     from vdiff.files import make_folder
     from vdiff.models import checks
+    from vdiff.models.autoencoder import vae_weights
     from vdiff.models.checkpoint import read_config, weights_fingerprint
     from vdiff.models.kinds import PYTHON
+    from vdiff.models.prompting import Prompting
+    from vdiff.models.reading import file_fingerprint
     from vdiff.models.speed import pick_precision
     from vdiff.replacing import check_free
     from vdiff.sampling.job import RunOptions, draw_images
@@ -230,19 +286,29 @@ def command(
 
     named, folder = folder, imported(folder, console.line)
     config = read_config(folder)
-    fits = config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
+    with asked_by("--prompt"):
+        checks.check_prompts(config, texts, negative_prompt)
+    fits = texts or config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # a network in Python is refused at loading
         shape = " × ".join(map(str, config.shape))
         raise VdiffError(f"{folder} draws samples of {shape}, not images for {form}", "vdiff.load draws tensors")
+    with asked_by(f"--sampler {name}"):
+        options = checks.without_limits(config, name, options)
     with asked_by("--no_clip", "leave --no_clip out"):
         checks.check_limits(config, options)
     steps = sampling_steps(config, num_timesteps, time_scale)
     with asked_by(f"--num_timesteps {steps}" if grid == "uniform" else f"--grid {grid}"):
         checks.check_grid(config, grid, steps)
+    asked = guidance_weight(guidance, guidance_scale)
+    weight = checks.default_guidance(config) if asked is None else asked
+    if asked is None and weight:
+        console.line(
+            f"guidance {weight:g}, as in diffusers' pipelines (their scale is {weight + 1:g}); --guidance 0: none"
+        )
     with asked_by("--guidance"):
-        checks.check_guidance(config, guidance or 0.0)
+        checks.check_guidance(config, weight)
     with asked_by("--guidance_interval"):
-        checks.check_interval(config, guidance or 0.0, guidance_interval)
+        checks.check_interval(config, weight, guidance_interval)
     with asked_by("--classes"):
         numbers = checks.class_numbers(config, classes)
     processes = join(device)
@@ -255,13 +321,23 @@ def command(
         seed=seed,
         classes=numbers,
         grid=grid,
-        guidance=guidance or 0.0,
+        guidance=weight,
         guidance_interval=list(guidance_interval or ()),
         precision=pick_precision(precision, processes.device),
         path=path,
+        prompts=texts,
+        negative_prompt=negative_prompt,
+        components=(config.components or {}).get("fingerprint", "") if texts else "",
+        vae=file_fingerprint(vae_weights(vae)) if vae else "",
     )
     target = (None if picture else out) or project.samples / default_name(folder, spec, form)
-    kind = ImageKind(config.image_size, config.shape[0], config.class_names)
+    side, channels = config.image_size, config.shape[0]
+    if texts:
+        prompting = Prompting.read(config, components=components, vae=vae)
+        channels, side = prompting.shape[0], prompting.shape[-1]
+        for note in prompting.notes([*texts, negative_prompt]):
+            console.line(note)
+    kind = ImageKind(side, channels, config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
     console.line(f"{named}{progress}")
     if picture:
@@ -269,7 +345,7 @@ def command(
     report = draw_images(
         spec,
         open_output(form, target, kind, processes.rank),
-        RunOptions(num, batch_size, precision, compile, overwrite, trajectory),
+        RunOptions(num, batch_size, precision, compile, overwrite, trajectory, components, vae),
         processes=processes,
         reporter=console,
     )

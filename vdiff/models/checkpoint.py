@@ -3,6 +3,7 @@
     model.safetensors   the weights to sample with
     adapter.safetensors in its place: the LoRA of a model whose other weights are those of its base
     config.json         `CheckpointConfig`
+    components/         copies of what `CheckpointConfig.components` names, where an import made them
     average.json        how `vdiff ema` made them, where it did
 
 Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.toml`); nothing here depends on it.
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 WEIGHTS, ADAPTER = "model.safetensors", "adapter.safetensors"
-FILES = r"(model|adapter)\.safetensors|config\.json|average\.json"
+COPIED = "components"
+FILES = rf"(model|adapter)\.safetensors|config\.json|average\.json|{COPIED}/[^/]+/[^/]+"
 """A regular expression of their names."""
 WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
 TEXT_ENCODERS = "network.text_encoders"

@@ -13,6 +13,8 @@ from vdiff.diffusion.samplers import SAMPLERS, Sampler
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.codec import LATENTS
+from vdiff.models.condition import POOLED, TOKENS
 
 UNIFORM = "uniform"
 MIN_SIGNAL = 1e-3
@@ -89,6 +91,45 @@ def check_interval(config: CheckpointConfig, weight: float, interval: Sequence[f
         raise VdiffError("it has no effect without guidance", "give --guidance too")
     if config.signature.takes_guidance:
         raise VdiffError("this model was distilled with guidance at all times", "leave it out")
+
+
+def check_prompts(config: CheckpointConfig, prompts: Sequence[str], negative_prompt: str = "") -> None:
+    """Refuse prompts for a model that takes none, and a text-to-image model without prompts.
+
+    Raises:
+        VdiffError: as said.
+    """
+    takes_text = TOKENS in config.signature.names
+    if takes_text and not prompts:
+        raise VdiffError("this model draws what a prompt says, and there is none", 'give one, such as "a red fox"')
+    if not takes_text and (prompts or negative_prompt):
+        raise VdiffError("this model takes no prompts", "leave it out, or import a text-to-image model")
+
+
+def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the sampler `name`, with x̂ unlimited where x has no bounds, as latents have none.
+
+    Raises:
+        VdiffError: limits are asked for, or are what the sampler is.
+    """
+    if config.space.limit is not None:
+        return dict(options)
+    limits = [key for key in ("clipping_value", "threshold") if options.get(key) is not None]
+    if config.codec == LATENTS.name and (name == "clipped" or limits):
+        what = limits[0] if limits else "the sampler clipped"
+        raise VdiffError(f"{what} is for pixels, and this model draws latents, which have no bounds", "leave it out")
+    return {**({"clipping_value": None} if "clipping_value" in sampler_fields(name) else {}), **options}
+
+
+def default_guidance(config: CheckpointConfig) -> float:
+    """The weight w where none is given: that of diffusers' pipelines for a text-to-image model of latents, else 0.
+
+    Theirs is the scale w + 1 = 7.5, and 5 for Stable Diffusion XL. A distilled model has learned its guidance.
+    """
+    names = config.signature.names
+    if TOKENS not in names or config.codec != LATENTS.name or config.method != "base":
+        return 0.0
+    return 4.0 if POOLED in names else 6.5
 
 
 def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:

@@ -82,9 +82,9 @@ def files_of(folder: Path) -> list[Path]:
     """All files of the parts in `folder` that are read.
 
     Raises:
-        VdiffError: a part lacks its weights.
+        VdiffError: there are none, or a part lacks its weights.
     """
-    files = []
+    files: list[Path] = []
     for part in PARTS:
         if not (folder / part).is_dir():
             continue
@@ -92,6 +92,8 @@ def files_of(folder: Path) -> list[Path]:
         files += [folder / part / name for name in names if (folder / part / name).is_file()]
         if part not in TOKENIZERS:
             files.append(weights_file(folder / part)[0])
+    if not files:
+        raise VdiffError(f"{folder} holds no text encoder, tokenizer or autoencoder", RESTORE)
     return files
 
 

@@ -17,6 +17,8 @@ CLASSES, GUIDANCE, SECOND_TIME, TOKENS = "classes", "guidance", "second_time", "
 """Names of conditions: a class (B,) int64, the weight w of classifier-free guidance (B,), a second time (B,) in
 [0, 1], where the step from t is to end (Kim et al. 2024, *Consistency Trajectory Models*), and the tokens of a prompt
 (B, N) int64."""
+TEXT, TEXT_MASK, POOLED, TIME_IDS = "text", "text_mask", "text_pooled", "time_ids"
+"""A text's embeddings (B, tokens, channels), which of them count (B, tokens), one vector of it, and SDXL's sizes."""
 Null: TypeAlias = "Mapping[str, Tensor | float | tuple[int, ...]]"
 
 

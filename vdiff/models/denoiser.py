@@ -96,7 +96,7 @@ class GuidedDenoiser(Denoiser):
     def forward(self, z: Tensor, t: Tensor, condition: Condition = NOTHING) -> Prediction:
         weight = condition.tensors.get(GUIDANCE)
         condition = replace(
-            condition.with_tensors(guidance=None), null={**condition.null, **self.network.signature.null}
+            condition.with_tensors(guidance=None), null={**self.network.signature.null, **condition.null}
         )
         first, last = self.interval
         guided = (first <= t) & (t <= last)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vdiff.models.backbone import Backbone
 from vdiff.models.components import ENCODER_CLASSES, text_libraries
-from vdiff.models.condition import TOKENS, Condition, Signature
-from vdiff.models.wrapped import MAX_NUMBER, POOLED, TEXT, DiffusersBackbone, build_diffusers, diffusers_signature
+from vdiff.models.condition import POOLED, TEXT, TOKENS, Condition, Signature
+from vdiff.models.wrapped import MAX_NUMBER, DiffusersBackbone, build_diffusers, diffusers_signature
 
 ENCODER_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),

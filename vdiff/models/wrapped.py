@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.backbone import Backbone
-from vdiff.models.condition import CLASSES, Signature
+from vdiff.models.condition import CLASSES, POOLED, TEXT, TEXT_MASK, TIME_IDS, Signature
 
-TEXT, TEXT_MASK, POOLED, TIME_IDS = "text", "text_mask", "text_pooled", "time_ids"
-"""A text's embeddings (B, tokens, channels), which of them count (B, tokens), one vector of it, and SDXL's sizes."""
 DIT, TEXT_UNET, PIXART = "DiTTransformer2DModel", "UNet2DConditionModel", "PixArtTransformer2DModel"
 CLASSES_OF_DIFFUSERS = ("UNet2DModel", DIT, TEXT_UNET, PIXART, "UNet1DModel")
 """The classes of diffusers that may be used."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import Processes, memory_errors_named
 from vdiff.errors import VdiffError, stop_explained
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
+from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from
+from vdiff.models.prompting import Prompting
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
-from vdiff.sampling.pictures import TrajectoryRecorder, path_picture, spread
+from vdiff.sampling.pictures import TrajectoryRecorder, path_picture, prompt_picture, spread
 from vdiff.sampling.spec import SampleSpec
 from vdiff.text import plural
 
@@ -49,6 +52,7 @@ class RunOptions:
         compiled: whether to compile the network.
         overwrite: whether to replace the output of an earlier call.
         trajectory: whether to save the trajectory of the first images too.
+        components, vae: folders to use instead of those that a text-to-image model names.
     """
 
     num: int
@@ -57,6 +61,8 @@ class RunOptions:
     compiled: bool = False
     overwrite: bool = False
     trajectory: bool = False
+    components: Path | None = None
+    vae: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -114,14 +120,17 @@ def draw_images(
                 output.begin(spec, state)
             return report
         with processes.together():  # before anything is replaced, as it may be damaged
-            denoiser, config = load_checkpoint(Path(spec.checkpoint), processes.device)
+            components, vae = options.components, options.vae
+            denoiser, config = load_checkpoint(Path(spec.checkpoint), processes.device, components=components)
+            read = partial(Prompting.read, config, processes.device, components=components, vae=vae)
+            prompting = read() if spec.prompts else None
             denoiser = ready_to_draw(denoiser, precision=options.precision, compiled=options.compiled)
         with processes.together():
             if processes.is_main:
                 output.begin(spec, state)
         with processes.together():
             held = np.ones(options.num, bool) if state == "finished" else output.held(options.num)
-        job = _Job(spec, output, options, processes, denoiser, config)
+        job = _Job(spec, output, options, processes, denoiser, config, prompting)
 
         def explain(_: str) -> str:
             held = int(output.held(options.num).sum())
@@ -146,6 +155,7 @@ class _Job:
     processes: Processes
     denoiser: Denoiser
     config: CheckpointConfig
+    prompting: Prompting | None = None
     asked: int = 0
 
     @property
@@ -174,15 +184,25 @@ class _Job:
             AsyncWriter(self.output) as writer,
         ):
             for batch in mine:
-                recorder = TrajectoryRecorder(self.spec.num_steps) if wants_path and batch == batches[0] else None
+                recorder = self._recorder() if wants_path and batch == batches[0] else None
                 images = self._draw_batch(batch, bar, done, recorder)
                 if recorder is not None:
                     strip, animation = (self.output.picture_in_work(name) for name in PATH)
-                    recorder.save(images, strip, animation, self._class_names(batch))
+                    recorder.save(images, strip, animation, self._class_names(batch) or self.spec.texts(batch))
                 new = [(k, image) for k, image in zip(batch, images, strict=True) if not held[k]]
                 writer.write(new)
                 done += len(new)
                 bar.update(done)
+
+    def _recorder(self) -> TrajectoryRecorder:
+        decode = partial(self.prompting.decode, check=False) if self.prompting else None
+        return TrajectoryRecorder(self.spec.num_steps, decode)
+
+    def _condition(self, indices: Sequence[int]) -> Condition:
+        if self.prompting is None:
+            return self.denoiser.condition(classes=self.spec.labels(indices))
+        takes = self.denoiser.network.signature.names
+        return self.prompting.condition(takes, self.spec.texts(indices), self.spec.negative_prompt)
 
     def _draw_batch(self, batch: range, bar: Progress, done: int, recorder: TrajectoryRecorder | None) -> Tensor:
         # a network is compiled for one shape: the last batch is padded, unless it is the only one
@@ -196,7 +216,7 @@ class _Job:
                 self.denoiser,
                 SAMPLERS[self.spec.sampler](**self.spec.options),
                 noise=self.spec.noise(indices, shape, self.processes.device),
-                condition=self.denoiser.condition(classes=self.spec.labels(indices)),
+                condition=self._condition(indices),
                 num_steps=self.spec.num_steps,
                 guidance=self.spec.guidance,
                 guidance_interval=(interval[0], interval[1]) if interval else EVERYWHERE,
@@ -204,8 +224,10 @@ class _Job:
                 on_step=lambda step: bar.update(done, f"step {step}/{self.spec.num_steps}"),
                 on_state=recorder,
             )
+            images = images[: len(batch)]
+            images = self.prompting.decode(images) if self.prompting else images
         self.asked += full
-        return images[: len(batch)]
+        return images
 
     def finish(self) -> None:
         """Save the grid, then move the output to its place, after checking once more that no image is missing."""
@@ -226,10 +248,12 @@ class _Job:
         spec = self.spec
         facts = [Path(spec.checkpoint).name, spec.sampler, plural(spec.num_steps, "step"), f"seed {spec.seed}"]
         title = " · ".join([*facts, *([f"guidance {spec.guidance:g}"] if spec.guidance else [])])
+        if spec.prompts and not path:
+            return prompt_picture(images, spec.prompts, title)
         if not path:
             return grid_picture(images, self._class_names(shown), of_classes, title=title)
         ends = [f"image {end}" for end in path[:2]]
-        if names := self._class_names([0, num - 1]):
+        if names := self._class_names([0, num - 1]) or spec.texts([0, num - 1]):
             ends = [f"{end} ({name})" for end, name in zip(ends, names, strict=True)]
         return path_picture(images, f"From {ends[0]} to {ends[1]}\n{title}")
 

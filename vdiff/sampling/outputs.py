@@ -25,7 +25,16 @@ from vdiff.errors import VdiffError
 from vdiff.files import fsync, make_folder, refusal, remove, write_text
 from vdiff.models.codec import from_uint8, to_uint8
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked, start_folder, sweep_inside, take_place
-from vdiff.sampling.packing import PACKERS, SAMPLES, Contents, labels_json, png_name, read_packed_record
+from vdiff.sampling.packing import (
+    CAPTIONS_FILE,
+    PACKERS,
+    SAMPLES,
+    Contents,
+    captions_json,
+    labels_json,
+    png_name,
+    read_packed_record,
+)
 from vdiff.sampling.record_log import RecordLog, RecordReader
 from vdiff.sampling.spec import RECORD, SampleSpec
 
@@ -152,17 +161,22 @@ class PngFolder(Output):
 
     def __init__(self, path: Path, kind: ImageKind) -> None:
         super().__init__(path, path, kind, "png")
-        self.labels_path = path / LABELS_FILE
+        self.labels_path, self.captions_path = path / LABELS_FILE, path / CAPTIONS_FILE
 
     def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
         """Finished: all images, the classes and the grid exist (earlier versions saved the grid in the folder)."""
         if self.earlier(self.path, spec, overwrite=overwrite) is None:
             return "anew"
         is_finished = bool(self.held(num).all()) and (self.picture(GRID).exists() or (self.path / GRID).exists())
-        return "finished" if is_finished and (self.labels_path.exists() or not spec.classes) else "going on"
+        return "finished" if is_finished and self._has_descriptions(spec) else "going on"
+
+    def _has_descriptions(self, spec: SampleSpec) -> bool:
+        """Whether the files with classes and prompts exist, if the images have such."""
+        needed = ((self.labels_path, spec.classes), (self.captions_path, spec.prompts))
+        return all(path.exists() for path, values in needed if values)
 
     def begin(self, spec: SampleSpec, state: State) -> None:
-        """Write the record; remove the grid and the classes, which may be those of fewer images."""
+        """Write the record; remove the grid, the classes and the prompts, which may be those of fewer images."""
         if state == "anew":
             for name in PICTURES:
                 remove(self.picture(name))
@@ -173,6 +187,7 @@ class PngFolder(Output):
         if state != "finished":
             remove(self.picture(GRID))
             remove(self.labels_path)
+            remove(self.captions_path)
         sweep_inside(self.path, SAMPLES)
 
     def held(self, num: int) -> np.ndarray:
@@ -212,9 +227,11 @@ class PngFolder(Output):
                 raise VdiffError(f"{path} is damaged", "delete it, then run the same command again") from None
 
     def finish(self, spec: SampleSpec, num: int) -> None:
-        """Write the classes; everything else is in place."""
+        """Write the classes and the prompts; everything else is in place."""
         if (labels := spec.labels(range(num))) is not None:
             write_text(self.labels_path, labels_json(labels.numpy(), self.kind.class_names))
+        if prompts := spec.texts(range(num)):
+            write_text(self.captions_path, captions_json(prompts))
 
 
 class Archive(Output):
@@ -229,7 +246,8 @@ class Archive(Output):
     def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
         """Finished: the output is in place, with the same number of images."""
         if self.form == "npz" and len(spec.to_json(format=self.form, num=num)) > zipfile.ZIP_MAX_COMMENT:
-            raise VdiffError("an npz cannot record so many classes", "name fewer with --classes, or give --format zip")
+            what, flag = ("prompts", "--prompts") if spec.prompts else ("classes", "--classes")
+            raise VdiffError(f"an npz cannot record so many {what}", f"give fewer with {flag}, or give --format zip")
         if (record := self.earlier(self.path, spec, overwrite=overwrite)) is not None:
             if record.get("num") == num:
                 return "finished"
@@ -281,6 +299,7 @@ class Archive(Output):
             labels=None if labels is None else labels.numpy(),
             class_names=self.kind.class_names,
             record=spec.to_json(format=self.form, num=num),
+            prompts=spec.texts(range(num)),
         )
         try:
             remove(packed)

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
+from vdiff.data.captions import clean_caption
 from vdiff.data.labels import LABELS_FILE
 from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.files import json_text, make_folder, parse, write_text
 from vdiff.replacing import Kind
 from vdiff.sampling.spec import RECORD, is_record, read_record
 
+CAPTIONS_FILE = "metadata.jsonl"
 FILES = (
-    r"(samples|dataset)\.json|\d{5,}\.png|grid\.png|trajectory\.(png|webp)|(packed\.lmdb/)?(data|lock)\.mdb"
+    r"(samples|dataset)\.json|metadata\.jsonl|\d{5,}\.png|grid\.png|trajectory\.(png|webp)|(packed\.lmdb/)?(data|lock)\.mdb"
     r"|part-\d{5,}\.images|packed\.(zip|npz|lmdb/samples\.json)"
 )
 """A regular expression of the file names in a folder of samples, and of a partial folder."""
@@ -36,6 +38,7 @@ class Contents:
         images: in order: PNG files, or pixels (H, W, C) for an npz.
         labels: their classes, (N,) int64; None if there are none.
         record: the settings of drawing, as JSON.
+        prompts: of each image; empty for a model without prompts.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Contents:
     labels: np.ndarray | None
     class_names: Sequence[str]
     record: str
+    prompts: Sequence[str] = ()
 
 
 def pack_zip(contents: Contents, path: Path) -> None:
@@ -53,7 +57,15 @@ def pack_zip(contents: Contents, path: Path) -> None:
             file.writestr(_entry(png_name(k)), data)
         if contents.labels is not None:
             file.writestr(_entry(LABELS_FILE), labels_json(contents.labels, contents.class_names))
+        if contents.prompts:
+            file.writestr(_entry(CAPTIONS_FILE), captions_json(contents.prompts))
         file.writestr(_entry(RECORD), contents.record)
+
+
+def captions_json(prompts: Sequence[str]) -> str:
+    """`metadata.jsonl`, which `prepare_data.py` and the library datasets read: the file name and the text of each."""
+    rows = ({"file_name": png_name(k), "text": prompt} for k, prompt in enumerate(prompts))
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
 def png_name(index: int) -> str:
@@ -101,10 +113,12 @@ def pack_lmdb(contents: Contents, path: Path) -> None:
     )
     writer = StoreWriter(make_folder(path), meta)
     for k, data in enumerate(contents.images):
-        writer.add({size: data}, None if contents.labels is None else int(contents.labels[k]))
+        caption = contents.prompts[k] if contents.prompts else ""
+        writer.add({size: data}, None if contents.labels is None else int(contents.labels[k]), clean_caption(caption))
         if writer.is_due:
             writer.commit()
-    writer.finish({"images": num, "skipped": {}, "ignored": {}, "converted": {}})
+    captions = {"captions": sum(map(bool, contents.prompts))} if any(contents.prompts) else {}
+    writer.finish({"images": num, **captions, "skipped": {}, "ignored": {}, "converted": {}})
     write_text(path / RECORD, contents.record)
 
 

@@ -31,6 +31,8 @@ class SampleSpec:
         classes: class numbers, assigned to the images in turn; empty for an unconditional model.
         guidance, guidance_interval: the weight w, and the first and last time with guidance (empty: all).
         precision: of the network.
+        prompts, negative_prompt: assigned to the images in turn, and what guidance moves away from.
+        components, vae: SHA-256 of the components of a text-to-image model, and of an autoencoder in their place.
         path: [A, B, n]: instead of the images 0, 1, …, n images that interpolate from image A to image B.
     """
 
@@ -45,6 +47,10 @@ class SampleSpec:
     guidance: float = 0.0
     guidance_interval: list[float] = field(default_factory=list)
     precision: str = "fp32"
+    prompts: list[str] = field(default_factory=list)
+    negative_prompt: str = ""
+    components: str = ""
+    vae: str = ""
     path: list[int] = field(default_factory=list)
 
     def noise(self, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
@@ -57,12 +63,18 @@ class SampleSpec:
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """The classes of images `indices`, (B,) int64; on a path, that of the nearer end."""
-        if not self.classes:
-            return None
-        if self.path:
-            first, last, number = self.path
-            indices = [nearer_end(k / (number - 1), first, last) for k in indices]
-        return image_classes(indices, self.classes)
+        return image_classes(self._nearest(indices), self.classes) if self.classes else None
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of images `indices`; on a path, that of the nearer end. Empty for a model without prompts."""
+        return [self.prompts[k % len(self.prompts)] for k in self._nearest(indices)] if self.prompts else []
+
+    def _nearest(self, indices: Sequence[int]) -> Sequence[int]:
+        """Images whose class or prompt images `indices` have: themselves; on a path, the nearer end."""
+        if not self.path:
+            return indices
+        first, last, number = self.path
+        return [nearer_end(k / (number - 1), first, last) for k in indices]
 
     def check_same(self, before: dict[str, Any], place: Path) -> None:
         """Refuse to continue images in `place` if their record differs from this specification.

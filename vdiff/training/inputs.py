@@ -17,9 +17,8 @@ from vdiff.models.autoencoder import Autoencoder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import LATENTS, PIXEL_CODEC
 from vdiff.models.components import check_components
-from vdiff.models.condition import TOKENS, Condition, Signature
+from vdiff.models.condition import TIME_IDS, TOKENS, Condition, Signature
 from vdiff.models.tokenizing import Tokenizers
-from vdiff.models.wrapped import TIME_IDS
 from vdiff.training.random_numbers import POSTERIOR, UpdateRandom
 
 

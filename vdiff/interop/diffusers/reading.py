@@ -9,145 +9,166 @@ vdiff/config.json                           the checkpoint's description by vdif
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
-
-from torch import Tensor
 
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_schedule, read_table, remarks
+from vdiff.interop.diffusers.folders import (
+    CONFIG,
+    DAMAGED,
+    INDEX,
+    NOT_THEIRS,
+    NOTE,
+    SCHEDULER,
+    find,
+    read_weights,
+    weights_files,
+)
+from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_schedule, read_table, remarks, spacing_of
+from vdiff.interop.diffusers.stable_diffusion import (
+    PIPELINES,
+    WeightsNote,
+    converted,
+    import_folder,
+    preflight,
+    scheduler_of,
+)
 from vdiff.interop.diffusers.unet import (
     ONLY,
     READ,
-    current_name,
     read_unet_config,
     read_unet_weights,
     unet_shapes,
     write_unet_config,
 )
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, write_model
-from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config, read_tensors
-from vdiff.models.reading import read_shapes
+from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config
 from vdiff.models.unet_config import UNetConfig
-from vdiff.network import hub_answers
 from vdiff.replacing import check_free
-from vdiff.text import cause_of
 
-INDEX = "model_index.json"
-CONFIG = "config.json"
-SCHEDULER = "scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-WEIGHTS_PATTERN = "diffusion_pytorch_model*.safetensors"
-"""File names of weights, with variants and parts."""
-PARTS_PATTERN = "diffusion_pytorch_model.safetensors.index*.json"
-"""File names of the indices that assign tensors to parts."""
-NOTE = f"vdiff/{CONFIG}"
-FILES = [INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", NOTE]
-FILES += [f"{place}{name}" for place in ("", "unet/") for name in (CONFIG, WEIGHTS_PATTERN, PARTS_PATTERN)]
-"""All files that are read or downloaded: JSON and safetensors, no pickles."""
-PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
-NOT_THEIRS = "give a folder that diffusers' save_pretrained wrote, or OWNER/NAME of the hub"
-DAMAGED = "copy or download it again"
+PIXEL_PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The checkpoint's description, and a sentence for each reason why the pipeline draws other images than vdiff."""
+    """The checkpoint's description, and a sentence for each reason why the pipeline draws other images than vdiff.
+
+    Attributes:
+        preflight: what a text-to-image model is, in one line; empty for others.
+    """
 
     config: CheckpointConfig
     remarks: list[str]
+    preflight: str = ""
 
 
 def import_pipeline(
-    source: str, folder: Path, *, num_timesteps: int | None = None, overwrite: bool = False
+    source: str,
+    folder: Path,
+    *,
+    num_timesteps: int | None = None,
+    prediction: str | None = None,
+    zero_snr: bool = False,
+    pipeline: str | None = None,
+    copy: bool = False,
+    overwrite: bool = False,
 ) -> Imported:
-    """Write a pipeline of a `UNet2DModel` and a scheduler as a checkpoint, whole or not at all.
+    """Write a pipeline as a checkpoint, whole or not at all: Stable Diffusion, or a `UNet2DModel` and a scheduler.
 
     A folder that vdiff exported keeps its description (steps, classes, lineage); others become a base model.
 
     Args:
-        source: a folder, or OWNER/NAME of the hub.
-        num_timesteps: default number of sampling steps; None: as many as in training.
+        source: a folder, OWNER/NAME of the hub, or a safetensors file with all parts of Stable Diffusion.
+        num_timesteps: default number of sampling steps; None: as many as in training, 50 for Stable Diffusion.
+        prediction, zero_snr: what the model is known to predict ("v", "eps", "x"), and that its betas were rescaled.
+        pipeline: for a file, a folder or a name of the hub whose configurations and tokenizers are its own.
+        copy: copy text encoders, tokenizers and autoencoder of Stable Diffusion; otherwise the checkpoint names their
+            folder. Those of a file are always copied.
 
     Raises:
-        VdiffError: `source` is not such a pipeline, or vdiff does not support it; the folder exists or cannot be
-            written.
-        OptionError: the model has too few levels for this number of steps.
+        VdiffError: `source` is not such a pipeline, or vdiff does not support it; sources contradict each other; the
+            folder exists or cannot be written.
+        OptionError: the model has too few levels for this number of steps, or an option has no meaning here.
     """
     check_free(folder, IMPORTED_MODEL, overwrite=overwrite)
-    root, name = _find(source)
-    scheduler, unet = _open(root)
+    root, name = find(source)
+    if root.is_file():
+        note = WeightsNote.read(root)
+        with converted(root, folder, pipeline) as parts:
+            scheduler = scheduler_of(_scheduler(parts), note, is_own=False, prediction=prediction, zero_snr=zero_snr)
+            return _text_model(parts, name, folder, scheduler, num_timesteps, copy=True, overwrite=overwrite)
+    if pipeline is not None:
+        raise OptionError("--pipeline is for a single file of weights", "leave it out: a folder has its own parts")
+    index = _index(root)
+    unet_folder = root / "unet" if (root / "unet").is_dir() else root
+    files = weights_files(unet_folder)
+    scheduler = scheduler_of(_scheduler(root), WeightsNote.read(files[0]), prediction=prediction, zero_snr=zero_snr)
+    if index.values["_class_name"] in PIPELINES:
+        return _text_model(root, name, folder, scheduler, num_timesteps, copy=copy, overwrite=overwrite)
+    if copy:
+        raise OptionError("--copy: this pipeline has no parts but its network", "leave it out")
+    unet = JsonFile.read(unet_folder / CONFIG, DAMAGED)
     notes, config = remarks(scheduler) + unet.unknown(ONLY.keys() | READ), None
     if (root / NOTE).exists():
         try:
             config = _own_description(root, scheduler, unet, name)
         except (VdiffError, ValueError) as error:
             notes.append(f"{root / NOTE} is ignored: {error}")
-    config = config or _base_model(scheduler, unet, name)
-    if num_timesteps is not None:
-        try:
-            config.check_num_steps(num_timesteps)
-        except ValueError as error:
-            raise OptionError(f"--num_timesteps {num_timesteps}: {error}", "give fewer") from None
-        config = replace(config, num_timesteps=num_timesteps)
+    config = _with_steps(config or _base_model(scheduler, unet, name), num_timesteps)
     shape = UNetConfig.from_dict(config.unet)
-    files = _weights_files(Path(unet.where).parent)
     if "." in files[0].name.removesuffix(".safetensors"):
         notes.append(f"its weights are the variant {files[0].name}, which may be rounded")
-    tensors = _read_tensors(files, unet_shapes(shape))
+    tensors = read_weights(files, unet_shapes(shape))
     weights = read_unet_weights(shape, tensors, sines_first=not unet.flag("flip_sin_to_cos", True))
     write_model(folder, weights, config, overwrite=overwrite)
     return Imported(config, notes)
 
 
-def fetch(name: str) -> Path:
-    """The local folder of a hub's model, `OWNER/NAME`; its JSON and safetensors are downloaded if they are missing.
-
-    Raises:
-        VdiffError: the hub cannot be reached or refuses the model.
-    """
-    is_there = hub_answers()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the type depends on the versions of huggingface_hub and of its HTTP library
-        raise VdiffError(
-            f"{name}: no such folder, and the hub does not "
-            + (f"provide it ({cause_of(error)})" if is_there else "answer"),
-            "check the name and the network (private models need HF_TOKEN), or give a folder",
-        ) from None
-
-
-def _find(source: str) -> tuple[Path, str]:
-    """The folder of `source`, and its name for the checkpoint's description."""
-    root = Path(source)
-    if root.is_dir():
-        return root, root.resolve().name
-    if root.exists():
-        raise VdiffError(f"{source} is a file", NOT_THEIRS)
-    owner, _, name = source.partition("/")
-    if not owner or not name or "/" in name or owner.startswith((".", "~")):
-        raise VdiffError(f"{source}: no such folder", NOT_THEIRS)
-    return fetch(source), source
-
-
-def _open(root: Path) -> tuple[JsonFile, JsonFile]:
-    """The configurations of scheduler and network."""
+def _index(root: Path) -> JsonFile:
+    """The description of a pipeline of a kind that can be read."""
     if not (root / INDEX).exists():
         raise VdiffError(f"{root} holds no {INDEX}", NOT_THEIRS)
     index = JsonFile.read(root / INDEX, DAMAGED)
-    index.word("_class_name", "", PIPELINES)
-    if index.get("unet") != ["diffusers", "UNet2DModel"]:
+    is_text = index.word("_class_name", "", [*PIXEL_PIPELINES, *PIPELINES]) in PIPELINES
+    if not is_text and index.get("unet") != ["diffusers", "UNet2DModel"]:
         raise index.refusal("unet", "only UNet2DModel of diffusers can be read")
-    parts = []
-    for part, file in (("scheduler", SCHEDULER), ("unet", CONFIG)):
-        place = root / part if (root / part).is_dir() else root
-        parts.append(JsonFile.read(place / file, DAMAGED))
-    return parts[0], parts[1]
+    return index
+
+
+def _scheduler(root: Path) -> JsonFile:
+    """The configuration of a pipeline's scheduler."""
+    place = root / "scheduler" if (root / "scheduler").is_dir() else root
+    return JsonFile.read(place / SCHEDULER, DAMAGED)
+
+
+def _text_model(
+    root: Path,
+    name: str,
+    folder: Path,
+    scheduler: JsonFile,
+    num_timesteps: int | None,
+    *,
+    copy: bool,
+    overwrite: bool,
+) -> Imported:
+    """A pipeline of Stable Diffusion."""
+    notes = remarks(scheduler, latents=True)
+    description = import_folder(root, name, _index(root), read_schedule(scheduler), read_prediction(scheduler))
+    config = _with_steps(description.config, num_timesteps)
+    description.write(folder, config, copy=copy, overwrite=overwrite)
+    return Imported(config, notes, preflight(config, spacing_of(scheduler)))
+
+
+def _with_steps(config: CheckpointConfig, num_timesteps: int | None) -> CheckpointConfig:
+    """The description with another number of sampling steps; None: with its own."""
+    if num_timesteps is None:
+        return config
+    try:
+        config.check_num_steps(num_timesteps)
+    except ValueError as error:
+        raise OptionError(f"--num_timesteps {num_timesteps}: {error}", "give fewer") from None
+    return replace(config, num_timesteps=num_timesteps)
 
 
 def _base_model(scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointConfig:
@@ -187,45 +208,3 @@ def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str)
         raise ValueError(f"it names only {len(own.class_names)} of {shape.num_classes} classes")
     imported = f"{IMPORTED}diffusers/{name}, trained by vdiff on {own.dataset}"
     return replace(own, dataset=own.dataset if own.is_imported else imported)
-
-
-def _weights_files(folder: Path) -> list[Path]:
-    """The safetensors files of the network: one, or its parts; of several variants, the plain one."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    indices = sorted(folder.glob(PARTS_PATTERN))
-    found = [path for path in sorted(folder.glob(WEIGHTS_PATTERN)) if "-of-" not in path.name]
-    if indices and (len(indices) == 1 or indices[0].name == f"{WEIGHTS}.index.json"):
-        index = JsonFile.read(indices[0], DAMAGED)
-        parts = index.get("weight_map")
-        names = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
-        if not names or not all(fnmatch(name, WEIGHTS_PATTERN) and Path(name).name == name for name in names):
-            raise index.refusal("weight_map", f"need names of the form {WEIGHTS_PATTERN}")
-        found = [folder / name for name in names]
-    elif not found:
-        raise VdiffError(
-            f"{folder / WEIGHTS} is missing",
-            "vdiff never reads weights in pickles (.bin): save the pipeline again as safetensors, with diffusers",
-        )
-    elif len(found) > 1:
-        raise VdiffError(f"{folder} has {' and '.join(path.name for path in found)}", f"rename one to {WEIGHTS}")
-    return found
-
-
-def _read_tensors(files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of safetensors files, after checking that their names and shapes are `shapes`."""
-    found = {current_name(name): shape for path in files for name, shape in read_shapes(path).items()}
-    if difference := _difference(shapes, found):
-        raise VdiffError(f"{files[0]} does not fit {CONFIG}: {difference}", DAMAGED)
-    return {current_name(name): tensor for path in files for name, tensor in read_tensors(path).items()}
-
-
-def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """Why `found` does not fit, in a few words; empty if it fits."""
-    for count, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if names:
-            return f"{len(names)} tensors {count} ({min(names)[:80]}, …)"
-    for name, shape in expected.items():
-        if found[name] != shape:
-            return f"{name} is {found[name]}, not {shape}"
-    return ""

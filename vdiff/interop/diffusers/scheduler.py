@@ -120,10 +120,11 @@ RULES = {
     "use_lu_lambdas": _SPACING,
     "use_flow_sigmas": _ONLY_FALSE,
     "use_dynamic_shifting": _ONLY_FALSE,
-    "rescale_betas_zero_snr": _ONLY_FALSE,
+    "rescale_betas_zero_snr": Rule((False, True)),
     "timestep_type": Rule(("discrete",)),  # continuous: the timestep is log σ/4 and not the index of a level
 }
 """Fields that change the images, in the order of the notes."""
+CLIPPING = ("thresholding", "clip_sample", "clip_sample_range")
 AS_IF: dict[str, Any] = {"timestep_spacing": "linspace", "clip_sample": False}
 """Values for schedulers without such a field; the default is the first of `Rule.same`."""
 WITHOUT_EFFECT = {
@@ -217,7 +218,10 @@ def read_schedule(file: JsonFile) -> Schedule:
     Raises:
         VdiffError: vdiff does not support the β; names the file and the key.
     """
+    zero_snr = file.flag("rescale_betas_zero_snr", False)
     if (betas := read_table(file)) is not None:
+        if zero_snr:
+            raise file.refusal("rescale_betas_zero_snr", "with trained_betas only false can be read")
         known = next((schedule for schedule in _candidates(betas) if agree(schedule, betas)), None)
         if known is None:
             raise file.refusal("trained_betas", "only linear, scaled_linear and cosine ones can be read")
@@ -225,15 +229,23 @@ def read_schedule(file: JsonFile) -> Schedule:
     size = file.whole("num_train_timesteps", 1000, low=1, high=MAX_LEVELS)
     name = file.word("beta_schedule", "linear", ["linear", "scaled_linear", "squaredcos_cap_v2"])
     if name == "squaredcos_cap_v2":
-        return DdpmCosineSchedule(size)
+        return DdpmCosineSchedule(size, zero_snr=zero_snr)
     usual = SCHEDULERS[_kind(file)]
     first = file.number("beta_start", usual["beta_start"], low=0, high=1)
     last = file.number("beta_end", usual["beta_end"], low=0, high=1)
-    return (LinearSchedule if name == "linear" else ScaledLinearSchedule)(size, first, last)
+    return (LinearSchedule if name == "linear" else ScaledLinearSchedule)(size, first, last, zero_snr)
 
 
-def remarks(file: JsonFile) -> list[str]:
+def spacing_of(file: JsonFile) -> str:
+    """How the scheduler spaces its timesteps: leading, trailing or linspace."""
+    return str(_value(file, _kind(file), "timestep_spacing", RULES["timestep_spacing"]))
+
+
+def remarks(file: JsonFile, *, latents: bool = False) -> list[str]:
     """A sentence for each reason why a pipeline with this configuration draws other images than vdiff.
+
+    Args:
+        latents: it draws latents, which vdiff never clips.
 
     Raises:
         VdiffError: diffusers does not know a value, or vdiff does not support it; names the file and the key.
@@ -244,6 +256,8 @@ def remarks(file: JsonFile) -> list[str]:
     found = []
     for key, rule in RULES.items():
         value = values[key] = _value(file, kind, key, rule)
+        if latents and key in CLIPPING:
+            continue
         has_effect = rule.where is None or values[rule.where[0]] == rule.where[1]
         if value not in rule.same and has_effect:
             found.append(rule.remark.format(key=key, value=value, size=size))

@@ -15,7 +15,7 @@ from torch import Tensor
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import make_folder, write_json, write_text
 from vdiff.interop.card import CARD, FILES_OF_CARD, is_card, new_card, public
-from vdiff.interop.diffusers.reading import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
+from vdiff.interop.diffusers.folders import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
 from vdiff.interop.diffusers.scheduler import write_scheduler_config
 from vdiff.interop.diffusers.unet import write_unet_config, write_unet_weights
 from vdiff.interop.usage import diffusers_usage

@@ -1,0 +1,328 @@
+"""Pipelines of Stable Diffusion 1.5, 2 and XL as checkpoints: folders of diffusers, and single safetensors files.
+
+unet/                                 the network that the checkpoint holds
+scheduler/scheduler_config.json       its noise levels, and what it predicts
+vae/ text_encoder/ tokenizer/ …       the checkpoint's components, see `vdiff.models.components`
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vdiff.diffusion.schedules import Schedule
+from vdiff.errors import VdiffError, explained
+from vdiff.files import remove, writing
+from vdiff.interop.diffusers.folders import (
+    CONFIG,
+    DAMAGED,
+    DESCRIPTIONS,
+    INDEX,
+    fetch,
+    find,
+    read_weights,
+    weights_files,
+)
+from vdiff.interop.diffusers.scheduler import PREDICTIONS
+from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile
+from vdiff.models.autoencoder import Autoencoder, picture_shape
+from vdiff.models.checkpoint import COPIED, IMPORTED, CheckpointConfig, save_checkpoint
+from vdiff.models.codec import LATENTS
+from vdiff.models.components import (
+    ENCODERS,
+    TOKENIZERS,
+    VAE,
+    components_fingerprint,
+    files_of,
+    read_encoder,
+    text_libraries,
+)
+from vdiff.models.condition import POOLED
+from vdiff.models.kinds import TEXT
+from vdiff.models.reading import read_shapes, reading
+from vdiff.models.text import TextBackbone
+from vdiff.models.tokenizing import Tokenizers
+from vdiff.models.wrapped import TEXT_UNET, DiffusersBackbone, build_diffusers
+from vdiff.replacing import locked, new_folder
+
+PIPELINES = {"StableDiffusionPipeline": ENCODERS[:1], "StableDiffusionXLPipeline": ENCODERS}
+"""Classes of pipelines that can be read, and their text encoders."""
+STEPS = 50
+"""Sampling steps of an imported checkpoint, as of diffusers' pipelines."""
+HUB_NAMES = {
+    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    1024: "stabilityai/stable-diffusion-2-1",
+    2048: "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""Channels of the text that a UNet in a single file takes, and whose configurations and tokenizers the file needs."""
+TEXT_KEY = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
+"""A tensor of single files whose second size are these channels: of XL with the number 4, else 1."""
+KEYS = ("v_pred", "ztsnr")
+"""Empty tensors in weights, which say what the network predicts, and that its betas were rescaled."""
+GIVE_PIPELINE = (
+    "give --pipeline FOLDER: a pipeline of the same architecture, of which configurations and tokenizers are taken"
+)
+
+
+@dataclass(frozen=True)
+class WeightsNote:
+    """What a safetensors file says of the model whose weights it holds; None or False: nothing.
+
+    `v_pred` and `ztsnr` are empty tensors that some programs write; others write the metadata of `modelspec`.
+    """
+
+    where: str
+    prediction: str | None = None
+    zero_snr: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> WeightsNote:
+        """The note in a file.
+
+        Raises:
+            VdiffError: the file cannot be read, or says two things.
+        """
+        names = read_shapes(path)
+        with reading(path), safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+        by_key = "v" if KEYS[0] in names else None
+        words = {"v": "v", "v_prediction": "v", "epsilon": "eps", "eps": "eps"}
+        by_word = words.get(metadata.get("modelspec.prediction_type", "").lower())
+        if by_word is None and "v2-768-v" in metadata.get("modelspec.architecture", ""):
+            by_word = "v"
+        said = {f"{path}, key v_pred": by_key, f"{path}, metadata modelspec": by_word}
+        return cls(str(path), agreed({source: each for source, each in said.items() if each}), KEYS[1] in names)
+
+
+def agreed(said: Mapping[str, str]) -> str | None:
+    """The one prediction type that all sources give; None if there is no source.
+
+    Args:
+        said: the prediction type by its source.
+
+    Raises:
+        VdiffError: two sources contradict each other.
+    """
+    for (first, one), (second, other) in combinations(said.items(), 2):
+        if one != other:
+            raise VdiffError(
+                f"{first} says prediction {one}, and {second} says {other}",
+                "find out at the source of the model which is right, and correct or leave out the other",
+            )
+    return next(iter(said.values()), None)
+
+
+def scheduler_of(
+    file: JsonFile, note: WeightsNote, *, prediction: str | None, zero_snr: bool, is_own: bool = True
+) -> JsonFile:
+    """A scheduler's configuration in which prediction and zero terminal SNR are what all sources agree on.
+
+    Args:
+        note: what the weights say.
+        prediction, zero_snr: what the user says; None and False: nothing.
+        is_own: whether the configuration is the model's own, and not that of another model of the same architecture,
+            which counts only where nothing else is said.
+
+    Raises:
+        VdiffError: they contradict each other, or an ε-prediction is to have zero terminal SNR.
+    """
+    word, flag = file.values.get("prediction_type"), file.flag("rescale_betas_zero_snr", False)
+    of_file = next((ours for ours, theirs in PREDICTIONS.items() if theirs == word), None)
+    said = {note.where: note.prediction, f"--prediction {prediction}": prediction, file.where: is_own and of_file}
+    values = dict(file.values)
+    if (kind := agreed({source: each for source, each in said.items() if each})) is not None:
+        values["prediction_type"] = PREDICTIONS[kind]
+    # diffusers writes false into every scheduler that has the field: that says nothing
+    rescaled = note.zero_snr or zero_snr or (is_own and flag)
+    if rescaled or "rescale_betas_zero_snr" in values:
+        values["rescale_betas_zero_snr"] = rescaled
+    if rescaled and values.get("prediction_type", "epsilon") == "epsilon":
+        raise VdiffError(
+            f"{file.where}: zero terminal SNR with an eps-prediction, which says nothing at the last level",
+            "find out what the model predicts, and give --prediction v if it is v",
+        )
+    return JsonFile(file.where, values)
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """A pipeline that was read, and its description as a checkpoint.
+
+    Attributes:
+        root: the pipeline's folder.
+        unet: the state of its UNet, in the precision of the file.
+    """
+
+    root: Path
+    unet: Mapping[str, Tensor]
+    config: CheckpointConfig
+
+    def write(self, folder: Path, config: CheckpointConfig, *, copy: bool, overwrite: bool) -> None:
+        """Write the UNet as a checkpoint that names the folder of the other parts, or has copies of them.
+
+        Raises:
+            VdiffError: something is in the way, or the file system refuses.
+        """
+        with new_folder(folder, IMPORTED_MODEL, overwrite=overwrite) as temporary:
+            parts = self.root
+            if copy:
+                parts = temporary / COPIED
+                with writing(parts):
+                    for path in files_of(self.root):
+                        place = parts / path.relative_to(self.root)
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(path, place)
+            components = {"path": str(parts), "fingerprint": components_fingerprint(parts)}
+            weights = {f"network.unet.model.{name}": tensor for name, tensor in self.unet.items()}
+            save_checkpoint(temporary, weights, replace(config, components=components))
+
+
+def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, prediction: str) -> StableDiffusion:
+    """Read a pipeline of Stable Diffusion.
+
+    Args:
+        name: what the checkpoint keeps of where it came from.
+        index: of a class of `PIPELINES`.
+
+    Raises:
+        VdiffError: a part is missing, damaged, or of a kind that cannot be used.
+    """
+    unet, weights = read_unet(root / "unet", index)
+    settings: Any = unet.model.config
+    size = settings.sample_size
+    shape = [unet.signature.channels, *((size, size) if isinstance(size, int) else size or ())]
+    if len(shape) != 3:
+        raise VdiffError(f"{root / 'unet' / CONFIG} has no sample_size", "add it: pixels of a side, divided by 8")
+    network = read_network(root, index, unet)
+    picture_shape((shape[0], shape[1], shape[2]), root)
+    Autoencoder.read(root)
+    config = CheckpointConfig(
+        backbone={"kind": TEXT, "config": network.describe()},
+        sample_shape=shape,
+        codec=LATENTS.name,
+        schedule=schedule.to_dict(),
+        prediction=prediction,
+        num_timesteps=min(STEPS, schedule.label_scale),
+        method="base",
+        weights="raw",
+        num_iters=0,
+        target_iters=0,
+        num_images=0,
+        dataset=f"{IMPORTED}diffusers/{name}",
+        dataset_fingerprint="",
+    )
+    return StableDiffusion(root, weights, config)
+
+
+def read_unet(folder: Path, index: JsonFile) -> tuple[DiffusersBackbone, dict[str, Tensor]]:
+    """The UNet in a folder, without memory for its weights, and its weights in the precision of their file."""
+    if index.get("unet") != ["diffusers", TEXT_UNET]:
+        raise index.refusal("unet", f"only {TEXT_UNET} of diffusers can be read")
+    file = JsonFile.read(folder / CONFIG, DAMAGED)
+    for key in ("time_cond_proj_dim", "num_class_embeds", "class_embed_type", "encoder_hid_dim"):
+        if file.get(key) is not None:
+            raise file.refusal(key, "a UNet with other inputs than noise, time and text cannot be read")
+    values = {key: value for key, value in file.values.items() if not key.startswith("_")}
+    with explained(f"{file.where} describes no {TEXT_UNET}", DAMAGED, Exception), torch.device("meta"):
+        unet = build_diffusers({"class": TEXT_UNET, "config": values})
+        shapes = {name: tuple(tensor.shape) for name, tensor in unet.model.state_dict().items()}
+    weights = read_weights(weights_files(folder), shapes, ignored=KEYS)
+    return unet, weights
+
+
+def read_network(root: Path, index: JsonFile, unet: DiffusersBackbone) -> TextBackbone:
+    """The network of a pipeline, of its UNet and the text encoders and tokenizers in its folder."""
+    kind = str(index.values["_class_name"])
+    if index.get("requires_aesthetics_score", False):
+        raise index.refusal("requires_aesthetics_score", "a refiner cannot be read: import the base model")
+    for part in (*PIPELINES[kind], VAE, *TOKENIZERS[: len(PIPELINES[kind])]):
+        if not (root / part).is_dir():
+            raise VdiffError(f"{root / part} is missing", f"a {kind} needs it: copy or download the pipeline again")
+    encoders = [read_encoder(root, part) for part in PIPELINES[kind]]
+    tokenizers = Tokenizers.read(root)
+    known: Any = [encoder.config for encoder in encoders]
+    for tokenizer, config in zip(tokenizers.parts, known, strict=True):
+        if len(tokenizer) > config.vocab_size:
+            raise VdiffError(
+                f"a tokenizer of {root} knows {len(tokenizer)} tokens, its text encoder {config.vocab_size}", DAMAGED
+            )
+    settings: Any = unet.model.config
+    width, takes = sum(config.hidden_size for config in known), settings.cross_attention_dim
+    if width != takes:
+        raise VdiffError(f"the UNet of {root} takes text of {takes} channels, its text encoders give {width}", DAMAGED)
+    zero_empty = index.flag("force_zeros_for_empty_prompt", POOLED in unet.signature.names)
+    empty = tokenizers.tokens([""])[0].tolist()
+    return TextBackbone(unet, encoders, empty_tokens=empty, zero_empty=zero_empty)
+
+
+def preflight(config: CheckpointConfig, spacing: str) -> str:
+    """`v-prediction, zero terminal SNR, trailing, 1000 levels, latents 4×128×128, two text encoders`.
+
+    Args:
+        spacing: of the timesteps in the pipeline's own scheduler.
+    """
+    encoders = len(config.network_config["text_encoders"])
+    return ", ".join([
+        f"{'ε' if config.prediction == 'eps' else config.prediction}-prediction",
+        *(["zero terminal SNR"] if config.schedule.get("zero_snr") else []),
+        spacing,
+        f"{config.levels} levels",
+        f"latents {'×'.join(map(str, config.shape))}",
+        "two text encoders" if encoders == 2 else "one text encoder",
+    ])  # fmt: skip
+
+
+@contextmanager
+def converted(file: Path, folder: Path, pipeline: str | None) -> Iterator[Path]:
+    """A pipeline's folder of a single file of weights, for the time of the block; it lies beside `folder`.
+
+    Args:
+        pipeline: a folder or a name of the hub with the configurations and tokenizers; None: those of the family.
+
+    Raises:
+        VdiffError: no configurations can be had, or the file does not fit them.
+    """
+    like = _configurations(file, pipeline)
+    index = JsonFile.read(like / INDEX, DAMAGED)
+    kind = index.word("_class_name", "", list(PIPELINES))
+    place = folder.with_name(f"{folder.name}.converted")
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+    with locked(place):  # removes what a killed import left
+        try:
+            with (
+                text_libraries(),
+                explained(f"{file} does not fit the configurations in {like}", GIVE_PIPELINE, Exception),
+            ):
+                import diffusers
+
+                options = {"config": str(like), "local_files_only": True, "feature_extractor": None}
+                whole = getattr(diffusers, kind).from_single_file(str(file), **options)
+                with writing(temporary):
+                    whole.save_pretrained(temporary)
+            yield temporary
+        finally:
+            remove(temporary)
+
+
+def _configurations(file: Path, pipeline: str | None) -> Path:
+    """The folder with the configurations and tokenizers of a single file of weights."""
+    if pipeline is not None:
+        return find(pipeline, DESCRIPTIONS)[0]
+    shapes = read_shapes(file)
+    widths = [shapes[name][1] for k in (1, 4) if (name := TEXT_KEY.format(k)) in shapes]
+    if not widths or widths[0] not in HUB_NAMES:
+        raise VdiffError(f"{file} holds no Stable Diffusion 1.5, 2 or XL", GIVE_PIPELINE)
+    try:
+        return fetch(HUB_NAMES[widths[0]], DESCRIPTIONS)
+    except VdiffError as error:
+        raise VdiffError(f"{file} needs the configurations of {error.cause}", GIVE_PIPELINE) from None

@@ -1,0 +1,90 @@
+"""What a text-to-image model needs around its sampling loop: prompts become tokens, and latents become pictures."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vdiff.models.autoencoder import Autoencoder, picture_shape
+from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.codec import LATENTS
+from vdiff.models.components import check_components
+from vdiff.models.condition import TIME_IDS, TOKENS, Condition
+from vdiff.models.tokenizing import Tokenizers
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """The tokenizers and the autoencoder of a text-to-image model.
+
+    Attributes:
+        shape: (3, H, W) of its pictures.
+        autoencoder: None for a model of pixels.
+    """
+
+    tokenizers: Tokenizers
+    shape: tuple[int, ...]
+    autoencoder: Autoencoder | None
+
+    @classmethod
+    def read(
+        cls,
+        config: CheckpointConfig,
+        device: str | torch.device = "cpu",
+        *,
+        components: Path | None = None,
+        vae: Path | None = None,
+    ) -> Prompting:
+        """Those of a model, from the folder of its components.
+
+        Args:
+            components: where the components lie instead of the folder that the model names.
+            vae: the folder of another autoencoder.
+
+        Raises:
+            VdiffError: a folder is missing, or is another one than the model names.
+        """
+        folder = Path(check_components(config.components, components)["path"])
+        place = vae or folder
+        is_latent = config.codec == LATENTS.name
+        shape = picture_shape((config.shape[0], config.shape[1], config.shape[2]), place) if is_latent else config.shape
+        return cls(Tokenizers.read(folder), shape, Autoencoder.read(place, device) if is_latent else None)
+
+    def condition(self, takes: Sequence[str], prompts: Sequence[str], negative_prompt: str = "") -> Condition:
+        """The condition of pictures of whole, uncropped size.
+
+        Args:
+            takes: the names of conditions that the network takes.
+            negative_prompt: what guidance moves away from; with "" that is the prompt that the network knows as none.
+        """
+        tokens = self.tokenizers.tokens([*prompts, negative_prompt])
+        height, width = self.shape[1:]
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(len(prompts), 6)
+        known = {TOKENS: tokens[:-1], **({TIME_IDS: sizes} if TIME_IDS in takes else {})}
+        return Condition(known, {TOKENS: tokens[-1]})
+
+    def notes(self, prompts: Sequence[str]) -> list[str]:
+        """A sentence for each prompt that is longer than the text encoders take, with what is cut off."""
+        cut = [(textwrap.shorten(prompt, 60, placeholder=" …"), self.tokenizers.cut(prompt)) for prompt in prompts]
+        longest = self.tokenizers.length
+        return [
+            f"the prompt {prompt!r} has more than {longest} tokens: {end!r} is cut off" for prompt, end in cut if end
+        ]
+
+    def decode(self, x: Tensor, *, check: bool = True) -> Tensor:
+        """Pictures (B, 3, H, W) in [−1, 1] of what was sampled, on the CPU.
+
+        Args:
+            check: refuse pictures that are black or not finite; of intermediate predictions they may be.
+
+        Raises:
+            VdiffError: a picture is not finite, or black.
+        """
+        if self.autoencoder is None:
+            return x.clamp(-1, 1)
+        return self.autoencoder.decode(x, check=check).cpu()
