@@ -150,9 +150,9 @@ def test_gradients_reach_the_network():
 def test_unknown_type_and_wrong_channels_are_refused():
     with pytest.raises(ValueError, match="unknown prediction type 'w', choose from v, x, eps, both"):
         Denoiser(Stub(), CosineSchedule(), "w")
-    with pytest.raises(ValueError, match="both prediction needs 4 output channels, the network has 2"):
+    with pytest.raises(ValueError, match="both prediction needs 4 output channels, but the network has 2"):
         Denoiser(Stub("v"), CosineSchedule(), "both")
-    with pytest.raises(ValueError, match="v prediction needs 2 output channels, the network has 4"):
+    with pytest.raises(ValueError, match="v prediction needs 2 output channels, but the network has 4"):
         Denoiser(Stub("both"), CosineSchedule(), "v")
 
 

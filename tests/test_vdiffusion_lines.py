@@ -61,7 +61,7 @@ def test_from_their_checkpoint_to_a_picture(place):
         "--batch_size 1 --num 1"
     )
     assert (
-        "checkpoint.pt is read as the network of celeba_u: 256 pixels, 4 heads; for others: vdiff iport"
+        "checkpoint.pt is read as the network of celeba_u: 256 pixels, 4 heads; for others: vdiff import"
         in result.stderr
     )
     assert result.stdout.splitlines()[-1] == "picture    images/x.png"

@@ -37,6 +37,7 @@ EXTRAS = {
     "mlflow": (["mlflow"], "--tracker mlflow"),
     "onnx": (["onnx", "onnxruntime", "onnxscript"], "export to ONNX"),
     "s3": (["s3fs"], "tar shards on S3"),
+    "text": (["peft", "transformers"], "text-to-image models and LoRA"),
     "wandb": (["wandb"], "--tracker wandb"),
     "webdataset": (["webdataset", "fsspec"], "tar shards"),
 }
