@@ -479,6 +479,6 @@ def test_the_group_alone_shows_its_help():
 @pytest.mark.usefixtures("place")
 def test_the_first_line_still_says_which_preset_was_taken():
     """Progress before an error is on stderr too; the error is the last line."""
-    result = run(f"{TRAIN} --out file")
+    result = run(f"{TRAIN} --out new --grad_accum 3")
     assert result.stderr.splitlines()[0] == "preset toy, data/toy_4: 4×4×1"
     assert json.loads(Path("checkpoints/original", CONFIG).read_text())["num_iters"] == 4

@@ -159,7 +159,7 @@ def test_a_finished_run_has_nothing_to_resume(data, whole):
     watcher = Watcher()
     found = run_training(train_config(data), whole, resume=True, reporter=watcher)
     assert contents(whole) == before
-    assert watcher.lines == [f"{whole} is finished already: 6 updates"]
+    assert watcher.lines == [f"{whole} is finished already: 6 updates; --resume with more --num_iters trains it longer"]
     assert found == read_config(whole)
 
 

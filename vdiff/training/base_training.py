@@ -15,6 +15,7 @@ from vdiff.errors import Interrupted, VdiffError
 from vdiff.models.adapters import add_adapter
 from vdiff.models.checkpoint import CheckpointConfig, load_base, read_config
 from vdiff.models.denoiser import Denoiser
+from vdiff.records import STATE
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
 from vdiff.training.base import describe
@@ -77,7 +78,8 @@ def training(
             check_same_run(folder, config, resolve(TrainConfig, recorded_layer(TrainConfig, folder)))
             found = recorded(folder)
             if found and found.is_finished and found.num_iters >= config.num_iters:
-                reporter.line(f"{folder} is finished already: {found.num_iters} updates")
+                longer = "; --resume with more --num_iters trains it longer" * (folder / STATE).is_file()
+                reporter.line(f"{folder} is finished already: {found.num_iters} updates{longer}")
                 if engine.is_main:
                     settle(folder, config, found.num_iters)
                 return

@@ -70,10 +70,11 @@ def check_new(folder: Path, *, overwrite: bool) -> None:
     if not overwrite and not is_free(folder) and RUN.files(folder):
         found = recorded(folder)
         done = f"{found.num_iters} of {found.target_iters} updates" if found else "no checkpoint yet"
-        resume = "" if found and found.is_finished else "--resume to continue, "
-        raise VdiffError(
-            f"{folder} exists already ({done})", f"give {resume}another --name or --out to keep both, or --overwrite"
-        )
+        is_over = found is not None and found.is_finished
+        resume = "" if is_over else "--resume to continue, "
+        longer = "--resume with more --num_iters, " if is_over and (folder / STATE).is_file() else ""
+        hint = f"give {resume}another --name or --out to keep both, {longer}or --overwrite"
+        raise VdiffError(f"{folder} exists already ({done})", hint)
     check_free(folder, RUN, overwrite=True)
 
 
