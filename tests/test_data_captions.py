@@ -45,7 +45,7 @@ def write_store(folder: Path, captions: Sequence[str], tars: bool = False) -> An
 
 
 def batches(store: AnyStore, count: int, start: int = 0, batch_size: int = 6, **options: object) -> list[Batch]:
-    opened = open_batches(store, image_size=4, batch_size=batch_size, flip=False, **{"seed": 0, **options})
+    opened = open_batches(store, batch_size=batch_size, flip=False, **{"seed": 0, "image_size": 4, **options})
     with closing(opened.start_at(start)) as found:
         return list(islice(found, count))
 

@@ -41,7 +41,7 @@ COUNT = 60
 
 
 def photos(root: Path, count: int = COUNT) -> Path:
-    """Images in three classes, and some files that are none."""
+    """Images in three classes, most of them with a caption, and some files that are none."""
     for index in range(count):
         path = root / "abc"[index * 3 // count] / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +49,8 @@ def photos(root: Path, count: int = COUNT) -> Path:
         PIL.Image.fromarray(pixels).save(path)
         if index % 7 == 3:
             path.with_suffix(".bad.png").write_text("text")
+        if index % 5:
+            path.with_suffix(".txt").write_text(f"photo {index}\n")
     return root
 
 

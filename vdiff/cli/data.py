@@ -11,7 +11,7 @@ import click
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import CONTEXT, Command, Program, option, project_option, switch
 from vdiff.cli.prepare import counted, cpu_cores
-from vdiff.errors import VdiffError, shell
+from vdiff.errors import VdiffError, printable, shell
 from vdiff.projects import Project
 from vdiff.text import megabytes, plural, quantity
 
@@ -92,8 +92,8 @@ def verify(dataset: str | None, project: Project, num_workers: int | None, json:
 def show(
     dataset: str | None, project: Project, out: Path | None, image_size: int | None, columns: int, rows: int
 ) -> None:
-    """Draw a contact sheet of DATASET, with a row for each class."""
-    from vdiff.data.datasets import sheet
+    """Draw a contact sheet of DATASET, with a row for each class; print some of its captions."""
+    from vdiff.data.datasets import SHOWN_CAPTIONS, sheet, some_captions
     from vdiff.data.images import PICTURE, save_png
     from vdiff.replacing import check_free, locked
 
@@ -105,7 +105,8 @@ def show(
     with locked(out):
         check_free(out, PICTURE, overwrite=True)
         save_png(sheet(opened, size=image_size, columns=columns, max_rows=rows), out)
-    Console().result(str(out))
+    captions = some_captions(opened, SHOWN_CAPTIONS)
+    Console().result(str(out), *(f"{name:>9}  {printable(caption)}" for name, caption in captions))
 
 
 @command.command(
@@ -147,11 +148,16 @@ def _rows(values: dict[str, Any]) -> list[str]:
     """The facts as rows."""
     counts = values.pop("counts")
     classes = values.pop("classes", None) or dict.fromkeys(values["class_names"])
-    values.pop("class_names")
+    names, repeats = values.pop("class_names"), values.pop("repeats")
     rows = {key: value for key, value in values.items() if value not in ("", None)}
     rows["images"] = f"{values['images']:,}"
     rows["sizes"] = ", ".join(map(str, values["sizes"]))
     rows["bytes"] = f"{megabytes(values['bytes'])} ({quantity(values['bytes'] / max(values['images'], 1))}B an image)"
+    if captions := counts.get("captions"):
+        without = values["images"] - captions
+        rows["captions"] = f"{captions:,} images have one" + (f", {without:,} have none" if without else "")
+    if repeats:
+        rows["repeats"] = ", ".join(f"{name} {count}" for name, count in zip(names, repeats, strict=True))
     for key in ("skipped", "ignored", "converted"):
         if counts.get(key):
             rows[key] = counted(counts[key])

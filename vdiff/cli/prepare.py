@@ -68,6 +68,7 @@ class RangeType(click.ParamType):
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",
         "python prepare_data.py photos.zip --crop pad --background black",
+        "python prepare_data.py photos --captions captions.jsonl",
         "python prepare_data.py cifar10      # from torchvision: --root, or downloaded",
         "python prepare_data.py hf:huggan/flowers-102-categories --size 64",
         "python prepare_data.py photos --out data/photos.tar     # tar shards",
@@ -136,6 +137,29 @@ class RangeType(click.ParamType):
     metavar="NAME",
     show_default="the one with classes; label",
     help="Column of the classes in an hf: set, metadata.csv or .jsonl; none = no classes.",
+)
+@option(
+    "--captions",
+    group="Captions",
+    default="",
+    metavar="FILE|none",
+    show_default="what lies beside the images",
+    help="A .csv, .jsonl or .parquet with the columns file_name and text; names are relative to the top folder.",
+)
+@option(
+    "--caption_column",
+    group="Captions",
+    default="",
+    metavar="NAME",
+    show_default="text, else caption",
+    help="The column of captions, of an hf: set or in such a file.",
+)
+@switch("--only_captioned", group="Captions", help="Leave out images without a caption, and count them.")
+@switch(
+    "--repeats",
+    group="Captions",
+    help="Folders called N_name, such as 10_dog: training shows their images N times in an epoch; the name is the "
+    "class, and the caption of images without one.",
 )
 @option(
     "--crop",
@@ -215,6 +239,10 @@ def command(
     split: str,
     image_column: str,
     label_column: str,
+    captions: str,
+    caption_column: str,
+    only_captioned: bool,
+    repeats: bool,
     crop: str,
     crop_scale: float | None,
     seed: int | None,
@@ -234,9 +262,10 @@ def command(
     (cifar10, mnist, svhn, celeba, flowers102, imagenet, lsun …) or hf:NAME for one of the Hugging Face hub.
 
     Classes come from dataset.json (EDM, StyleGAN) or metadata.csv or .jsonl (Hugging Face) beside the images, else from
-    subfolders if every image is in one. vdiff's own pictures and samples are skipped. EXIF orientation and colour
-    profiles are applied, transparent images are placed on the background, and the first frame of animations is used.
-    Files that cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
+    subfolders if every image is in one. Captions come from .txt or .caption files of the images' names, or the column
+    text of a metadata file. vdiff's own pictures and samples are skipped. EXIF orientation and colour profiles are
+    applied, transparent images are placed on the background, and the first frame of animations is used. Files that
+    cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
     interruption the same command continues.
     """
     from vdiff.data.conversion import ConversionConfig
@@ -244,7 +273,8 @@ def command(
     from vdiff.data.source import SourceOptions
     from vdiff.data.sources import open_source
 
-    source = open_source(path, SourceOptions(root, split, image_column, label_column))
+    options = SourceOptions(root, split, image_column, label_column, captions, caption_column, only_captioned, repeats)
+    source = open_source(path, options)
     usual = source.defaults
     image_format = image_format or usual.image_format
     if quality is not None and image_format != "jpeg":
@@ -326,6 +356,8 @@ def summary(report: Report, part: Part | None = None, project: Project | None = 
     rows = [("written", f"{report.images} images{classes}, size {sizes}, to {report.path}")]
     if report.class_names:
         rows.append(("classes", few(report.class_names)))
+    if report.captions:
+        rows.append(("captions", f"{report.captions} of {report.images} images have one"))
     if report.kept:
         rows.append(("kept", f"{report.kept} of them from an earlier run"))
     if report.skipped:

@@ -71,14 +71,16 @@ class BatchPlan:
     """Which images make up each batch, and which of them are mirrored: pure functions of seed and step.
 
     Position p = step · batch_size + i of the endless stream is image `permutation(seed, p // n)[p % n]`: every epoch
-    shows each of the n images once, and batches run across the borders of epochs. Flips depend on (seed, step, i), what
+    shows each of the n images once, and batches run across the borders of epochs. Where `rows` are given, the n places
+    of an epoch show the images `rows`. Flips depend on (seed, step, i), what
     becomes of a caption on (seed, p).
     """
 
-    def __init__(self, *, length: int, batch_size: int, seed: int, flip: bool) -> None:
+    def __init__(self, *, length: int, batch_size: int, seed: int, flip: bool, rows: np.ndarray | None = None) -> None:
+        length = length if rows is None else len(rows)
         if length < 1 or batch_size < 1 or seed < 0:
             raise ValueError(f"length {length}, batch_size {batch_size}, seed {seed}; need at least 1, 1 and 0")
-        self.length, self.batch_size, self.seed, self.flip = length, batch_size, seed, flip
+        self.length, self.batch_size, self.seed, self.flip, self.rows = length, batch_size, seed, flip, rows
 
     def indices(self, step: int) -> np.ndarray:
         """(B,) int64: the images of batch `step`."""
@@ -89,7 +91,8 @@ class BatchPlan:
             part = self.permutation(epoch)[offset : offset + left]
             parts.append(part)
             first, left = first + len(part), left - len(part)
-        return np.concatenate(parts)
+        places = np.concatenate(parts)
+        return places if self.rows is None else self.rows[places]
 
     def flips(self, step: int) -> np.ndarray:
         """(B,) bool: which images of batch `step` are mirrored."""
@@ -104,6 +107,14 @@ class BatchPlan:
     def permutation(self, epoch: int) -> np.ndarray:
         """(n,) int64: the order of epoch `epoch`."""
         return _permutation(self.length, self.seed, _ORDER, epoch)
+
+
+def repeated_rows(store: AnyStore) -> np.ndarray | None:
+    """Image k as often as an epoch shows it, in order of k; None: once each."""
+    if not store.meta.repeats or not isinstance(store, ImageStore):
+        return None
+    labels = [store.label(index) or 0 for index in range(len(store))]
+    return np.repeat(np.arange(len(store)), np.array(store.meta.repeats)[labels])
 
 
 def _generator(*words: int) -> np.random.Generator:
@@ -266,7 +277,8 @@ class _StoredBatches:
             what = f"a batch of {batch_size} cannot be shared equally by {world_size} processes"
             raise VdiffError(what, f"give --batch_size a multiple of {world_size}")
         size = batch_size // world_size
-        self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip)
+        rows = repeated_rows(store)
+        self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip, rows=rows)
         self.share = slice(rank * size, (rank + 1) * size)  # this process's part of each global batch
         self.shape = (size, store.meta.channels, image_size, image_size)
         self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory

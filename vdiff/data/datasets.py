@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 COUNTED = ("skipped", "converted")
 SHOWN_PROBLEMS = 20
+SHOWN_CAPTIONS = 10
 SHEET_IMAGES = 2_000  # most images of tar shards to read for a contact sheet
 
 
@@ -180,7 +181,7 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     import torch
 
     from vdiff.data.batches import decode
-    from vdiff.data.images import captioned_grid
+    from vdiff.data.images import captioned_grid, labelled_grid
     from vdiff.models.codec import from_uint8
 
     def tensor(encoded: bytes) -> Tensor:
@@ -189,13 +190,18 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     side = size or dataset.meta.sizes[-1]
     _check_images(dataset, side)
     names, channels, titles = dataset.meta.class_names, dataset.meta.channels, None
-    of_class: dict[int | None, list[Callable[[], bytes]]] = {}
+    of_class: dict[int | None, list[Callable[[], tuple[bytes, str]]]] = {}
     if isinstance(dataset, ImageStore):
+
+        def stored(index: int) -> tuple[bytes, str]:
+            return dataset.encoded(side, index), dataset.caption(index)
+
         for index in range(len(dataset)):
-            of_class.setdefault(dataset.label(index), []).append(partial(dataset.encoded, side, index))
+            of_class.setdefault(dataset.label(index), []).append(partial(stored, index))
     else:
-        for _, images, label, _ in islice(dataset.stretch(0, len(dataset)), SHEET_IMAGES):
-            of_class.setdefault(label, []).append(partial(bytes, images[side]))
+        for image in islice(dataset.stretch(0, len(dataset)), SHEET_IMAGES):
+            read = (image.images[side], image.caption)
+            of_class.setdefault(image.label, []).append(partial(lambda read: read, read))
     if names:
         shown = [names.index(name) for name in _spread(names, max_rows)]
         rows = [_spread(of_class.get(label, []), columns) for label in shown]
@@ -203,10 +209,26 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     else:
         chosen = _spread(of_class[None], columns * max_rows)
         rows = [chosen[start : start + columns] for start in range(0, len(chosen), columns)]
-    blank = torch.ones(channels, side, side)
-    cells = [[tensor(get()) for get in row] + [blank] * (columns - len(row)) for row in rows]
+    blank = torch.ones(channels, side, side), ""
+    found = [[(tensor(encoded), caption) for encoded, caption in (get() for get in row)] for row in rows]
+    cells = [row + [blank] * (columns - len(row)) for row in found]
     title = printable(f"{dataset.meta.name}: {len(dataset):,} images of {side} pixels")
-    return captioned_grid(cells, [""] * columns, titles, title)
+    if dataset.meta.num_captions:
+        images, captions = zip(*(cell for row in cells for cell in row), strict=True)
+        words = [printable(caption.partition("\n")[0]) for caption in captions]
+        return labelled_grid(torch.stack(images), words, columns, title=title)
+    return captioned_grid([[image for image, _ in row] for row in cells], [""] * columns, titles, title)
+
+
+def some_captions(dataset: AnyStore, count: int) -> list[tuple[str, str]]:
+    """The name and the first caption of some images that have one: spread over the dataset, of tars the first."""
+    if not dataset.meta.num_captions:
+        return []
+    if isinstance(dataset, ImageStore):
+        named = ((str(index), dataset.caption(index)) for index in _spread(range(len(dataset)), SHEET_IMAGES))
+    else:
+        named = ((image.name, image.caption) for image in islice(dataset.stretch(0, len(dataset)), SHEET_IMAGES))
+    return _spread([(name, caption.partition("\n")[0]) for name, caption in named if caption], count)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -229,7 +251,9 @@ def merge(
     parts = in_order([open_dataset(path) for path in paths])
     whole = replace(parts[0].meta, shard="", counts={}, fingerprint="")
     counts = {key: sum((Counter(part.meta.counts[key]) for part in parts), Counter[str]()) for key in COUNTED}
-    sums = {key: dict(sorted(joined.items())) for key, joined in counts.items()}
+    sums: dict[str, Any] = {key: dict(sorted(joined.items())) for key, joined in counts.items()}
+    if captions := sum(part.meta.num_captions for part in parts):
+        sums["captions"] = captions
     # every part listed all files, so the ignored ones are the same in all
     sums |= {"images": sum(part.meta.counts["images"] for part in parts), "ignored": parts[0].meta.counts["ignored"]}
     with new_folder(out, DATASET, overwrite=overwrite) as folder:

@@ -25,18 +25,23 @@ from vdiff.data.image_files import MAX_FILE_BYTES, UnreadableImageError, check_b
 from vdiff.data.labels import (
     EDGE_BYTES,
     LABEL_FILES,
+    LABELS_FILE,
     MARK,
+    NO_CAPTIONS,
     SAMPLES_FILE,
+    TABLES,
     clean_name,
+    read_captions,
     read_labels,
     record_of_samples,
+    suffix_of,
 )
 from vdiff.data.listing import OWN_PICTURES, SPLITS, Item, ListingWriter, key_of
-from vdiff.data.source import Defaults, Sample, Source, SourceOptions
+from vdiff.data.source import CAPTION_OPTIONS, Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import DATA_FILE, JOB_FILE, PARTIAL_SUFFIX, ImageStore, is_lmdb
 from vdiff.data.tar_files import is_tar, members
 from vdiff.errors import OptionError, VdiffError, explained
-from vdiff.files import write_whole
+from vdiff.files import check_regular, write_whole
 
 MAX_RATIO = 100
 """How many times smaller a compressed tar of pictures may be; packed pictures hardly shrink."""
@@ -65,7 +70,8 @@ class _OnDisk(Source):
         """The path, for a file also its size and time; which part of it was asked for."""
         status = self.root.stat()
         of_file = {} if self.root.is_dir() else {"bytes": status.st_size, "modified": status.st_mtime_ns}
-        asked = {key: value for key in ("split", "label_column") if (value := getattr(self.options, key))}
+        keys = ("split", "label_column", "captions", "caption_column", "only_captioned", "repeats")
+        asked = {key: value for key in keys if (value := getattr(self.options, key))}
         return {"path": str(self.root.resolve()), **of_file, **asked}
 
     def _damage_explained(self, *kinds: type[Exception]) -> AbstractContextManager[None]:
@@ -94,7 +100,9 @@ class _Files(_OnDisk):
 
     def fill(self, listing: ListingWriter) -> None:
         """All files but vdiff's own pictures, with their classes where label files give them."""
-        listing.split = self.options.split
+        options = self.options
+        listing.split, listing.only_captioned = options.split, options.only_captioned
+        listing.has_repeats = options.repeats
         labels, samples, sheets = [], [], []
         for name, place in self._files():
             item, (folder, _, base) = Item(name, place=place), name.rpartition("/")
@@ -107,20 +115,36 @@ class _Files(_OnDisk):
             elif base == DATA_FILE:
                 listing.ignore("datasets")
                 sheets.append(f"{folder}.png")
+            elif base.lower().endswith((".txt", ".caption")) and not options.captions:
+                listing.add_text(name, place)
             else:
                 listing.add_file(name, place)
                 if base == SAMPLES_FILE and record_of_samples(self._text(item)):
                     samples.append(folder)
         if listing.leave_out_own(samples, sheets):
             labels = [item for item in labels if not item.name.startswith(tuple(f"{folder}/" for folder in samples))]
-        column, told = self.options.label_column, False
+        column, told = options.label_column, False
+        has_captions = self._read_list(listing) if options.captions else False
         for item in sorted(labels, key=lambda item: item.name):
-            found = None if column == "none" else read_labels(item.name, self._text(item), column)
-            if found is None:
-                listing.add_file(item.name)
-            else:
-                listing.add_labels(item.name.rpartition("/")[0], found)
+            data, (folder, _, base) = self._text(item), item.name.rpartition("/")
+            found = None if column == "none" else read_labels(item.name, data, column)
+            captions = None
+            if not options.captions and base != LABELS_FILE:
+                captions = read_captions(item.name, data, options.caption_column)
+            if found is not None:
+                listing.add_labels(folder, found)
                 told = True
+            if captions is not None:
+                listing.add_captions(folder, captions, item.name)
+                has_captions = True
+            if found is None and captions is None:
+                listing.add_file(item.name)
+        listing.read_texts(self._caption)
+        if options.caption_column and not has_captions:
+            raise OptionError(
+                f"--caption_column {options.caption_column}: {self.root} has no such column in a metadata file",
+                "leave it out, or give the file with --captions FILE",
+            )
         if column == "none":
             listing.class_names = ()
         elif column and not told:
@@ -153,6 +177,34 @@ class _Files(_OnDisk):
                 file.seek(max(num_bytes - EDGE_BYTES, 0), os.SEEK_CUR)
             return file.read(min(num_bytes, EDGE_BYTES))
         return b""
+
+    def _read_list(self, listing: ListingWriter) -> bool:
+        """Take the captions that `--captions FILE` lists; answers whether there is such a file."""
+        options, flag = self.options, f"--captions {self.options.captions}"
+        if options.captions == "none":
+            return False
+        if suffix_of(options.captions) not in TABLES:
+            raise OptionError(f"{flag} is none of {', '.join(TABLES)}", "give a table with file_name and text")
+        with explained(f"{flag} cannot be read", "give a .csv, .jsonl or .parquet file", OSError, ValueError):
+            check_regular(Path(options.captions))
+            data = Path(options.captions).read_bytes()
+        captions = read_captions(options.captions, data, options.caption_column)
+        if not captions:
+            need = f"file_name and {options.caption_column or 'text'}"
+            raise OptionError(f"{flag} has no captions: it needs the columns {need}", "see --caption_column")
+        root = f"{self.root.as_posix()}/"
+        captions = [(name.removeprefix(root), caption) for name, caption in captions]
+        if not listing.add_captions("", captions, options.captions):
+            shown = clean_name(captions[0][0])
+            raise OptionError(f"{flag} names none of the images: {shown}", "names are relative to the top folder")
+        return True
+
+    def _caption(self, item: Item) -> str:
+        """The captions in a text beside an image."""
+        try:
+            return self._text(item).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise VdiffError(f"{self.root}: {item.name} is not UTF-8", NO_CAPTIONS) from None
 
     def _text(self, item: Item) -> bytes:
         with explained(f"{self.root}: cannot read {item.name}", "mend it, or move it away", UnreadableImageError):
@@ -271,7 +323,7 @@ class Tar(_Files):
 class Dataset(_OnDisk):
     """A prepared dataset, ours or a rosinality-style LMDB: its largest images once more."""
 
-    unknown_options = ("image_column", "split", "label_column")
+    unknown_options = ("image_column", "split", "label_column", *CAPTION_OPTIONS)
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
         super().__init__(path, options)
@@ -288,7 +340,7 @@ class Dataset(_OnDisk):
         """All images in the dataset's order, with its classes."""
         listing.class_names = self.store.meta.class_names
         for index in range(len(self.store)):
-            listing.add(index, self.store.label(index))
+            listing.add(index, self.store.label(index), self.store.caption(index))
 
     def read(self, item: Item) -> Sample:
         """The encoded image."""
@@ -315,7 +367,7 @@ def is_tar_file(path: Path) -> bool:
 class Npz(_OnDisk):
     """`arr_0` (N, H, W, C) uint8 and, where there are classes, `arr_1` (N,), as sample.py and ADM write samples."""
 
-    unknown_options = ("image_column", "split", "label_column")
+    unknown_options = ("image_column", "split", "label_column", *CAPTION_OPTIONS)
     advice = "give an npz of samples, or images in a folder"
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:

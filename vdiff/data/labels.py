@@ -1,20 +1,25 @@
-"""Classes from a label file beside the images, and the mark of vdiff's own pictures."""
+"""Classes and captions from a file beside the images, and the mark of vdiff's own pictures."""
 
 from __future__ import annotations
 
 import csv
 import io
+import posixpath
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, printable
 from vdiff.files import parse
+from vdiff.text import cause_of
 
 LABELS_FILE = "dataset.json"
 SAMPLES_FILE = "samples.json"
 DO_WITHOUT = "correct it, or give --label_column none to prepare without classes"
+NO_CAPTIONS = "correct it, or give --captions none to prepare without captions"
+CAPTION_COLUMNS = ("text", "caption")
 # written by `save_png` and sample.py's animations as EXIF Software; within the first or last EDGE bytes of a file
 MARK = b"picture by vdiff\0"
 EDGE_BYTES = 512
@@ -51,15 +56,59 @@ def read_labels(place: str, data: bytes, column: str) -> FileLabels | None:
     Raises:
         VdiffError: the file cannot be read, or holds something other than classes.
     """
+    column = column or "label"
+    with _misreading_explained(place, DO_WITHOUT):
+        if place.rpartition("/")[2] == LABELS_FILE:
+            return _edm(data)
+        rows = TABLES[suffix_of(place)](data, ("file_name", column))
+        if not any(column in row for row in rows):
+            return None
+        return FileLabels([(str(row["file_name"]), _class(row.get(column))) for row in rows])
+
+
+def read_captions(place: str, data: bytes, column: str) -> list[tuple[str, str]] | None:
+    """(image, captions, one a line) of the table at `place`; None: it has no column of captions.
+
+    Args:
+        column: that has the captions, a text or a list of texts; empty: the first of `CAPTION_COLUMNS` that is there.
+
+    Raises:
+        VdiffError: it cannot be read, or gives something else than captions.
+    """
+    columns = (column,) if column else CAPTION_COLUMNS
+    with _misreading_explained(place, NO_CAPTIONS):
+        rows = TABLES[suffix_of(place)](data, ("file_name", *columns))
+        rows = [row for row in rows if "file_name" in row]
+        found = next((name for name in columns if any(name in row for row in rows)), None)
+        return None if found is None else [(str(row["file_name"]), caption_in(row.get(found))) for row in rows]
+
+
+def caption_in(value: Any) -> str:
+    """A text, a list of texts or None of a table as captions, one a line. Raises ValueError: it is something else."""
+    texts = [] if value is None else value if isinstance(value, list) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{str(value)[:40]} is no caption, but a value")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the caption {printable(clean_name(text))[:40]} is not UTF-8")
+    return "\n".join(" ".join(text.split()) for text in texts)
+
+
+def suffix_of(place: str) -> str:
+    """The lower-case extension of a path, with its dot."""
+    return posixpath.splitext(place)[1].lower()
+
+
+@contextmanager
+def _misreading_explained(place: str, hint: str) -> Iterator[None]:
     try:
-        return LABEL_FILES[place.rpartition("/")[2]](data, column or "label")
+        yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, csv.Error) as error:
-        raise VdiffError(f"{place} cannot be read: {' '.join(str(error).split())}", DO_WITHOUT) from None
+        raise VdiffError(f"{place} cannot be read: {' '.join(str(error).split())}", hint) from None
 
 
-def _edm(data: bytes, column: str) -> FileLabels | None:
+def _edm(data: bytes) -> FileLabels | None:
     """`{"labels": [["00000/img00000000.png", 3], …]}` of StyleGAN and EDM, also as an object, or null: no classes."""
-    del column
     values = parse(data)
     if not isinstance(values, dict) or "labels" not in values:
         return None
@@ -68,20 +117,33 @@ def _edm(data: bytes, column: str) -> FileLabels | None:
     return FileLabels(list(pairs), names)
 
 
-def _csv(data: bytes, column: str) -> FileLabels | None:
-    """A table with the columns `file_name` and `column`, as image folders of the Hugging Face hub have."""
+def _csv(data: bytes, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+    """A table with a column `file_name`, as image folders of the Hugging Face hub have; else nothing."""
+    del columns
     rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""))
-    return _table(rows, column) if {"file_name", column} <= set(rows.fieldnames or ()) else None
+    return list(rows) if "file_name" in (rows.fieldnames or ()) else []
 
 
-def _jsonl(data: bytes, column: str) -> FileLabels | None:
+def _jsonl(data: bytes, columns: Sequence[str]) -> list[Mapping[str, Any]]:
     """The same as one JSON object a line."""
-    rows = [parse(line) for line in data.splitlines() if line.strip()]
-    return _table(rows, column) if any(column in row for row in rows) else None
+    del columns
+    return [parse(line) for line in data.splitlines() if line.strip()]
 
 
-def _table(rows: Iterable[Mapping[str, Any]], column: str) -> FileLabels:
-    return FileLabels([(str(row["file_name"]), _class(row.get(column))) for row in rows])
+def _parquet(data: bytes, columns: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The same as a Parquet file, of which only these columns are read."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise VdiffError("a .parquet file needs the package pyarrow", "pip install 'vdiff[hf]'") from None
+    try:
+        file = parquet.ParquetFile(io.BytesIO(data))
+        there = [name for name in columns if name in file.schema_arrow.names]
+        rows: list[Mapping[str, Any]] = file.read(columns=there).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(cause_of(error)) from None
+    return rows
 
 
 def _class(label: Any, names: tuple[str, ...] = ()) -> str | None:
@@ -119,8 +181,9 @@ def record_of_samples(data: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) and {"checkpoint", "fingerprint", "sampler"} <= record.keys() else {}
 
 
-LABEL_FILES: dict[str, Callable[[bytes, str], FileLabels | None]] = {
-    LABELS_FILE: _edm,
-    "metadata.csv": _csv,
-    "metadata.jsonl": _jsonl,
+TABLES: dict[str, Callable[[bytes, Sequence[str]], list[Mapping[str, Any]]]] = {
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
 }
+LABEL_FILES = (LABELS_FILE, *(f"metadata{suffix}" for suffix in TABLES))

@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import compress, takewhile
 from pathlib import Path
 from typing import Any
 
+from vdiff.data.captions import clean_caption, has_control_characters
 from vdiff.data.labels import FileLabels, clean_name, in_order
 from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import check_regular, parse
+from vdiff.text import plural
 
 SHOWN_NAMES = 5
 OWN_PICTURES = "drawn by vdiff"
@@ -31,17 +33,19 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a source: its name, its class number if known, and the place of its bytes."""
+    """One image of a source: its name, its class number if known, the place of its bytes, its captions."""
 
     name: str
     label: int | None = None
     place: str = ""
+    caption: str = ""
 
 
 class Listing:
     """Images in order, class names, ignored files by extension, and remarks for the user.
 
-    `fingerprint` = SHA-256 (hex) over names, labels and class names in order.
+    `fingerprint` = SHA-256 (hex) over names, labels, captions and class names in order. `repeats`: how often an epoch
+    shows the images of each class; empty: once.
     """
 
     def __init__(self, database: sqlite3.Connection) -> None:
@@ -51,6 +55,7 @@ class Listing:
         self.class_names: tuple[str, ...] = tuple(values["class_names"])
         self.ignored: dict[str, int] = values["ignored"]
         self.remarks: list[str] = values.get("remarks", [])
+        self.repeats: tuple[int, ...] = tuple(values.get("repeats", ()))
         self.fingerprint: str = values["fingerprint"]
 
     def __len__(self) -> int:
@@ -59,10 +64,10 @@ class Listing:
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         """The images of positions `start` … `stop` − 1."""
         rows = self._database.execute(
-            "SELECT name, label, place FROM images WHERE rowid > ? AND rowid <= ? ORDER BY rowid",
+            "SELECT name, label, place, caption FROM images WHERE rowid > ? AND rowid <= ? ORDER BY rowid",
             (start, len(self) if stop is None else stop),
         )
-        yield from (Item(_decode(name), label, place) for name, label, place in rows)
+        yield from (Item(_decode(name), label, place, caption) for name, label, place, caption in rows)
 
     def close(self) -> None:
         """Close the file."""
@@ -80,12 +85,17 @@ class ListingWriter:
     Attributes:
         class_names: of a source with its own labels; None: label files and folders give the classes.
         split: which of the folders train, val and test above the classes to use; empty: train; `all`: every one.
+        only_captioned: leave out images without a caption.
+        has_repeats: folders called `N_name` hold a class `name`, whose images are shown N times in an epoch.
     """
 
     def __init__(self, path: Path, extensions: Collection[str] = (), *, shuffled: bool = False) -> None:
         self.path, self.extensions, self.shuffled = path, extensions, shuffled
         self.class_names: tuple[str, ...] | None = None
         self.split = ""
+        self.only_captioned = self.has_repeats = False
+        self._repeats: dict[str, int] = {}
+        self._with_control_characters = 0
         self._order: dict[str, None] | None = None
         self._remarks: list[str] = []
         self._ignored = Counter[str]()
@@ -98,7 +108,9 @@ class ListingWriter:
                 "PRAGMA journal_mode = OFF",
                 "PRAGMA synchronous = OFF",
                 "CREATE TABLE found (key BLOB PRIMARY KEY, name BLOB, label INTEGER, place TEXT) WITHOUT ROWID",
-                "CREATE TABLE images (name BLOB, label INTEGER, place TEXT)",
+                "CREATE TABLE images (name BLOB, label INTEGER, place TEXT, caption TEXT)",
+                "CREATE TABLE captions (key BLOB PRIMARY KEY, caption TEXT) WITHOUT ROWID",
+                "CREATE TABLE texts (stem BLOB, suffix TEXT, name BLOB, place TEXT, PRIMARY KEY (stem, suffix))",
                 "CREATE TABLE facts (facts TEXT)",
                 "BEGIN",
             ):
@@ -128,9 +140,53 @@ class ListingWriter:
         """Count ignored files."""
         self._ignored[what] += count
 
-    def add(self, number: int, label: int | None = None) -> None:
-        """Add image `number` of a source with numbered images, and its class if it is known without reading."""
-        self._add(f"{number:012d}", f"{number:07d}", label, "")
+    def add(self, number: int, label: int | None = None, caption: str = "") -> None:
+        """Add image `number` of a source with numbered images, its class if it is known without reading, its captions."""
+        key = f"{number:012d}"
+        self._add(key, f"{number:07d}", label, "")
+        self._add_caption(_encode(key), caption)
+
+    def add_text(self, name: str, place: str) -> None:
+        """Add a file with the captions of the images of the same name, if there are any."""
+        stem, suffix = os.path.splitext(name)
+        row = (_encode(key_of(stem)), suffix.lower(), _encode(name), place)
+        self._database.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", row)
+
+    def read_texts(self, read: Callable[[Item], str]) -> None:
+        """Read the texts beside images that have no caption yet; `.txt` before `.caption`."""
+        self._function("stem", lambda key: os.path.splitext(key)[0])
+        self._execute(
+            "CREATE TEMP TABLE beside AS SELECT found.key AS key, texts.name AS name, texts.place AS place FROM found "
+            "JOIN texts ON texts.stem = stem(found.key) WHERE found.key NOT IN (SELECT key FROM captions) "
+            "ORDER BY suffix DESC, found.key"
+        )
+        for key, name, place in self._database.execute("SELECT key, name, place FROM beside ORDER BY rowid"):
+            self._add_caption(key, read(Item(_decode(name), place=place)))
+        unused = "SELECT suffix, count(*) FROM texts WHERE stem NOT IN (SELECT stem(key) FROM found) GROUP BY suffix"
+        for suffix, count in self._execute(unused):
+            self.ignore(suffix, count)
+
+    def add_captions(self, folder: str, captions: Sequence[tuple[str, str]], what: str) -> bool:
+        """Use the (image, captions) pairs of the table `what` in `folder`; return whether it names any image.
+
+        If it names none, its names may be relative to a folder further down that all images share.
+        """
+        first = self._value("SELECT min(key) FROM found") or b""
+        shared = [_decode(part) for part in first.split(b"\0")[: self._folders()[0]]]
+        missing = list(captions)
+        for depth in range(len(shared) + 1):
+            above = posixpath.join(folder, *shared[:depth])
+            keys = [_key_below(above, name) for name, _ in captions]
+            there = [bool(self._execute("SELECT 1 FROM found WHERE key = ?", (key,))) for key in keys]
+            if any(there):
+                for key, (_, caption) in compress(zip(keys, captions, strict=True), there):
+                    self._add_caption(key, caption)
+                missing = [pair for pair, is_there in zip(captions, there, strict=True) if not is_there]
+                break
+        if missing:
+            count = f"{len(missing)} of {len(captions)} names"
+            self._remarks.append(f"{what}: {count} are those of no image, such as {clean_name(missing[0][0])}")
+        return len(missing) < len(captions)
 
     def add_labels(self, folder: str, labels: FileLabels) -> None:
         """Use the classes of a label file in `folder` for the images that it names; folders then are not classes."""
@@ -138,11 +194,7 @@ class ListingWriter:
             self._order = {}
             self._execute("CREATE TABLE labels (key BLOB PRIMARY KEY, name TEXT) WITHOUT ROWID")
         self._order |= dict.fromkeys(labels.order)
-        rows = [
-            (_encode(key_of(posixpath.join(folder, below))), name)
-            for file, name in labels.pairs
-            if name is not None and not (below := posixpath.normpath(file.replace("\\", "/"))).startswith(("/", "../"))
-        ]
+        rows = [(key, name) for file, name in labels.pairs if name is not None and (key := _key_below(folder, file))]
         self._database.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?)", rows)
 
     def leave_out_own(self, folders: Sequence[str], files: Sequence[str]) -> bool:
@@ -166,6 +218,14 @@ class ListingWriter:
         known before images are read.
         """
         folders = self._choose_split()
+        if self.has_repeats:
+            self._find_repeats(*folders)
+        if self.only_captioned:
+            self._leave_out_uncaptioned()
+            folders = self._folders(folders[0])
+        if self._with_control_characters:
+            what = plural(self._with_control_characters, "caption")
+            self._remarks.append(f"{what} had control characters, which became spaces")
         if self.class_names is not None:
             names = self._used_classes(self.class_names)
         elif self._order is not None:
@@ -174,10 +234,20 @@ class ListingWriter:
             names = self._class_folders(*folders)
         self._function("shuffle", lambda key: hashlib.sha256(key).digest())
         order = "shuffle(key)" if self.shuffled else "key"
-        self._execute("INSERT INTO images SELECT name, label, place FROM found ORDER BY " + order)
-        self._execute("DROP TABLE found")
+        self._execute(
+            "INSERT INTO images SELECT name, label, place, coalesce(caption, '') FROM found LEFT JOIN captions "
+            "USING (key) ORDER BY " + order
+        )
+        for table in ("found", "captions", "texts"):
+            self._execute(f"DROP TABLE {table}")
         self._execute("DROP TABLE IF EXISTS labels")
-        facts = {"class_names": names, "ignored": dict(sorted(self._ignored.items())), "remarks": self._remarks}
+        facts: dict[str, Any] = {
+            "class_names": names,
+            "ignored": dict(sorted(self._ignored.items())),
+            "remarks": self._remarks,
+        }
+        if self._repeats:
+            facts["repeats"] = [self._repeats[name] for name in names]
         facts["fingerprint"], check = _checksums(self._database, json.dumps(facts))
         self._execute("INSERT INTO facts VALUES (?)", (json.dumps({**facts, "check": check}),))
         self._execute("COMMIT")
@@ -188,6 +258,43 @@ class ListingWriter:
     def _add(self, key: str, name: str, label: int | None, place: str) -> None:
         row = (_encode(key), _encode(name), label, place)
         self._database.execute("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", row)
+
+    def _add_caption(self, key: bytes, text: str) -> None:
+        if caption := clean_caption(text):
+            self._with_control_characters += has_control_characters(text)
+            self._database.execute("INSERT OR IGNORE INTO captions VALUES (?, ?)", (key, caption))
+
+    def _leave_out_uncaptioned(self) -> None:
+        before = self._count()
+        self._execute("DELETE FROM found WHERE key NOT IN (SELECT key FROM captions)")
+        left = before - self._count()
+        if left == before:
+            raise OptionError(f"--only_captioned: none of {before} images has a caption", "leave it out")
+        if left:
+            self.ignore("without a caption", left)
+
+    def _find_repeats(self, depth: int, folders: list[bytes], loose: int) -> None:
+        """Take N and the name of each class folder `N_name`; the name is the caption of images without one."""
+        first = self._value("SELECT min(key) FROM found") or b""
+        # a single folder is one that all images share: it is no class, and repeats change nothing
+        shared = [] if folders else first.split(b"\0")[:-1][-1:]
+        if self.class_names is not None or self._order is not None or loose * len(folders) or not (folders or shared):
+            raise OptionError("--repeats: the classes are no folders", "sort all images into folders such as 10_dog")
+        names = {}
+        for folder in folders or shared:
+            shown = clean_name(_decode(folder))
+            number, _, name = shown.partition("_")
+            if not (number.isascii() and number.isdecimal() and len(number) < 5 and int(number) and name.strip()):
+                raise OptionError(f"--repeats: the folder {shown} is not called N_name", "call it 10_dog, for instance")
+            if name in self._repeats:
+                raise OptionError(f"--repeats: two folders give the class {name}", "give it one number of repeats")
+            self._repeats[name] = int(number)
+            names[folder] = name
+        at = depth if folders else depth - 1
+        self._function("name_of", lambda key: names[_folder(key, at)])
+        self._execute("INSERT OR IGNORE INTO captions SELECT key, name_of(key) FROM found")
+        if not folders:
+            self._repeats = {}
 
     def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         return self._database.execute(statement, values).fetchall()
@@ -269,8 +376,11 @@ class ListingWriter:
         if loose or not folders:
             return []
         cleaned = {folder: clean_name(_decode(folder)) for folder in folders}
+        changed = [name for folder, name in cleaned.items() if name != _decode(folder)]
+        if self._repeats:
+            cleaned = {folder: name.partition("_")[2] for folder, name in cleaned.items()}
         names = list(dict.fromkeys(cleaned.values()))
-        if changed := [name for folder, name in cleaned.items() if name != _decode(folder)]:
+        if changed:
             self._remarks.append(f"class names that cannot be printed are written as {few(changed)}")
         numbers = {folder: names.index(name) for folder, name in cleaned.items()}
         self._function("label_of", lambda key: numbers[_folder(key, depth)])
@@ -318,6 +428,12 @@ def key_of(name: str) -> str:
     return "" if hidden else "\0".join(parts)
 
 
+def _key_below(folder: str, name: str) -> bytes:
+    """The key of an image that a file in `folder` names; empty where the name leads out of it."""
+    below = posixpath.normpath(name.replace("\\", "/"))
+    return b"" if below.startswith(("/", "../")) else _encode(key_of(posixpath.join(folder, below)))
+
+
 def few(names: Sequence[str]) -> str:
     """`cat, dog, owl, fox, hen and 7 more`."""
     more = len(names) - SHOWN_NAMES
@@ -327,8 +443,11 @@ def few(names: Sequence[str]) -> str:
 def _checksums(database: sqlite3.Connection, facts: str) -> tuple[str, int]:
     """The SHA-256 (hex) of class names, names and labels, and a CRC-32 of everything in a listing."""
     digest, check = hashlib.sha256(json.dumps(parse(facts)["class_names"]).encode()), zlib.crc32(facts.encode())
-    for name, label, place in database.execute("SELECT name, label, place FROM images ORDER BY rowid"):
+    rows = database.execute("SELECT name, label, place, caption FROM images ORDER BY rowid")
+    for name, label, place, caption in rows:
         digest.update(b"%d %s %d " % (len(name), name, -1 if label is None else label))
+        if caption:
+            digest.update(b"caption %d %s " % (len(caption.encode()), caption.encode()))
         check = zlib.crc32(place.encode(), check)
     return digest.hexdigest(), check
 

@@ -27,7 +27,7 @@ from vdiff.data.source import Source
 from vdiff.data.sources import build_listing
 from vdiff.data.store import BEGIN_ANEW, JOB_FILE, REJECTED_FILE, DatasetMeta, ImageStore, StoreWriter, partial_folder
 from vdiff.data.workers import ordered_map
-from vdiff.errors import VdiffError, explained, printable, stop_explained
+from vdiff.errors import OptionError, VdiffError, explained, printable, stop_explained
 from vdiff.files import make_folder, parse, read_json, write_text, writing
 from vdiff.records import check_same_settings
 from vdiff.replacing import Kind, check_free, discard, holds_keys, locked, take_place
@@ -84,6 +84,7 @@ class Report:
     num_bytes: int
     seconds: float
     fingerprint: str
+    captions: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -107,7 +108,7 @@ class Rejected:
         return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-Result = tuple[Converted, int | None] | Rejected
+Result = tuple[Converted, int | None, str] | Rejected
 
 
 @dataclass
@@ -116,6 +117,7 @@ class Tally:
 
     position: int = 0
     images: int = 0
+    captions: int = 0
     rejected_bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
@@ -188,10 +190,11 @@ class Journal:
         if self._rejected_file.exists():
             os.truncate(self._rejected_file, self.tally.rejected_bytes)
 
-    def add_image(self, kinds: Sequence[str]) -> None:
+    def add_image(self, kinds: Sequence[str], caption: str) -> None:
         """Count an image that was converted."""
         self.tally.position += 1
         self.tally.images += 1
+        self.tally.captions += bool(caption)
         self.tally.converted.update(kinds)
 
     def add_rejected(self, rejected: Rejected) -> None:
@@ -322,6 +325,8 @@ def _convert_all(
         ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.items())
         what = f"no images in {source.path or source.name}{f'; it holds {ignored}' if ignored else ''}"
         raise VdiffError(what, "give a folder or an archive with image files")
+    if listing.repeats and tars:
+        raise OptionError("--repeats: tar shards are read in their order", "give an --out without .tar")
     for remark in listing.remarks:
         reporter.line(remark)
     if config.value_range == "auto":
@@ -352,9 +357,9 @@ def _convert_all(
     ):
         for result in results:
             if not isinstance(result, Rejected):
-                converted, label = result
-                journal.add_image(converted.kinds)
-                writer.add(converted.images, label)
+                converted, label, caption = result
+                journal.add_image(converted.kinds, caption)
+                writer.add(converted.images, label, caption)
             elif strict:
                 hint = "fix it and run the same command again, or leave out --strict to skip it"
                 raise VdiffError(str(result), hint)
@@ -382,7 +387,9 @@ def _convert_all(
             f"{what}, so they are dark or flat; spread them with --range auto and another --out, or --overwrite"
         )
     skips, kinds = (dict(sorted(counts.items())) for counts in (tally.skipped, tally.converted))
-    counts = {"images": tally.images, "skipped": skips, "ignored": listing.ignored, "converted": kinds}
+    counts: dict[str, Any] = {"images": tally.images, "skipped": skips, "ignored": listing.ignored, "converted": kinds}
+    if tally.captions:
+        counts["captions"] = tally.captions
     return writer.finish(counts), kept
 
 
@@ -402,7 +409,7 @@ def _map(
 def _convert(source: Source, config: ConversionConfig, item: Item) -> Result:
     try:
         sample = source.read(item)
-        return convert(sample.data, config, key=item.name), sample.label
+        return convert(sample.data, config, key=item.name), sample.label, item.caption
     except UnreadableImageError as error:
         return Rejected(item.name, error.reason, error.detail)
 
@@ -473,6 +480,7 @@ def _describe(source: Source, listing: Listing, config: ConversionConfig, part: 
         background="#{:02x}{:02x}{:02x}".format(*config.background),
         value_range="" if isinstance(config.value_range, str) else "{:g},{:g}".format(*config.value_range),
         class_names=listing.class_names,
+        repeats=listing.repeats,
         origin=hashlib.sha256(settings.encode()).hexdigest(),
         shard=f"{part.number}/{part.count}" if part.count > 1 else "",
         vdiff_version=__version__,

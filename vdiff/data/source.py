@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+CAPTION_OPTIONS = ("captions", "caption_column", "only_captioned", "repeats")
+"""Those of `SourceOptions` that need files or columns with captions."""
+
+
 @dataclass(frozen=True)
 class Defaults:
     """A source's default settings of the conversion."""
@@ -33,18 +37,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Options of named datasets; empty = the dataset's default."""
+    """Options of a source; empty = its default.
+
+    Attributes:
+        captions: a file that lists them, or `none`.
+        only_captioned: leave out images without a caption.
+        repeats: folders called `N_name` hold a class `name`, whose images are shown N times in an epoch.
+    """
 
     root: Path = Path("downloads")
     split: str = ""
     image_column: str = ""
     label_column: str = ""
+    captions: str = ""
+    caption_column: str = ""
+    only_captioned: bool = False
+    repeats: bool = False
 
     def refuse(self, source: object, *names: str) -> None:
         """Raise OptionError if one of the options `names` was given to a source that lacks it."""
         for name in names:
             if value := getattr(self, name):
-                raise OptionError(f"--{name} {value} does not apply to {source}", "leave it out")
+                flag = f"--{name}" if value is True else f"--{name} {value}"
+                raise OptionError(f"{flag} does not apply to {source}", "leave it out")
 
 
 class Source(ABC):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from vdiff.data.disk_sources import ON_DISK
 from vdiff.data.image_files import UnreadableImageError, extensions
+from vdiff.data.labels import CAPTION_COLUMNS, NO_CAPTIONS, caption_in
 from vdiff.data.listing import Item, Listing, ListingWriter
-from vdiff.data.source import Defaults, Sample, Source, SourceOptions
+from vdiff.data.source import CAPTION_OPTIONS, Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
 from vdiff.errors import OptionError, VdiffError, shell, suggestion
 from vdiff.files import check_regular, elsewhere
@@ -73,7 +75,7 @@ class Torchvision(Source):
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         self.set = TORCHVISION[name]
-        options.refuse(name, "image_column", "label_column")
+        options.refuse(name, "image_column", "label_column", *CAPTION_OPTIONS)
         self.split = options.split or self.set.splits[0]
         # the classes of LSUN are splits too: bedroom_train
         if self.split not in self.set.splits and not (name == "lsun" and "_" in self.split):
@@ -162,12 +164,17 @@ class HuggingFace(Source):
         if not self.repository:
             raise OptionError(f"{name!r} does not name a dataset", "give hf:OWNER/NAME")
         self.name = Path(self.repository).name
+        options.refuse(name, "repeats")
+        if options.captions != "none":
+            options.refuse(name, "captions")
         self.options = options
         self.split = options.split or "train"
 
     def identity(self) -> dict[str, Any]:
         """Name, configuration, split and columns."""
-        chosen = {key: value for key, value in asdict(self.options).items() if key.endswith("column")}
+        options = asdict(self.options)
+        chosen = {key: options[key] for key in ("image_column", "label_column")}
+        chosen |= {key: options[key] for key in CAPTION_OPTIONS if options[key]}
         return {"name": self.repository, "config": self.config, "split": self.split, **chosen}
 
     def fetch(self, scratch: Path) -> None:
@@ -177,17 +184,23 @@ class HuggingFace(Source):
 
     def fill(self, listing: ListingWriter) -> None:
         """All rows, with the names of a class column."""
-        data, _, label = self._get()
+        data, _, label, text = self._get()
+        listing.only_captioned = self.options.only_captioned
         listing.class_names = tuple(data.features[label].names) if label else ()
         labels: Iterable[int | None] = data[label] if label else (None for _ in range(len(data)))
-        for number, target in enumerate(labels):
+        texts: Iterable[Any] = data[text] if text else repeat(None)
+        for number, (target, value) in enumerate(zip(labels, texts, strict=False)):
             if label and (target is None or target < 0):
                 raise VdiffError(f"row {number} of {self.repository} has no class", "give --label_column none")
-            listing.add(number, target)
+            try:
+                caption = caption_in(value)
+            except ValueError as error:
+                raise VdiffError(f"row {number} of {self.repository}: {error}", NO_CAPTIONS) from None
+            listing.add(number, target, caption)
 
     def read(self, item: Item) -> Sample:
         """The bytes of the image, undecoded."""
-        rows, image, _ = self._get()
+        rows, image, *_ = self._get()
         try:
             value = rows[int(item.name)][image]
             if value is None:
@@ -197,8 +210,8 @@ class HuggingFace(Source):
         except OSError as error:
             raise UnreadableImageError("unreadable", str(error)) from None
 
-    def _get(self) -> tuple[Any, str, str]:
-        """The rows, the name of the image column and that of the class column (empty: no classes)."""
+    def _get(self) -> tuple[Any, str, str, str]:
+        """The rows, the names of the columns of images, classes and captions (empty: none)."""
         if self._opened is None:
             is_there = Path(self.repository).exists() or hub_answers()
             try:
@@ -215,8 +228,14 @@ class HuggingFace(Source):
             if not image:
                 raise VdiffError(f"hf:{self.repository} has no image column", "choose another dataset")
             label = self._column(data, self.options.label_column, datasets.ClassLabel, "label_column")
-            self._opened = data.cast_column(image, datasets.Image(decode=False)), image, label
-        opened: tuple[Any, str, str] = self._opened
+            wanted = (self.options.caption_column,) if self.options.caption_column else CAPTION_COLUMNS
+            text = next((name for name in wanted if name in data.features), "")
+            if self.options.caption_column and not text:
+                what = f"--caption_column {self.options.caption_column}: hf:{self.repository} has no such column"
+                raise OptionError(what, f"choose from {', '.join(data.features)}")
+            text = "" if self.options.captions == "none" else text
+            self._opened = data.cast_column(image, datasets.Image(decode=False)), image, label, text
+        opened: tuple[Any, str, str, str] = self._opened
         return opened
 
     def _column(self, data: Any, chosen: str, kind: type, flag: str) -> str:
@@ -276,7 +295,7 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
         if name in TORCHVISION:
             return Torchvision(name, options)
         if name in BUILT_IN:
-            options.refuse(name, "split", "image_column", "label_column")
+            options.refuse(name, "split", "image_column", "label_column", *CAPTION_OPTIONS)
             return BUILT_IN[name]()
         raise VdiffError(f"{name}: no such file or folder", _nearest(path))
     check_regular(path)

@@ -86,7 +86,8 @@ class DatasetMeta:
     `"captions"`: the number of images that have one, if any has.
     `fingerprint` = a chain of SHA-256 (hex, `next_link`) over images and classes in index order: equal for equal
     content, empty when another program wrote the dataset. `origin` = SHA-256 (hex) over the settings and the names of
-    the images. `shard` = `i/n` for a part, empty for a whole set.
+    the images. `repeats`: how often an epoch shows the images of each class; empty: once. `shard` = `i/n` for a part,
+    empty for a whole set.
     """
 
     name: str
@@ -106,6 +107,7 @@ class DatasetMeta:
     vdiff_version: str = ""
     format_version: int = FORMAT_VERSION
     value_range: str = ""
+    repeats: tuple[int, ...] = ()
 
     @property
     def num_captions(self) -> int:
@@ -114,7 +116,10 @@ class DatasetMeta:
 
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if not self.repeats:  # as in earlier versions
+            del values["repeats"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DatasetMeta:
@@ -141,6 +146,8 @@ class DatasetMeta:
             and meta.sizes[:1] > (0,)
             and meta.sizes[-1] <= MAX_SIZE
             and meta.channels in (1, 3)
+            and len(meta.repeats) in (0, len(meta.class_names))
+            and all(0 < repeats < 10_000 for repeats in meta.repeats)
             and re.fullmatch(r"([1-9]\d{0,8}/[1-9]\d{0,8})?", meta.shard)
             and all(type(meta.counts.get(key, 0)) is int for key in ("images", "captions"))
             and all(isinstance(count, dict) and all(type(n) is int for n in count.values()) for count in counts)
