@@ -88,7 +88,7 @@ def caption_in(value: Any) -> str:
     texts = [] if value is None else value if isinstance(value, list) else [value]
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{str(value)[:40]} is no caption, but a value")
+            raise ValueError(f"{str(value)[:40]} is not a caption")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"the caption {printable(clean_name(text))[:40]} is not UTF-8")
     return "\n".join(" ".join(text.split()) for text in texts)

@@ -141,7 +141,7 @@ class ListingWriter:
         self._ignored[what] += count
 
     def add(self, number: int, label: int | None = None, caption: str = "") -> None:
-        """Add image `number` of a source with numbered images, its class if it is known without reading, its captions."""
+        """Add image `number` of a source with numbered images, its captions, and its class if known without reading."""
         key = f"{number:012d}"
         self._add(key, f"{number:07d}", label, "")
         self._add_caption(_encode(key), caption)
