@@ -91,7 +91,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def read(store: ShardStore) -> list[tuple[int, dict[int, bytes], int | None]]:
     samples = [sample for number in range(len(store.shards)) for sample in store.samples(number, store.meta.sizes)]
-    return [(int(key), images, label) for key, images, label, _ in samples]
+    return [(int(key), images, label) for key, images, label, *_ in samples]
 
 
 def decoded(encoded: bytes) -> np.ndarray:
@@ -361,7 +361,7 @@ def test_stretches_go_through_all_shards(folder: Path) -> None:
     assert list(store.stretches()) == [(0, 8), (8, 16), (16, 24), (24, 32), (32, 40), (40, 48), (48, 50)]
     for start, stop in ((0, 50), (8, 16), (3, 5), (6, 27), (48, 50), (16, 17), (15, 16)):
         assert [int(image.name) for image in store.stretch(start, stop)] == list(range(start, stop))
-    assert [(int(key), images, label) for key, images, label, _ in store.stretch(0, 50)] == read(store)
+    assert [(int(key), images, label) for key, images, label, *_ in store.stretch(0, 50)] == read(store)
 
 
 # ---- the order of training

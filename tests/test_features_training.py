@@ -171,7 +171,7 @@ def keys(store: Any) -> list[bytes]:
     """The images of a dataset or a part of one, as they are encoded."""
     if isinstance(store, ImageStore):
         return [store.encoded(store.meta.sizes[0], k) for k in range(len(store))]
-    return [images[4] for shard in range(len(store.shards)) for _, images, _, _ in store.samples(shard, (4,))]
+    return [images[4] for shard in range(len(store.shards)) for _, images, *_ in store.samples(shard, (4,))]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     lmdb = ImageStore(write_dataset(root / "lmdb", count=60, classes=["a", "b", "c"]))
     meta = replace(lmdb.meta, image_format="png")
     with ShardWriter(root / "tars", meta, name="x", images_per_shard=25) as writer:
-        for _, images, label, _ in lmdb.stretch(0, 60):
+        for _, images, label, *_ in lmdb.stretch(0, 60):
             writer.add(images, label)
             if writer.is_due:
                 writer.commit()

@@ -148,7 +148,7 @@ def _rows(values: dict[str, Any]) -> list[str]:
     """The facts as rows."""
     counts = values.pop("counts")
     classes = values.pop("classes", None) or dict.fromkeys(values["class_names"])
-    names, repeats = values.pop("class_names"), values.pop("repeats")
+    names, repeats, buckets = (values.pop(key) for key in ("class_names", "repeats", "buckets"))
     rows = {key: value for key, value in values.items() if value not in ("", None)}
     rows["images"] = f"{values['images']:,}"
     rows["sizes"] = ", ".join(map(str, values["sizes"]))
@@ -156,6 +156,8 @@ def _rows(values: dict[str, Any]) -> list[str]:
     if captions := counts.get("captions"):
         without = values["images"] - captions
         rows["captions"] = f"{captions:,} images have one" + (f", {without:,} have none" if without else "")
+    if buckets:
+        rows["buckets"] = f"{counted(counts['buckets'])} (height×width)"
     if repeats:
         rows["repeats"] = ", ".join(f"{name} {count}" for name, count in zip(names, repeats, strict=True))
     for key in ("skipped", "ignored", "converted"):

@@ -100,6 +100,22 @@ class RangeType(click.ParamType):
     help="How images are stored; webp is lossless, jpeg keeps full colour resolution (4:4:4).",
 )
 @option("--quality", group="Dataset", type=click.IntRange(1, 100), show_default="100", help="Quality of jpeg.")
+@switch(
+    "--buckets",
+    group="Dataset",
+    help="Images keep nearly their shape: sides in multiples of --bucket_step, an area of at most --size squared, the "
+    "rest cropped, nothing enlarged. For text-to-image models.",
+)
+@option(
+    "--bucket_step", group="Dataset", type=click.IntRange(1, MAX_SIZE), show_default="64", help="For --buckets: pixels."
+)
+@option(
+    "--bucket_sides",
+    group="Dataset",
+    type=Names(click.IntRange(1, MAX_SIZE), "LEAST,MOST"),
+    show_default="half of --size, twice --size",
+    help="For --buckets: the shortest and the longest side.",
+)
 @option(
     "--channels",
     group="Dataset",
@@ -234,6 +250,9 @@ def command(
     out: Path | None,
     image_format: str | None,
     quality: int | None,
+    buckets: bool,
+    bucket_step: int | None,
+    bucket_sides: tuple[int, ...] | None,
     channels: str | None,
     root: Path,
     split: str,
@@ -287,6 +306,9 @@ def command(
     sizes = tuple(sorted(set(size or (usual.size,))))
     if crop == "none" and len(sizes) > 1:
         raise OptionError("--crop none resizes nothing, so there can be only one --size", "give the images' own size")
+    for name, given in (("bucket_step", bucket_step), ("bucket_sides", bucket_sides)):
+        if given is not None and not buckets:
+            raise OptionError(f"--{name} does not apply without --buckets", "give --buckets, or leave it out")
     config = ConversionConfig(
         sizes=sizes,
         channels=int(channels) if channels else usual.channels,
@@ -299,6 +321,7 @@ def command(
         background=parse_colour(background),
         image_format=image_format,
         quality=quality or 100,
+        buckets=bucket_settings(sizes, crop, bucket_step or 64, bucket_sides) if buckets else None,
     )
     share = Part(*part) if part else None
     console = Console()
@@ -321,6 +344,29 @@ def default_output(source: str, sizes: tuple[int, ...], part: Part | None, proje
     """`data/NAME_SIZE`, `data/NAME_SIZE.1of4` for a part."""
     whole = project.new_dataset(source, sizes)
     return whole.with_name(f"{whole.name}.{part.number}of{part.count}") if part else whole
+
+
+def bucket_settings(
+    sizes: tuple[int, ...], crop: str, step: int, sides: tuple[int, ...] | None
+) -> tuple[int, int, int]:
+    """Step, least and most side of the buckets.
+
+    Raises:
+        OptionError: several sizes, a crop that is not the center, or sides that allow no shape.
+    """
+    from vdiff.data.buckets import bucket_shapes
+
+    if len(sizes) > 1:
+        raise OptionError("--buckets takes one --size, whose square is the largest area", "give one --size")
+    if crop != "center":
+        raise OptionError(f"--crop {crop} does not apply to --buckets", "leave it out")
+    least, most = sides if sides and len(sides) == 2 else (sizes[0] // 2, 2 * sizes[0])
+    if (sides and len(sides) != 2) or not bucket_shapes(sizes[0], step, max(least, step), most):
+        raise OptionError(
+            f"--buckets: no shape has sides from {least} to {most} in steps of {step} and an area of {sizes[0]}²",
+            "give a larger --size, a smaller --bucket_step, or --bucket_sides LEAST,MOST",
+        )
+    return step, max(least, step), most
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
@@ -358,6 +404,8 @@ def summary(report: Report, part: Part | None = None, project: Project | None = 
         rows.append(("classes", few(report.class_names)))
     if report.captions:
         rows.append(("captions", f"{report.captions} of {report.images} images have one"))
+    if report.buckets:
+        rows.append(("buckets", counted(report.buckets)))
     if report.kept:
         rows.append(("kept", f"{report.kept} of them from an earlier run"))
     if report.skipped:

@@ -13,6 +13,7 @@ import mmap
 import shutil
 import signal
 import weakref
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from vdiff.reporting import Reporter, Silent
 
 SHARED_MEMORY = Path("/dev/shm")
 # the first word of each random stream, so that they never share numbers
-_ORDER, _FLIPS, _SHARDS, _WINDOWS, _CAPTIONS = range(5)
+_ORDER, _FLIPS, _SHARDS, _WINDOWS, _CAPTIONS, _BUCKETS = range(6)
 PREFETCH = 2  # batches that each worker is asked for in advance
 NUM_LANES = 16
 WINDOW_IMAGES = 2048
@@ -52,12 +53,15 @@ class Batch:
     """`images`: (B, C, H, W) uint8 on the CPU, mirrored where the plan says so; `classes`: (B,) int64, or None.
 
     `captions`: B texts, chosen, dropped, shuffled and prefixed by `CaptionSettings`; None in a dataset without.
+    `sizes`: (B, 6) float32, in buckets what `buckets.Fit.sizes` are (with the crop of an image that is mirrored as if
+    it were not); None in a dataset of squares.
     Whoever trains moves the bytes first and applies `from_uint8` there: a quarter of the traffic.
     """
 
     images: Tensor
     classes: Tensor | None
     captions: list[str] | None = None
+    sizes: Tensor | None = None
 
 
 class Batches(Protocol):
@@ -109,6 +113,47 @@ class BatchPlan:
         return _permutation(self.length, self.seed, _ORDER, epoch)
 
 
+class BucketPlan(BatchPlan):
+    """A plan whose batches each have images of one bucket.
+
+    The images of bucket b, n_b of them in an epoch, are an endless stream of permutations, cut into batches of B. Its
+    batches ⌊e n_b / B⌋ … ⌊(e + 1) n_b / B⌋ − 1 come in epoch e, in which the batches of all buckets are shuffled. So
+    every image is shown equally often, no batch is smaller than the others, and any batch can be computed by itself.
+    """
+
+    def __init__(self, buckets: Sequence[np.ndarray], *, batch_size: int, seed: int, flip: bool) -> None:
+        super().__init__(length=sum(map(len, buckets)), batch_size=batch_size, seed=seed, flip=flip)
+        self.buckets = buckets
+        self._round = lru_cache(maxsize=2 * len(buckets))(self._order)
+
+    def indices(self, step: int) -> np.ndarray:
+        """(B,) int64: the images of batch `step`."""
+        most = (step + len(self.buckets) + 1) * self.batch_size // self.length + 2
+        epoch = bisect_right(range(1, most + 1), step, key=self._before)
+        batches = self._batches(epoch)
+        place = _permutation(len(batches), self.seed, _BUCKETS, epoch)[step - self._before(epoch)]
+        bucket, number = batches[place]
+        images = self.buckets[bucket]
+        rounds, places = np.divmod(number * self.batch_size + np.arange(self.batch_size), len(images))
+        return images[[self._round(bucket, k)[p] for k, p in zip(rounds.tolist(), places.tolist(), strict=True)]]
+
+    def _order(self, bucket: int, number: int) -> np.ndarray:
+        """The order in which round `number` of a bucket shows its images."""
+        return _generator(self.seed, _ORDER, bucket, number).permutation(len(self.buckets[bucket]))
+
+    def _before(self, epoch: int) -> int:
+        """How many batches come before an epoch."""
+        return sum(epoch * len(images) // self.batch_size for images in self.buckets)
+
+    def _batches(self, epoch: int) -> list[tuple[int, int]]:
+        """(bucket, number of its batch) of all batches of an epoch, in order of buckets."""
+        return [
+            (bucket, number)
+            for bucket, images in enumerate(self.buckets)
+            for number in range(epoch * len(images) // self.batch_size, (epoch + 1) * len(images) // self.batch_size)
+        ]
+
+
 def repeated_rows(store: AnyStore) -> np.ndarray | None:
     """Image k as often as an epoch shows it, in order of k; None: once each."""
     if not store.meta.repeats or not isinstance(store, ImageStore):
@@ -126,7 +171,7 @@ def _permutation(length: int, *words: int) -> np.ndarray:
     return _generator(*words).permutation(length)
 
 
-def decode(encoded: bytes, channels: int, size: int, where: str) -> np.ndarray:
+def decode(encoded: bytes, channels: int, size: int | tuple[int, int], where: str) -> np.ndarray:
     """The pixels of an image file: (C, size, size) uint8, C = `channels` 1 or 3, read-only; `where` names it in errors.
 
     Raises:
@@ -140,8 +185,9 @@ def decode(encoded: bytes, channels: int, size: int, where: str) -> np.ndarray:
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except Exception as error:  # decoders raise whatever their format makes them stumble over
         raise VdiffError(f"{where} cannot be decoded: {error}", _PREPARE_AGAIN) from None
-    if (width, height) != (size, size):
-        raise VdiffError(f"{where} is {width}×{height}, not {size}×{size}", _PREPARE_AGAIN)
+    tall, wide = (size, size) if isinstance(size, int) else size
+    if (width, height) != (wide, tall):
+        raise VdiffError(f"{where} is {width}×{height}, not {wide}×{tall}", _PREPARE_AGAIN)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
@@ -279,6 +325,13 @@ class _StoredBatches:
         size = batch_size // world_size
         rows = repeated_rows(store)
         self.plan = BatchPlan(length=len(store), batch_size=batch_size, seed=seed, flip=flip, rows=rows)
+        self.shapes: np.ndarray | None = None  # (n, 6) of all images
+        if store.meta.buckets and isinstance(store, ImageStore):
+            self.shapes = np.array([store.shape(index) for index in range(len(store))])
+            rows = np.arange(len(store)) if rows is None else rows
+            shapes = self.shapes[rows, -2:]
+            buckets = [rows[(shapes == shape).all(1)] for shape in np.unique(shapes, axis=0)]
+            self.plan = BucketPlan(buckets, batch_size=batch_size, seed=seed, flip=flip)
         self.share = slice(rank * size, (rank + 1) * size)  # this process's part of each global batch
         self.shape = (size, store.meta.channels, image_size, image_size)
         self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory
@@ -369,12 +422,15 @@ class ImageBatches(_StoredBatches):
         """A batch of images from the cache and, where they were `missing` in it, from `decoded`, in order."""
         cache, images = self._cache, iter(() if decoded is None else decoded)
         missing = np.zeros(len(indices), bool) if missing is None else missing
-        pixels = torch.empty(self.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        sizes = None if self.shapes is None else torch.from_numpy(self.shapes[indices]).float()
+        shape = self.shape if self.shapes is None else (*self.shape[:2], *self.shapes[indices[0], -2:].tolist())
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         # copied by numpy: torch would wake its threads for each image, and these wait for cores that workers use
         places = pixels.numpy()
         flips = self.plan.flips(step)[self.share]
         for place, (row, is_new, mirrored) in enumerate(zip(cache.rows[indices], missing, flips, strict=True)):
             image = next(images) if is_new else cache.pixels[row]
+            image = image.reshape(-1)[: math.prod(shape[1:])].reshape(shape[1:])
             places[place] = image[..., ::-1] if mirrored else image
         captions = None
         if self.captions is not None:
@@ -384,9 +440,9 @@ class ImageBatches(_StoredBatches):
                 for place, text in enumerate(texts, self.share.start)
             ]
         if cache.classes is None:
-            return Batch(pixels, None, captions)
+            return Batch(pixels, None, captions, sizes)
         classes = torch.from_numpy(cache.classes[indices])
-        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes, captions)
+        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes, captions, sizes)
 
 
 class _Decoder(Dataset[np.ndarray | VdiffError]):
@@ -405,7 +461,12 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
         pixels, classes = self.ring[slot].numpy(), np.zeros(len(indices), np.int64)
         try:
             for place, index in enumerate(indices.tolist()):
-                pixels[place] = decode(store.encoded(size, index), channels, size, f"{store.path}: image {index}")
+                shape = store.shape(index)[-2:] or (size, size)
+                image = decode(
+                    store.encoded(size, index), channels, (shape[0], shape[1]), f"{store.path}: image {index}"
+                )
+                # an image of a bucket takes the first bytes of the room that the largest would take
+                pixels[place].reshape(-1)[: image.size] = image.reshape(-1)
                 classes[place] = store.label(index) or 0
         except VdiffError as error:
             return error
@@ -527,7 +588,7 @@ class _Lanes(Dataset[_Answer | VdiffError]):
         flips = plan.flips(step)[batches.share].tolist()
         pixels, classes, captions = np.empty(batches.shape, np.uint8), np.zeros(share, np.int64), [""] * share
         try:
-            for place, (key, encoded, label, caption) in enumerate(islice(samples, share)):
+            for place, (key, encoded, label, caption, _) in enumerate(islice(samples, share)):
                 image = decode(encoded[size], channels, size, f"{batches.store.path}: image {key}")
                 pixels[place] = image[:, :, ::-1] if flips[place] else image
                 classes[place] = label or 0

@@ -39,13 +39,14 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 from PIL.Image import Image, Resampling, Transpose
 
+from vdiff.data.buckets import Fit, Shape, bucket_shapes, fit
 from vdiff.data.colour import NARROW, UnsupportedValuesError, extremes, to_8_bit_srgb
 from vdiff.data.image_files import UnreadableImageError, is_image, open_file
 from vdiff.text import cause_of
@@ -68,7 +69,8 @@ class ConversionConfig:
     `crop_scale` in (0, 1] is the smallest part of the area that `random_resized` takes, and `seed` its randomness.
     Images whose shorter side (for pad the longer) has less than `min_size` pixels are rejected. `value_range`: the
     values of grey of more than 8 bits that become 0 and 255; `full`: all that there can be; `auto`: those of
-    `colour.common_range`, by which `preparation` replaces it.
+    `colour.common_range`, by which `preparation` replaces it. `buckets` = (step, least, most): images keep their shape,
+    nearly, with sides in multiples of `step` (`buckets.fit`), and areas of at most size².
     """
 
     sizes: tuple[int, ...] = (64,)
@@ -82,6 +84,7 @@ class ConversionConfig:
     seed: int = 0
     min_size: int = 0
     value_range: str | tuple[float, float] = "full"
+    buckets: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         limits, sizes = self.value_range, self.sizes
@@ -105,6 +108,11 @@ class ConversionConfig:
             "crop_scale": (0 < self.crop_scale <= 1, "more than 0, at most 1"),
             "seed": (self.seed >= 0, "0 or more"),
             "min_size": (self.min_size >= 0, "0 or more"),
+            "buckets": (
+                self.buckets is None
+                or (len(sizes) == 1 and self.crop == "center" and self.buckets[0] > 0 and self.shapes != ()),
+                "a step and two sides that allow shapes of one size, cropped at the center",
+            ),
             "value_range": (
                 limits in ("full", "auto") if isinstance(limits, str) else -math.inf < limits[0] < limits[1] < math.inf,
                 "full, auto or two finite numbers, the smaller first",
@@ -114,6 +122,18 @@ class ConversionConfig:
             if not is_good:
                 raise ValueError(f"{name} {getattr(self, name)!r}; need {need}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """All settings; as in earlier versions where there are no buckets."""
+        values = asdict(self)
+        if self.buckets is None:
+            del values["buckets"]
+        return values
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(height, width) of the largest buckets."""
+        return () if self.buckets is None else bucket_shapes(self.sizes[-1], *self.buckets)
+
     @property
     def mode(self) -> str:
         """Pillow's name for the pixels: RGB or L."""
@@ -122,10 +142,14 @@ class ConversionConfig:
 
 @dataclass(frozen=True)
 class Converted:
-    """The encoded image in each size, and the kinds of conversion it took (`alpha`, `16-bit`, `orientation`, …)."""
+    """The encoded image in each size, and the kinds of conversion it took (`alpha`, `16-bit`, `orientation`, …).
+
+    `shape`: in buckets, what `buckets.Fit.sizes` are.
+    """
 
     images: dict[int, bytes]
     kinds: tuple[str, ...]
+    shape: tuple[int, ...] = ()
 
 
 def convert(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> Converted:
@@ -137,6 +161,9 @@ def convert(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> 
     """
     picture = decode(data, config, key=key)
     kinds = picture.kinds
+    if found := _fit(*picture.size, config):
+        image = _resize(picture, (found.shape[1], found.shape[0]), RESAMPLES[config.resample])
+        return Converted({config.sizes[0]: encode(image, config)}, kinds, found.sizes)
     left, top, right, bottom = picture.box
     if CROPS[config.crop].decisive(right - left, bottom - top) < config.sizes[-1]:
         kinds = (*kinds, "enlarged")
@@ -221,7 +248,8 @@ def _upright(image: Image, config: ConversionConfig, key: str, full: tuple[int, 
         left, top = (decoded - side / scale for decoded, side in zip(image.size, full, strict=True))
         offset = (left * turn.flips_x, top * turn.flips_y)
     _check_size(*full, config)
-    box = CROPS[config.crop].box(*full, config, key)
+    found = _fit(*full, config)
+    box = found.box if found else CROPS[config.crop].box(*full, config, key)
     limits = None if isinstance(config.value_range, str) else config.value_range
     if colours_of_16_bits:
         colours = np.asarray(image)[..., : 3 if image.mode != "LA" else 1]
@@ -245,13 +273,20 @@ def _check_size(width: int, height: int, config: ConversionConfig) -> None:
     if CROPS[config.crop].decisive(width, height) < config.min_size or not width or not height:
         raise UnreadableImageError("too small", f"{width}×{height}")
     size = config.sizes[0]
+    if config.buckets and not _fit(width, height, config):
+        raise UnreadableImageError("too small", f"{width}×{height} fits no bucket")
     if config.crop == "none" and (width, height) != (size, size):
         raise UnreadableImageError(f"not {size}×{size}", f"{width}×{height}")
 
 
+def _fit(width: int, height: int, config: ConversionConfig) -> Fit | None:
+    """The bucket of an image; None: there are no buckets, or it is too small for them."""
+    return fit(width, height, config.sizes[0], *config.buckets) if config.buckets else None
+
+
 def _draft(image: Image, config: ConversionConfig, key: str) -> int:
     """Have a JPEG decoded at 1/scale of its size, and return that scale; 1 for other formats."""
-    if image.format not in ("JPEG", "MPO"):
+    if image.format not in ("JPEG", "MPO") or config.buckets:
         return 1
     width, height = image.size
     turn = ORIENTATIONS.get(_orientation(image))

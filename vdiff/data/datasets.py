@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from vdiff.data.shards import DATASET, ShardStore, fingerprint_of, write_index
 from vdiff.data.store import (
@@ -60,7 +61,7 @@ def open_dataset(place: Path | str) -> AnyStore:
     return ImageStore(path)
 
 
-def open_at_size(place: Path | str, image_size: int | None) -> tuple[AnyStore, int]:
+def open_at_size(place: Path | str, image_size: int | None, *, buckets: bool = False) -> tuple[AnyStore, int]:
     """The dataset at a path or URL, and the size of its images: its only size, or the chosen one.
 
     Raises:
@@ -73,6 +74,8 @@ def open_at_size(place: Path | str, image_size: int | None) -> tuple[AnyStore, i
         raise OptionError(f"{store.path} has the sizes {', '.join(map(str, sizes))}", "choose one with --image_size")
     size = image_size or sizes[0]
     _check_images(store, size)
+    if not buckets:
+        store.check_squares()
     return store, size
 
 
@@ -146,10 +149,10 @@ def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], li
     start, stop = stretch
     while start + len(digests) < stop:
         try:
-            for name, images, label, caption in dataset.stretch(start + len(digests), stop):
-                digests.append(digest_of(images, label, caption))
+            for name, images, label, caption, shape in dataset.stretch(start + len(digests), stop):
+                digests.append(digest_of(images, label, caption, shape))
                 for size, encoded in images.items():
-                    if problem := _problem(encoded, size):
+                    if problem := _problem(encoded, shape[-2:] or (size, size)):
                         problems.append(f"image {name}, size {size}: {problem}")
             break
         except VdiffError as error:
@@ -160,12 +163,12 @@ def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], li
     return digests, problems
 
 
-def _problem(encoded: bytes, size: int) -> str:
+def _problem(encoded: bytes, shape: Sequence[int]) -> str:
     """The problem of an encoded image; empty if it has none."""
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
             image.load()
-            return "" if image.size == (size, size) else f"it is {image.width}×{image.height}"
+            return "" if image.size == (shape[1], shape[0]) else f"it is {image.width}×{image.height}"
     except Exception as error:  # decoders raise many types for damaged data
         return cause_of(error)
 
@@ -185,6 +188,10 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     from vdiff.models.codec import from_uint8
 
     def tensor(encoded: bytes) -> Tensor:
+        if dataset.meta.buckets:
+            with PIL.Image.open(io.BytesIO(encoded)) as image:
+                padded = PIL.ImageOps.pad(image.convert("RGB" if channels == 3 else "L"), (side, side), color="white")
+            return from_uint8(torch.from_numpy(np.array(padded)).reshape(side, side, channels).permute(2, 0, 1))
         return from_uint8(torch.from_numpy(np.array(decode(encoded, channels, side, f"an image of {dataset.path}"))))
 
     side = size or dataset.meta.sizes[-1]
@@ -254,6 +261,9 @@ def merge(
     sums: dict[str, Any] = {key: dict(sorted(joined.items())) for key, joined in counts.items()}
     if captions := sum(part.meta.num_captions for part in parts):
         sums["captions"] = captions
+    if parts[0].meta.buckets:
+        found = sum((Counter(part.meta.counts["buckets"]) for part in parts), Counter[str]())
+        sums["buckets"] = dict(sorted(found.items()))
     # every part listed all files, so the ignored ones are the same in all
     sums |= {"images": sum(part.meta.counts["images"] for part in parts), "ignored": parts[0].meta.counts["ignored"]}
     with new_folder(out, DATASET, overwrite=overwrite) as folder:
@@ -296,8 +306,8 @@ def _join_stores(
     writer = StoreWriter(folder, meta)
     with reporter.progress("merge", sum(map(len, parts)), "images") as progress:
         for part in parts:
-            for _, images, label, caption in part.stretch(0, len(part)):
-                writer.add(images, label, caption)
+            for _, images, label, caption, shape in part.stretch(0, len(part)):
+                writer.add(images, label, caption, shape)
                 if writer.is_due:
                     writer.commit()
                     progress.update(writer.length)

@@ -130,7 +130,12 @@ class _Files(_OnDisk):
             found = None if column == "none" else read_labels(item.name, data, column)
             captions = None
             if not options.captions and base != LABELS_FILE:
-                captions = read_captions(item.name, data, options.caption_column)
+                try:
+                    captions = read_captions(item.name, data, options.caption_column)
+                except VdiffError as error:
+                    if column != "none":
+                        raise
+                    listing.remark(error.cause)  # it is known to be no table of classes
             if found is not None:
                 listing.add_labels(folder, found)
                 told = True
@@ -163,9 +168,12 @@ class _Files(_OnDisk):
 
     def read(self, item: Item) -> Sample:
         """The bytes of a file."""
+        return Sample(self._bytes(item), item.label)
+
+    def _bytes(self, item: Item) -> bytes:
         with self._open(item) as (file, num_bytes):
             check_bytes(num_bytes)
-            return Sample(self._content(file, num_bytes), item.label)
+            return self._content(file, num_bytes)
 
     def _content(self, file: IO[bytes], num_bytes: int) -> bytes:
         return file.read(num_bytes)
@@ -208,9 +216,7 @@ class _Files(_OnDisk):
 
     def _text(self, item: Item) -> bytes:
         with explained(f"{self.root}: cannot read {item.name}", "mend it, or move it away", UnreadableImageError):
-            data = self.read(item).data
-        assert isinstance(data, bytes)
-        return data
+            return self._bytes(item)
 
 
 @contextmanager
@@ -328,6 +334,7 @@ class Dataset(_OnDisk):
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
         super().__init__(path, options)
         self.store = ImageStore(path)
+        self.store.check_squares()
         meta = self.store.meta
         self.size = meta.sizes[-1]
         self.defaults = Defaults(self.size, meta.channels, meta.image_format or "jpeg")

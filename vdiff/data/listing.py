@@ -140,6 +140,10 @@ class ListingWriter:
         """Count ignored files."""
         self._ignored[what] += count
 
+    def remark(self, text: str) -> None:
+        """Add a line for the user."""
+        self._remarks.append(text)
+
     def add(self, number: int, label: int | None = None, caption: str = "") -> None:
         """Add image `number` of a source with numbered images, its captions, and its class if known without reading."""
         key = f"{number:012d}"

@@ -10,7 +10,7 @@ import sqlite3
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vdiff import __version__
+from vdiff.data.buckets import name_of
 from vdiff.data.colour import NARROW, common_range
 from vdiff.data.conversion import ConversionConfig, Converted, convert, value_extremes
 from vdiff.data.image_files import UnreadableImageError
@@ -85,6 +86,7 @@ class Report:
     seconds: float
     fingerprint: str
     captions: int = 0
+    buckets: dict[str, int] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -121,6 +123,7 @@ class Tally:
     rejected_bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
+    buckets: Counter[str] = field(default_factory=Counter)
 
 
 class Journal:
@@ -183,19 +186,22 @@ class Journal:
                 if check not in ("", _check_of(num_committed, text)):
                     raise ValueError
                 values = parse(text)
-                self.tally = Tally(**values | {key: Counter(values[key]) for key in ("skipped", "converted")})
+                counters = {key: Counter(values[key]) for key in ("skipped", "converted", "buckets")}
+                self.tally = Tally(**values | counters)
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise VdiffError(f"{self.folder}/journal.sqlite is damaged", BEGIN_ANEW) from None
         self.kept = self.tally.position
         if self._rejected_file.exists():
             os.truncate(self._rejected_file, self.tally.rejected_bytes)
 
-    def add_image(self, kinds: Sequence[str], caption: str) -> None:
+    def add_image(self, converted: Converted, caption: str) -> None:
         """Count an image that was converted."""
         self.tally.position += 1
         self.tally.images += 1
         self.tally.captions += bool(caption)
-        self.tally.converted.update(kinds)
+        self.tally.converted.update(converted.kinds)
+        if converted.shape:
+            self.tally.buckets[name_of(*converted.shape[-2:])] += 1
 
     def add_rejected(self, rejected: Rejected) -> None:
         """Note a file that was skipped."""
@@ -286,7 +292,7 @@ def prepare(
     folder = out.with_suffix("") if tars else out
     if folder.is_symlink():  # to another disk, say: the unfinished dataset must lie on it, too
         folder = folder.resolve()
-    settings = {"conversion": asdict(config), "part": asdict(part), "tars": tars, "version": __version__}
+    settings = {"conversion": config.to_dict(), "part": asdict(part), "tars": tars, "version": __version__}
     job = json.loads(json.dumps({"source": source.identity(), **settings}))  # with lists for tuples, as it is read back
     began = time.monotonic()
     journal = Journal(folder)
@@ -325,6 +331,8 @@ def _convert_all(
         ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.items())
         what = f"no images in {source.path or source.name}{f'; it holds {ignored}' if ignored else ''}"
         raise VdiffError(what, "give a folder or an archive with image files")
+    if config.buckets and tars:
+        raise OptionError("--buckets: tar shards are read in their order", "give an --out without .tar")
     if listing.repeats and tars:
         raise OptionError("--repeats: tar shards are read in their order", "give an --out without .tar")
     for remark in listing.remarks:
@@ -358,8 +366,8 @@ def _convert_all(
         for result in results:
             if not isinstance(result, Rejected):
                 converted, label, caption = result
-                journal.add_image(converted.kinds, caption)
-                writer.add(converted.images, label, caption)
+                journal.add_image(converted, caption)
+                writer.add(converted.images, label, caption, converted.shape)
             elif strict:
                 hint = "fix it and run the same command again, or leave out --strict to skip it"
                 raise VdiffError(str(result), hint)
@@ -390,6 +398,8 @@ def _convert_all(
     counts: dict[str, Any] = {"images": tally.images, "skipped": skips, "ignored": listing.ignored, "converted": kinds}
     if tally.captions:
         counts["captions"] = tally.captions
+    if tally.buckets:
+        counts["buckets"] = dict(sorted(tally.buckets.items()))
     return writer.finish(counts), kept
 
 
@@ -468,7 +478,7 @@ def _stored_bytes(num_bytes: int) -> float:
 
 
 def _describe(source: Source, listing: Listing, config: ConversionConfig, part: Part, tars: bool) -> DatasetMeta:
-    settings = json.dumps([listing.fingerprint, asdict(config), tars, __version__], sort_keys=True)
+    settings = json.dumps([listing.fingerprint, config.to_dict(), tars, __version__], sort_keys=True)
     return DatasetMeta(
         name=source.name,
         sizes=config.sizes,
@@ -481,6 +491,7 @@ def _describe(source: Source, listing: Listing, config: ConversionConfig, part: 
         value_range="" if isinstance(config.value_range, str) else "{:g},{:g}".format(*config.value_range),
         class_names=listing.class_names,
         repeats=listing.repeats,
+        buckets=config.buckets or (),
         origin=hashlib.sha256(settings.encode()).hexdigest(),
         shard=f"{part.number}/{part.count}" if part.count > 1 else "",
         vdiff_version=__version__,

@@ -171,9 +171,9 @@ class ShardWriter:
         """Whether the open shard is full."""
         return self.position - self._begun_at >= self.images_per_shard
 
-    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "") -> int:
+    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "", shape: Sequence[int] = ()) -> int:
         """Append one image in all its sizes (`{size: encoded}`), its class and its captions; returns its position."""
-        if set(images) != set(self.meta.sizes):
+        if set(images) != set(self.meta.sizes) or shape:
             raise ValueError(f"images of sizes {sorted(images)}; need {sorted(self.meta.sizes)}")
         if (label is not None) != bool(self.meta.class_names):
             raise ValueError(f"label {label} in a set with the classes {self.meta.class_names}")

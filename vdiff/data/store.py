@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,12 +42,16 @@ FULL_DISK_BYTES = 2**20
 
 
 class StoredImage(NamedTuple):
-    """One image of a dataset: its name, encoded images by size, its class, its captions (one a line, "" = none)."""
+    """One image of a dataset: its name, encoded images by size, its class, its captions (one a line, "" = none).
+
+    `shape`: in buckets, what `buckets.Fit.sizes` are.
+    """
 
     name: str
     images: dict[int, bytes]
     label: int | None
     caption: str = ""
+    shape: tuple[int, ...] = ()
 
 
 def record_key(kind: int | str, index: int) -> bytes:
@@ -60,8 +64,8 @@ def check_of(*values: bytes) -> bytes:
     return b"%08x" % zlib.crc32(b"\0".join(values))
 
 
-def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "") -> bytes:
-    """SHA-256 of one image in all its sizes, of its class and its captions."""
+def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "", shape: Sequence[int] = ()) -> bytes:
+    """SHA-256 of one image in all its sizes, of its class, its captions and its shape."""
     digest = hashlib.sha256()
     for size, encoded in images.items():
         # the lengths keep the parts apart: no two images feed the hash the same bytes
@@ -70,6 +74,8 @@ def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "")
     digest.update(b"%d" % (-1 if label is None else label))
     if caption:
         digest.update(b" " + caption.encode())
+    if shape:
+        digest.update(b"\n%d %d %d %d %d %d" % tuple(shape))
     return digest.digest()
 
 
@@ -83,10 +89,11 @@ class DatasetMeta:
     """How a dataset was made; the JSON under the key `meta`.
 
     `counts` = `{"images": n, "skipped": {reason: n}, "ignored": {extension: n}, "converted": {kind: n}}`, and
-    `"captions"`: the number of images that have one, if any has.
+    `"captions"`: the number of images that have one, if any has; `"buckets"`: that of each shape, if there are buckets.
     `fingerprint` = a chain of SHA-256 (hex, `next_link`) over images and classes in index order: equal for equal
     content, empty when another program wrote the dataset. `origin` = SHA-256 (hex) over the settings and the names of
-    the images. `repeats`: how often an epoch shows the images of each class; empty: once. `shard` = `i/n` for a part,
+    the images. `repeats`: how often an epoch shows the images of each class; empty: once.
+    `buckets`: step, least and most side of `data.buckets`; empty: squares. `shard` = `i/n` for a part,
     empty for a whole set.
     """
 
@@ -108,6 +115,7 @@ class DatasetMeta:
     format_version: int = FORMAT_VERSION
     value_range: str = ""
     repeats: tuple[int, ...] = ()
+    buckets: tuple[int, ...] = ()
 
     @property
     def num_captions(self) -> int:
@@ -117,9 +125,8 @@ class DatasetMeta:
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
         values = asdict(self)
-        if not self.repeats:  # as in earlier versions
-            del values["repeats"]
-        return json.dumps(values, sort_keys=True)
+        added = ("repeats", "buckets")  # left out if empty, as in earlier versions
+        return json.dumps({k: v for k, v in values.items() if v or k not in added}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DatasetMeta:
@@ -140,13 +147,14 @@ class DatasetMeta:
                 f"update vdiff, or {PREPARE_AGAIN}",
             )
         meta = record_of(cls, values, "the dataset's description", PREPARE_AGAIN)
-        counts = [meta.counts.get(key, {}) for key in ("skipped", "ignored", "converted")]
+        counts = [meta.counts.get(key, {}) for key in ("skipped", "ignored", "converted", "buckets")]
         if not (
             meta.sizes == tuple(sorted(set(meta.sizes)))
             and meta.sizes[:1] > (0,)
             and meta.sizes[-1] <= MAX_SIZE
             and meta.channels in (1, 3)
             and len(meta.repeats) in (0, len(meta.class_names))
+            and len(meta.buckets) in (0, 3)
             and all(0 < repeats < 10_000 for repeats in meta.repeats)
             and re.fullmatch(r"([1-9]\d{0,8}/[1-9]\d{0,8})?", meta.shard)
             and all(type(meta.counts.get(key, 0)) is int for key in ("images", "captions"))
@@ -172,6 +180,12 @@ class StoredImages:
             sizes = ", ".join(map(str, self.meta.sizes))
             hint = f"it has {sizes}; choose one of them or prepare again with --size {size}"
             raise VdiffError(f"{self.path} has no images of size {size}", hint)
+
+    def check_squares(self) -> None:
+        """Raise VdiffError if the dataset has images of many shapes."""
+        if self.meta.buckets:
+            hint = "prepare the images again without --buckets"
+            raise VdiffError(f"{self.path} has images of many shapes, and squares are needed", hint)
 
 
 class ImageStore(StoredImages):
@@ -236,6 +250,16 @@ class ImageStore(StoredImages):
         except UnicodeDecodeError:
             raise self._damaged(f"{what} is not UTF-8") from None
 
+    def shape(self, index: int) -> tuple[int, ...]:
+        """What `buckets.Fit.sizes` are, of image `index`; empty in a dataset of squares."""
+        if not self.meta.buckets:
+            return ()
+        what = f"the shape of image {index}"
+        words = self._record("shape", index, what, what).split()
+        if len(words) != 6 or not all(word.isdigit() and len(word) < 6 for word in words):
+            raise self._damaged(f"{what} is not six numbers")
+        return tuple(map(int, words))
+
     def stretches(self) -> Iterator[tuple[int, int]]:
         """The dataset in pieces that may be read by different processes."""
         yield from ((start, min(start + STRETCH, len(self))) for start in range(0, len(self), STRETCH))
@@ -244,7 +268,7 @@ class ImageStore(StoredImages):
         """The images `start` … `stop` − 1; the name of each is its index."""
         for index in range(start, stop):
             encoded = {size: self.encoded(size, index) for size in self.meta.sizes}
-            yield StoredImage(str(index), encoded, self.label(index), self.caption(index))
+            yield StoredImage(str(index), encoded, self.label(index), self.caption(index), self.shape(index))
 
     def _foreign_meta(self, file: LmdbFile) -> DatasetMeta:
         """What can be said of a dataset that another program wrote: a length and images, but no `meta`."""
@@ -316,18 +340,20 @@ class StoreWriter:
         """Whether enough images wait for the next batch."""
         return self.length - self._begun_at >= BATCH_IMAGES or self._record_bytes >= BATCH_BYTES
 
-    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "") -> int:
-        """Append one image in all its sizes (`{size: encoded}`), its class and its captions; returns its index."""
+    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "", shape: Sequence[int] = ()) -> int:
+        """Append one image in all its sizes (`{size: encoded}`), its class, captions and shape; returns its index."""
         index = self.length
         records = {record_key(size, index): encoded for size, encoded in images.items()}
         if label is not None:
             records[record_key("label", index)] = str(label).encode()
         if caption:
             records[record_key("caption", index)] = caption.encode()
+        if shape:
+            records[record_key("shape", index)] = " ".join(map(str, shape)).encode()
         records[record_key("check", index)] = b" ".join(map(check_of, records.values()))
         self._records += records.items()
         self._record_bytes += sum(map(len, records.values()))
-        self.link = next_link(self.link, digest_of(images, label, caption))
+        self.link = next_link(self.link, digest_of(images, label, caption, shape))
         self.length += 1
         return index
 

@@ -52,6 +52,7 @@ class ReferenceImages:
 
     def __init__(self, dataset: Path | str, image_size: int, most: int | None = None) -> None:
         self.store: AnyStore = open_dataset(dataset)
+        self.store.check_squares()
         self.store.check_size(image_size)
         self.image_size, self.channels = image_size, self.store.meta.channels
         if not len(self.store):
