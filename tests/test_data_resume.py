@@ -40,8 +40,8 @@ CONFIG = ConversionConfig(sizes=(4, 8), image_format="png")
 COUNT = 60
 
 
-def photos(root: Path, count: int = COUNT) -> Path:
-    """Images in three classes, most of them with a caption, and some files that are none."""
+def photos(root: Path, count: int = COUNT, captions: bool = False) -> Path:
+    """Images in three classes, by choice most of them with a caption, and some files that are none."""
     for index in range(count):
         path = root / "abc"[index * 3 // count] / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def photos(root: Path, count: int = COUNT) -> Path:
         PIL.Image.fromarray(pixels).save(path)
         if index % 7 == 3:
             path.with_suffix(".bad.png").write_text("text")
-        if index % 5:
+        if captions and index % 5:
             path.with_suffix(".txt").write_text(f"photo {index}\n")
     return root
 
@@ -67,7 +67,7 @@ def finish(folder: Path, out: Path, *point: str, **env: str) -> int:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return photos(tmp_path_factory.mktemp("source") / "photos")
+    return photos(tmp_path_factory.mktemp("source") / "photos", captions=True)
 
 
 @pytest.fixture(scope="module")

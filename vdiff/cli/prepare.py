@@ -64,6 +64,8 @@ class RangeType(click.ParamType):
 @click.command(
     cls=Command,
     theirs="prepare",
+    first="name size out format quality channels buckets root split label_column captions caption_column "
+    "only_captioned repeats crop resample min_size background num_workers shard overwrite strict json",
     examples=[
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",
