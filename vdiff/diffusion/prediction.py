@@ -1,4 +1,4 @@
-"""What a network says of a noisy image, in the one currency that everybody else uses: x, ε and v at once.
+"""Predictions of a network for a noisy image, in the common form of all other code: x, ε and v together.
 
 With z = α x + σ ε and α² + σ² = 1 (Salimans & Ho 2022, section 4 and appendix D):
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_SIGNAL = 1e-6
-"""Below this α an ε-prediction says nothing about x."""
+"""Below this α an ε-prediction carries no information about x."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Prediction:
     v: Tensor
 
     def clip(self, z: Tensor, angle: Tensor, limit: float) -> Prediction:
-        """Clip x̂ to ±`limit` and derive ε̂ and v̂ again, so that the three stay consistent with z.
+        """Clip x̂ to ±`limit` and derive ε̂ and v̂ from it, so that the three stay consistent with z.
 
-        `angle` must be positive: a clean image has no noise to derive.
+        `angle` must be positive: ε̂ is undefined for a clean image.
         """
         return from_x(z, self.x.clamp(-limit, limit), angle)
 
@@ -47,8 +47,8 @@ def from_eps(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
     """ε̂ is the output; x̂ = (z − σ ε̂)/α; v̂ = α ε̂ − σ x̂.
 
     Raises:
-        ValueError: α is zero, where the noise says nothing about the image. Angles on a GPU are not read,
-            as that would wait for it; there x̂ is not finite.
+        ValueError: α is zero, so the noise carries no information about the image. Angles on a GPU are not read, as
+            that would sync; x̂ is then not finite.
     """
     if angle.device.type == "cpu" and float(angle.cos().min()) < MIN_SIGNAL:
         raise ValueError(
@@ -67,10 +67,10 @@ def from_v(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
 
 
 def from_both(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
-    """The output is x̃ and ε̃ along the channels: x̂ = σ² x̃ + (1 − σ²)(z − σ ε̃)/α, which is σ² x̃ + α (z − σ ε̃).
+    """The output is x̃ and ε̃ along the channels: x̂ = σ² x̃ + (1 − σ²)(z − σ ε̃)/α = σ² x̃ + α (z − σ ε̃).
 
-    Written with α² = 1 − σ² nothing is divided, and at zero signal x̂ = x̃. Source: Salimans & Ho 2022, section 4, and
-    the released code.
+    As α² = 1 − σ², nothing is divided, and x̂ = x̃ at zero signal. Source: Salimans & Ho 2022, section 4, and the
+    released code.
     """
     alpha, sigma = alpha_sigma(angle, z)
     x_part, eps_part = output.chunk(2, dim=1)
@@ -79,7 +79,7 @@ def from_both(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
 
 @dataclass(frozen=True)
 class PredictionType:
-    """How to read a network's output, and how many times the image's channels it has."""
+    """How to read a network's output, and its channels as a multiple of the image's."""
 
     read: Callable[[Tensor, Tensor, Tensor], Prediction]
     channel_factor: int = 1

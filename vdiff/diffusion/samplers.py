@@ -1,7 +1,7 @@
-"""Samplers: one `step` each from angle φ_t down to φ_s, and the one loop that drives them all.
+"""Samplers, each with a `step` from angle φ_t down to φ_s, and the loop that drives them.
 
-A step is given the network's `Prediction`; on a grid's last step φ_s = 0, where every sampler's formula gives x̂ (iPNDM:
-what its sum of ε̂ makes of it). One-step rules are here, those of higher order in `multistep`.
+A step receives the network's `Prediction`. On a grid's last step φ_s = 0, and every sampler's formula gives x̂ (iPNDM:
+x̂ modified by its sum of ε̂). One-step rules are here, those of higher order in `multistep`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ETA = "Noise that ddim and clipped add at each step: 0 = none, 1 = as much as dd
 
 
 class NonFiniteSampleError(ValueError):
-    """Sampling produced an infinite value or not a number."""
+    """Sampling produced an infinite value or NaN."""
 
 
 def stochastic_ddim_step(
@@ -63,7 +63,7 @@ def stochastic_ddim_step(
     """z_s = α_s x̂ + √(σ_s² − τ²) ε̂ + τ n, τ = η (σ_s/σ_t) √(1 − α_t²/α_s²).
 
     Source: Song et al. 2021, *Denoising Diffusion Implicit Models*, eqs. 12 and 16; η = 1 is the ancestral sampler.
-    In angles 1 − α_t²/α_s² = sin(φ_t − φ_s) sin(φ_t + φ_s)/cos² φ_s, which loses no digits for small steps.
+    In angles 1 − α_t²/α_s² = sin(φ_t − φ_s) sin(φ_t + φ_s)/cos² φ_s, without cancellation for small steps.
     """
     x = prediction.x
     tau = eta * angle_s.sin() / angle_t.sin() * _added_variance(angle_t, angle_s).sqrt()
@@ -79,14 +79,14 @@ def _added_variance(angle_t: Tensor, angle_s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ddim(Limits, Sampler):
-    """DDIM; deterministic at `eta` 0."""
+    """DDIM; deterministic for `eta` = 0."""
 
     eta: float = setting(ETA, default=0.0, low=0, high=1)
 
     def step(
         self, *, z: Tensor, prediction: Prediction, angle_t: Tensor, angle_s: Tensor, noise: Callable[[], Tensor]
     ) -> Tensor:
-        """`ddim_step`, or `stochastic_ddim_step` where η > 0."""
+        """`ddim_step`, or `stochastic_ddim_step` if η > 0."""
         prediction = self.limited(prediction, z, angle_t)
         if self.eta == 0:
             return ddim_step(z, prediction.v, angle_t, angle_s)
@@ -101,8 +101,8 @@ class Ddpm(Limits, Sampler):
     σ²_{t|s} = σ_t² − (α_t/α_s)² σ_s².
 
     Args:
-        large_variance: γ. 0 is their β̃, right for data of one image, 1 their β, right for Gaussian data (section 3.2);
-            between them logarithms are interpolated (Salimans & Ho 2022, appendix). The last step adds no noise.
+        large_variance: γ. 0 is their β̃, correct for data of one image, 1 their β, correct for Gaussian data (section
+            3.2); in between, logarithms are interpolated (Salimans & Ho 2022, appendix). The last step adds no noise.
     """
 
     large_variance: float = setting(
@@ -128,8 +128,8 @@ class Ddpm(Limits, Sampler):
 class Renoising(Limits, Sampler):
     """Multistep sampling of students that jump from any time to the image: z_s = α_s x̂ + σ_s (√(1 − γ²) ε̂ + γ n).
 
-    γ = 1 is algorithm 1 of Song et al. 2023, *Consistency Models*: each step jumps to the image and adds new noise. At
-    γ = 0 it keeps the predicted noise, as `Ddim` does, and draws none.
+    γ = 1 is algorithm 1 of Song et al. 2023, *Consistency Models*: each step jumps to the image and adds new noise.
+    γ = 0 keeps the predicted noise, as `Ddim` does, and draws none.
 
     Args:
         renoise: γ.
@@ -155,7 +155,7 @@ class Renoising(Limits, Sampler):
 
 @dataclass(frozen=True)
 class Clipped(Sampler):
-    """The clipped sampler of the v-diffusion repositories: x̂ and the ε̂ derived from it are both clamped to ±c.
+    """The clipped sampler of the v-diffusion repositories: it clamps x̂, and ε̂ derived from it, to ±c.
 
     x̂ ← clamp(x̂, ±c); ε̂ ← clamp((z − α x̂)/σ, ±c); then DDIM with η. c = `clipping_value`.
     """
@@ -194,23 +194,22 @@ def sample(
     on_state: Callable[[int, Tensor, Prediction], None] | None = None,
     check: bool = True,
 ) -> Tensor:
-    """Draw images: walk the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W).
+    """Draw images: step along the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W).
 
-    The network is asked `sampler.evaluations(num_steps)` times for each image; the state of a solver ends with it.
+    This takes `sampler.evaluations(num_steps)` network evaluations per image; a solver's state exists for one call.
 
     Args:
         denoise: the network's prediction at (z, t).
-        noise: draws what a stochastic sampler adds; a deterministic one never calls it.
-        on_step: told after each step how many are done.
-        times: another grid, rising, (N + 1,) float64, see `grids`. From t_N < 1, `z` is that noisy; where t_0 > 0 the
-            answer is, too.
-        on_state: told at each step, before it is taken: how many are done, z, and the network's prediction there, as
-            yet without the sampler's limits.
-        check: wait for the device at the end, and look whether all values are finite.
+        noise: draws the noise that a stochastic sampler adds; a deterministic one never calls it.
+        on_step: called after each step with the number of finished steps.
+        times: another increasing grid, (N + 1,) float64, see `grids`. `z` has the noise level t_N, and the result t_0.
+        on_state: called before each step with the number of finished steps, z, and the network's prediction there,
+            without the sampler's limits.
+        check: wait for the device at the end, and check that all values are finite.
 
     Raises:
-        NonFiniteSampleError: a step produced an infinite value or not a number, and `check` is on.
-        ValueError: the schedule has no such grid, or `times` are none of `num_steps` steps.
+        NonFiniteSampleError: a step produced an infinite value or NaN, and `check` is on.
+        ValueError: the schedule has no such grid, or `times` is not a grid of `num_steps` steps.
     """
     import torch
 
@@ -233,9 +232,7 @@ def sample(
             on_state(num_steps - i, z, prediction)
         state.t_s, state.steps_left = s, i if ends_clean else math.inf
         z = step(z=z, prediction=prediction, angle_t=angle_t, angle_s=angle_s, noise=noise)
-        finite.append(
-            z.isfinite().all()
-        )  # looked at after the loop: looking here would wait for the device at each step
+        finite.append(z.isfinite().all())  # checked after the loop: a check here would sync at each step
         if on_step is not None:
             on_step(num_steps + 1 - i)
     is_finite = torch.stack(finite).tolist() if check else []

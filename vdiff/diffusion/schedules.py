@@ -1,7 +1,7 @@
 """Noise schedules: time t ∈ [0, 1] (0 is clean) → angle φ → (α, σ) = (cos φ, sin φ).
 
-An angle says all about a noise level: z = cos φ · x + sin φ · ε, SNR = cot² φ, log-SNR λ = −2 log tan φ. Angles are
-float64; samplers, targets and losses take their sines and cosines before they go down to the precision of the images.
+The angle determines the noise level: z = cos φ · x + sin φ · ε, SNR = cot² φ, log-SNR λ = −2 log tan φ. Angles are
+float64; samplers, targets and losses compute sines and cosines before converting to the precision of the images.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 
 MAX_LEVELS = 100_000
-"""The longest table: one that a damaged or hostile file describes is refused before it is made."""
+"""The longest table, so that damaged or hostile files cannot request a huge one."""
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is no whole number from 1 to `MAX_LEVELS`.
+    """Refuse values that are not whole numbers from 1 to `MAX_LEVELS`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not.
     """
     if type(value) is not int or not 1 <= value <= MAX_LEVELS:
         raise ValueError(f"{name} must be a whole number from 1 to {MAX_LEVELS}, got {value!r}")
 
 
 class Schedule(ABC):
-    """A map of time to angle, and what the network is told about the time.
+    """A map from time to angle, and from time to the network's timestep.
 
     Attributes:
         label_scale: L in timestep(t) = L·t − 1.
-        zero_snr: whether t = 1 is noise alone, φ = π/2, because the table was rescaled to end there.
+        zero_snr: whether t = 1 is pure noise, φ = π/2, because the table was rescaled.
     """
 
     name: ClassVar[str]
@@ -48,7 +48,7 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def num_levels(self) -> int | None:
-        """The noise levels of a table; None where every t ∈ [0, 1] is a level."""
+        """The number of noise levels of a table; None if every t ∈ [0, 1] is a level."""
 
     @property
     @abstractmethod
@@ -57,17 +57,17 @@ class Schedule(ABC):
 
     @abstractmethod
     def angle(self, t: Tensor) -> Tensor:
-        """φ(t), float64, rising with t; the shape of t."""
+        """φ(t), float64, increasing in t; same shape as t."""
 
     @abstractmethod
     def time(self, angle: Tensor) -> Tensor:
         """t(φ), float64: the inverse of `angle`."""
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told: L·t − 1, a real number.
+        """The network's timestep: L·t − 1, a real number.
 
-        Level k of an L-step grid is k − 1, the integer timestep of other libraries, and equal noise levels carry equal
-        timesteps whatever the number of steps, so a student starts exactly aligned with its teacher.
+        Level k of an L-step grid has k − 1, the integer timestep of other libraries. Equal noise levels have equal
+        timesteps for any number of steps, so a student starts exactly aligned with its teacher.
         """
         return self.label_scale * t.double() - 1
 
@@ -76,12 +76,12 @@ class Schedule(ABC):
         return logsnr(self.angle(t))
 
     def check_num_steps(self, num_steps: int, levels: int | None = None) -> None:
-        """Refuse fewer than one step, or more than `levels`, which are those of a table where they are not given.
+        """Refuse fewer than one step, or more than `levels` (default: those of the table).
 
         Steps need not divide the levels: between two of them angles are interpolated, and timesteps are fractions.
 
         Raises:
-            ValueError: as said.
+            ValueError: the number of steps is out of this range.
         """
         levels = levels or self.num_levels
         if num_steps < 1:
@@ -90,14 +90,14 @@ class Schedule(ABC):
             raise ValueError(f"the {self.name} schedule has {levels} levels, too few for {num_steps} steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and parameters, for a checkpoint's configuration; `zero_snr` only where it is set, as in old files."""
+        """Name and parameters, for a checkpoint's configuration; `zero_snr` only if it is set, as in old files."""
         values = {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
         return {key: value for key, value in values.items() if key != "zero_snr" or value}
 
 
 @dataclass(frozen=True)
 class CosineSchedule(Schedule):
-    """Continuous cosine schedule φ(t) = a·t + b, cut so that λ stays within ±`logsnr_max`.
+    """Continuous cosine schedule φ(t) = a·t + b, truncated so that λ stays within ±`logsnr_max`.
 
     b = atan e^(−logsnr_max/2), a = atan e^(logsnr_max/2) − b. With `logsnr_max` = ∞, φ(t) = πt/2.
     Source: Salimans & Ho 2022 (section 2 and the released code: λ ∈ [−20, 20]).
@@ -124,7 +124,7 @@ class CosineSchedule(Schedule):
 
     @property
     def span(self) -> float:
-        """a, the angle from t = 0 to t = 1: symmetric, so that it is π/2 − 2b."""
+        """a, the angle from t = 0 to t = 1: π/2 − 2b, by symmetry."""
         return math.pi / 2 - 2 * self.first
 
     @property
@@ -145,11 +145,11 @@ class CosineSchedule(Schedule):
 class EdmSchedule(Schedule):
     """Noise levels s = tan φ evenly spaced in s^(1/ρ), from `sigma_min` at t = 1/L to `sigma_max` at t = 1.
 
-    So the uniform grid of L steps is EDM's grid of L steps, and the grid `karras` is EDM's of any number of steps.
+    So the uniform grid of L steps is EDM's grid of L steps, and the grid `karras` is EDM's for any number of steps.
     Source: Karras et al. 2022, *Elucidating the Design Space of Diffusion-Based Generative Models*, eq. 5.
 
     Raises:
-        ValueError: levels that do not rise, or so far apart that s would reach 0 before t does.
+        ValueError: the levels do not increase, or are so far apart that s would reach 0 before t does.
     """
 
     name: ClassVar[str] = "edm"
@@ -241,8 +241,8 @@ class TableSchedule(Schedule):
     With `zero_snr` the betas are rescaled so that ᾱ_N = 0, before anything is derived from them.
 
     Raises:
-        ValueError: a number that is no whole one from 1 up, a table longer than `MAX_LEVELS`, a parameter outside of
-            [0, 1), or `zero_snr` with a single level or without any noise.
+        ValueError: a count is not a whole number from 1, the table is longer than `MAX_LEVELS`, a parameter is outside
+            [0, 1), or `zero_snr` has a single level or no noise.
     """
 
     num_levels: int
@@ -266,7 +266,7 @@ class TableSchedule(Schedule):
         return list(accumulate((1 - beta for beta in self.betas()), mul))
 
     def betas(self) -> list[float]:
-        """β_k, the variance that step k adds, k = 1 … N: `plain_betas`, or those rescaled to zero terminal SNR."""
+        """β_k, the variance that step k adds, k = 1 … N: `plain_betas`, or these rescaled to zero terminal SNR."""
         return to_zero_terminal_snr(self.plain_betas()) if self.zero_snr else self.plain_betas()
 
     @abstractmethod
@@ -353,7 +353,7 @@ class LinearSchedule(TableSchedule):
 class ScaledLinearSchedule(LinearSchedule):
     """Table of N levels with √β rising linearly, over the range of `LinearSchedule`.
 
-    Source: Rombach et al. 2022, *Latent Diffusion Models*, whose released code takes 8.5e-4 to 0.012.
+    Source: Rombach et al. 2022, *Latent Diffusion Models*; their released code uses 8.5e-4 to 0.012.
     """
 
     name: ClassVar[str] = "scaled_linear"
@@ -388,24 +388,24 @@ def grid_times(num_steps: int) -> Tensor:
 
 
 def grid_angles(schedule: Schedule, t: Tensor) -> Tensor:
-    """φ(t) on a sampling grid, whose end t = 0 is the image itself: φ = 0.
+    """φ(t) on a sampling grid, with φ = 0 at the end t = 0, which is the image itself.
 
     The cosine schedule's own φ(0) = 4.5e-5 would leave that much noise in the sample. With φ = 0 the last DDIM step is
-    z_0 = cos φ_t · z − sin φ_t · v̂ = x̂, which is what the released code returns there, without a special case anywhere.
+    z_0 = cos φ_t · z − sin φ_t · v̂ = x̂, as in the released code, without a special case.
     """
     return schedule.angle(t) * (t > 0)
 
 
 def coefficient(values: Tensor, like: Tensor) -> Tensor:
-    """Bring per-image `values` (B,) to the type and device of `like` (B, …), shaped to multiply it.
+    """Convert per-image `values` (B,) to the type and device of `like` (B, …), shaped to multiply it.
 
-    The type comes first because some devices have no float64.
+    The type is converted first, as some devices have no float64.
     """
     return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def alpha_sigma(angle: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(α, σ) = (cos φ, sin φ), taken in float64, then shaped to multiply `like`."""
+    """(α, σ) = (cos φ, sin φ), computed in float64, then shaped to multiply `like`."""
     return coefficient(angle.cos(), like), coefficient(angle.sin(), like)
 
 
@@ -419,7 +419,7 @@ def build_schedule(config: Mapping[str, Any]) -> Schedule:
     """The schedule that `Schedule.to_dict` described.
 
     Raises:
-        ValueError: an unknown name or parameter.
+        ValueError: the name or a parameter is unknown.
     """
     parameters = {key: value for key, value in config.items() if key != "name"}
     name = config.get("name")

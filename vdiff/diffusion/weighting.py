@@ -16,7 +16,7 @@ MIN_SNR_GAMMA = 5.0
 
 
 def constant(logsnr: Tensor) -> Tensor:
-    """w = 1: the x-error as it is."""
+    """w = 1: the plain x-error."""
     return logsnr.new_ones(logsnr.shape)
 
 
@@ -49,12 +49,12 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 ZERO_SNR_FLOOR = 0.1
-"""The least weight w where a schedule ends at zero SNR. There SNR and min(SNR, γ) would be 0, and the last level, from
-which sampling starts, would learn nothing."""
+"""The least weight w for schedules that end at zero SNR. SNR and min(SNR, γ) would be 0 there, and the network would
+learn nothing at the last level, where sampling starts."""
 
 
 OUTPUT = "output"
-"""The weighting with which the loss is the squared error of what the network itself puts out, in its own units."""
+"""The weighting that makes the loss the squared error of the network's output, in its own units."""
 
 
 def weighting_of(name: str, output: Callable[[Tensor], Tensor], *, zero_snr: bool) -> Callable[[Tensor], Tensor]:
@@ -75,5 +75,5 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "l1": lambda error: error.abs().flatten(1).mean(1),
     "huber": lambda error: (error.square().flatten(1).mean(1) + HUBER**2).sqrt() - HUBER,
 }
-"""The loss of an image from the weighted errors of its pixels, (B, …) → (B,): e², |e|, or √(e² + c²) − c of their root
+"""The loss of an image from the weighted errors of its pixels, (B, …) → (B,): e², |e|, or √(e² + c²) − c of the root
 mean square."""
