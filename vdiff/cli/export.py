@@ -189,6 +189,37 @@ def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
     console.result(f"next       {shell('python', '-c', program)}")
 
 
+@command.command(
+    "lora",
+    cls=Command,
+    examples=[
+        "vdiff export lora checkpoints/sd_lora exports/pokemon.safetensors",
+        "vdiff export lora checkpoints/sd_lora exports/step2000 --format peft",
+    ],
+)
+@CHECKPOINT
+@click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
+@project_option(read=False)
+@option(
+    "--format", "layout", group="Output", type=OneOf(["diffusers", "peft"]), default="diffusers",
+    help="diffusers: a .safetensors file for pipeline.load_lora_weights; peft: a folder whose unet/ is for "
+    "PeftModel.from_pretrained.",
+)  # fmt: skip
+@switch("--overwrite", group="Output", help="Replace an earlier export.")
+def lora_command(checkpoint: Path, target: Path, layout: str, overwrite: bool) -> None:
+    """Write the LoRA of CHECKPOINT, which train.py --lora_rank trained, as diffusers or peft load it.
+
+    It holds the LoRA alone; the base is needed beside it. `vdiff export weights` writes both merged.
+    """
+    from vdiff.interop.lora import export_lora
+
+    config = export_lora(checkpoint, target, layout, overwrite=overwrite)
+    rank = config.adapter.rank if config.adapter else 0
+    Console().result(
+        f"{target}: LoRA of rank {rank} on {(config.base or {}).get('path')}, predicts {config.prediction}"
+    )
+
+
 def _export(
     checkpoint: Path,
     file: Path,

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.files import json_text, read_json, write_json
 from vdiff.interop.card import CARD, FILES_OF_CARD, PICTURE, UNKNOWN, is_card, new_card, public
 from vdiff.interop.usage import weights_usage
-from vdiff.models.checkpoint import CONFIG, FILES, WEIGHTS, is_checkpoint, read_config
+from vdiff.models.checkpoint import (
+    CONFIG,
+    FILES,
+    WEIGHTS,
+    is_checkpoint,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    weights_path,
+)
 from vdiff.replacing import Kind, new_folder
 from vdiff.text import cause_of
 
@@ -42,14 +51,18 @@ def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwri
         raise VdiffError(f"{folder} is the checkpoint itself", "give another folder")
     with new_folder(folder, EXPORT, overwrite=overwrite, flag="another folder") as temporary:
         _describe(checkpoint, temporary, license_name)
-        shutil.copyfile(checkpoint / WEIGHTS, temporary / WEIGHTS)
+        if weights_path(checkpoint).name == WEIGHTS:
+            shutil.copyfile(checkpoint / WEIGHTS, temporary / WEIGHTS)
+        else:
+            merged, _ = load_checkpoint(checkpoint)
+            save_checkpoint(temporary, merged.state_dict(), read_config(temporary))
 
 
 def _describe(checkpoint: Path, folder: Path, license_name: str) -> None:
     """Write everything except the weights into `folder`: config.json without paths, README.md and its picture."""
     usage = {WEIGHTS: weights_usage(checkpoint.resolve().name)}
     new_card(checkpoint, usage=usage, license_name=license_name).write(folder)
-    write_json(folder / CONFIG, public(read_config(checkpoint).to_dict()))
+    write_json(folder / CONFIG, public(replace(read_config(checkpoint), adapter=None, base=None).to_dict()))
 
 
 # An upload
@@ -87,6 +100,10 @@ def collect(folder: Path, scratch: Path, *, license_name: str | None) -> Upload:
         if license_name is not None:
             raise OptionError("--license: an export has its licence in its README.md", "change it there")
         files = _exported(folder)
+    elif weights_path(folder).name != WEIGHTS:
+        raise VdiffError(
+            f"{folder} holds a LoRA alone", "push what `vdiff export weights` writes, which is merged with its base"
+        )
     else:
         _describe(folder, scratch, license_name or UNKNOWN)
         files = {path.name: path for path in (scratch / CARD, scratch / PICTURE, scratch / CONFIG) if path.exists()}

@@ -1,0 +1,100 @@
+"""A LoRA in diffusers and in peft: without vdiff, it changes a pipeline's UNet as vdiff does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import done, error
+from tests.oracles import randn
+from tests.pipelines import pipeline
+from tests.text_training import write_text_checkpoint
+from tests.toy import write_checkpoint
+from vdiff.models.adapters import AdapterSettings, is_adapter_weight
+from vdiff.models.checkpoint import load_base, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
+
+LOAD = {
+    "diffusers": "pipe.load_lora_weights(file)",
+    "peft": "from peft import PeftModel\npipe.unet = PeftModel.from_pretrained(pipe.unet, file + '/unet')",
+}
+PROGRAM = """
+import sys
+sys.modules["vdiff"] = None
+import torch
+from diffusers import DiffusionPipeline
+folder, file, inputs = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder)
+{load}
+given = torch.load(inputs)
+with torch.no_grad():
+    output = pipe.unet(given["z"], given["timestep"], given["text"], added_cond_kwargs=given["added"]).sample
+torch.save(output, inputs)
+"""
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def lora(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a LoRA whose alpha is not its rank, in attention and in convolutions."""
+    folder = tmp_path_factory.mktemp(kind)
+    write_text_checkpoint(folder / "base", kind)
+    base = read_config(folder / "base")
+    config = replace(
+        base,
+        adapter=AdapterSettings(2, 3.0, targets=("attention", "conv1")),
+        base={"path": str(folder / "base"), "fingerprint": weights_fingerprint(folder / "base")},
+    )
+    state = config.build().state_dict()
+    weights = {
+        name: 0.2 * randn(*tensor.shape, seed=k, dtype=torch.float32)
+        for k, (name, tensor) in enumerate(state.items())
+        if is_adapter_weight(name)
+    }
+    save_checkpoint(folder / "lora", weights, config)
+    return folder / "lora"
+
+
+@pytest.mark.parametrize("layout", LOAD)
+def test_a_lora_changes_a_pipeline_of_diffusers_as_it_changes_the_model(lora, kind, layout, tmp_path):
+    target = tmp_path / ("lora.safetensors" if layout == "diffusers" else "step2000")
+    text = done(f"vdiff export lora {lora} {target} --format {layout}").stdout
+    assert "LoRA of rank 2 on" in text
+    z, timestep = randn(2, 4, 8, 8, dtype=torch.float32), torch.tensor([7, 900])
+    width = 64 if kind == "sdxl" else 32
+    embeddings = randn(2, 77, width, seed=1, dtype=torch.float32)
+    added = {"text_embeds": randn(2, 32, seed=2, dtype=torch.float32), "time_ids": torch.full((2, 6), 64.0)}
+    inputs = tmp_path / "inputs.pt"
+    torch.save({"z": z, "timestep": timestep, "text": embeddings, "added": added if kind == "sdxl" else None}, inputs)
+    program = PROGRAM.format(load=LOAD[layout])
+    subprocess.run([sys.executable, "-c", program, pipeline(kind), target, inputs], check=True)
+    found = torch.load(inputs)
+    pooled = {"text_pooled": added["text_embeds"], "time_ids": added["time_ids"]} if kind == "sdxl" else {}
+    condition = {"text": embeddings, **pooled}
+    with torch.no_grad():
+        expected = load_checkpoint(lora)[0].network(z, timestep.float(), **condition)
+        before = load_base(read_config(lora)).eval().network(z, timestep.float(), **condition)
+    assert (expected - before).abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_lora_of_diffusers_and_what_is_there_is_refused(lora, tmp_path):
+    write_checkpoint(tmp_path / "plain")
+    export = f"vdiff export lora {lora} {tmp_path}"
+    plain = f"vdiff export lora {tmp_path / 'plain'} {tmp_path / 'a.safetensors'}"
+    assert "is not a LoRA: it has all weights" in error(plain, 1)
+    assert "give FILE.safetensors, or --format peft" in error(f"{export}/a.bin", 2)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    assert "mine.safetensors" in error(f"{export}/mine.safetensors --overwrite", 1)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+    done(f"{export}/step1 --format peft")
+    assert "exists" in error(f"{export}/step1 --format peft", 1)
+    done(f"{export}/step1 --format peft --overwrite")
