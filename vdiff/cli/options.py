@@ -142,8 +142,8 @@ class Command(Program):
         """Write the options under the headings from `option(group=…)`."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            name = parameter.opts[0].removeprefix("--")
-            if self.first and ALL not in ctx.meta and name not in (*self.first, "help", "help_all"):
+            names = {name.removeprefix("--") for name in parameter.opts}  # of --help in any order, before click 8.5
+            if self.first and ALL not in ctx.meta and names.isdisjoint({*self.first, "help", "help_all"}):
                 continue
             record = parameter.get_help_record(ctx)
             if record is not None and not isinstance(parameter, click.Argument):
