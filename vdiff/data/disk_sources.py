@@ -1,4 +1,4 @@
-"""Images that lie on the disk: folders, archives, prepared datasets; the registry is at the foot."""
+"""Sources on disk: folders, archives, prepared datasets; the registry is at the foot."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import check_regular, write_whole
 
 MAX_RATIO = 100
-"""How many times smaller a compressed tar of pictures may be; packed pictures hardly shrink."""
+"""The largest compression ratio of a tar of pictures; compressed pictures hardly shrink."""
 TOO_LARGE = f"it unpacks to more than {MAX_RATIO} times its size"
 IMAGES_ARRAY = "arr_0.npy"
 DAMAGE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
-"""What reading a damaged archive may raise."""
+"""Errors that reading a damaged archive may raise."""
 COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 class _OnDisk(Source):
-    """What folders and archives have in common."""
+    """The common part of folders and archives."""
 
     unknown_options: tuple[str, ...] = ("image_column",)
     advice = ""
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
-        self.path = self.root = self.plain = path  # `plain` lies elsewhere where it is unpacked
+        self.path = self.root = self.plain = path  # `plain` is elsewhere after unpacking
         self.options = options or SourceOptions()
         self.options.refuse(path, *self.unknown_options)
         split = self.options.split.lower()
@@ -67,7 +67,7 @@ class _OnDisk(Source):
         self.name = clean_name((path.resolve().name if path.is_dir() else path.name.split(".")[0]) or "images") + suffix
 
     def identity(self) -> dict[str, Any]:
-        """The path, for a file also its size and time; which part of it was asked for."""
+        """The path, for a file also its size and time, and the chosen part of it."""
         status = self.root.stat()
         of_file = {} if self.root.is_dir() else {"bytes": status.st_size, "modified": status.st_mtime_ns}
         keys = ("split", "label_column", "captions", "caption_column", "only_captioned", "repeats")
@@ -78,7 +78,7 @@ class _OnDisk(Source):
         return explained(f"cannot read {self.root}", self.advice, *DAMAGE, *kinds)
 
     def _unpack_to(self, target: Path, packed: IO[bytes]) -> None:
-        """Write what `packed` holds, in full or not at all, to `target`, from where it is read."""
+        """Unpack `packed` to `target`, in full or not at all; it is read from there."""
         most = max(MAX_RATIO * self.root.stat().st_size, MAX_FILE_BYTES)
 
         def read() -> bytes:
@@ -96,10 +96,10 @@ class _OnDisk(Source):
 
 
 class _Files(_OnDisk):
-    """Files in a folder or an archive: images, label files, and what vdiff itself left among them."""
+    """Files in a folder or an archive: images, label files, and vdiff's own files among them."""
 
     def fill(self, listing: ListingWriter) -> None:
-        """All files but vdiff's own pictures, with their classes where label files give them."""
+        """All files except vdiff's own pictures, with classes if label files give them."""
         options = self.options
         listing.split, listing.only_captioned = options.split, options.only_captioned
         listing.has_repeats = options.repeats
@@ -160,11 +160,11 @@ class _Files(_OnDisk):
 
     @abstractmethod
     def _files(self) -> Iterator[tuple[str, str]]:
-        """The names of all files, `/` between folders, and where their bytes lie."""
+        """The names of all files, with `/` between folders, and the places of their bytes."""
 
     @abstractmethod
     def _open(self, item: Item) -> AbstractContextManager[tuple[IO[bytes], int]]:
-        """A file at its first byte, and its length; errors in the block become an UnreadableImageError."""
+        """The file, opened at its first byte, and its length; errors in the block become an UnreadableImageError."""
 
     def read(self, item: Item) -> Sample:
         """The bytes of a file."""
@@ -179,7 +179,7 @@ class _Files(_OnDisk):
         return file.read(num_bytes)
 
     def _edge_of(self, item: Item) -> bytes:
-        """Where a picture says who wrote it: the first of its bytes, of a WebP the last; b"" if unreadable."""
+        """The bytes of a picture that may hold vdiff's mark: the first ones, of a WebP the last; b"" if unreadable."""
         with suppress(UnreadableImageError), self._open(item) as (file, num_bytes):
             if item.name.lower().endswith(".webp"):
                 file.seek(max(num_bytes - EDGE_BYTES, 0), os.SEEK_CUR)
@@ -215,7 +215,7 @@ class _Files(_OnDisk):
             raise VdiffError(f"{self.root}: {item.name} is not UTF-8", NO_CAPTIONS) from None
 
     def _text(self, item: Item) -> bytes:
-        with explained(f"{self.root}: cannot read {item.name}", "mend it, or move it away", UnreadableImageError):
+        with explained(f"{self.root}: cannot read {item.name}", "fix it, or move it away", UnreadableImageError):
             return self._bytes(item)
 
 
@@ -235,7 +235,7 @@ class Folder(_Files):
         with _unreadable_if_refused():
             path = self.root / item.name
             status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, for ever
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
                 raise UnreadableImageError("unreadable", "not a regular file")
             with open(path, "rb") as file:
                 yield file, status.st_size
@@ -247,19 +247,19 @@ class Folder(_Files):
         entered = set()
         for folder, subfolders, files in os.walk(self.root, followlinks=True, onerror=refuse):
             real = os.path.realpath(folder)
-            # a link to a folder above would lead in circles; a dataset that is being prepared is no folder of images
+            # a link to a parent folder would cause a loop; an unfinished dataset is not a folder of images
             if real in entered or (JOB_FILE in files and folder.endswith(PARTIAL_SUFFIX)):
                 subfolders.clear()
                 continue
             entered.add(real)
-            # hidden folders are not worth walking; sorting settles which of two links to a folder counts
+            # hidden folders are skipped; sorting decides which of two links to a folder counts
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             relative = Path(folder).relative_to(self.root)
             yield from (((relative / file).as_posix(), "") for file in files)
 
 
 class Zip(_Files):
-    """A zip of images, by the same rules as a folder; every process opens it for itself."""
+    """A zip of images, with the same rules as a folder; every process opens it itself."""
 
     advice = "give an intact zip, or a folder"
 
@@ -268,7 +268,7 @@ class Zip(_Files):
 
     def _content(self, file: IO[bytes], num_bytes: int) -> bytes:
         del num_bytes
-        # bzip2 and LZMA unpack all that they are given, whatever size is said: so they are given little
+        # bzip2 and LZMA unpack all their input, whatever the header claims, so they get small inputs
         return b"".join(iter(lambda: file.read(4096), b""))
 
     @contextmanager
@@ -280,7 +280,7 @@ class Zip(_Files):
                 yield member, info.file_size
         except UnreadableImageError:
             raise
-        except Exception as error:  # zipfile's own, and whatever a damaged member makes a decoder stumble over
+        except Exception as error:  # errors of zipfile, and of decoders on a damaged member
             is_known = isinstance(error, (*DAMAGE[:3], RuntimeError, zipfile.BadZipFile))
             detail = str(error) if is_known else f"{type(error).__name__}: {error}"
             is_encrypted = isinstance(error, RuntimeError) and "encrypted" in str(error)
@@ -289,7 +289,7 @@ class Zip(_Files):
     def _archive(self) -> zipfile.ZipFile:
         # a file handle shared across a fork would share its position
         if self._opened is None or self._opened[0] != os.getpid():
-            # zipfile raises whatever a damaged directory makes it stumble over
+            # zipfile raises many types for a damaged directory
             with self._damage_explained(Exception):
                 self._opened = (os.getpid(), zipfile.ZipFile(self.root))
         archive: zipfile.ZipFile = self._opened[1]
@@ -297,7 +297,7 @@ class Zip(_Files):
 
 
 class Tar(_Files):
-    """A tar of images, by the same rules as a folder; a compressed one is unpacked once, to be read from anywhere."""
+    """A tar of images, with the same rules as a folder; a compressed one is unpacked once, for random access."""
 
     advice = "give an intact tar, or a folder"
 
@@ -327,7 +327,7 @@ class Tar(_Files):
 
 
 class Dataset(_OnDisk):
-    """A prepared dataset, ours or a rosinality-style LMDB: its largest images once more."""
+    """A prepared dataset, by vdiff or a rosinality-style LMDB: its largest images."""
 
     unknown_options = ("image_column", "split", "label_column", *CAPTION_OPTIONS)
 
@@ -358,7 +358,7 @@ class Dataset(_OnDisk):
 
 
 def reader_of(path: Path) -> Callable[..., IO[bytes]]:
-    """What opens a file that may be compressed: `open` where it is not."""
+    """The function that opens a file that may be compressed: `open` if it is not."""
     with open(path, "rb") as file:
         head = file.read(8)
     return next((reader for magic, reader in COMPRESSIONS.items() if head.startswith(magic)), open)
@@ -372,7 +372,7 @@ def is_tar_file(path: Path) -> bool:
 
 
 class Npz(_OnDisk):
-    """`arr_0` (N, H, W, C) uint8 and, where there are classes, `arr_1` (N,), as sample.py and ADM write samples."""
+    """`arr_0` (N, H, W, C) uint8 and, if there are classes, `arr_1` (N,), as sample.py and ADM write samples."""
 
     unknown_options = ("image_column", "split", "label_column", *CAPTION_OPTIONS)
     advice = "give an npz of samples, or images in a folder"
@@ -388,7 +388,7 @@ class Npz(_OnDisk):
         self.defaults = Defaults(min(self.shape[1:3]), self.shape[3], "png")
 
     def fetch(self, scratch: Path) -> None:
-        """Unpack the images into `scratch`, to be read from anywhere."""
+        """Unpack the images into `scratch`, for random access."""
         self.plain = scratch / IMAGES_ARRAY
         if self.plain.exists():
             return
@@ -401,7 +401,7 @@ class Npz(_OnDisk):
             self._unpack_to(self.plain, file)
 
     def fill(self, listing: ListingWriter) -> None:
-        """The images in their order, with their classes; numbers are names where the file knows none."""
+        """The images in order, with their classes; without class names in the file, numbers are the names."""
         with self._archive() as archive:
             listing.class_names, labels = (), [None] * self.shape[0]
             if "arr_1.npy" in archive.namelist():

@@ -1,4 +1,4 @@
-"""From a source of images to a finished dataset: convert, write in order, rename into place; resumable."""
+"""Preparing a dataset from a source of images: convert, write in order, rename into place; resumable."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PREPARATION = Kind("preparation", lambda folder: FILES if holds_keys(folder / JO
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` of `count` (1 … count): a machine's share of the images, a contiguous stretch of their order."""
+    """Part `number` of `count` (1 … count): a machine's share of the images, contiguous in their order."""
 
     number: int = 1
     count: int = 1
@@ -60,7 +60,7 @@ class Part:
             raise ValueError(f"part {self.number} of {self.count}; need 1 <= number <= count")
 
     def bounds(self, length: int, unit: int) -> tuple[int, int]:
-        """The positions [start, stop) of the part; only whole units of `unit` images are shared out."""
+        """The positions [start, stop) of the part; images are divided in whole units of `unit` images."""
         units = -(-length // unit)
         start, stop = (min(units * k // self.count * unit, length) for k in (self.number - 1, self.number))
         return start, stop
@@ -68,9 +68,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """What a preparation did; `skipped`, `ignored` and `converted` count by reason, extension and kind.
+    """The report of a preparation; `skipped`, `ignored` and `converted` count by reason, extension and kind.
 
-    `images` and the counts are those of the dataset; `kept` of its images were there from an earlier, interrupted run.
+    `images` and the counts are those of the dataset; `kept` of its images come from an earlier, interrupted run.
     """
 
     path: Path
@@ -90,7 +90,7 @@ class Report:
 
     @property
     def images_per_second(self) -> float:
-        """Images written in each second of this run."""
+        """Images that this run wrote per second."""
         return (self.images - self.kept) / max(self.seconds, 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that was skipped: `reason` is one of a few words, `detail` what the decoder said."""
+    """A skipped file: `reason` is one of a few phrases, `detail` the decoder's message."""
 
     path: str
     reason: str
@@ -115,7 +115,7 @@ Result = tuple[Converted, int | None, str] | Rejected
 
 @dataclass
 class Tally:
-    """Where a preparation is: images of the source that are done, and what became of them."""
+    """The progress of a preparation: finished images of the source, and what happened to them."""
 
     position: int = 0
     images: int = 0
@@ -127,10 +127,10 @@ class Tally:
 
 
 class Journal:
-    """The folder `OUT.partial` of an unfinished preparation: what it is of, how far it is, what was skipped.
+    """The folder `OUT.partial` of an unfinished preparation: its job, its progress, and the skipped files.
 
-    `record` comes before the commit of each batch of images. After a kill, the number of batches that the dataset
-    itself has says which record holds; the list of rejected files is cut back to what it was then.
+    `record` comes before the commit of each batch of images. After a kill, the number of batches in the dataset
+    determines which record is valid; the list of rejected files is cut back accordingly.
 
     `tally` counts what was done, `kept` is the position where the next run continues if this one ends now.
     """
@@ -146,13 +146,13 @@ class Journal:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Make sure that only one process works on it. Raises VdiffError: another does, or it holds something else."""
+        """Lock the folder for one process. Raises VdiffError: another process has it, or it holds something else."""
         with locked(self.out, self.folder):
             check_free(self.folder, PREPARATION, overwrite=True)
             yield
 
     def is_over(self, job: Mapping[str, Any]) -> bool:
-        """Whether this very job was finished and put in its place by a run that died before it could leave."""
+        """Whether a run finished this job and moved it to its place, but died before it could exit."""
         before = self._job()
         return bool(before and before["job"] == job and not self.dataset.exists() and self.out.exists())
 
@@ -170,12 +170,12 @@ class Journal:
         self.is_new = before is None or before["job"] != job
         if before and self.is_new:
             self.remove()
-        make_folder(self.dataset)  # before the job: `is_over` relies on it
+        make_folder(self.dataset)  # before the job file, as `is_over` relies on it
         write_text(self.folder / JOB_FILE, json.dumps({"job": job, "command": command}, indent=1))
         self._execute("CREATE TABLE IF NOT EXISTS batches (number INTEGER PRIMARY KEY, tally TEXT)")
 
     def restore(self, num_committed: int) -> None:
-        """Take up the tally after batch `num_committed`; what was noted later did not come to be."""
+        """Restore the tally after batch `num_committed`; later records were never committed."""
         self._execute("DELETE FROM batches WHERE number > ?", num_committed)
         rows = self._execute("SELECT tally FROM batches WHERE number = ?", num_committed)
         if num_committed and not rows:
@@ -195,7 +195,7 @@ class Journal:
             os.truncate(self._rejected_file, self.tally.rejected_bytes)
 
     def add_image(self, converted: Converted, caption: str) -> None:
-        """Count an image that was converted."""
+        """Count a converted image."""
         self.tally.position += 1
         self.tally.images += 1
         self.tally.captions += bool(caption)
@@ -204,13 +204,13 @@ class Journal:
             self.tally.buckets[name_of(*converted.shape[-2:])] += 1
 
     def add_rejected(self, rejected: Rejected) -> None:
-        """Note a file that was skipped."""
+        """Record a skipped file."""
         self.tally.position += 1
         self.tally.skipped[rejected.reason] += 1
         self._rejected.append(printable(json.dumps(asdict(rejected), ensure_ascii=False)) + "\n")
 
     def record(self, number: int) -> None:
-        """Make durable what will be true once batch `number` is committed."""
+        """Write, durably, the state after the coming commit of batch `number`."""
         if self._rejected:
             with writing(self._rejected_file), open(self._rejected_file, "ab") as file:
                 file.write("".join(self._rejected).encode())
@@ -223,11 +223,11 @@ class Journal:
         self.kept = self.tally.position
 
     def remove(self) -> None:
-        """Take the folder away."""
+        """Remove the folder."""
         discard(self.folder)
 
     def rejected(self) -> Iterator[Rejected]:
-        """The files that were skipped, as far as they are recorded.
+        """The skipped files, as far as they are recorded.
 
         Raises:
             OSError, ValueError, TypeError: the list cannot be read.
@@ -270,30 +270,30 @@ def prepare(
     command: str = "",
     reporter: Reporter | None = None,
 ) -> Report:
-    """Write the images of `source` as a dataset to the folder `out`, which appears when it is whole.
+    """Write the images of `source` as a dataset to the folder `out`, which appears when it is complete.
 
-    Until then everything is in `OUT.partial`. The same call continues a run that was interrupted, even by a kill,
-    and ends with the same bytes as one that was not. Indices are dense and follow the order of the source, whatever
-    `num_workers` (0 = in this process). Files that give no picture are skipped, counted, and listed in
-    `rejected.jsonl` in the dataset. A script that asks for workers needs the usual `if __name__ == "__main__":`.
+    Until then everything is in `OUT.partial`. The same call continues an interrupted run, even after a kill, and ends
+    with the same bytes as an uninterrupted one. Indices are dense and follow the order of the source, for any
+    `num_workers` (0 = in this process). Unreadable files are skipped, counted, and listed in the dataset's
+    `rejected.jsonl`. A script with workers needs the usual `if __name__ == "__main__":`.
 
     Args:
-        out: with the suffix `.tar`, a folder of tar shards is written, in shuffled order.
-        part: only this part of the images, for `datasets.merge` to join.
-        command: what completes the dataset, for people who find it incomplete.
+        out: the suffix `.tar` means a folder of tar shards, in shuffled order.
+        part: prepare only this part of the images, for `datasets.merge`.
+        command: the command that completes the dataset, for errors about an incomplete dataset.
 
     Raises:
-        Interrupted: by Ctrl-C or SIGTERM; all batches that were committed are kept.
-        VdiffError: no usable image; `out` exists (unless `overwrite`, and then it must be a dataset); with `strict`,
-            the first file that gives no picture; the disk is full or refuses; an unfinished run had other settings.
+        Interrupted: by Ctrl-C or SIGTERM; all committed batches are kept.
+        VdiffError: there is no usable image; `out` exists (unless `overwrite`, and then it must be a dataset); with
+            `strict`, the first unreadable file; the disk is full or refuses; or an unfinished run had other settings.
     """
     reporter, part = reporter or Silent(), part or Part()
     tars = out.suffix == TAR_SUFFIX
     folder = out.with_suffix("") if tars else out
-    if folder.is_symlink():  # to another disk, say: the unfinished dataset must lie on it, too
+    if folder.is_symlink():  # for example to another disk: the unfinished dataset must be on it too
         folder = folder.resolve()
     settings = {"conversion": config.to_dict(), "part": asdict(part), "tars": tars, "version": __version__}
-    job = json.loads(json.dumps({"source": source.identity(), **settings}))  # with lists for tuples, as it is read back
+    job = json.loads(json.dumps({"source": source.identity(), **settings}))  # with lists for tuples, as it is read
     began = time.monotonic()
     journal = Journal(folder)
     with journal.lock():
@@ -309,7 +309,7 @@ def prepare(
                 journal.begin(job, command, overwrite=overwrite)
                 source.fetch(journal.folder)
                 file = journal.folder / "listing.sqlite"
-                # images that came since a run was cut short do not change what it began
+                # images added since an interruption are not included
                 found = open_listing(file) if file.exists() else build_listing(source, file, shuffled=tars)
                 with closing(found):
                     meta, kept = _convert_all(source, found, config, part, tars, journal, reporter, num_workers, strict)
@@ -326,7 +326,7 @@ def _convert_all(
     source: Source, listing: Listing, config: ConversionConfig, part: Part, tars: bool,
     journal: Journal, reporter: Reporter, num_workers: int, strict: bool,
 ) -> tuple[DatasetMeta, int]:  # fmt: skip
-    """Convert what is left into `journal.dataset`; answers its description and how many images it had before."""
+    """Convert the remaining images into `journal.dataset`; returns its description and its earlier number of images."""
     if not len(listing):
         ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.items())
         what = f"no images in {source.path or source.name}{f'; it holds {ignored}' if ignored else ''}"
@@ -411,7 +411,7 @@ def _map(
     stop: int,
     num_bytes: Callable[[T], int] = lambda _: 0,
 ) -> Generator[T, None, None]:
-    """The results of the images `start` … `stop` − 1, in their order."""
+    """The results of the images `start` … `stop` − 1, in order."""
     items, count = listing.items(start, stop), stop - start
     return ordered_map(work, items, num_workers, num_items=count, chunk_items=CHUNK_ITEMS, num_bytes=num_bytes)
 
@@ -435,7 +435,7 @@ def _extremes(source: Source, item: Item) -> tuple[float, float, bool] | None:
 def _common_range(
     source: Source, listing: Listing, journal: Journal, reporter: Reporter, num_workers: int
 ) -> str | tuple[float, float]:
-    """The range of values of all images, by a look at every one; kept in the journal for a run that goes on."""
+    """The range of values of all images, from reading every one; stored in the journal for a resumed run."""
     file = journal.folder / "range.json"
     if not file.exists():
         found = []
@@ -457,7 +457,7 @@ def _common_range(
 def _check_space(
     work: Callable[[Item], Result], listing: Listing, config: ConversionConfig, start: int, stop: int, journal: Journal
 ) -> None:
-    """Raise VdiffError if the images need more space than is free, by the size of a few that are converted for it."""
+    """Raise VdiffError if the images need more than the free space, estimated by converting a few."""
     count = stop - start
     free = shutil.disk_usage(journal.folder).free
     if count * sum(config.channels * size**2 + PAGE_BYTES for size in config.sizes) < free / 2:
@@ -473,7 +473,7 @@ def _check_space(
 
 
 def _stored_bytes(num_bytes: int) -> float:
-    """What a value takes in LMDB: pages of its own if it is large, else its share of pages that are seldom full."""
+    """The bytes of a value in LMDB: whole pages if it is large, else its share of pages, which are seldom full."""
     return -(-(num_bytes + 16) // PAGE_BYTES) * PAGE_BYTES if num_bytes > PAGE_BYTES / 2 else 1.5 * (num_bytes + 64)
 
 
@@ -499,7 +499,7 @@ def _describe(source: Source, listing: Listing, config: ConversionConfig, part: 
 
 
 def _say_empty_classes(listing: Listing, journal: Journal, reporter: Reporter) -> None:
-    """Name the classes of which no image could be read: they keep their numbers, which other parts share."""
+    """Report classes without a readable image: they keep their numbers, which other parts share."""
     if not journal.tally.skipped or not listing.class_names:
         return
     rejected = {each.path for each in journal.rejected()}

@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset reads them, and the index beside them that makes them a dataset; other programs' tars."""
+"""Tar shards in WebDataset's format, with an index that makes them a dataset; also other programs' tars."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MARK_OF_META = b'"vdiff_version": "'
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name beside the index (without an index its path), and what is in it."""
+    """One tar: its file name beside the index (without an index its path), and its contents."""
 
     file: str
     images: Annotated[int, Meta(ge=1)]
@@ -58,13 +58,13 @@ class Shard:
 
 
 def suffix_of(meta: DatasetMeta, size: int) -> str:
-    """`jpg`, or `64.jpg` in a set of several sizes: what follows an image's number in its name."""
+    """`jpg`, or `64.jpg` in a set of several sizes: the part of a name after an image's number."""
     extension = EXTENSIONS[meta.image_format]
     return extension if len(meta.sizes) == 1 else f"{size}.{extension}"
 
 
 def fingerprint_of(digests: Iterable[str]) -> str:
-    """SHA-256 (hex) over the SHA-256 of all shards in order, each in hex and a line of its own."""
+    """SHA-256 (hex) of the SHA-256 of all shards in order, each in hex on one line."""
     return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
 
 
@@ -76,15 +76,15 @@ def write_index(folder: Path, meta: DatasetMeta, shards: Sequence[Shard]) -> Non
 
 
 def _check_of(index: Mapping[str, Any]) -> int:
-    """CRC-32 of what an index says, so that a changed bit is seen."""
+    """CRC-32 of an index, to detect changed bits."""
     return zlib.crc32(json.dumps([index["meta"], index["shards"]], sort_keys=True).encode())
 
 
 def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard, ...]]:
-    """What an index says; `place` names it in errors.
+    """The contents of an index; `place` names it in errors.
 
     Raises:
-        VdiffError: no index, one of another version, one of an unfinished dataset, or shards that lie elsewhere.
+        VdiffError: not an index, another version, an unfinished dataset, or shards in other places.
     """
     try:
         values = parse(text)
@@ -94,7 +94,7 @@ def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard
             raise ValueError
     except (ValueError, TypeError, KeyError, VdiffError):
         raise VdiffError(f"{place} is not an index of tar shards", PREPARE_AGAIN) from None
-    # a dataset from elsewhere must not make this machine read other files, or run anything
+    # an untrusted dataset must not make this machine read other files, or run anything
     if foreign := [shard.file for shard in shards if not re.fullmatch(r"[^/\\:\0\r\n]+\.tar", shard.file)]:
         raise VdiffError(f"{place} names the shard {foreign[0]!r}, which is not a file beside it", PREPARE_AGAIN)
     try:
@@ -111,7 +111,7 @@ def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard
 
 
 def describe(path: Path, images: int | None = None) -> Shard:
-    """A shard on disk with its SHA-256; its images are counted where their number is not given."""
+    """A shard on disk with its SHA-256; its images are counted unless their number is given."""
     with opened(path) as file:
         if images is None:
             images = sum(1 for _ in read_samples(file, lambda _: False))
@@ -120,14 +120,14 @@ def describe(path: Path, images: int | None = None) -> Shard:
 
 
 class ShardWriter:
-    """Writes `folder/name-000000.tar`, … and at last `folder/index.json`, which makes the folder a dataset.
+    """Writes `folder/name-000000.tar`, … and finally `folder/index.json`, which makes the folder a dataset.
 
-    Shard k holds the images of the positions k · images_per_shard …, less those that were rejected. It is written
-    under a hidden name and renamed when it is whole, so that a folder whose writing was cut short holds whole shards
-    only, and a writer that is opened later continues after them. Equal images make equal bytes.
+    Shard k holds the images from position k · images_per_shard on, without the rejected ones. It is written under a
+    hidden name and renamed when it is complete, so that an interrupted folder holds only complete shards, and a
+    later writer continues after them. Equal images give equal bytes.
 
     Args:
-        start: the position of the first image of all; a multiple of `images_per_shard`.
+        start: the position of the first image; a multiple of `images_per_shard`.
 
     Raises:
         VdiffError: the disk is full or refuses; webdataset is not installed.
@@ -141,7 +141,7 @@ class ShardWriter:
         self._tar_writer = require_webdataset().TarWriter
         self.folder, self.name, self.images_per_shard = make_folder(folder), name, images_per_shard
         self.meta = replace(meta, complete=False)
-        # of shards that an earlier writer wrote, only the names are known
+        # of an earlier writer's shards, only the names are known
         self._shards: list[Shard | Path] = list(self._tidy_up())
         self.num_committed = len(self._shards)
         if self._shards:
@@ -160,7 +160,7 @@ class ShardWriter:
         """Drop the open shard."""
         if self._file is not None:
             for file in (self._tar, self._file):
-                with contextlib.suppress(OSError):  # a full disk refuses the last bytes of a file that goes anyway
+                with contextlib.suppress(OSError):  # a full disk refuses the last bytes; the file is deleted
                     file.close()
             self._temporary.unlink(missing_ok=True)
             self._tar = self._file = None
@@ -189,7 +189,7 @@ class ShardWriter:
                 if self.meta.complete or self._path.exists():
                     raise ValueError(f"{self._path} is written already")
                 self._file = open(self._temporary, "wb")  # noqa: SIM115
-                # the clock and the user's name would make equal images differ in bytes
+                # time and user name would make equal images differ in bytes
                 options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
                 self._tar = self._tar_writer(self._file, **options)
             self._tar.write({"__key__": f"{position:09d}", **sample})
@@ -197,13 +197,13 @@ class ShardWriter:
         return position
 
     def skip(self) -> None:
-        """Pass over an image that was rejected: the images after it keep their positions, whoever writes them."""
+        """Skip a rejected image: later images keep their positions, whichever writer writes them."""
         if self.is_due:
             raise ValueError(f"the shard of position {self._begun_at} is full; commit it first")
         self.position += 1
 
     def commit(self) -> None:
-        """Make the open shard durable and give it its name; without waiting images there is nothing to write."""
+        """Sync the open shard and rename it; without waiting images there is nothing to write."""
         if self._file is not None:
             with writing(self._path):
                 self._tar.close()
@@ -219,7 +219,7 @@ class ShardWriter:
         self._begun_at = self.position
 
     def finish(self, counts: Mapping[str, object]) -> DatasetMeta:
-        """Commit what waits and write the index; shards of an earlier writer are read once, for their SHA-256."""
+        """Commit waiting images and write the index; an earlier writer's shards are read once, for their SHA-256."""
         self.commit()
         shards = [shard if isinstance(shard, Shard) else describe(shard) for shard in self._shards]
         fingerprint = fingerprint_of(shard.sha256 for shard in shards)
@@ -236,7 +236,7 @@ class ShardWriter:
         return self.folder / f".{self._path.name}.tmp"
 
     def _tidy_up(self) -> list[Path]:
-        """Remove what a writer that was killed left unfinished; returns the whole shards in order."""
+        """Remove unfinished files of a killed writer; returns the complete shards in order."""
         name = re.compile(rf"{re.escape(self.name)}-\d{{6,}}\.tar")
         paths = list(self.folder.iterdir())
         for path in paths:
@@ -248,13 +248,13 @@ class ShardWriter:
 class ShardStore(StoredImages):
     """Tar shards to read: a folder or a URL with an index, or local tars without one, as a path or a brace pattern.
 
-    Tars without an index are scanned once, by their headers: their images must be squares, and a `cls` beside each
-    image, if there is one, its class as a decimal number. `path` is what was given, as text without passwords. A store
-    holds no open file, so it may be pickled and carried across a fork.
+    Tars without an index are scanned once, by their headers: their images must be square; a `cls` file beside each
+    image is its class as a decimal number. `path` is the given place, as text without passwords. A store holds no open
+    file, so it may be pickled and used across a fork.
 
     Raises:
-        VdiffError: no such dataset, an incomplete one, a shard that is missing or of another length, another version;
-            shards at a URL without an index; webdataset is not installed.
+        VdiffError: the dataset is missing, incomplete or of another version; a shard is missing or has another length;
+            shards at a URL have no index; or webdataset is not installed.
     """
 
     shards: tuple[Shard, ...]
@@ -270,7 +270,7 @@ class ShardStore(StoredImages):
         elif path.is_dir() or not ("{" in place or place.endswith(".tar")):
             self._open_folder(path)
         elif not path.exists() and (path.with_suffix("") / INDEX_FILE).is_file():
-            self._open_folder(path.with_suffix(""))  # `--out data/photos.tar` made the folder data/photos
+            self._open_folder(path.with_suffix(""))  # `--out data/photos.tar` writes the folder data/photos
         else:
             self.path = place
             self.meta, self.shards, self._suffixes = scan_foreign(place)
@@ -298,7 +298,7 @@ class ShardStore(StoredImages):
         place = self.place(shard)
         wanted = {LABEL, CAPTION, *(suffix for size in sizes for suffix in self._suffixes[size])}
         count = skip
-        # what is read from beginning to end anyway is compared with its checksum
+        # a shard that is read completely is checked against its checksum
         is_whole = bool(shard.sha256) and not skip and set(sizes) == set(self.meta.sizes)
         mode = "r|" if scheme_of(place) or is_whole else "r:"
         with opened(place, shard.bytes) as stream:
@@ -314,7 +314,7 @@ class ShardStore(StoredImages):
                 raise damaged(shown(place), "its checksum does not match")
 
     def stretches(self) -> Iterator[tuple[int, int]]:
-        """The dataset in pieces that may be read by different processes: the images of each shard."""
+        """The dataset in pieces that different processes may read: the images of each shard."""
         start = 0
         for shard in self.shards:
             yield start, start + shard.images
@@ -328,7 +328,7 @@ class ShardStore(StoredImages):
                     yield from islice(samples, min(stop, end) - max(start, first))
 
     def fingerprint(self) -> str:
-        """What `meta.fingerprint` is if every shard is what was written; reads them all."""
+        """The value of `meta.fingerprint` if no shard was changed; reads all shards."""
         digests = []
         for shard in self.shards:
             with opened(self.place(shard), shard.bytes) as file:
@@ -394,13 +394,13 @@ class ShardStore(StoredImages):
 
 
 def _beside(base: str, name: str) -> str:
-    """The URL of a file in the folder `base`; a query, such as a token, is for every file there."""
+    """The URL of a file in the folder `base`; a query, such as a token, applies to every file there."""
     parts = urlsplit(base)
     return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name) if parts.scheme in ('http', 'https') else name}"))
 
 
 def _files_of_dataset(folder: Path) -> str:
-    """Both kinds, whole or damaged; an LMDB is recognised by the description in it."""
+    """Datasets of both kinds, even damaged ones; an LMDB is recognised by its description."""
     if (index := folder / INDEX_FILE).is_file():
         return "|".join([*(re.escape(shard.file) for shard in parse_index(index.read_bytes(), "")[1]), OTHER_FILES])
     with open(folder / DATA_FILE, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -411,7 +411,7 @@ DATASET = Kind("dataset", _files_of_dataset)
 
 
 class _Hashed:
-    """A file that is read once from its beginning, and the SHA-256 of what was read."""
+    """A file that is read once from its beginning, with the SHA-256 of the bytes read."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._hash = file, hashlib.sha256()
@@ -423,21 +423,21 @@ class _Hashed:
         return data
 
     def sha256(self) -> str:
-        """The SHA-256 (hex) of the whole file, of which the rest is read now."""
+        """The SHA-256 (hex) of the whole file; reads the rest."""
         while self.read(BUFFER_BYTES):
             pass
         return self._hash.hexdigest()
 
 
 def _class_in(text: bytes, limit: int) -> int | None:
-    """The decimal number below `limit` in `text`; None where there is no such number."""
+    """The decimal number below `limit` in `text`; None if there is none."""
     digits = text.strip()
     is_number = digits.isdigit() and len(digits) < 100  # Python refuses to convert thousands of digits
     return label if is_number and (label := int(digits)) < limit else None
 
 
 def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int, tuple[str, ...]]]:
-    """What is in tars that another program wrote: a description, the shards that hold images, the suffixes by size."""
+    """The contents of another program's tars: a description, the shards with images, the suffixes by size."""
     import PIL.Image
     from braceexpand import braceexpand
 

@@ -1,4 +1,4 @@
-"""The door to all sources of images, and those that a library keeps under a name: digits, torchvision, hub."""
+"""The registry of all sources, and sources from libraries: digits, torchvision, the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Digits(Source):
             listing.add(number, label)
 
     def read(self, item: Item) -> Sample:
-        """The digit as the bytes of a PGM file; they travel with the source, so that workers need no scikit-learn."""
+        """The digit as the bytes of a PGM file; the source carries all digits, so workers do not need scikit-learn."""
         if not self._pixels:
             self._load()
         return Sample(b"P5 8 8 255\n" + self._pixels[int(item.name)], item.label)
@@ -57,9 +57,9 @@ class Digits(Source):
 
 @dataclass(frozen=True)
 class NamedSet:
-    """One of torchvision's sets: its class there, its splits (the first is the default), and how they are chosen.
+    """A torchvision dataset: its class, its splits (the first is the default), and how they are chosen.
 
-    `argument` is the parameter that takes the split; for `train` it is whether the split is "train".
+    `argument` is the parameter for the split; `train` receives whether the split is "train".
     """
 
     kind: str
@@ -71,7 +71,7 @@ class NamedSet:
 
 
 class Torchvision(Source):
-    """One of torchvision's sets, found under `root` or downloaded there by torchvision."""
+    """A torchvision dataset under `root`, where torchvision downloads it if necessary."""
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         self.set = TORCHVISION[name]
@@ -87,11 +87,11 @@ class Torchvision(Source):
         self.root = options.root
 
     def identity(self) -> dict[str, Any]:
-        """Name, split and where it lies."""
+        """Name, split and root folder."""
         return {"name": self.set.kind, "split": self.split, "root": str(self.root.resolve())}
 
     def fetch(self, scratch: Path) -> None:
-        """Load the set; download it if torchvision can and it is not there."""
+        """Load the dataset; download it if it is missing and torchvision can."""
         del scratch
         for download in (False, True):
             try:
@@ -104,21 +104,21 @@ class Torchvision(Source):
                     raise self._failed(error) from None
 
     def fill(self, listing: ListingWriter) -> None:
-        """The images in the set's order; classes where the set has names for them."""
+        """The images in the dataset's order; with classes if the dataset has names for them."""
         listing.class_names = self._class_names()
         for number in range(len(self._get())):
             listing.add(number)
 
     def read(self, item: Item) -> Sample:
-        """The picture and, in a set with class names, its class."""
+        """The picture and, in a dataset with class names, its class."""
         try:
             picture, target = self._get()[int(item.name)]
-        except Exception as error:  # whatever the set's own loader stumbles over
+        except Exception as error:  # the dataset's loader raises many types
             raise UnreadableImageError("unreadable", f"{type(error).__name__}: {error}") from None
         return Sample(picture, int(target) if self._class_names() else None)
 
     def keywords(self, *, download: bool) -> dict[str, Any]:
-        """The arguments of the set's class in torchvision."""
+        """The arguments of the dataset's class in torchvision."""
         chosen: dict[str, Any] = {"root": str(self.root), **self.set.extra}
         if self.set.argument == "train":
             chosen["train"] = self.split == "train"
@@ -149,9 +149,7 @@ class Torchvision(Source):
 
     def _failed(self, error: Exception) -> VdiffError:
         get = "" if self.set.downloads else "; torchvision cannot download this set: get it from its publisher"
-        return VdiffError(
-            f"{self.set.kind} under {self.root}: {cause_of(error)}{get}", "give the folder it lies in with --root"
-        )
+        return VdiffError(f"{self.set.kind} under {self.root}: {cause_of(error)}{get}", "give its folder with --root")
 
 
 class HuggingFace(Source):
@@ -178,7 +176,7 @@ class HuggingFace(Source):
         return {"name": self.repository, "config": self.config, "split": self.split, **chosen}
 
     def fetch(self, scratch: Path) -> None:
-        """Load the dataset, which downloads it into the library's own cache."""
+        """Load the dataset; the library downloads it into its cache."""
         del scratch
         self._get()
 
@@ -281,11 +279,11 @@ TORCHVISION = {
 
 
 def open_source(place: Path | str | None, options: SourceOptions | None = None) -> Source:
-    """The source at a path or of a name; None is the digits. What lies on the disk goes before a name.
+    """The source at a path or with a name; None: the digits. Paths take precedence over names.
 
     Raises:
-        VdiffError: no such path or name, or nothing that can be read as images.
-        OptionError: an option that the source knows nothing of.
+        VdiffError: the path or name does not exist, or is not a source of images.
+        OptionError: the source does not have an option.
     """
     options, name = options or SourceOptions(), "digits" if place is None else str(place)
     if name.startswith("hf:"):
@@ -318,7 +316,7 @@ def _nearest(path: Path) -> str:
 
 
 def build_listing(source: Source, path: Path, *, shuffled: bool = False) -> Listing:
-    """All images of a source in order, kept in the file `path`."""
+    """All images of a source in order, listed in the file `path`."""
     with ListingWriter(path, extensions(), shuffled=shuffled) as listing:
         source.fill(listing)
         return listing.finish()

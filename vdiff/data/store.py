@@ -1,6 +1,6 @@
-"""A dataset on disk: one LMDB folder that any rosinality-style reader can read, plus labels and a description.
+"""A dataset on disk: an LMDB folder for any rosinality-style reader, plus labels and a description.
 
-Its writer may be interrupted at any moment, and continues later.
+Its writer may be interrupted at any moment, and continue later.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def record_key(kind: int | str, index: int) -> bytes:
 
 
 def check_of(*values: bytes) -> bytes:
-    """CRC-32 (8 hexadecimal digits) of values, so that a changed bit is seen when they are read."""
+    """CRC-32 (8 hexadecimal digits) of values, to detect changed bits when they are read."""
     return b"%08x" % zlib.crc32(b"\0".join(values))
 
 
@@ -68,7 +68,7 @@ def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "",
     """SHA-256 of one image in all its sizes, of its class, its captions and its shape."""
     digest = hashlib.sha256()
     for size, encoded in images.items():
-        # the lengths keep the parts apart: no two images feed the hash the same bytes
+        # the lengths separate the parts: no two images give the hash the same bytes
         digest.update(b"%d %d " % (size, len(encoded)))
         digest.update(encoded)
     digest.update(b"%d" % (-1 if label is None else label))
@@ -80,7 +80,7 @@ def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "",
 
 
 def next_link(link: bytes, digest: bytes) -> bytes:
-    """The fingerprint of a dataset with one image more: SHA-256(`link` ‖ `digest`), beginning with `FIRST_LINK`."""
+    """The fingerprint after one more image: SHA-256(`link` ‖ `digest`), starting from `FIRST_LINK`."""
     return hashlib.sha256(link + digest).digest()
 
 
@@ -133,7 +133,7 @@ class DatasetMeta:
         """The inverse of `to_json`.
 
         Raises:
-            VdiffError: not JSON, a newer format, or keys that are missing, unknown or of another kind.
+            VdiffError: not JSON, a newer format, or keys are missing, unknown or of another type.
         """
         try:
             values = parse(text)
@@ -165,7 +165,7 @@ class DatasetMeta:
 
 
 class StoredImages:
-    """What LMDB datasets and tar shards have in common: where they are, what describes them, how many images."""
+    """The common part of LMDB datasets and tar shards: path, description and number of images."""
 
     path: Path | str
     meta: DatasetMeta
@@ -175,7 +175,7 @@ class StoredImages:
         return self._length
 
     def check_size(self, size: int) -> None:
-        """Raise VdiffError, which names the sizes there are, if the dataset has no images of `size`."""
+        """Raise VdiffError, which names the existing sizes, if the dataset has no images of `size`."""
         if size not in self.meta.sizes:
             sizes = ", ".join(map(str, self.meta.sizes))
             hint = f"it has {sizes}; choose one of them or prepare again with --size {size}"
@@ -189,10 +189,10 @@ class StoredImages:
 
 
 class ImageStore(StoredImages):
-    """Read access to a dataset; opened when first used in a process, so it may be pickled and carried across a fork.
+    """Read access to a dataset; opened at the first use in a process, so it may be pickled and used across a fork.
 
     Raises:
-        VdiffError: no such folder, not a dataset, an incomplete or truncated one.
+        VdiffError: the folder is missing, or the dataset is invalid, incomplete or truncated.
     """
 
     path: Path
@@ -217,7 +217,7 @@ class ImageStore(StoredImages):
         return {**self.__dict__, "_file": None}
 
     def close(self) -> None:
-        """Let go of the file; the next read opens it again."""
+        """Close the file; the next read opens it again."""
         self._file = None
 
     def encoded(self, size: int, index: int) -> bytes:
@@ -232,7 +232,7 @@ class ImageStore(StoredImages):
         return self._record(size, index, image, image)
 
     def label(self, index: int) -> int | None:
-        """The class of image `index`, None in a dataset without classes."""
+        """The class of image `index`; None in a dataset without classes."""
         if not self.meta.class_names and 0 <= index < len(self):
             return None
         value = self._record("label", index, f"class for image {index}", f"the class of image {index}")
@@ -261,7 +261,7 @@ class ImageStore(StoredImages):
         return tuple(map(int, words))
 
     def stretches(self) -> Iterator[tuple[int, int]]:
-        """The dataset in pieces that may be read by different processes."""
+        """The dataset in pieces that different processes may read."""
         yield from ((start, min(start + STRETCH, len(self))) for start in range(0, len(self), STRETCH))
 
     def stretch(self, start: int, stop: int) -> Iterator[StoredImage]:
@@ -271,7 +271,7 @@ class ImageStore(StoredImages):
             yield StoredImage(str(index), encoded, self.label(index), self.caption(index), self.shape(index))
 
     def _foreign_meta(self, file: LmdbFile) -> DatasetMeta:
-        """What can be said of a dataset that another program wrote: a length and images, but no `meta`."""
+        """The description of another program's dataset, which has a length and images, but no `meta`."""
         sizes, key = set(), file.first_key(b"")
         while key is not None:  # from prefix to prefix, not from image to image
             prefix, dash, _ = key.partition(b"-")
@@ -284,7 +284,7 @@ class ImageStore(StoredImages):
         return DatasetMeta(self.path.resolve().name, tuple(sorted(sizes)), channels=3, counts=counts, complete=True)
 
     def _record(self, kind: int | str, index: int, missing: str, what: str) -> bytes:
-        """The value of a record of image `index`, compared with its checksum where there is one."""
+        """The value of a record of image `index`, checked against its checksum, if there is one."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         file = self._file or self._opened()
@@ -315,10 +315,10 @@ class ImageStore(StoredImages):
 class StoreWriter:
     """Appends images to the LMDB in the existing folder `path`; `finish` makes it a dataset.
 
-    What `commit` has written is durable, and a writer that is opened later continues after it. Every transaction is a
-    function of the file before it and of its images alone: LMDB is opened anew for each, as it would otherwise leave
-    traces of earlier ones in unused bytes. So the same images in the same batches make the same file, byte for byte,
-    however often the work was cut short. A batch is due after a number of images or bytes, never after a time.
+    Data that `commit` wrote are durable, and a later writer continues after them. Every transaction depends only on the
+    file before it and on its images: LMDB is opened again for each, as it would otherwise leave traces of earlier
+    transactions in unused bytes. So the same images in the same batches give the same file, byte for byte, after any
+    interruptions. A batch ends after a number of images or bytes, never after a time.
 
     Raises:
         VdiffError: the disk is full or refuses.
@@ -337,7 +337,7 @@ class StoreWriter:
 
     @property
     def is_due(self) -> bool:
-        """Whether enough images wait for the next batch."""
+        """Whether there are enough images for the next batch."""
         return self.length - self._begun_at >= BATCH_IMAGES or self._record_bytes >= BATCH_BYTES
 
     def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "", shape: Sequence[int] = ()) -> int:
@@ -358,14 +358,14 @@ class StoreWriter:
         return index
 
     def skip(self) -> None:
-        """Pass over an image that was rejected: indices are dense."""
+        """Skip a rejected image: indices are dense."""
 
     def commit(self) -> None:
-        """Write the waiting images, and how far the writer is, in one transaction."""
+        """Write the waiting images and the writer's progress in one transaction."""
         if self.length == self._begun_at:
             return
         self.num_committed += 1
-        # of the same length in every batch, so that it moves nothing else in the file
+        # of constant length, so that it moves nothing else in the file
         state = f"{self.num_committed:012d} {self.length:012d} {self.link.hex()}".encode()
         first = [(META_KEY, self.meta.to_json().encode())] if self.num_committed == 1 else []
         self._write([*first, *self._records, (STATE_KEY, state)])
@@ -373,7 +373,7 @@ class StoreWriter:
         self._record_bytes, self._begun_at = 0, self.length
 
     def finish(self, counts: Mapping[str, object]) -> DatasetMeta:
-        """Write what waits, the length and the complete description."""
+        """Write the waiting images, the length and the complete description."""
         self.commit()
         self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=self.link.hex())
         length, meta = str(self.length).encode(), self.meta.to_json().encode()
@@ -384,7 +384,7 @@ class StoreWriter:
         file = LmdbFile(self.path / DATA_FILE, BEGIN_ANEW)
         meta, state = file.get(META_KEY), file.get(STATE_KEY)
         while self._map_bytes <= file.used_bytes:
-            self._map_bytes *= 2  # as a writer that was never cut short would have done
+            self._map_bytes *= 2  # as an uninterrupted writer would have done
         if meta is not None:
             self.meta = DatasetMeta.from_json(meta)
         if state is not None:
@@ -395,7 +395,7 @@ class StoreWriter:
             self._begun_at, self.link = self.length, bytes.fromhex(found[3].decode())
 
     def _write(self, records: list[tuple[bytes, bytes]], *, done: bool = False) -> None:
-        """Write records in one durable transaction; when the map is full, double it and write them again."""
+        """Write records in one durable transaction; if the map is full, double it and write them again."""
         import lmdb
 
         while True:
@@ -410,23 +410,23 @@ class StoreWriter:
             except lmdb.MapFullError:
                 self._map_bytes *= 2
             except lmdb.Error as error:
-                # LMDB calls it an input/output error when the last bytes of a disk take a part of a page
+                # LMDB reports an input/output error if a disk ends within a page
                 full = shutil.disk_usage(self.path).free < sum(len(value) for _, value in records) + FULL_DISK_BYTES
                 reason = os.strerror(errno.ENOSPC) if full else error
                 raise VdiffError(f"cannot write {self.path}: {reason}", "free space or choose another --out") from None
 
 
 def partial_folder(path: Path) -> Path:
-    """Where a dataset is prepared until it is complete: a neighbour of the folder that it will be."""
+    """The folder of an unfinished dataset, beside its final folder."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def incomplete(path: Path) -> VdiffError:
-    """The error for a dataset whose preparation was cut short; it names the command that completes it."""
+    """The error for an incomplete dataset; it names the command that completes it."""
     jobs = (_job(folder) for folder in (partial_folder(path), path, *path.parents[:1]))
     command = next((job["command"] for job in jobs if job), "")
     return VdiffError(
-        f"{path} is an incomplete dataset: its preparation was cut short",
+        f"{path} is an incomplete dataset: its preparation was interrupted",
         f"complete it: {command}" if command else PREPARE_AGAIN,
     )
 
