@@ -31,9 +31,10 @@ from vdiff.models.unet import UNet
 from vdiff.models.unet_config import UNetConfig
 from vdiff.training.base import describe, resolve_training
 from vdiff.training.base_training import begin
-from vdiff.training.config import TrainConfig
+from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import open_images
 from vdiff.training.finetuning import with_fingerprint
+from vdiff.training.presets import FINE_TUNING, read_preset
 from vdiff.training.state import state_path
 
 WHOLE = {"channels": 8, "embedding_channels": 8, "multipliers": (1, 2), "num_blocks": 1, "attention_strides": (1,)}
@@ -207,6 +208,34 @@ def test_dropout_of_a_finetuning_is_its_own(data, base):
     assert {module.p for module in denoiser.modules() if isinstance(module, nn.Dropout) and module.p} == {0.5}
 
 
+def test_the_start_of_a_conversion_is_measured(data, tmp_path):
+    write_checkpoint(tmp_path / "eps", prediction="eps")
+    config = finetune_config(data, tmp_path / "eps", prediction="v", num_iters=1, weighting="snr_plus_one")
+    watcher = Watcher()
+    run_training(config, tmp_path / "run", reporter=watcher)
+    [line] = [line for line in watcher.lines if line.startswith("eps → v: ")]
+    numbers = [float(word.strip(",")) for word in line.split() if word.strip(",").replace(".", "").isdigit()]
+    assert len(numbers) == 3
+    assert all(0 < number < 1000 for number in numbers)
+    assert read_config(tmp_path / "run").prediction == "v"
+    watcher = Watcher()
+    run_training(
+        finetune_config(data, tmp_path / "eps", prediction="eps", num_iters=1, weighting="snr"), tmp_path / "same"
+    )
+    assert not any("→" in line for line in watcher.lines)
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_presets_of_finetuning_resolve(base, name):
+    settings = read_preset(name, 100).train
+    config = resolve(TrainConfig, {"preset": settings, "flags": {"base": str(base), "schedule": "linear"}})
+    assert config.num_iters > 0
+    if name == "sdxl_lora_v":  # the numbers of its source
+        assert (config.lora_rank, config.lora_alpha, config.batch_size, config.lr) == (8, 8.0, 2, 1e-5)
+        assert (config.weight_decay, config.clip_norm, config.num_iters) == (1e-2, 1.0, 2500)
+        assert read_preset(name).train["num_iters"] == 20825
+
+
 # Refusals
 
 
@@ -235,7 +264,10 @@ def test_a_finetuning_has_schedule_prediction_and_steps_of_its_base(data, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"preset": "toy"}, "--preset toy describes a new network, and --base names one; give finetune or lora"),
+        (
+            {"preset": "toy"},
+            "--preset toy describes a new network, and --base names one; give finetune or lora or",
+        ),
         ({"schedule": "linear"}, "--schedule linear: .* has cosine; leave it out"),
         ({"prediction": "both"}, "--prediction both: .* predicts v, with other channels; leave it out"),
         ({"class_conditional": True}, "class_conditional follows from --base .*; leave it out"),

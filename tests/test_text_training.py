@@ -70,7 +70,7 @@ def ours(place: Path, kind: str, **flags: Any) -> tuple[TrainStep, Batch, Any, t
     generator = images.batches(config, engine).start_at(0)
     batch = next(generator)
     generator.close()
-    drawn = step._draw(0, batch)
+    drawn = step.draw(0, batch)
     student = StudentState(step.denoiser, step.denoiser, 0.0)
     losses, _, _ = part_losses(task, step.denoiser, drawn, student, engine)
     losses.mean().backward()

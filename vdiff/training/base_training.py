@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from vdiff.diffusion.prediction import PREDICTION_TYPES, from_x
 from vdiff.diffusion.schedules import FlowSchedule
 from vdiff.distributed import memory_errors_named
 from vdiff.errors import Interrupted, VdiffError
@@ -27,9 +29,11 @@ from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
 from vdiff.training.inputs import Inputs, inputs_of
 from vdiff.training.loop import Run, metrics_of, settle
-from vdiff.training.objectives import DenoisingObjective
+from vdiff.training.objectives import DenoisingObjective, StudentState
 from vdiff.training.presets import recorded_layer, write_run
 from vdiff.training.step import Task, TrainStep
+
+CLEAR_SIGNAL = 0.1
 
 
 def train(
@@ -103,6 +107,8 @@ def training(
         )
         reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         on_start(step := TrainStep(run, engine))
+        if not resume and config.base and (before := read_config(Path(config.base)).prediction) != config.prediction:
+            reporter.line(f"{before} → {config.prediction}: {start_of_conversion(run, step, before)}")
         yield from metrics_of(run, step, reporter)
 
 
@@ -120,6 +126,37 @@ def begin(description: CheckpointConfig) -> Denoiser:
     else:
         add_adapter(denoiser.network, description.adapter)
     return denoiser
+
+
+@torch.no_grad()
+def start_of_conversion(run: Run, step: TrainStep, before: str) -> str:
+    """How far a network is off at first whose output is read as another prediction from now on.
+
+    Errors of v on the first batch, at times where α ≥ `CLEAR_SIGNAL`, as an ε-prediction says nothing about x below.
+
+    Args:
+        before: what the output was until now.
+    """
+    with closing(run.batches.start_at(0)) as batches:
+        given = step.draw(0, next(batches))
+    denoiser = step.denoiser
+    target = run.objective(given, StudentState(denoiser, denoiser, 0.0))
+    angle = denoiser.schedule.angle(target.t)
+    rows = angle.cos() >= CLEAR_SIGNAL
+    angle, z, x = angle[rows], target.z[rows], target.x[rows]
+    if not len(z):
+        return "the output is read anew from the first update on"
+    with step.engine.accelerator.autocast():
+        found = denoiser(z, target.t[rows], given.condition[rows])
+    v = from_x(z, x, angle).v
+    output = getattr(found, denoiser.parameterisation.prediction)
+    errors = [
+        float((v - other).square().mean()) for other in (found.v, PREDICTION_TYPES[before].read(z, output, angle).v)
+    ]
+    return (
+        f"the network's output is read anew from the first update on; the error of v is {errors[0]:.3g} at first, "
+        f"{errors[1]:.3g} read as before, {float(v.square().mean()):.3g} of an output of zeros"
+    )
 
 
 def memory_of_base(config: TrainConfig, images: TrainingData, description: CheckpointConfig, engine: Engine) -> Memory:

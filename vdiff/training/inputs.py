@@ -53,7 +53,9 @@ class TextInputs(Inputs):
         """Tokens, and for Stable Diffusion XL the sizes of image, crop and target; an image without caption has ""."""
         count, _, height, width = batch.images.shape
         tokens = self.tokenizers.tokens(batch.captions or [""] * count)
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(count, 6)
+        sizes = batch.sizes
+        if sizes is None:
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(count, 6)
         return takes.condition(**{TOKENS: tokens, TIME_IDS: sizes})
 
 

@@ -5,9 +5,10 @@ A file holds the settings of `train.py` as keys, the network in `[unet]`, the se
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ CHANNELS = {"small": (32, 5e-4), "base": (64, 3e-4), "large": (128, 2e-4)}
 """Networks for ordinary machines, of about 2, 9 and 35 million parameters: channels, and the learning rate."""
 IMAGE_SIZES = (32, 64, 128, 256)
 FITTED = {f"{network}{size}": (network, size) for network in CHANNELS for size in IMAGE_SIZES}
-FINE_TUNING = ("finetune", "lora")
+FINE_TUNING = ("finetune", "lora", "sd15_lora_v", "sd21_v_full", "sdxl_lora_v")
 """Presets of models that are there already: all weights, or a LoRA."""
 PRESETS = (*WRITTEN, *FITTED)
 LARGEST_OF_DIGITS = 16
@@ -82,7 +83,12 @@ def read_preset(name: str, num_images: int = 0) -> Settings:
         raise OptionError(f"unknown preset {name!r}", suggestion(name, (*PRESETS, *FINE_TUNING)))
     if name in FITTED:
         return fitted(*FITTED[name], amount_of(num_images))
-    return _settings(resources.files("vdiff").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8"), name)
+    text = resources.files("vdiff").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
+    settings = _settings(text, name)
+    if (epochs := settings.assumed.get("epochs")) is None:
+        return settings
+    updates = math.ceil(epochs * (num_images or settings.assumed["num_images"]) / settings.train["batch_size"])
+    return replace(settings, train={**settings.train, "num_iters": updates})
 
 
 def amount_of(num_images: int) -> Amount:

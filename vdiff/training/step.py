@@ -141,7 +141,7 @@ class TrainStep(OptimizerStep):
     def __call__(self, step: int, batch: Batch) -> StepResult:
         config, engine, schedule = self.config, self.engine, self.denoiser.schedule
         accelerator = engine.accelerator
-        given = self._draw(step, batch)
+        given = self.draw(step, batch)
         counts = None
         if self.importance is not None:
             u, counts = self.importance.draw(given.u)
@@ -176,7 +176,7 @@ class TrainStep(OptimizerStep):
         t = torch.cat(times).to(engine.device)
         return StepResult(torch.cat(losses), t, schedule.logsnr(t), norm, is_bad, counts)
 
-    def _draw(self, step: int, batch: Batch) -> TrainBatch:
+    def draw(self, step: int, batch: Batch) -> TrainBatch:
         """This process's images, noise, u and condition of update `step`."""
         seed, size, device = self.config.seed, self.config.batch_size, self.engine.device
         takes, rows = self.denoiser.network.signature, range(self._share.start, self._share.stop)
