@@ -81,9 +81,9 @@ for step in steps:
 )
 PIPELINE = """\
 import torch
-from diffusers import DDIMPipeline
+from diffusers import {{ pipeline }}
 
-pipeline = DDIMPipeline.from_pretrained("{{ name }}")
+pipeline = {{ pipeline }}.from_pretrained("{{ name }}")
 {% if arguments %}
 images = pipeline(batch_size={{ count }}, generator=torch.manual_seed(0), {{ arguments }}).images
 images[0].save("image.png")
@@ -125,17 +125,19 @@ def torch_usage(name: str, config: CheckpointConfig, options: GraphOptions) -> s
     return _program(words, program, name, config, options, inputs=inputs, clipped="x.clamp(-1, 1)")
 
 
-def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, clip: bool) -> str:
+def diffusers_usage(name: str, config: CheckpointConfig, call: Mapping[str, Any], *, pipeline: str, clip: bool) -> str:
     """For a pipeline folder called `name`, called with the arguments `call`; empty: it needs a class."""
     values = {
         "name": name,
+        "pipeline": pipeline,
         "arguments": ", ".join(f"{key}={value}" for key, value in call.items()),
         "classes": config.signature.num_classes + bool(config.signature.null),
         "shape": _shape(config).rstrip(")"),
         "steps": config.num_timesteps,
         "clipped": ", use_clipped_model_output=True" if clip else "",
     }
-    words = "With diffusers; vdiff is not needed. Use any number of steps that divides the model's."
+    steps = "the model's number of steps" if config.parameterisation else "any number of steps that divides the model's"
+    words = f"With diffusers; vdiff is not needed. Use {steps}."
     return _fenced(words, PIPELINE, values)
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vdiff.diffusion.schedules import build_schedule
+from vdiff.diffusion.parameterisation import Parameterisation, Vp
+from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.errors import OptionError, VdiffError
+from vdiff.interop.diffusers.flow import is_flow, read_flow
 from vdiff.interop.diffusers.folders import (
     CONFIG,
     DAMAGED,
@@ -103,19 +105,26 @@ def import_pipeline(
     index = _index(root)
     unet_folder = root / "unet" if (root / "unet").is_dir() else root
     files = weights_files(unet_folder)
-    scheduler = scheduler_of(_scheduler(root), WeightsNote.read(files[0]), prediction=prediction, zero_snr=zero_snr)
+    scheduler = _scheduler(root)
+    flow = read_flow(scheduler) if is_flow(scheduler) else None
+    if flow is None:
+        scheduler = scheduler_of(scheduler, WeightsNote.read(files[0]), prediction=prediction, zero_snr=zero_snr)
+    elif prediction or zero_snr:
+        raise OptionError(f"{scheduler.where} is a rectified flow, with one prediction", "leave the option out")
     if index.values["_class_name"] in PIPELINES:
         return _text_model(root, name, folder, scheduler, num_timesteps, copy=copy, overwrite=overwrite)
     if copy:
         raise OptionError("--copy: this pipeline has no parts but its network", "leave it out")
     unet = JsonFile.read(unet_folder / CONFIG, DAMAGED)
-    notes, config = remarks(scheduler) + unet.unknown(ONLY.keys() | READ), None
+    notes, config = (flow[2] if flow else remarks(scheduler)) + unet.unknown(ONLY.keys() | READ), None
     if (root / NOTE).exists():
         try:
             config = _own_description(root, scheduler, unet, name)
         except (VdiffError, ValueError) as error:
             notes.append(f"{root / NOTE} is ignored: {error}")
-    config = _with_steps(config or _base_model(scheduler, unet, name), num_timesteps)
+    config = _with_steps(
+        config or _base_model(*(flow[:2] if flow else _of_betas(scheduler)), unet, name), num_timesteps
+    )
     shape = UNetConfig.from_dict(config.unet)
     if "." in files[0].name.removesuffix(".safetensors"):
         notes.append(f"its weights are the variant {files[0].name}, which may be rounded")
@@ -171,14 +180,18 @@ def _with_steps(config: CheckpointConfig, num_timesteps: int | None) -> Checkpoi
     return replace(config, num_timesteps=num_timesteps)
 
 
-def _base_model(scheduler: JsonFile, unet: JsonFile, name: str) -> CheckpointConfig:
+def _of_betas(scheduler: JsonFile) -> tuple[Schedule, Parameterisation]:
+    """The schedule and the parameterisation of a scheduler with betas."""
+    return read_schedule(scheduler), Vp(read_prediction(scheduler))
+
+
+def _base_model(schedule: Schedule, family: Parameterisation, unet: JsonFile, name: str) -> CheckpointConfig:
     """The description of a model that another program trained."""
-    schedule, prediction = read_schedule(scheduler), read_prediction(scheduler)
     shape, image_size = read_unet_config(unet)
     return CheckpointConfig(
         unet=shape.to_dict(),
         schedule=schedule.to_dict(),
-        prediction=prediction,
+        **family.config_fields(),
         num_timesteps=schedule.label_scale,
         image_size=image_size,
         method="base",
@@ -200,8 +213,13 @@ def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str)
     if any(unet.values.get(key) != value for key, value in said.items()):
         raise ValueError(f"it describes another network than {unet.where}")
     read_unet_config(unet)
-    betas = read_table(scheduler) or []
-    if own.prediction != read_prediction(scheduler) or not agree(build_schedule(own.schedule), betas):
+    if is_flow(scheduler):
+        schedule, family, _ = read_flow(scheduler)
+        is_same = own.family == family and (own.num_timesteps == 1 or own.schedule.get("shift") == schedule.shift)
+    else:
+        is_same = own.prediction == read_prediction(scheduler)
+        is_same = is_same and agree(build_schedule(own.schedule), read_table(scheduler) or [])
+    if not is_same:
         raise ValueError(f"it describes another schedule or prediction than {scheduler.where}")
     own.check_num_steps(own.num_timesteps)
     if len(own.class_names) != shape.num_classes:

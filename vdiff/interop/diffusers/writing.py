@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdiff.diffusion.parameterisation import Edm, Flow
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import make_folder, write_json, write_text
 from vdiff.interop.card import CARD, FILES_OF_CARD, is_card, new_card, public
+from vdiff.interop.diffusers.flow import FLOW_SCHEDULER, write_flow
 from vdiff.interop.diffusers.folders import CONFIG, INDEX, NOTE, SCHEDULER, WEIGHTS
 from vdiff.interop.diffusers.scheduler import write_scheduler_config
 from vdiff.interop.diffusers.unet import write_unet_config, write_unet_weights
@@ -83,13 +85,22 @@ def export_pipeline(
             f"{checkpoint} holds a network of kind {config.kind}; only vdiff's UNet can be exported to diffusers",
             "use its weights directly, in model.safetensors",
         )
-    levels = denoiser.schedule.label_scale
-    if not config.takes_any_num_steps and levels % config.num_timesteps:
+    levels, family = denoiser.schedule.label_scale, denoiser.parameterisation
+    if isinstance(family, Edm):
+        raise VdiffError(
+            "diffusers has no pipeline of a UNet2DModel that scales its input, as edm does",
+            "export to ONNX or torch.export",
+        )
+    pipeline, kind = ("DDPMPipeline", FLOW_SCHEDULER) if isinstance(family, Flow) else ("DDIMPipeline", "DDIMScheduler")
+    if kind == "DDIMScheduler" and not config.takes_any_num_steps and levels % config.num_timesteps:
         raise VdiffError(
             f"diffusers cannot place {config.num_timesteps} equal steps on {levels} timesteps",
             "distil to a number of steps that divides them",
         )
-    scheduler = write_scheduler_config(denoiser.schedule, config.prediction, clip=clip)
+    if kind == FLOW_SCHEDULER:
+        scheduler = write_flow(denoiser, config, clip=clip)
+    else:
+        scheduler = write_scheduler_config(denoiser.schedule, config.prediction, clip=clip)
     network, config = _fixed(denoiser.network, config, class_name, guidance)
     unet = write_unet_config(network.config, config.image_size)
     steps = {"num_inference_steps": config.num_timesteps}
@@ -97,14 +108,14 @@ def export_pipeline(
     with new_folder(folder, PIPELINE, overwrite=overwrite, flag="another folder") as temporary:
         for file in (f"unet/{CONFIG}", f"scheduler/{SCHEDULER}", NOTE):
             make_folder((temporary / file).parent)
-        _write_json(temporary / INDEX, "DDIMPipeline", _parts("DDIMScheduler", "UNet2DModel"))
-        _write_json(temporary / "scheduler" / SCHEDULER, "DDIMScheduler", scheduler)
+        _write_json(temporary / INDEX, pipeline, _parts(kind, "UNet2DModel"))
+        _write_json(temporary / "scheduler" / SCHEDULER, kind, scheduler)
         _write_json(temporary / "unet" / CONFIG, "UNet2DModel", unet)
         weights = write_unet_weights(network.config, network.state_dict())
         write_tensors(temporary / "unet" / WEIGHTS, weights, {"format": "pt"})
         write_json(temporary / NOTE, public(asdict(config)))
         if license_name is not None:
-            usage = {INDEX: diffusers_usage(folder.resolve().name, config, call, clip=clip)}
+            usage = {INDEX: diffusers_usage(folder.resolve().name, config, call, pipeline=pipeline, clip=clip)}
             card = new_card(checkpoint, usage=usage, license_name=license_name, library="diffusers")
             card.write(temporary)
     return Exported(config, call)
