@@ -16,7 +16,7 @@ from tests.commands import done, error
 from tests.toy import UNET, train_config, write_checkpoint, write_dataset
 from vdiff.errors import VdiffError
 from vdiff.models.backbone import parameter_count
-from vdiff.models.checkpoint import read_config
+from vdiff.models.checkpoint import ADAPTER, is_checkpoint, read_config
 from vdiff.training import estimate
 from vdiff.training.base import describe
 from vdiff.training.base_training import base_task, memory_of_base
@@ -270,6 +270,17 @@ def test_a_dry_run_says_what_a_training_takes_and_a_training_says_it_first(tmp_p
     assert "give --dry_run too" in error("train.py --all", 2)
     said = done(line).stderr
     assert all(said.index(f"\n{name} ") < said.index("training checkpoints/original") for name in rows)
+
+
+def test_a_lora_is_estimated_and_trained_by_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("data/toy_4"))
+    write_checkpoint(Path("checkpoints/original"))
+    line = "train.py --base checkpoints/original --out checkpoints/lora --lora_rank 2 --lora_targets linear"
+    said = done(f"{line} --num_iters 2 --batch_size 2 --device cpu").stderr
+    assert "\nmemory " in said
+    assert is_checkpoint(Path("checkpoints/lora"))
+    assert (Path("checkpoints/lora") / ADAPTER).exists()
 
 
 def test_a_training_without_memory_leaves_nothing(tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -141,7 +142,8 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         one of `NEED_VALUES`: network or method depends on the values of tensors.
     """
     device = engine.device
-    with FakeTensorMode(allow_non_fake_inputs=True), device:
+    stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)  # peft moves layers, which these cannot bear
+    with FakeTensorMode(allow_non_fake_inputs=True), device, stay:
         task = build(WithoutValues(**{**vars(engine), "compile": False}))
         config, denoiser = task.config, task.denoiser.train()
         denoiser.network.checkpointing = config.checkpointing
