@@ -202,6 +202,24 @@ def test_names_of_the_hub_are_fetched_without_variants(monkeypatch):
     assert read_config("checkpoints/stable-diffusion-xl-base-1.0").dataset.endswith("stable-diffusion-xl-base-1.0")
 
 
+def test_weights_in_half_precision_stay_so_and_variants_are_read():
+    """As many models come: float16 in files with the name of their variant, which are computed with in float32."""
+    folder = copied("sdxl")
+    for path in folder.rglob("*.safetensors"):
+        tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+        path.unlink()
+        save_file(tensors, path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")), {"format": "pt"})
+    done("vdiff import diffusers theirs --out sd --copy")
+    assert {tensor.dtype for tensor in load_file("sd/model.safetensors").values()} == {torch.float16}
+    denoiser = load_checkpoint("sd")[0]
+    assert {weight.dtype for weight in denoiser.parameters()} == {torch.float32}
+    plain = load_file(pipeline("sdxl") / "text_encoder/model.safetensors")
+    name = "embeddings.token_embedding.weight"
+    expected = next(tensor for key, tensor in plain.items() if key.endswith(name)).half().float()
+    found = denoiser.network.state_dict()[f"text_encoders.0.{name}"]
+    assert torch.equal(found, expected)
+
+
 @every_kind
 def test_a_single_file_is_the_pipeline_that_it_was_made_of(tmp_path, kind):
     """Weights equal those of the folder; tokenizers and text encoders are copied."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from vdiff.models.checkpoint import (
     save_checkpoint,
 )
 from vdiff.models.codec import from_uint8
-from vdiff.models.components import ENCODERS, components_fingerprint, read_encoder
+from vdiff.models.components import ENCODERS, components_fingerprint, read_encoder, text_libraries
 from vdiff.models.condition import POOLED, TEXT, TIME_IDS, TOKENS, Condition
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.kinds import build_network, signature_of
@@ -336,3 +337,24 @@ def test_folders_without_an_autoencoder_are_refused(tmp_path):
     (tmp_path / "mine" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(VdiffError, match="holds no AutoencoderKL"):
         Autoencoder.read(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_a_missing_library_is_named_with_the_extra(monkeypatch, library):
+    config = backbone("sd15").describe()
+    monkeypatch.setitem(sys.modules, library, None)
+    expected = f"need {library}, which is not installed; pip install 'vdiff\\[text\\]'"
+    for use in (lambda: build_network("text", config), lambda: Tokenizers.read(pipeline("sd15"))):
+        with pytest.raises(VdiffError, match=expected):
+            use()
+    with pytest.raises(VdiffError, match=expected):
+        Autoencoder.read(pipeline("sd15"))
+
+
+def test_libraries_log_as_before_afterwards():
+    """Their bars and messages are off while vdiff uses them, and then as the caller had them."""
+    logs = diffusers.utils.logging
+    before = (logs.get_verbosity(), logs.is_progress_bar_enabled())
+    with text_libraries():
+        assert not logs.is_progress_bar_enabled()
+    assert (logs.get_verbosity(), logs.is_progress_bar_enabled()) == before

@@ -91,8 +91,8 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
     examples=[
         "vdiff import diffusers google/ddpm-cifar10-32    # from the hub",
         "vdiff import diffusers exports/base_6 --out checkpoints/again",
-        "vdiff import diffusers stabilityai/stable-diffusion-xl-base-1.0 --out checkpoints/sd",
-        "vdiff import diffusers model.safetensors --pipeline stable-diffusion-xl-base-1.0 --prediction v",
+        "vdiff import diffusers stabilityai/stable-diffusion-xl-base-1.0",
+        "vdiff import diffusers model.safetensors --pipeline sdxl --prediction v",
     ],
 )
 @click.argument("source")

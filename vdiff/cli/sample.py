@@ -48,7 +48,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
         "python sample.py --num 50000 --batch_size 500 --out samples/fifty.npz",
         "python sample.py --classes 3,7 --guidance 1.5 --trajectory --json",
         "python sample.py --interpolate 32 37 --num 12",
-        'python sample.py --prompt "a red fox, watercolour" --negative_prompt blurry --num_timesteps 25',
+        "python sample.py --prompts prompts.txt --negative_prompt blurry",
     ],
 )
 @project_option()

@@ -9,6 +9,7 @@ A checkpoint names the folder and its fingerprint, so that many models share one
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -44,16 +45,18 @@ def text_libraries() -> Iterator[None]:
         import diffusers
         import transformers
 
-        logs = [(module, module.get_verbosity()) for module in (diffusers.utils.logging, transformers.utils.logging)]
-        for module, _ in logs:
+        modules = (diffusers.utils.logging, transformers.utils.logging)
+        before = [(module, module.get_verbosity(), module.is_progress_bar_enabled()) for module in modules]
+        for module in modules:
             module.set_verbosity_error()
             module.disable_progress_bar()
         try:
             yield
         finally:
-            for module, verbosity in logs:
+            for module, verbosity, has_bars in before:
                 module.set_verbosity(verbosity)
-                module.enable_progress_bar()
+                if has_bars:
+                    module.enable_progress_bar()
     except ImportError as error:
         raise VdiffError(
             f"text-to-image models need {error.name or 'a library'}, which is not installed",
@@ -106,8 +109,17 @@ def components_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     with explained(f"{folder} cannot be read", RESTORE, OSError):
         for path in files_of(folder):
-            digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
+            facts = path.stat()
+            content = _sha256(path, facts.st_size, facts.st_mtime_ns)
+            digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """`sha256_of`, once in a process: a command opens the same gigabytes several times."""
+    del size, modified
+    return sha256_of(path)
 
 
 def resolved(reference: Mapping[str, Any], folder: Path) -> dict[str, Any]:
