@@ -121,6 +121,18 @@ def test_a_stage_of_every_method_tells_its_memory(tmp_path, method):
     assert found.images == 10 * 4 * 4
 
 
+def test_a_check_of_many_images_may_take_more_than_an_update_of_few(tmp_path):
+    write_checkpoint(tmp_path / "teacher", num_timesteps=8)
+    images = open_images(str(write_dataset(tmp_path / "toy_4")), None)
+    values = {"base": str(tmp_path / "teacher"), "num_iters": 4, "batch_size": 2, "lr": 1e-3, "device": "cpu"}
+    peaks = []
+    for checked in (0, 2, 64, 500):
+        config = resolve(DistillConfig, {"": {**values, "check_images": checked}})
+        stage = plan_stages(config, read_config(tmp_path / "teacher"))[0]
+        peaks.append(memory_of_stage(stage, config, images, build_engine(config)).activations)
+    assert peaks[0] == peaks[1] < peaks[2] == peaks[3]
+
+
 class AsksForValues(nn.Module):
     def __init__(self) -> None:
         super().__init__()

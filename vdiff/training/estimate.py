@@ -28,7 +28,7 @@ from vdiff.data.batches import Batch, cache_limit
 from vdiff.distributed import free_memory
 from vdiff.errors import VdiffError
 from vdiff.models.backbone import example_condition, parameter_count
-from vdiff.models.condition import Condition, Signature
+from vdiff.models.condition import SECOND_TIME, Condition, Signature
 from vdiff.models.denoiser import Denoiser
 from vdiff.text import duration
 from vdiff.training.averages import profiles_of
@@ -49,6 +49,8 @@ TIMED_UPDATES, LONG_UPDATE = 3, 4.0
 DAY = 24 * 3600
 MAX_WIDTH = 66
 """The width of a value beside its name in 80 columns."""
+CHECKED_AT_ONCE = 64
+"""Images that `training.verdict` draws at once."""
 FEW_UPDATES = 100
 """A run with at most this many updates is not timed before it begins."""
 NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -61,7 +63,7 @@ class Memory:
     Attributes:
         weights: of the trained networks and their teachers, without `frozen`.
         frozen: the model's weights that do not learn, which are part of every checkpoint.
-        activations: the peak of forward and backward pass, without the gradients.
+        activations: the peak of forward and backward pass, without the gradients, or of the check of a student.
         images: decoded images that are kept.
         program: what the process uses already, and what libraries add.
     """
@@ -149,21 +151,25 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         denoiser.network.checkpointing = config.checkpointing
         more = task.method.networks(denoiser) if task.method else None
         count = config.batch_size // (engine.world_size * config.grad_accum)
-        condition = example_condition(denoiser.network.signature, count)
-        if denoiser.network.signature.takes_guidance:
-            condition = condition.with_tensors(guidance=torch.zeros(count))
         images = torch.zeros(count, *shape)
-        batch = TrainBatch(images, torch.zeros_like(images), torch.zeros(count).double(), condition)
+        batch = TrainBatch(images, torch.zeros_like(images), torch.zeros(count).double(), _condition(denoiser, count))
         student = StudentState(denoiser, denoiser, 0.0, more)
         teacher = getattr(task.objective, "teacher", None)
         modules = [module for module in (denoiser, teacher, more) if module is not None]
         kept = [parameter for module in modules for parameter in (*module.parameters(), *module.buffers())]
-        live = LiveBytes()
+        live, drawing = LiveBytes(), LiveBytes()
         for tensor in kept:
             live.known(tensor)
+            drawing.known(tensor)
         with live:
             losses, _, _ = part_losses(task, denoiser, batch, student, engine)
             losses.mean().backward()
+        if num := min(getattr(config, "check_images", 0), CHECKED_AT_ONCE):  # more images than a small batch has
+            with drawing, torch.no_grad():
+                condition = _condition(denoiser, num)
+                if SECOND_TIME in denoiser.network.signature.names:
+                    condition = condition.with_tensors(second_time=torch.zeros(num).double())
+                denoiser.eval()(torch.zeros(num, *shape), torch.zeros(num).double(), condition)
     learning = sum(weight.numel() for weight in trainable(denoiser).values()) * FLOAT
     fixed = num_bytes(weight for weight in denoiser.parameters() if not weight.requires_grad)
     gradients = learning + (parameter_count(more) * FLOAT if more else 0)
@@ -176,10 +182,18 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         gradients=gradients // shared,
         moments=2 * gradients // shared,
         averages=averages * learning // shared,
-        activations=max(0, live.peak - gradients),
+        activations=max(0, live.peak - gradients, drawing.peak),
         images=min(num_images * math.prod(shape), cache_limit()) if is_host else 0,
-        program=LIBRARIES + (psutil.Process().memory_info().rss + COPIES * live.largest if is_host else 0),
+        program=LIBRARIES
+        + (psutil.Process().memory_info().rss + COPIES * max(live.largest, drawing.largest) if is_host else 0),
     )
+
+
+def _condition(denoiser: Denoiser, count: int) -> Condition:
+    """A condition for `count` samples."""
+    takes = denoiser.network.signature
+    condition = example_condition(takes, count)
+    return condition.with_tensors(guidance=torch.zeros(count)) if takes.takes_guidance else condition
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
