@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from vdiff.data.batches import decode
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.evaluation.features import PixelDistance
+from vdiff.evaluation.metrics import NEIGHBOURS, Manifold, on_device, squared_distances
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.codec import from_uint8
 from vdiff.models.drawing import draw
@@ -23,10 +26,9 @@ SOLVERS = ("ddim", "dpmpp_2m")
 BATCH = 128
 
 
-def measure(folder: Path, steps: int, sampler: str, reference: PixelDistance, count: int, seed: int) -> float:
-    """The distance of `count` samples to the data."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser, config = load_checkpoint(folder, device)
+def drawn(folder: Path, steps: int, sampler: str, count: int, seed: int) -> Tensor:
+    """`count` samples of a model, of the same noise for every model: on the CPU."""
+    denoiser, config = load_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
     denoiser = ready_to_draw(denoiser)
     parts = []
     for first in range(0, count, BATCH):
@@ -35,7 +37,21 @@ def measure(folder: Path, steps: int, sampler: str, reference: PixelDistance, co
             denoiser, SAMPLERS[sampler](), indices=indices, image_size=config.image_size, num_steps=steps, seed=1 + seed
         )
         parts.append(images.cpu())
-    return reference(torch.cat(parts))
+    return torch.cat(parts)
+
+
+def density_coverage(samples: NDArray[np.floating], reference: Manifold) -> tuple[float, float]:
+    """How many of the reference's balls a sample lies in, on average, over k; and the share of balls that have one.
+
+    Source: Naeem et al. 2020, *Reliable Fidelity and Diversity Metrics for Generative Models*, eqs. 3 and 4.
+    """
+    vectors = on_device(samples, reference.centres.device)
+    inside, reached = 0, torch.zeros(len(reference.centres), dtype=torch.bool)
+    for _, squares, _ in squared_distances(vectors, reference.centres):
+        hits = squares <= reference.radii
+        inside += int(hits.sum())
+        reached |= hits.any(0)
+    return inside / (NEIGHBOURS * len(vectors)), float(reached.double().mean())
 
 
 def reference_of(data: str, image_size: int) -> tuple[PixelDistance, int]:
@@ -66,7 +82,7 @@ class Distances:
         """The distance of a model that is called `what` in the report."""
         key = (what, folder.as_posix(), steps, seed, self.count)
         if key not in self.known:
-            self.known[key] = measure(folder, steps, sampler, self.reference, self.count, seed)
+            self.known[key] = self.reference(drawn(folder, steps, sampler, self.count, seed))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps([[list(each), value] for each, value in self.known.items()]))
         self.reporter.line(f"{what}, {steps} steps, seed {seed}: {self.known[key]:.4f}")

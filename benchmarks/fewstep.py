@@ -1,19 +1,23 @@
-"""How near students of 8, 4, 2 and 1 steps come to the data, method by method, at an equal budget.
+"""How near students of 8, 4, 2 and 1 steps come to the data, method by method, at equal numbers of network evaluations.
 
+    python benchmarks/fewstep.py --dry_run                       # what would be done, and for how long
     python benchmarks/fewstep.py                                 # digits of 8×8 pixels: hours on two CPU cores
     python benchmarks/fewstep.py --data data/emoji_32 --config benchmarks/emoji_32.toml --batch_size 32 --num 500 \
-        --budget 200 --name fewstep_emoji --work fewstep_emoji
+        --budgets 200,800 --seeds 1 --name fewstep_emoji --work fewstep_emoji
 
-One teacher, `--teacher_steps` steps of which are distilled. Progressive distillation halves its way down, with
-`--budget` updates in all, and what it has spent when it passes 8, 4 and 2 steps is what every other method may spend to
-get there: `tract` in two phases (the first takes it to 8 or 4 steps, the second to 2 or 1), `consistency` and
-`trajectory` in one stage each. An update is one step of the optimiser on `--batch_size` images for every method; it
-asks networks 3 times for each image, and by `trajectory`, in 16 steps, 17 times for students of one step, and about 10,
-6 and 4 times for two, four and eight.
+**Budget.** A forward pass of one image is 1, forward and backward 3, a derivative along the flow (scm, meanflow) what
+it takes in time, measured here. `--budgets` counts in updates of halvings: of 5 evaluations each (the teacher's two,
+the student's three). The ladder of halvings spends a budget on its way to one step; what it has spent when it passes 8,
+4 and 2 steps is what every other method may spend to get there.
 
-Distances are Fréchet distances between `vdiff.evaluation.features.pixel_vectors` of `--num` samples and of all images.
-The excess is what a student has over its own teacher of many steps. Runs that are finished are not done again: the same
-command goes on where it was stopped.
+**Learning rates.** Every method tries each of `--rates` with the first budget, for one step, on a seed that is not
+reported, and keeps the rate with the least Fréchet distance.
+
+**Figures.** Of `--num` samples against all images, on pixels: Fréchet distance and its excess over the teacher's many
+steps, recall, density and coverage (lost diversity shows in recall and coverage), and RMSE to the teacher's images of
+the same noise. Mean ± standard deviation over seeds.
+
+Runs and figures that are finished are not done again: the same command continues.
 """
 
 from __future__ import annotations
@@ -21,132 +25,256 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import click
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.distances import SOLVERS, Distances, reference_of
+from benchmarks.distances import density_coverage, drawn, reference_of
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
-from vdiff.models.checkpoint import read_config
+from vdiff.diffusion.continuous import TangentMethod
+from vdiff.diffusion.distillation import METHODS
+from vdiff.evaluation.features import PixelDistance, pixel_vectors
+from vdiff.evaluation.metrics import Manifold, precision_recall
+from vdiff.files import read_json, write_json
+from vdiff.models.checkpoint import load_checkpoint, read_config
+from vdiff.models.condition import Condition
+from vdiff.text import duration
 from vdiff.training.base import resolve_training
 from vdiff.training.base_training import train
-from vdiff.training.dataset import open_images
+from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
+from vdiff.training.objectives import TrainBatch, bind_derivative
 from vdiff.training.stages import plan_stages, resolve_distillation
+from vdiff.training.step import StudentState
+from vdiff.training.student import stage_run
+
+SEARCH_SEED = 1000
+HALVING = 5
+COMPARED = "progressive,progressive4,tract,consistency,trajectory,scm,ect,meanflow"
+FIGURES = ("fd", "recall", "density", "coverage", "rmse")
 
 
 @dataclass(frozen=True)
 class Journey:
-    """A ladder of one method: the steps of its students, and the updates of each stage."""
+    """A ladder of one method to one number of steps (of all in `phases` where the method halves), with its budget.
+
+    Attributes:
+        budget: evaluations per image of a batch, that is `HALVING` times the updates of halvings.
+        lr: the learning rate; 0: the preset's and the method's.
+    """
 
     method: str
     phases: tuple[int, ...]
-    updates: tuple[int, ...]
+    budget: float
+    lr: float
 
     @property
     def name(self) -> str:
-        """`tract-32-4-1`."""
-        return "-".join([self.method, *map(str, self.phases)])
+        """`tract-32-4-1-4500-0.001`."""
+        return "-".join([self.method, *map(str, self.phases), f"{self.budget:.0f}", f"{self.lr:g}"])
+
+    @property
+    def kind(self) -> str:
+        """The method as distill.py calls it: `progressive4` is `progressive` whose stages divide by 4."""
+        return "progressive" if self.method == "progressive4" else self.method
 
 
-def journeys(
-    teacher_steps: int, budget: int, last_factor: float, methods: list[str], steps: list[int]
-) -> list[Journey]:
-    """What is trained; every method reaches a number of steps with what progressive distillation spent until then."""
-    halvings = [teacher_steps >> k for k in range(1, teacher_steps.bit_length())]
-    shares = [last_factor if steps <= 2 else 1.0 for steps in halvings]
-    spent = dict(zip(halvings, np.cumsum(shares) / sum(shares) * budget, strict=True))
-    until = {steps: round(updates) for steps, updates in spent.items()}
-    found = []
-    for method in methods:
-        if method == "progressive":
-            ends = [0, *(until[steps] for steps in halvings)]
-            updates = tuple(after - before for before, after in pairwise(ends))
-            found.append(Journey(method, (teacher_steps, *halvings), updates))
-        elif method == "tract":
-            for middle, last in pairs_of(steps):
-                updates = (until[middle], until[last] - until[middle])
-                found.append(Journey(method, (teacher_steps, middle, last), updates))
-        else:
-            found += [Journey(method, (teacher_steps, last), (until[last],)) for last in steps]
-    return found
+def phases_of(method: str, teacher_steps: int, steps: int) -> tuple[int, ...]:
+    """The stages to `steps`: all halvings, quarters, two for tract, one for the others."""
+    if method == "progressive4":
+        way = [steps]
+        while way[0] < teacher_steps:
+            way.insert(0, min(4 * way[0], teacher_steps))
+        return tuple(way)
+    return (teacher_steps, *METHODS[method]().plan(teacher_steps, steps))
 
 
-def pairs_of(steps: list[int]) -> list[tuple[int, int]]:
-    """The two phases of each journey of tract: 8, 4, 2, 1 → (8, 2), (4, 1)."""
-    half = len(steps) // 2
-    return list(zip(steps[:half], steps[-half:], strict=True))
+def spent_by_halvings(teacher_steps: int, updates: int) -> dict[int, float]:
+    """Steps → what the ladder of halvings has spent when it gets there, in evaluations per image of a batch.
+
+    Every halving gets the same share.
+    """
+    stages = teacher_steps.bit_length() - 1
+    return {teacher_steps >> k: updates * HALVING * k / stages for k in range(1, stages + 1)}
 
 
-def run(
-    journey: Journey,
-    teacher: Path,
-    work: Path,
-    seed: int,
-    options: dict[str, Any],
-    settings: Path | None,
-    console: Console,
-) -> None:
-    """Do what is left of a journey; its students lie in `work`/NAME."""
-    base = work / journey.name / "original"
-    if not base.exists():
-        shutil.copytree(teacher, base, ignore=shutil.ignore_patterns("state", "log", "samples"))
-    for k, (before, after) in enumerate(pairwise(journey.phases)):
-        flags = {
-            "base": (base if k == 0 else base.with_name(f"base_{k - 1}")).as_posix(),
-            "method": journey.method,
-            "phases": f"{before},{after}",
-            "num_iters": max(1, round(journey.updates[k] / max(1.0, np.log2(before / after)))),
-            "last_factor": 1.0,
-            "seed": seed,
-            "check_images": 0,
-            "tracker": "none",
-            "sample_interval": 10**6,
-            "ckpt_interval": 10**6,
-            **options,
-        }
-        config, described = resolve_distillation(flags, settings)
-        images = open_images(config.data, described.image_size)
-        run_stages(
-            plan_stages(config, described), config, images, build_engine(config), overwrite=False, reporter=console
-        )
+@dataclass
+class Bench:
+    """What every run of the comparison shares.
+
+    Attributes:
+        known: figures by run, which a file remembers.
+    """
+
+    teacher: Path
+    teacher_steps: int
+    work: Path
+    options: dict[str, Any]
+    file: Path | None
+    count: int
+    console: Console
+    images: TrainingData
+    distance: PixelDistance
+    derivative: float
+    known: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.manifold = Manifold(self.distance.reference)
+        if self.path.exists():
+            self.known = read_json(self.path, "delete it: the figures are measured again")
+
+    @property
+    def path(self) -> Path:
+        """The figures' file."""
+        return self.work / "figures.json"
+
+    def cost(self, journey: Journey, place: Path, before: int, after: int) -> float:
+        """Evaluations per image of an update of a stage: passes of an actual update are counted."""
+        config, described = self.settings(journey, place, before, after, 1)
+        stage = plan_stages(config, described)[0]
+        run = stage_run(stage, stage.settings(config), self.images, build_engine(config), {})
+        student, passes = run.denoiser, []
+        method = config.build_method(stage.method)
+        of_student = self.derivative if isinstance(method, TangentMethod) else 1.0
+        size = 4 * stage.num_steps
+        x = torch.zeros(size, *described.shape)
+        condition = student.condition(classes=torch.zeros(size, dtype=torch.int64) if described.class_names else None)
+        batch = TrainBatch(x, torch.randn_like(x), torch.arange(size).double() / size, condition)
+        teacher = run.objective.teacher  # type: ignore[attr-defined]
+        hooks = [
+            network.register_forward_pre_hook(lambda _, given, weight=weight: passes.append(weight * len(given[0])))
+            for network, weight in ((teacher.network, 1.0), (student.network, of_student))
+        ]
+        run.objective(batch, StudentState(student, student, 1.0, method.networks(student)))
+        for hook in hooks:
+            hook.remove()
+        return 3 + sum(passes) / size
+
+    def settings(self, journey: Journey, place: Path, before: int, after: int, updates: int) -> Any:
+        """The settings of one stage, and its teacher."""
+        folder = place / journey.name / "original"
+        k = journey.phases.index(before)
+        base = folder if k == 0 else folder.with_name(f"base_{k - 1}")
+        flags: dict[str, Any] = {
+            "base": base.as_posix(), "method": journey.kind, "phases": f"{before},{after}", "last_factor": 1.0,
+            "num_iters": max(1, round(updates / max(1.0, np.log2(before / after)))), "check_images": 0,
+            "tracker": "none", "sample_interval": 10**6, "ckpt_interval": 10**6, **self.options,
+        }  # fmt: skip
+        if journey.lr:
+            flags["lr"] = journey.lr
+        return resolve_distillation(flags, self.file)
+
+    def run(self, journey: Journey, seed: int) -> Path:
+        """Do what is left of a journey; answers where its students lie."""
+        place = self.work / f"seed_{seed}"
+        base = place / journey.name / "original"
+        if not base.exists():
+            shutil.copytree(self.teacher, base, ignore=shutil.ignore_patterns("state", "log", "samples"))
+        for before, after in pairwise(journey.phases):
+            share = journey.budget / (len(journey.phases) - 1)
+            updates = round(share / self.cost(journey, place, before, after))
+            config, described = self.settings(journey, place, before, after, updates)
+            config = type(config)(**{**vars(config), "seed": seed})
+            run_stages(
+                plan_stages(config, described), config, self.images, build_engine(config), overwrite=False,
+                reporter=self.console,
+            )  # fmt: skip
+        return base.parent
+
+    def figures(self, key: str, folder: Path, steps: int, sampler: str, seed: int) -> dict[str, float]:
+        """The figures of a model, measured once."""
+        key = f"{key}, {steps} steps, {sampler}, seed {seed}, n {self.count}"
+        if key not in self.known:
+            images = drawn(folder, steps, sampler, self.count, seed)
+            vectors = pixel_vectors(images)
+            density, coverage = density_coverage(vectors, self.manifold)
+            recall = precision_recall(vectors, self.manifold)[1].value
+            theirs = drawn(self.teacher, self.teacher_steps, "ddim", self.count, seed)
+            rmse = float((images - theirs).square().mean().sqrt())
+            values = (self.distance(images), recall, density, coverage, rmse)
+            self.known[key] = dict(zip(FIGURES, values, strict=True))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.known)
+        self.console.line(f"{key}: " + ", ".join(f"{name} {value:.4f}" for name, value in self.known[key].items()))
+        return self.known[key]
+
+
+def derivative_cost(teacher: Path) -> tuple[float, float]:
+    """What a derivative takes in forward passes, and the seconds of a forward pass of one image; medians of 9."""
+    denoiser, described = load_checkpoint(teacher)
+    condition = denoiser.condition(classes=torch.zeros(64, dtype=torch.int64) if described.class_names else None)
+    z, t = torch.randn(64, *described.shape), torch.linspace(0.1, 0.9, 64, dtype=torch.float64)
+    derive = bind_derivative(denoiser.eval(), condition or Condition())
+
+    def seconds(act: Any) -> float:
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            act()
+            times.append(time.perf_counter() - began)
+        return float(np.median(times[1:]))
+
+    with torch.no_grad():
+        forward = seconds(lambda: denoiser(z, t, condition))
+    return seconds(lambda: derive(z, t, z, t)) / forward, forward / 64
+
+
+def best_rate(bench: Bench, method: str, budget: float, rates: Sequence[float]) -> float:
+    """The learning rate that leads a method nearest to the data in one step, on a seed that is not reported."""
+    found = {}
+    for rate in rates:
+        journey = Journey(method, phases_of(method, bench.teacher_steps, 1), budget, rate)
+        place = bench.run(journey, SEARCH_SEED)
+        last = place / f"base_{len(journey.phases) - 2}"
+        found[rate] = bench.figures(journey.name, last, 1, "ddim", SEARCH_SEED)["fd"]
+    return min(found, key=lambda rate: found[rate])
 
 
 @dataclass(frozen=True)
 class Found:
-    """One distance."""
+    """The figures of one model."""
 
     what: str
+    budget: int
     steps: int
     seed: int
-    distance: float
+    figures: dict[str, float]
 
 
-def table(found: list[Found], methods: list[str], columns: list[int]) -> list[list[str]]:
-    """A line for each way, a column for each number of steps: mean ± spread over seeds, and the excess."""
-    teachers = {each.seed: each.distance for each in found if each.what == "teacher"}
+def table(found: list[Found], columns: list[int]) -> list[list[str]]:
+    """A line for each method and budget, a cell for each number of steps."""
+    teachers = {each.seed: each.figures["fd"] for each in found if each.steps == 0}
     rows = []
-    for what in ["teacher", *(f"teacher, {name}" for name in SOLVERS), *methods]:
-        row = [what]
+    for what, budget in dict.fromkeys((each.what, each.budget) for each in found):
+        row = [what, f"{budget:,}" if budget else ""]
         for steps in columns:
-            mine = [each for each in found if each.what == what and each.steps in (steps, 0)]
-            if not mine:
-                row.append("")
-                continue
-            values = [each.distance for each in mine]
-            excess = [each.distance - teachers[each.seed] for each in mine]
-            spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
-            row.append(f"{np.mean(values):.3f}{spread} (+{np.mean(excess):.3f})")
+            mine = [each for each in found if (each.what, each.budget) == (what, budget) and each.steps in (steps, 0)]
+            row.append(cell(mine, teachers))
         rows.append(row)
     return rows
+
+
+def cell(mine: list[Found], teachers: dict[int, float]) -> str:
+    """`0.240 ± 0.012 (+0.033), R 0.71, D 0.98, C 0.93, RMSE 0.112`."""
+    if not mine:
+        return ""
+    mean = {name: fmean(each.figures[name] for each in mine) for name in FIGURES}
+    spread = f" ± {stdev(each.figures['fd'] for each in mine):.3f}" if len(mine) > 1 else ""
+    excess = fmean(each.figures["fd"] - teachers[each.seed] for each in mine)
+    more = f"R {mean['recall']:.2f}, D {mean['density']:.2f}, C {mean['coverage']:.2f}, RMSE {mean['rmse']:.3f}"
+    return f"{mean['fd']:.3f}{spread} ({excess:+.3f}), {more}"
 
 
 @click.command()
@@ -155,17 +283,18 @@ def table(found: list[Found], methods: list[str], columns: list[int]) -> list[li
 @click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file over the preset.")
 @click.option("--teacher", type=click.Path(path_type=Path), default=None, help="A base model [default: trained here].")
 @click.option("--teacher_iters", default=4000, show_default=True, help="Updates of the teacher, where it is trained.")
-@click.option("--teacher_steps", default=32, show_default=True, help="Steps that are distilled.")
-@click.option("--budget", default=2400, show_default=True, help="Updates to reach one step.")
-@click.option("--last_factor", default=1.0, show_default=True, help="Of progressive, for 2 steps and 1.")
+@click.option("--teacher_steps", default=32, show_default=True, help="Steps that are distilled: a power of 2.")
+@click.option("--budgets", default="900,3600", show_default=True, help="Updates of halvings to reach one step.")
 @click.option("--batch_size", default=64, show_default=True)
-@click.option("--num", default=0, show_default="as many as there are images", help="Samples of each distance.")
+@click.option("--num", default=0, show_default="as many as there are images", help="Samples of each model.")
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--methods", default="progressive,tract,consistency,trajectory", show_default=True)
+@click.option("--methods", default=COMPARED, show_default=True)
+@click.option("--rates", default="3e-4,1e-3,3e-3", show_default=True, help="Learning rates that every method tries.")
 @click.option("--steps", default="8,4,2,1", show_default=True, help="Of the students that are looked at.")
-@click.option("--set", "settings", multiple=True, metavar="METHOD.NAME=VALUE", help="A setting of a method.")
+@click.option("--set", "more", multiple=True, metavar="NAME=VALUE", help="A setting of distill.py, for all methods.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("fewstep"), show_default=True)
 @click.option("--name", default="fewstep", show_default=True, help="Of the file in benchmarks/results.")
+@click.option("--dry_run", is_flag=True, help="Train the teacher, print what is left to do and its time, and stop.")
 def main(
     data: str,
     preset: str,
@@ -173,20 +302,22 @@ def main(
     teacher: Path | None,
     teacher_iters: int,
     teacher_steps: int,
-    budget: int,
-    last_factor: float,
+    budgets: str,
     batch_size: int,
     num: int,
     seeds: int,
     methods: str,
+    rates: str,
     steps: str,
-    settings: tuple[str, ...],
+    more: tuple[str, ...],
     work: Path,
     name: str,
+    dry_run: bool,
 ) -> None:
     """Print the table and write it to benchmarks/results/NAME.md."""
     console, names = Console(), methods.split(",")
     columns = sorted(map(int, steps.split(",")), reverse=True)
+    amounts, tried = [int(word) for word in budgets.split(",")], [float(word) for word in rates.split(",")]
     if teacher is None:
         teacher = work / "original"
         flags = {"data": data, "preset": preset, "num_iters": teacher_iters, "batch_size": batch_size}
@@ -196,35 +327,57 @@ def main(
         train(config, images, folder=teacher, resume=resume, overwrite=False, reporter=console)
     image_size = read_config(teacher).image_size
     reference, num_images = reference_of(data, image_size)
+    derivative, seconds = derivative_cost(teacher)
     count = num or num_images
-    found = []
-    distances = Distances(work / "distances.json", reference, count, console)
-
-    def note(what: str, folder: Path, steps: int, sampler: str, seed: int, shown: int | None = None) -> None:
-        distance = distances.of(what, folder, steps, sampler, seed)
-        found.append(Found(what, steps if shown is None else shown, seed, distance))
-
+    options: dict[str, Any] = {"data": data, "preset": preset, "batch_size": batch_size}
+    options |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in more)}
+    bench = Bench(
+        teacher, teacher_steps, work, options, file, count, console, open_images(data, image_size), reference,
+        derivative,
+    )  # fmt: skip
+    spent = {amount: spent_by_halvings(teacher_steps, amount) for amount in amounts}
+    searches = len(names) * len(tried) * spent[amounts[0]][1]
+    reported = sum(
+        seeds * (each[1] if method == "progressive" else sum(each[k] for k in columns))
+        for each in spent.values()
+        for method in names
+    )
+    total = (searches + reported) * batch_size
+    console.line(
+        f"a derivative takes {derivative:.2f} forward passes; {total:,.0f} evaluations in all, about "
+        f"{duration(total * seconds)} if nothing is done yet, drawing samples apart"
+    )
+    if dry_run:
+        return
+    found: list[Found] = []
     for seed in range(seeds):
-        note("teacher", teacher, teacher_steps, "ddim", seed, shown=0)
-        for sampler in SOLVERS:
-            for num_steps in columns:
-                note(f"teacher, {sampler}", teacher, num_steps, sampler, seed)
-    for seed in range(seeds):
-        for journey in journeys(teacher_steps, budget, last_factor, names, columns):
-            mine = [each.partition(".")[2] for each in settings if each.startswith(f"{journey.method}.")]
-            options: dict[str, Any] = {"data": data, "preset": preset, "batch_size": batch_size}
-            options |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in mine)}
-            place = work / f"seed_{seed}"
-            run(journey, teacher, place, seed, options, file, console)
-            for k, num_steps in enumerate(journey.phases[1:]):
-                if num_steps in columns:
-                    note(journey.method, place / journey.name / f"base_{k}", num_steps, "ddim", seed)
+        many = bench.figures("teacher", teacher, teacher_steps, "ddim", seed)
+        found.append(Found("teacher, all steps", 0, 0, seed, many))
+        for sampler in ("ddim", "dpmpp_2m"):
+            for k in columns:
+                found.append(
+                    Found(f"teacher, {sampler}", 0, k, seed, bench.figures("teacher", teacher, k, sampler, seed))
+                )
+    chosen = {method: best_rate(bench, method, spent[amounts[0]][1], tried) for method in names}
+    for amount in amounts:
+        for seed in range(seeds):
+            for method in names:
+                targets = [1] if method == "progressive" else columns
+                for target in targets:
+                    phases = phases_of(method, teacher_steps, target)
+                    journey = Journey(method, phases, spent[amount][target], chosen[method])
+                    place = bench.run(journey, seed)
+                    for k, reached in enumerate(phases[1:]):
+                        if reached == target or (method == "progressive" and reached in columns):
+                            figures = bench.figures(journey.name, place / f"base_{k}", reached, "ddim", seed)
+                            found.append(Found(f"`{method}`, lr {chosen[method]:g}", amount, reached, seed, figures))
+    (work / "found.json").write_text(json.dumps([asdict(each) for each in found], indent=1))
     write_report(
         name,
-        f"Fréchet distance to {data} (excess over the teacher at {teacher_steps} steps), n = {count}, {seeds} seed(s); "
-        f"{budget} updates of {batch_size} images to 1 step",
-        ["", *(f"{steps} step{'s' if steps > 1 else ''}" for steps in columns)],
-        table(found, names, columns),
+        f"Students of {data} at equal evaluations: Fréchet distance (excess over the teacher's {teacher_steps} steps), "
+        f"recall R, density D, coverage C, RMSE to the teacher; n = {count}, {seeds} seed(s)",
+        ["", "updates of halvings", *(f"{k} step{'s' if k > 1 else ''}" for k in columns)],
+        table(found, columns),
         machine(),
     )
 

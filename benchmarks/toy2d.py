@@ -230,10 +230,12 @@ def picture(maps: Maps) -> Image:
 @click.option("--quick", is_flag=True, help="A try of a minute, one seed; writes nothing.")
 @click.option("--defaults", is_flag=True, help="Other parameters of the methods instead.")
 @click.option("--seeds", default=3, show_default=True, help="Networks for each data set.")
-def main(quick: bool, defaults: bool, seeds: int) -> None:
+@click.option("--methods", default=",".join(COMPARED), show_default=True, help="With --quick: the methods compared.")
+def main(quick: bool, defaults: bool, seeds: int, methods: str) -> None:
     """Print the table, and write it and the picture to benchmarks/results."""
     scale = QUICK if quick else plane.Scale(seeds=seeds)
-    variants = [(method, changes) for method in COMPARED for changes in (VARIANTS[method] if defaults else [{}])]
+    compared = methods.split(",") if quick else COMPARED
+    variants = [(method, changes) for method in compared for changes in (VARIANTS[method] if defaults else [{}])]
     values, maps = Values(list), Maps()
     for name in plane.DATA:
         for seed in range(scale.seeds):

@@ -1,0 +1,101 @@
+"""The comparison of methods at equal evaluations: budgets, costs, figures, and that it continues."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import report
+from benchmarks.distances import density_coverage
+from benchmarks.fewstep import Bench, Found, Journey, cell, main, phases_of, spent_by_halvings
+from tests.oracles import randn
+from tests.toy import write_checkpoint, write_dataset
+from vdiff.evaluation.metrics import NEIGHBOURS, Manifold
+
+FLAGS = (
+    "--preset toy --teacher_steps 8 --budgets 6,24 --rates 1e-3,3e-3 --seeds 1 --steps 2,1 --batch_size 4 "
+    "--methods progressive,progressive4,trajectory,scm"
+)
+
+
+def test_phases_and_budgets_are_those_of_their_methods():
+    assert phases_of("progressive", 32, 4) == (32, 16, 8, 4)
+    assert phases_of("progressive4", 32, 1) == (32, 16, 4, 1)
+    assert phases_of("progressive4", 32, 2) == (32, 8, 2)
+    assert phases_of("tract", 32, 1) == (32, 8, 1)
+    assert phases_of("scm", 32, 2) == (32, 2)
+    assert spent_by_halvings(8, 6) == {4: 10.0, 2: 20.0, 1: 30.0}
+
+
+def test_density_and_coverage_are_those_of_the_paper():
+    """Written out over all pairs; a sample that repeats one image covers few, and is dense."""
+    reference, samples = randn(40, 3, seed=1).numpy(), randn(30, 3, seed=2).numpy()
+    pairs = np.linalg.norm(samples[:, None] - reference[None], axis=-1)
+    own = np.linalg.norm(reference[:, None] - reference[None], axis=-1)
+    radii = np.sort(own, axis=1)[:, NEIGHBOURS]
+    inside = pairs <= radii[None]
+    expected = inside.sum() / (NEIGHBOURS * 30), inside.any(0).mean()
+    assert density_coverage(samples, Manifold(reference)) == pytest.approx(expected)
+    same = np.repeat(reference[:1], 30, axis=0)
+    density, coverage = density_coverage(same, Manifold(reference))
+    assert density >= 1 / NEIGHBOURS
+    assert coverage < 0.3
+
+
+def test_a_cell_has_the_excess_of_each_seed():
+    figures = {"recall": 0.5, "density": 1.0, "coverage": 0.75, "rmse": 0.1}
+    mine = [Found("scm", 6, 1, seed, {"fd": fd, **figures}) for seed, fd in ((0, 1.0), (1, 2.0))]
+    text = cell(mine, {0: 0.5, 1: 0.5})
+    assert text == "1.500 ± 0.707 (+1.000), R 0.50, D 1.00, C 0.75, RMSE 0.100"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    write_checkpoint(tmp_path / "teacher", dataset=str(write_dataset(tmp_path / "toy_4")))
+    return tmp_path
+
+
+def run(*more: str) -> str:
+    words = [*FLAGS.split(), "--data", "toy_4", "--teacher", "teacher", "--work", "work", *more]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output + result.stderr
+
+
+def test_a_dry_run_estimates_and_trains_nothing(place):
+    assert "evaluations in all, about" in run("--dry_run")
+    assert not (place / "work/seed_0").exists()
+
+
+@pytest.mark.slow
+def test_the_comparison_continues_and_ends_with_a_table(place, monkeypatch):
+    costs: dict[str, float] = {}
+    count = Bench.cost
+
+    def noted(bench: Bench, journey: Journey, *stage) -> float:
+        costs[journey.method] = count(bench, journey, *stage)
+        return costs[journey.method]
+
+    monkeypatch.setattr(Bench, "cost", noted)
+    run()
+    text = (place / "results/fewstep.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) == 8  # four methods, two budgets
+    for row in rows:
+        cells = row.split("|")[3:5]
+        assert all(" R " in each and " C " in each for each in cells), row
+    assert costs["progressive"] == 5  # the teacher twice, the student, and its gradient
+    assert costs["progressive4"] == pytest.approx(3 + 4)  # of the last stage, 4 → 1
+    assert costs["scm"] > 4 + 1  # the teacher, a derivative, the student and its gradient
+    assert costs["trajectory"] == pytest.approx(3 + 8)  # a path of 8 steps for one image
+    assert (place / "work/seed_1000").exists()
+    students = {path: path.stat().st_mtime_ns for path in (place / "work").rglob("model.safetensors")}
+    run()
+    assert (place / "results/fewstep.md").read_text() == text
+    assert {path: path.stat().st_mtime_ns for path in students} == students
+    assert math.isfinite(sum(students.values()))
