@@ -92,7 +92,7 @@ def test_the_comparison_continues_and_ends_with_a_table(place, monkeypatch):
     assert costs["progressive"] == 5  # the teacher twice, the student, and its gradient
     assert costs["progressive4"] == pytest.approx(3 + 4)  # of the last stage, 4 → 1
     assert costs["scm"] > 4 + 1  # the teacher, a derivative, the student and its gradient
-    assert costs["trajectory"] == pytest.approx(3 + 8)  # a path of 8 steps for one image
+    assert costs["trajectory"] == pytest.approx(3 + 16)  # a path of 16 steps for one image
     assert (place / "work/seed_1000").exists()
     students = {path: path.stat().st_mtime_ns for path in (place / "work").rglob("model.safetensors")}
     run()
