@@ -325,7 +325,7 @@ ls "$1"
 """
 
 
-@pytest.mark.parametrize(("size", "reason"), [("60k", "database or disk is full"), ("100k", "No space left on device")])
+@pytest.mark.parametrize(("size", "reason"), [("68k", "database or disk is full"), ("100k", "No space left on device")])
 def test_a_full_disk(source: Path, whole: Path, tmp_path: Path, size: str, reason: str) -> None:
     (tmp_path / "disk").mkdir()
     unshare = shutil.which("unshare")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import CONTEXT, Command, Program, option, project_option, switch
+from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, project_option, switch
 from vdiff.cli.prepare import counted, cpu_cores
-from vdiff.errors import VdiffError, printable, shell
+from vdiff.errors import OptionError, VdiffError, printable, shell
 from vdiff.projects import Project
 from vdiff.text import megabytes, plural, quantity
 
@@ -136,6 +137,92 @@ def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     meta = join(parts, out, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {meta.counts['images']} images of {len(parts)} parts")
     console.result(f"next       python train.py {shell('--data', out)}")
+
+
+@command.command(
+    cls=Command,
+    examples=[
+        "vdiff data encode data/photos_512 --base checkpoints/sd",
+        "vdiff data encode data/photos_512 --base checkpoints/sd --flip",
+    ],
+)
+@click.argument("dataset", required=False)
+@project_option()
+@option(
+    "--base",
+    group="Model",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="CHECKPOINT",
+    help="A text-to-image model, whose autoencoder and text encoders are used.",
+)
+@option(
+    "--components",
+    group="Model",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    show_default="the one the model names",
+    help="Where they are.",
+)
+@switch("--flip", group="Output", help="Encode mirrored images too; without them, training cannot mirror.")
+@option("--image_size", group="Output", type=click.IntRange(min=1), show_default="the largest", help="Image size.")
+@switch("--overwrite", group="Output", help="Encode again what was encoded otherwise.")
+@option("--batch_size", group="Work", type=click.IntRange(1), default=8, metavar="IMAGES", help="Encoded together.")
+@option(
+    "--device", group="Work", type=OneOf(["auto", "cpu", "cuda", "mps"]), default="auto",
+    help="Auto takes a GPU if there is one.",
+)  # fmt: skip
+def encode(
+    dataset: str | None,
+    project: Project,
+    base: Path,
+    components: Path | None,
+    flip: bool,
+    image_size: int | None,
+    overwrite: bool,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Compute the latents and the text embeddings of DATASET once, into DATASET.encoded.
+
+    Mean and standard deviation of each latent are kept, so that training draws from the posterior as it would without.
+    Training uses them if images, captions, autoencoder and text encoders are still the same. After any interruption
+    the same command continues.
+    """
+    import torch
+
+    from vdiff.data.encoded import EncodedKey, encode_dataset
+    from vdiff.data.store import ImageStore
+    from vdiff.distributed import pick_device
+    from vdiff.models.autoencoder import Autoencoder
+    from vdiff.models.checkpoint import load_checkpoint
+    from vdiff.models.text import TextBackbone
+    from vdiff.models.tokenizing import Tokenizers
+
+    store, console = _open(dataset, project), Console()
+    size = image_size or store.meta.sizes[-1]
+    store.check_size(size)
+    if not isinstance(store, ImageStore) or not store.meta.fingerprint or store.meta.channels != 3:
+        raise VdiffError(f"{store.path} cannot be encoded", "prepare an LMDB of colour images with prepare_data.py")
+    place = pick_device(device)
+    model, description = load_checkpoint(base, place, components=components)
+    backbone = model.network
+    if not isinstance(backbone, TextBackbone) or description.components is None:
+        raise VdiffError(f"{base} is not a text-to-image model", "give one of vdiff import diffusers")
+    folder = Path(description.components["path"])
+    autoencoder, tokenizers = Autoencoder.read(folder, place), Tokenizers.read(folder)
+    if size % autoencoder.factor:
+        raise OptionError(f"--image_size {size}: the autoencoder needs multiples of {autoencoder.factor}", "choose one")
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return backbone.embed(tokenizers.tokens(texts).to(place))
+
+    key = EncodedKey(store.meta.fingerprint, description.components["fingerprint"], size, flip)
+    out = encode_dataset(
+        store, key, autoencoder.encode, embed, batch_size=batch_size, overwrite=overwrite, reporter=console
+    )
+    console.result(f"{out}: {len(store)} images encoded")
 
 
 def _open(dataset: str | None, project: Project) -> Any:

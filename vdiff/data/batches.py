@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -35,6 +35,9 @@ from vdiff.data.store import ImageStore, StoredImage
 from vdiff.distributed import free_memory
 from vdiff.errors import VdiffError
 from vdiff.reporting import Reporter, Silent
+
+if TYPE_CHECKING:
+    from vdiff.data.encoded import EncodedStore
 
 SHARED_MEMORY = Path("/dev/shm")
 # the first word of each random stream, so that they never share numbers
@@ -55,6 +58,9 @@ class Batch:
     `captions`: B texts, chosen, dropped, shuffled and prefixed by `CaptionSettings`; None in a dataset without.
     `sizes`: (B, 6) float32, in buckets what `buckets.Fit.sizes` are (with the crop of an image that is mirrored as if
     it were not); None in a dataset of squares.
+    `latents`: mean and standard deviation (B, c, h, w) of what the autoencoder makes of the images, and `embeddings`:
+    tensors of B rows by name, of the captions; None where they are not encoded. Of images whose latents are there only
+    the shape is known: `images` is on the device `meta`.
     Whoever trains moves the bytes first and applies `from_uint8` there: a quarter of the traffic.
     """
 
@@ -62,6 +68,8 @@ class Batch:
     classes: Tensor | None
     captions: list[str] | None = None
     sizes: Tensor | None = None
+    latents: tuple[Tensor, Tensor] | None = None
+    embeddings: dict[str, Tensor] | None = None
 
 
 class Batches(Protocol):
@@ -422,8 +430,7 @@ class ImageBatches(_StoredBatches):
         """A batch of images from the cache and, where they were `missing` in it, from `decoded`, in order."""
         cache, images = self._cache, iter(() if decoded is None else decoded)
         missing = np.zeros(len(indices), bool) if missing is None else missing
-        sizes = None if self.shapes is None else torch.from_numpy(self.shapes[indices]).float()
-        shape = self.shape if self.shapes is None else (*self.shape[:2], *self.shapes[indices[0], -2:].tolist())
+        captions, sizes, shape = self._described(step, indices)
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         # copied by numpy: torch would wake its threads for each image, and these wait for cores that workers use
         places = pixels.numpy()
@@ -432,6 +439,13 @@ class ImageBatches(_StoredBatches):
             image = next(images) if is_new else cache.pixels[row]
             image = image.reshape(-1)[: math.prod(shape[1:])].reshape(shape[1:])
             places[place] = image[..., ::-1] if mirrored else image
+        if cache.classes is None:
+            return Batch(pixels, None, captions, sizes)
+        classes = torch.from_numpy(cache.classes[indices])
+        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes, captions, sizes)
+
+    def _described(self, step: int, indices: np.ndarray) -> tuple[list[str] | None, Tensor | None, tuple[int, ...]]:
+        """The captions and sizes of a batch, and the shape of its pixels."""
         captions = None
         if self.captions is not None:
             texts = map(self._store.caption, indices.tolist())
@@ -439,10 +453,10 @@ class ImageBatches(_StoredBatches):
                 self.plan.caption(text, self.captions, step, place)
                 for place, text in enumerate(texts, self.share.start)
             ]
-        if cache.classes is None:
-            return Batch(pixels, None, captions, sizes)
-        classes = torch.from_numpy(cache.classes[indices])
-        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes, captions, sizes)
+        if self.shapes is None:
+            return captions, None, self.shape
+        shapes = self.shapes[indices]
+        return captions, torch.from_numpy(shapes).float(), (*self.shape[:2], *shapes[0, -2:].tolist())
 
 
 class _Decoder(Dataset[np.ndarray | VdiffError]):
@@ -603,6 +617,46 @@ class _Lanes(Dataset[_Answer | VdiffError]):
             torch.from_numpy(classes) if has_classes else None,
             None if batches.captions is None else captions,
         )
+
+
+class EncodedBatches(ImageBatches):
+    """The batches of `ImageBatches`, with what `vdiff data encode` made of images and captions instead of pixels.
+
+    Captions that are shuffled or have a prefix are not encoded; their batches have no embeddings.
+
+    Raises:
+        VdiffError: mirrored images are wanted and not encoded, or the images are encoded at another size.
+    """
+
+    def __init__(
+        self, store: ImageStore, encoded: EncodedStore, *, image_size: int, flip: bool, **options: Any
+    ) -> None:
+        if flip and not encoded.key.flip:
+            hint = "give --flip False, or encode again: vdiff data encode --flip --overwrite"
+            raise VdiffError(f"{encoded.folder} has no mirrored images", hint)
+        if image_size != encoded.key.image_size:
+            what = f"{encoded.folder} has images of {encoded.key.image_size} pixels, not {image_size}"
+            raise VdiffError(what, "encode the dataset again with --image_size")
+        super().__init__(store, image_size=image_size, flip=flip, **{**options, "cache_bytes": 0, "num_workers": 0})
+        self._encoded = encoded
+
+    def _batches(self, step: int) -> Generator[Batch, None, None]:
+        for later in count(step):
+            indices = self._indices(later)
+            flips = self.plan.flips(later)[self.share]
+            captions, sizes, shape = self._described(later, indices)
+            classes = None
+            if self._store.meta.class_names:
+                classes = torch.tensor([self._store.label(index) or 0 for index in indices.tolist()])
+            known = captions is not None and self._encoded.has(captions)
+            yield Batch(
+                torch.empty(shape, dtype=torch.uint8, device="meta"),
+                classes,
+                captions,
+                sizes,
+                self._encoded.latents(indices.tolist(), flips.tolist()),
+                self._encoded.embeddings(captions) if known and captions is not None else None,
+            )
 
 
 def open_batches(store: AnyStore, **options: Any) -> Batches:

@@ -60,7 +60,8 @@ def resolve_training(
     found = read_config(Path(base)) if base else None
     is_assumed = assume and preset and not data and not base
     size = size or (size_of(found) if found else None)
-    images = _assumed(preset, size) if is_assumed else open_images(data, size, project)
+    takes_text = found is not None and TOKENS in found.signature.names
+    images = _assumed(preset, size) if is_assumed else open_images(data, size, project, buckets=takes_text)
     reason = ""
     if not resume:
         if found:
@@ -95,7 +96,6 @@ def resolve_training(
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     if config.class_dropout and not conditional:
         raise OptionError(f"--class_dropout {config.class_dropout}: the network does not use classes", "leave it out")
-    takes_text = found is not None and TOKENS in found.signature.names
     for name in ("caption_dropout", "caption_shuffle", "caption_keep_tokens", "caption_prefix"):
         if not takes_text and (value := getattr(config, name)):
             raise OptionError(f"--{name} {value}: the network does not use captions", "leave it out")

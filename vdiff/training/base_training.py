@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batc
 from vdiff.training.estimate import Memory, memory_of
 from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
-from vdiff.training.inputs import Inputs, inputs_of
+from vdiff.training.inputs import Inputs, encoded_of, inputs_of
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective, StudentState
 from vdiff.training.presets import recorded_layer, write_run
@@ -97,10 +98,11 @@ def training(
             start_anew(folder, config, overwrite=overwrite)
         engine.wait()
         torch.manual_seed(config.seed)
-        inputs = inputs_of(description, engine.device)
+        encoded = encoded_of(images, description, reporter)
+        inputs = inputs_of(description, engine.device, is_encoded=encoded is not None)
         run = Run(
             **vars(base_task(config, begin(description) if model is None else model[0], inputs)),
-            batches=images.batches(config, engine, reporter),
+            batches=replace(images, encoded=encoded).batches(config, engine, reporter),
             description=description,
             folder=folder,
             on_resumed=partial(write_run, folder, config) if resume else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from vdiff.training.config import LoopConfig, TrainConfig
 
 if TYPE_CHECKING:
     from vdiff.data.batches import Batch, Batches
+    from vdiff.data.encoded import EncodedStore
     from vdiff.training.engine import Engine
 
 TENSORS = "tensors"
@@ -27,7 +29,7 @@ class TrainingData:
     """The images of a run, or samples of another `shape` (empty: square images).
 
     Without a `store`, images are only assumed, to estimate the cost of a preset, or the method needs none
-    (`none_needed`).
+    (`none_needed`). Batches have what is `encoded` of the images instead of pixels.
     """
 
     image_size: int
@@ -36,6 +38,7 @@ class TrainingData:
     store: AnyStore | None = None
     none_needed: bool = False
     shape: tuple[int, ...] = ()
+    encoded: EncodedStore | None = None
 
     def __post_init__(self) -> None:
         if not self.shape:
@@ -60,13 +63,16 @@ class TrainingData:
 
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
         """This process's share of the batches, in the seed's order."""
-        from vdiff.data.batches import open_batches
+        from vdiff.data.batches import EncodedBatches, open_batches
 
         if self.none_needed:
             share = engine.part(config.batch_size)
             return ClassesOnly(self.shape, len(self.class_names), config.seed, config.batch_size, share)
         assert self.store is not None, "images that are only assumed cannot be read"
-        return open_batches(
+        make: Callable[..., Batches] = open_batches
+        if self.encoded is not None:
+            make = partial(EncodedBatches, encoded=self.encoded)
+        return make(
             self.store,
             image_size=self.image_size,
             batch_size=config.batch_size,
@@ -111,12 +117,17 @@ def no_images(teacher: CheckpointConfig) -> TrainingData:
     return TrainingData(shape[-1], shape[0], list(teacher.class_names), none_needed=True, shape=shape)
 
 
-def open_images(path: str, image_size: int | None, project: Project | None = None) -> TrainingData:
+def open_images(
+    path: str, image_size: int | None, project: Project | None = None, *, buckets: bool = False
+) -> TrainingData:
     """The dataset at `path` (empty: the only one of `project` or under `data/`), in one of its sizes.
+
+    Args:
+        buckets: the network takes images of many shapes.
 
     Raises:
         VdiffError: the dataset is missing, or there are several to choose from.
         OptionError: it lacks the chosen size, or has several sizes and none was chosen.
     """
-    store, size = open_at_size(path or (project or Project()).dataset(), image_size)
+    store, size = open_at_size(path or (project or Project()).dataset(), image_size, buckets=buckets)
     return TrainingData(size, store.meta.channels, list(store.meta.class_names), store)

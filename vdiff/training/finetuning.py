@@ -124,15 +124,14 @@ def sample_shape_of(found: CheckpointConfig, images: TrainingData) -> tuple[int,
 
         folder = Path(str((found.components or {}).get("path")))
         channels, height, _ = picture_shape((found.shape[0], 1, 1), folder)
-        if shape[0] == channels and not any(size % height for size in shape[1:]):
-            latents = (found.shape[0], *(size // height for size in shape[1:]))
-            if not any(size % found.signature.size_multiple for size in latents[1:]):
-                return latents
         pixels = height * found.signature.size_multiple
+        step = images.store.meta.buckets[:1] if images.store else ()  # of the sides of all buckets
+        if shape[0] == channels and not any(size % pixels for size in (*shape[1:], *step)):
+            return (found.shape[0], *(size // height for size in shape[1:]))
         raise OptionError(
             f"{images.name} has images of {' × '.join(map(str, shape))}, and the base takes {channels} channels and "
             f"sides that are multiples of {pixels}",
-            "prepare another --size",
+            "prepare another --size, and buckets with a --bucket_step of such multiples",
         )
     if shape != found.shape:
         sizes = " × ".join(map(str, shape)), " × ".join(map(str, found.shape))

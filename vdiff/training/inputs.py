@@ -8,18 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vdiff.data.batches import Batch
+from vdiff.data.encoded import ENCODE, EncodedStore, encoded_folder
+from vdiff.data.store import ImageStore
+from vdiff.errors import VdiffError
 from vdiff.models.autoencoder import Autoencoder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import LATENTS, PIXEL_CODEC
 from vdiff.models.components import check_components
 from vdiff.models.condition import TIME_IDS, TOKENS, Condition, Signature
 from vdiff.models.tokenizing import Tokenizers
+from vdiff.reporting import Reporter
 from vdiff.training.random_numbers import POSTERIOR, UpdateRandom
+
+if TYPE_CHECKING:
+    from vdiff.training.dataset import TrainingData
 
 
 class Inputs:
@@ -37,30 +45,64 @@ class Inputs:
 
 @dataclass(frozen=True)
 class TextInputs(Inputs):
-    """Captions as tokens, and draws from the posterior of the autoencoder, or pixels where there is none."""
+    """Captions as tokens, and draws from the posterior of the autoencoder, or pixels where there is none.
+
+    What `vdiff data encode` made of a batch is used as it is: latents; embeddings unless the text encoders learn.
+    """
 
     tokenizers: Tokenizers
     autoencoder: Autoencoder | None
+    text_learns: bool = False
 
     def x(self, batch: Batch, device: torch.device, random: UpdateRandom) -> Tensor:
         """Latents mean + std · noise, the noise from (seed, update, image)."""
-        if self.autoencoder is None:
+        if batch.latents is not None:
+            mean, std = (values.to(device, non_blocking=True) for values in batch.latents)
+        elif self.autoencoder is None:
             return super().x(batch, device, random)
-        mean, std = self.autoencoder.encode(batch.images.to(device, non_blocking=True))
-        return self.autoencoder.sample(mean, std, random.normal(mean.shape[1:], POSTERIOR))
+        else:
+            mean, std = self.autoencoder.encode(batch.images.to(device, non_blocking=True))
+        return Autoencoder.sample(mean, std, random.normal(mean.shape[1:], POSTERIOR))
 
     def condition(self, batch: Batch, takes: Signature) -> Condition:
         """Tokens, and for Stable Diffusion XL the sizes of image, crop and target; an image without caption has ""."""
         count, _, height, width = batch.images.shape
-        tokens = self.tokenizers.tokens(batch.captions or [""] * count)
         sizes = batch.sizes
         if sizes is None:
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(count, 6)
+        if batch.embeddings is not None and not self.text_learns:
+            return takes.condition(**batch.embeddings, **{TIME_IDS: sizes})
+        tokens = self.tokenizers.tokens(batch.captions or [""] * count)
         return takes.condition(**{TOKENS: tokens, TIME_IDS: sizes})
 
 
-def inputs_of(description: CheckpointConfig, device: torch.device) -> Inputs:
+def encoded_of(images: TrainingData, description: CheckpointConfig, reporter: Reporter) -> EncodedStore | None:
+    """What `vdiff data encode` made of a dataset, for the network of a checkpoint; None: nothing.
+
+    Raises:
+        VdiffError: it is incomplete, or of other images, captions, autoencoders or text encoders.
+    """
+    store = images.store
+    if TOKENS not in description.signature.names or not isinstance(store, ImageStore):
+        return None
+    folder = encoded_folder(store)
+    if not folder.exists():
+        return None
+    encoded = EncodedStore(store)
+    if encoded.key.components != (description.components or {}).get("fingerprint"):
+        raise VdiffError(
+            f"{folder} is of another autoencoder or other text encoders than those of the base",
+            f"encode again: {ENCODE} {store.path} --base CHECKPOINT --overwrite; or remove the folder",
+        )
+    reporter.line(f"latents and text embeddings of {folder}")
+    return encoded
+
+
+def inputs_of(description: CheckpointConfig, device: torch.device, *, is_encoded: bool = False) -> Inputs:
     """What a batch is for the network of a checkpoint.
+
+    Args:
+        is_encoded: latents come with the batches, so that no autoencoder is needed.
 
     Raises:
         VdiffError: tokenizers or autoencoder are missing, or are not those of the model.
@@ -68,5 +110,9 @@ def inputs_of(description: CheckpointConfig, device: torch.device) -> Inputs:
     if TOKENS not in description.signature.names:
         return Inputs()
     folder = Path(check_components(description.components)["path"])
-    is_latent = description.codec == LATENTS.name
-    return TextInputs(Tokenizers.read(folder), Autoencoder.read(folder, device) if is_latent else None)
+    needs_autoencoder = description.codec == LATENTS.name and not is_encoded
+    return TextInputs(
+        Tokenizers.read(folder),
+        Autoencoder.read(folder, device) if needs_autoencoder else None,
+        text_learns=description.adapter is not None and description.adapter.text_encoder,
+    )
