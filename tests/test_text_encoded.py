@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     write_captioned(folder / "data")
     (folder / "photos").mkdir()
-    for number, size in enumerate([(256, 64), (64, 256), (130, 130), (280, 70), (70, 280)] * 3):
+    for number, size in enumerate([(260, 66), (66, 260), (130, 130), (280, 70), (70, 280)] * 3):
         pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         PIL.Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
         (folder / "photos" / f"{number}.txt").write_text(f"a photo of {number}")
