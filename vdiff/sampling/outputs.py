@@ -247,7 +247,7 @@ class Archive(Output):
         """Finished: the output is in place, with the same number of images."""
         if self.form == "npz" and len(spec.to_json(format=self.form, num=num)) > zipfile.ZIP_MAX_COMMENT:
             what, flag = ("prompts", "--prompts") if spec.prompts else ("classes", "--classes")
-            raise VdiffError(f"an npz cannot record so many {what}", f"give fewer with {flag}, or give --format zip")
+            raise VdiffError(f"an npz cannot record so many {what}", f"name fewer with {flag}, or give --format zip")
         if (record := self.earlier(self.path, spec, overwrite=overwrite)) is not None:
             if record.get("num") == num:
                 return "finished"

@@ -205,6 +205,8 @@ def read_table(file: JsonFile) -> list[float] | None:
     betas = file.get("trained_betas")
     if betas is None:
         return None
+    if file.flag("rescale_betas_zero_snr", False):
+        raise file.refusal("rescale_betas_zero_snr", "with trained_betas only false can be read")
     if not isinstance(betas, list) or len(betas) != size:
         raise file.refusal("trained_betas", f"need {size} numbers from 0 to 1")
     if any(type(beta) not in (int, float) or not 0 < beta <= 1 for beta in betas):
@@ -220,8 +222,6 @@ def read_schedule(file: JsonFile) -> Schedule:
     """
     zero_snr = file.flag("rescale_betas_zero_snr", False)
     if (betas := read_table(file)) is not None:
-        if zero_snr:
-            raise file.refusal("rescale_betas_zero_snr", "with trained_betas only false can be read")
         known = next((schedule for schedule in _candidates(betas) if agree(schedule, betas)), None)
         if known is None:
             raise file.refusal("trained_betas", "only linear, scaled_linear and cosine ones can be read")
