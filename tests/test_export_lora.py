@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 
 from tests.commands import done, error
 from tests.oracles import randn
-from tests.pipelines import pipeline
+from tests.pipelines import UNETS, pipeline
 from tests.text_training import write_text_checkpoint
 from tests.toy import write_checkpoint
 from vdiff.models.adapters import AdapterSettings, is_adapter_weight
@@ -69,9 +70,10 @@ def test_a_lora_changes_a_pipeline_of_diffusers_as_it_changes_the_model(lora, ki
     text = done(f"vdiff export lora {lora} {target} --format {layout}").stdout
     assert "LoRA of rank 2 on" in text
     z, timestep = randn(2, 4, 8, 8, dtype=torch.float32), torch.tensor([7, 900])
-    width = 64 if kind == "sdxl" else 32
-    embeddings = randn(2, 77, width, seed=1, dtype=torch.float32)
-    added = {"text_embeds": randn(2, 32, seed=2, dtype=torch.float32), "time_ids": torch.full((2, 6), 64.0)}
+    unet = UNETS[kind]
+    pooled_width = unet.get("projection_class_embeddings_input_dim", 0) - 6 * unet.get("addition_time_embed_dim", 0)
+    embeddings = randn(2, 77, unet["cross_attention_dim"], seed=1, dtype=torch.float32)
+    added = {"text_embeds": randn(2, pooled_width, seed=2, dtype=torch.float32), "time_ids": torch.full((2, 6), 64.0)}
     inputs = tmp_path / "inputs.pt"
     torch.save({"z": z, "timestep": timestep, "text": embeddings, "added": added if kind == "sdxl" else None}, inputs)
     program = PROGRAM.format(load=LOAD[layout])
@@ -98,3 +100,17 @@ def test_what_is_no_lora_of_diffusers_and_what_is_there_is_refused(lora, tmp_pat
     done(f"{export}/step1 --format peft")
     assert "exists" in error(f"{export}/step1 --format peft", 1)
     done(f"{export}/step1 --format peft --overwrite")
+
+
+@pytest.mark.parametrize("layout", LOAD)
+def test_the_programs_of_the_docs_draw_where_vdiff_is_not(lora, kind, layout, tmp_path):
+    programs = re.findall(r"```python\n(.*?)```", Path("docs/text_to_image.md").read_text(encoding="utf-8"), re.DOTALL)
+    [program] = [text for text in programs if ("PeftModel" in text) == (layout == "peft") and "yoda" in text]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/my_pipeline").symlink_to(pipeline(kind))
+    target = tmp_path / "exports" / ("pokemon.safetensors" if layout == "diffusers" else "step20850")
+    done(f"vdiff export lora {lora} {target} --format {layout}")
+    program = program.replace('("yoda pokemon")', '("yoda pokemon", num_inference_steps=2, height=64, width=64)')
+    without = "import sys; sys.modules['vdiff'] = None\n"
+    subprocess.run([sys.executable, "-c", without + program], check=True, cwd=tmp_path)
+    assert len(list(tmp_path.glob("yoda*.png"))) == 1

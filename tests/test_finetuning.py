@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import vdiff
+from tests.commands import done, error
 from tests.oracles import randn
 from tests.programs import ends, launch
 from tests.toy import (
@@ -234,6 +236,24 @@ def test_presets_of_finetuning_resolve(base, name):
         assert (config.lora_rank, config.lora_alpha, config.batch_size, config.lr) == (8, 8.0, 2, 1e-5)
         assert (config.weight_decay, config.clip_norm, config.num_iters) == (1e-2, 1.0, 2500)
         assert read_preset(name).train["num_iters"] == 20825
+
+
+def test_the_command_estimates_trains_and_continues_a_lora(data, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = (
+        f"train.py --base {base} --data {data} --device cpu --num_workers 0 --lora_rank 2 --batch_size 2 --tracker none"
+    )
+    estimate = done(f"{line} --dry_run").stdout
+    assert re.search(r"^memory +\S+ of \S+ GiB", estimate, re.MULTILINE)
+    told = done(f"{line} --num_iters 2").stdout
+    folder = base.with_name(f"{base.name}_lora")
+    assert f"{folder}: 2 updates" in told
+    assert (folder / ADAPTER).is_file()
+    assert f"{folder}: 3 updates" in done(f"train.py --resume --out {folder} --num_iters 3 --device cpu").stdout
+    assert "is the base itself; choose another --out" in error(f"{line} --out {base} --overwrite", 2)
+    assert (base / WEIGHTS).is_file()
+    drawn = done(f"sample.py --checkpoint {folder} --num 2 --num_timesteps 2 --device cpu --out {tmp_path / 'drawn'}")
+    assert drawn.exit_code == 0
 
 
 # Refusals

@@ -163,7 +163,21 @@ def start_of_conversion(run: Run, step: TrainStep, before: str) -> str:
 
 def memory_of_base(config: TrainConfig, images: TrainingData, description: CheckpointConfig, engine: Engine) -> Memory:
     """The memory of a base model's training; see `memory_of`."""
-    return memory_of(lambda _: base_task(config, description.build()), description.shape, images.num_images, engine)
+    if description.adapter is None:
+        return memory_of(lambda _: base_task(config, description.build()), description.shape, images.num_images, engine)
+    with torch.device("meta"):  # peft cannot make a LoRA among tensors without values
+        made = description.build()
+
+    def build(_: Engine) -> Task:
+        for module in made.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                own = torch.empty(weight.shape, dtype=weight.dtype)
+                setattr(module, name, torch.nn.Parameter(own, requires_grad=weight.requires_grad))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        return base_task(config, made)
+
+    return memory_of(build, description.shape, images.num_images, engine)
 
 
 def base_task(config: TrainConfig, denoiser: Denoiser, inputs: Inputs | None = None) -> Task:
