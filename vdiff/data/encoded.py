@@ -90,7 +90,7 @@ def encode_dataset(
     with locked(folder, kind=ENCODED), stop_explained(lambda word: f"{word}; the same command continues"):
         if (folder / RECORD).is_file() and not overwrite:
             before = asdict(read_record(folder / RECORD, EncodedKey, ENCODE_AGAIN))
-            hint = "give --overwrite to encode again"
+            hint = "prepare the images under another --name to keep both, or give --overwrite"
             check_same_settings(before, asdict(key), done=f"{folder} was encoded", hint=lambda _: hint)
         else:
             check_free(folder, ENCODED, overwrite=overwrite, flag="--overwrite")
