@@ -327,7 +327,11 @@ def main(
         train(config, images, folder=teacher, resume=resume, overwrite=False, reporter=console)
     image_size = read_config(teacher).image_size
     reference, num_images = reference_of(data, image_size)
-    derivative, seconds = derivative_cost(teacher)
+    measured = work / "derivative.json"  # measured once: the numbers of updates follow from it
+    if not measured.exists():
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        write_json(measured, dict(zip(("derivative", "seconds"), derivative_cost(teacher), strict=True)))
+    derivative, seconds = (read_json(measured, "delete it")[key] for key in ("derivative", "seconds"))
     count = num or num_images
     options: dict[str, Any] = {"data": data, "preset": preset, "batch_size": batch_size}
     options |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in more)}
