@@ -115,6 +115,7 @@ def test_dropout_shuffle_and_choice_have_their_frequencies() -> None:
     assert abs(dropped[""] - 600) < 5 * (6000 * 0.09) ** 0.5
     orders = draws(CaptionSettings(shuffle=True, keep_tokens=1), TAGS)
     assert len(orders) == 6
+    assert all(sorted(order.split(", ")) == sorted(TAGS.split(", ")) for order in orders)
     assert all(order.startswith("red, ") and abs(count - 1000) < 5 * 29 for order, count in orders.items())
     lines = draws(CaptionSettings(), "a\nb\nc")
     assert set(lines) == set("abc")
