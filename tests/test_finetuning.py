@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,24 @@ def test_the_command_estimates_trains_and_continues_a_lora(data, base, tmp_path,
     assert (base / WEIGHTS).is_file()
     drawn = done(f"sample.py --checkpoint {folder} --num 2 --num_timesteps 2 --device cpu --out {tmp_path / 'drawn'}")
     assert drawn.exit_code == 0
+
+
+def test_a_lora_is_trained_in_python(data, base, tmp_path):
+    settings = {"base": str(base), "num_iters": 2, "batch_size": 2, "device": "cpu", "num_workers": 0, "lora_rank": 2}
+    in_memory = vdiff.train("lora", data, **settings).finish()
+    model = vdiff.train("lora", data, out=tmp_path / "run", **settings).finish()
+    original = load_checkpoint(base)[0].state_dict()
+    for found in (in_memory, model):
+        found.save(tmp_path / "saved")
+        state = load_checkpoint(tmp_path / "saved")[0].state_dict()
+        changed = {name for name, tensor in original.items() if not torch.equal(state[name], tensor)}
+        assert changed
+        assert all("attention" in name for name in changed)
+        shutil.rmtree(tmp_path / "saved")
+    with pytest.raises(OptionError, match="a model in memory is trained as it is; give the preset 'lora'"):
+        vdiff.train(model, data, base=str(base))
+    with pytest.raises(OptionError, match="--preset lora fine-tunes a model; give it with --base"):
+        vdiff.train("lora", data)
 
 
 # Refusals

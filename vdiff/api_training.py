@@ -21,16 +21,18 @@ from vdiff.data.source import SourceOptions
 from vdiff.data.sources import open_source
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import Interrupted, OptionError, VdiffError
-from vdiff.models.checkpoint import CheckpointConfig, weights_fingerprint
+from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
 from vdiff.replacing import locked
 from vdiff.reporting import Silent
 from vdiff.training.base import describe
-from vdiff.training.base_training import base_task, training
+from vdiff.training.base_training import base_task, begin, training
 from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import Engine, build_engine
+from vdiff.training.finetuning import check_base, check_preset, settings_of_base, with_fingerprint
 from vdiff.training.folder import RUN, check_resumable, check_same_run, is_run, recorded, start_anew
+from vdiff.training.inputs import inputs_of
 from vdiff.training.loop import Run, metrics_in_memory, metrics_of
 from vdiff.training.presets import read_preset, recorded_layer
 from vdiff.training.stages import Stage, is_there, plan_stages, recipe_of, teachers_images
@@ -139,7 +141,8 @@ def train(
         data: the path of a dataset, or tensors in [−1, 1] or uint8: one tensor of all samples, or an iterable of
         samples or batches, with or without classes: (samples, classes).
         out: a folder for checkpoints, log and samples. The same call continues a run in this folder.
-        settings: settings of `train.py`; without a preset the defaults are `USUAL`.
+        settings: settings of `train.py`, such as `base` with the preset "lora"; without a preset the defaults are
+            `USUAL`.
 
     Raises:
         VdiffError: settings, data or folder cannot be used.
@@ -148,11 +151,17 @@ def train(
         raise OptionError(f"a {type(model).__name__} is neither a model nor a preset's name", WRAP)
     images = _data_of(data, None if isinstance(model, str) else model.shape, settings.get("image_size"))
     layers: dict[str, Mapping[str, Any]] = {"usual settings": USUAL, "vdiff.train": settings}
+    base = str(settings.get("base") or "")
+    found = read_config(Path(base)) if base else None
     if isinstance(model, Model):
+        if base:
+            raise OptionError(f"base={base!r}: a model in memory is trained as it is", "give the preset 'lora' instead")
         layers = {"the model": model.config.family.training, **layers}
     else:
+        check_preset(model, base)
         preset = read_preset(model, images.num_images).train
-        layers = {f"preset {model}": preset, "vdiff.train": {"tracker": "none", **settings}}
+        layers = {base: settings_of_base(found)} if found else {}
+        layers |= {f"preset {model}": preset, "vdiff.train": {"tracker": "none", **settings}}
     config = resolve(TrainConfig, layers)
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     config = replace(
@@ -160,8 +169,12 @@ def train(
     )
     if isinstance(model, str):
         torch.manual_seed(config.seed)
+        if found:
+            check_base(config, images, found, settings)
         description = describe(replace(config, image_size=images.image_size), images)
-        denoiser = description.build()
+        if found:
+            description = with_fingerprint(description)
+        denoiser = begin(description)
     else:
         denoiser = model.plain()
         description = replace(
@@ -178,7 +191,7 @@ def train(
 
         if out is None:
             engine = build_engine(config)
-            step = TrainStep(base_task(config, denoiser), engine)
+            step = TrainStep(base_task(config, denoiser, inputs_of(description, engine.device)), engine)
             start(step)
             yield from _noted(learner, metrics_in_memory(step, images.batches(config, engine)), config.batch_size)
             learner.model = _finished(learner.model.denoiser, description, config.batch_size, fixed)
