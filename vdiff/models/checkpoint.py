@@ -437,7 +437,7 @@ def load_base(config: CheckpointConfig, module: nn.Module | None = None, compone
     Raises:
         VdiffError: the base is missing, is another model, or its network does not fit.
     """
-    base, advice = config.base or {}, "put the base back, there or beside the model"
+    base, advice = config.base or {}, "put the base back there"
     folder = Path(str(base.get("path")))
     if not folder.is_dir():
         raise VdiffError(f"{folder}, the base of this model: no such checkpoint", advice)

@@ -125,11 +125,10 @@ def _sha256(path: Path, size: int, modified: int) -> str:
 def resolved(reference: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a checkpoint in `folder` says of its components or of its base, their path as it is from here.
 
-    A checkpoint of `history/` lies two folders deeper than the one that it was, and a folder that was moved together
-    with the checkpoint lies beside it.
+    A checkpoint of `history/` lies two folders deeper than the one that it was.
     """
     path = Path(str(reference["path"]))
-    places = (folder / path, folder.parent.parent / path, folder.parent / path.name)
+    places = (folder / path, folder.parent.parent / path)
     return {**reference, "path": os.path.abspath(next((place for place in places if place.is_dir()), places[0]))}
 
 
