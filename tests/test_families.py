@@ -79,7 +79,7 @@ def test_a_family_brings_its_schedule_its_noise_levels_and_its_weighting():
         ({"noise_mean": 1.0, "noise_std": 0.0}, "--noise_std 0.0 is too small; it must be above 0"),
         ({"parameterisation": "edm", "sigma_data": 0.0}, "--sigma_data 0.0 is too small"),
         ({"schedule": "flow", "flow_shift": 0.0}, "--flow_shift 0.0 is too small"),
-        ({"schedule": "flow", "prediction": "eps"}, "at zero SNR an eps-prediction says nothing"),
+        ({"schedule": "flow", "prediction": "eps"}, "--schedule flow: at zero SNR an eps-prediction"),
     ],
 )
 def test_settings_of_another_family_are_refused(flags, words):

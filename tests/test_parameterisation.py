@@ -383,7 +383,8 @@ def test_ddim_of_a_table_is_diffusers_ddim():
     torch.testing.assert_close(found / scale, z / scale, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+# that of consistency models takes a jump for a sample, which the mean of a perfect network is not
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"consistency"}))
 @pytest.mark.parametrize("family", ["edm", "flow, shifted"])
 def test_every_sampler_draws_the_data_of_a_perfect_network(family, name):
     """Mean and variance of 4,000 samples; those of the mixture."""
