@@ -59,7 +59,7 @@ def run(line: str, env: Mapping[str, str] | None = None) -> Result:
 def done(line: str, env: Mapping[str, str] | None = None) -> Result:
     """`run` what must succeed."""
     result = run(line, env)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, (result.output, result.exception)
     assert result.exception is None
     return result
 

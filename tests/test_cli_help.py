@@ -29,10 +29,11 @@ from vdiff.cli.options import GroupedOption, OneOf
 from vdiff.data import conversion
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.grids import GRIDS
+from vdiff.diffusion.parameterisation import PARAMETERISATIONS
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.diffusion.schedules import SCHEDULES
-from vdiff.diffusion.weighting import LOSSES, WEIGHTINGS
+from vdiff.diffusion.weighting import LOSSES, OUTPUT, WEIGHTINGS
 from vdiff.distributed import pick_device
 from vdiff.errors import OptionError
 from vdiff.files import parse
@@ -197,7 +198,8 @@ def test_every_choice_offered_is_a_registry(name):
     registries = {
         "prediction": PREDICTION_TYPES,
         "schedule": SCHEDULES,
-        "weighting": WEIGHTINGS,
+        "weighting": (*WEIGHTINGS, OUTPUT),
+        "parameterisation": PARAMETERISATIONS,
         "method": METHODS,
         "sampler": SAMPLERS,
         "preset": (*PRESETS, *FINE_TUNING),
@@ -263,6 +265,7 @@ def test_every_option_is_a_parameter_that_the_command_reads(name):
 def test_every_setting_is_read_somewhere():
     """As `config.lr`, in training or at the command line; `image_size` chooses the images before there is a config."""
     read = {"image_size"}
+    read.add("recipe")  # chooses the method's settings before there is a config
     for path in [*(ROOT / "vdiff/training").glob("*.py"), *(ROOT / "vdiff/cli").glob("*.py")]:
         holder = "self" if path.name == "config.py" else "config"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -332,6 +335,11 @@ TRAIN_VALUES = {
     "flip": "False",
     "fsdp": "True",
 }
+FAMILY_VALUES = {
+    "edm": {"sigma_data": "0.25", "noise_mean": "-1.0", "noise_std": "1.5"},
+    "flow": {"flow_shift": "3.0", "noise_mean": "0.5", "noise_std": "0.75"},
+}
+"""Of train.py, where the parameterisation is another one."""
 CAPTION_VALUES = {
     "caption_dropout": "0.25",
     "caption_shuffle": "True",
@@ -377,10 +385,13 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     assert {item.name for item in fields(TrainConfig) if item.metadata} == {
         *TRAIN_VALUES, "data", "preset", "class_dropout", "base",
         *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), *CAPTION_VALUES,
+        "parameterisation", *(key for values in FAMILY_VALUES.values() for key in values),
     }  # fmt: skip
 
+    quick = "--preset imagenet64 --dry_run --all"
+
     def shown(words: str, env: dict[str, str]) -> dict[str, str]:
-        result = done(f"train.py --preset imagenet64 --dry_run --all {words}", env)
+        result = done(f"train.py {quick} {words}", env)
         rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
         rows["schedule"] = rows["schedule"].split()[1].rstrip(",")
         return {key: rows[key] for key in TRAIN_VALUES}
@@ -388,6 +399,10 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     usual = shown("", {})
     assert [key for key in TRAIN_VALUES if usual[key] == TRAIN_VALUES[key]] == []
     assert shown(*as_typed(TRAIN_VALUES, how)) == TRAIN_VALUES
+    for family, values in FAMILY_VALUES.items():
+        words, env = as_typed({"parameterisation": family, **values}, how)
+        rows = dict(re.findall(r"^(\w+) +(\S+)$", done(f"train.py {quick} {words}", env).stdout, re.MULTILINE))
+        assert {key: rows[key] for key in ("parameterisation", *values)} == {"parameterisation": family, **values}
     for key, value in CAPTION_VALUES.items():  # of networks that are told a text
         said = error(f"train.py --preset imagenet64 --dry_run --{key} {value}", 2)
         assert f"--{key} {value}: the network does not use captions" in said
@@ -498,5 +513,5 @@ def test_help_says_where_a_method_has_a_default_of_its_own():
     student = " ".join(done("distill.py --help_all").stdout.split())
     for words in ("by preset, or by method]", "l2, or by method", "linear, or by method", "2.0, or by method"):
         assert words in student
-    assert student.count("or by method") == 5
+    assert student.count("or by method") == 6
     assert "or by method" not in done("train.py --help_all").stdout

@@ -15,6 +15,7 @@ import torch
 from tests.toy import SIZE, Watcher, distill_config, train_config, write_dataset
 from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.diffusion.distillation import METHODS
+from vdiff.diffusion.parameterisation import PARAMETERISATIONS
 from vdiff.diffusion.weighting import WEIGHTINGS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.backbone import count_flops
@@ -251,10 +252,22 @@ def test_choices(kind, field):
     assert set(message.partition("choose from ")[2].split(", ")) == CHOICES[field.name]
 
 
+def test_a_parameterisation_brings_its_settings_over_those_of_a_preset():
+    preset = {"num_iters": 1, "batch_size": 1, "lr": 1e-3, "prediction": "both", "weighting": "snr", "dropout": 0.5}
+    edm = PARAMETERISATIONS["edm"].training
+    found = resolve(TrainConfig, {"preset": preset, "flags": {"parameterisation": "edm"}})
+    assert found.prediction == "v"
+    assert found.dropout == 0.5
+    assert {key: getattr(found, key) for key in edm} == edm
+    given = resolve(TrainConfig, {"preset": preset, "flags": {"parameterisation": "edm", "weighting": "constant"}})
+    assert given.weighting == "constant"
+
+
 def test_every_word_has_choices_or_is_a_path():
     words = {field.name for _, field in FIELDS if str(field.type) == "str"}
     assert words - set(CHOICES) == {
         "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config", "lora_targets", "proposal",
+        "caption_prefix",
     }  # fmt: skip
     assert "did you mean 'truncated_snr'?" in refusal(TrainConfig, "my.toml", weighting="truncated")
 

@@ -21,7 +21,7 @@ from vdiff.diffusion.parameterisation import Parameterisation, Vp
 from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import SAMPLERS, Sampler
 from vdiff.diffusion.schedules import Schedule, build_schedule
-from vdiff.diffusion.weighting import WEIGHTINGS, weighting_of
+from vdiff.diffusion.weighting import OUTPUT, WEIGHTINGS, weighting_of
 from vdiff.distributed import memory_errors_named, pick_device
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models import checks
@@ -239,14 +239,14 @@ class Model:
 
         Args:
             classes: B class numbers, for a class-conditional network.
-            weighting: a name in `vdiff.diffusion.weighting.WEIGHTINGS`.
+            weighting: a name in `vdiff.diffusion.weighting.WEIGHTINGS`, or `OUTPUT`.
 
         Raises:
             VdiffError: the weighting is unknown.
             ValueError: the classes are not B integers, or the network does not have them.
         """
-        if weighting not in WEIGHTINGS:
-            raise VdiffError(f"unknown weighting {weighting!r}", suggestion(str(weighting), WEIGHTINGS))
+        if weighting not in (choices := (*WEIGHTINGS, OUTPUT)):
+            raise VdiffError(f"unknown weighting {weighting!r}", suggestion(str(weighting), choices))
         takes, schedule = self.denoiser.network.signature, self.denoiser.schedule
         numbers = None if classes is None else torch.as_tensor(classes, device=x.device)
         if numbers is not None and takes.num_classes:

@@ -508,10 +508,12 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
         for key, stronger in (("ema", ("ema_images", "ema_remainder")), ("ema_images", ("ema_remainder",))):
             if key in values:  # said later than what would go before it
                 merged = {name: value for name, value in merged.items() if name not in stronger}
-        for key, value in check_values(known, values, origin).items():
+        checked = check_values(known, values, origin)
+        if "parameterisation" in checked:  # brings settings that suit it, over those of a preset
+            family = PARAMETERISATIONS[checked["parameterisation"]]
+            merged = {key: value for key, value in merged.items() if key != "prediction"} | dict(family.training)
+        for key, value in checked.items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    if kind is TrainConfig:
-        merged = {**PARAMETERISATIONS[merged.get("parameterisation", Vp.name)].training, **merged}
     if "weighting" not in merged:
         if merged.get("prediction") == "eps":
             merged["weighting"] = "snr"

@@ -144,8 +144,10 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         one of `NEED_VALUES`: network or method depends on the values of tensors.
     """
     device = engine.device
-    stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)  # peft moves layers, which these cannot bear
-    with FakeTensorMode(allow_non_fake_inputs=True), device, stay:
+    # peft moves layers, and methods take forward derivatives; tensors without values can do neither
+    stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
+    evaluated = patch.object(torch.func, "jvp", lambda call, inputs, _: (call(*inputs), call(*inputs)))
+    with FakeTensorMode(allow_non_fake_inputs=True), device, stay, evaluated:
         task = build(WithoutValues(**{**vars(engine), "compile": False}))
         config, denoiser = task.config, task.denoiser.train()
         denoiser.network.checkpointing = config.checkpointing
