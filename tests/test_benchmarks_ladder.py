@@ -78,6 +78,6 @@ def test_the_table_tells_of_every_model_and_the_same_command_does_nothing_twice(
     known = json.loads((done / "work" / "distances.json").read_text())
     assert len(known) == 3 + 2 * 2
     before = {path: path.read_bytes() for path in (done / "work").rglob("model.safetensors")}
-    monkeypatch.setattr(distances, "measure", None)  # everything is known
+    monkeypatch.setattr(distances, "drawn", None)  # everything is known
     assert run(done, monkeypatch) == rows
     assert {path: path.read_bytes() for path in (done / "work").rglob("model.safetensors")} == before

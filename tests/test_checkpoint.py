@@ -89,6 +89,8 @@ def assert_refused(folder: Path, *words: str, load=load_checkpoint) -> None:
 @pytest.mark.parametrize("schedule", [name for name in ALL_SCHEDULES if name != "cosine_uncut"])
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 def test_round_trip_is_bit_equal(tmp_path, schedule, prediction):
+    if prediction == "eps" and ALL_SCHEDULES[schedule].zero_snr:
+        pytest.skip("eps carries no information at zero SNR: refused")
     described = config(schedule, prediction, teacher={"method": "base"}, class_names=["a", "ß"])
     denoiser = saved(tmp_path / "deep" / "model", described)
     loaded, found = load_checkpoint(tmp_path / "deep" / "model")

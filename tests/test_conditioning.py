@@ -182,6 +182,8 @@ def test_descriptions_without_the_key_have_no_such_class():
 @pytest.mark.parametrize("weight", [-1.0, -0.3, 0.0, 0.5, 4.0])
 def test_guidance_is_the_same_sum_of_images_noises_and_velocities(schedule, kind, weight):
     """Whatever the network predicts, and from closed forms that never pass through one another."""
+    if kind == "eps" and schedule.zero_snr:
+        pytest.skip("eps carries no information at zero SNR: refused")
     z = randn(*Z_SHAPE)
     found = guided(kind, schedule=schedule, weight=weight)(z, TIMES, condition(CLASSES))
     with_class = truth(schedule, z, TIMES, CLASSES)

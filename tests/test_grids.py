@@ -117,7 +117,7 @@ def test_no_such_grid_is_an_error():
 
 @pytest.mark.parametrize("times", [[0.0, 0.5, 0.5], [0.0, 0.6, 1.1], [-0.1, 0.5, 1.0], [1.0, 0.5, 0.0]])
 def test_times_that_do_not_rise_within_0_and_1_are_refused(times):
-    with pytest.raises(ValueError, match=r"rise within \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"increase within \[0, 1\]"):
         check_times(torch.tensor(times, dtype=torch.float64), 2)
 
 

@@ -12,7 +12,19 @@ import torch
 
 from tests.oracles import randn
 from vdiff.diffusion.noise import ImageNoise
-from vdiff.diffusion.samplers import SAMPLERS, Clipped, Ddim, Ddpm, Dpmpp2m, Dpmpp3m, Heun, Ipndm, Sampler, UniPc
+from vdiff.diffusion.samplers import (
+    SAMPLERS,
+    Clipped,
+    Ddim,
+    Ddpm,
+    Dpmpp2m,
+    Dpmpp3m,
+    Heun,
+    Ipndm,
+    Renoising,
+    Sampler,
+    UniPc,
+)
 from vdiff.diffusion.schedules import CosineSchedule, DdpmCosineSchedule
 from vdiff.errors import VdiffError
 from vdiff.models.denoiser import Denoiser
@@ -117,6 +129,7 @@ EVERY_SAMPLER: dict[str, Sampler] = {
     "unipc": UniPc(),
     "ipndm": Ipndm(),
     "heun": Heun(),
+    "renoising": Renoising(renoise=0.5),
 }
 every_sampler = pytest.mark.parametrize("sampler", EVERY_SAMPLER.values(), ids=EVERY_SAMPLER)
 

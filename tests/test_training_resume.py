@@ -251,7 +251,7 @@ def test_a_run_is_not_resumed_as_another_one(data, tmp_path, changes, words):
 
 
 FREE = {
-    "data", "max_bad_steps", "log_interval", "sample_interval", "ckpt_interval", "ema_interval", "keep_last",
+    "data", "base", "max_bad_steps", "log_interval", "sample_interval", "ckpt_interval", "ema_interval", "keep_last",
     "keep_every", "tracker", "device", "compile", "fsdp", "checkpointing", "threads", "num_workers",
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from vdiff.diffusion.schedules import Schedule, coefficient, diffuse
 from vdiff.diffusion.targets import grid_times_of
 from vdiff.diffusion.weighting import LOSSES
 from vdiff.errors import VdiffError
+from vdiff.models.backbone import without_autocast
 from vdiff.models.condition import Condition
 from vdiff.models.denoiser import NOTHING, Denoiser
 
@@ -156,7 +157,7 @@ def bind_derivative(denoiser: Denoiser, condition: Condition) -> DeriveWith:
         direction = tuple(each.clone() if each.is_inference() else each for each in (dz, dt))
         with (
             torch.no_grad(),
-            torch.autocast(z.device.type, enabled=False),
+            without_autocast(z.device),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             torch.compiler.set_stance("force_eager"),
             warnings.catch_warnings(),
