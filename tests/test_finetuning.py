@@ -38,6 +38,7 @@ from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import open_images
 from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.presets import FINE_TUNING, read_preset
+from vdiff.training.stages import resolve_distillation
 from vdiff.training.state import state_path
 
 WHOLE = {"channels": 8, "embedding_channels": 8, "multipliers": (1, 2), "num_blocks": 1, "attention_strides": (1,)}
@@ -298,6 +299,12 @@ def test_a_finetuning_has_schedule_prediction_and_steps_of_its_base(data, tmp_pa
     config, lines = resolved(data, tmp_path / "eps", prediction="v", zero_snr=True)
     assert config.weighting == "snr_plus_one"
     assert "zero terminal SNR; the weight snr_plus_one is constant in v" in lines
+
+
+def test_a_finetuned_model_is_distilled_by_a_preset_of_distilling(data, lora):
+    config, teacher = resolve_distillation({"base": str(lora), "data": str(data)}, None)
+    assert teacher.adapter
+    assert config.num_iters > 0
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,11 @@ def command(
         raise Interrupted(f"stopped; {out} is finished and saved", stop.exit_code) from None
     if verdict:
         console.result(f"verdict    {verdict.short}", f"scale      {verdict.scale}")
-    steps = preview_steps(done)
-    console.result(
-        f"next       python sample.py {shell('--checkpoint', out)} --sampler dpmpp_2m --num_timesteps {steps}"
-    )
+    draw = f"next       python sample.py {shell('--checkpoint', out)}"
+    if done.components:
+        console.result(f"{draw} --prompt 'a red fox, watercolour'")
+        return
+    console.result(f"{draw} --sampler dpmpp_2m --num_timesteps {preview_steps(done)}")
     console.result(f"           python distill.py {shell('--base', out)}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vdiff.data.images import PICTURE
 from vdiff.distributed import Processes, pick_device
-from vdiff.errors import OptionError, VdiffError, stop_explained
+from vdiff.errors import OptionError, VdiffError, shell, stop_explained
 from vdiff.evaluation import metrics as m
 from vdiff.evaluation.features import INCEPTION, PIXELS, SIDE, Features, load_features
 from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, save_pairs
@@ -155,12 +155,14 @@ def measure_quality(
         budget: how many network evaluations this may use.
 
     Returns:
-        the quality; None: the budget is too small.
+        the quality; None: the budget is too small, or the model draws prompts.
 
     Raises:
         Interrupted, VdiffError: as in `evaluate`.
     """
     config = read_config(folder)
+    if config.components:  # samples of prompts have no scale
+        return None
     if found := read_quality(folder, weights_fingerprint(folder)):
         return found
     most = min(config.num_timesteps, QUALITY_STEPS)
@@ -202,6 +204,11 @@ class _Run:
         folders = [row.checkpoint for row in rows] + ([plan.teacher] if plan.teacher else [])
         self.configs = {folder: read_config(folder) for folder in dict.fromkeys(folders)}
         for folder, config in self.configs.items():
+            if config.components:
+                raise VdiffError(
+                    f"{folder} is a text-to-image model, which cannot be evaluated yet",
+                    f"look at its pictures: python sample.py {shell('--checkpoint', folder)} --prompt TEXT",
+                )
             if not config.image_size:
                 shape = " × ".join(map(str, config.shape))
                 raise VdiffError(f"{folder} draws samples of {shape}, not square images", "evaluate a model of images")

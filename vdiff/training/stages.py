@@ -13,7 +13,7 @@ from typing import Any
 
 from vdiff.diffusion.distillation import METHODS, Guided, shortening
 from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.condition import SECOND_TIME
@@ -25,7 +25,7 @@ from vdiff.settings import COMMAND_LINE, parameters
 from vdiff.training.base import check_unet
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData, no_images, open_images
-from vdiff.training.presets import Settings, preset_for, read_preset, read_run, read_settings
+from vdiff.training.presets import FINE_TUNING, Settings, preset_for, read_preset, read_run, read_settings
 
 EVALUATIONS = 5
 """The cost of an update per image, in network evaluations: the teacher's two, the student's, and its gradient."""
@@ -98,6 +98,11 @@ def resolve_distillation(
     chosen = {**settings.distill, **flags}
     base = Path(chosen.get("base") or (project or Project()).teacher(reporter.line if reporter else id))
     teacher = read_config(base)
+    if teacher.components:
+        raise OptionError(
+            f"{base} is a text-to-image model, which distill.py cannot distil yet",
+            f"fine-tune it: python train.py {shell('--base', base)}",
+        )
     data = str(chosen.get("data") or (teacher.dataset if is_there(teacher.dataset) else ""))
     num_images = 0
     with suppress(VdiffError):  # the code that reads the images reports their errors
@@ -149,7 +154,8 @@ def _preset_of(base: Path) -> str:
     if not (base / RUN_FILE).is_file():
         return ""
     settings = read_run(base)
-    return str(settings.train.get("preset") or settings.distill.get("preset") or "")
+    preset = str(settings.train.get("preset") or settings.distill.get("preset") or "")
+    return "" if preset in FINE_TUNING else preset  # those have no settings of distilling
 
 
 def is_there(dataset: str) -> bool:
