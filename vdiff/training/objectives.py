@@ -162,7 +162,8 @@ def bind_derivative(denoiser: Denoiser, condition: Condition) -> DeriveWith:
             torch.compiler.set_stance("force_eager"),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit.script
+            for kind in (FutureWarning, DeprecationWarning):  # torch's own use of torch.jit.script, by version
+                warnings.simplefilter("ignore", kind)
             try:
                 value, derivative = torch.func.jvp(v, (z, t), direction)[:2]
             except NotImplementedError as error:
