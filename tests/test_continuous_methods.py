@@ -335,6 +335,10 @@ def test_the_derivative_of_a_network_is_that_of_finite_differences(kind, along_t
     inputs = {"second_time": t / 2} if kind == "unet" else {}
     with torch.inference_mode():
         theirs = dz + 0
+    if kind == "UNet2DModel" and torch.__version__ < "2.14":
+        with pytest.raises(VdiffError, match="the network cannot be differentiated along the flow"):
+            bind_derivative(denoiser, condition)(z, t, theirs, dt)
+        return
     v, along = bind_derivative(denoiser, condition)(z, t, theirs, dt, **inputs)
 
     def answer(z: Tensor, t: Tensor, **inputs: Tensor) -> Prediction:
