@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,15 @@ from tests.pipelines import UNETS, pipeline
 from tests.text_training import write_text_checkpoint
 from tests.toy import write_checkpoint
 from vdiff.models.adapters import AdapterSettings, is_adapter_weight
-from vdiff.models.checkpoint import load_base, load_checkpoint, read_config, save_checkpoint, weights_fingerprint
+from vdiff.models.checkpoint import (
+    ADAPTER,
+    WEIGHTS,
+    load_base,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    weights_fingerprint,
+)
 
 LOAD = {
     "diffusers": "pipe.load_lora_weights(file)",
@@ -114,3 +123,22 @@ def test_the_programs_of_the_docs_draw_where_vdiff_is_not(lora, kind, layout, tm
     without = "import sys; sys.modules['vdiff'] = None\n"
     subprocess.run([sys.executable, "-c", without + program], check=True, cwd=tmp_path)
     assert len(list(tmp_path.glob("yoda*.png"))) == 1
+
+
+def test_a_merged_lora_is_published_where_the_lora_alone_is_refused(lora, kind, tmp_path):
+    """Its weights are those that every command computes with, and its description has no base."""
+    merged = tmp_path / "merged"
+    message = error(f"vdiff push {lora} me/pokemon --dry_run", 1)
+    assert "holds a LoRA alone; push what `vdiff export weights` writes" in message
+    done(f"vdiff export weights {lora} {merged}")
+    assert not (merged / ADAPTER).exists()
+    said = json.loads((merged / "config.json").read_text())
+    assert not {"adapter", "base"} & said.keys()
+    assert said["components"]["path"] == pipeline(kind).name
+    found = load_checkpoint(merged, components=pipeline(kind))[0].state_dict()
+    expected = load_checkpoint(lora)[0].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    before = load_base(read_config(lora)).state_dict()
+    assert sum(not torch.equal(tensor, found[name]) for name, tensor in before.items()) > 1
+    assert WEIGHTS in done(f"vdiff push {merged} me/pokemon --dry_run").output

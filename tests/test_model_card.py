@@ -270,9 +270,11 @@ def test_paths_are_cut_down_to_their_last_part(path, name):
 
 
 def test_a_public_description_has_no_paths_and_everything_else():
-    values = {"dataset": "/a/b", "unet": {"path": 1}, "teacher": {**TEACHER}, "num_images": 3}
+    base = {"path": "/home/me/base_1", "fingerprint": "f"}
+    values = {"dataset": "/a/b", "unet": {"path": 1}, "teacher": {**TEACHER}, "base": base, "num_images": 3}
     shown = public(values)
     assert "/home" not in json.dumps(shown)
+    assert shown.pop("base") == {"path": "base_1", "fingerprint": values.pop("base")["fingerprint"]}
     assert shown["teacher"]["teacher"]["path"] == "original"
     assert shown["teacher"]["teacher"]["dataset"] == "digits_8"
     assert {**shown, "dataset": 0, "teacher": 0} == {**values, "dataset": 0, "teacher": 0}

@@ -46,7 +46,9 @@ MAX_NAMES = 20
 NO_DISTANCES = {"checkpoint", "seed", "num_steps", "num_iters", "train_seconds", "ms_per_image"}
 """Columns of a ladder that are not distances."""
 PATHS = ("dataset", "path")
-"""Keys with a path or an address, in the description of a checkpoint or of its teacher."""
+"""Keys with a path or an address, in the description of a checkpoint or of another folder that it names."""
+NAMED = ("teacher", "components", "base")
+"""Keys with the descriptions of those folders."""
 
 
 # Descriptions without paths of this machine
@@ -62,11 +64,9 @@ def last_name(path: str) -> str:
 
 
 def public(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json, including teachers, with only the last part of every path and address."""
+    """The values of a config.json with only the last part of every path and address, also of the folders it names."""
     shown = {key: last_name(str(value)) if key in PATHS else value for key, value in values.items()}
-    if isinstance(teacher := values.get("teacher"), Mapping):
-        shown["teacher"] = public(teacher)
-    return shown
+    return shown | {key: public(values[key]) for key in NAMED if isinstance(values.get(key), Mapping)}
 
 
 # Cards
