@@ -13,6 +13,7 @@ from tests.commands import done
 from tests.oracles import randn
 from tests.toy import (
     SIZE,
+    UNET,
     assert_same_run,
     distill_config,
     run_ladder,
@@ -149,9 +150,14 @@ def test_a_fine_tuned_model_keeps_its_bases_family(family, data, tmp_path):
 
 
 @every_family
-@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if not kind.network_options])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_a_student_of_its_teachers_family(family, method, data, tmp_path):
-    write_checkpoint(tmp_path / "original", **FAMILIES[family])
+    classes = {}
+    if method == "guided":
+        data = write_dataset(tmp_path / "toy_4", classes=("cat", "dog"))
+        unet = {**UNET, "in_channels": 1, "out_channels": 1, "num_classes": 2, "null_class": True}
+        classes = {"unet": unet, "class_names": ["cat", "dog"]}
+    write_checkpoint(tmp_path / "original", **classes, **FAMILIES[family])
     teacher = read_config(tmp_path / "original")
     config = distill_config(data, tmp_path / "original", method=method, num_iters=2)
     stages = run_ladder(config, teacher)

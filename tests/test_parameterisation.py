@@ -383,7 +383,7 @@ def test_ddim_of_a_table_is_diffusers_ddim():
     torch.testing.assert_close(found / scale, z / scale, rtol=0, atol=1e-4)
 
 
-# that of consistency models takes a jump for a sample, which the mean of a perfect network is not
+# the sampler consistency needs a network that jumps to samples; the mean of a perfect denoiser is no sample
 @pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"consistency"}))
 @pytest.mark.parametrize("family", ["edm", "flow, shifted"])
 def test_every_sampler_draws_the_data_of_a_perfect_network(family, name):
@@ -403,6 +403,27 @@ def test_every_sampler_draws_the_data_of_a_perfect_network(family, name):
     square = sum(s * (m**2 + v) for s, m, v in zip(SHARES, MEANS, VARIANCES, strict=True))
     assert float(found.mean()) == pytest.approx(mean, abs=0.06)
     assert float(found.square().mean()) == pytest.approx(square, abs=0.06)
+
+
+@pytest.mark.parametrize("family", ["edm", "flow, shifted"])
+def test_the_sampler_consistency_jumps_to_the_image_and_adds_noise_in_every_family(family):
+    """In the family's own state and levels: x̂ of the state, then a x̂ + b n at the next level."""
+    family = FAMILIES[family]
+    times, z = grid_times(5), randn(2, 2, 3, 3)
+    levels = levels_of(family, times)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    noises = [lambda g=g: torch.randn(z.shape, generator=g, dtype=z.dtype) for g in generators]
+    state = z * scale_of(family, levels[-1])
+    for i in range(5, 0, -1):
+        x = posterior_mean(state, *family.process(levels[i]))
+        a, b = family.process(levels[i - 1])
+        state = a * x + b * noises[0]()
+    with torch.no_grad():
+        found = sample(
+            denoiser_of(family), family.schedule, SAMPLERS["consistency"](clipping_value=10.0), z=z, num_steps=5,
+            noise=noises[1],
+        )  # fmt: skip
+    torch.testing.assert_close(found, state, rtol=0, atol=1e-9)
 
 
 @every_family
