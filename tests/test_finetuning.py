@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,22 @@ from tests.toy import (
     write_dataset,
 )
 from vdiff.errors import Interrupted, OptionError, VdiffError
+from vdiff.files import read_json, write_json
 from vdiff.models.adapters import AdapterSettings, adapted_layers, add_adapter, merge_adapter
 from vdiff.models.checkpoint import ADAPTER, WEIGHTS, load_checkpoint, read_config, read_tensors
 from vdiff.models.unet import UNet
 from vdiff.models.unet_config import UNetConfig
+from vdiff.training import base_training
 from vdiff.training.base import describe, resolve_training
-from vdiff.training.base_training import begin
+from vdiff.training.base_training import begin, start_of_conversion
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import open_images
 from vdiff.training.finetuning import with_fingerprint
+from vdiff.training.loop import Run
 from vdiff.training.presets import FINE_TUNING, read_preset
 from vdiff.training.stages import resolve_distillation
 from vdiff.training.state import state_path
+from vdiff.training.step import TrainStep
 
 WHOLE = {"channels": 8, "embedding_channels": 8, "multipliers": (1, 2), "num_blocks": 1, "attention_strides": (1,)}
 
@@ -173,6 +178,19 @@ def test_a_lora_is_loaded_as_a_plain_model_of_changed_weights(lora, base):
     assert load_checkpoint(history)[1].num_iters == int(history.name)
 
 
+def test_a_lora_with_the_key_of_the_first_ones_is_read(lora, tmp_path):
+    shutil.copytree(lora, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    values = read_json(path, "")
+    values["adapter"]["text_encoder"] = False
+    write_json(path, values)
+    assert read_config(tmp_path / "run") == read_config(lora)
+    values["adapter"]["text_encoder"] = True
+    write_json(path, values)
+    with pytest.raises(VdiffError, match="unknown key 'text_encoder'"):
+        read_config(tmp_path / "run")
+
+
 def test_a_lora_draws_is_saved_and_starts_another(lora, data, tmp_path):
     model = vdiff.load(lora, device="cpu")
     model.save(tmp_path / "merged")
@@ -212,15 +230,35 @@ def test_dropout_of_a_finetuning_is_its_own(data, base):
     assert {module.p for module in denoiser.modules() if isinstance(module, nn.Dropout) and module.p} == {0.5}
 
 
-def test_the_start_of_a_conversion_is_measured(data, tmp_path):
+def test_the_start_of_a_conversion_is_measured(data, tmp_path, monkeypatch):
+    """Written out for ε, at times with α ≥ 0.1: v = α ε − σ x, and read as before v̂ = α ε̂ − σ (z − σ ε̂)/α."""
     write_checkpoint(tmp_path / "eps", prediction="eps")
-    config = finetune_config(data, tmp_path / "eps", prediction="v", num_iters=1, weighting="snr_plus_one")
+    values = {"prediction": "v", "num_iters": 1, "weighting": "snr_plus_one", "batch_size": 32}
+    config = finetune_config(data, tmp_path / "eps", **values)
+    expected: list[float] = []
+
+    def measured(run: Run, step: TrainStep, before: str) -> str:
+        with closing(run.batches.start_at(0)) as batches:
+            given = step.draw(0, next(batches))
+        t = 1 - given.u
+        angle = step.denoiser.schedule.angle(t)
+        alpha, sigma = (f(angle).float().reshape(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+        x, z = given.images, alpha * given.images + sigma * given.noise
+        with torch.no_grad():
+            output = step.denoiser.network(z, step.denoiser.schedule.timestep(t).float())
+        v, rows = alpha * given.noise - sigma * x, alpha.flatten() >= 0.1
+        assert 0 < rows.sum() < len(rows)
+        as_before = alpha * output - sigma * (z - sigma * output) / alpha
+        expected.extend(float((v - other)[rows].square().mean()) for other in (output, as_before, 0 * v))
+        return start_of_conversion(run, step, before)
+
+    monkeypatch.setattr(base_training, "start_of_conversion", measured)
     watcher = Watcher()
     run_training(config, tmp_path / "run", reporter=watcher)
     [line] = [line for line in watcher.lines if line.startswith("eps → v: ")]
     numbers = [float(word.strip(",")) for word in line.split() if word.strip(",").replace(".", "").isdigit()]
+    assert numbers == pytest.approx(expected, rel=0.01)
     assert len(numbers) == 3
-    assert all(0 < number < 1000 for number in numbers)
     assert read_config(tmp_path / "run").prediction == "v"
     watcher = Watcher()
     run_training(

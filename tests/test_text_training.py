@@ -20,6 +20,7 @@ from vdiff.data.batches import Batch
 from vdiff.errors import Interrupted, OptionError
 from vdiff.models.checkpoint import ADAPTER, load_checkpoint, read_config, read_tensors
 from vdiff.models.components import read_encoder
+from vdiff.models.condition import TIME_IDS
 from vdiff.models.tokenizing import Tokenizers
 from vdiff.training.base import describe, resolve_training
 from vdiff.training.base_training import base_task, begin, train
@@ -159,6 +160,17 @@ def test_an_update_is_that_of_diffusers(place, name):
     assert largest > 1e-4
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[f"network.unet.model.{name}"], gradient, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_sizes_of_a_picture_are_height_and_width_of_original_crop_and_target(place):
+    """An image whose sizes the dataset does not know is whole, also if it is not square."""
+    inputs = inputs_of(read_config(place / "sdxl"), torch.device("cpu"))
+    takes = read_config(place / "sdxl").signature
+    pictures = torch.zeros(2, 3, 64, 32, dtype=torch.uint8)
+    for sizes in (None, torch.arange(12.0).reshape(2, 6)):
+        found = inputs.condition(Batch(pictures, None, ["a", "b"], sizes), takes).tensors[TIME_IDS]
+        expected = torch.tensor([[64.0, 32, 0, 0, 64, 32]] * 2) if sizes is None else sizes
+        assert torch.equal(found, expected)
 
 
 # Whole runs

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 ATTENTION, LINEAR, CONV = "attention", "linear", "conv"
 """Words for layers: the projections of attention, all linear layers, all convolutions."""
 ENCODERS = "text_encoders."
-ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""Where text encoders are in a network, and the layers of theirs that get a LoRA."""
+"""Where text encoders are in a network: they get no LoRA."""
 MAX_RANK = 2**12
 OWN_NAME = re.compile(r"(?<=\.lora_[AB]\.)default\.")
 """What peft has in the name of a weight, `LAYER.lora_A.default.weight`, and files do not have."""
@@ -40,14 +39,12 @@ class AdapterSettings:
         rank, alpha: the layer gets (alpha/rank)·B A, B A of this rank.
         dropout: of the input of A, in training.
         targets: layers by the ends of their names ("to_q", "to_out.0"), or by `ATTENTION`, `LINEAR`, `CONV`.
-        text_encoder: whether the projections of attention in the text encoders have one, too.
     """
 
     rank: Annotated[int, Meta(ge=1, le=MAX_RANK)]
     alpha: Annotated[float, Meta(gt=0, le=2**20)]
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     targets: tuple[str, ...] = (ATTENTION,)
-    text_encoder: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -83,9 +80,7 @@ def adapted_layers(network: Backbone, settings: AdapterSettings) -> list[str]:
                 f"give {ATTENTION}, {LINEAR}, {CONV}, or ends of names: {', '.join(some[:8])}, …",
             )
         found |= more
-    if settings.text_encoder:
-        found |= {name for name in layers if name.startswith(ENCODERS) and _ends(name, ENCODER_LAYERS)}
-    return [name for name in layers if name in found]
+    return [name for name in own if name in found]
 
 
 def _ends(name: str, ends: tuple[str, ...]) -> bool:

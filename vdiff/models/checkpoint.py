@@ -322,6 +322,9 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise VdiffError(f"{path} has format {version}, newer than {FORMAT_VERSION}", "update vdiff")
+    adapter = values.get("adapter")
+    if isinstance(adapter, dict) and adapter.get("text_encoder") is False:
+        del adapter["text_encoder"]  # the first LoRAs have this key, which is always false
     needed = {old for old, new in (("unet", "backbone"), ("image_size", "sample_shape")) if new not in values}
     config = record_of(CheckpointConfig, values, str(path), advice, needed=needed)
     try:

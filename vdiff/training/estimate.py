@@ -144,7 +144,8 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         one of `NEED_VALUES`: network or method depends on the values of tensors.
     """
     device = engine.device
-    # peft moves layers, and methods take forward derivatives; tensors without values can do neither
+    # Tensors without values cannot be moved, as peft does with layers, and have no forward derivative, which some
+    # methods take. So layers stay where they are, and a second call takes the place of the derivative.
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
     evaluated = patch.object(torch.func, "jvp", lambda call, inputs, _: (call(*inputs), call(*inputs)))
     with FakeTensorMode(allow_non_fake_inputs=True), device, stay, evaluated:

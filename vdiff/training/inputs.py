@@ -1,7 +1,7 @@
-"""What a batch of a dataset is for the network: x, and the condition.
+"""From a batch of a dataset to the inputs of the network: x and the condition.
 
-Pixels and classes as they are; or latents of an autoencoder, and the tokens of captions. Random numbers are those of
-the update, so that x is the same however many processes compute it.
+A network gets pixels and classes, or latents of an autoencoder and the tokens of captions. The random numbers are those
+of the update, so x is the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -45,14 +45,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class TextInputs(Inputs):
-    """Captions as tokens, and draws from the posterior of the autoencoder, or pixels where there is none.
+    """Tokens of the captions, and draws from the posterior of the autoencoder; without an autoencoder, pixels.
 
-    What `vdiff data encode` made of a batch is used as it is: latents; embeddings unless the text encoders learn.
+    If `vdiff data encode` made latents and embeddings of a batch, they are used in place of pictures and captions.
     """
 
     tokenizers: Tokenizers
     autoencoder: Autoencoder | None
-    text_learns: bool = False
 
     def x(self, batch: Batch, device: torch.device, random: UpdateRandom) -> Tensor:
         """Latents mean + std · noise, the noise from (seed, update, image)."""
@@ -70,17 +69,17 @@ class TextInputs(Inputs):
         sizes = batch.sizes
         if sizes is None:
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(count, 6)
-        if batch.embeddings is not None and not self.text_learns:
+        if batch.embeddings is not None:
             return takes.condition(**batch.embeddings, **{TIME_IDS: sizes})
         tokens = self.tokenizers.tokens(batch.captions or [""] * count)
         return takes.condition(**{TOKENS: tokens, TIME_IDS: sizes})
 
 
 def encoded_of(images: TrainingData, description: CheckpointConfig, reporter: Reporter) -> EncodedStore | None:
-    """What `vdiff data encode` made of a dataset, for the network of a checkpoint; None: nothing.
+    """The latents and embeddings that `vdiff data encode` wrote for a dataset; None: it wrote none.
 
     Raises:
-        VdiffError: it is incomplete, or of other images, captions, autoencoders or text encoders.
+        VdiffError: they are incomplete, or of other images, captions, autoencoders or text encoders.
     """
     store = images.store
     if TOKENS not in description.signature.names or not isinstance(store, ImageStore):
@@ -99,10 +98,10 @@ def encoded_of(images: TrainingData, description: CheckpointConfig, reporter: Re
 
 
 def inputs_of(description: CheckpointConfig, device: torch.device, *, is_encoded: bool = False) -> Inputs:
-    """What a batch is for the network of a checkpoint.
+    """What turns batches into the inputs of a checkpoint's network.
 
     Args:
-        is_encoded: latents come with the batches, so that no autoencoder is needed.
+        is_encoded: batches contain latents, so no autoencoder is needed.
 
     Raises:
         VdiffError: tokenizers or autoencoder are missing, or are not those of the model.
@@ -111,8 +110,4 @@ def inputs_of(description: CheckpointConfig, device: torch.device, *, is_encoded
         return Inputs()
     folder = Path(check_components(description.components)["path"])
     needs_autoencoder = description.codec == LATENTS.name and not is_encoded
-    return TextInputs(
-        Tokenizers.read(folder),
-        Autoencoder.read(folder, device) if needs_autoencoder else None,
-        text_learns=description.adapter is not None and description.adapter.text_encoder,
-    )
+    return TextInputs(Tokenizers.read(folder), Autoencoder.read(folder, device) if needs_autoencoder else None)
