@@ -39,7 +39,7 @@ from vdiff.training.base import describe, resolve_training
 from vdiff.training.base_training import begin, start_of_conversion
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import open_images
-from vdiff.training.finetuning import with_fingerprint
+from vdiff.training.finetuning import adapter_of, with_fingerprint
 from vdiff.training.loop import Run
 from vdiff.training.presets import FINE_TUNING, read_preset
 from vdiff.training.stages import resolve_distillation
@@ -176,6 +176,12 @@ def test_a_lora_is_loaded_as_a_plain_model_of_changed_weights(lora, base):
     assert any(b.abs().max() > 0 for name, b in tensors.items() if "lora_B" in name)
     history = next(iter((lora / "history").iterdir()))
     assert load_checkpoint(history)[1].num_iters == int(history.name)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(None, 2.0), (3.0, 3.0)])
+def test_alpha_is_that_of_the_settings_or_the_rank(data, base, alpha, expected):
+    config = finetune_config(data, base, lora_alpha=alpha, lora_dropout=0.1, lora_targets="to_q, conv")
+    assert adapter_of(config) == AdapterSettings(2, expected, 0.1, ("to_q", "conv"))
 
 
 def test_a_lora_with_the_key_of_the_first_ones_is_read(lora, tmp_path):

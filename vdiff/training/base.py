@@ -1,6 +1,6 @@
-"""A base model before its training: the settings of the run, its images, and the checkpoint that it will write.
+"""Before the training of a base model: the settings of the run, its images, and the description of its checkpoint.
 
-Nothing here loads torch, so mistakes are found at once.
+This module does not load torch, so mistakes are found at once.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def resolve_training(
     Args:
         flags: what the command line and the environment said.
         resume: begin from the settings recorded in `folder` instead of a preset.
-        assume: where a preset is named and no dataset, take the images that the preset is made for.
-        project: whose dataset is taken where none is named.
-        reporter: gets a line of the preset and why it was chosen, and one where it leaves the data's classes unused.
+        assume: if there is a preset and no dataset, take the images that the preset is made for.
+        project: its dataset is taken if none is named.
+        reporter: gets the preset and the reason for it, and a line if the preset does not use the classes of the data.
 
     Raises:
         VdiffError: settings or dataset cannot be used.

@@ -1,4 +1,4 @@
-"""Training a base model: the teacher of all that follows."""
+"""The training of a base model, or the fine-tuning of one."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def begin(description: CheckpointConfig) -> Denoiser:
 
 @torch.no_grad()
 def start_of_conversion(run: Run, step: TrainStep, before: str) -> str:
-    """How far a network is off at first whose output is read as another prediction from now on.
+    """The first error of a network whose output is read as another prediction from now on.
 
     Errors of v on the first batch, at times where α ≥ `CLEAR_SIGNAL`, as an ε-prediction says nothing about x below.
 
@@ -184,7 +184,7 @@ def base_task(config: TrainConfig, denoiser: Denoiser, inputs: Inputs | None = N
     """A denoiser that learns images from their noisy copies.
 
     Args:
-        inputs: what a batch is for the network; None: pixels and classes.
+        inputs: turns batches into inputs of the network; None: pixels and classes.
     """
     levels = None
     if config.noise_mean is not None and config.noise_std is not None:

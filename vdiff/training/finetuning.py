@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that begins with the weights of a checkpoint, all of which learn, or with a LoRA on them."""
+"""Fine-tuning: a run that begins with the weights of a checkpoint, and trains all of them or a LoRA."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from vdiff.training.dataset import TrainingData
 from vdiff.training.presets import FINE_TUNING
 
 OF_NETWORK = ("unet", "class_conditional")
-"""Settings of a new network, which a fine-tuned one has from its base."""
+"""Settings of a new network. A fine-tuned network takes them from its base."""
 
 
 def settings_of_base(found: CheckpointConfig) -> dict[str, Any]:
-    """The settings that a fine-tuning has from its base, unless a preset, a file or a flag says otherwise."""
+    """The settings that a fine-tuning takes from its base, unless a preset, a file or a flag sets them."""
     schedule, family = build_schedule(found.schedule), found.family
     values: dict[str, Any] = {
         "parameterisation": family.name,
@@ -176,11 +176,7 @@ def with_fingerprint(description: CheckpointConfig) -> CheckpointConfig:
 
 
 def adapter_of(config: TrainConfig) -> AdapterSettings | None:
-    """The LoRA that the settings ask for; None: all weights learn.
-
-    Raises:
-        VdiffError: the LoRA to begin with cannot be read, or is of another rank.
-    """
+    """The LoRA that the settings ask for; None: all weights learn."""
     if not config.lora_rank:
         return None
     return AdapterSettings(

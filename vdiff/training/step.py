@@ -36,13 +36,13 @@ class Task:
     """What is learned, from what, and by which settings.
 
     Attributes:
-        class_dropout: the part of the images whose class the network is not told, where it knows "no class".
+        class_dropout: the fraction of the images whose class is replaced by "no class", if the network has one.
         guidance_range: the weights of guidance that a network with `guidance_input` learns.
         self_ema: decay of the average that the network learns from; None: it learns from none.
         step_bins: the steps of a model of few steps, each of which gets its own loss in the log; None: none does.
         time_bins: the number of times that targets can have, all equally likely; None: any time in (0, 1].
-        inputs: what a batch of the dataset is for the network.
-        method: of distillation, which may bring networks that learn too.
+        inputs: turns batches of the dataset into inputs of the network.
+        method: of distillation; it may have networks of its own.
     """
 
     denoiser: Denoiser
@@ -62,7 +62,7 @@ class OptimizerStep(ABC):
 
     Attributes:
         step_bins: the steps of a model of few steps, each of which gets its own loss in the log; None: none does.
-        remedy: what to do where training diverges.
+        remedy: what to do if the training diverges.
     """
 
     step_bins: int | None = None
@@ -82,7 +82,7 @@ class OptimizerStep(ABC):
         return any(float(state["step"]) > 0 for state in self.optimizer.state.values())
 
     def descend(self, step: int, is_bad: torch.Tensor) -> None:
-        """Change the weights by the gradient that is there, at the learning rate of update `step`."""
+        """Change the weights by their gradients, at the learning rate of update `step`."""
         for group in self._prepared.param_groups:
             group["lr"] = learning_rate(self.config, step)
         if self.engine.accelerator.scaler is None:  # which skips bad updates itself
@@ -103,7 +103,7 @@ class TrainStep(OptimizerStep):
     Attributes:
         denoiser: in training mode on the engine's device, its weights shared out over processes with FSDP.
         averages, optimizer: of its weights.
-        importance: which times are drawn, None where all are equally likely.
+        importance: which times are drawn; None: all are equally likely.
         draws_whole_batch: whether random numbers are those of earlier versions, for a run that one of them began.
         networks: those of the method; None: it has none.
 
