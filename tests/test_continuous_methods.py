@@ -248,6 +248,17 @@ def test_the_flow_map_of_a_gaussian_is_the_fixed_point_of_meanflow(schedule):
     assert (off.x - other(off.z, off.t).x).abs().max() > 1e-3
 
 
+def test_meanflow_learns_jumps_to_the_image():
+    """The earlier of two times is one level lower, so that s reaches 0."""
+    schedule = SCHEDULES["cosine"]
+    x, noise = images(COUNT)
+    student = perfect_jump(schedule, 0.4, 1)
+    given = lesson(schedule, student, 1, 8, student=student, derivative=difference(student), progress=1.0)
+    found = MeanFlow(flow="data")(given, x, noise, torch.full((COUNT,), 1 - 2**-40, dtype=torch.float64))
+    assert torch.equal(found.inputs["second_time"], torch.zeros(COUNT, dtype=torch.float64))
+    assert (found.t == 1 / schedule.label_scale).all()
+
+
 def test_meanflow_divides_a_loss_by_the_size_of_its_tangent():
     schedule = SCHEDULES["cosine"]
     teacher, student = (lambda z, t, seed=seed, **_: random_teacher(schedule, seed)(z, t) for seed in (1, 3))

@@ -1,4 +1,4 @@
-"""What methods share that learn at any time: their distribution of noise levels, and the flow that they follow."""
+"""Shared by methods that train at any time: the distribution of noise levels, and the flow that they follow."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContinuousMethod(Method):
-    """A method whose targets lie at any time of (0, 1], from the first level 1/L of the schedule up.
+    """A method with targets at any time of [1/L, 1], where 1/L is the first level of the schedule.
 
     Args:
-        proposal: "uniform": every time is as likely; "MEAN,STD": log(σ/α) is normal, cut at both ends of the schedule.
+        proposal: "uniform": times are uniform; "MEAN,STD": log(σ/α) is normal, clamped to the levels of the schedule.
 
     Raises:
         OptionError: no such distribution.
     """
 
     proposal: str = setting(
-        "Noise levels that scm, ect and meanflow learn: uniform in time, or mean and deviation of log(σ/α).",
+        "Noise levels of scm, ect and meanflow: uniform in time, or log(σ/α) normal with this mean and deviation.",
         default="uniform", unit="uniform|MEAN,STD",
     )  # fmt: skip
     has_any_time: ClassVar[bool] = True
@@ -53,7 +53,7 @@ class ContinuousMethod(Method):
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """10/3 times the learning rate, an average for inference, and errors of v."""
+        """10/3 times the learning rate, an average of the weights, and errors of v."""
         return {
             "lr": scaled(preset["lr"], 10 / 3), "ema_remainder": 1e-3, "last_factor": 1.0, "weighting": "snr_plus_one",
         }  # fmt: skip
@@ -75,20 +75,20 @@ class ContinuousMethod(Method):
 
 @dataclass(frozen=True)
 class TangentMethod(ContinuousMethod):
-    """A continuous method that learns from the derivative of the student's jump along the flow, `flow_map_tangent`.
+    """A continuous method that uses the derivative of the student's jump along the flow, `flow_map_tangent`.
 
     Args:
-        flow: "teacher": the teacher's v̂, which distils it; "data": v of the image and its noise, whose mean given z is
-            the flow of the data.
-        tangent_warmup: the share of the updates in which the derivative of the network comes in, from 0 to 1.
+        flow: "teacher": the teacher's v̂, for distillation; "data": v of the image and its noise; its mean for a given z
+            is the flow of the data.
+        tangent_warmup: the fraction of the updates in which the factor of the network's derivative rises from 0 to 1.
     """
 
     flow: str = setting(
-        "Flow that scm and meanflow follow: the teacher's, or that of the images.",
+        "Flow that scm and meanflow follow: of the teacher, or of the images.",
         default="teacher", choices=("teacher", "data"),
     )  # fmt: skip
     tangent_warmup: float = setting(
-        "Share of the updates of scm and meanflow in which the derivative of the network comes in.",
+        "Fraction of the updates in which scm and meanflow phase in the derivative of the network.",
         default=0.1, low=0, high=1,
     )  # fmt: skip
     is_annealed: ClassVar[bool] = True
@@ -113,7 +113,7 @@ class TangentMethod(ContinuousMethod):
 
 
 def angle_rate(schedule: Schedule, t: Tensor) -> Tensor:
-    """dφ/dt (B,), from above where a table has a corner."""
+    """dφ/dt (B,); at a corner of a table, the derivative from above."""
     import torch
 
     with torch.enable_grad():

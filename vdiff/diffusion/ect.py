@@ -1,4 +1,4 @@
-"""Easy consistency tuning, ECT: consistency training that begins from a diffusion model."""
+"""Easy consistency tuning, ECT: consistency training that starts from a diffusion model."""
 
 from __future__ import annotations
 
@@ -16,36 +16,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SLOPE = 8.0
-"""k of the gap's adjustment 1 + k·sigmoid(−σ): small noise levels are compared with smaller ones still."""
+"""k of the gap's adjustment 1 + k·sigmoid(−σ): it makes the relative gap larger at small noise levels."""
 
 
 @dataclass(frozen=True)
 class Ect(ContinuousMethod):
-    """The student at a noise level learns what it says itself at a lower one, of the same image and noise.
+    """The student at one noise level learns its own prediction at a lower level of the same image and noise.
 
-    With τ = σ/α = tan φ: from τ_t to τ_r = τ_t · max(0, 1 − q^{−a} (1 + k/(1 + e^{τ_t}))), k = 8, then the student's
-    jump to the end of the segment. a = 1, 2, … `gap_stages` grows during training, so the gap is divided by q = 2 each
-    time: at first much is learned from the image itself, at last from close by. No path of the teacher is needed: the
-    student begins as a copy of it. The loss is weighted by one over the gap.
-    Source: Geng et al. 2024, *Consistency Models Made Easy*, sections 3.2 and 3.3 and their code.
+    With τ = σ/α = tan φ, the target is a step from τ_t to τ_r = τ_t · max(0, 1 − q^{−a} (1 + k/(1 + e^{τ_t}))), k = 8,
+    and then the student's jump to the end of the segment. During training a increases from 1 to `gap_stages`, and each
+    increase divides the gap by q. At first many targets are the image itself; at the end they come from nearby levels.
+    The teacher only gives the initial weights. The loss is divided by the gap.
+    Source: Geng et al. 2024, *Consistency Models Made Easy*. The formulas agree with their code.
 
     Args:
         gap_ratio: q.
-        gap_stages: how often the gap is divided by q.
+        gap_stages: the number of stages, each with a smaller gap.
         gap_weight: "angle": 1/sin(φ_t − φ_r); "sigma": the paper's 1/(τ_t − τ_r); "none": 1.
     """
 
-    gap_ratio: float = setting("By what the gap of ect is divided, stage by stage.", default=2.0, low=1, high=256)
-    gap_stages: int = setting("How often ect divides the gap between two noise levels.", default=8, low=1, high=64)
+    gap_ratio: float = setting(
+        "Each stage of ect divides the gap between two noise levels by this.", default=2.0, low=1, high=256
+    )
+    gap_stages: int = setting("Number of stages of ect; each has a smaller gap.", default=8, low=1, high=64)
     gap_weight: str = setting(
-        "Loss weight of ect: 1 over the gap in angles, or in σ/α; none = 1.",
+        "Loss weight of ect: 1/gap, measured in angles or in σ/α; none = 1.",
         default="angle", choices=("angle", "sigma", "none"),
     )  # fmt: skip
     is_annealed: ClassVar[bool] = True
 
     @classmethod
     def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """Those for CIFAR-10."""
+        """The settings of their code for CIFAR-10: P_mean −1.1, P_std 2.0, q = 2, eight stages.
+
+        Their loss is the norm of the error; `huber` differs from it only at tiny errors.
+        """
         own = {"proposal": "-1.1,2.0", "gap_ratio": 2.0, "gap_stages": 8, "gap_weight": "sigma"}
         loss = {"loss": "huber", "weighting": "constant", "lr": preset["lr"], "lr_schedule": "constant"}
         return {**cls.settings(preset), **loss, **own}
@@ -62,7 +67,7 @@ class Ect(ContinuousMethod):
         angle, end = schedule.angle(t), segment_end(t, context.num_steps)
         lower = self.lower(angle.tan(), context.progress).atan()
         middle = schedule.time(lower).clamp(max=t)
-        # below the first level a network was taught nothing: there the segment ends
+        # the network was not trained below the first level, so the segment ends there
         middle = middle.where(middle >= 1 / schedule.label_scale, 0).maximum(end)
         z = diffuse(x, noise, angle)
 

@@ -19,27 +19,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeanFlow(TangentMethod):
-    """A student that is told where its step ends learns the jump between any two times t ≥ s: v* = v̂ + g.
+    """A student learns the jump between any two times t ≥ s: v* = v̂ + g. Its network receives s as an input.
 
-    g by `flow_map_tangent`; at s = t, which is so in a part of the batch, it learns the flow itself. MeanFlow's
-    identity u = v − (t − s) du/dt holds for straight lines z_s = z − (t − s) u; on our circle, z_s = cos δ z − sin δ v̂,
-    it reads v̂ = ż − tan δ (z + dv̂/dφ), which is g = 0. With `flow` "data" no teacher is asked, as in the paper; the
-    student begins as a copy of its teacher all the same, so a teacher that was not trained makes it training from
-    scratch. Each loss is divided by (‖g‖² + 0.001)^p.
-    Source: Geng et al. 2025, *Mean Flows for One-step Generative Modeling*, eqs. 6, 9 and 11, algorithm 1, section 4.3.
+    g is `flow_map_tangent`. In a part of the batch s = t, and the student learns the flow itself. MeanFlow's identity
+    u = v − (t − s) du/dt holds for straight lines z_s = z − (t − s) u. On the circle, z_s = cos δ z − sin δ v̂, it is
+    v̂ = ż − tan δ (z + dv̂/dφ), which is g = 0. With `flow` "data" the teacher is not evaluated, as in the paper. The
+    student still starts as a copy of its teacher, so an untrained teacher means training from scratch. Each loss is
+    divided by (‖g‖² + 0.001)^p, where ‖g‖² is the mean square.
+    Source: Geng et al. 2025, *Mean Flows for One-step Generative Modeling*. Identity, times and the form of the weight
+    agree with their code, which uses the sum of squares and 0.01.
 
     Args:
-        flow_share: the part of a batch with s = t.
+        flow_share: the fraction of a batch with s = t.
         loss_power: p.
     """
 
     network_options: ClassVar[Mapping[str, Any]] = {"second_time": True}
-    flow_share: float = setting("Part of a batch in which meanflow learns the flow itself.", default=0.5, low=0, high=1)
+    flow_share: float = setting(
+        "Fraction of a batch in which meanflow learns the flow itself.", default=0.5, low=0, high=1
+    )
     loss_power: float = setting("p of the weight 1/(‖g‖² + 0.001)^p in meanflow; 0 = none.", default=0.5, low=0, high=2)
 
     @classmethod
     def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """Those for ImageNet 256×256, from scratch: the flow is the data's, and nothing is warmed up."""
+        """The settings of their code for ImageNet 256×256, from scratch: the flow of the images, and no warm-up."""
         own = {"proposal": "-0.4,1.0", "flow": "data", "flow_share": 0.75, "loss_power": 1.0, "tangent_warmup": 0.0}
         return {**cls.settings(preset), "lr": preset["lr"], "lr_schedule": "constant", **own}
 
@@ -47,8 +50,7 @@ class MeanFlow(TangentMethod):
         """Noisy images at any time t, and an earlier one s."""
         assert context.derivative is not None
         schedule = context.schedule
-        # two more uniform numbers from later digits of u, of which those of stratified numbers that come first tell
-        # nothing
+        # two more uniform numbers from later binary digits of u; stratification only fixes its first digits
         one, other = self.times(schedule, u), self.times(schedule, (u * 2**18) % 1)
         is_flow = (u * 2**36) % 1 < self.flow_share
         t = one.where(is_flow, one.maximum(other))

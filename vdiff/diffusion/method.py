@@ -130,7 +130,7 @@ class Method(ABC):
 
     @classmethod
     def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the method's paper, for `--recipe paper`, as far as they are no matter of network and data."""
+        """The settings of the method's paper, for `--recipe paper`, without those that depend on network and data."""
         return cls.settings(preset)
 
     @abstractmethod

@@ -172,7 +172,7 @@ class OfLevel(Parameterisation):
         """The inverse of `told`."""
 
     def timestep(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """`told` of the level at t; at t = 0 that of the schedule's least noise."""
+        """`told` for the level at t; at t = 0, for the least noise of the schedule."""
         return self.told(self.level(schedule.angle(t)))
 
     def angle_told(self, schedule: Schedule, timestep: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class Edm(OfLevel):
         return self.noise_scale * level.log() + self.noise_offset
 
     def level_told(self, timestep: Tensor) -> Tensor:
-        """s of that."""
+        """s for the timestep."""
         return ((timestep - self.noise_offset) / self.noise_scale).exp()
 
     def read(self, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
@@ -314,7 +314,7 @@ class Flow(OfLevel):
         return self.time_scale * level
 
     def level_told(self, timestep: Tensor) -> Tensor:
-        """τ of that."""
+        """τ for the timestep."""
         return timestep / self.time_scale
 
     def read(self, z: Tensor, output: Tensor, angle: Tensor) -> Prediction:

@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scm(TangentMethod):
-    """Every point of the flow leads to the same end: v* = v̂ + g/(‖g‖ + c), g by `flow_map_tangent`, v̂ without gradient.
+    """All points of a path jump to the same end: v* = v̂ + g/(‖g‖ + c), g by `flow_map_tangent`, v̂ without gradient.
 
-    `tract` and `consistency` in the limit of infinitely short steps of the teacher: no error of discretisation. The
-    derivative of v̂ along the flow is that of the student itself, by forward differentiation. A student of N steps
-    jumps to the ends of N segments; one of one step may be sampled in any number of steps.
+    This is `tract` and `consistency` in the limit of infinitely short steps of the teacher, so there is no error of
+    discretisation. The student is differentiated along the flow by forward differentiation. A student of N steps jumps
+    to the ends of N segments. A student of one step can be sampled in any number of steps.
 
-    ‖g‖ is the root of the mean square, so that c means the same for every size of image. With `flow` "data" it is
-    consistency training, sCT. Source: Lu & Song 2024, *Simplifying, Stabilizing and Scaling Continuous-time Consistency
-    Models*, eqs. 5, 6 and 8, algorithm 1; their adaptive weight e^{w(t)} of the loss e^{w} ‖v* − v̂‖² − w.
+    ‖g‖ is the root mean square, so that c means the same for every size of image; in the paper it is the norm. With
+    `flow` "data" the method is consistency training, sCT. Source: Lu & Song 2024, *Simplifying, Stabilizing and Scaling
+    Continuous-time Consistency Models*, eqs. 5, 6 and 8, algorithm 1, with their adaptive weight e^{w(t)} of the loss
+    e^{w} ‖v* − v̂‖² − w.
 
     Args:
-        tangent_norm: c; 0: g as it is.
-        adaptive_weight: learn w(t), by a small network.
+        tangent_norm: c; 0: g is not normalised.
+        adaptive_weight: a small network learns w(t).
     """
 
     tangent_norm: float = setting(
@@ -43,7 +44,10 @@ class Scm(TangentMethod):
 
     @classmethod
     def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """Those for CIFAR-10: the derivative comes in over 10,000 of 400,000 updates; the learning rate is constant."""
+        """The settings for CIFAR-10, appendix G.2: P_mean −1.0, P_std 1.4, c = 0.1, a constant learning rate.
+
+        The warm-up has 10,000 updates there. Its share is that of 400,000 updates, their number for ImageNet 64×64.
+        """
         own = {"proposal": "-1.0,1.4", "tangent_norm": 0.1, "tangent_warmup": 0.025, "adaptive_weight": True}
         return {**cls.settings(preset), "lr": preset["lr"], "lr_schedule": "constant", **own}
 
@@ -64,11 +68,11 @@ class Scm(TangentMethod):
         return TrainTarget(z, t, from_v(z, v + g, angle).x, weight=weight)
 
     def networks(self, student: nn.Module) -> nn.Module | None:
-        """w(t), where it is learned."""
+        """The network of w(t) if it is learned."""
         return log_weight(cast("Schedule", student.schedule)) if self.adaptive_weight else None
 
     def network_loss(self, networks: nn.Module, target: TrainTarget, prediction: Prediction) -> Tensor:
-        """e^{w(t)} ‖v* − v̂‖² − w(t), which is least where e^{w} is one over the mean error at t."""
+        """e^{w(t)} ‖v* − v̂‖² − w(t); its minimum is at e^{w(t)} = 1/(mean error at t)."""
         sigma = cast("Schedule", networks.schedule).angle(target.t).sin()
         error = (target.x - prediction.x).square().flatten(1).mean(1)
         w: Tensor = networks(target.t)
@@ -76,7 +80,7 @@ class Scm(TangentMethod):
 
 
 def log_weight(schedule: Schedule) -> nn.Module:
-    """w(t) = b + Σ_k (a_k cos kφ + b_k sin kφ), k = 1 … 8, 0 at first: (B,) of t (B,)."""
+    """w(t) = b + Σ_k (a_k cos kφ + b_k sin kφ), k = 1 … 8, initially 0: (B,) for t (B,)."""
     import torch
 
     class LogWeight(torch.nn.Module):
