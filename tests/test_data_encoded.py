@@ -142,6 +142,10 @@ def test_what_does_not_fit_is_one_line() -> None:
         part.write_bytes(data[:100])
         with pytest.raises(VdiffError, match=r"latents-000001\.safetensors is damaged"):
             EncodedStore(ImageStore("data/x")).latents([5], [False])
+        for place in (8 + int.from_bytes(data[:8], "little"), len(data) - 1):  # a bit of a checksum, and of a tensor
+            part.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            with pytest.raises(VdiffError, match=r"latents-000001\.safetensors is damaged: .* match its checksum"):
+                EncodedStore(ImageStore("data/x")).latents([4, 5, 6, 7] * 2, [False] * 4 + [True] * 4)
     finally:
         part.write_bytes(data)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.toy import SIZE, Watcher, distill_config, train_config, write_dataset
+from vdiff.data.captions import CaptionSettings
 from vdiff.data.store import DatasetMeta, StoreWriter
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.parameterisation import PARAMETERISATIONS
@@ -261,6 +262,12 @@ def test_a_parameterisation_brings_its_settings_over_those_of_a_preset():
     assert {key: getattr(found, key) for key in edm} == edm
     given = resolve(TrainConfig, {"preset": preset, "flags": {"parameterisation": "edm", "weighting": "constant"}})
     assert given.weighting == "constant"
+
+
+def test_options_of_captions_are_those_of_the_batches():
+    values = {"caption_dropout": 0.25, "caption_shuffle": True, "caption_keep_tokens": 3, "caption_prefix": "emoji"}
+    config = resolve(TrainConfig, {"preset": {"num_iters": 1, "batch_size": 1, "lr": 1e-3}, "flags": values})
+    assert config.captions == CaptionSettings(dropout=0.25, shuffle=True, keep_tokens=3, prefix="emoji")
 
 
 def test_every_word_has_choices_or_is_a_path():

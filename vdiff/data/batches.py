@@ -1,6 +1,6 @@
 """Batches for training: the batch of an optimiser step is a pure function of seed and step.
 
-Images of an LMDB come in any order (`ImageBatches`); tar shards are read from beginning to end (`ShardBatches`).
+`ImageBatches` reads the images of an LMDB in any order; `ShardBatches` reads tar shards from beginning to end.
 """
 
 from __future__ import annotations
@@ -42,26 +42,30 @@ if TYPE_CHECKING:
 SHARED_MEMORY = Path("/dev/shm")
 # the first word of each random stream, so that they never share numbers
 _ORDER, _FLIPS, _SHARDS, _WINDOWS, _CAPTIONS, _BUCKETS = range(6)
-PREFETCH = 2  # batches that each worker is asked for in advance
+PREFETCH = 2  # batches per worker that are requested in advance
 NUM_LANES = 16
 WINDOW_IMAGES = 2048
 _Request = tuple[int, np.ndarray]  # slot of the ring, indices
-# so few pixels are decoded before a worker process has started
+# this process decodes so few pixels before a worker process has started
 ALONE_BYTES = 16 * 2**20
 _PREPARE_AGAIN = "prepare the images again with prepare_data.py"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images`: (B, C, H, W) uint8 on the CPU, mirrored where the plan says so; `classes`: (B,) int64, or None.
+    """The images of an optimiser step and their conditions.
 
-    `captions`: B texts, chosen, dropped, shuffled and prefixed by `CaptionSettings`; None in a dataset without.
-    `sizes`: (B, 6) float32, in buckets what `buckets.Fit.sizes` are (with the crop of an image that is mirrored as if
-    it were not); None in a dataset of squares.
-    `latents`: mean and standard deviation (B, c, h, w) of what the autoencoder makes of the images, and `embeddings`:
-    tensors of B rows by name, of the captions; None where they are not encoded. Of images whose latents are there only
-    the shape is known: `images` is on the device `meta`.
-    Whoever trains moves the bytes first and applies `from_uint8` there: a quarter of the traffic.
+    Move `images` to the device first and apply `from_uint8` there: bytes are a quarter of the traffic of float32.
+
+    Attributes:
+        images: (B, C, H, W) uint8 on the CPU, some mirrored by the plan; on the device `meta`, which holds no pixels,
+            if `latents` are given.
+        classes: (B,) int64; None without classes.
+        captions: B texts, after `CaptionSettings.apply`; None in a dataset without captions.
+        sizes: (B, 6) float32, `buckets.Fit.sizes` (a mirrored image has the crop of the original); None in a dataset of
+            squares.
+        latents: mean and standard deviation (B, c, h, w) of the latents of the images; None if they are not encoded.
+        embeddings: {name: tensor of B rows} of the captions; None if they are not encoded.
     """
 
     images: Tensor
@@ -73,19 +77,19 @@ class Batch:
 
 
 class Batches(Protocol):
-    """Endless batches whose order is a function of seed and step."""
+    """Endless batches, each a function of seed and step."""
 
     def start_at(self, step: int) -> Generator[Batch, None, None]:
         """The batches of optimiser steps `step`, `step` + 1, … without end; closing the generator ends the workers."""
 
 
 class BatchPlan:
-    """Which images make up each batch, and which of them are mirrored: pure functions of seed and step.
+    """The images of each batch, and which of them are mirrored: pure functions of seed and step.
 
     Position p = step · batch_size + i of the endless stream is image `permutation(seed, p // n)[p % n]`: every epoch
-    shows each of the n images once, and batches run across the borders of epochs. Where `rows` are given, the n places
-    of an epoch show the images `rows`. Flips depend on (seed, step, i), what
-    becomes of a caption on (seed, p).
+    shows each of the n images once, and a batch can contain the end of one epoch and the start of the next. If `rows`
+    are given, an epoch shows the n images `rows` instead. Flips depend on (seed, step, i), the change of a caption on
+    (seed, p).
     """
 
     def __init__(self, *, length: int, batch_size: int, seed: int, flip: bool, rows: np.ndarray | None = None) -> None:
@@ -113,7 +117,7 @@ class BatchPlan:
         return _generator(self.seed, _FLIPS, step).integers(0, 2, self.batch_size).astype(bool)
 
     def caption(self, captions: str, settings: CaptionSettings, step: int, place: int) -> str:
-        """What image `place` of batch `step` gets of its captions."""
+        """The caption of image `place` of batch `step`, after `settings`."""
         return settings.apply(captions, _generator(self.seed, _CAPTIONS, step * self.batch_size + place))
 
     def permutation(self, epoch: int) -> np.ndarray:
@@ -122,11 +126,11 @@ class BatchPlan:
 
 
 class BucketPlan(BatchPlan):
-    """A plan whose batches each have images of one bucket.
+    """A plan in which all images of a batch are of one bucket.
 
-    The images of bucket b, n_b of them in an epoch, are an endless stream of permutations, cut into batches of B. Its
-    batches ⌊e n_b / B⌋ … ⌊(e + 1) n_b / B⌋ − 1 come in epoch e, in which the batches of all buckets are shuffled. So
-    every image is shown equally often, no batch is smaller than the others, and any batch can be computed by itself.
+    Bucket b has n_b images in an epoch. Its images form an endless stream of permutations, cut into batches of B.
+    Epoch e has the batches ⌊e n_b / B⌋ … ⌊(e + 1) n_b / B⌋ − 1 of each bucket, all shuffled. So every image is shown
+    equally often, all batches have B images, and any batch can be computed without the others.
     """
 
     def __init__(self, buckets: Sequence[np.ndarray], *, batch_size: int, seed: int, flip: bool) -> None:
@@ -146,7 +150,7 @@ class BucketPlan(BatchPlan):
         return images[[self._round(bucket, k)[p] for k, p in zip(rounds.tolist(), places.tolist(), strict=True)]]
 
     def _order(self, bucket: int, number: int) -> np.ndarray:
-        """The order in which round `number` of a bucket shows its images."""
+        """The permutation of the images of a bucket in round `number`."""
         return _generator(self.seed, _ORDER, bucket, number).permutation(len(self.buckets[bucket]))
 
     def _before(self, epoch: int) -> int:
@@ -163,7 +167,7 @@ class BucketPlan(BatchPlan):
 
 
 def repeated_rows(store: AnyStore) -> np.ndarray | None:
-    """Image k as often as an epoch shows it, in order of k; None: once each."""
+    """The images of an epoch, each as often as it is shown, in ascending order; None: each is shown once."""
     if not store.meta.repeats or not isinstance(store, ImageStore):
         return None
     labels = [store.label(index) or 0 for index in range(len(store))]
@@ -180,18 +184,20 @@ def _permutation(length: int, *words: int) -> np.ndarray:
 
 
 def decode(encoded: bytes, channels: int, size: int | tuple[int, int], where: str) -> np.ndarray:
-    """The pixels of an image file: (C, size, size) uint8, C = `channels` 1 or 3, read-only; `where` names it in errors.
+    """The pixels of an image file: (C, height, width) uint8, read-only, C = `channels` = 1 or 3.
+
+    `size` is the side of a square or (height, width). `where` names the file in errors.
 
     Raises:
-        VdiffError: no image, a damaged one, or one of another size.
+        VdiffError: the file is no image, damaged, or of another size.
     """
     mode = "RGB" if channels == 3 else "L"
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
             width, height = image.size
-            # an image that has the mode already would only be copied
+            # convert would copy an image that already has the mode
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    except Exception as error:  # decoders raise whatever their format makes them stumble over
+    except Exception as error:  # decoders raise errors of many classes
         raise VdiffError(f"{where} cannot be decoded: {error}", _PREPARE_AGAIN) from None
     tall, wide = (size, size) if isinstance(size, int) else size
     if (width, height) != (wide, tall):
@@ -204,10 +210,11 @@ def answers_of(
 ) -> Generator[Any, None, None]:
     """`dataset[request]` for each request, by `num_workers` processes; closing the generator ends them.
 
-    They are not left to the garbage collector: an error's traceback may keep them alive to the very end.
+    The processes are not left to the garbage collector, because the traceback of an error can keep them alive.
 
     Raises:
-        VdiffError: an answer is one (raised in a worker, it would come with a traceback); shared memory is full.
+        VdiffError: the dataset returned one (workers return errors, as raising adds a traceback); shared memory is
+            full.
     """
     loader = DataLoader(
         dataset,
@@ -233,7 +240,7 @@ def answers_of(
 
 
 def closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    """`batches`, but left open they are closed before the interpreter waits, forever, for workers deaf to SIGTERM."""
+    """`batches`, closed at exit if still open; else the interpreter waits forever for workers that ignore SIGTERM."""
 
     def close() -> None:
         if (found := reference()) is not None:
@@ -246,7 +253,7 @@ def closed_at_exit(batches: Generator[Batch, None, None]) -> Generator[Batch, No
 
 @contextlib.contextmanager
 def shared_memory_named() -> Iterator[None]:
-    """Say in one line that others filled the shared memory meanwhile."""
+    """Turn torch's error about full shared memory into one line."""
     try:
         yield
     except RuntimeError as error:
@@ -256,47 +263,47 @@ def shared_memory_named() -> Iterator[None]:
 
 
 def cache_limit() -> int:
-    """A quarter of the memory that is available now, in bytes: how much of it decoded images may take."""
+    """The memory for decoded images in bytes: a quarter of what is available now."""
     return free_memory(torch.device("cpu")) // 4
 
 
 class PixelCache:
-    """Decoded images in the memory of this process. What is in it stays.
+    """Decoded images in the memory of this process. Nothing is ever removed.
 
-    Only the trainer's process reads and writes it, so nothing is shared, locked, or copied to workers. A set that is
-    too large has part of its images here, and as epochs show all alike, it does not matter which.
+    Only the trainer's process reads and writes the cache, so nothing is shared, locked, or copied to workers. If the
+    dataset is too large, the cache has a part of its images. Which ones does not matter: epochs show all equally often.
     """
 
     def __init__(self, store: ImageStore, image_shape: tuple[int, ...], limit_bytes: int) -> None:
         self.pixels = _room((min(len(store), limit_bytes // math.prod(image_shape)), *image_shape))
-        self.rows = np.full(len(store), -1)  # where each image of the set is; −1: not here
+        self.rows = np.full(len(store), -1)  # row of each image of the dataset in `pixels`; −1: none
         self.classes = np.zeros(len(store), np.int64) if store.meta.class_names else None
         self.used = 0
 
     @property
     def complete(self) -> bool:
-        """Whether every image of the set is here."""
+        """Whether the cache has every image of the dataset."""
         return self.used == len(self.rows)
 
     @property
     def is_small(self) -> bool:
-        """Whether all images will be here before workers would be of help."""
+        """Whether the cache fills before workers would start."""
         return len(self.pixels) == len(self.rows) and self.pixels.nbytes <= ALONE_BYTES
 
     def keep(self, indices: np.ndarray, pixels: np.ndarray, classes: np.ndarray) -> None:
-        """Take in decoded images as far as there is room, and all classes."""
+        """Store decoded images while there is room, and all classes."""
         if self.classes is not None:
             self.classes[indices] = classes
         for index, image in zip(indices.tolist(), pixels, strict=False):
             if self.used == len(self.pixels):
                 break
-            if self.rows[index] < 0:  # it may have been asked for twice before it came
+            if self.rows[index] < 0:  # it can be requested twice before it is decoded
                 self.pixels[self.used], self.rows[index] = image, self.used
                 self.used += 1
 
 
 def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """An uint8 array whose memory is taken as it is written, where possible in large pages: far fewer page faults."""
+    """A uint8 array with memory that is allocated on writing, in large pages if possible: far fewer page faults."""
     num_bytes = math.prod(shape)
     if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(shape, np.uint8)
@@ -307,7 +314,7 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _StoredBatches:
-    """What both kinds of batches have in common; see there for the options."""
+    """The common part of `ImageBatches` and `ShardBatches`, which describe the options."""
 
     def __init__(
         self,
@@ -358,8 +365,8 @@ class _StoredBatches:
         raise NotImplementedError
 
     def _keep_workers_with_room(self) -> None:
-        """Do without workers, and say so, where shared memory, by which their images travel, has no room for them."""
-        # a loader asks for so many batches in advance, and for one more before it hands out the first of them
+        """Use no workers, and say so, if shared memory has too little room for their images."""
+        # a loader requests so many batches in advance, and one more before it returns the first
         num_bytes = (PREFETCH * self.num_workers + 1) * math.prod(self.shape) * self.world_size
         if self.num_workers and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < num_bytes:
             self.num_workers = 0
@@ -373,10 +380,10 @@ class ImageBatches(_StoredBatches):
     """Endless batches from a dataset; process `rank` of `world_size` gets its equal part of each global batch.
 
     Images are decoded when they are first needed, by `num_workers` processes (0 = in this one), and kept in up to
-    `cache_bytes` of memory (default: a quarter of what is available, shared by the `world_size` processes; 0 = none).
-    Once every image is there the workers end. Neither changes a batch by a bit, nor touches the global random
-    generators. `pin_memory` puts images and classes into page-locked memory, for copies to a GPU. Where shared memory
-    has no room for what workers decode, this process decodes, and `reporter` is told.
+    `cache_bytes` of memory (default: a quarter of what is available, divided among the `world_size` processes; 0 =
+    none). The workers end when every image is in memory. Neither option changes a bit of a batch or uses the global
+    random generators. `pin_memory` puts images and classes into page-locked memory, for copies to a GPU. If shared
+    memory has no room for the images of workers, this process decodes, and `reporter` gets a line.
 
     Raises:
         VdiffError: the dataset lacks `image_size`, or the batch cannot be shared equally.
@@ -398,7 +405,7 @@ class ImageBatches(_StoredBatches):
             yield self._assembled(later, self._indices(later))
 
     def _decoded(self, step: int) -> Generator[Batch, None, int]:
-        """Batches of images that are decoded unless they are in the cache; ends, with the next step, when all are."""
+        """Batches until the cache has every image; images that it lacks are decoded. Returns the next step."""
         ring = torch.empty((PREFETCH * self.num_workers + 1, *self.shape), dtype=torch.uint8)
         with shared_memory_named():
             decoder = _Decoder(self._store, ring.share_memory_() if self.num_workers else ring)
@@ -427,12 +434,12 @@ class ImageBatches(_StoredBatches):
     def _assembled(
         self, step: int, indices: np.ndarray, missing: np.ndarray | None = None, decoded: np.ndarray | None = None
     ) -> Batch:
-        """A batch of images from the cache and, where they were `missing` in it, from `decoded`, in order."""
+        """A batch of images from the cache; those that were `missing` in it come from `decoded`, in order."""
         cache, images = self._cache, iter(() if decoded is None else decoded)
         missing = np.zeros(len(indices), bool) if missing is None else missing
         captions, sizes, shape = self._described(step, indices)
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-        # copied by numpy: torch would wake its threads for each image, and these wait for cores that workers use
+        # numpy copies: torch would wake its threads for each image, which wait for cores that workers use
         places = pixels.numpy()
         flips = self.plan.flips(step)[self.share]
         for place, (row, is_new, mirrored) in enumerate(zip(cache.rows[indices], missing, flips, strict=True)):
@@ -460,10 +467,10 @@ class ImageBatches(_StoredBatches):
 
 
 class _Decoder(Dataset[np.ndarray | VdiffError]):
-    """Decodes the images of a request into the first places of a slot of the `ring`; answers their classes (0: none).
+    """Decodes the images of a request into the first places of a slot of `ring`; returns their classes (0: none).
 
-    The memory of the ring, shared with workers, is used over and over: fresh memory for each batch would cost a good
-    part of the time that decoding takes.
+    The ring is shared with workers and reused, because new memory for each batch would take much of the time of
+    decoding.
     """
 
     def __init__(self, store: ImageStore, ring: Tensor) -> None:
@@ -479,7 +486,7 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
                 image = decode(
                     store.encoded(size, index), channels, (shape[0], shape[1]), f"{store.path}: image {index}"
                 )
-                # an image of a bucket takes the first bytes of the room that the largest would take
+                # an image of a bucket takes the first bytes of the place, which has room for size × size pixels
                 pixels[place].reshape(-1)[: image.size] = image.reshape(-1)
                 classes[place] = store.label(index) or 0
         except VdiffError as error:
@@ -488,28 +495,27 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
 
 
 def _as_it_is(answer: Any) -> Any:
-    """Arrays stay arrays: as tensors they would travel through shared memory of their own."""
+    """Arrays stay arrays: tensors would be sent through additional shared memory."""
     return answer
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the whole process group lets the trainer finish its step; its end is the end of the workers too."""
+    """Ignore signals to the process group: the trainer finishes its step, and then ends the workers."""
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class LaneOrder:
-    """Which shards each lane reads, and in which order it hands out their images: pure functions of the seed.
+    """The shards that each lane reads, and the order of their images: pure functions of the seed.
 
     All lanes of all processes, G of them, share one endless sequence of shards: the permutation of epoch 0, of epoch 1,
-    …; lane g reads the turns g, g + G, g + 2G, …. So each shard is read once an epoch by one of the lanes. The images
-    of a lane, one after another, are shuffled within windows: position p is
-    `permutation(seed, g, p // window)[p % window]` of its window.
+    …; lane g reads the turns g, g + G, g + 2G, …. So one of the lanes reads each shard once per epoch. The images of a
+    lane are shuffled within windows: position p is `permutation(seed, g, p // window)[p % window]` of its window.
 
-    With fewer shards than lanes several lanes read a shard in the same round, each for another epoch: all images come
-    equally often, but those that lie close together in a shard also come close together in time. Datasets that should
-    mix well have several times more shards than lanes.
+    With fewer shards than lanes, several lanes read a shard at the same time, each for another epoch. All images come
+    equally often, but neighbours in a shard also come close together in time. For good mixing a dataset needs several
+    times more shards than lanes.
     """
 
     def __init__(self, counts: Sequence[int], *, num_lanes: int, window: int, seed: int) -> None:
@@ -538,13 +544,13 @@ class LaneOrder:
 class ShardBatches(_StoredBatches):
     """Endless batches from tar shards; process `rank` of `world_size` reads shards that no other reads in that epoch.
 
-    Each process reads through 16 lanes (`LaneOrder`), batch n from lane n mod 16, so that the batches depend on seed,
-    rank and world size but not on `num_workers`, of which the largest power of two is used (0 = in this process). A
-    run that starts at step n passes over whole shards without reading them. Unlike those of `ImageBatches`, the parts
-    of the processes together are not the batch of a single process.
+    Each process has 16 lanes (`LaneOrder`), and batch n comes from lane n mod 16. So the batches depend on seed, rank
+    and world size, but not on `num_workers`, which is rounded down to a power of two (0 = in this process). A run that
+    starts at step n skips whole shards without reading them. Unlike in `ImageBatches`, the parts of the processes
+    together are not the batch of a single process.
 
-    A process holds 16 · `window` encoded images: 0.1 GB at 64 pixels, about 1 GB at 256. Before its first 16 steps it
-    reads as many.
+    A process holds 16 · `window` encoded images: 0.1 GB at 64 pixels, about 1 GB at 256. It reads as many before its
+    first 16 steps.
 
     Raises:
         VdiffError: the dataset lacks `image_size`, or the batch cannot be shared equally.
@@ -576,7 +582,7 @@ class ShardBatches(_StoredBatches):
                 number, skip = number + 1, 0
 
     def _in_sequence(self, lane: int, position: int) -> Generator[StoredImage, None, None]:
-        """The images of a lane as they lie in its shards, from `position` on, without end."""
+        """The images of a lane in the order of its shards, from `position` on, without end."""
         for shard, skip in self.order.parts(lane, position):
             with contextlib.closing(self.store.samples(shard, self.shape[-1:], skip)) as samples:
                 yield from samples
@@ -586,7 +592,7 @@ _Answer = tuple[Tensor, Tensor | None, list[str] | None]
 
 
 class _Lanes(Dataset[_Answer | VdiffError]):
-    """A step to what its `Batch` holds. A process that is asked for the next batch of a lane has it at hand."""
+    """Step → the fields of its `Batch`. Open lanes are kept, so the next batch of a lane needs no search."""
 
     def __init__(self, batches: ShardBatches) -> None:
         self.batches = batches
@@ -620,12 +626,12 @@ class _Lanes(Dataset[_Answer | VdiffError]):
 
 
 class EncodedBatches(ImageBatches):
-    """The batches of `ImageBatches`, with what `vdiff data encode` made of images and captions instead of pixels.
+    """The batches of `ImageBatches`, with latents and embeddings of `vdiff data encode` instead of pixels.
 
-    Captions that are shuffled or have a prefix are not encoded; their batches have no embeddings.
+    Shuffled captions and captions with a prefix are not encoded, so their batches have no embeddings.
 
     Raises:
-        VdiffError: mirrored images are wanted and not encoded, or the images are encoded at another size.
+        VdiffError: `flip` needs mirrored images that are not encoded, or the images are encoded at another size.
     """
 
     def __init__(
@@ -660,5 +666,5 @@ class EncodedBatches(ImageBatches):
 
 
 def open_batches(store: AnyStore, **options: Any) -> Batches:
-    """The batches of a dataset; the options are those of `ImageBatches`, which both kinds share."""
+    """The batches of a dataset; both kinds of dataset have the options of `ImageBatches`."""
     return ImageBatches(store, **options) if isinstance(store, ImageStore) else ShardBatches(store, **options)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: images of many shapes in one dataset, each cropped a little and never enlarged."""
+"""Aspect-ratio buckets: a dataset has images of many shapes, which are cropped a little and never enlarged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How an image is fitted into the bucket `shape`: `box` = (left, top, right, bottom) is kept and resized to it.
+    """The crop of an image for the bucket `shape`: `box` = (left, top, right, bottom) is resized to `shape`.
 
     `sizes` = (height and width of the image, top and left of the crop in pixels of the resized image, height and width
     of the bucket): the six numbers of Stable Diffusion XL's `time_ids`.
@@ -25,7 +25,7 @@ class Fit:
 
 @cache
 def bucket_shapes(size: int, step: int, least: int, most: int) -> tuple[Shape, ...]:
-    """Shapes of sides least … most in multiples of `step`: for each width the largest height of area ≤ size²."""
+    """All buckets: sides are multiples of `step` in least … most; each width has the largest height of area ≤ size²."""
     first, last = -(-least // step) * step, most // step * step
     heights = {width: min(size * size // width // step * step, last) for width in range(first, last + 1, step)}
     pairs = [(height, width) for width, height in heights.items() if height >= first]
@@ -35,10 +35,10 @@ def bucket_shapes(size: int, step: int, least: int, most: int) -> tuple[Shape, .
 
 
 def fit(width: int, height: int, size: int, step: int, least: int, most: int) -> Fit | None:
-    """The bucket whose aspect ratio is the nearest; None: the image is too small for any.
+    """The crop for the bucket with the nearest aspect ratio; None: the image is too small for any bucket.
 
-    An image that does not cover this bucket is not enlarged, but gets one of its own sides, rounded down to a multiple
-    of `step`.
+    An image that is smaller than this bucket is not enlarged: its bucket has the sides of the image, rounded down to
+    multiples of `step`.
     """
 
     def distance(shape: Shape) -> tuple[float, int]:

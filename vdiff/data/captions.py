@@ -1,4 +1,4 @@
-"""Captions: how they are cleaned while a dataset is prepared, and what training makes of them."""
+"""Captions: cleaning while a dataset is prepared, and their random changes in training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # train.py --help reads the settings, without numpy
 
 
 def clean_caption(text: str) -> str:
-    r"""One caption a line, without blank lines: control characters and white space become single spaces.
+    r"""The captions of an image, one per line: control characters and white space become single spaces, blank lines go.
 
     >>> clean_caption("a dog\tin snow\r\n\n a\x07 dog ")
     'a dog in snow\na dog'
@@ -26,19 +26,19 @@ def has_control_characters(text: str) -> bool:
 
 
 def _printed(letter: str) -> str:
-    """A space for control characters and surrogates, which no UTF-8 text holds; other letters as they are."""
+    """A space for control characters and surrogates, which UTF-8 cannot encode; other characters unchanged."""
     return " " if unicodedata.category(letter) in ("Cc", "Cs") else letter
 
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """What training makes of the captions of an image.
+    """How training chooses and changes the captions of an image.
 
     Attributes:
-        dropout: the fraction of captions that become empty, for classifier-free guidance.
+        dropout: the fraction of captions that are replaced by "", for classifier-free guidance.
         shuffle: put the comma-separated tags in random order.
-        keep_tokens: so many first tags keep their places.
-        prefix: stands before every caption that is not dropped.
+        keep_tokens: the number of first tags that `shuffle` leaves in place.
+        prefix: text before every caption that is not dropped, separated by a space.
     """
 
     dropout: float = 0.0
@@ -51,7 +51,7 @@ class CaptionSettings:
             raise ValueError(f"dropout {self.dropout}, keep_tokens {self.keep_tokens}; need 0 … 1 and at least 0")
 
     def apply(self, captions: str, rng: np.random.Generator) -> str:
-        """One of the `captions` of an image (one a line) as the network gets it; "" where it is dropped."""
+        """The caption that the network gets: one of `captions` (one per line) at random, or "" if it is dropped."""
         which, kept = rng.random(2)
         if kept < self.dropout:
             return ""

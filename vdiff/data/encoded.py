@@ -1,12 +1,15 @@
-"""Latents and text embeddings of a dataset, computed once and kept beside it: what `vdiff data encode` writes.
+"""Latents and text embeddings of a dataset: `vdiff data encode` computes them once and stores them beside it.
 
-photos_64.encoded/encoded.json                what was encoded, and by what
-photos_64.encoded/latents-000000.safetensors  of 256 images: `7.mean`, `7.std`, and mirrored `7.mean.flip`, …
-photos_64.encoded/texts-000000.safetensors    of 64 captions: `5.text`, …; caption 0 is the empty one
+photos_64.encoded/encoded.json                the `EncodedKey`
+photos_64.encoded/latents-000000.safetensors  256 images: `7.mean`, `7.std`, and mirrored `7.mean.flip`, …
+photos_64.encoded/texts-000000.safetensors    64 captions: `5.text`, …; caption 0 is the empty one
+
+Each tensor has a checksum `crc32.NAME`, which is compared when the tensor is read.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,18 +34,18 @@ FILES = r"encoded\.json|(latents|texts)-\d{6}\.safetensors"
 ENCODED = Kind("encoded dataset", lambda folder: FILES if holds_keys(folder / RECORD, "dataset", "components") else "")
 ENCODE = "vdiff data encode"
 ENCODE_AGAIN = f"encode the dataset again: {ENCODE}"
-FLIP = ".flip"
+FLIP, CHECK = ".flip", "crc32."
 
 
 @dataclass(frozen=True)
 class EncodedKey:
-    """What encoded data depend on.
+    """The inputs that determine the encoded data.
 
     Attributes:
         dataset: fingerprint of the images and captions.
         components: fingerprint of the autoencoder, the text encoders and their tokenizers.
-        image_size: of the images.
-        flip: mirrored images are encoded, too.
+        image_size: size of the images in pixels.
+        flip: whether mirrored images are encoded too.
     """
 
     dataset: str
@@ -52,12 +55,12 @@ class EncodedKey:
 
 
 def encoded_folder(store: ImageStore) -> Path:
-    """Where the encoded data of a dataset are kept: beside it."""
+    """The folder of the encoded data of a dataset, beside the dataset."""
     return store.path.with_name(store.path.name + SUFFIX)
 
 
 def texts_of(store: ImageStore) -> dict[str, int]:
-    """The number of each caption of a dataset, in the order of images; "" has number 0."""
+    """{caption: number} of all captions of a dataset, numbered in the order of images; "" has number 0."""
     texts = {"": 0}
     for index in range(len(store)):
         for text in store.caption(index).split("\n"):
@@ -75,11 +78,11 @@ def encode_dataset(
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Encode all images and captions of a dataset into the folder beside it; the same call continues after a kill.
+    """Encode all images and captions of a dataset into `encoded_folder`; the same call continues after a kill.
 
     Args:
         images_to_latents: (B, C, H, W) uint8 → mean and standard deviation of the latents.
-        texts_to_embeddings: B captions → tensors of B rows by name.
+        texts_to_embeddings: B captions → {name: tensor of B rows}.
 
     Raises:
         VdiffError: the folder holds data of other images, components or settings (unless `overwrite`), or other files.
@@ -107,7 +110,7 @@ def encode_dataset(
                 for start in range(0, total, each):
                     stop = min(start + each, total)
                     if not (path := _part(folder, name, start // each)).exists():
-                        tensors = compute(start, stop)
+                        tensors = _with_checksums(compute(start, stop))
                         write_whole(path, lambda place, tensors=tensors: save_file(tensors, place))  # type: ignore[misc]
                     progress.update(stop)
     return folder
@@ -156,18 +159,30 @@ def _embeddings_of(
     return compute
 
 
+def _with_checksums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    import torch
+
+    return tensors | {f"{CHECK}{name}": torch.tensor(_crc32(tensor)) for name, tensor in tensors.items()}
+
+
+def _crc32(tensor: Tensor) -> int:
+    import torch
+
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().tobytes())
+
+
 def _part(folder: Path, name: str, number: int) -> Path:
     return folder / f"{name}-{number:06d}.safetensors"
 
 
 class EncodedStore:
-    """The encoded data of a dataset, to read.
+    """A reader of the encoded data of a dataset.
 
     Attributes:
-        key: what they depend on.
+        key: the inputs that determined the data.
 
     Raises:
-        VdiffError: there are none, they are incomplete, or they are of another dataset.
+        VdiffError: the data are missing, incomplete or of another dataset.
     """
 
     def __init__(self, store: ImageStore) -> None:
@@ -184,7 +199,7 @@ class EncodedStore:
             raise VdiffError(what, f"complete it: {ENCODE} {store.path}")
 
     def latents(self, indices: Iterable[int], flips: Iterable[bool]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, h, w) of the latents of images, some of them mirrored."""
+        """Mean and standard deviation (B, C, h, w) of the latents of images, mirrored if `flips`."""
         import torch
 
         found = [
@@ -195,11 +210,11 @@ class EncodedStore:
         return torch.stack(means), torch.stack(stds)
 
     def has(self, texts: Iterable[str]) -> bool:
-        """Whether all of the texts are encoded: captions as they are, without prefix and not shuffled."""
+        """Whether all texts are encoded; shuffled captions and captions with a prefix are not."""
         return all(text in self._texts for text in texts)
 
     def embeddings(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors of B rows by name, of texts that are encoded."""
+        """{name: tensor of B rows} of B encoded texts."""
         import torch
 
         numbers = [self._texts[text] for text in texts]
@@ -208,8 +223,11 @@ class EncodedStore:
 
     def _get(self, kind: str, index: int, each: int, name: str) -> Tensor:
         try:
-            tensor: Tensor = self._file(kind, index // each).get_tensor(f"{index}.{name}")
-        except Exception as error:  # safetensors' own, which is no public class of its module
+            file = self._file(kind, index // each)
+            tensor: Tensor = file.get_tensor(f"{index}.{name}")
+            if file.get_tensor(f"{CHECK}{index}.{name}").item() != _crc32(tensor):
+                raise ValueError(f"{index}.{name} does not match its checksum")
+        except Exception as error:  # the class of safetensors' errors is not public
             path = _part(self.folder, kind, index // each)
             raise VdiffError(f"{path} is damaged: {error}", f"{ENCODE_AGAIN} --overwrite") from None
         return tensor
