@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdiff.errors import VdiffError
 from vdiff.files import read_json
-from vdiff.models.checkpoint import FILES, CheckpointConfig, read_config, save_checkpoint
+from vdiff.models.checkpoint import FILES, IMPORTED, CheckpointConfig, read_config, save_checkpoint
 from vdiff.replacing import Kind, new_folder
 
 
@@ -89,6 +89,14 @@ class JsonFile:
     def refusal(self, key: str, why: str) -> VdiffError:
         """The error that names the file, the key and its value, cut short."""
         return VdiffError(f"{self.where}: {key} is {reprlib.repr(self.get(key))}", why)
+
+
+def imported_fields(source: str, *, method: str = "base", weights: str = "raw") -> dict[str, Any]:
+    """Fields of the description of a checkpoint that vdiff did not train; `source` names its origin."""
+    return {
+        "method": method, "weights": weights, "num_iters": 0, "target_iters": 0, "num_images": 0,
+        "dataset": f"{IMPORTED}{source}", "dataset_fingerprint": "",
+    }  # fmt: skip
 
 
 IMPORTED_MODEL = Kind("imported model", lambda folder: FILES if read_config(folder).is_imported else "")

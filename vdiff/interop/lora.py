@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("diffusers", "peft")
 PREFIXES = {TEXT: "network.unet.model.", DIFFUSERS: "network.model."}
-"""What stands before the name that diffusers gives to a layer, by the kind of the network."""
+"""Our prefix to diffusers' names of layers, by the kind of the network."""
 UNET, PEFT_CONFIG, PEFT_WEIGHTS = "unet", "adapter_config.json", "adapter_model.safetensors"
 MADE_BY = {"made_by": "vdiff"}
 FILE = Kind("LoRA", lambda path: path.name if MADE_BY.items() <= read_metadata(path).items() else "")
@@ -60,7 +60,7 @@ def peft_config(settings: AdapterSettings, tensors: dict[str, Tensor]) -> dict[s
 
 
 def export_lora(checkpoint: Path, target: Path, layout: str, *, overwrite: bool = False) -> CheckpointConfig:
-    """Write the LoRA of a checkpoint, whole or not at all; answer what the checkpoint says of itself.
+    """Write the LoRA of a checkpoint, whole or not at all; return the checkpoint's description.
 
     Args:
         target: a `.safetensors` file for the layout "diffusers", which `pipeline.load_lora_weights` loads; a folder for

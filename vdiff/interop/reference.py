@@ -27,9 +27,9 @@ from torch import Tensor
 from vdiff.diffusion.schedules import MAX_LEVELS, DdpmCosineSchedule
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import sha256_of
-from vdiff.interop.foreign import IMPORTED_MODEL, write_model
+from vdiff.interop.foreign import IMPORTED_MODEL, imported_fields, write_model
 from vdiff.interop.pickles import check_backed, read_pt
-from vdiff.models.checkpoint import IMPORTED, CheckpointConfig
+from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import Attention, UNet, UNetStage
 from vdiff.models.unet_config import UNetConfig
 from vdiff.replacing import check_free
@@ -74,13 +74,11 @@ def import_reference(
         prediction="v",
         num_timesteps=num_levels,
         image_size=image_size,
-        method="base" if time_scale == 1 else "progressive",
-        weights="ema",
-        num_iters=0,
-        target_iters=0,
-        num_images=0,
-        dataset=f"{IMPORTED}reference/{path.name} sha256:{sha256_of(path)}",
-        dataset_fingerprint="",
+        **imported_fields(
+            f"reference/{path.name} sha256:{sha256_of(path)}",
+            method="base" if time_scale == 1 else "progressive",
+            weights="ema",
+        ),
     )
     weights = translate(path, tensors, unet, time_scale)
     if channel_order == BGR and unet.in_channels == 3:

@@ -1,15 +1,13 @@
-"""LoRA: low-rank changes to layers of a network whose own weights stay as they are, by peft.
+"""LoRA by peft: low-rank changes to layers of a network whose own weights are frozen.
 
-A layer of weight W computes (W + (alpha/rank)·B A) x with A (rank, in) and B (out, rank), B zero at first. A checkpoint
-of such a network holds A and B alone. Source: Hu et al. 2022, *LoRA: Low-Rank Adaptation of Large Language Models*.
-Imports torch and peft when a network is at hand, so that a checkpoint is described without them.
+A layer with weight W computes (W + (alpha/rank)·B A) x with A (rank, in) and B (out, rank); B is zero at first. The
+checkpoint holds only A and B. Source: Hu et al. 2022, *LoRA: Low-Rank Adaptation of Large Language Models*.
+Functions import torch and peft, so that `config.json` can be read without them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,22 +21,22 @@ if TYPE_CHECKING:
     from vdiff.models.backbone import Backbone
 
 ATTENTION, LINEAR, CONV = "attention", "linear", "conv"
-"""Words for layers: the projections of attention, all linear layers, all convolutions."""
+"""Names of groups of layers: the projections of attention, all linear layers, all convolutions."""
 ENCODERS = "text_encoders."
-"""Where text encoders are in a network: they get no LoRA."""
+"""The prefix of text encoders in a network; they get no LoRA."""
 MAX_RANK = 2**12
 OWN_NAME = re.compile(r"(?<=\.lora_[AB]\.)default\.")
-"""What peft has in the name of a weight, `LAYER.lora_A.default.weight`, and files do not have."""
+"""The part that peft adds to the name of a weight, `LAYER.lora_A.default.weight`; files omit it."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What a LoRA is, as `config.json` says it.
+    """Settings of a LoRA, as in `config.json`.
 
     Attributes:
-        rank, alpha: the layer gets (alpha/rank)·B A, B A of this rank.
-        dropout: of the input of A, in training.
-        targets: layers by the ends of their names ("to_q", "to_out.0"), or by `ATTENTION`, `LINEAR`, `CONV`.
+        rank, alpha: the layer adds (alpha/rank)·B A to its weight; B A has this rank.
+        dropout: probability of dropping an input of A in training.
+        targets: ends of names of layers ("to_q", "to_out.0"), or `ATTENTION`, `LINEAR`, `CONV`.
     """
 
     rank: Annotated[int, Meta(ge=1, le=MAX_RANK)]
@@ -55,7 +53,7 @@ def adapted_layers(network: Backbone, settings: AdapterSettings) -> list[str]:
     """The names of the layers that get a LoRA, in the order of the network.
 
     Raises:
-        OptionError: no layer has one of the names.
+        OptionError: a target matches no layer.
     """
     from torch import nn
 
@@ -87,9 +85,8 @@ def _ends(name: str, ends: tuple[str, ...]) -> bool:
     return any(f".{name}".endswith(f".{end}") for end in ends)
 
 
-@contextmanager
-def lora_library() -> Iterator[Any]:
-    """peft, around what uses it.
+def lora_library() -> Any:
+    """The module peft.
 
     Raises:
         VdiffError: it is not installed.
@@ -98,7 +95,7 @@ def lora_library() -> Iterator[Any]:
         import peft
     except ImportError:
         raise VdiffError("LoRA needs peft, which is not installed", "pip install 'vdiff[text]'") from None
-    yield peft
+    return peft
 
 
 def add_adapter(network: Backbone, settings: AdapterSettings) -> None:
@@ -106,27 +103,27 @@ def add_adapter(network: Backbone, settings: AdapterSettings) -> None:
 
     Raises:
         VdiffError: peft is not installed.
-        OptionError: no layer has one of the names.
+        OptionError: a target matches no layer.
     """
     names = adapted_layers(network, settings)
-    with lora_library() as peft:
-        config = peft.LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names
-        )
-        peft.inject_adapter_in_model(config, network)
+    peft = lora_library()
+    config = peft.LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names
+    )
+    peft.inject_adapter_in_model(config, network)
 
 
 def merge_adapter(network: nn.Module) -> None:
-    """Add (alpha/rank)·B A to the weights of the layers, which are plain layers afterwards."""
-    with lora_library():
-        from peft.tuners.tuners_utils import BaseTunerLayer
+    """Add (alpha/rank)·B A to the weights, and replace peft's layers by plain ones."""
+    lora_library()
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for name, module in list(network.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                parent, _, own = name.rpartition(".")
-                setattr(network.get_submodule(parent), own, module.get_base_layer())
-    vars(network).pop("peft_config", None)  # peft's note that there is one
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, own = name.rpartition(".")
+            setattr(network.get_submodule(parent), own, module.get_base_layer())
+    vars(network).pop("peft_config", None)  # peft stores the configuration of the LoRA here
 
 
 def is_adapter_weight(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Between pictures and latents: the autoencoder of a text-to-image pipeline, which is not trained."""
+"""The autoencoder of a text-to-image pipeline, which converts between pictures and latents; it is not trained."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from vdiff.models.components import VAE, text_libraries, weights_file
 
 NAME = "AutoencoderKL"
 PIXELS_AT_ONCE = 2**20
-"""Pixels that are encoded or decoded together: one picture of 1024 × 1024 takes gigabytes on its way."""
+"""Pixels that are encoded or decoded at once: one picture of 1024 × 1024 needs gigabytes of memory."""
 MAX_BLOCKS = 8
 BLACK = -1 + 1 / 255
-"""A value that becomes 0 in a PNG file, or less."""
+"""Values up to this one become 0 in a PNG file."""
 
 REMEDY = "give --precision fp32; if that changes nothing, give another autoencoder with --vae FOLDER"
 
 
 def picture_shape(latents: tuple[int, ...], folder: Path) -> tuple[int, int, int]:
-    """(3, H, W) of the pictures whose latents (C, h, w) the autoencoder in a pipeline's folder decodes.
+    """The shape (3, H, W) that the autoencoder in a pipeline's folder decodes from latents (C, h, w).
 
     Raises:
-        VdiffError: there is no autoencoder, or one for latents of other channels.
+        VdiffError: there is no autoencoder, or its latents have another number of channels.
     """
     place = _place(folder)
     values = read_json(place / "config.json", "copy or download it again")
@@ -46,7 +46,7 @@ def picture_shape(latents: tuple[int, ...], folder: Path) -> tuple[int, int, int
 
 
 def _place(folder: Path) -> Path:
-    """`vae/` of a pipeline's folder, or the folder itself, if it is one that diffusers saved an autoencoder in."""
+    """`vae/` of a pipeline's folder, or the folder itself if it holds an autoencoder."""
     place = folder / VAE if (folder / VAE).is_dir() else folder
     if not (place / "config.json").is_file():
         raise VdiffError(f"{folder} holds no autoencoder", f"give a pipeline's folder, or its folder {VAE}")
@@ -54,7 +54,7 @@ def _place(folder: Path) -> Path:
 
 
 def vae_weights(folder: Path) -> Path:
-    """The weights of the autoencoder of a pipeline's folder, or in a folder of its own.
+    """The weights file of the autoencoder in a pipeline's folder, or in its own folder.
 
     Raises:
         VdiffError: there are none.
@@ -65,12 +65,12 @@ def vae_weights(folder: Path) -> Path:
 class Autoencoder:
     """`AutoencoderKL` of diffusers: pictures (B, 3, H, W) ⇄ latents (B, C, H/8, W/8), scaled to a variance of about 1.
 
-    latent = (what the network says − shift) · scale. It computes in float32 whatever precision is on outside, because
-    that of Stable Diffusion XL gives NaN or black pictures in float16.
+    latent = (output of the encoder − shift) · scale. It always computes in float32, also under autocast, because the
+    autoencoder of Stable Diffusion XL gives NaN or black pictures in float16.
 
     Attributes:
         model: the network, whose weights are frozen.
-        factor: pixels of a latent's side; 8 in Stable Diffusion.
+        factor: height and width of a picture divided by those of its latents; 8 in Stable Diffusion.
         channels: of the latents.
     """
 
@@ -86,7 +86,7 @@ class Autoencoder:
 
     @classmethod
     def read(cls, folder: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
-        """The autoencoder of a pipeline's folder, or in a folder of its own.
+        """The autoencoder in a pipeline's folder, or in its own folder.
 
         Raises:
             VdiffError: there is none, it cannot be read, or diffusers is not installed.
@@ -105,7 +105,7 @@ class Autoencoder:
         return cls(model).to(device)
 
     def to(self, device: str | torch.device) -> Autoencoder:
-        """On another device."""
+        """Move it to another device."""
         self.model.to(device)
         self.shift, self.scale = self.shift.to(device), self.scale.to(device)
         return self
@@ -116,7 +116,7 @@ class Autoencoder:
 
         Raises:
             VdiffError: a value is not finite.
-            ValueError: sides that are no multiples of `factor`.
+            ValueError: height or width is not a multiple of `factor`.
         """
         if any(size % self.factor for size in images.shape[2:]):
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels; need multiples of {self.factor}")
@@ -133,7 +133,7 @@ class Autoencoder:
 
     @staticmethod
     def sample(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """z = mean + std · noise, a draw from the posterior."""
+        """z = mean + std · noise, a sample from the posterior."""
         return mean + std * noise
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class Autoencoder:
         """The pictures of latents (B, C, h, w): float32 (B, 3, H, W) in [−1, 1].
 
         Args:
-            check: whether black pictures and values that are not finite are errors.
+            check: whether to refuse pictures that are black or not finite.
 
         Raises:
             VdiffError: a picture is not finite, or black.
@@ -159,6 +159,6 @@ class Autoencoder:
         return images.clamp(-1, 1)
 
     def _parts(self, values: Tensor, pixels: int = 1) -> Iterator[Tensor]:
-        """Rows of `values` on the device of the model, as many as are computed at once."""
+        """The parts of `values` that are computed at once, on the model's device."""
         rows = max(1, PIXELS_AT_ONCE // (values.shape[-1] * values.shape[-2] * pixels))
         yield from values.to(self.scale.device).split(rows)

@@ -1,10 +1,10 @@
-"""The parts of a text-to-image model that training leaves as they are: a folder as a pipeline of diffusers has it.
+"""Components: the parts of a text-to-image model that are not trained, in a folder like a pipeline of diffusers.
 
-    vae/                            the autoencoder; a model of pixels has none
+    vae/                            the autoencoder; absent for a model of pixels
     text_encoder/, text_encoder_2/
     tokenizer/, tokenizer_2/
 
-A checkpoint names the folder and its fingerprint, so that many models share one.
+A checkpoint holds the path and fingerprint of the folder, so many models can share one.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
-"""The classes of transformers that may be used as text encoders."""
+"""The classes of transformers that are supported as text encoders."""
 RESTORE = "restore the folder, or point to it with --components FOLDER"
 
 
 @contextmanager
 def text_libraries() -> Iterator[None]:
-    """Around what imports and uses diffusers, transformers or peft: without their log and progress bars.
+    """A context to import and use diffusers and transformers in, with their log and progress bars off.
 
     Raises:
         VdiffError: one of them is not installed.
@@ -65,7 +65,7 @@ def text_libraries() -> Iterator[None]:
 
 
 def weights_file(folder: Path) -> tuple[Path, str | None]:
-    """The safetensors file of a text encoder or autoencoder, and its variant: the one without one, if it is there.
+    """The safetensors file of a text encoder or autoencoder, and its variant; a file without a variant is preferred.
 
     Raises:
         VdiffError: there is none.
@@ -82,7 +82,7 @@ def weights_file(folder: Path) -> tuple[Path, str | None]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files of the parts in `folder` that are read.
+    """The files in `folder` that vdiff reads.
 
     Raises:
         VdiffError: there are none, or a part lacks its weights.
@@ -101,7 +101,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def components_fingerprint(folder: Path) -> str:
-    """SHA-256 of the names and contents of the files that are read.
+    """SHA-256 of the names and contents of the files that vdiff reads.
 
     Raises:
         VdiffError: a part lacks its weights, or a file cannot be read.
@@ -117,15 +117,15 @@ def components_fingerprint(folder: Path) -> str:
 
 @functools.cache
 def _sha256(path: Path, size: int, modified: int) -> str:
-    """`sha256_of`, once in a process: a command opens the same gigabytes several times."""
+    """`sha256_of`, computed once for each file: a command opens the same gigabytes several times."""
     del size, modified
     return sha256_of(path)
 
 
 def resolved(reference: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a checkpoint in `folder` says of its components or of its base, their path as it is from here.
+    """The entry for components or base in the checkpoint in `folder`, with an absolute path.
 
-    A checkpoint of `history/` lies two folders deeper than the one that it was.
+    A checkpoint in `history/` lies two folders deeper than the original, so its relative path is also tried from there.
     """
     path = Path(str(reference["path"]))
     places = (folder / path, folder.parent.parent / path)
@@ -133,20 +133,20 @@ def resolved(reference: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def written(components: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The same as a checkpoint in `folder` says it: the path relative where both lie in one project."""
+    """The entry as it is stored in `folder`: the path is relative if both are in the same parent folder."""
     path = os.path.abspath(components["path"])
     home = os.path.abspath(folder.parent)
     return {**components, "path": os.path.relpath(path, folder) if path.startswith(home + os.sep) else path}
 
 
 def check_components(components: Mapping[str, Any] | None, other: Path | None = None) -> dict[str, Any]:
-    """What a model says of its components, once the folder is known to be there, whole and unchanged.
+    """Check that the folder of a model's components exists and is unchanged; return its path and fingerprint.
 
     Args:
-        other: where they lie instead.
+        other: a folder to use instead of the model's own entry.
 
     Raises:
-        VdiffError: the folder is missing, or is another one.
+        VdiffError: the folder is missing or incomplete, or its fingerprint differs.
     """
     if components is None and other is None:
         raise VdiffError("the model names no folder with its text encoders", "give it with --components FOLDER")
@@ -160,7 +160,7 @@ def check_components(components: Mapping[str, Any] | None, other: Path | None = 
 
 
 def load_text_encoders(encoders: nn.ModuleList, folder: Path) -> None:
-    """Give text encoders the weights of those in a folder.
+    """Load the weights of text encoders from a folder.
 
     Raises:
         VdiffError: they are missing, damaged, or of another shape.
@@ -170,10 +170,10 @@ def load_text_encoders(encoders: nn.ModuleList, folder: Path) -> None:
 
 
 def read_encoder(folder: Path, part: str) -> nn.Module:
-    """The text encoder in a folder of a pipeline, in float32.
+    """The text encoder `part` of a pipeline's folder, in float32.
 
     Raises:
-        VdiffError: its weights are missing or damaged, or it is of a class that cannot be used.
+        VdiffError: its weights are missing or damaged, or its class is not supported.
     """
     _, variant = weights_file(folder / part)
     where = folder / part

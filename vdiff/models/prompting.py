@@ -1,4 +1,4 @@
-"""What a text-to-image model needs around its sampling loop: prompts become tokens, and latents become pictures."""
+"""Conversions around the sampling loop of a text-to-image model: prompts to tokens, and latents to pictures."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Prompting:
         components: Path | None = None,
         vae: Path | None = None,
     ) -> Prompting:
-        """Those of a model, from the folder of its components.
+        """Read both from the folder of a model's components.
 
         Args:
-            components: where the components lie instead of the folder that the model names.
+            components: a folder to use instead of the one that the model names.
             vae: the folder of another autoencoder.
 
         Raises:
-            VdiffError: a folder is missing, or is another one than the model names.
+            VdiffError: a folder is missing, or its fingerprint is not that of the model.
         """
         folder = Path(check_components(config.components, components)["path"])
         place = vae or folder
@@ -56,11 +56,11 @@ class Prompting:
         return cls(Tokenizers.read(folder), shape, Autoencoder.read(place, device) if is_latent else None)
 
     def condition(self, takes: Sequence[str], prompts: Sequence[str], negative_prompt: str = "") -> Condition:
-        """The condition of pictures of whole, uncropped size.
+        """The condition for uncropped pictures.
 
         Args:
             takes: the names of conditions that the network takes.
-            negative_prompt: what guidance moves away from; with "" that is the prompt that the network knows as none.
+            negative_prompt: guidance moves away from it; "" is the empty prompt of the training.
         """
         tokens = self.tokenizers.tokens([*prompts, negative_prompt])
         height, width = self.shape[1:]
@@ -69,7 +69,7 @@ class Prompting:
         return Condition(known, {TOKENS: tokens[-1]})
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
-        """A sentence for each prompt that is longer than the text encoders take, with what is cut off."""
+        """A sentence about each prompt that is too long for the text encoders, with the part that is cut off."""
         cut = [(textwrap.shorten(prompt, 60, placeholder=" …"), self.tokenizers.cut(prompt)) for prompt in prompts]
         longest = self.tokenizers.length
         return [
@@ -77,10 +77,10 @@ class Prompting:
         ]
 
     def decode(self, x: Tensor, *, check: bool = True) -> Tensor:
-        """Pictures (B, 3, H, W) in [−1, 1] of what was sampled, on the CPU.
+        """The pictures (B, 3, H, W) of a sampled batch, in [−1, 1] and on the CPU.
 
         Args:
-            check: refuse pictures that are black or not finite; of intermediate predictions they may be.
+            check: whether to refuse pictures that are black or not finite; intermediate predictions may be.
 
         Raises:
             VdiffError: a picture is not finite, or black.

@@ -18,25 +18,26 @@ ENCODER_FIELDS = (
     *("max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
-"""Fields of a text encoder's configuration that its numbers depend on."""
+"""Fields of a text encoder's configuration that its output depends on."""
 MAX_TOKENS, MAX_LAYERS = 4096, 256
 
 
 class TextBackbone(Backbone):
-    """A UNet conditioned on prompts: its text encoders turn tokens into the embeddings that the UNet takes.
+    """A UNet conditioned on prompts, and the text encoders that compute its embeddings from tokens.
 
-    The condition is `tokens` (B, k·77) int64, the tokens of k tokenizers side by side, or, where they are known
-    already, the embeddings `text` (B, 77, C) and `text_pooled` (B, C); for Stable Diffusion XL also `time_ids` (B, 6):
-    height and width of the original image, top and left of the crop, height and width of the target.
-    One text encoder gives its last hidden state. For a UNet that takes a pooled embedding (XL), each text encoder gives
-    its last but one hidden state, side by side in the channels, and the last encoder the pooled embedding.
+    The condition is `tokens` (B, k·77) int64, the concatenated tokens of k tokenizers. Precomputed embeddings `text`
+    (B, 77, C) and `text_pooled` (B, C) can replace them. Stable Diffusion XL also takes `time_ids` (B, 6): height and
+    width of the original image, top and left of the crop, height and width of the target.
+    The embedding is the last hidden state of the text encoder. If the UNet takes a pooled embedding (XL), it is the
+    last but one hidden state of each text encoder, concatenated over channels; the last encoder computes the pooled
+    embedding.
 
     Attributes:
-        unet: the network of the embeddings.
-        text_encoders: of the k tokenizers, in their order; frozen unless `own_text_encoders`.
-        empty_tokens: (k·77,) the tokens of the empty prompt, which stand for "no prompt".
+        unet: takes the embeddings.
+        text_encoders: one for each tokenizer, in the same order; frozen unless `own_text_encoders`.
+        empty_tokens: (k·77,) the tokens of the empty prompt, used if there is no prompt.
         zero_empty: the embeddings of the empty prompt are zeros (`force_zeros_for_empty_prompt` of XL).
-        own_text_encoders: a checkpoint holds the weights of the text encoders, too; otherwise its components have them.
+        own_text_encoders: the checkpoint holds the weights of the text encoders; otherwise its components hold them.
     """
 
     kind = "text"
@@ -76,7 +77,7 @@ class TextBackbone(Backbone):
             return output
 
     def embed(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The embeddings of tokens (B, k·77): `text` (B, 77, C), and `text_pooled` (B, C) for a UNet that takes it."""
+        """The embeddings of tokens (B, k·77): `text` (B, 77, C), and `text_pooled` (B, C) if the UNet takes it."""
         is_pooled, hidden, pooled = POOLED in self.unet.signature.names, [], None
         for encoder, numbers in zip(self.text_encoders, tokens.chunk(len(self.text_encoders), dim=1), strict=True):
             output = encoder(input_ids=numbers, output_hidden_states=is_pooled)
@@ -89,9 +90,9 @@ class TextBackbone(Backbone):
         return found
 
     def encode(self, condition: Condition) -> Condition:
-        """The condition with the embeddings of its tokens in their place, and the null with those of its own tokens.
+        """The condition with embeddings instead of tokens; its null condition is encoded too.
 
-        Equal prompts are encoded once. A condition without tokens stays as it is.
+        Equal prompts are encoded once. A condition without tokens is returned unchanged.
         """
         if (tokens := condition.tensors.get(TOKENS)) is None:
             return condition
@@ -106,7 +107,7 @@ class TextBackbone(Backbone):
         )
 
     def blocks(self) -> list[nn.Module]:
-        """The members of the lists of modules of the UNet and of the text encoders."""
+        """The blocks of the UNet and the layers of the text encoders."""
         layers = [part for part in self.text_encoders.modules() if isinstance(part, nn.ModuleList)]
         return self.unet.blocks() + [layer for part in layers[1:] for layer in part]
 
@@ -133,10 +134,10 @@ def _described(encoder: nn.Module) -> dict[str, Any]:
 
 
 def text_signature(config: Mapping[str, Any]) -> Signature:
-    """What a text-to-image network takes, from what `TextBackbone.describe` said; no library is needed.
+    """The inputs of a text-to-image network, from its `TextBackbone.describe`; no library is imported.
 
     Raises:
-        ValueError, TypeError, KeyError: values that no such network has.
+        ValueError, TypeError, KeyError: the values describe no such network.
     """
     unet, encoders, empty = diffusers_signature(config["unet"]), config["text_encoders"], config["empty_tokens"]
     if TEXT not in unet.names:
@@ -162,7 +163,7 @@ def text_signature(config: Mapping[str, Any]) -> Signature:
 
 
 def _check_encoder(values: Mapping[str, Any]) -> None:
-    """Refuse numbers of layers and channels that no text encoder has."""
+    """Refuse impossible numbers of layers and channels."""
     for name, value in values.items():
         limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_NUMBER
         if type(value) is int and not 0 <= value <= limit:
@@ -173,7 +174,7 @@ def build_text(config: Mapping[str, Any]) -> TextBackbone:
     """The network, with fresh weights.
 
     Raises:
-        VdiffError: diffusers or transformers are not installed.
+        VdiffError: diffusers or transformers is not installed.
         ValueError, TypeError, KeyError: values that do not fit together.
     """
     text_signature(config)

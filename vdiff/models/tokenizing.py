@@ -1,4 +1,4 @@
-"""Prompts as tokens: the tokenizers of a pipeline's folder."""
+"""Tokenizers of a pipeline's folder, which turn prompts into tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Tokenizers:
 
     @classmethod
     def read(cls, folder: str | Path) -> Tokenizers:
-        """The tokenizers in `tokenizer/` and, where it is there, `tokenizer_2/` of a pipeline's folder.
+        """The tokenizers in `tokenizer/` and `tokenizer_2/` (if it exists) of a pipeline's folder.
 
         Raises:
             VdiffError: there is none, it cannot be read, or transformers is not installed.
@@ -43,17 +43,17 @@ class Tokenizers:
             for place in places:
                 with explained(f"{place} holds no tokenizer of CLIP", "copy or download it again", Exception):
                     if not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-                        raise ValueError("vocab.json is missing")  # of no file a tokenizer is made that knows nothing
+                        raise ValueError("vocab.json is missing")  # transformers would return an empty tokenizer
                     parts.append(CLIPTokenizer.from_pretrained(place, local_files_only=True))
         return cls(parts)
 
     @property
     def length(self) -> int:
-        """Tokens of a prompt for each tokenizer, its first and last included."""
+        """Tokens of a prompt for each tokenizer, including the start and end tokens."""
         return int(min(part.model_max_length for part in self.parts))
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
-        """(B, k·77) int64: the tokens of each text by each tokenizer, side by side, of one length."""
+        """The tokens of each text by all k tokenizers, concatenated and padded: (B, k·77) int64."""
         import torch
 
         known = [
@@ -65,7 +65,7 @@ class Tokenizers:
         return torch.cat(known, dim=1)
 
     def cut(self, text: str) -> str:
-        """The end of `text` that does not fit; empty if all of it does."""
+        """The end of `text` that exceeds `length` tokens; empty if the whole text fits."""
         part = self.parts[0]
         numbers = part(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         return str(part.decode(numbers[self.length - 2 :])).strip()

@@ -44,7 +44,7 @@ from vdiff.interop.diffusers.unet import (
     unet_shapes,
     write_unet_config,
 )
-from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, write_model
+from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields, write_model
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config
 from vdiff.models.unet_config import UNetConfig
 from vdiff.replacing import check_free
@@ -194,13 +194,7 @@ def _base_model(schedule: Schedule, family: Parameterisation, unet: JsonFile, na
         **family.config_fields(),
         num_timesteps=schedule.label_scale,
         image_size=image_size,
-        method="base",
-        weights="raw",
-        num_iters=0,
-        target_iters=0,
-        num_images=0,
-        dataset=f"{IMPORTED}diffusers/{name}",
-        dataset_fingerprint="",
+        **imported_fields(f"diffusers/{name}"),
         class_names=[str(k) for k in range(shape.num_classes)],
     )
 

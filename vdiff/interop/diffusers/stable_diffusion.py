@@ -34,9 +34,9 @@ from vdiff.interop.diffusers.folders import (
     weights_files,
 )
 from vdiff.interop.diffusers.scheduler import PREDICTIONS
-from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile
+from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields
 from vdiff.models.autoencoder import Autoencoder, picture_shape
-from vdiff.models.checkpoint import COPIED, IMPORTED, CheckpointConfig, save_checkpoint
+from vdiff.models.checkpoint import COPIED, CheckpointConfig, save_checkpoint
 from vdiff.models.codec import LATENTS
 from vdiff.models.components import (
     ENCODERS,
@@ -76,7 +76,7 @@ GIVE_PIPELINE = (
 
 @dataclass(frozen=True)
 class WeightsNote:
-    """What a safetensors file says of the model whose weights it holds; None or False: nothing.
+    """What a safetensors file says about its model; None or False: nothing.
 
     `v_pred` and `ztsnr` are empty tensors that some programs write; others write the metadata of `modelspec`.
     """
@@ -168,7 +168,7 @@ class StableDiffusion:
     config: CheckpointConfig
 
     def write(self, folder: Path, config: CheckpointConfig, *, copy: bool, overwrite: bool) -> None:
-        """Write the UNet as a checkpoint that names the folder of the other parts, or has copies of them.
+        """Write the UNet as a checkpoint that names the folder of the other parts, or a folder with copies of them.
 
         Raises:
             VdiffError: something is in the way, or the file system refuses.
@@ -191,11 +191,11 @@ def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, pr
     """Read a pipeline of Stable Diffusion.
 
     Args:
-        name: what the checkpoint keeps of where it came from.
+        name: of the source, for the description of the checkpoint.
         index: of a class of `PIPELINES`.
 
     Raises:
-        VdiffError: a part is missing, damaged, or of a kind that cannot be used.
+        VdiffError: a part is missing, damaged, or not supported.
     """
     unet, weights = read_unet(root / "unet", index)
     settings: Any = unet.model.config
@@ -213,13 +213,7 @@ def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, pr
         schedule=schedule.to_dict(),
         prediction=prediction,
         num_timesteps=min(STEPS, schedule.label_scale),
-        method="base",
-        weights="raw",
-        num_iters=0,
-        target_iters=0,
-        num_images=0,
-        dataset=f"{IMPORTED}diffusers/{name}",
-        dataset_fingerprint="",
+        **imported_fields(f"diffusers/{name}"),
     )
     return StableDiffusion(root, weights, config)
 
@@ -284,7 +278,7 @@ def preflight(config: CheckpointConfig, spacing: str) -> str:
 
 @contextmanager
 def converted(file: Path, folder: Path, pipeline: str | None) -> Iterator[Path]:
-    """A pipeline's folder of a single file of weights, for the time of the block; it lies beside `folder`.
+    """A single file of weights as a pipeline's folder beside `folder`, which exists during the block only.
 
     Args:
         pipeline: a folder or a name of the hub with the configurations and tokenizers; None: those of the family.
