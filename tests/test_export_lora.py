@@ -132,6 +132,7 @@ def test_a_merged_lora_is_published_where_the_lora_alone_is_refused(lora, kind, 
     assert "holds a LoRA alone; push what `vdiff export weights` writes" in message
     done(f"vdiff export weights {lora} {merged}")
     assert not (merged / ADAPTER).exists()
+    assert 'vdiff sample --checkpoint lora --prompt "a red fox" --components' in (merged / "README.md").read_text()
     said = json.loads((merged / "config.json").read_text())
     assert not {"adapter", "base"} & said.keys()
     assert said["components"]["path"] == pipeline(kind).name

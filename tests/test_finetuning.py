@@ -31,7 +31,7 @@ from tests.toy import (
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.files import read_json, write_json
 from vdiff.models.adapters import AdapterSettings, adapted_layers, add_adapter, merge_adapter
-from vdiff.models.checkpoint import ADAPTER, WEIGHTS, load_checkpoint, read_config, read_tensors
+from vdiff.models.checkpoint import ADAPTER, WEIGHTS, load_checkpoint, read_config, read_tensors, weights_fingerprint
 from vdiff.models.unet import UNet
 from vdiff.models.unet_config import UNetConfig
 from vdiff.training import base_training
@@ -158,6 +158,9 @@ def test_a_checkpoint_of_a_lora_holds_the_lora_alone(lora, base):
     config = read_config(lora)
     assert config.adapter == AdapterSettings(2, 2.0, targets=("linear",))
     assert Path((config.base or {})["path"]).resolve() == base.resolve()
+    said = " ".join(done(f"vdiff inspect {lora}").output.split())
+    assert "LoRA rank 2, alpha 2, layers: linear" in said
+    assert f"(fingerprint {weights_fingerprint(base)[:12]})" in said
     raw = {name for name in read_tensors(state_path(lora)) if name.startswith(("raw.", "exp_avg.", "ema."))}
     assert len(raw) == 3 * len(tensors)
 

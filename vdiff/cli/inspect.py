@@ -135,6 +135,10 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
         "noise levels": _noise_levels(**values["noise"]),
         "steps": f"{values['num_timesteps']}, or {others}",
     }
+    if base := values.get("base"):
+        rows["base"] = _folder(base)
+    if lora := values.get("adapter"):
+        rows["LoRA"] = f"rank {lora['rank']}, alpha {lora['alpha']:g}, layers: {', '.join(lora['targets'])}"
     if values["guidance_range"]:
         low, high = values["guidance_range"][0], values["guidance_range"][-1]
         rows["guidance"] = f"weights from {low:g} to {high:g} as an input"
@@ -176,6 +180,11 @@ def _place(model: Mapping[str, Any]) -> str:
     return "a model in memory" if model.get("path") == "" else str(model.get("path") or "?")
 
 
+def _folder(reference: Mapping[str, Any]) -> str:
+    """The path and fingerprint of a folder that a checkpoint names."""
+    return f"{reference['path']} (fingerprint {reference['fingerprint'][:12]})"
+
+
 def _network(values: Mapping[str, Any]) -> dict[str, str]:
     """The network, in one or two rows."""
     from vdiff.models.unet_config import UNetConfig
@@ -191,7 +200,7 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
             ),
         }
         if components := values.get("components"):
-            rows["components"] = f"{components['path']} (fingerprint {components['fingerprint'][:12]})"
+            rows["components"] = _folder(components)
         return rows
     unet = values["unet"]
     config, usual = UNetConfig.from_dict(unet), UNetConfig()

@@ -60,9 +60,10 @@ def export_weights(checkpoint: Path, folder: Path, *, license_name: str, overwri
 
 def _describe(checkpoint: Path, folder: Path, license_name: str) -> None:
     """Write everything except the weights into `folder`: config.json without paths, README.md and its picture."""
-    usage = {WEIGHTS: weights_usage(checkpoint.resolve().name)}
+    config = read_config(checkpoint)
+    usage = {WEIGHTS: weights_usage(checkpoint.resolve().name, config)}
     new_card(checkpoint, usage=usage, license_name=license_name).write(folder)
-    write_json(folder / CONFIG, public(replace(read_config(checkpoint), adapter=None, base=None).to_dict()))
+    write_json(folder / CONFIG, public(replace(config, adapter=None, base=None).to_dict()))
 
 
 # An upload

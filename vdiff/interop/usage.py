@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.condition import CLASSES
+from vdiff.models.kinds import TEXT
 from vdiff.text import plural
 
 IMAGES = 16
@@ -101,10 +102,13 @@ for t in scheduler.timesteps:
 """
 
 
-def weights_usage(name: str) -> str:
+def weights_usage(name: str, config: CheckpointConfig) -> str:
     """For a folder called `name` with weights and config.json."""
-    words = "The weights, and `config.json`, which describes their network. With vdiff installed:"
-    return f"{words}\n\n    vdiff sample --checkpoint {shlex.quote(name)}\n"
+    words, flags = "The weights, and `config.json`, which describes their network.", ""
+    if config.kind == TEXT:
+        words += " FOLDER is a pipeline of diffusers with the text encoders, tokenizers and autoencoder of the model."
+        flags = ' --prompt "a red fox" --components FOLDER'
+    return f"{words} With vdiff installed:\n\n    vdiff sample --checkpoint {shlex.quote(name)}{flags}\n"
 
 
 def onnx_usage(name: str, config: CheckpointConfig, options: GraphOptions) -> str:
