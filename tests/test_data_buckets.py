@@ -35,6 +35,13 @@ def test_the_shapes_of_sdxl() -> None:
     assert {*known, *((width, height) for height, width in known)} <= set(shapes)
     assert all(h % 64 == w % 64 == 0 and h * w <= 1024**2 and 512 <= h <= 2048 and (w, h) in shapes for h, w in shapes)
     assert bucket_shapes(32, 64, 64, 128) == ()
+    assert bucket_shapes(32, 8, 16, 40) == ((16, 40), (24, 40), (32, 32), (40, 16), (40, 24))
+
+
+def test_an_image_that_its_bucket_would_enlarge_keeps_to_the_longest_side() -> None:
+    found = fit(1345, 639, 1024, 64, 512, 1280)  # nearest 640 × 1280; 639 becomes 576, 1345 at most 1280
+    assert found is not None
+    assert found.shape == (576, 1280)
 
 
 def test_an_image_is_never_enlarged_and_barely_distorted() -> None:

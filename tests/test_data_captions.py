@@ -123,6 +123,7 @@ def test_dropout_shuffle_and_choice_have_their_frequencies() -> None:
     assert draws(CaptionSettings(dropout=1.0, prefix="p"), "x") == {"": 6000}
     halves = draws(CaptionSettings(dropout=0.5), "a\nb")  # dropping and choosing are independent
     assert all(abs(halves[line] - 1500) < 5 * 34 for line in "ab")
+    assert draws(CaptionSettings(), TAGS) == {TAGS: 6000}
     assert draws(CaptionSettings(prefix="p"), "") == {"p": 6000}
     assert draws(CaptionSettings(prefix="p"), TAGS) == {f"p {TAGS}": 6000}
     assert draws(CaptionSettings(shuffle=True, keep_tokens=9), TAGS) == {TAGS: 6000}

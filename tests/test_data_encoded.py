@@ -133,6 +133,10 @@ def test_what_does_not_fit_is_one_line() -> None:
     without_flips.key = replace(found.key, flip=False)
     with pytest.raises(VdiffError, match=r"data/x\.encoded has no mirrored images; give --flip False"):
         EncodedBatches(store, without_flips, flip=True, **options)
+    of_32_pixels = EncodedStore(store)
+    of_32_pixels.key = replace(found.key, image_size=32)
+    with pytest.raises(VdiffError, match=r"data/x\.encoded has images of 32 pixels, not 16; encode the dataset again"):
+        EncodedBatches(store, of_32_pixels, flip=True, **options)
     store.meta = replace(store.meta, fingerprint="0" * 64)
     with pytest.raises(VdiffError, match=r"data/x\.encoded is of other images or captions"):
         EncodedStore(store)
