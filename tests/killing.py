@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -155,18 +155,18 @@ def again(line: str, place: Path) -> int:
     return code
 
 
-def main(folder: Path, most: int, *, both: bool, only: str = "") -> None:
+def main(folder: Path, most: int, *, both: bool, names: Collection[str] = COMMANDS) -> None:
     """Print the number of kills and the cases that went wrong.
 
     Args:
         both: each command with and without `--overwrite`; else with it or without it, in turn.
-        only: the one command to try, if not all.
+        names: the commands to try.
     """
     root = folder.resolve()
     furnish(root / "furnished")
     kills, wrong = 0, []
     for number, (name, command) in enumerate(COMMANDS.items()):
-        if only and name != only:
+        if name not in names:
             continue
         for overwrite in (False, True) if both and name != "report" else (bool(number % 2) and name != "report",):
             line = f"{command} --overwrite" if overwrite else command

@@ -416,8 +416,14 @@ def assert_near(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert any((value - untrained[key]).abs().max() > 1e-3 for key, value in values.items())
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("compiled_first", [False, True])
+@pytest.mark.parametrize(
+    ("compiled_first", "backend"),
+    [
+        (False, "aot_eager"),
+        (True, "eager"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, "eager"), (True, "aot_eager"))),
+    ],
+)
 def test_compiling_in_place_makes_no_difference(backend, compiled_first):
     denoiser, seen = network(), []
 

@@ -25,7 +25,7 @@ import pytest
 
 from tests import commands
 from tests.commands import ROOT, TINY, done, error, image_of, run, tree, typed
-from tests.programs import ends, start
+from tests.programs import start
 from tests.test_data_cli import children
 from tests.toy import assert_equal_bits, write_checkpoint, write_dataset
 from vdiff.data.store import ImageStore
@@ -66,7 +66,13 @@ def test_digits_of_256_pixels(tmp_path):
     assert image_of(store, 256, 1796).size == (256, 256)
 
 
-def test_from_nothing_to_samples(tmp_path, monkeypatch):
+def here(line: str, _: Path) -> str:
+    """As `typed`, in this process."""
+    return done(line.removeprefix("python ")).stdout
+
+
+@pytest.mark.parametrize("typed", [here, pytest.param(typed, marks=pytest.mark.slow)])
+def test_from_nothing_to_samples(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "next       python train.py --data data/digits_8\n" in typed("python prepare_data.py", tmp_path)
     stdout = typed("python train.py --preset toy --num_iters 3", tmp_path)
@@ -74,8 +80,7 @@ def test_from_nothing_to_samples(tmp_path, monkeypatch):
     assert "python distill.py --base checkpoints/original\n" in stdout
 
     write_checkpoint(tmp_path / "checkpoints/base_5", num_timesteps=16, image_size=8)
-    codes, stdout, stderr = ends([start("distill.py --base checkpoints/base_5", tmp_path)])
-    assert codes == [0], stderr
+    stdout = typed("python distill.py --base checkpoints/base_5", tmp_path)
     student = read_config(Path("checkpoints/base_6"))
     assert (student.num_timesteps, student.method, student.is_finished) == (8, "progressive", True)
     assert student.teacher is not None
@@ -332,6 +337,7 @@ def test_training_is_stopped_and_resumed(tmp_path, monkeypatch):
         assert_equal_bits(Path("whole", WEIGHTS), Path("checkpoints/original", WEIGHTS))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_ladder_is_stopped_and_goes_on(tmp_path, monkeypatch):
     line = "distill.py --base checkpoints/base_5 --config tiny.toml --num_iters 80"
@@ -347,6 +353,7 @@ def test_a_ladder_is_stopped_and_goes_on(tmp_path, monkeypatch):
     assert_equal_bits(*students)  # cut at different updates
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_sampling_is_stopped_and_goes_on(tmp_path, monkeypatch):
     line = "sample.py --checkpoint checkpoints/base_5 --num 60 --batch_size 1 --out out"
@@ -362,6 +369,7 @@ def test_sampling_is_stopped_and_goes_on(tmp_path, monkeypatch):
         assert before.items() <= after.items()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_preparation_is_stopped_and_gone_on_with(tmp_path, monkeypatch):
     PIL.Image.new("RGB", (64, 64), (200, 100, 50)).save(tmp_path / "0.png")
@@ -446,7 +454,7 @@ def test_flags_over_environment_over_file_over_preset_over_defaults(tmp_path, mo
 @pytest.mark.usefixtures("place")
 def test_the_same_precedence_for_students():
     def updates(line: str, env: dict[str, str] | None = None) -> str:
-        result = done(f"distill.py --base checkpoints/base_5 --dry_run {line}", env)
+        result = done(f"distill.py --base checkpoints/base_5 --dry_run --batch_size 2 {line}", env)
         return result.stdout.splitlines()[2].split()[6]
 
     by_preset = {name: str(read_preset(name).distill["num_iters"]) for name in ("digits", "toy")}

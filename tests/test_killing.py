@@ -16,9 +16,13 @@ MOST = int(os.environ.get("KILLS", "5"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="fork")
-@pytest.mark.parametrize(("most", "least"), [(3, 25), pytest.param(MOST, 60, marks=pytest.mark.slow)])
-def test_killed_before_any_operation_on_files_the_same_command_ends_the_same(tmp_path, most, least):
-    program = Forked(partial(killing.main, tmp_path, most, both=most == MOST), tmp_path)
+@pytest.mark.parametrize(
+    ("names", "most", "least"),
+    [(["prepare", "train", "png"], 3, 9), pytest.param(killing.COMMANDS, MOST, 60, marks=pytest.mark.slow)],
+    ids=["three commands", "all commands"],
+)
+def test_killed_before_any_operation_on_files_the_same_command_ends_the_same(tmp_path, names, most, least):
+    program = Forked(partial(killing.main, tmp_path, most, both=most == MOST, names=list(names)), tmp_path)
     (code,), stdout, stderr = ends([program], 1800)
     assert code == 0, stderr[-3000:]
     found = json.loads(stdout)

@@ -70,7 +70,7 @@ def close(first: Path, second: Path) -> bool:
 def whole(place: Path) -> Path:
     """`one` and `two`: six updates, in one process and in two."""
     done("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out one", place, processes=1)
-    stderr = torchrun("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out two", place)
+    stderr = done("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out two", place)
     assert "2 processes, cpu, fp32, batch 4 = 2 processes × 2 images" in stderr
     assert stderr.count("training two") == 1  # one of them speaks
     return place
@@ -88,6 +88,14 @@ def test_two_processes_train_as_one(whole):
     for config in configs:
         config.pop("train_seconds")
     assert configs[0] == configs[1]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_same(whole):
+    stderr = torchrun("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out launched", whole)
+    assert "2 processes, cpu, fp32, batch 4 = 2 processes × 2 images" in stderr
+    assert_equal_bits(whole / "two" / WEIGHTS, whole / "launched" / WEIGHTS)
+    assert_equal_bits(state_path(whole / "two"), state_path(whole / "launched"))
 
 
 def test_two_processes_resume_to_the_same_bits(whole):
@@ -109,20 +117,34 @@ def test_a_ladder_in_two_processes(whole):
     assert (whole / "base_1" / "ladder.png").exists()
 
 
-def test_weights_shared_out_over_the_processes(whole):
-    """FSDP: the same training, resumed to the same bits, with averages, parts and samples; readable without it."""
-    words = "--config tiny.toml --fsdp True --grad_accum 2 --ema_profiles True --ema_interval 2 --sample_interval 3"
-    done(f"train.py {words} --num_iters 6 --log_interval 1 --out shared", whole)
-    assert close(whole / "two", whole / "shared")
-    first = scalars(whole / "two"), scalars(whole / "shared")
+SHARDED = "--config tiny.toml --fsdp True --grad_accum 2 --ema_profiles True --ema_interval 2 --sample_interval 3"
+
+
+@pytest.fixture(scope="module")
+def sharded(whole: Path) -> Path:
+    """`shared`: the weights of `two`, shared out over the processes, with averages, parts and samples."""
+    done(f"train.py {SHARDED} --num_iters 6 --log_interval 1 --out shared", whole)
+    return whole
+
+
+def test_weights_shared_out_over_the_processes(sharded):
+    """FSDP is the same training."""
+    assert close(sharded / "two", sharded / "shared")
+    first = scalars(sharded / "two"), scalars(sharded / "shared")
     assert first[1]["loss"][1] == pytest.approx(first[0]["loss"][1], rel=1e-5)
     assert first[1]["grad_norm"][1] == pytest.approx(first[0]["grad_norm"][1], rel=1e-4)
-    done(f"train.py {words} --num_iters 3 --out shared_cut", whole)
-    done(f"train.py {words} --num_iters 6 --out shared_cut --resume", whole)
+    assert len(list((sharded / "shared" / "samples").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("sharded")
+def test_shared_out_weights_are_resumed_and_distilled(whole):
+    """FSDP: resumed to the same bits, also without it; the same student."""
+    done(f"train.py {SHARDED} --num_iters 3 --out shared_cut", whole)
+    done(f"train.py {SHARDED} --num_iters 6 --out shared_cut --resume", whole)
     for name in (WEIGHTS, "state/state.safetensors", "averages/000000004.safetensors"):
         assert_equal_bits(whole / "shared" / name, whole / "shared_cut" / name)
-    assert len(list((whole / "shared" / "samples").iterdir())) == 2
-    done(f"train.py {words} --fsdp False --num_iters 8 --out shared --resume", whole, processes=1)
+    done(f"train.py {SHARDED} --fsdp False --num_iters 8 --out shared --resume", whole, processes=1)
     stderr = done(
         "distill.py --base two --teacher_steps 16 --to_steps 8 --out shared_student --config tiny.toml --fsdp", whole
     )
@@ -136,7 +158,9 @@ def test_one_process_has_nothing_to_share(whole):
     assert stderr.splitlines()[-1] == "error: --fsdp needs several processes; start them with torchrun"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_process_stops_both_after_the_same_update(whole, number, code):
     out = f"stopped_{code}"
     line = f"train.py --config tiny.toml --num_iters 100000 --ckpt_interval 100000 --out {out}"
@@ -179,9 +203,9 @@ def work(folder: Path) -> None:
                 raise
 
 
-@pytest.mark.parametrize("least", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tmp_path, least):
-    """Training and a ladder, killed so often in all: original and students are those of a run that never was."""
+@pytest.mark.slow
+def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tmp_path):
+    """Training and a ladder, killed 30 times in all: original and students are those of a run that never was."""
 
     def attempt(name: str) -> Forked:
         return Forked(partial(work, Path(name)), tmp_path)
@@ -191,7 +215,7 @@ def test_killed_at_random_moments_every_run_ends_with_the_same_weights(place, tm
     began = time.monotonic()
     assert ends([attempt("whole")])[0] == [0]
     usual = time.monotonic() - began
-    rng, kills, rounds = random.Random(0), 0, 0
+    rng, kills, least, rounds = random.Random(0), 0, 30, 0
     while kills < least or not rounds:
         rounds += 1
         while True:
