@@ -9,8 +9,10 @@ import sys
 import pytest
 from rich.cells import cell_len
 
-from vdiff.cli.console import BarProgress, Console
+from vdiff.cli.console import BarProgress, Console, aligned
 from vdiff.cli.distill import HEADINGS
+from vdiff.cli.options import fail
+from vdiff.text import folded
 
 LADDER = [
     ["checkpoints/original", "1024", "850", "12:25", "133.20", "", "", ""],
@@ -49,13 +51,63 @@ def test_facts_fit_the_terminal(monkeypatch, width):
     facts = {"network": "UNet, widths 4, " * 8 + "end", "dataset": "data/digits_8"}
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys, "stdout", Terminal())
-    Console().facts(facts)
+    Console().result(*aligned(facts))
     lines = sys.stdout.getvalue().splitlines()
     monkeypatch.undo()
     assert max(map(len, lines)) <= width
     assert [line[:9] for line in lines] == ["network  ", *[" " * 9] * (len(lines) - 2), "dataset  "]
     assert " ".join(line[9:] for line in lines) == " ".join(facts.values())
     assert len(lines) == {40: 6, 80: 3, 200: 2}[width]
+
+
+MESSAGES = [
+    "error: checkpoints/original exists already (850 of 850 updates); give another --name or --out to keep both, "
+    "--resume to continue it, or --overwrite",
+    "threads 1: a pass of 8 images takes 0.0589 s with 1, 0.19 s with 2; --threads sets the number",
+    "samples are saved in checkpoints/original/samples; curves: tensorboard --logdir checkpoints",
+    "memory       0.882 of 20 GiB: program 0.61, weights 0.003, gradients 0.003, moments 0.006, averages 0.003",
+]
+
+
+@pytest.mark.parametrize("text", MESSAGES)
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_lines_are_folded_between_words(text, width):
+    lines = folded(text, width)
+    assert max(map(len, lines)) <= width
+    assert " ".join(line.strip() for line in lines) == text
+    indent = 13 if text.startswith("memory") else 2
+    assert all(line[:indent] == " " * indent != line[: indent + 1] for line in lines[1:])
+
+
+def test_commands_are_never_broken():
+    command = "python distill.py --base checkpoints/a_long_name/original --data 'data/my photos_64' --to_steps 4"
+    assert folded(f"next       {command}", 60) == ["next", f"           {command}"]
+    assert folded(f"no checkpoint under checkpoints/a/; run `{command}` first", 60) == [
+        "no checkpoint under checkpoints/a/; run",
+        f"  `{command}`",
+        "  first",
+    ]
+
+
+def test_only_a_terminal_gets_folded_lines_and_json_never_is(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "one two three four five"
+    Console().result(text)
+    Console().line(text)
+    assert capsys.readouterr() == (f"{text}\n", f"{text}\n")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Terminal())
+    Console().result(text)
+    Console().result(f'{{"{text}": 1}}', is_json=True)
+    Console().line(text)
+    with pytest.raises(SystemExit):
+        fail(text, 1)
+    shown = [stream.getvalue() for stream in (sys.stdout, sys.stderr)]
+    monkeypatch.undo()
+    assert shown == [
+        f'one two three four\n  five\n{{"{text}": 1}}\n',
+        "one two three four\n  five\nerror: one two three\n  four five\n",
+    ]
 
 
 def records(lines: list[str]) -> list[list[str]]:

@@ -1,8 +1,17 @@
-"""Numbers, sizes, times and errors as people read them, in one line."""
+"""Numbers, sizes, times and errors as people read them, in one line; lines folded for a terminal."""
 
 from __future__ import annotations
 
 import math
+import re
+import textwrap
+
+PROGRAMS = "data distill doctor ema evaluate export features import inspect prepare push report sample train".replace(
+    " ", "|"
+)
+COMMAND = re.compile(rf"`[^`]+`|\b(?:python \S+\.py|tensorboard|pip install|vdiff (?:{PROGRAMS}))\b[^;,`]*")
+KEY = re.compile(r"\S+(?: \S+)* {2,}")
+NO_BREAK = "\u00a0"
 
 
 def plural(number: int, thing: str) -> str:
@@ -32,3 +41,21 @@ def cause_of(error: object, length: int = 200) -> str:
     """The message of an exception, in one line of at most `length` characters; its type if the message is empty."""
     said = getattr(error, "strerror", None) or error
     return " ".join(str(said).split())[:length] or type(error).__name__
+
+
+def folded(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width` characters, broken between words.
+
+    Words and commands are never broken: a command that is longer than a line stays whole, so that it can be copied. The
+    lines after the first one are indented by two spaces, or to the value if the text is `key  value`.
+    """
+    key = KEY.match(text)
+    fold = textwrap.TextWrapper(
+        width,
+        subsequent_indent=" " * (key.end() if key and key.end() < width // 2 else 2),
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    whole = COMMAND.sub(lambda found: found[0].replace(" ", NO_BREAK), text)
+    return [line.replace(NO_BREAK, " ") for line in fold.wrap(whole)] or [""]

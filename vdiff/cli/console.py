@@ -1,16 +1,17 @@
-"""Output of the commands: bars on a terminal, plain lines elsewhere; progress on stderr, results on stdout."""
+"""Output of the commands: bars and folded lines on a terminal, plain lines elsewhere.
+
+Progress is printed on stderr, results on stdout.
+"""
 
 from __future__ import annotations
 
-import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vdiff.cli.options import speaks
+from vdiff.cli.options import print_folded, speaks
 from vdiff.errors import printable
 from vdiff.reporting import Progress, Silent
 from vdiff.text import duration
@@ -121,25 +122,18 @@ class Console:
     """The reporter of the command line; only rank 0 prints."""
 
     def line(self, text: str) -> None:
-        """Say one line on stderr."""
+        """Print one line on stderr."""
         if speaks():
-            print(printable(text), file=sys.stderr, flush=True)
+            print_folded(text, sys.stderr)
 
-    def result(self, *lines: str) -> None:
-        """Print the lines of a result on stdout."""
+    def result(self, *lines: str, is_json: bool = False) -> None:
+        """Print the lines of a result on stdout; JSON is never folded."""
         if speaks():
-            print(*map(printable, lines), sep="\n", flush=True)
-
-    def facts(self, facts: Mapping[str, str]) -> None:
-        """Print each fact on a line on stdout; a terminal gets as many lines as its width needs."""
-        lines = aligned(facts)
-        if sys.stdout.isatty():
-            columns, indent = shutil.get_terminal_size().columns, " " * (max(map(len, facts)) + 2)
-            fold = textwrap.TextWrapper(
-                columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-            )
-            lines = [part for line in lines for part in fold.wrap(line)]
-        self.result(*lines)
+            for line in lines:
+                if is_json:
+                    print(printable(line), flush=True)
+                else:
+                    print_folded(line, sys.stdout)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str, *, start: int = 0) -> Iterator[Progress]:

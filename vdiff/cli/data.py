@@ -39,7 +39,7 @@ def info(dataset: str | None, project: Project, json: bool) -> None:
     from vdiff.data.datasets import facts
 
     values = facts(_open(dataset, project))
-    Console().result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)))
+    Console().result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)), is_json=json)
 
 
 @command.command(cls=Command, examples=["vdiff data verify data/photos_64"])
@@ -57,7 +57,7 @@ def verify(dataset: str | None, project: Project, num_workers: int | None, json:
     workers = cpu_cores() if num_workers is None else num_workers
     verdict = check(_open(dataset, project), num_workers=workers, reporter=console)
     if json:
-        console.result(jsonlib.dumps({**asdict(verdict), "is_good": verdict.is_good}, ensure_ascii=False))
+        console.result(jsonlib.dumps({**asdict(verdict), "is_good": verdict.is_good}, ensure_ascii=False), is_json=True)
         return 0 if verdict.is_good else 1
     checksum = {
         "equal": "checksum equal",

@@ -80,7 +80,7 @@ def command(
             name = "--out" if out else "--overwrite"
             raise OptionError(f"{name} needs an average to write", "give --sigma_rel or --decay")
         values = _facts(run, kept)
-        console.result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)))
+        console.result(*([jsonlib.dumps(values, ensure_ascii=False)] if json else _rows(values)), is_json=json)
         return
 
     lengths, decays = list(dict.fromkeys(sigma_rel or ())), list(dict.fromkeys(decay or ()))
@@ -105,7 +105,7 @@ def command(
             console.result(f"{folder}: {_told(note)}")
     if json:
         written = [{"path": folder.as_posix(), **note} for folder, (note, _) in zip(folders, made, strict=True)]
-        console.result(jsonlib.dumps({"written": written}, ensure_ascii=False))
+        console.result(jsonlib.dumps({"written": written}, ensure_ascii=False), is_json=True)
     else:
         console.result(f"next       python sample.py {shell('--checkpoint', folders[0])}")
 

@@ -172,7 +172,7 @@ def command(
         **options,
     )
     if json:
-        console.result(*found.to_json().rstrip().split("\n"))
+        console.result(*found.to_json().rstrip().split("\n"), is_json=True)
         return
     for line in head(found):
         console.result(line)

@@ -114,7 +114,7 @@ def command(
             f"warning: {held_out_text(metadata)}: distances on these features may mean little; give more --num_iters"
         )
     if json:
-        console.result(jsonlib.dumps({"path": out.as_posix(), **asdict(metadata)}, ensure_ascii=False))
+        console.result(jsonlib.dumps({"path": out.as_posix(), **asdict(metadata)}, ensure_ascii=False), is_json=True)
         return
     console.result(f"written    {out}: {settings.dim} features of {size} × {size} images")
     console.result(f"held out   {held_out_text(metadata)}")

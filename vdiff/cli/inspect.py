@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vdiff.cli.console import Console
+from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, project_option, switch
 from vdiff.cli.vdiffusion import imported
 from vdiff.models.kinds import TEXT
@@ -41,9 +41,9 @@ def command(checkpoint: Path | None, project: Project, json: bool) -> None:
     console = Console()
     values = facts(imported(checkpoint or project.newest(console.line), console.line))
     if json:
-        console.result(jsonlib.dumps(values, ensure_ascii=False))
+        console.result(jsonlib.dumps(values, ensure_ascii=False), is_json=True)
         return
-    console.facts(described(values))
+    console.result(*aligned(described(values)))
     if values["lineage"]:
         console.table("Lineage", HEADINGS, [_ancestor(entry) for entry in [values, *values["lineage"]]])
 

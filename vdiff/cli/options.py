@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import click
 
@@ -23,6 +24,7 @@ from vdiff.cli.vdiffusion import PICKLES, imported, translated
 from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggestion
 from vdiff.projects import Project, check_checkpoint
 from vdiff.signals import answered
+from vdiff.text import folded
 
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("-", "_"),
@@ -403,10 +405,17 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def print_folded(text: str, stream: TextIO) -> None:
+    """Print one line; on a terminal as many lines as its width needs."""
+    text = printable(text)
+    lines = folded(text, shutil.get_terminal_size().columns) if stream.isatty() else [text]
+    print(*lines, sep="\n", file=stream, flush=True)
+
+
 def fail(message: str, code: int) -> None:
     """Print one error line to stderr and exit."""
     if speaks():
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+        print_folded(f"error: {message}", sys.stderr)
     sys.exit(code)
 
 
@@ -435,7 +444,7 @@ def run_as_program(run: Callable[[], Any]) -> None:
         fail(str(error), error.exit_code)
     except Interrupted as error:
         if speaks():
-            print(printable(str(error)), file=sys.stderr, flush=True)
+            print_folded(str(error), sys.stderr)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)

@@ -338,7 +338,7 @@ def command(
         command=typed_command(),
         reporter=console,
     )
-    console.result(*([as_json(report)] if json else summary(report, share, project)))
+    console.result(*([as_json(report)] if json else summary(report, share, project)), is_json=json)
     return EXIT_SKIPPED if report.rejected else 0
 
 

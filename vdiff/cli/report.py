@@ -107,7 +107,7 @@ def command(
     if json:
         found = distances_of(ladder)
         values = {"path": path.as_posix(), "distance": found.name, "basis": found.basis}
-        console.result(jsonlib.dumps({**values, "models": models(ladder, found)}, ensure_ascii=False))
+        console.result(jsonlib.dumps({**values, "models": models(ladder, found)}, ensure_ascii=False), is_json=True)
     else:
         console.result(f"report     {path}")
     if open_it:

@@ -358,7 +358,7 @@ def command(
         values = report_values(
             spec, config, report, form=form, device=processes.device.type, processes=processes.world_size
         )
-        console.result(jsonlib.dumps(values, ensure_ascii=False))
+        console.result(jsonlib.dumps(values, ensure_ascii=False), is_json=True)
         return
     console.result(report_line(spec, report))
     console.result(f"picture    {report.picture}")

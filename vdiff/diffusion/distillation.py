@@ -1,5 +1,5 @@
-"""Distillation: the methods, each of which says what a student should answer so that few of its steps lead where many
-steps of its teacher lead.
+"""The distillation methods: the prediction that a student should learn, so that few of its steps replace many steps of
+its teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["METHODS", "DenoiseWith", "DistillContext", "Method", "TrainTarget", 
 
 @dataclass(frozen=True)
 class Progressive(Method):
-    """k DDIM steps of the teacher become one of the student, by default k = 2 in stages that halve the steps.
+    """One step of the student replaces k DDIM steps of the teacher; by default k = 2, and each stage halves the steps.
 
     t = i/N with i uniform in 1 … N, x* by `progressive_target`. Source: Salimans & Ho 2022, algorithm 2.
     """
@@ -57,10 +57,10 @@ class Progressive(Method):
 
 @dataclass(frozen=True)
 class Tract(Method):
-    """Transitive closure: a step of the teacher, then the student's own average jumps to the end of the segment.
+    """Transitive closure: one step of the teacher, then a jump of the student's own average to the end of the segment.
 
-    t = k/n on the teacher's grid with k uniform in 1 … n, x* by `segment_target`: few stages, each shortening by a
-    large factor, because what the student learns near the end of a segment is handed on to its beginning.
+    t = k/n on the teacher's grid with k uniform in 1 … n, x* by `segment_target`. Few stages are enough, each with a
+    large ratio of steps: the student learns the end of a segment first, and its beginning from its own jumps.
     Source: Berthelot et al. 2023, *TRACT: Denoising Diffusion Models with Transitive Closure Time-Distillation*.
 
     Args:
@@ -74,7 +74,7 @@ class Tract(Method):
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """The paper's, and 10/3 times the learning rate (theirs on CIFAR-10 was 4 times that of `Progressive`)."""
+        """The paper's, with 10/3 of the preset's learning rate (on CIFAR-10 it has 4 times that of `Progressive`)."""
         inference = {"lr_schedule": "constant", "ema_remainder": 1e-3}
         return {"lr": scaled(preset["lr"], 10 / 3), **inference, "last_factor": 1.0}
 
@@ -101,10 +101,11 @@ class Tract(Method):
 
 @dataclass(frozen=True)
 class Consistency(Method):
-    """Multistep consistency distillation: as `Tract`, with the student itself for its average, and a grid that grows.
+    """Multistep consistency distillation: as `Tract`, but the student itself jumps, and the grid becomes finer.
 
-    The teacher's steps n grow from `first_steps` to the teacher's own, evenly in log n, over the stage's updates; each
-    is an adjusted DDIM step (`addim_velocity`). With one segment this is consistency distillation (Song et al. 2023).
+    The number n of teacher steps grows from `first_steps` to the teacher's own over the updates of the stage, evenly in
+    log n. Each step is an adjusted DDIM step (`addim_velocity`). With one segment this is consistency distillation
+    (Song et al. 2023).
     Source: Heek et al. 2024, *Multistep Consistency Models*, algorithms 1 and 3.
 
     Args:
@@ -126,8 +127,8 @@ class Consistency(Method):
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
         """An average for inference, and 20/3 times the learning rate.
 
-        Where the paper's settings were no better on digits of 8×8 they are left: the rate falls to 0, errors are
-        squares, the teacher's steps DDIM's.
+        Three settings differ from the paper, whose values were no better on digits of 8×8: the learning rate falls to
+        0, errors are squared, and the teacher takes DDIM steps.
         """
         return {"lr": scaled(preset["lr"], 20 / 3), "ema_remainder": 1e-3, "last_factor": 1.0}
 
@@ -142,13 +143,13 @@ class Consistency(Method):
         return single_plan(num_steps, to_steps)
 
     def steps_at(self, context: DistillContext) -> int:
-        """n at the context's progress: first^(1 − p) · last^p, rounded to what the grids allow."""
+        """n at the progress p: first^(1 − p) · last^p, rounded to a number that the grids allow."""
         last = context.teacher_steps
         begin = min(self.first_steps or min(64, last / 8), last)
         return context.fine_steps(begin ** (1 - context.progress) * last**context.progress)
 
     def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
-        """Noisy images on the grid of now."""
+        """Noisy images on the current grid."""
         assert context.student is not None
 
         def first(z: Tensor, t: Tensor, angle_t: Tensor, angle_s: Tensor) -> Tensor:
@@ -163,12 +164,12 @@ class Consistency(Method):
 
 @dataclass(frozen=True)
 class Match(Method):
-    """The student answers what its teacher answers, at the same number of steps.
+    """The student learns the predictions of its teacher, at the same number of steps.
 
-    So another network learns what a teacher knows: one of v-prediction from one of ε, a smaller one, one that takes
-    guidance as an input. Of an ε-prediction x* = α² x̂ + σ² x: at low signal x̂ = (z − σ ε̂)/α is the error of ε̂ many
-    times enlarged, and the image itself, whose mean given z is the perfect x̂, takes its place; the error of ε̂ enters
-    α σ times, never more than half.
+    It is for students with another network: one that predicts v instead of ε, a smaller one, or one that takes guidance
+    as an input. If the teacher predicts ε, x* = α² x̂ + σ² x. At low signal x̂ = (z − σ ε̂)/α magnifies the error of ε̂,
+    so the image x replaces it there: the mean of x given z is the perfect x̂. The factor of the error of ε̂ in x* is α σ,
+    at most 1/2.
     """
 
     keeps_steps: ClassVar[bool] = True
@@ -180,7 +181,7 @@ class Match(Method):
         return [num_steps]
 
     def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
-        """Noisy images at every time that the teacher knows; above the first level of a table."""
+        """Noisy images at all times that the teacher was trained for, from the first level of a table on."""
         if context.levels is None:
             t = (1 - u).clamp(min=1 / (context.schedule.num_levels or math.inf))
         else:
@@ -196,10 +197,10 @@ class Match(Method):
 
 @dataclass(frozen=True)
 class Guided(Match):
-    """A student takes the weight w of classifier-free guidance as an input and answers in one evaluation what its
-    teacher answers in two: x̂_w = (1 + w) x̂_c − w x̂_∅, w uniform in the range it is taught.
+    """A student that takes the weight w of classifier-free guidance as an input, so one evaluation replaces two:
+    x̂_w = (1 + w) x̂_c − w x̂_∅, with w uniform in `guidance_range`.
 
-    Then a second method shortens it, w kept as an input. The context's teacher is the guided one.
+    A second method then reduces its steps; w remains an input. The teacher in the context is the guided one.
     Source: Meng et al. 2023, *On Distillation of Guided Diffusion Models*, algorithm 1.
 
     Args:
@@ -235,18 +236,19 @@ class Guided(Match):
 
 @dataclass(frozen=True)
 class Trajectory(Method):
-    """The student follows its own path from noise, and each step is drawn to where its teacher was at that time.
+    """The student samples a path from noise, and each of its steps learns to end at the teacher's state of that time.
 
-    From the same noise the teacher walks n steps, z̃_i at the student's times, and the student its N from its own
-    states z_i (no gradient through the path); x* of step i inverts z_i → z̃_{i−1}. No image is needed, and few updates.
+    The teacher takes n steps from the same noise; z̃_i are its states at the student's times. The student takes its N
+    steps, with states z_i, without a gradient through the path. x* of step i inverts the step from z_i to z̃_{i−1}. The
+    method needs no images, and few updates.
     Source: Zhou et al. 2024, *Simple and Fast Distillation of Diffusion Models* (SFD).
 
     Args:
         path_steps: n, or 2N where that is more.
         path_threshold: quantile of the dynamic thresholding of the teacher's x̂ (see `Limits.threshold`), for a guided
-            teacher, whose images leave [−1, 1]; None: no limits.
-        path_sampler: how the teacher walks. "auto": by the paper's DPM-Solver++ (3M); by DDIM where the teacher is a
-            student itself, whose answers lead to the ends of its own steps and are no x̂ that a solver may interpolate.
+            teacher, whose images exceed [−1, 1]; None: no limits.
+        path_sampler: the teacher's sampler. "auto" is the paper's DPM-Solver++ (3M), or DDIM if the teacher is itself a
+            student: its predictions are made for its own steps, so a solver may not interpolate them.
     """
 
     path_steps: int = setting("Steps of the teacher's path in trajectory.", default=16, low=2, unit="STEPS")
@@ -264,9 +266,9 @@ class Trajectory(Method):
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
         """Absolute errors, 10/3 times the learning rate, and at most 200 updates for each halving.
 
-        From 1024 steps to one these are 2,000: the paper's code does about 1,600 paths of 128 images. It differs in
-        walking 4 steps of the teacher for each of the student, an update for each step of the path, errors of the state
-        without a weight, and a learning rate that falls to a tenth half-way.
+        From 1024 steps to one these are 2,000 updates; the paper's code computes about 1,600 paths of 128 images. It
+        differs in four settings: 4 teacher steps for each step of the student, an update after each step of the path,
+        unweighted errors of the state, and a learning rate that falls to a tenth half-way.
         """
         updates = min(preset["num_iters"], 200)
         return {"lr": scaled(preset["lr"], 10 / 3), "num_iters": updates, "loss": "l1", "last_factor": 1.0}
@@ -281,7 +283,7 @@ class Trajectory(Method):
         return single_plan(num_steps, to_steps)
 
     def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
-        """As many states as there are images, of whole paths; the paths start from the first rows of the noise."""
+        """One state per image, from whole paths; the paths start from the first rows of the noise."""
         import torch
 
         del x
@@ -303,8 +305,8 @@ class Trajectory(Method):
             targets.append(invert_ddim(z, ends[i - 1], angle_t, angle_s).x.to(noise))
             if i > 1:
                 z = ddim_step(z, student(z.to(noise), t, **self.step_end(t, steps)).v, angle_t, angle_s)
-        # one noise after the other; where N does not divide the batch, the steps left out are drawn by the digits of u,
-        # of which those of stratified numbers that come first tell nothing
+        # One noise after the other. If N does not divide the batch, the omitted steps are chosen at random by the later
+        # digits of u; its first digits are not random, as u is stratified.
         first = ((u[0] * 2**20) % 1 * steps).floor().long()
         order = (torch.arange(steps, device=u.device) + first) % steps
         rows = torch.arange(len(noise[: -(-size // steps)]), device=u.device).repeat_interleave(steps)[:size]
@@ -314,7 +316,7 @@ class Trajectory(Method):
         return TrainTarget(states, t, targets, rows, inputs=self.step_end(t, steps))
 
     def step_end(self, t: Tensor, num_steps: int) -> dict[str, Tensor]:
-        """The second time of a network that takes it: where the step of N from t ends."""
+        """The end of the step of 1/N from t, for a network that takes a second time."""
         return {"second_time": (t - 1 / num_steps).clamp(min=0)} if self.network_options else {}
 
     def walk(self, context: DistillContext, z: Tensor) -> list[Tensor]:
@@ -338,16 +340,16 @@ class Trajectory(Method):
 
 @dataclass(frozen=True)
 class VariableTrajectory(Trajectory):
-    """One student for N steps and for every number that divides N: it is told where each step ends, so how long it is.
+    """One student for N steps and for every number that divides N; the end of each step is an input of its network.
 
-    An update has paths of each number of steps, in equal parts of the batch. Source: Zhou et al. 2024, SFD-v, whose
-    step condition is the number of steps; the end of a step says the same and holds for any grid.
+    An update has paths of each number of steps, in equal parts of the batch. Source: Zhou et al. 2024, SFD-v, where the
+    number of steps is the input; the end of the step contains the same information for any grid.
     """
 
     network_options: ClassVar[Mapping[str, Any]] = {"second_time": True}
 
     def __call__(self, context: DistillContext, x: Tensor, noise: Tensor, u: Tensor) -> TrainTarget:
-        """Paths of every number of steps; those of each number are of the classes of the first images."""
+        """Paths of every number of steps; each number takes the classes of the first images."""
         import torch
 
         counts = [n for n in range(context.num_steps, 0, -1) if context.num_steps % n == 0]
@@ -383,7 +385,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method `name`, with those of the settings that are its parameters.
+    """The method `name`, with its parameters from `settings`.
 
     Raises:
         OptionError: one of them has a value that the method cannot use.
@@ -393,5 +395,5 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def shortening() -> list[str]:
-    """The methods whose students take fewer steps than their teachers."""
+    """The methods that reduce the number of steps."""
     return [name for name, method in METHODS.items() if not method.keeps_steps]

@@ -1,12 +1,12 @@
-"""The model folder: weights and everything needed to rebuild the model, each written whole, loaded by path alone.
+"""The folder of a model: its weights, and everything that is needed to rebuild it. Each file is written whole.
 
     model.safetensors   the weights to sample with
-    adapter.safetensors in its place: the LoRA of a model whose other weights are those of its base
+    adapter.safetensors instead of model.safetensors: a LoRA; the other weights are those of its base
     config.json         `CheckpointConfig`
-    components/         copies of what `CheckpointConfig.components` names, where an import made them
-    average.json        how `vdiff ema` made them, where it did
+    components/         copies of the folder that `CheckpointConfig.components` names, if the import made them
+    average.json        how `vdiff ema` computed the weights, if it did
 
-Other rooms keep more in the same folder (`state/`, `samples/`, `log/`, `run.toml`); nothing here depends on it.
+Other rooms store more in the same folder (`state/`, `samples/`, `log/`, `run.toml`); nothing here depends on it.
 Descriptions are read without torch.
 """
 
@@ -65,30 +65,30 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What a checkpoint says of itself.
+    """The description of a checkpoint, `config.json`.
 
     A file has either `unet` and `image_size`, for a UNet on square images, or `backbone` and `sample_shape`.
 
     Attributes:
-        unet, backbone: the network, a `UNetConfig` or {kind, config} of another kind. A UNet is always in
-            `unet` here, however the file has it.
+        unet, backbone: the network, as a `UNetConfig`, or {kind, config} of another kind. A UNet is always in
+            `unet` here, even if the file has it in `backbone`.
         schedule, prediction: the rest of the denoiser; `schedule` holds the timestep convention.
         parameterisation: name and parameters of a `Parameterisation` other than `Vp`, see `family`.
-        num_timesteps: steps it samples with by default; for a distilled model the only grid it was trained on.
-        image_size: pixels of a side; 0 where samples are no square images.
+        num_timesteps: the default number of sampling steps; a distilled model was trained for this grid alone.
+        image_size: pixels per side; 0 if samples are not square images.
         sample_shape: (C, H, W), (C, L), …; empty for square images of a UNet; see `shape`.
-        codec: how samples and x become each other, see `space`.
+        codec: the conversion between samples and x, see `space`.
         method: "base", or the distillation method.
-        teacher: the teacher's own description of itself (its config without weights), back to the original.
+        teacher: the description of the teacher, which contains that of its own teacher, and so on.
         weights: "ema" or "raw".
-        num_iters, target_iters: optimiser updates done, and asked for; equal when the training is finished.
-        num_images: images seen by this model's own training.
-        train_seconds: spent on those updates.
-        kept_start: whether its weights are those that its training began with, because the training made them worse.
-        class_names: of a class-conditional model; where a file has none, the numbers of the classes.
+        num_iters, target_iters: finished and requested optimiser updates; equal when the training is finished.
+        num_images: images in these updates.
+        train_seconds: the time of these updates.
+        kept_start: whether the weights are the initial ones, because the training made them worse.
+        class_names: of a class-conditional model; by default the numbers of the classes.
         guidance_range: the least and the largest guidance weight w that the network takes as an input; empty if it
             takes none.
-        dataset, dataset_fingerprint: what it was trained on; "imported:…" says where an imported model came from.
+        dataset, dataset_fingerprint: the training data; "imported:…" is the source of an imported model.
         components: {path, fingerprint} of the folder with the text encoders, tokenizers and autoencoder of a
             text-to-image model, see `vdiff.models.components`; a path in a file may be relative to the file's folder.
         adapter: the LoRA in `adapter.safetensors`, on the weights of `base`.
@@ -137,12 +137,12 @@ class CheckpointConfig:
 
     @property
     def network_config(self) -> dict[str, Any]:
-        """What its kind builds the network from."""
+        """The configuration from which its kind builds the network."""
         return self.unet if self.backbone is None else self.backbone.get("config", {})
 
     @property
     def family(self) -> Parameterisation:
-        """How the network is given z and the time, and how its output is read.
+        """The parameterisation: the inputs of the network for z and t, and the meaning of its output.
 
         Raises:
             ValueError: there is no such parameterisation.
@@ -151,7 +151,7 @@ class CheckpointConfig:
 
     @property
     def signature(self) -> Signature:
-        """What its network takes and answers.
+        """The inputs and outputs of its network.
 
         Raises:
             ValueError, TypeError, KeyError: values that describe no network.
@@ -171,7 +171,7 @@ class CheckpointConfig:
         return CODECS[self.codec]
 
     def network_id(self) -> str:
-        """A text that two checkpoints share if their networks are of the same shape; dropout makes no difference."""
+        """A text that is equal for networks of the same shape, whatever their dropout."""
         return json.dumps([self.kind, {**self.network_config, "dropout": 0}], sort_keys=True)
 
     @property
@@ -186,10 +186,10 @@ class CheckpointConfig:
 
     @property
     def levels(self) -> int | None:
-        """The steps of the finest grid of times that the network knows; None: it knows every t ∈ (0, 1].
+        """The number of steps of the finest grid that the network was trained for; None: any t ∈ (0, 1].
 
-        A base model knows its schedule's, a student its own, and one that keeps the teacher's steps what its teacher
-        knew.
+        It is that of the schedule for a base model, that of the student for a student, and that of the teacher for a
+        student that keeps the steps of its teacher.
         """
         method, teacher = self.method, self.teacher
         while method in METHODS and METHODS[method].keeps_steps and teacher:
@@ -198,26 +198,26 @@ class CheckpointConfig:
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the network knows fewer times than its schedule has."""
+        """Whether the network was trained for fewer times than its schedule has."""
         return self.levels not in (None, build_schedule(self.schedule).num_levels)
 
     @property
     def takes_any_num_steps(self) -> bool:
-        """Whether every number of steps, up to the levels of a table, is right for the network."""
+        """Whether the model can be sampled in any number of steps, up to the levels of a table."""
         return not self.is_distilled
 
     @property
     def knows_every_time(self) -> bool:
-        """Whether a student may be sampled in any number of steps: its jumps lead from every time to the image, or to
-        every earlier time."""
+        """Whether a student can be sampled in any number of steps, because it jumps from any time to the image, or to
+        any earlier time."""
         method = METHODS.get(self.method)
         return bool(method and method.has_any_time) and (self.num_timesteps == 1 or SECOND_TIME in self.signature.names)
 
     def build(self, module: nn.Module | None = None) -> Denoiser:
-        """The denoiser with fresh weights and its LoRA; `module` is the network where its code is outside of vdiff.
+        """The denoiser with new weights and its LoRA; `module` is the network if its code is not part of vdiff.
 
         Raises:
-            VdiffError: the network's code is not there.
+            VdiffError: the code of the network is missing.
             ValueError: values that do not fit together.
         """
         from vdiff.models.denoiser import Denoiser
@@ -228,7 +228,7 @@ class CheckpointConfig:
         return Denoiser(network, build_schedule(self.schedule), self.family)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `config.json`; those of a UNet on square images are as they always were."""
+        """Plain values for `config.json`; a UNet on square images has the keys of earlier versions."""
         values = {**asdict(self), "adapter": self.adapter and self.adapter.to_dict()}
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
@@ -243,7 +243,7 @@ class CheckpointConfig:
     def stores(self, name: str) -> bool:
         """Whether the weights file has the weight `name` of the denoiser.
 
-        Components have those of text encoders, and the base has those that are not of a LoRA.
+        Weights of text encoders may be in the components, and with a LoRA all other weights are in the base.
         """
         if self.adapter is not None:
             return is_adapter_weight(name)
@@ -251,7 +251,7 @@ class CheckpointConfig:
         return not (is_component and name.startswith(f"{TEXT_ENCODERS}."))
 
     def shapes(self, module: nn.Module | None = None) -> dict[str, tuple[int, ...]]:
-        """Name in the weights file → shape; no weight is allocated.
+        """Name in the weights file → shape; nothing is allocated.
 
         Raises:
             VdiffError, ValueError: as in `build`.
@@ -276,7 +276,7 @@ class CheckpointConfig:
             )
 
     def check_grid(self, grid: str, num_steps: int) -> None:
-        """Refuse times that the network has never seen.
+        """Refuse times that the network was not trained for.
 
         Raises:
             ValueError: another grid than `uniform` for a distilled model, or a number of steps that the grid cannot
@@ -356,7 +356,7 @@ def read_config(folder: str | Path) -> CheckpointConfig:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the `config.json` in `folder` is one of vdiff's, of any version; many programs write that name."""
+    """Whether vdiff, in any version, wrote the `config.json` in `folder`; other programs use this name too."""
     kinds = ("unet", "backbone")
     return any(holds_keys(folder / CONFIG, kind, "schedule", "prediction", "num_timesteps") for kind in kinds)
 
@@ -376,8 +376,8 @@ def load_checkpoint(
     """The denoiser in `folder`, in evaluation mode on `device`, and its description.
 
     Args:
-        module: the network, which gets the weights, where its code is outside of vdiff.
-        components: where the components of a text-to-image model lie, instead of the folder that it names.
+        module: the network that gets the weights, if its code is not part of vdiff.
+        components: a folder of components to use instead of the one that a text-to-image model names.
 
     Raises:
         VdiffError: the folder, its config or its weights cannot be used; the message says which and why.
@@ -417,7 +417,7 @@ def load_checkpoint(
 
 
 def load_stored(denoiser: Denoiser, config: CheckpointConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Give a denoiser the weights that its checkpoint has; the others stay as they are.
+    """Load the weights of a checkpoint into a denoiser; the other weights do not change.
 
     Raises:
         ValueError: the tensors are not those weights.
@@ -533,7 +533,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 of the weights file (with that of the base for a LoRA), which tells models apart.
+    """SHA-256 of the weights file, for a LoRA also of that of the base; it identifies the model.
 
     Raises:
         VdiffError: there is none, or it cannot be read.
@@ -550,7 +550,7 @@ def weights_path(folder: Path) -> Path:
 
 
 def min_blocks(config: Mapping[str, Any]) -> int:
-    """A number of tensors that a network of this description has at least: one of a million blocks is not made."""
+    """A lower bound on the number of tensors of the network, so that one of a million blocks is refused unbuilt."""
     counts = [config.get("num_blocks", 1), config.get("num_layers", 1), config.get("layers_per_block", 1)]
     levels = [config.get(key, ()) for key in ("multipliers", "block_out_channels")]
     flat = [each for count in counts for each in (count if isinstance(count, list | tuple) else [count])]
@@ -561,14 +561,14 @@ def min_blocks(config: Mapping[str, Any]) -> int:
 
 
 def _plain_name(name: str) -> str:
-    """Parameter names without what wrappers (DDP, torch.compile) put before them; the same in all transformers."""
+    """A parameter's name without prefixes of wrappers (DDP, torch.compile), equal for all versions of transformers."""
     name = re.sub(rf"^{WRAPPERS}(network\.)?{WRAPPERS}", r"\1", name)
     name = re.sub(rf"^({TEXT_ENCODERS}\.\d+\.)text_model\.", r"\1", name)
     return OWN_NAME.sub("", name)
 
 
 def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """What keeps the shapes `found` from fitting, in a few words; empty when they fit."""
+    """Why the shapes `found` do not fit, in a few words; empty if they fit."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         parts = [f"{len(missing)} missing ({missing[0]}, …)"] if missing else []

@@ -1,6 +1,6 @@
-"""Between samples as people keep them and x, which a model learns: uint8 and pictures ⇄ [−1, 1].
+"""Conversions between stored samples (uint8, pictures) and x, which a model learns ([−1, 1]).
 
-Imports torch when tensors are at hand, so that a checkpoint is described without it.
+Functions import torch, so that a checkpoint is described without it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Codec:
-    """How samples become x, and x samples.
+    """The conversion between samples and x.
 
     Attributes:
-        limit: |x| ≤ limit, so that what a sampler draws may be clipped to it; None: x has no bounds.
+        limit: the bound of |x|, to which samplers may clip; None: x has no bound.
     """
 
     name: str
     limit: int | None
 
     def encode(self, samples: Tensor) -> Tensor:
-        """x from uint8, or from numbers that are x already."""
+        """x from uint8; floating-point values are x already."""
         import torch
 
         return from_uint8(samples) if samples.dtype == torch.uint8 else samples
@@ -66,4 +66,4 @@ def from_uint8(u: Tensor) -> Tensor:
 
 PIXEL_CODEC, UNBOUNDED, LATENTS = Codec("pixels", 1), Codec("unbounded", None), Codec("autoencoder", None)
 CODECS = {codec.name: codec for codec in (PIXEL_CODEC, UNBOUNDED, LATENTS)}
-"""What x is: pixels, numbers without bounds, or the latents of the autoencoder among the model's components."""
+"""The codecs: pixels, numbers without bounds, and latents of the autoencoder in the model's components."""

@@ -1,6 +1,6 @@
-"""What a network takes besides z and the time: named tensors, and what stands for "not told" of each.
+"""The inputs of a network besides z and the time: named tensors, and a null value for each, "not given".
 
-Imports torch when tensors are at hand, so that a checkpoint is described without it.
+Functions import torch, so that a checkpoint is described without it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CLASSES, GUIDANCE, SECOND_TIME, TOKENS = "classes", "guidance", "second_time", "tokens"
-"""Names of conditions: a class (B,) int64, the weight w of classifier-free guidance (B,), a second time (B,) in
-[0, 1], where the step from t is to end (Kim et al. 2024, *Consistency Trajectory Models*), and the tokens of a prompt
-(B, N) int64."""
+"""Names of conditions: a class (B,) int64; the weight w of classifier-free guidance (B,); a second time (B,) in
+[0, 1], the end of the step from t (Kim et al. 2024, *Consistency Trajectory Models*); the tokens of a prompt (B, N)
+int64."""
 TEXT, TEXT_MASK, POOLED, TIME_IDS = "text", "text_mask", "text_pooled", "time_ids"
-"""A text's embeddings (B, tokens, channels), which of them count (B, tokens), one vector of it, and SDXL's sizes."""
+"""Embeddings of a text (B, tokens, channels), their mask (B, tokens), its pooled embedding, and the sizes of SDXL."""
 Null: TypeAlias = "Mapping[str, Tensor | float | tuple[int, ...]]"
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Named tensors whose rows, on dimension 0, belong to the rows of z: classes, embeddings, a weight of guidance.
+    """Named tensors with one row for each row of z: classes, embeddings, weights of guidance.
 
     Attributes:
-        tensors: name → (B, …), which a network takes as keyword arguments.
-        null: name → the number, or the row (…), that stands for "not told"; names without one cannot be dropped.
+        tensors: name → (B, …), passed to a network as keyword arguments.
+        null: name → the number or the row (…) that means "not given"; a tensor without one cannot be dropped.
 
     Raises:
-        ValueError: tensors of different numbers of rows.
+        ValueError: the numbers of rows differ.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -53,9 +53,9 @@ class Condition:
         return not self.null.keys().isdisjoint(self.tensors)
 
     def drop(self, mask: Tensor | None = None) -> Condition:
-        """The null condition in the rows of `mask` (B,) bool, without it in all; tensors without a null stay.
+        """Replace the rows of `mask` (B,) bool, by default all, by the null; tensors without a null do not change.
 
-        A network that learns with some rows dropped has both answers of classifier-free guidance.
+        A network trained with some rows dropped gives both predictions of classifier-free guidance.
         Source: Ho & Salimans 2022, algorithm 1.
         """
         return replace(self, tensors={name: self._dropped(name, tensor, mask) for name, tensor in self.tensors.items()})
@@ -71,13 +71,13 @@ class Condition:
         return rows if mask is None else rows.where(mask.reshape(-1, *[1] * (tensor.ndim - 1)), tensor)
 
     def cat(self, other: Condition) -> Condition:
-        """The rows of this one, then those of another of the same names."""
+        """The rows of this condition, followed by those of another with the same names."""
         import torch
 
         return replace(self, tensors={name: torch.cat([a, other.tensors[name]]) for name, a in self.tensors.items()})
 
     def with_tensors(self, **tensors: Tensor | None) -> Condition:
-        """With these tensors too, or without those of the names that are None."""
+        """Add these tensors; a name with None removes its tensor."""
         kept = {name: tensor for name, tensor in {**self.tensors, **tensors}.items() if tensor is not None}
         return replace(self, tensors=kept)
 
@@ -92,14 +92,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a network takes and answers.
+    """The inputs and outputs of a network.
 
     Attributes:
         channels, out_channels: of z (B, channels, …) and of the output.
         names: of the conditions that it takes.
-        null: what stands for "not told" of a condition, where the network has learned what it means.
+        null: name → null value, for conditions that the training sometimes dropped.
         num_classes: of a network that takes classes.
-        size_multiple: the sizes of z behind the channels must be multiples of this.
+        size_multiple: the sizes of z after the channels must be multiples of this.
     """
 
     channels: int
@@ -111,19 +111,19 @@ class Signature:
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether the network takes a weight of guidance, whose effect it has learned."""
+        """Whether the network takes the weight of guidance as an input."""
         return GUIDANCE in self.names
 
     def condition(self, **tensors: Tensor | None) -> Condition:
-        """Those of the tensors that the network takes, with what stands for "not told"."""
+        """A condition of those tensors that the network takes, with their null values."""
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None and name in self.names}
         return Condition(kept, self.null)
 
     def check_shape(self, shape: Sequence[int]) -> None:
-        """Refuse samples (C, …) of a shape that the network does not take.
+        """Refuse shapes (C, …) of samples that the network does not take.
 
         Raises:
-            ValueError: other channels, or a size that is no multiple of `size_multiple`.
+            ValueError: other channels, or a size that is not a multiple of `size_multiple`.
         """
         if shape[0] != self.channels:
             raise ValueError(f"samples of {shape[0]} channels do not fit a network of {self.channels}")

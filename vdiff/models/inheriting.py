@@ -1,8 +1,8 @@
-"""Initial weights for a smaller student: the parts of its teacher's weights that fit.
+"""Initial weights of a smaller student: the parts of its teacher's weights that fit.
 
 Weights are matched by meaning, not by position: a level by its resolution, a block by its place in the level, a channel
-by its number among the channels of one source. Every width keeps its leading channels, so that all branches that add to
-a stream of features keep the same channels.
+by its number among the channels of one source. Every width keeps its leading channels, so all branches whose sum is one
+feature map keep the same channels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetStage
 from vdiff.models.unet_config import UNetConfig
 
 Parts = tuple[int, ...]
-"""The lengths of the pieces of a tensor's axis; each piece has its own meaning."""
+"""The lengths of the pieces of an axis of a tensor; for instance q, k and v are three pieces."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The kinds of networks that a checkpoint may name; torch is imported when one is built, or wraps another network."""
+"""The kinds of networks that a checkpoint may name; torch is imported when a network is built or wrapped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def python_signature(config: Mapping[str, Any]) -> Signature:
     """The signature that `PythonBackbone.describe` described.
 
     Raises:
-        ValueError, TypeError: it is none.
+        ValueError, TypeError: the values describe no signature.
     """
     values = dict(config["signature"])
     return Signature(**{**values, "names": tuple(values["names"])})
@@ -76,14 +76,14 @@ SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
     TEXT: _text_signature,
     PYTHON: python_signature,
 }
-"""How a network of a kind is built from the `config` of a checkpoint, and what it takes."""
+"""For each kind: how a network is built from the `config` of a checkpoint, and its signature."""
 
 
 def signature_of(kind: str, config: Mapping[str, Any]) -> Signature:
-    """What a network takes and answers.
+    """The inputs and outputs of a network.
 
     Raises:
-        ValueError, TypeError, KeyError: no such kind, or values that describe no network.
+        ValueError, TypeError, KeyError: the kind is unknown, or the values describe no network.
     """
     if kind not in SIGNATURE:
         raise ValueError(f"unknown kind of network {kind!r}; {suggestion(kind, SIGNATURE)}")
@@ -91,7 +91,7 @@ def signature_of(kind: str, config: Mapping[str, Any]) -> Signature:
 
 
 def build_network(kind: str, config: Mapping[str, Any], module: nn.Module | None = None) -> Backbone:
-    """A network with fresh weights, or `module` for a kind that has its code outside.
+    """A network with new weights; `module` itself for a kind whose code is not part of vdiff.
 
     Raises:
         VdiffError: the kind needs a module, or a library that is not installed.

@@ -171,7 +171,7 @@ def _check_encoder(values: Mapping[str, Any]) -> None:
 
 
 def build_text(config: Mapping[str, Any]) -> TextBackbone:
-    """The network, with fresh weights.
+    """The network, with new weights.
 
     Raises:
         VdiffError: diffusers or transformers is not installed.

@@ -1,4 +1,4 @@
-"""Networks of others, used as they are: a user's own module, and classes of diffusers."""
+"""Networks whose code is not part of vdiff, used unchanged: a user's own module, and classes of diffusers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DIT, TEXT_UNET, PIXART = "DiTTransformer2DModel", "UNet2DConditionModel", "PixAr
 CLASSES_OF_DIFFUSERS = ("UNet2DModel", DIT, TEXT_UNET, PIXART, "UNet1DModel")
 """The classes of diffusers that may be used."""
 MAX_NUMBER = 2**20
-"""Far above any number in a description of a network that exists."""
+"""Far above any number in the description of an existing network."""
 
 
 class PythonBackbone(Backbone):
-    """A user's own module: module(z, timestep, **condition) → output. A checkpoint holds its weights alone."""
+    """A user's own module: module(z, timestep, **condition) → output. A checkpoint holds only its weights."""
 
     kind = "python"
 
@@ -38,7 +38,7 @@ class PythonBackbone(Backbone):
         return output
 
     def describe(self) -> dict[str, Any]:
-        """Its class, to be recognised by, and its signature."""
+        """The name of its class, which is compared when a checkpoint is loaded, and its signature."""
         takes, kind = self.signature, type(self.model)
         values = {"channels": takes.channels, "out_channels": takes.out_channels, "names": list(takes.names)}
         values |= {"null": dict(takes.null), "num_classes": takes.num_classes, "size_multiple": takes.size_multiple}
@@ -52,9 +52,9 @@ class PythonBackbone(Backbone):
 class DiffusersBackbone(PythonBackbone):
     """A network of diffusers, of one of the classes `CLASSES_OF_DIFFUSERS`.
 
-    Conditions go by names of their own (`classes`, `text`, …). Where the network has twice as many output channels as
-    the samples and `drops_variance` is set, the second half, a learned variance, is left out. A DiT drops no classes by
-    itself: that is the training's task.
+    Conditions have vdiff's names (`classes`, `text`, …). If the network has twice as many output channels as samples
+    have, and `drops_variance` is set, the second half, a learned variance, is omitted. A DiT never drops classes by
+    itself; the training does.
     """
 
     kind = "diffusers"
@@ -81,7 +81,7 @@ class DiffusersBackbone(PythonBackbone):
         return self._description(self.model)
 
     def evaluate(self, z: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """The `sample` of its answer."""
+        """The `sample` of its output."""
         told = {name: value.to(z.dtype) if value.is_floating_point() else value for name, value in condition.items()}
         config: Any = self.model.config
         arguments = _arguments(self.class_name, told, config)
@@ -112,7 +112,7 @@ class DiffusersBackbone(PythonBackbone):
 
 
 def _as_patches(module: nn.Module, inputs: object, tokens: Tensor) -> Tensor:
-    """A DiT puts its tokens together to a square; as images of one patch each they keep their order (B·N, 1, …)."""
+    """A DiT arranges its tokens as a square; as images of one patch each they keep their order (B·N, 1, …)."""
     del module, inputs
     return tokens.reshape(-1, 1, tokens.shape[-1])
 
@@ -126,7 +126,7 @@ def _joined(patches: Tensor, z: Tensor) -> Tensor:
 
 
 def _arguments(name: str, condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Conditions by our names as arguments by theirs."""
+    """Conditions by vdiff's names → arguments by the names of diffusers."""
     if name in ("UNet2DModel", DIT):
         return {"class_labels": condition.get(CLASSES)}
     if name == "UNet1DModel":
@@ -144,10 +144,10 @@ def _arguments(name: str, condition: Mapping[str, Tensor], config: Mapping[str, 
 
 
 def diffusers_signature(config: Mapping[str, Any]) -> Signature:
-    """What a network of diffusers takes, from what `DiffusersBackbone.describe` said; diffusers itself is not needed.
+    """The inputs of a network of diffusers, from its `DiffusersBackbone.describe`; diffusers itself is not needed.
 
     Raises:
-        ValueError, TypeError: a class that is not allowed, or values that no network has.
+        ValueError, TypeError: the class is not allowed, or the values describe no network.
     """
     if (name := config.get("class")) not in CLASSES_OF_DIFFUSERS:
         raise ValueError(
@@ -172,7 +172,7 @@ def diffusers_signature(config: Mapping[str, Any]) -> Signature:
 
 
 def _check_numbers(values: Any) -> None:
-    """Refuse numbers of blocks and channels that no network has."""
+    """Refuse impossible numbers of blocks and channels."""
     for value in values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ():
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
             raise ValueError(f"{value} is more than any network has")
@@ -180,7 +180,7 @@ def _check_numbers(values: Any) -> None:
 
 
 def build_diffusers(config: Mapping[str, Any]) -> DiffusersBackbone:
-    """The network, with fresh weights.
+    """The network, with new weights.
 
     Raises:
         VdiffError: diffusers is not installed.
@@ -197,7 +197,7 @@ def build_diffusers(config: Mapping[str, Any]) -> DiffusersBackbone:
 
 
 def wrapped(network: nn.Module, signature: Signature, **options: bool) -> Backbone:
-    """A backbone of any module: itself, a class of diffusers, or a user's own, of which `signature` tells.
+    """A backbone of any module: a backbone itself, a class of diffusers, or a user's own module with this `signature`.
 
     Args:
         options: of `DiffusersBackbone`.

@@ -115,7 +115,7 @@ def training(
 
 
 def begin(description: CheckpointConfig) -> Denoiser:
-    """The denoiser before its training, with random weights or those of its base; what learns requires a gradient.
+    """The denoiser before its training, with random weights or those of its base; trained weights require a gradient.
 
     Raises:
         VdiffError: the base cannot be used.
@@ -181,7 +181,7 @@ def memory_of_base(config: TrainConfig, images: TrainingData, description: Check
 
 
 def base_task(config: TrainConfig, denoiser: Denoiser, inputs: Inputs | None = None) -> Task:
-    """A denoiser that learns images from their noisy copies.
+    """The task of a base model: predict images from their noisy copies.
 
     Args:
         inputs: turns batches into inputs of the network; None: pixels and classes.

@@ -42,9 +42,9 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TIMES = ("uniform", "importance")
 EVALUATIONS = 3
-"""The cost of an update per image, in network evaluations: the gradient costs twice as much as the loss."""
+"""The cost of an update per image, in network evaluations: the backward pass costs as much as two."""
 EDM_NOISE_SCALE = 250.0
-"""A new network of EDM is told 250 ln σ, as those of consistency_models, whose embedding of times is ours."""
+"""A new EDM network receives 250 ln σ, as in consistency_models, whose time embedding is the same as vdiff's."""
 FAMILY_SETTINGS = (
     ("prediction", "v", ("parameterisation", Vp.name)),
     ("sigma_data", 0.5, ("parameterisation", Edm.name)),
@@ -481,7 +481,7 @@ def method_parameters() -> dict[str, Field[Any]]:
 
 
 def settings_of(kind: type[LoopConfig]) -> dict[str, Field[Any]]:
-    """Name → field of everything that a configuration file may say to `kind`."""
+    """Name → field of all settings of `kind` that a configuration file may have."""
     if issubclass(kind, DistillConfig):
         return parameters(kind) | method_parameters()
     return {item.name: item for item in fields(kind)}
@@ -506,7 +506,7 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
     merged: dict[str, Any] = {}
     for origin, values in layers.items():
         for key, stronger in (("ema", ("ema_images", "ema_remainder")), ("ema_images", ("ema_remainder",))):
-            if key in values:  # said later than what would go before it
+            if key in values:  # a later layer overrides the stronger settings of earlier ones
                 merged = {name: value for name, value in merged.items() if name not in stronger}
         checked = check_values(known, values, origin)
         if "parameterisation" in checked:  # brings settings that suit it, over those of a preset

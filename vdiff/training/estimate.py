@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import textwrap
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -47,8 +46,6 @@ layout. Both are fitted to the peaks in benchmarks/results/memory.md."""
 TIMED_UPDATES, LONG_UPDATE = 3, 4.0
 """Updates that are timed after the first one. If the first takes this many seconds, it counts for all."""
 DAY = 24 * 3600
-MAX_WIDTH = 66
-"""The width of a value beside its name in 80 columns."""
 CHECKED_AT_ONCE = 64
 """Images that `training.verdict` draws at once."""
 FEW_UPDATES = 100
@@ -295,10 +292,8 @@ def facts(memory: Memory | None, config: LoopConfig, engine: Engine) -> dict[str
     parts = {item.name: getattr(memory, item.name) for item in fields(memory)}
     named = ", ".join(f"{name} {gib(value)}" for name, value in parts.items() if value >= 0.01 * memory.total)
     free = memory.total + memory_left(memory, engine)
-    rows = textwrap.wrap(f"{memory.total / 2**30:.3g} of {gib(free)} GiB: {named}", MAX_WIDTH)
     return {
-        "memory": rows[0],
-        **{" " * k: row for k, row in enumerate(rows[1:], 1)},
+        "memory": f"{memory.total / 2**30:.3g} of {gib(free)} GiB: {named}",
         "disk": f"up to {gib(disk_of(memory, config, engine.world_size))} GiB",
     }
 

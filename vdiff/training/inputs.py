@@ -47,7 +47,7 @@ class Inputs:
 class TextInputs(Inputs):
     """Tokens of the captions, and draws from the posterior of the autoencoder; without an autoencoder, pixels.
 
-    If `vdiff data encode` made latents and embeddings of a batch, they are used in place of pictures and captions.
+    If the dataset was encoded (`vdiff data encode`), latents and embeddings replace pictures and captions.
     """
 
     tokenizers: Tokenizers
@@ -64,7 +64,7 @@ class TextInputs(Inputs):
         return Autoencoder.sample(mean, std, random.normal(mean.shape[1:], POSTERIOR))
 
     def condition(self, batch: Batch, takes: Signature) -> Condition:
-        """Tokens, and for Stable Diffusion XL the sizes of image, crop and target; an image without caption has ""."""
+        """Tokens, and for Stable Diffusion XL the sizes of image, crop and target; a missing caption is ""."""
         count, _, height, width = batch.images.shape
         sizes = batch.sizes
         if sizes is None:
@@ -98,7 +98,7 @@ def encoded_of(images: TrainingData, description: CheckpointConfig, reporter: Re
 
 
 def inputs_of(description: CheckpointConfig, device: torch.device, *, is_encoded: bool = False) -> Inputs:
-    """What turns batches into the inputs of a checkpoint's network.
+    """The object that turns batches into the inputs of a checkpoint's network.
 
     Args:
         is_encoded: batches contain latents, so no autoencoder is needed.

@@ -33,7 +33,7 @@ from vdiff.training.weights import frozen, shard, trainable
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, from what, and by which settings.
+    """A denoiser to train, its objective, and the settings of the training.
 
     Attributes:
         class_dropout: the fraction of the images whose class is replaced by "no class", if the network has one.
@@ -78,7 +78,7 @@ class OptimizerStep(ABC):
 
     @property
     def has_learned(self) -> bool:
-        """Whether any update, of this process or of one whose state it read, changed the weights."""
+        """Whether any update changed the weights, also before the run was resumed."""
         return any(float(state["step"]) > 0 for state in self.optimizer.state.values())
 
     def descend(self, step: int, is_bad: torch.Tensor) -> None:
