@@ -2,18 +2,28 @@
 
 It writes the text between the two marks in both files, copies the ladder's picture, and, if Chromium is installed,
 photographs the report.
+
+    python docs/make_readme.py --hero checkpoints/emoji --teacher_steps 128 --guidance 1 --num 12
+
+draws the first picture of README.md, docs/images/hero.png, from a teacher (`original`) and its students (`base_…`).
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import PIL.Image
+import torch
 
+import vdiff
+from vdiff.data.images import captioned_grid, save_png
 from vdiff.evaluation.results import Metric
 from vdiff.report.content import Distances, distances_of, milliseconds
 from vdiff.report.formatting import figure
@@ -24,6 +34,10 @@ from vdiff.text import plural
 ROOT = Path(__file__).parent.parent
 README, BENCHMARKS, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
 BEGIN, END = "<!-- figures: make docs -->", "<!-- /figures -->"
+HERO_MARKS = "<!-- hero: docs/make_readme.py -->", "<!-- /hero -->"
+HERO_STEPS = (8, 4, 2, 1)
+TIMED = 3
+"""How often a model is drawn from; the shortest time counts."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WINDOW = (1280, 1660)
 COLOURS = 96
@@ -85,12 +99,62 @@ def photograph(page: Path, picture: Path) -> None:
             shown.convert("RGB").quantize(COLOURS, dither=PIL.Image.Dither.NONE).save(picture, optimize=True)
 
 
-def replace_block(page: Path, new: str) -> None:
+def replace_block(page: Path, new: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace the text between the two marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    assert mark, f"{page} lacks {BEGIN} or {END}"
-    page.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, mark, after = rest.partition(end)
+    assert mark, f"{page} lacks {begin} or {end}"
+    page.write_text(f"{before}{begin}\n{new}\n{end}{after}", encoding="utf-8")
+
+
+def hero(
+    folder: Path, *, teacher_steps: int, num: int, seed: int = 0, guidance: float = 0.0
+) -> tuple[PIL.Image.Image, list[tuple[int, float]]]:
+    """The picture of a teacher beside its students of 8, 4, 2 and 1 steps, and (steps, ms per image) of each.
+
+    Each row is a model, and each column has the same noise and class. A time is the shortest of `TIMED` drawings.
+
+    Args:
+        folder: has the checkpoints `original` and `base_…`.
+        guidance: the weight of classifier-free guidance, for all models.
+    """
+    students = [(vdiff.load(path), path) for path in folder.glob("base_*") if (path / "config.json").is_file()]
+    by_steps = {model.config.num_timesteps: model for model, _ in students}
+    missing = [steps for steps in HERO_STEPS if steps not in by_steps]
+    assert not missing, f"{folder} has no students of {missing} steps"
+    models = [(vdiff.load(folder / "original"), teacher_steps), *((by_steps[steps], steps) for steps in HERO_STEPS)]
+    rows, times = [], []
+    for model, steps in models:
+        shortest = math.inf
+        for _ in range(TIMED if steps <= max(HERO_STEPS) else 1):  # the teacher takes long, and needs no warm-up
+            began = time.monotonic()
+            images = model.sample(num, steps=steps, seed=seed, guidance=guidance)
+            shortest = min(shortest, 1000 * (time.monotonic() - began) / num)
+        rows.append(list(images))
+        times.append((steps, shortest))
+    titles = [
+        f"{'student' if row else 'teacher'}, {plural(steps, 'step')}\n{figure(ms)} ms per image"
+        for row, (steps, ms) in enumerate(times)
+    ]
+    return captioned_grid(rows, [""] * num, titles), times
+
+
+def write_hero(folder: Path, page: Path, picture: Path, **options: float) -> None:
+    """Save the picture of `hero`, and show it in a page with its times."""
+    drawn, times = hero(folder, **options)  # type: ignore[arg-type]
+    save_png(drawn, picture)
+    (teacher_steps, teacher_ms), *students = times
+    last_steps, last_ms = students[-1]
+    size = vdiff.load(folder / "original").config.image_size
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else plural(torch.get_num_threads(), "CPU thread")
+    caption = (
+        f"*Images of {size} × {size} pixels. Each column starts from the same noise. The teacher takes "
+        f"{plural(teacher_steps, 'step')} and {figure(teacher_ms)} ms per image, the last student "
+        f"{plural(last_steps, 'step')} and {figure(last_ms)} ms (on {place}).*"
+    )
+    alternative = f"Five rows of pictures: the teacher in {teacher_steps} steps and its students in 8, 4, 2 and 1 steps"
+    shown = picture.relative_to(page.parent).as_posix()
+    replace_block(page, f"![{alternative}]({shown})\n\n{caption}", *HERO_MARKS)
 
 
 def main(folder: Path) -> None:
@@ -105,4 +169,16 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("checkpoints"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("checkpoints"))
+    parser.add_argument("--hero", action="store_true", help="Only draw the first picture, from this folder.")
+    parser.add_argument("--teacher_steps", type=int, default=128)
+    parser.add_argument("--num", type=int, default=12, help="Images per row.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=0.0)
+    asked = vars(parser.parse_args())
+    place, is_hero = asked.pop("folder"), asked.pop("hero")
+    if is_hero:
+        write_hero(place, README, IMAGES / "hero.png", **asked)
+    else:
+        main(place)

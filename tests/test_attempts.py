@@ -398,9 +398,9 @@ def test_a_plan_times_what_costs_something_else(data, tmp_path, monkeypatch):
 
     def told(stage, *_):
         timed.append((stage.method, stage.num_steps))
-        return 60.0 * stage.num_steps
+        return 0.0, 60.0 * stage.num_steps
 
-    monkeypatch.setattr("vdiff.training.student.seconds_of_stage", told)
+    monkeypatch.setattr("vdiff.training.student.times_of_stage", told)
     words = WORDS.replace("--to_steps 2", "").replace("--teacher_steps 8", "").replace("--num_iters 2", "--num_iters 1")
     Path("small.toml").write_text("[unet]\nchannels = 2\n")
     for flags, expected in [
@@ -418,7 +418,7 @@ def test_a_plan_times_what_costs_something_else(data, tmp_path, monkeypatch):
 def test_a_plan_counts_what_is_left(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("original"), dataset=str(data))
-    monkeypatch.setattr("vdiff.training.student.seconds_of_stage", lambda *_: 60.0)
+    monkeypatch.setattr("vdiff.training.student.times_of_stage", lambda *_: (0.0, 60.0))
     words = WORDS.replace("--to_steps 2", "")
     done(f"{words} --report False")
     before = contents(Path("base_0"))

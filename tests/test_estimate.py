@@ -17,6 +17,7 @@ from tests.toy import UNET, train_config, write_checkpoint, write_dataset
 from vdiff.errors import VdiffError
 from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import ADAPTER, is_checkpoint, read_config
+from vdiff.text import folded
 from vdiff.training import estimate
 from vdiff.training.base import describe
 from vdiff.training.base_training import base_task, memory_of_base
@@ -206,7 +207,7 @@ def test_memory_that_is_left_counts_all_processes_and_what_they_have_taken(monke
     [(3.0, 3.0, 1.0, 4), (4.0, 4.0, 4.0, 1), (3.0, 5.0, 3.0, 1)],
 )
 def test_an_update_is_timed_as_often_in_all_processes(monkeypatch, mine, longest, found, updates):
-    """Without the first one, which compiles; where that took long in any process, it is the only one."""
+    """The first one chooses kernels; if it took long in any process, it is the only one."""
     config = config_of()
     engine, description = build_engine(config), describe(config, TrainingData(16, 3))
     now, done, task = 0.0, [], base_task(config, description.build())
@@ -221,8 +222,13 @@ def test_an_update_is_timed_as_often_in_all_processes(monkeypatch, mine, longest
     monkeypatch.setattr(estimate.TrainStep, "__call__", update)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(engine.accelerator, "gather", lambda mine: torch.cat([mine, torch.full_like(mine, longest)]))
-    assert estimate.seconds_per_update(task, (3, 16, 16), engine) == found
+    assert estimate.update_times(task, (3, 16, 16), engine) == (mine, found)
     assert done == list(range(updates))
+    now, compiled = 0.0, replace(engine, compile=True)  # its first update says nothing about the others
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    done.clear()
+    assert estimate.update_times(base_task(config, description.build()), (3, 16, 16), compiled) == (mine, 1.0)
+    assert done == [0, 1, 2, 3]
 
 
 def test_disk_and_time_in_words():
@@ -276,7 +282,7 @@ def test_a_dry_run_says_what_a_training_takes_and_a_training_says_it_first(tmp_p
     write_dataset(Path("data/toy_4"))
     line = "train.py --preset toy --num_iters 100 --batch_size 2 --device cpu"
     shown = done(f"{line} --dry_run").stdout.splitlines()
-    assert max(map(len, shown)) <= 80
+    assert all(len(part) <= 80 for row in shown for part in folded(row, 80))
     rows = dict(row.split(maxsplit=1) for row in shown if not row.startswith(" "))
     assert list(rows) == ["parameters", "images", "memory", "disk", "time"]
     assert rows["images"].endswith("200, 100 updates of 2")

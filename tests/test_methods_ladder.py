@@ -48,7 +48,7 @@ from vdiff.training.optimisation import build_optimizer
 from vdiff.training.stages import plan_stages, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep, averages_of
-from vdiff.training.student import begin_student, describe_student, seconds_of_stage, stage_run
+from vdiff.training.student import begin_student, describe_student, stage_run, times_of_stage
 
 CLASSES = ("cat", "dog")
 QUICK = {"num_iters": 2, "last_factor": 1.0, "check_images": 0, "tracker": "none"}
@@ -507,7 +507,7 @@ def test_the_time_of_an_update_is_measured_without_writing_anything(classes, con
     images, before = open_images(config.data, SIZE), sorted(conditional.parent.rglob("*"))
     later = dataclasses.replace(stages[0], base=conditional.parent / "not_there_yet")
     for stage in (stages[0], later):
-        assert 0 < seconds_of_stage(stage, config, images, build_engine(config)) < 60
+        assert 0 < times_of_stage(stage, config, images, build_engine(config))[1] < 60
     assert sorted(conditional.parent.rglob("*")) == before
 
 
@@ -529,7 +529,7 @@ def test_later_stages_of_a_smaller_student_are_timed_with_small_networks(data, t
     config = distill_config(data, teacher, to_steps=2, student_config=str(file))
     images = open_images(config.data, SIZE)
     for stage in plan_stages(config, read_config(teacher)):
-        assert 0 < seconds_of_stage(stage, config, images, build_engine(config)) < 60
+        assert 0 < times_of_stage(stage, config, images, build_engine(config))[1] < 60
     large = read_config(teacher).unet["channels"]
     assert runs == [(large, 2), (2, 2)]
     assert large > 2

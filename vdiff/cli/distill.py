@@ -95,10 +95,11 @@ def command(
     # torch is loaded here, when everything that needs no torch is known to be right
     from vdiff.evaluation.results import NOT_TRAINED
     from vdiff.training.comparison import compare, known_rows
+    from vdiff.training.compilation import settled_compile
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
     from vdiff.training.ladder import found_student, run_stages
-    from vdiff.training.student import memory_of_stage, recorded_threads
+    from vdiff.training.student import memory_of_stage, recorded_setting, times_of_stage
     from vdiff.training.threads import settled_threads
     from vdiff.training.verdict import read_verdict
 
@@ -109,10 +110,12 @@ def command(
         done = f"{teacher.num_iters} of {teacher.target_iters} updates"
         console.line(f"{config.base} is unfinished: {done}")
     if (updates := sum(stage.updates(config) for stage in stages)) >= FEW_UPDATES:
-        recorded = recorded_threads(stages)
+        recorded = recorded_setting(stages, "threads")
         config = replace(config, threads=settled_threads(config, teacher.build, teacher.shape, console, recorded))
     if not overwrite:  # refuse before anything is measured
         found_student(stages[0], stages[0].settings(config))
+    if config.compile is None:
+        config = replace(config, compile=recorded_setting(stages, "compile"))
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
     memory = check_memory(lambda config: memory_of_stage(stages[0], config, images, engine), config, engine)
@@ -128,6 +131,19 @@ def command(
         _, seconds = planned(stages, config, images, engine, console, overwrite=overwrite)
         for row in aligned(time_facts(seconds, updates, engine.device.type)):
             console.line(row)
+        config = replace(
+            config,
+            compile=settled_compile(
+                config,
+                engine,
+                lambda engine: times_of_stage(stages[0], config, images, engine),
+                updates=updates,
+                seconds=seconds / updates,
+                num_networks=2 * len(stages),  # a teacher and a student in each
+                reporter=console,
+            ),
+        )
+        engine = engine if config.compile is None else replace(engine, compile=config.compile)
     budget = sum(stage.budget(config) for stage in stages)
     if config.distance_every and config.check_images and engine.is_main:
         data = images.name if images.store else ""
@@ -176,7 +192,7 @@ def planned(
 ) -> tuple[list[list[str]], float]:
     """The rows of --dry_run, and their seconds in all; updates are timed once for each cost of an update."""
     from vdiff.training.ladder import found_student
-    from vdiff.training.student import seconds_of_stage
+    from vdiff.training.student import times_of_stage
 
     seconds: dict[tuple[object, ...], float] = {}
     rows = []
@@ -191,7 +207,7 @@ def planned(
         kind = (stage.method, cost, stage.is_fine, bool(config.student_config) and not stage.is_first)
         if left and kind not in seconds:
             console.line(f"timing updates of {stage.method}")
-            seconds[kind] = seconds_of_stage(stage, config, images, engine)
+            _, seconds[kind] = times_of_stage(stage, config, images, engine)
         total += left * seconds.get(kind, 0.0)
         steps = f"{stage.teacher_steps} → {stage.num_steps}"
         names = [stage.folder.as_posix(), stage.base.as_posix(), stage.method, steps]

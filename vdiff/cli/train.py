@@ -97,8 +97,10 @@ def command(
 
     # torch is loaded here, when everything that needs no torch is known to be right
     from vdiff.distributed import pick_device
-    from vdiff.training.base_training import train
-    from vdiff.training.estimate import FEW_UPDATES
+    from vdiff.training.base_training import base_task, train
+    from vdiff.training.compilation import settled_compile
+    from vdiff.training.engine import build_engine
+    from vdiff.training.estimate import FEW_UPDATES, update_times
     from vdiff.training.run_log import preview_steps
     from vdiff.training.threads import settled_threads
 
@@ -106,12 +108,25 @@ def command(
         threads = settled_threads(config, description.build, description.shape, console, None)
         config = replace(config, threads=threads)
     if dry_run:
-        rows = costs(config, description) if every_setting else estimate(config, images, description, is_trial=True)
-        console.result(*aligned(rows))
+        if every_setting:
+            console.result(*aligned(costs(config, description)))
+        else:
+            console.result(*aligned(estimate(config, images, description, is_trial=True)[0]))
         return
     if is_new:
-        for row in aligned(estimate(config, images, description, is_trial=False)):
+        rows, seconds = estimate(config, images, description, is_trial=False)
+        for row in aligned(rows):
             console.line(row)
+        compiles = settled_compile(
+            config,
+            build_engine(config),
+            lambda engine: update_times(base_task(config, description.build()), description.shape, engine),
+            updates=config.num_iters,
+            seconds=seconds,
+            num_networks=1,
+            reporter=console,
+        )
+        config = replace(config, compile=compiles)
     done = train(config, images, folder=out, resume=resume, overwrite=overwrite, reporter=console)
     console.result(f"{out}: {done.num_iters} updates in {duration(done.train_seconds)}")
     data, budget = images.name if images.store else "", done.num_images * EVALUATIONS // SHARE
@@ -140,16 +155,17 @@ def folder_of_base(flags: dict[str, Any]) -> Path | None:
 
 def estimate(
     config: TrainConfig, images: TrainingData, description: CheckpointConfig, *, is_trial: bool
-) -> dict[str, str]:
-    """The cost of a run: parameters, memory, disk and time.
+) -> tuple[dict[str, str], float]:
+    """The cost of a run: parameters, memory, disk and time, as rows; and the seconds of an update, 0 if not measured.
 
     Raises:
         VdiffError: memory is too small, unless it is a trial.
     """
     from vdiff.distributed import memory_errors_named
     from vdiff.training.base_training import base_task, memory_of_base
+    from vdiff.training.compilation import may_compile
     from vdiff.training.engine import REMEDIES, build_engine
-    from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, seconds_per_update, time_facts
+    from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts, update_times
     from vdiff.training.presets import preset_for
 
     engine = build_engine(config)
@@ -168,13 +184,16 @@ def estimate(
     except VdiffError as error:
         if not is_trial:
             raise
-        return {**rows, "memory": str(error)}
+        return {**rows, "memory": str(error)}, 0.0
     rows |= facts(memory, config, engine)
-    if is_trial or config.num_iters >= FEW_UPDATES:
-        with memory_errors_named(REMEDIES):
-            seconds = seconds_per_update(base_task(config, description.build()), description.shape, engine)
-        rows |= time_facts(seconds * config.num_iters, config.num_iters, engine.device.type)
-    return rows
+    if not is_trial and config.num_iters < FEW_UPDATES:
+        return rows, 0.0
+    with memory_errors_named(REMEDIES):
+        _, seconds = update_times(base_task(config, description.build()), description.shape, engine)
+    rows |= time_facts(seconds * config.num_iters, config.num_iters, engine.device.type)
+    if is_trial and may_compile(config, engine, seconds * config.num_iters):
+        rows["compiling"] = "is tried before this run begins, as it is long; --compile False skips it"
+    return rows, seconds
 
 
 def count_costs(description: CheckpointConfig) -> tuple[int, int]:

@@ -88,12 +88,18 @@ class FastNetwork(Backbone):
         try:
             output: Tensor = self.network(given, timestep, **condition)
         except Exception as error:
-            if not self.is_compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if not self.is_compiled or not (reason := compiler_failure(error)):
                 raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise VdiffError(f"the network cannot be compiled here: {reason}", "leave --compile out") from None
         # the next replay of a graph overwrites the previous result, but samplers keep predictions
         return output.to(z.dtype, copy=self.is_graph)
+
+
+def compiler_failure(error: Exception) -> str:
+    """The first line of an error of torch's compiler; empty for other errors."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return ""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def impossible_times(times: Sequence[tuple[Hashable, float, float]]) -> list[int]:

@@ -162,7 +162,10 @@ class LoopConfig:
         "Precision of the network; auto is bf16 on CUDA, else fp32; fp16 scales the loss.",
         group=MACHINE, default="auto", choices=PRECISIONS,
     )  # fmt: skip
-    compile: bool | None = setting("Compile the network.", group=MACHINE, default=None, shown="on CUDA", free=True)
+    compile: bool | None = setting(
+        "Compile the network; the bits of the result depend on it, so a resumed run keeps it.",
+        group=MACHINE, default=None, shown="on CUDA; on CPUs if a long run gets faster", free=True,
+    )  # fmt: skip
     threads: int | None = setting(
         "CPU threads; the bits of the result depend on their number, so a resumed run keeps it.",
         group=MACHINE, default=None, low=1, high=1024, unit="THREADS", shown="timed at the start", free=True,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,7 @@ from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
-from vdiff.training.estimate import Memory, memory_of, seconds_per_update
+from vdiff.training.estimate import Memory, memory_of, update_times
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.presets import read_run
@@ -168,21 +168,21 @@ def stage_task(
     )
 
 
-def seconds_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> float:
-    """The seconds of an update of a stage, measured on a few updates.
+def times_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> tuple[float, float]:
+    """The seconds of the first and of a later update of a stage, measured on a few updates.
 
     The stage's own teacher need not exist yet: it costs as much as the ladder's first teacher, `config.base`, or as a
     model of `student_config`, if an earlier stage produces one.
     """
     there = replace(stage, base=Path(config.base))
     if not config.student_config or stage.base.resolve() == there.base.resolve():
-        return seconds_per_update(stage_run(there, stage.settings(config), images, engine, {}), images.shape, engine)
+        return update_times(stage_run(there, stage.settings(config), images, engine, {}), images.shape, engine)
     description = describe_student(replace(there, method="match"), config, read_config(there.base))
     with TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), description.build().state_dict(), description)
         alone = replace(config, student_config="")
         run = stage_run(replace(stage, base=Path(folder)), stage.settings(alone), images, engine, {})
-        return seconds_per_update(run, images.shape, engine)
+        return update_times(run, images.shape, engine)
 
 
 def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> Memory:
@@ -197,7 +197,7 @@ def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, e
     return memory_of(build, images.shape, images.num_images, engine)
 
 
-def recorded_threads(stages: Sequence[Stage]) -> int | None:
-    """The number of threads of the ladder's first student, if its training has begun."""
+def recorded_setting(stages: Sequence[Stage], name: str) -> Any:
+    """A setting of the ladder's first student; None if it is not recorded or the training has not begun."""
     folder = stages[0].folder
-    return read_run(folder).distill.get("threads") if (folder / RUN_FILE).is_file() else None
+    return read_run(folder).distill.get(name) if (folder / RUN_FILE).is_file() else None
