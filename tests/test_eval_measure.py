@@ -32,7 +32,7 @@ from vdiff.evaluation.reference import ReferenceImages
 from vdiff.evaluation.results import Evaluation
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint
 from vdiff.models.codec import from_uint8, to_uint8
-from vdiff.models.drawing import draw
+from vdiff.models.drawing import draw, draw_from
 from vdiff.reporting import DOUBTFUL_TIMES
 
 
@@ -289,7 +289,7 @@ class Clock:
         return self.now
 
     def draw(self, denoiser, sampler, **given):
-        images = draw(denoiser, sampler, **given)
+        images = draw_from(denoiser, sampler, **given)
         due = self.seconds[given["num_steps"]]
         self.now += due.pop(0) if len(due) > 1 else due[0]
         return images
@@ -299,7 +299,7 @@ class Clock:
 def test_times_that_cannot_be_are_measured_again_and_marked(place, tmp_path, monkeypatch, again, is_doubtful):
     """20 images by 2 steps took 100 s and by 4 steps 40: a batch of each is drawn twice, and the second counts."""
     clock = Clock({2: [100.0, 100.0, again], 4: [40.0, 50.0]})
-    monkeypatch.setattr("vdiff.evaluation.samples.draw", clock.draw)
+    monkeypatch.setattr("vdiff.evaluation.samples.draw_from", clock.draw)
     monkeypatch.setattr("vdiff.evaluation.samples.time", clock)
     monkeypatch.setattr("vdiff.evaluation.measure.time", clock)
     monkeypatch.setattr("vdiff.evaluation.samples.SampleBlocks.pieces", lambda _: [range(10)])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vdiff.cli.options import PATH, option
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import read_text
@@ -21,6 +22,54 @@ if TYPE_CHECKING:
     from vdiff.sampling.spec import SampleSpec
 
 SUFFIXES = {"png": "", "zip": ".zip", "npz": ".npz", "lmdb": ".lmdb"}
+
+
+def guidance_options(group: str) -> Callable[[Any], Any]:
+    """The options `--guidance` and `--guidance_scale`, under a heading."""
+
+    def decorate(function: Any) -> Any:
+        function = option(
+            "--guidance_scale",
+            group=group,
+            type=float,
+            metavar="S",
+            show_default="W + 1",
+            help="The same as other tools count it: 1 = none.",
+        )(function)
+        return option(
+            "--guidance",
+            group=group,
+            type=float,
+            metavar="W",
+            show_default="0; Stable Diffusion 6.5, XL 4",
+            help="Weight W of classifier-free guidance: 0 = none, -1 = without the class. A network not distilled for "
+            "it is evaluated twice per step. The guidance scale of other tools is W + 1.",
+        )(function)
+
+    return decorate
+
+
+def text_options(function: Any) -> Any:
+    """The options `--negative_prompt`, `--components` and `--vae`."""
+    function = option(
+        "--vae",
+        group="Text",
+        type=PATH,
+        metavar="FOLDER",
+        show_default="the model's own",
+        help="Another autoencoder: a pipeline, or its folder vae.",
+    )(function)
+    function = option(
+        "--components",
+        group="Text",
+        type=PATH,
+        metavar="FOLDER",
+        show_default="the folder that the checkpoint names",
+        help="The folder of the model's text encoders, tokenizers and autoencoder, if it has moved.",
+    )(function)
+    return option("--negative_prompt", group="Text", default="", metavar="TEXT", help="What guidance moves away from.")(
+        function
+    )
 
 
 @contextmanager

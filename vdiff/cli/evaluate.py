@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from vdiff.cli.console import Console
+from vdiff.cli.drawing import guidance_options, guidance_weight, prompts_of, text_options
 from vdiff.cli.options import (
     NUM,
     OLD_NUM,
+    PATH,
     Checkpoint,
     Command,
     Names,
@@ -22,6 +27,7 @@ from vdiff.cli.options import (
 )
 from vdiff.cli.sample import DEVICES, PRECISIONS
 from vdiff.cli.vdiffusion import home_of, imported
+from vdiff.data.labels import SAMPLES_FILE
 from vdiff.diffusion.grids import GRIDS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
@@ -35,10 +41,11 @@ if TYPE_CHECKING:
 SHORT = 12
 ORDER = (
     *("fd", "fid", "fd_inf", "fid_inf", "kd", "kid", "precision", "recall"),
-    *("isc", "rmse", "psnr", "nearest", "nearest_features", "closest"),
+    *("isc", "clip", "rmse", "psnr", "nearest", "nearest_features", "closest"),
 )
-HEADINGS = {"rmse": "RMSE", "psnr": "PSNR dB", "nearest_features": "nearest feat."}
+HEADINGS = {"clip": "CLIP score", "rmse": "RMSE", "psnr": "PSNR dB", "nearest_features": "nearest feat."}
 OF_DATA = {
+    "clip_data": "CLIP score of images and their captions",
     "nearest_data": "median distance of an image to its nearest other",
     "nearest_data_features": "the same in features",
 }
@@ -46,16 +53,19 @@ OF_DATA = {
 
 @click.command(
     cls=Command,
+    first="name data features metrics clip teacher teacher_steps num num_timesteps samplers guidance guidance_scale "
+    "seed batch_size device prompts negative_prompt out overwrite json",
     examples=[
         "vdiff evaluate checkpoints/base_5 --data data/photos_64",
         "vdiff evaluate checkpoints/original --num_timesteps 4,8 --samplers ddim,heun",
         "vdiff evaluate checkpoints/base_* --teacher checkpoints/original",
         "vdiff evaluate checkpoints/base_5 --features features.pt2 --num 10000",
         "vdiff evaluate checkpoints/base_5 --features inception --num 50000 --json",
+        "vdiff evaluate checkpoints/sd_lora checkpoints/sd --prompts prompts.txt",
         "torchrun --standalone --nproc_per_node 8 -m vdiff evaluate -n 50000",
     ],
 )
-@click.argument("checkpoints", nargs=-1, type=Checkpoint())
+@click.argument("checkpoints", nargs=-1, type=Checkpoint(takes_samples=True))
 @project_option()
 @option(
     "--data", group="Reference", metavar="DATASET", show_default="the first model's training data",
@@ -77,7 +87,11 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--metrics", group="Measuring", type=Names(click.STRING, "METRIC[,METRIC…]"), show_default="all that apply",
-    help="fd and kd (fid and kid on Inception's features), precision, recall, isc, rmse, psnr, nearest.",
+    help="fd and kd (fid and kid on Inception's features), precision, recall, isc, clip, rmse, psnr, nearest.",
+)  # fmt: skip
+@option(
+    "--clip", group="Measuring", type=PATH, metavar="FOLDER",
+    help="A CLIP model in transformers' format: the CLIP score says how well pictures show their prompts.",
 )  # fmt: skip
 @option(
     "--teacher", group="Measuring", type=Checkpoint(), metavar="CHECKPOINT",
@@ -101,18 +115,21 @@ OF_DATA = {
     help="Samplers.",
 )  # fmt: skip
 @option("--grid", group="Samples", type=OneOf(list(GRIDS)), default="uniform", help="Spacing of the steps.")
+@guidance_options("Samples")
 @option(
-    "--guidance", group="Samples", type=float, default=0.0, metavar="W",
-    help="Weight of classifier-free guidance; 0 = none.",
+    "--prompts", "prompts_file", group="Text", type=PATH, metavar="FILE", show_default="captions of --data, at random",
+    help="What text-to-image models draw, in turn: a text file with one prompt on each line.",
 )  # fmt: skip
+@text_options
 @option(
     "--seed", group="Samples", type=click.IntRange(0, 2**64 - 1), default=0, metavar="INTEGER",
-    help="Seed of the noise, the same for all rows.",
+    help="Seed of the noise and of the order of captions, the same for all rows.",
 )  # fmt: skip
 @switch("--raw", group="Samples", help="Use the weights without average, which a training stores in state/.")
 @switch("--ema", group="Samples", hidden=True, help="Use the checkpoint's own weights (the default).")
 @option(
-    "--batch_size", group="Samples", type=click.IntRange(1), default=64, metavar="IMAGES",
+    "--batch_size", group="Samples", type=click.IntRange(1), metavar="IMAGES",
+    show_default="64; of a text-to-image model 4",
     help="Images that each process draws at once.",
 )  # fmt: skip
 @option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")
@@ -130,6 +147,9 @@ def command(
     data: str | None,
     num_timesteps: tuple[int, ...] | None,
     samplers: tuple[str, ...],
+    guidance: float | None,
+    guidance_scale: float | None,
+    prompts_file: Path | None,
     ema: bool,
     device: str,
     out: Path | None,
@@ -141,13 +161,21 @@ def command(
     Prints a row for each checkpoint, number of steps and sampler, with 95 % intervals; all rows use the same noise. The
     same command continues after an interruption. Under torchrun or accelerate each process draws a share.
     docs/evaluation.md explains the metrics.
+
+    Folders that sample.py --prompt wrote are scored with --clip; nothing is drawn.
     """
+    if drawn := [folder for folder in checkpoints if (folder / SAMPLES_FILE).is_file()]:
+        score_samples(drawn, options["clip"], device=device, json=json)
+        return
     if options["raw"] and ema:
         raise OptionError("--raw and --ema exclude each other", "give one of them")
     if options["teacher_steps"] is not None and options["teacher"] is None:
         raise OptionError("--teacher_steps needs a teacher", "give --teacher CHECKPOINT too")
     if out is not None and out.suffix != ".json":
         raise OptionError(f"--out {out} is not a name for a JSON file", "give --out FILE.json")
+
+    prompts = tuple(prompts_of((), prompts_file))
+    weight = guidance_weight(guidance, guidance_scale)
 
     from vdiff.distributed import join
     from vdiff.evaluation.measure import evaluate
@@ -163,6 +191,8 @@ def command(
         data or project.dataset_of(read_config(folders[0]).dataset),
         num_timesteps=num_timesteps or (),
         samplers=tuple(dict.fromkeys(samplers)),
+        guidance=weight,
+        prompts=prompts,
         out=target,
         processes=join(device),
         reporter=console,
@@ -185,6 +215,56 @@ def command(
     console.result(f"figures    {target}")
 
 
+SCORING = ("checkpoints", "clip", "device", "json", "project")
+"""Parameters that apply to folders of samples."""
+
+
+def score_samples(folders: Sequence[Path], clip: Path | None, *, device: str, json: bool) -> None:
+    """Print the CLIP score of folders of samples and the prompts in their records.
+
+    Raises:
+        OptionError: an option does not apply to samples, or a folder has no prompts.
+    """
+    context = click.get_current_context()
+    if others := [folder for folder in context.params["checkpoints"] if folder not in folders]:
+        raise OptionError(f"{folders[0]} holds samples, and {others[0]} is a model", "evaluate them separately")
+    for name in context.params.keys() - set(SCORING):
+        if context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP):
+            flag = "--prompts" if name == "prompts_file" else f"--{name}"
+            raise OptionError(f"{flag} does not apply to the samples in {folders[0]}", "leave it out")
+    if clip is None:
+        raise OptionError(f"{folders[0]} holds samples, which only a CLIP model can score", "give --clip FOLDER")
+
+    from dataclasses import asdict
+
+    from vdiff.distributed import pick_device
+    from vdiff.evaluation.clip import ClipScore
+    from vdiff.sampling.packing import png_name, read_packed_record
+    from vdiff.sampling.spec import spec_of
+
+    work: list[tuple[Path, list[Path], list[str]]] = []
+    for folder in folders:
+        record = read_packed_record(folder)
+        texts = spec_of(record).texts if record and record.get("prompts") else None
+        if texts is None:
+            raise OptionError(f"{folder} holds no samples of prompts", "give a folder that sample.py --prompt wrote")
+        numbers = sorted(int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal())
+        if not numbers:
+            raise OptionError(f"{folder} holds no PNG files", "finish it with the same sample.py command")
+        work.append((folder, [folder / png_name(k) for k in numbers], texts(numbers)))
+    console, model = Console(), ClipScore(clip, pick_device(device))
+    rows = []
+    for folder, files, prompts in work:
+        with console.progress(folder.name, len(files), "images") as bar:
+            rows.append((folder, len(files), model.score_files(files, prompts, bar)))
+    if json:
+        found = [{"samples": folder.as_posix(), "n": n, "clip": asdict(score)} for folder, n, score in rows]
+        console.result(jsonlib.dumps({"clip_fingerprint": model.fingerprint, "rows": found}, ensure_ascii=False))
+        return
+    cells = [[folder.as_posix(), f"{n:,}", str(score)] for folder, n, score in rows]
+    console.table("CLIP score", ["samples", "images", HEADINGS["clip"]], cells, num_keys=1)
+
+
 def head(found: Evaluation) -> list[str]:
     """What was measured: data, features, models and samples."""
     reference = found.reference
@@ -201,8 +281,12 @@ def head(found: Evaluation) -> list[str]:
         models.setdefault(row.checkpoint, row)
     lines += [f"model      {name}: {row.weights}, {row.checkpoint_fingerprint[:SHORT]}" for name, row in models.items()]
     first = found.rows[0]
-    guidance = f", guidance {first.guidance:g}" if first.guidance else ""
+    guidances = {f"{row.guidance:g}" for row in found.rows}
+    guidance = f", guidance {', '.join(sorted(guidances))}" if guidances != {"0"} else ""
     lines.append(f"samples    {first.n:,} a row, seed {first.seed}, {first.grid} grid{guidance}, {found.device}")
+    if found.prompts:
+        away = f"; negative prompt {found.negative_prompt!r}" if found.negative_prompt else ""
+        lines.append(f"prompts    {found.prompts}{away}")
     if found.teacher:
         lines.append(f"teacher    {found.teacher}, ddim, {plural(found.teacher_steps or 0, 'step')}")
     for name, what in OF_DATA.items():

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TextIO
 import click
 
 from vdiff.cli.vdiffusion import PICKLES, imported, translated
+from vdiff.data.labels import SAMPLES_FILE
 from vdiff.errors import MAX_WHOLE, Interrupted, VdiffError, printable, suggestion
 from vdiff.projects import Project, check_checkpoint
 from vdiff.signals import answered
@@ -306,8 +307,10 @@ class Checkpoint(click.ParamType):
 
     name = "CHECKPOINT"
 
-    def __init__(self, kind: type[Path] | type[str] = Path, *, imports: bool = True) -> None:
-        self.kind, self.imports = kind, imports
+    def __init__(
+        self, kind: type[Path] | type[str] = Path, *, imports: bool = True, takes_samples: bool = False
+    ) -> None:
+        self.kind, self.imports, self.takes_samples = kind, imports, takes_samples
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         """A path; for a setting, as text."""
@@ -321,6 +324,8 @@ class Checkpoint(click.ParamType):
             VdiffError: it is not a checkpoint.
         """
         found = project.inside(Path(value))
+        if self.takes_samples and (Path(value) / SAMPLES_FILE).is_file():
+            return self.kind(value)
         if not (found.suffix in PICKLES and found.is_file()):
             check_checkpoint(found, project)
         elif self.imports:

@@ -14,6 +14,7 @@ from vdiff.cli.drawing import (
     SUFFIXES,
     asked_by,
     default_name,
+    guidance_options,
     guidance_weight,
     image_format,
     path_of,
@@ -22,6 +23,7 @@ from vdiff.cli.drawing import (
     report_values,
     sampler_options,
     sampling_steps,
+    text_options,
 )
 from vdiff.cli.options import NUM, OLD_NUM, Checkpoint, Command, Names, OneOf, option, project_option, switch
 from vdiff.cli.settings import sampler_settings
@@ -105,23 +107,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     show_default="all in turn",
     help="Names or numbers of the classes to draw, in turn.",
 )
-@option(
-    "--guidance",
-    group="Images",
-    type=float,
-    metavar="W",
-    show_default="0; Stable Diffusion 6.5, XL 4",
-    help="Weight W of classifier-free guidance: 0 = none, -1 = without the class. A network not distilled for it is "
-    "evaluated twice per step. The guidance scale of other tools is W + 1.",
-)
-@option(
-    "--guidance_scale",
-    group="Images",
-    type=float,
-    metavar="S",
-    show_default="W + 1",
-    help="The same as other tools count it: 1 = none.",
-)
+@guidance_options("Images")
 @option(
     "--guidance_interval",
     group="Images",
@@ -145,23 +131,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     metavar="FILE",
     help="A text file with one prompt on each line, instead of --prompt.",
 )
-@option("--negative_prompt", group="Text", default="", metavar="TEXT", help="What guidance moves away from.")
-@option(
-    "--components",
-    group="Text",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    show_default="the folder that the checkpoint names",
-    help="The folder of the model's text encoders, tokenizers and autoencoder, if it has moved.",
-)
-@option(
-    "--vae",
-    group="Text",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    show_default="the model's own",
-    help="Another autoencoder: a pipeline, or its folder vae.",
-)
+@text_options
 @option(
     "--interpolate",
     group="Images",
@@ -302,9 +272,7 @@ def command(
     asked = guidance_weight(guidance, guidance_scale)
     weight = checks.default_guidance(config) if asked is None else asked
     if asked is None and weight:
-        console.line(
-            f"guidance {weight:g}, as in diffusers' pipelines (their scale is {weight + 1:g}); --guidance 0: none"
-        )
+        console.line(f"guidance {weight:g} as in diffusers' pipelines, scale {weight + 1:g}; --guidance 0: none")
     with asked_by("--guidance"):
         checks.check_guidance(config, weight)
     with asked_by("--guidance_interval"):

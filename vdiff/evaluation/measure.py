@@ -21,8 +21,9 @@ from torch import Tensor
 
 from vdiff.data.images import PICTURE
 from vdiff.distributed import Processes, pick_device
-from vdiff.errors import OptionError, VdiffError, shell, stop_explained
+from vdiff.errors import OptionError, VdiffError, stop_explained
 from vdiff.evaluation import metrics as m
+from vdiff.evaluation.clip import ClipScore
 from vdiff.evaluation.features import INCEPTION, PIXELS, SIDE, Features, load_features
 from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, save_pairs
 from vdiff.evaluation.plan import (
@@ -31,8 +32,10 @@ from vdiff.evaluation.plan import (
     EvalPlan,
     RowSpec,
     check_plan,
+    common_shape,
     notes_for,
     plan_rows,
+    takes_prompts,
     why_not,
 )
 from vdiff.evaluation.reference import (
@@ -56,12 +59,16 @@ from vdiff.evaluation.results import (
     read_quality,
     with_infinity,
 )
-from vdiff.evaluation.samples import CLASS_STATS, Generator, SampleBlocks, sample_stats, weights_file
+from vdiff.evaluation.samples import CLASS_STATS, PIECE_IMAGES, Generator, SampleBlocks, sample_stats, weights_file
 from vdiff.evaluation.work import WorkFolder, key_of, write_arrays
 from vdiff.files import parse, read_text, write_text
+from vdiff.models.autoencoder import vae_weights
 from vdiff.models.checkpoint import read_config, weights_fingerprint
+from vdiff.models.checks import default_guidance
+from vdiff.models.components import check_components
 from vdiff.models.reading import file_fingerprint
 from vdiff.models.speed import impossible_times, pick_precision
+from vdiff.models.tokenizing import Tokenizers
 from vdiff.records import record_of
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked
 from vdiff.reporting import DOUBTFUL_TIMES, Progress, Reporter, Silent
@@ -71,7 +78,7 @@ QUALITY_IMAGES, QUALITY_STEPS, QUALITY_DATA = 500, 32, 10_000
 """At most this many samples, steps and images of the data for a model's quality."""
 RANGE = 2.0
 """From black to white."""
-ROW, THUMBS, TEACHER = "row-{:03d}.json", "row-{:03d}-small.npz", "teacher-{:04d}.npz"
+ROW, THUMBS, TEACHER, PROMPTS = "row-{:03d}.json", "row-{:03d}-small.npz", "teacher-{:04d}.npz", "prompts.json"
 """Files of the work folder: a row's metrics, the thumbnails of its first samples, the teacher's images of a piece."""
 
 
@@ -151,24 +158,26 @@ def measure_quality(
 ) -> Quality | None:
     """The quality of a model, from few samples in few steps; cached in its folder until its weights change.
 
+    A text-to-image model draws captions of the data.
+
     Args:
         budget: how many network evaluations this may use.
 
     Returns:
-        the quality; None: the budget is too small, or the model draws prompts.
+        the quality; None: the budget is too small.
 
     Raises:
         Interrupted, VdiffError: as in `evaluate`.
     """
     config = read_config(folder)
-    if config.components:  # samples of prompts have no scale
-        return None
     if found := read_quality(folder, weights_fingerprint(folder)):
         return found
     most = min(config.num_timesteps, QUALITY_STEPS)
     steps = next(steps for steps in range(most, 0, -1) if not why_not(config, "uniform", steps))
-    n = min(QUALITY_IMAGES, budget // steps)
-    if n < config.shape[0] * min(config.image_size, SIDE) ** 2:
+    is_guided = default_guidance(config) and not config.signature.takes_guidance
+    n = min(QUALITY_IMAGES, budget // (2 * steps if is_guided else steps))
+    channels, size = common_shape(EvalPlan(), {folder: config})
+    if n < channels * min(size, SIDE) ** 2:
         return None
     row = RowSpec(folder, "ddim" if config.is_distilled else "dpmpp_2m", steps)
     plan: dict[str, Any] = {"n": n, "metrics": ("fd", "nearest"), "most_images": QUALITY_DATA}
@@ -203,23 +212,14 @@ class _Run:
         self.rows = rows
         folders = [row.checkpoint for row in rows] + ([plan.teacher] if plan.teacher else [])
         self.configs = {folder: read_config(folder) for folder in dict.fromkeys(folders)}
-        for folder, config in self.configs.items():
-            if config.components:
-                raise VdiffError(
-                    f"{folder} is a text-to-image model, which cannot be evaluated yet",
-                    f"look at its pictures: python sample.py {shell('--checkpoint', folder)} --prompt TEXT",
-                )
-            if not config.image_size:
-                shape = " × ".join(map(str, config.shape))
-                raise VdiffError(f"{folder} draws samples of {shape}, not square images", "evaluate a model of images")
-        config = next(iter(self.configs.values()))
-        size, channels = config.image_size, config.shape[0]
+        channels, size = common_shape(plan, self.configs)
         self.images = images = ReferenceImages(dataset, size, plan.most_images)
         self.features = features = load_features(
             plan.features, image_size=size, channels=channels, device=device, weights=plan.weights
         )
-        metrics = check_plan(plan, self.configs, images, features)
+        metrics = check_plan(plan, self.configs, images, features, channels)
         self.plan = replace(plan, metrics=metrics, precision=pick_precision(plan.precision, device))
+        self.clip = ClipScore(plan.clip, device) if plan.clip and "clip" in metrics else None
         self.teacher: RowSpec | None = None
         if plan.teacher is not None:
             steps = plan.teacher_steps or self.configs[plan.teacher].num_timesteps
@@ -229,15 +229,55 @@ class _Run:
         asked = [[self.fingerprints[row], row.sampler, row.num_steps, row.grid] for row in rows]
         of_teacher = [self.fingerprints[self.teacher], self.teacher.num_steps] if self.teacher else []
         kind = [FORMAT, images.identity, features.fingerprint, features.dim]
-        self.key = key_of([*kind, asked, of_teacher, plan.n, plan.seed, metrics, plan.guidance, self.plan.precision])
-        self.blocks = SampleBlocks(plan.n, features.dim)
+        of_text = self._text_settings()
+        guidance = 0.0 if of_text else plan.guidance or 0.0
+        values = [*kind, asked, of_teacher, plan.n, plan.seed, metrics, guidance, self.plan.precision]
+        self.key = key_of([*values, *([of_text] if of_text else [])])
+        self.blocks = SampleBlocks(plan.n, features.dim, are_slow=bool(of_text))
         self.scale: Scale | None = None
+        self.prompts, self.notes = "", tuple[str, ...]()
+        self.captioned: list[int] = []
+
+    def _text_settings(self) -> list[Any]:
+        """What determines the samples of text-to-image models, besides their own weights; empty without such models."""
+        plan, found = self.plan, []
+        for config in filter(takes_prompts, self.configs.values()):
+            components = check_components(config.components, plan.components)["fingerprint"]
+            found.append([components, (config.base or {}).get("fingerprint")])
+        guidances = list(map(plan.guidance_of, self.configs.values()))
+        vae = file_fingerprint(vae_weights(plan.vae)) if plan.vae else None
+        values = [found, guidances, vae, plan.prompts, plan.negative_prompt]
+        return [*values, *([self.clip.fingerprint] if self.clip else [])] if found else []
+
+    def _find_prompts(self, work: WorkFolder) -> None:
+        """Choose the prompts in the first process, and count those that are cut."""
+        config = next(filter(takes_prompts, self.configs.values()), None)
+        if config is None:
+            return
+        own = self.plan.prompts
+        if not work.has(PROMPTS):
+            with work.processes.together():
+                if work.processes.is_main:
+                    captions = {} if own else self.images.captions(self.plan.n, self.plan.seed)
+                    write_text(work.file(PROMPTS), json.dumps([list(captions.values()), list(captions)]))
+        with work.processes.together():
+            texts, self.captioned = parse(read_text(work.file(PROMPTS)))
+            self.plan = replace(self.plan, prompts=own or tuple(texts))
+        drawn = self.plan.prompts[: self.plan.n]
+        kind = "prompts in turn" if own else "captions of the data, in random order"
+        self.prompts = f"{len(drawn):,} {kind}"
+        tokenizers = Tokenizers.read(check_components(config.components, self.plan.components)["path"])
+        if long := sum(map(bool, map(tokenizers.cut, drawn))):
+            self.notes = (
+                f"{long:,} of {len(drawn):,} prompts are longer than {tokenizers.length} tokens and are cut.",
+            )
 
     def measure(self, data: DataStats, work: WorkFolder) -> tuple[list[EvalRow], list[NDArray[np.uint8]]]:
         """The rows, and thumbnails of the first samples of each; finished parts are in the work folder."""
         calculator = MetricCalculator(data, self.features, self.plan, work.processes.device)
         if self.features.name == PIXELS and "fd" in self.plan.metrics:
             self.scale = scale_of(data, self.plan.n, self.images.image_size)
+        self._find_prompts(work)
         if self.teacher is not None:
             self._draw_teacher(self.teacher, work)
         for number, row in enumerate(self.rows):
@@ -245,10 +285,30 @@ class _Run:
                 self._measure_row(number, row, calculator, work)
         numbers = range(len(self.rows))
         found = self._time_again([_read_row(work, number) for number in numbers], work)
+        if self.clip is not None and self.captioned:
+            score = self._score_data(self.clip, work)
+            found = [replace(row, metrics={**row.metrics, "clip_data": score}) for row in found]
         if "nearest" not in self.plan.metrics:
             return found, []
         thumbs = [work.read(THUMBS.format(number))["small"] for number in numbers]
         return add_nearest(found, thumbs, self.images, work), thumbs
+
+    def _score_data(self, clip: ClipScore, work: WorkFolder) -> Metric:
+        """The CLIP score of images of the data and their captions, of at most `MAX_QUERIES` captions that are drawn."""
+        captions = dict(zip(self.captioned[:MAX_QUERIES], self.plan.prompts, strict=False))
+        numbers = np.sort(np.array(list(captions)))
+        parts = np.array_split(numbers, -(-len(numbers) // PIECE_IMAGES))
+
+        def compute(number: int, bar: Progress, done: int) -> m.Arrays:
+            scores = []
+            for index, image in zip(parts[number].tolist(), self.images.some(parts[number]), strict=True):
+                scores.append(clip(image[None], [captions[index]]))
+                bar.update(done + len(scores))
+            return {"scores": np.concatenate(scores)}
+
+        sizes = {f"clip-{k}.npz": len(part) for k, part in enumerate(parts)}
+        work.compute("CLIP score of the data", sizes, compute)
+        return m.mean_metric(np.concatenate([work.read(name)["scores"] for name in sizes]))
 
     def _draw_teacher(self, teacher: RowSpec, work: WorkFolder) -> None:
         """Draw the images that samples are compared with."""
@@ -274,7 +334,7 @@ class _Run:
         def compute(piece: int, bar: Progress, done: int) -> m.Arrays:
             name = TEACHER.format(piece)
             of_teacher = torch.from_numpy(work.read(name)["images"]) if work.file(name).exists() else None
-            return sample_stats(generator, self.blocks, pieces[piece], self.features, of_teacher, bar, done)
+            return sample_stats(generator, self.blocks, pieces[piece], self.features, of_teacher, self.clip, bar, done)
 
         sizes = {f"row-{number:03d}-piece-{k:04d}.npz": len(self.blocks.samples(p)) for k, p in enumerate(pieces)}
         work.compute(f"{row.checkpoint.name}, {row.sampler}, {row.steps}", sizes, compute)
@@ -297,7 +357,7 @@ class _Run:
                 seconds=sum(float(each["seconds"]) for each in stats) + time.monotonic() - began,
                 ms_per_image=1000 * sum(float(each["drawing"]) for each in stats) / n,
                 metrics=metrics,
-                guidance=self.plan.guidance,
+                guidance=self.plan.guidance_of(self.configs[row.checkpoint]),
             )
             write_text(work.file(ROW.format(number)), json.dumps(plain(asdict(found))) + "\n")
             for name in sizes:
@@ -314,7 +374,7 @@ class _Run:
         with work.processes.together():
             for k in doubtful() if work.processes.is_main else []:
                 generator = Generator(self.rows[k], self.plan, work.processes.device)
-                batch = range(min(self.plan.batch_size, self.plan.n))
+                batch = generator.batches(range(self.plan.n))[0]
                 with work.reporter.progress("timing again", 2 * len(batch), "images") as bar:
                     generator.draw(batch, bar, 0)  # to warm up
                     began = time.monotonic()
@@ -339,9 +399,11 @@ class _Run:
             pairs=pairs.name if pairs else None,
             teacher=plan.teacher.as_posix() if plan.teacher else "",
             teacher_steps=self.teacher.num_steps if self.teacher else None,
-            notes=(*notes, *([DOUBTFUL_TIMES] if any(row.is_time_doubtful for row in found) else [])),
+            notes=(*notes, *self.notes, *([DOUBTFUL_TIMES] if any(row.is_time_doubtful for row in found) else [])),
             job=self.key,
             scale=self.scale,
+            prompts=self.prompts,
+            negative_prompt=plan.negative_prompt,
         )
 
 
@@ -393,6 +455,8 @@ class MetricCalculator:
         if "isc" in wanted:
             classes = [block for piece in stats for block in m.from_arrays(m.ClassStats, piece, CLASS_STATS)]
             found["isc"] = m.inception_score(classes)
+        if "clip" in wanted and len(scores := np.concatenate([piece["scores"] for piece in stats])):
+            found["clip"] = m.mean_metric(scores)
         if len(errors):
             squared = m.mean_metric(errors)
             found |= {name: f(squared) for name, f in (("rmse", rmse), ("psnr", psnr)) if name in wanted}

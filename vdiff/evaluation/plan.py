@@ -12,10 +12,13 @@ from vdiff.evaluation.features import INCEPTION, PIXELS, Features
 from vdiff.evaluation.nearest import MAX_QUERIES
 from vdiff.evaluation.reference import MAX_KEPT, ReferenceImages
 from vdiff.models.checkpoint import CheckpointConfig, read_config
-from vdiff.models.checks import check_guidance
+from vdiff.models.checks import check_guidance, default_guidance, without_limits
+from vdiff.models.components import check_components
+from vdiff.models.condition import TOKENS
+from vdiff.models.prompting import drawn_shape
 from vdiff.text import plural
 
-METRICS = ("fd", "kd", "precision", "recall", "isc", "rmse", "psnr", "nearest")
+METRICS = ("fd", "kd", "precision", "recall", "isc", "clip", "rmse", "psnr", "nearest")
 OF_INCEPTION = {"fid": "fd", "kid": "kd"}
 MIN_IMAGES = 10
 UNBIASED_FROM = 10_000
@@ -51,8 +54,12 @@ class EvalPlan:
         metrics: names from `METRICS`; empty: all that are possible.
         teacher, teacher_steps: samples are compared with this checkpoint's images from the same noise, drawn by ddim in
             this number of steps (None: its own).
-        guidance: the weight w of classifier-free guidance.
-        batch_size: images that each process draws at once.
+        guidance: the weight w of classifier-free guidance; None: each model's default, as in sample.py.
+        batch_size: images that each process draws at once; None: 64, and 4 of a text-to-image model.
+        prompts: text-to-image models draw them in turn; empty: the captions of the data, in random order.
+        negative_prompt: guidance moves away from it.
+        components, vae: see `Prompting.read`.
+        clip: the folder of a CLIP model, see `ClipScore`; it scores pictures and prompts.
         precision: of the networks.
         most_images: how many images of the data to read, see `ReferenceImages`; None: all.
     """
@@ -64,10 +71,19 @@ class EvalPlan:
     metrics: tuple[str, ...] = ()
     teacher: Path | None = None
     teacher_steps: int | None = None
-    guidance: float = 0.0
-    batch_size: int = 64
+    guidance: float | None = None
+    batch_size: int | None = None
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    components: Path | None = None
+    vae: Path | None = None
+    clip: Path | None = None
     precision: str = "auto"
     most_images: int | None = None
+
+    def guidance_of(self, config: CheckpointConfig) -> float:
+        """The weight of guidance for a model."""
+        return default_guidance(config) if self.guidance is None else self.guidance
 
 
 def plan_rows(
@@ -84,7 +100,7 @@ def plan_rows(
 
     Raises:
         VdiffError: a checkpoint cannot be read, or supports none of the numbers of steps.
-        OptionError: a sampler is unknown.
+        OptionError: a sampler is unknown, or not for this model.
     """
     for name in samplers:
         if name not in SAMPLERS:
@@ -93,6 +109,11 @@ def plan_rows(
     left_out: list[str] = []
     for folder in checkpoints:
         config = read_config(folder)
+        for name in samplers:
+            try:
+                without_limits(config, name, {})
+            except VdiffError as error:
+                raise OptionError(f"--samplers {name}: {folder}: {error.cause}", error.hint) from None
         reasons = {steps: why_not(config, grid, steps) for steps in num_timesteps or [config.num_timesteps]}
         if all(reasons.values()):
             steps, reason = next(iter(reasons.items()))
@@ -112,47 +133,95 @@ def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
     return ""
 
 
+def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tuple[int, int]:
+    """The channels and the size of the square images that all models draw.
+
+    Raises:
+        VdiffError: they draw different images, or others; components of a text-to-image model are missing.
+    """
+    shapes = {}
+    for folder, config in configs.items():
+        shape = config.shape
+        if takes_prompts(config):
+            components = Path(check_components(config.components, plan.components)["path"])
+            shape = drawn_shape(config, plan.vae or components)
+        if len(shape) != 3 or shape[1] != shape[2]:
+            shown = " × ".join(map(str, shape))
+            raise VdiffError(f"{folder} draws samples of {shown}, not square images", "evaluate a model of images")
+        shapes[folder] = shape
+    first, shape = next(iter(shapes.items()))
+    for folder, other in shapes.items():
+        if other != shape:
+            kinds = f"{first} draws images of {_kind(*shape[:2])}, but {folder} of {_kind(*other[:2])}"
+            raise VdiffError(kinds, "evaluate them separately")
+    return shape[0], shape[1]
+
+
 def check_plan(
-    plan: EvalPlan, configs: Mapping[Path, CheckpointConfig], images: ReferenceImages, features: Features
+    plan: EvalPlan,
+    configs: Mapping[Path, CheckpointConfig],
+    images: ReferenceImages,
+    features: Features,
+    channels: int,
 ) -> tuple[str, ...]:
     """Check that a plan is possible with these models, data and features; returns its metrics.
 
+    Args:
+        channels: of the images that the models draw.
+
     Raises:
-        VdiffError: the images of the models or the data differ in size or channels, or there are too few.
-        OptionError: a model does not support the guidance, a metric cannot be computed, or there are too few samples.
+        VdiffError: the data are of other channels, have too few images, or have no captions for a text-to-image model.
+        OptionError: a model does not support the guidance or prompts, a metric cannot be computed, or there are too few
+            samples.
     """
-    kinds = {folder: _kind(config.shape[-1], config.shape[0]) for folder, config in configs.items()}
-    first, kind = next(iter(kinds.items()))
-    for folder, other in kinds.items():
-        if other != kind:
-            raise VdiffError(f"{first} draws images of {kind}, but {folder} of {other}", "evaluate them separately")
+    for folder, config in configs.items():
+        weight = plan.guidance_of(config)
         try:
-            check_guidance(configs[folder], plan.guidance)
+            check_guidance(config, weight)
         except VdiffError as error:
-            raise OptionError(f"--guidance {plan.guidance:g}: {folder}: {error.cause}", error.hint) from None
-    data, path = _kind(images.image_size, images.channels), images.store.path
-    if kind != data:
+            raise OptionError(f"--guidance {weight:g}: {folder}: {error.cause}", error.hint) from None
+    if any(takes_prompts(config) for config in configs.values()):
+        if not plan.prompts and not images.store.meta.num_captions:
+            raise VdiffError(
+                f"{images.store.path} has no captions to draw",
+                "give --prompts FILE, or prepare images with captions",
+            )
+    else:
+        for flag, value in {
+            "--prompts": plan.prompts,
+            "--negative_prompt": plan.negative_prompt,
+            "--clip": plan.clip,
+        }.items():
+            if value:
+                raise OptionError(f"{flag}: {next(iter(configs))} takes no prompts", "leave it out")
+    if channels != images.channels:
+        kind, data = (_kind(count, images.image_size) for count in (channels, images.channels))
         raise VdiffError(
-            f"the checkpoints draw images of {kind}, but {path} holds {data}",
+            f"the checkpoints draw images of {kind}, but {images.store.path} holds {data}",
             "give --data a dataset like the training data",
         )
-    metrics = choose_metrics(plan.metrics, features, plan.teacher is not None)
-    _check_numbers(plan.n, len(images), features, metrics, path)
+    metrics = choose_metrics(plan.metrics, features, has_teacher=bool(plan.teacher), has_clip=bool(plan.clip))
+    _check_numbers(plan.n, len(images), features, metrics, images.store.path)
     return metrics
 
 
-def _kind(size: int, channels: int) -> str:
+def takes_prompts(config: CheckpointConfig) -> bool:
+    """Whether a model draws what prompts say."""
+    return TOKENS in config.signature.names
+
+
+def _kind(channels: int, size: int) -> str:
     return f"{size}×{size} with {plural(channels, 'channel')}"
 
 
-def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool) -> tuple[str, ...]:
+def choose_metrics(wanted: Sequence[str], features: Features, *, has_teacher: bool, has_clip: bool) -> tuple[str, ...]:
     """The chosen metrics, in the order of `METRICS`; by default all that are possible.
 
     Raises:
-        OptionError: a metric is unknown, or needs other features or a teacher.
+        OptionError: a metric is unknown, or needs other features, a teacher or a CLIP model.
     """
     is_inception = features.name == INCEPTION
-    lacking = {"isc": not is_inception, "rmse": not has_teacher, "psnr": not has_teacher}
+    lacking = {"isc": not is_inception, "rmse": not has_teacher, "psnr": not has_teacher, "clip": not has_clip}
     found = set()
     for word in wanted:
         name = OF_INCEPTION.get(word, word)
@@ -161,9 +230,13 @@ def choose_metrics(wanted: Sequence[str], features: Features, has_teacher: bool)
         if not is_inception and (word in OF_INCEPTION or name == "isc"):
             instead = f", or --metrics {name}" if word in OF_INCEPTION else ""
             raise OptionError(f"--metrics {word} needs Inception's features", f"give --features inception{instead}")
+        if name == "clip" and lacking[name]:
+            raise OptionError("--metrics clip needs a CLIP model", "give --clip FOLDER")
         if lacking.get(name):
             raise OptionError(f"--metrics {word} needs a teacher", "give --teacher CHECKPOINT")
         found.add(name)
+    if has_clip and wanted and "clip" not in found:
+        raise OptionError("--clip has no effect, as --metrics leaves clip out", "add clip to --metrics")
     return tuple(name for name in METRICS if (name in found if wanted else not lacking.get(name)))
 
 
@@ -171,7 +244,7 @@ def _check_numbers(n: int, num_images: int, features: Features, metrics: Sequenc
     """Refuse fewer images than the metrics need."""
     least = max(MIN_IMAGES, features.dim if "fd" in metrics else 0)
     why = f"the {features.dim} dimensions of the features {features.name}" if least > MIN_IMAGES else f"{MIN_IMAGES}"
-    others = ",".join(name for name in metrics if name not in ("fd", "isc")) or "kd"
+    others = ",".join(name for name in metrics if name not in ("fd", "isc", "clip")) or "kd"
     without = f", or vdiff evaluate --metrics {others}" if least > MIN_IMAGES else ""
     if n < least:
         raise OptionError(f"--num {n} is fewer than {why}", f"give --num {least} or more{without}")

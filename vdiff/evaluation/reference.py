@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff.data.batches import decode
+from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.store import DATA_FILE, ImageStore, StoredImage
 from vdiff.errors import VdiffError
@@ -118,20 +119,38 @@ class ReferenceImages:
 
     def image(self, index: int) -> Tensor:
         """(C, H, W) uint8."""
-        (sample,) = self.store.stretch(index, index + 1)
-        return torch.from_numpy(np.array(self._decoded(sample)))
+        (image,) = self.some(np.array([index]))
+        return image
 
     def some(self, indices: NDArray[np.int64]) -> Iterator[Tensor]:
         """The images with these numbers, in order, (C, H, W) uint8 each; every stretch is read at most once."""
+        return (torch.from_numpy(np.array(self._decoded(sample))) for sample in self._stored(indices))
+
+    def captions(self, count: int, seed: int) -> dict[int, str]:
+        """The captions of `count` images by number, in random order; fewer if fewer images have one.
+
+        The seed determines the order, and the caption of an image that has several.
+        """
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(self)])))
+        order = generator.permutation(self.numbers)
+        if self.store.meta.num_captions == len(self.store):
+            order = order[:count]
+        read = np.sort(order)
+        known = {int(k): sample.caption for k, sample in zip(read, self._stored(read), strict=True)}
+        found = [k for k in order.tolist() if known[k]][:count]
+        return {k: CaptionSettings().apply(known[k], generator) for k in found}
+
+    def _stored(self, indices: NDArray[np.int64]) -> Iterator[StoredImage]:
+        """The samples with these numbers, in order."""
         for start, stop in self.stretches:
             low, high = np.searchsorted(indices, [start, stop])
             if isinstance(self.store, ImageStore):
-                yield from (self.image(int(index)) for index in indices[low:high])
+                for index in indices[low:high].tolist():
+                    yield from self.store.stretch(index, index + 1)
             elif low < high:
                 wanted = set(indices[low:high].tolist())
-                for index, sample in enumerate(self.store.stretch(start, stop), start):
-                    if index in wanted:
-                        yield torch.from_numpy(np.array(self._decoded(sample)))
+                samples = enumerate(self.store.stretch(start, stop), start)
+                yield from (sample for index, sample in samples if index in wanted)
 
     def _decoded(self, sample: StoredImage) -> NDArray[np.uint8]:
         where = f"{self.store.path}: image {sample.name}"

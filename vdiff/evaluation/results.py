@@ -82,9 +82,10 @@ class EvalRow:
         ms_per_image: milliseconds of drawing per image.
         metrics: by name: `fd` and `kd`, Fréchet and kernel distance on the chosen features (`fid` and `kid` on
             Inception's); `fd_inf` (`fid_inf`), the first without its bias; `precision`, `recall`; `isc`, the Inception
-            score; `rmse`, `psnr` to the teacher from the same noise; `nearest`, the median distance of a sample to the
-            nearest image of the data; `nearest_data`, the median distance of an image of the data to the nearest other
-            one; both also with `_features`; `closest`, the smallest distance of any sample.
+            score; `clip`, the mean CLIP score of samples and prompts; `clip_data`, that of images of the data and their
+            captions; `rmse`, `psnr` to the teacher from the same noise; `nearest`, the median distance of a sample to
+            the nearest image of the data; `nearest_data`, the median distance of an image of the data to the nearest
+            other one; both also with `_features`; `closest`, the smallest distance of any sample.
         guidance: the weight w of classifier-free guidance.
         closest: the samples nearest to an image of the data: sample number, image number, distance.
         is_time_doubtful: more evaluations of the same network took less time, even when measured again.
@@ -186,6 +187,7 @@ class Evaluation:
         notes: notes for the reader of the metrics, one sentence each.
         job: the key of everything that determines the metrics.
         scale: the scale of Fréchet distances on pixels; None if there are none.
+        prompts, negative_prompt: where the prompts of text-to-image models are from, and what guidance moves away from.
     """
 
     features: str
@@ -200,6 +202,8 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     job: str = ""
     scale: Scale | None = None
+    prompts: str = ""
+    negative_prompt: str = ""
     vdiff_version: str = vdiff.__version__
     format: int = FORMAT
 

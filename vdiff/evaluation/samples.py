@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import memory_errors_named
 from vdiff.errors import VdiffError
+from vdiff.evaluation.clip import ClipScore
 from vdiff.evaluation.features import Features
 from vdiff.evaluation.metrics import Arrays, ClassStats, Moments, to_arrays
 from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
-from vdiff.evaluation.plan import EvalPlan, RowSpec
+from vdiff.evaluation.plan import EvalPlan, RowSpec, takes_prompts
 from vdiff.evaluation.reference import MAX_KEPT, MOMENTS
 from vdiff.models.checkpoint import (
     ADAPTER,
@@ -28,14 +30,19 @@ from vdiff.models.checkpoint import (
     read_tensors,
     weights_path,
 )
-from vdiff.models.codec import to_uint8
-from vdiff.models.drawing import draw, squared_errors
+from vdiff.models.checks import without_limits
+from vdiff.models.codec import PIXEL_CODEC, to_uint8
+from vdiff.models.condition import Condition
+from vdiff.models.drawing import classes_in_turn, draw_from, squared_errors
+from vdiff.models.prompting import Prompting
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.records import STATE
 from vdiff.reporting import Progress
 
-PIECE_IMAGES = 256
-"""The fewest images of a piece, except the last; a kill loses at most one piece."""
+PIECE_IMAGES, SLOW_IMAGES = 256, 32
+"""The fewest images of a piece, except the last, and of a text-to-image model; a kill loses at most one piece."""
+BATCH_SIZE, SLOW_BATCH_SIZE = 64, 4
+"""Images drawn at once, and of a text-to-image model."""
 CLASS_STATS = ("answer_counts", "answer_sums", "answer_negentropies")
 RAW = "raw."
 
@@ -49,6 +56,7 @@ class SampleBlocks:
 
     n: int
     dim: int
+    are_slow: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -62,7 +70,8 @@ class SampleBlocks:
 
     def pieces(self) -> list[range]:
         """The blocks in each piece."""
-        of_each = max(1, -(-PIECE_IMAGES * self.num_blocks // self.n))
+        least = SLOW_IMAGES if self.are_slow else PIECE_IMAGES
+        of_each = max(1, -(-least * self.num_blocks // self.n))
         return [range(k, min(k + of_each, self.num_blocks)) for k in range(0, self.num_blocks, of_each)]
 
     def samples(self, piece: range) -> range:
@@ -75,6 +84,8 @@ class Generator:
 
     def __init__(self, row: RowSpec, plan: EvalPlan, device: torch.device) -> None:
         self.row, self.plan, self.device = row, plan, device
+        self.config = read_config(row.checkpoint)
+        self.prompting: Prompting | None = None
         self.network: FastNetwork | None = None
 
     @property
@@ -84,7 +95,7 @@ class Generator:
 
     def batches(self, samples: range) -> list[range]:
         """The samples, divided into batches."""
-        size = self.plan.batch_size
+        size = self.plan.batch_size or (SLOW_BATCH_SIZE if takes_prompts(self.config) else BATCH_SIZE)
         return [range(k, min(k + size, samples.stop)) for k in range(samples.start, samples.stop, size)]
 
     def draw(self, indices: range, bar: Progress, done: int) -> Tensor:
@@ -95,23 +106,36 @@ class Generator:
         """
         if self.network is None:
             self._load()
-        steps = self.row.num_steps
+        row, plan, shape = self.row, self.plan, self.config.shape
         with memory_errors_named():
-            found = draw(
+            found = draw_from(
                 self.denoiser,
-                SAMPLERS[self.row.sampler](),
-                indices=indices,
-                image_size=self.config.shape[1:],
-                num_steps=steps,
-                seed=self.plan.seed,
-                guidance=self.plan.guidance,
-                grid=self.row.grid,
-                on_step=lambda step: bar.update(done, f"step {step}/{steps}"),
+                SAMPLERS[row.sampler](**without_limits(self.config, row.sampler, {})),
+                noise=ImageNoise(seed=plan.seed, indices=indices, shape=shape, device=self.device),
+                condition=self._condition(indices),
+                num_steps=row.num_steps,
+                guidance=plan.guidance_of(self.config),
+                grid=row.grid,
+                on_step=lambda step: bar.update(done, f"step {step}/{row.num_steps}"),
             )
-        return self.config.space.clip(found)
+            return self.prompting.decode(found) if self.prompting else self.config.space.clip(found)
+
+    def prompts(self, indices: range) -> list[str]:
+        """The prompts of samples, in turn."""
+        return [self.plan.prompts[k % len(self.plan.prompts)] for k in indices]
+
+    def _condition(self, indices: range) -> Condition:
+        """The prompts or classes of samples, each in turn."""
+        if self.prompting is None:
+            return classes_in_turn(self.denoiser, indices)
+        names = self.config.signature.names
+        return self.prompting.condition(names, self.prompts(indices), self.plan.negative_prompt)
 
     def _load(self) -> None:
-        denoiser, self.config = load_checkpoint(self.row.checkpoint, self.device)
+        components = self.plan.components if takes_prompts(self.config) else None
+        denoiser, _ = load_checkpoint(self.row.checkpoint, self.device, components=components)
+        if takes_prompts(self.config):
+            self.prompting = Prompting.read(self.config, self.device, components=components, vae=self.plan.vae)
         path = weights_file(self.row)
         if path.name not in (WEIGHTS, ADAPTER):
             tensors = read_tensors(path).items()
@@ -147,12 +171,14 @@ def sample_stats(
     piece: range,
     features: Features,
     of_teacher: Tensor | None,
+    clip: ClipScore | None,
     bar: Progress,
     done: int,
 ) -> Arrays:
-    """The statistics of the samples of a piece: moments by block, some vectors, thumbnails, errors, times.
+    """The statistics of the samples of a piece: moments by block, some vectors, thumbnails, errors, scores, times.
 
     Args:
+        clip: scores pictures and prompts.
         of_teacher: the teacher's images of the first samples of the piece.
     """
     began, samples = time.monotonic(), blocks.samples(piece)
@@ -160,6 +186,7 @@ def sample_stats(
     moments = [Moments.none(features.dim) for _ in piece]
     classes: dict[int, list[ClassStats]] = {}
     kept, thumbs, errors = [np.empty((0, features.dim), np.float32)], [], [np.empty(0)]
+    scores = [np.empty(0)]
     for batch in generator.batches(samples):
         start = time.monotonic()
         images = generator.draw(batch, bar, done + batch.start - samples.start)
@@ -179,7 +206,9 @@ def sample_stats(
         if of_teacher is not None:
             first = batch.start - samples.start
             theirs = of_teacher[first : first + len(batch)]
-            errors.append(squared_errors(images, theirs, generator.config.space).numpy())
+            errors.append(squared_errors(images, theirs, PIXEL_CODEC).numpy())
+        if clip is not None and generator.prompting is not None:
+            scores.append(clip(pixels, generator.prompts(batch)))
         bar.update(done + batch.stop - samples.start)
     return {
         **to_arrays(moments, MOMENTS),
@@ -187,6 +216,7 @@ def sample_stats(
         "kept": np.concatenate(kept),
         "small": torch.cat(thumbs).numpy(),
         "errors": np.concatenate(errors),
+        "scores": np.concatenate(scores),
         "evaluations": np.array(generator.evaluations - before),
         "drawing": np.array(drawing),
         "seconds": np.array(time.monotonic() - began),

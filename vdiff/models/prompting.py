@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,22 @@ from vdiff.models.codec import LATENTS
 from vdiff.models.components import check_components
 from vdiff.models.condition import TIME_IDS, TOKENS, Condition
 from vdiff.models.tokenizing import Tokenizers
+
+
+def drawn_shape(config: CheckpointConfig, folder: Path) -> tuple[int, ...]:
+    """(C, H, W) of the pictures that a model draws; the autoencoder in `folder` decodes its latents, if it has such.
+
+    Raises:
+        VdiffError: there is no autoencoder for these latents.
+    """
+    if config.codec != LATENTS.name:
+        return config.shape
+    channels, height, width = config.shape
+    return picture_shape((channels, height, width), folder)
+
+
+SHOWN_LETTERS = 21
+"""Letters of a prompt in a line of 80."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +67,8 @@ class Prompting:
             VdiffError: a folder is missing, or its fingerprint is not that of the model.
         """
         folder = Path(check_components(config.components, components)["path"])
-        place = vae or folder
-        is_latent = config.codec == LATENTS.name
-        shape = picture_shape((config.shape[0], config.shape[1], config.shape[2]), place) if is_latent else config.shape
-        return cls(Tokenizers.read(folder), shape, Autoencoder.read(place, device) if is_latent else None)
+        decoder = Autoencoder.read(vae or folder, device) if config.codec == LATENTS.name else None
+        return cls(Tokenizers.read(folder), drawn_shape(config, vae or folder), decoder)
 
     def condition(self, takes: Sequence[str], prompts: Sequence[str], negative_prompt: str = "") -> Condition:
         """The condition for uncropped pictures.
@@ -69,11 +84,12 @@ class Prompting:
         return Condition(known, {TOKENS: tokens[-1]})
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
-        """A sentence about each prompt that is too long for the text encoders, with the part that is cut off."""
-        cut = [(textwrap.shorten(prompt, 60, placeholder=" …"), self.tokenizers.cut(prompt)) for prompt in prompts]
+        """A line about each prompt that is too long for the text encoders: its beginning, and that of what is cut."""
+        shorten = partial(textwrap.shorten, width=SHOWN_LETTERS, placeholder=" …")
+        cut = [(prompt, self.tokenizers.cut(prompt)) for prompt in prompts]
         longest = self.tokenizers.length
         return [
-            f"the prompt {prompt!r} has more than {longest} tokens: {end!r} is cut off" for prompt, end in cut if end
+            f"prompt {shorten(prompt)!r}: {shorten(end)!r} is cut off ({longest} tokens)" for prompt, end in cut if end
         ]
 
     def decode(self, x: Tensor, *, check: bool = True) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ class SampleSpec:
     def to_json(self, **more: Any) -> str:
         """The record."""
         return json_text({**asdict(self), **more})
+
+
+def spec_of(record: Mapping[str, Any]) -> SampleSpec:
+    """The specification in a record."""
+    return SampleSpec(**{item.name: record[item.name] for item in fields(SampleSpec) if item.name in record})
 
 
 def is_record(record: object) -> bool:
