@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.samplers import Clipped, Ddim
 from vdiff.errors import OptionError, VdiffError
 from vdiff.models.denoiser import GuidedDenoiser
-from vdiff.models.drawing import draw
+from vdiff.models.drawing import classes_in_turn, draw
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +103,10 @@ def test_samplers_and_their_options(plain):
 def test_classes_and_guidance(classes):
     denoiser = classes.denoiser
     options = {"indices": range(4), "image_size": SIZE, "num_steps": 8}
+    options["conditions"] = partial(classes_in_turn, choices=[2, 0])
     named = classes.sample(4, classes=["owl", 0])
-    assert torch.equal(named, draw(denoiser, Ddim(), classes=[2, 0], **options).clamp(-1, 1))
-    guided = draw(GuidedDenoiser(denoiser, 2.0, (0.3, 0.8)), Ddim(), classes=[2, 0], **options).clamp(-1, 1)
+    assert torch.equal(named, draw(denoiser, Ddim(), **options).clamp(-1, 1))
+    guided = draw(GuidedDenoiser(denoiser, 2.0, (0.3, 0.8)), Ddim(), **options).clamp(-1, 1)
     assert torch.equal(classes.sample(4, classes=["owl", 0], guidance=2.0, guidance_interval=(0.3, 0.8)), guided)
     assert (guided - named).abs().max() > 1e-3
     assert (classes.sample(4, guidance=2.0) - guided).abs().max() > 1e-3

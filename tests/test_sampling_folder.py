@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from vdiff.models.checkpoint import (
     read_config,
     save_checkpoint,
 )
-from vdiff.models.drawing import draw
+from vdiff.models.drawing import classes_in_turn, draw
 from vdiff.sampling.outputs import GRID, PICTURES
 from vdiff.sampling.packing import png_name
 from vdiff.sampling.spec import RECORD
@@ -325,7 +326,15 @@ def test_classes_are_drawn_in_turn(tmp_path):
     run(wanted, tmp_path / "out", num=5)
     denoiser, _ = load_checkpoint(tmp_path / "model")
     for k, label in enumerate((2, 0, 2, 0, 2)):
-        image = draw(denoiser, Ddim(), indices=[k], image_size=SIZE, num_steps=4, seed=3, classes=[label])[0]
+        image = draw(
+            denoiser,
+            Ddim(),
+            indices=[k],
+            image_size=SIZE,
+            num_steps=4,
+            seed=3,
+            conditions=partial(classes_in_turn, choices=[label]),
+        )[0]
         exact = (image.permute(1, 2, 0).numpy() + 1).clip(0, 2) * 127.5
         assert np.abs(pixels(image_path(tmp_path / "out", k)) - exact).max() <= 0.501
 

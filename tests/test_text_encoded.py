@@ -55,7 +55,7 @@ def drawn(place: Path, kind: str, data: Path, *, encoded: bool) -> tuple[torch.T
     assert found is not None
     if encoded:
         images = replace(images, encoded=found)
-    inputs = inputs_of(description, engine.device, is_encoded=encoded)
+    inputs = inputs_of(description, engine.device, found if encoded else None)
     network = load_checkpoint(place / kind)[0].network
     xs, conditions = [], []
     with closing(images.batches(config, engine).start_at(0)) as batches, torch.no_grad():

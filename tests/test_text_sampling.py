@@ -226,10 +226,3 @@ def test_inspect_tells_what_a_text_model_is(place):
         assert words in said
     values = json.loads(done(f"vdiff inspect {place}/sdxl --json").stdout)
     assert values["components"]["path"] == str(pipeline("sdxl"))
-
-
-def test_what_text_models_cannot_do_yet_is_refused_in_one_line(place):
-    base = place / "sd15"
-    assert f"{base} is a text-to-image model, which distill.py cannot distil yet" in error(
-        f"distill.py --base {base}", 2
-    )

@@ -343,6 +343,7 @@ def test_students_know_where_they_come_from(data, whole):
                 "components",
                 "adapter",
                 "base",
+                "guidance_scale",
             }  # absent where a UNet on pixels has nothing to say
             assert {key: found_teacher.get(key, own[key]) for key in own} == own
             found = dataclasses.replace(found, teacher=found_teacher["teacher"])

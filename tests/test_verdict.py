@@ -192,7 +192,7 @@ def examiner(watcher: Watcher | None = None, *, images: int = 5, far: int = 7, d
 def examine(of: Examiner, base: Path, folder: Path, **changes) -> Verdict:
     """With a start of its own, that nobody trained."""
     settings = {
-        "start": start(folder), "guidance": (), "measure_distance": True, "max_regression": 1e9, "attempts": 2,
+        "start": lambda: start(folder), "guidance": (), "measure_distance": True, "max_regression": 1e9, "attempts": 2,
         "budget": 10**9,
     }  # fmt: skip
     stage = Stage(base, changes.pop("teacher_steps", 8), folder, changes.pop("num_steps", 4))
@@ -267,7 +267,7 @@ def test_what_rounding_and_the_noises_explain_is_no_harm(tmp_path):
         parameter.data.mul_(1 + 1e-6)
     unchanged = load_checkpoint(student)[0]
     save_checkpoint(student, nudged.state_dict(), described)
-    same = examine(examiner(images=64), base, student, start=unchanged, measure_distance=False)
+    same = examine(examiner(images=64), base, student, start=lambda: unchanged, measure_distance=False)
     assert (same.reason, same.rmse != same.rmse_before) == ("", True)
     assert same.rmse_limit >= 1.01 * same.rmse_before
 
@@ -313,10 +313,10 @@ def test_the_reason_is_that_of_the_numbers(tmp_path):
     """A student that nothing was done to is no failure; one that is far from the data is."""
     base, student = pair(tmp_path)
     unchanged = load_checkpoint(student)[0]
-    fair = examine(examiner(images=5, far=7, distance=mean_of), base, student, start=unchanged)
+    fair = examine(examiner(images=5, far=7, distance=mean_of), base, student, start=lambda: unchanged)
     assert fair.rmse == pytest.approx(fair.rmse_before, rel=1e-5)  # which were drawn in batches of another size
     assert fair.reason == ""
-    far = examine(examiner(distance=mean_of), base, student, start=unchanged, max_regression=0.5)
+    far = examine(examiner(distance=mean_of), base, student, start=lambda: unchanged, max_regression=0.5)
     assert far.reason == why_failed(far, 0.5)
     assert "distance to the data is" in far.reason
 
@@ -376,7 +376,7 @@ def test_a_student_that_draws_no_image_has_failed(tmp_path):
     broken, described = load_checkpoint(student)
     broken.network.conv_out.bias.data.fill_(math.nan)
     save_checkpoint(student, broken.state_dict(), described)
-    verdict = examine(examiner(distance=mean_of), base, student, start=unchanged)
+    verdict = examine(examiner(distance=mean_of), base, student, start=lambda: unchanged)
     assert verdict.reason == "the model does not draw an image: step 1 of 4 produced non-finite values in torch.float32"
     assert (verdict.rmse, verdict.distance, verdict.teacher_distance) == (math.inf, None, None)
     assert verdict.rmse_before < math.inf

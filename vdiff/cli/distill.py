@@ -79,6 +79,8 @@ def command(
     if not config_file and "base" not in chosen:
         chosen["base"] = str(project.teacher(console.line))
 
+    from vdiff.models.checkpoint import read_config
+    from vdiff.models.codec import LATENTS
     from vdiff.replacing import check_ours, is_free, locked
     from vdiff.training.folder import RUN
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
@@ -99,6 +101,7 @@ def command(
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
     from vdiff.training.ladder import found_student, run_stages
+    from vdiff.training.sample_prompts import sample_prompts
     from vdiff.training.student import memory_of_stage, recorded_setting, times_of_stage
     from vdiff.training.threads import settled_threads
     from vdiff.training.verdict import read_verdict
@@ -145,7 +148,8 @@ def command(
         )
         engine = engine if config.compile is None else replace(engine, compile=config.compile)
     budget = sum(stage.budget(config) for stage in stages)
-    if config.distance_every and config.check_images and engine.is_main:
+    measures = config.distance_every > 0 and teacher.codec != LATENTS.name
+    if measures and config.check_images and engine.is_main:
         data = images.name if images.store else ""
         verdict = quality_of(Path(config.base), data, budget, device=engine.device, console=console)
         if verdict:
@@ -155,30 +159,36 @@ def command(
             console.line(
                 "a student cannot be better than its teacher: train the teacher longer first, unless this is a trial"
             )
-    distance = distance_to(images, config, engine)
+    distance = distance_to(images, config, engine) if measures else None
     trained = run_stages(stages, config, images, engine, overwrite=overwrite, reporter=console, distance=distance)
     if not engine.is_main:
         return
+    last = stages[-1].folder
     table = None if trained else known_rows(stages, seed=config.seed)
     if table is None:
-        with locked(stages[-1].folder, kind=RUN):
-            table = compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)
+        with locked(last, kind=RUN):
+            table = compare(
+                stages, seed=config.seed, device=engine.device, reporter=console, budget=budget,
+                guidance=config.guidance_scale - 1 if config.guidance_scale else 0.0,
+                prompts=sample_prompts(read_config(last), images, engine.device),
+            )  # fmt: skip
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     if any(row.kept_start for row in table):
         console.result(f"{KEPT}    training made the student worse, so its weights before training are kept")
     if any(row.is_time_doubtful for row in table):
         console.line(DOUBTFUL_TIMES)
-    last = stages[-1].folder
     found = read_verdict(last)
     if distance and found and any(row.distance is not None for row in table):
         scale = scale_for(distance, found.num_images, images.image_size)
         console.result(f"scale      {scale}")
     console.result(f"picture    {last / LADDER_PICTURE}")
     if report:
-        data, measure = images.name if images.store else "", config.distance_every > 0
-        device = engine.device
-        report_at_the_end(stages, data, measure=measure, budget=budget, device=device, console=console, open_it=open_it)
-    console.result(f"next       python sample.py {shell('--checkpoint', last)}")
+        data, device = images.name * (images.store is not None), engine.device
+        report_at_the_end(
+            stages, data, measure=measures, budget=budget, device=device, console=console, open_it=open_it
+        )
+    prompt = " --prompt 'a red fox, watercolour'" * bool(teacher.components)
+    console.result(f"next       python sample.py {shell('--checkpoint', last)}{prompt}")
 
 
 def planned(

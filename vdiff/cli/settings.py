@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
 from vdiff.settings import COMMAND_LINE, DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, choices_of, parameters, value_type
 from vdiff.training.config import Config, DistillConfig, LoopConfig, resolve, settings_of
-from vdiff.training.presets import FINE_TUNING, PRESETS, Settings, read_preset, read_settings
+from vdiff.training.presets import DISTILLING, FINE_TUNING, PRESETS, Settings, read_preset, read_settings
 
 config_option = option(
     "--config",
@@ -50,20 +50,26 @@ def settings(kind: type[LoopConfig]) -> Callable[[Any], Any]:
     known = [item for item in settings_of(kind).values() if "group" in item.metadata]
     by_method = {name for method in METHODS.values() for name in method.settings({"lr": 1.0, "num_iters": 1})}
 
+    own_presets = DISTILLING if kind is DistillConfig else FINE_TUNING
     ordered = sorted(known, key=lambda item: order.index(item.metadata["group"]))
 
     def decorate(function: Any) -> Any:
         for item in reversed(ordered):
             shown = item.metadata["shown"] or ("by preset" if item.default is MISSING else str(item.default))
             said = ", or by method" if kind is DistillConfig and item.name in by_method else ""
-            function = flag(item, group=item.metadata["group"], shown=shown + said)(function)
+            presets = (*PRESETS, *own_presets) if item.name == "preset" else ()
+            function = flag(item, group=item.metadata["group"], shown=shown + said, choices=presets)(function)
         return function
 
     return decorate
 
 
-def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
-    """The flag of one setting, under a heading; `shown` is its default in the help."""
+def flag(item: Field[Any], *, group: str, shown: str, choices: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """The flag of one setting, under a heading; `shown` is its default in the help.
+
+    Args:
+        choices: all values, if the setting itself does not list them.
+    """
     rules, kind, name = item.metadata, value_type(item), item.name
     names = [f"--{rules['flag'] or name}", name]
     attributes: dict[str, Any] = {
@@ -77,7 +83,7 @@ def flag(item: Field[Any], *, group: str, shown: str) -> Callable[[Any], Any]:
         return option(*names, type=AVERAGES[name], **attributes)
     if kind is bool:
         return switch(*names, **attributes)
-    if choices := choices_of(item) or ((*PRESETS, *FINE_TUNING) if name == "preset" else ()):
+    if choices := choices_of(item) or choices:
         return option(*names, type=OneOf(choices), **attributes)
     attributes["metavar"] = rules["unit"] or {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     types: dict[type, click.ParamType] = {

@@ -94,9 +94,14 @@ class TangentMethod(ContinuousMethod):
     is_annealed: ClassVar[bool] = True
 
     @property
-    def asks_at_any_time(self) -> bool:
+    def asks_teacher(self) -> bool:
         """With the teacher's flow."""
         return self.flow == "teacher"
+
+    @property
+    def asks_at_any_time(self) -> bool:
+        """As `asks_teacher`."""
+        return self.asks_teacher
 
     def warmup(self, context: DistillContext) -> float:
         """r = min(1, progress/warm-up)."""

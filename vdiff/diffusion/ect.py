@@ -45,6 +45,11 @@ class Ect(ContinuousMethod):
     )  # fmt: skip
     is_annealed: ClassVar[bool] = True
 
+    @property
+    def asks_teacher(self) -> bool:
+        """The teacher only gives the initial weights."""
+        return False
+
     @classmethod
     def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of their code for CIFAR-10: P_mean −1.1, P_std 2.0, q = 2, eight stages.

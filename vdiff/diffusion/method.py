@@ -118,6 +118,11 @@ class Method(ABC):
         return None
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether the student learns from predictions of its teacher."""
+        return True
+
+    @property
     def asks_at_any_time(self) -> bool:
         """Whether the teacher is asked at times that are on no grid of steps."""
         return False

@@ -113,6 +113,41 @@ def add_adapter(network: Backbone, settings: AdapterSettings) -> None:
     peft.inject_adapter_in_model(config, network)
 
 
+def copy_adapter(network: Backbone, settings: AdapterSettings, source: Backbone, of: AdapterSettings) -> None:
+    """Give the LoRA of `network` the product of that of `source`, whose rank may be smaller.
+
+    The first rows of A and columns of B are those of `source`, B scaled by the quotient of the two alpha/rank; the
+    other columns of B are zero.
+
+    Args:
+        settings, of: of the two LoRAs.
+
+    Raises:
+        OptionError: the LoRA of `source` has a larger rank, or layers that this one lacks.
+    """
+    import torch
+
+    weights = {name: weight for name, weight in network.named_parameters() if is_adapter_weight(name)}
+    values = {name: weight for name, weight in source.named_parameters() if is_adapter_weight(name)}
+    if of.rank > settings.rank:
+        raise OptionError(
+            f"--lora_rank {settings.rank}: the LoRA of the teacher has rank {of.rank}", f"give --lora_rank {of.rank}"
+        )
+    if missing := [name for name in values if name not in weights]:
+        layer = missing[0].partition(".lora_")[0]
+        raise OptionError(
+            f"--lora_targets {','.join(settings.targets)}: the LoRA of the teacher changes {layer} too",
+            f"give --lora_targets {','.join(of.targets)}",
+        )
+    factor = (of.alpha / of.rank) / (settings.alpha / settings.rank)
+    with torch.no_grad():
+        for name, value in values.items():
+            if ".lora_A." in name:
+                weights[name][: of.rank] = value
+            else:
+                weights[name][:, : of.rank] = factor * value
+
+
 def merge_adapter(network: nn.Module) -> None:
     """Add (alpha/rank)·B A to the weights, and replace peft's layers by plain ones."""
     lora_library()

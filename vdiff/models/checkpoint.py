@@ -88,6 +88,7 @@ class CheckpointConfig:
         class_names: of a class-conditional model; by default the numbers of the classes.
         guidance_range: the least and the largest guidance weight w that the network takes as an input; empty if it
             takes none.
+        guidance_scale: the scale w + 1 of the classifier-free guidance that a student has learned; None: none.
         dataset, dataset_fingerprint: the training data; "imported:…" is the source of an imported model.
         components: {path, fingerprint} of the folder with the text encoders, tokenizers and autoencoder of a
             text-to-image model, see `vdiff.models.components`; a path in a file may be relative to the file's folder.
@@ -115,6 +116,7 @@ class CheckpointConfig:
     kept_start: bool = False
     class_names: list[str] = field(default_factory=list)
     guidance_range: list[float] = field(default_factory=list)
+    guidance_scale: Annotated[float, Meta(gt=1, le=2**20)] | None = None
     components: dict[str, Any] | None = None
     adapter: AdapterSettings | None = None
     base: dict[str, Any] | None = None
@@ -232,7 +234,7 @@ class CheckpointConfig:
         values = {**asdict(self), "adapter": self.adapter and self.adapter.to_dict()}
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
-        for key in ("components", "adapter", "base", "parameterisation"):
+        for key in ("components", "adapter", "base", "parameterisation", "guidance_scale"):
             if values[key] is None:
                 del values[key]
         if self.backbone is not None or self.sample_shape:

@@ -19,6 +19,8 @@ from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser, device_of
 
 EVERYWHERE = (0.0, 1.0)
 OnStep = Callable[[int], None]
+Conditions = Callable[[Denoiser, Sequence[int]], Condition]
+"""(denoiser, numbers of images) → the condition of these images."""
 OnState = Callable[[int, Tensor, Prediction], None]
 
 
@@ -55,14 +57,14 @@ def draw(
     indices: Sequence[int],
     image_size: int | Sequence[int],
     seed: int = 0,
-    classes: Sequence[int] | None = None,
+    conditions: Conditions = classes_in_turn,
     **options: Any,
 ) -> Tensor:
     """Samples `indices` of `seed`: (B, C, …) float32 on the CPU, in [−1, 1] if the sampler clips.
 
     Args:
         image_size: pixels per side, or the sizes after the channels: (H, W), (L,), ….
-        classes: for a class-conditional network, the classes, assigned to the images in turn; None: all.
+        conditions: by default the classes of a class-conditional network, assigned to the images in turn.
         options: of `draw_from`, such as `num_steps` and `guidance`.
 
     Raises:
@@ -76,7 +78,7 @@ def draw(
         denoiser,
         sampler,
         noise=ImageNoise(seed=seed, indices=indices, shape=shape, device=device),
-        condition=classes_in_turn(denoiser, indices, classes),
+        condition=conditions(denoiser, indices),
         **options,
     )
 

@@ -8,7 +8,6 @@ any other length. Time is counted in updates: t = 1 after the first.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from vdiff.errors import OptionError
 from vdiff.models.denoiser import Denoiser
-from vdiff.training.weights import frozen, like, load_without, local, state_without, trainable
+from vdiff.training.weights import copy_sharing, frozen, like, load_without, local, state_without, trainable
 
 MODEL, TEACHER = "ema", "self_teacher"
 TRACKED = (0.05, 0.10)
@@ -145,7 +144,7 @@ class Averages:
         fixed = frozen(denoiser)
         self._frozen = fixed.keys()
         self.model, self.teacher = (  # all share the frozen weights
-            denoiser if each is None else _copy(denoiser, fixed.values()).eval().requires_grad_(False)
+            denoiser if each is None else copy_sharing(denoiser, fixed.values()).eval().requires_grad_(False)
             for each in (profile, of_teacher)
         )
         self._modules = [
@@ -203,11 +202,6 @@ class Averages:
                 if kept.shape != tensor.shape:  # copy_ would broadcast a smaller one
                     raise ValueError(f"{name} has shape {tuple(kept.shape)}, not {tuple(tensor.shape)}")
                 tensor.copy_(like(kept, tensor))
-
-
-def _copy(denoiser: Denoiser, shared: Iterable[Tensor]) -> Denoiser:
-    """A copy of the denoiser that shares the tensors `shared` with it."""
-    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in shared})
 
 
 def profiles_of(

@@ -19,7 +19,7 @@ from vdiff.models.unet_config import UNetConfig
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
-from vdiff.training.config import TrainConfig, resolve
+from vdiff.training.config import LoopConfig, TrainConfig, resolve
 from vdiff.training.dataset import TENSORS, TrainingData, open_images
 from vdiff.training.finetuning import check_base, check_preset, describe_finetuned, settings_of_base, size_of
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer
@@ -94,11 +94,7 @@ def resolve_training(
         unused = f"preset {preset} does not use the {len(images.class_names)} classes"
         reporter.line(f"{unused}; --class_conditional True does")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
-    if config.class_dropout and not conditional:
-        raise OptionError(f"--class_dropout {config.class_dropout}: the network does not use classes", "leave it out")
-    for name in ("caption_dropout", "caption_shuffle", "caption_keep_tokens", "caption_prefix"):
-        if not takes_text and (value := getattr(config, name)):
-            raise OptionError(f"--{name} {value}: the network does not use captions", "leave it out")
+    check_dropped(config, takes_text=takes_text, takes_classes=conditional)
     return replace(
         config,
         preset=preset,
@@ -106,6 +102,19 @@ def resolve_training(
         image_size=images.image_size,
         class_conditional=conditional,
     ), images
+
+
+def check_dropped(config: LoopConfig, *, takes_text: bool, takes_classes: bool) -> None:
+    """Refuse settings of captions or classes that the network does not take.
+
+    Raises:
+        OptionError: names the setting.
+    """
+    of_captions = ("caption_dropout", "caption_shuffle", "caption_keep_tokens", "caption_prefix")
+    names = [] if takes_classes else [("class_dropout", "classes")]
+    for name, what in [*names, *([] if takes_text else [(name, "captions") for name in of_captions])]:
+        if value := getattr(config, name):
+            raise OptionError(f"--{name} {value}: the network does not use {what}", "leave it out")
 
 
 def _assumed(preset: str, image_size: int | None) -> TrainingData:

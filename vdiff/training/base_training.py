@@ -25,7 +25,7 @@ from vdiff.training.base import describe
 from vdiff.training.config import TrainConfig, resolve
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batch
-from vdiff.training.estimate import Memory, memory_of
+from vdiff.training.estimate import Memory, allocate, memory_of
 from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
 from vdiff.training.inputs import Inputs, encoded_of, inputs_of
@@ -99,7 +99,7 @@ def training(
         engine.wait()
         torch.manual_seed(config.seed)
         encoded = encoded_of(images, description, reporter)
-        inputs = inputs_of(description, engine.device, is_encoded=encoded is not None)
+        inputs = inputs_of(description, engine.device, encoded)
         run = Run(
             **vars(base_task(config, begin(description) if model is None else model[0], inputs)),
             batches=replace(images, encoded=encoded).batches(config, engine, reporter),
@@ -169,12 +169,7 @@ def memory_of_base(config: TrainConfig, images: TrainingData, description: Check
         made = description.build()
 
     def build(_: Engine) -> Task:
-        for module in made.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                own = torch.empty(weight.shape, dtype=weight.dtype)
-                setattr(module, name, torch.nn.Parameter(own, requires_grad=weight.requires_grad))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        allocate(made)
         return base_task(config, made)
 
     return memory_of(build, description.shape, images.num_images, engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,11 +18,12 @@ from vdiff.data.images import captioned_grid, make_grid, save_png
 from vdiff.diffusion.samplers import Ddim
 from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
-from vdiff.models.drawing import draw, rmse
+from vdiff.models.drawing import classes_in_turn, draw, rmse
 from vdiff.models.speed import impossible_times
 from vdiff.records import LADDER, LADDER_IMAGES, LADDER_PICTURE, LadderRow, read_ladder_rows
 from vdiff.reporting import Reporter
 from vdiff.text import plural
+from vdiff.training.sample_prompts import SamplePrompts
 from vdiff.training.stages import Stage
 from vdiff.training.verdict import read_verdict
 
@@ -47,7 +49,14 @@ def plan_comparison(steps: Sequence[int], num_images: int, budget: int) -> tuple
 
 
 def compare(
-    stages: Sequence[Stage], *, seed: int, device: torch.device, reporter: Reporter, budget: int
+    stages: Sequence[Stage],
+    *,
+    seed: int,
+    device: torch.device,
+    reporter: Reporter,
+    budget: int,
+    guidance: float = 0.0,
+    prompts: SamplePrompts | None = None,
 ) -> list[LadderRow]:
     """Draw images 0, 1, 2, … of `seed` with every model of a ladder; save picture and table with the last student.
 
@@ -55,9 +64,12 @@ def compare(
 
     Args:
         budget: how many network evaluations this may use, see `plan_comparison`.
+        guidance: the weight of the first teacher's guidance, which the students have learned.
+        prompts: of a text-to-image model.
     """
+    shape = read_config(stages[0].folder).shape
     entries = _entries(stages)
-    usual = 24 if read_config(stages[0].base).image_size <= 32 else 16
+    usual = 24 if max(shape[1:]) <= 32 else 16
     count, most = plan_comparison([steps for _, steps in entries], usual, budget)
     if count < usual or most < entries[0][1]:
         without = f", without models of more than {plural(most, 'step')}" if most < entries[0][1] else ""
@@ -69,12 +81,14 @@ def compare(
         """Draw with a model; its time is the shortest measured so far."""
         folder, steps = entries[k]
         denoiser, model = load_checkpoint(folder, device)
-        began, size = time.monotonic(), model.shape[1:]
+        began = time.monotonic()
         found = draw(
             denoiser,
             Ddim(clipping_value=model.space.limit),
             indices=range(count),
-            image_size=size,
+            image_size=shape[1:],
+            conditions=prompts.condition if prompts else classes_in_turn,
+            guidance=guidance if folder == stages[0].base else 0.0,
             num_steps=steps,
             seed=seed,
             on_step=on_step,
@@ -119,8 +133,10 @@ def compare(
         )
         rows.append(row)
     folder = stages[-1].folder
-    save_png(picture([(rows[k], images[k]) for k in wanted]), folder / LADDER_PICTURE)
-    few = torch.cat([images[k][:PICTURE_ROWS] for k in wanted])  # for the report: pixel for pixel, a row for each model
+    shown = {k: prompts.decode(images[k][:PICTURE_ROWS]) if prompts else images[k][:PICTURE_ROWS] for k in wanted}
+    subjects = prompts.texts if prompts else read_config(folder).class_names
+    save_png(picture([(rows[k], shown[k]) for k in wanted], subjects), folder / LADDER_PICTURE)
+    few = torch.cat([shown[k] for k in wanted])  # for the report: pixel for pixel, a row for each model
     save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / LADDER_IMAGES)
     write_text(folder / LADDER, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
@@ -145,14 +161,18 @@ def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:
     return [*((first.base, steps) for steps in teacher), *((stage.folder, stage.num_steps) for stage in stages)]
 
 
-def picture(drawn: Sequence[tuple[LadderRow, Tensor]]) -> Image:
-    """Columns: the models; rows: noise."""
+def picture(drawn: Sequence[tuple[LadderRow, Tensor]], subjects: Sequence[str] = ()) -> Image:
+    """Columns: the models; rows: noise.
+
+    Args:
+        subjects: classes or prompts, which the images have in turn.
+    """
     titles = []
     for row, _ in drawn:
         error = f"RMSE {row.rmse_to_first:.3f}" if row.rmse_to_first is not None else ""
         titles.append(f"{Path(row.checkpoint).name}\n{plural(row.num_steps, 'step')}\n{error}")
     count = min(PICTURE_ROWS, len(drawn[0][1]))
-    names = read_config(Path(drawn[0][0].checkpoint)).class_names
+    names = [textwrap.fill(name, 24, max_lines=3, placeholder=" …") for name in subjects]
     return captioned_grid(
         [[images[k] for _, images in drawn] for k in range(count)],
         titles,

@@ -66,6 +66,19 @@ class LoopConfig:
         group=DATA, default="", unit="FOLDER", shown="the only one under data/", free=True,
     )  # fmt: skip
     preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="what fits the data")
+    lora_rank: int = setting(
+        "Train a LoRA of this rank on the weights of --base, and store it alone; 0 = all weights.",
+        group=MODEL, default=0, low=0, high=MAX_RANK, unit="RANK",
+    )  # fmt: skip
+    lora_alpha: float | None = setting(
+        "The LoRA is scaled by alpha/rank.",
+        group=MODEL, default=None, low=0, high=2**20, open_low=True, shown="the rank",
+    )  # fmt: skip
+    lora_dropout: float = setting("Dropout rate of the LoRA's input.", group=MODEL, default=0.0, low=0, high=0.99)
+    lora_targets: str = setting(
+        "Layers with a LoRA: attention, linear, conv, or ends of their names, such as to_q,to_v.",
+        group=MODEL, default=ATTENTION, unit="LAYERS",
+    )  # fmt: skip
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
     batch_size: int = setting(
         "Images per update, over all processes and parts.", group=OPTIMISATION, low=1, unit="IMAGES"
@@ -131,6 +144,20 @@ class LoopConfig:
         "Fraction of the images whose class is dropped, for classifier-free guidance.",
         group=OPTIMISATION, default=0.0, low=0, high=0.99,
     )  # fmt: skip
+    caption_dropout: float = setting(
+        "Fraction of the captions that are dropped, for classifier-free guidance.",
+        group=OPTIMISATION, default=0.0, low=0, high=0.99,
+    )  # fmt: skip
+    caption_shuffle: bool = setting(
+        "Put the comma-separated tags of a caption in random order.", group=OPTIMISATION, default=False
+    )
+    caption_keep_tokens: int = setting(
+        "The first tags of a caption that --caption_shuffle leaves in place.",
+        group=OPTIMISATION, default=0, low=0, unit="TAGS",
+    )  # fmt: skip
+    caption_prefix: str = setting(
+        "Words before every caption that is not dropped.", group=OPTIMISATION, default="", unit="TEXT", shown="none"
+    )
     flip: bool = setting("Flip half of the images left to right.", group=OPTIMISATION, default=True)
     log_interval: int = setting(
         "Updates between log entries.", group=RECORDS, default=100, low=1, unit="UPDATES", free=True
@@ -185,6 +212,16 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         self.further_decays()
+        of_lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets != ATTENTION}
+        if not self.lora_rank and (useless := [name for name, value in of_lora.items() if value]):
+            raise OptionError(f"--lora_{useless[0]}: all weights are to learn", "give --lora_rank, or leave it out")
+
+    @property
+    def captions(self) -> CaptionSettings:
+        """What training makes of captions."""
+        return CaptionSettings(
+            self.caption_dropout, self.caption_shuffle, self.caption_keep_tokens, self.caption_prefix
+        )
 
     @property
     def weights(self) -> str:
@@ -225,19 +262,6 @@ class TrainConfig(LoopConfig):
     base: str = setting(
         "Fine-tune this checkpoint instead of training a new network.",
         group=MODEL, default="", unit="FOLDER", shown="none", free=True,
-    )  # fmt: skip
-    lora_rank: int = setting(
-        "Of a base, train a LoRA of this rank, which is stored alone; 0 = all weights.",
-        group=MODEL, default=0, low=0, high=MAX_RANK, unit="RANK",
-    )  # fmt: skip
-    lora_alpha: float | None = setting(
-        "The LoRA is scaled by alpha/rank.",
-        group=MODEL, default=None, low=0, high=2**20, open_low=True, shown="the rank",
-    )  # fmt: skip
-    lora_dropout: float = setting("Dropout rate of the LoRA's input.", group=MODEL, default=0.0, low=0, high=0.99)
-    lora_targets: str = setting(
-        "Layers with a LoRA: attention, linear, conv, or ends of their names, such as to_q,to_v.",
-        group=MODEL, default=ATTENTION, unit="LAYERS",
     )  # fmt: skip
     parameterisation: str = setting(
         "How the network sees noisy images and what it puts out: variance preserving with --prediction, EDM, or "
@@ -283,28 +307,7 @@ class TrainConfig(LoopConfig):
         default=None,
         shown="if the data have classes, but not with the presets digits, cifar10, lsun128, celebahq256",
     )
-    caption_dropout: float = setting(
-        "Fraction of the captions that are dropped, for classifier-free guidance.",
-        group=OPTIMISATION, default=0.0, low=0, high=0.99,
-    )  # fmt: skip
-    caption_shuffle: bool = setting(
-        "Put the comma-separated tags of a caption in random order.", group=OPTIMISATION, default=False
-    )
-    caption_keep_tokens: int = setting(
-        "The first tags of a caption that --caption_shuffle leaves in place.",
-        group=OPTIMISATION, default=0, low=0, unit="TAGS",
-    )  # fmt: skip
-    caption_prefix: str = setting(
-        "Words before every caption that is not dropped.", group=OPTIMISATION, default="", unit="TEXT", shown="none"
-    )
     unet: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def captions(self) -> CaptionSettings:
-        """What training makes of captions."""
-        return CaptionSettings(
-            self.caption_dropout, self.caption_shuffle, self.caption_keep_tokens, self.caption_prefix
-        )
 
     @property
     def family(self) -> Parameterisation:
@@ -317,9 +320,6 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         if self.lora_rank and not self.base:
             raise OptionError("--lora_rank: a LoRA needs a model", "give it with --base CHECKPOINT")
-        of_lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets != ATTENTION}
-        if not self.lora_rank and (useless := [name for name, value in of_lora.items() if value]):
-            raise OptionError(f"--lora_{useless[0]}: all weights are to learn", "give --lora_rank, or leave it out")
         for name, usual, only in FAMILY_SETTINGS:
             if getattr(self, name) != usual and getattr(self, only[0]) != only[1]:
                 raise OptionError(f"--{name} is only for --{only[0]} {only[1]}", "leave it out")
@@ -381,6 +381,11 @@ class DistillConfig(LoopConfig):
         group=MODEL, default="", unit="STEPS", shown="by method",
     )  # fmt: skip
     method: str = setting("Distillation method.", group=MODEL, default="progressive", choices=METHODS)
+    guidance_scale: float | None = setting(
+        "Scale of the teacher's classifier-free guidance, w + 1. The first student that takes fewer steps learns the "
+        "guided prediction, and needs no guidance any more.",
+        group=MODEL, default=None, low=1, high=2**20, open_low=True, unit="SCALE", shown="none",
+    )  # fmt: skip
     recipe: str = setting(
         "Settings of the method: those that did best here, or those of its paper; other settings go over both.",
         group=MODEL, default="vdiff", choices=("vdiff", "paper"), free=True,
@@ -446,6 +451,16 @@ class DistillConfig(LoopConfig):
         ways = {"--phases": self.phases, "--to_steps": self.to_steps, "--stages": self.stages}
         if len(given := [name for name, value in ways.items() if value]) > 1:
             raise OptionError(f"{given[0]} and {given[1]} set the same thing", "give one of them")
+        if self.guidance_scale and self.method == "guided":
+            raise OptionError(
+                f"--guidance_scale {self.guidance_scale:g}: the students of --method guided take guidance as an input",
+                "leave one of the two out",
+            )
+        if self.guidance_scale and not self.build_method().asks_teacher:
+            raise OptionError(
+                f"--guidance_scale {self.guidance_scale:g}: {self.method} does not learn what its teacher predicts",
+                "leave it out, or give --method progressive",
+            )
         if self.times == "importance" and not METHODS[self.shortening].needs_images:
             raise OptionError(
                 f"--times importance: {self.shortening} learns from whole paths, which contain every step",

@@ -13,7 +13,7 @@ from vdiff.data.datasets import AnyStore, open_at_size
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
-from vdiff.training.config import LoopConfig, TrainConfig
+from vdiff.training.config import LoopConfig
 
 if TYPE_CHECKING:
     from vdiff.data.batches import Batch, Batches
@@ -82,7 +82,7 @@ class TrainingData:
             rank=engine.rank,
             world_size=engine.world_size,
             pin_memory=engine.device.type == "cuda",
-            captions=config.captions if isinstance(config, TrainConfig) else None,
+            captions=config.captions,
             reporter=reporter,
         )
 

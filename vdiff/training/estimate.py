@@ -156,7 +156,8 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         student = StudentState(denoiser, denoiser, 0.0, more)
         teacher = getattr(task.objective, "teacher", None)
         modules = [module for module in (denoiser, teacher, more) if module is not None]
-        kept = [parameter for module in modules for parameter in (*module.parameters(), *module.buffers())]
+        tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        kept = list({id(tensor): tensor for tensor in tensors}.values())  # networks may share weights
         live, drawing = LiveBytes(), LiveBytes()
         for tensor in kept:
             live.known(tensor)
@@ -187,6 +188,19 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         program=LIBRARIES
         + (psutil.Process().memory_info().rss + COPIES * max(live.largest, drawing.largest) if is_host else 0),
     )
+
+
+def allocate(*networks: nn.Module) -> None:
+    """Replace the weights and buffers of networks on the meta device by new ones; shared weights stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for module in (module for network in networks for module in network.modules()):
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) not in made:
+                own = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=weight.requires_grad)
+                made |= {id(weight): own, id(own): own}  # a module of two networks is met twice
+            setattr(module, name, made[id(weight)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _condition(denoiser: Denoiser, count: int) -> Condition:

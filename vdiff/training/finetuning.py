@@ -16,9 +16,9 @@ from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_finge
 from vdiff.models.codec import LATENTS
 from vdiff.models.condition import CLASSES, TOKENS
 from vdiff.models.kinds import UNET
-from vdiff.training.config import TrainConfig
+from vdiff.training.config import LoopConfig, TrainConfig
 from vdiff.training.dataset import TrainingData
-from vdiff.training.presets import FINE_TUNING
+from vdiff.training.presets import DISTILLING, FINE_TUNING
 
 OF_NETWORK = ("unet", "class_conditional")
 """Settings of a new network. A fine-tuned network takes them from its base."""
@@ -47,6 +47,8 @@ def check_preset(preset: str, base: str) -> None:
     Raises:
         OptionError: it says which presets there are.
     """
+    if preset in DISTILLING:
+        raise OptionError(f"--preset {preset} is for distill.py", "give another, or leave it out")
     if base and preset not in FINE_TUNING:
         raise OptionError(
             f"--preset {preset} describes a new network, and --base names one", f"give {' or '.join(FINE_TUNING)}"
@@ -94,15 +96,24 @@ def check_base(config: TrainConfig, images: TrainingData, found: CheckpointConfi
     if config.zero_snr and not isinstance(build_schedule(found.schedule), TableSchedule):
         raise OptionError(f"--zero_snr: the {was['schedule']} schedule of {base} has no betas", "leave it out")
     sample_shape_of(found, images)
-    has_captions = images.store is None or bool(images.store.meta.num_captions)
-    if TOKENS in takes.names and not has_captions:
-        raise OptionError(
-            f"{images.name} has no captions, and {base} is a text-to-image model",
-            "prepare images with captions: .txt files beside them, metadata.jsonl, or --captions FILE",
-        )
+    if TOKENS in takes.names:
+        check_captioned(images, base)
     if takes.num_classes and len(images.class_names) != takes.num_classes:
         raise OptionError(
             f"{images.name} has {len(images.class_names)} classes, the base {takes.num_classes}", "give another --data"
+        )
+
+
+def check_captioned(images: TrainingData, base: str) -> None:
+    """Refuse images without captions for a text-to-image model.
+
+    Raises:
+        OptionError: says how to prepare them.
+    """
+    if images.store is not None and not images.store.meta.num_captions:
+        raise OptionError(
+            f"{images.name} has no captions, and {base} is a text-to-image model",
+            "prepare images with captions: .txt files beside them, metadata.jsonl, or --captions FILE",
         )
 
 
@@ -175,7 +186,7 @@ def with_fingerprint(description: CheckpointConfig) -> CheckpointConfig:
     return replace(description, base={"path": path, "fingerprint": weights_fingerprint(Path(path))})
 
 
-def adapter_of(config: TrainConfig) -> AdapterSettings | None:
+def adapter_of(config: LoopConfig) -> AdapterSettings | None:
     """The LoRA that the settings ask for; None: all weights learn."""
     if not config.lora_rank:
         return None

@@ -6,7 +6,8 @@ of the update, so x is the same for any number of processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +49,14 @@ class TextInputs(Inputs):
     """Tokens of the captions, and draws from the posterior of the autoencoder; without an autoencoder, pixels.
 
     If the dataset was encoded (`vdiff data encode`), latents and embeddings replace pictures and captions.
+
+    Attributes:
+        empty: the embeddings of the empty caption, if there are embeddings.
     """
 
     tokenizers: Tokenizers
     autoencoder: Autoencoder | None
+    empty: Mapping[str, Tensor] = field(default_factory=dict)
 
     def x(self, batch: Batch, device: torch.device, random: UpdateRandom) -> Tensor:
         """Latents mean + std · noise, the noise from (seed, update, image)."""
@@ -70,7 +75,8 @@ class TextInputs(Inputs):
         if sizes is None:
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(count, 6)
         if batch.embeddings is not None:
-            return takes.condition(**batch.embeddings, **{TIME_IDS: sizes})
+            condition = takes.condition(**batch.embeddings, **{TIME_IDS: sizes})
+            return replace(condition, null={**condition.null, **self.empty})
         tokens = self.tokenizers.tokens(batch.captions or [""] * count)
         return takes.condition(**{TOKENS: tokens, TIME_IDS: sizes})
 
@@ -97,11 +103,11 @@ def encoded_of(images: TrainingData, description: CheckpointConfig, reporter: Re
     return encoded
 
 
-def inputs_of(description: CheckpointConfig, device: torch.device, *, is_encoded: bool = False) -> Inputs:
+def inputs_of(description: CheckpointConfig, device: torch.device, encoded: EncodedStore | None = None) -> Inputs:
     """The object that turns batches into the inputs of a checkpoint's network.
 
     Args:
-        is_encoded: batches contain latents, so no autoencoder is needed.
+        encoded: the source of latents and embeddings of batches; then no autoencoder is needed.
 
     Raises:
         VdiffError: tokenizers or autoencoder are missing, or are not those of the model.
@@ -109,5 +115,6 @@ def inputs_of(description: CheckpointConfig, device: torch.device, *, is_encoded
     if TOKENS not in description.signature.names:
         return Inputs()
     folder = Path(check_components(description.components)["path"])
-    needs_autoencoder = description.codec == LATENTS.name and not is_encoded
-    return TextInputs(Tokenizers.read(folder), Autoencoder.read(folder, device) if needs_autoencoder else None)
+    autoencoder = Autoencoder.read(folder, device) if description.codec == LATENTS.name and encoded is None else None
+    empty = {} if encoded is None else {name: rows[0] for name, rows in encoded.embeddings([""]).items()}
+    return TextInputs(Tokenizers.read(folder), autoencoder, empty)

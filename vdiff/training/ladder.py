@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from vdiff.errors import Interrupted, VdiffError, shell
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
+from vdiff.models.drawing import classes_in_turn
 from vdiff.records import RUN_FILE
 from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
@@ -26,8 +27,9 @@ from vdiff.training.folder import (
 )
 from vdiff.training.loop import fit, settle
 from vdiff.training.presets import recorded_layer
+from vdiff.training.sample_prompts import sample_prompts
 from vdiff.training.stages import Stage
-from vdiff.training.student import describe_student, stage_run
+from vdiff.training.student import describe_student, shaped, stage_run
 from vdiff.training.verdict import (
     MIN_NOISES,
     Distance,
@@ -59,6 +61,7 @@ def run_stages(
         Interrupted: by a signal; the same command continues.
         VdiffError: a student's folder holds something else, the training failed, or a student collapsed.
     """
+    prompts = sample_prompts(shaped(read_config(stages[0].base), images), images, engine.device)
     examiner = Examiner(
         seed=config.seed,
         num_images=max(config.check_images, MIN_NOISES),
@@ -66,6 +69,7 @@ def run_stages(
         distance=distance,
         device=engine.device,
         reporter=reporter,
+        conditions=prompts.condition if prompts else classes_in_turn,
     )
     trained = False
     with ExitStack() as locks:
@@ -160,6 +164,8 @@ def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | Non
         reason = f"holds a student by {found.method}, not {asked.method}"
     elif (found.teacher or {}).get("fingerprint") != weights_fingerprint(stage.base):
         reason = f"was distilled from another teacher than {stage.base} is now"
+    elif found.adapter != asked.adapter:
+        reason = f"holds {_kind_of(found)}, not {_kind_of(asked)}"
     elif found.network_config != asked.network_config:
         reason = f"has another network than {config.student_config or 'its teacher'}"
     if reason:
@@ -169,6 +175,12 @@ def found_student(stage: Stage, config: DistillConfig) -> CheckpointConfig | Non
     if found.is_finished and (stage.folder / RUN_FILE).is_file():
         _check_same_settings(stage, config)
     return found
+
+
+def _kind_of(model: CheckpointConfig) -> str:
+    """What a checkpoint holds."""
+    lora = model.adapter
+    return f"a LoRA of rank {lora.rank} for {', '.join(lora.targets)}" if lora else "a whole model"
 
 
 def _check_same_settings(stage: Stage, config: DistillConfig) -> None:

@@ -30,6 +30,8 @@ IMAGE_SIZES = (32, 64, 128, 256)
 FITTED = {f"{network}{size}": (network, size) for network in CHANNELS for size in IMAGE_SIZES}
 FINE_TUNING = ("finetune", "lora", "sd15_lora_v", "sd21_v_full", "sdxl_lora_v")
 """Presets of models that are there already: all weights, or a LoRA."""
+DISTILLING = ("text", "text_lora")
+"""Presets of distill.py alone, for text-to-image models."""
 PRESETS = (*WRITTEN, *FITTED)
 LARGEST_OF_DIGITS = 16
 DEVICE_LIMITS = {"cpu": "small", "mps": "base", "cuda": "large"}
@@ -79,8 +81,8 @@ def read_preset(name: str, num_images: int = 0) -> Settings:
     Raises:
         OptionError: there is none of that name.
     """
-    if name not in (*PRESETS, *FINE_TUNING):
-        raise OptionError(f"unknown preset {name!r}", suggestion(name, (*PRESETS, *FINE_TUNING)))
+    if name not in (known := (*PRESETS, *FINE_TUNING, *DISTILLING)):
+        raise OptionError(f"unknown preset {name!r}", suggestion(name, known))
     if name in FITTED:
         return fitted(*FITTED[name], amount_of(num_images))
     text = resources.files("vdiff").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")

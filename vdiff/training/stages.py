@@ -13,18 +13,19 @@ from typing import Any
 
 from vdiff.diffusion.distillation import METHODS, Guided, shortening
 from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
-from vdiff.errors import OptionError, VdiffError, shell
+from vdiff.errors import OptionError, VdiffError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
-from vdiff.models.condition import SECOND_TIME
+from vdiff.models.condition import SECOND_TIME, TOKENS
 from vdiff.models.kinds import UNET
 from vdiff.projects import Project
 from vdiff.records import RUN_FILE
 from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE, parameters
-from vdiff.training.base import check_unet
+from vdiff.training.base import check_dropped, check_unet
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData, no_images, open_images
+from vdiff.training.finetuning import check_captioned, sample_shape_of, size_of
 from vdiff.training.presets import FINE_TUNING, Settings, preset_for, read_preset, read_run, read_settings
 
 EVALUATIONS = 5
@@ -43,6 +44,7 @@ class Stage:
 
     Attributes:
         is_first: whether the student's network may differ from its teacher's.
+        is_guided: whether the student learns its teacher's predictions with `guidance_scale`.
     """
 
     base: Path
@@ -51,6 +53,7 @@ class Stage:
     num_steps: int
     method: str = "progressive"
     is_first: bool = field(default=True, compare=False)
+    is_guided: bool = field(default=False, compare=False)
 
     def updates(self, config: DistillConfig) -> int:
         """Optimiser updates: `num_iters` for each halving, and more for students of 1 and 2 steps."""
@@ -75,6 +78,7 @@ class Stage:
             config,
             student_config=config.student_config if self.is_first else "",
             base=self.base.as_posix(),
+            guidance_scale=config.guidance_scale if self.is_guided else None,
             method=self.method,
             teacher_steps=self.teacher_steps,
             phases="" if METHODS[self.method].keeps_steps else f"{self.teacher_steps},{self.num_steps}",
@@ -98,16 +102,13 @@ def resolve_distillation(
     chosen = {**settings.distill, **flags}
     base = Path(chosen.get("base") or (project or Project()).teacher(reporter.line if reporter else id))
     teacher = read_config(base)
-    if teacher.components:
-        raise OptionError(
-            f"{base} is a text-to-image model, which distill.py cannot distil yet",
-            f"fine-tune it: python train.py {shell('--base', base)}",
-        )
     data = str(chosen.get("data") or (teacher.dataset if is_there(teacher.dataset) else ""))
-    num_images = 0
+    num_images, takes_text = 0, TOKENS in teacher.signature.names
     with suppress(VdiffError):  # the code that reads the images reports their errors
-        num_images = open_images(data, teacher.image_size or None).num_images
+        num_images = open_images(data, size_of(teacher), buckets=takes_text).num_images
     preset = str(chosen.get("preset") or _preset_of(base))
+    if not preset and takes_text:
+        preset = "text_lora" if chosen.get("lora_rank") else "text"
     if not preset:
         from vdiff.distributed import pick_device
 
@@ -120,10 +121,15 @@ def resolve_distillation(
         method = str(chosen.get("then") or Guided.then)
     if method in METHODS:
         layers[f"method {method}"] = recipe_of(method, str(chosen.get("recipe") or ""), presets)
+    if takes_text:  # captions are dropped instead of classes
+        layers["a text-to-image teacher"] = {"class_dropout": 0.0}
+    if chosen.get("lora_rank") and teacher.family.predicts_noise:
+        layers["a student that predicts ε"] = {"weighting": "snr_plus_one"}
     if config_file:
         layers[str(config_file)] = settings.distill
     config = resolve(DistillConfig, {**layers, COMMAND_LINE: flags})
     _check_read(config, flags)
+    check_dropped(config, takes_text=takes_text, takes_classes=not takes_text)
     return replace(config, base=base.as_posix(), preset=preset, data=data), teacher
 
 
@@ -155,7 +161,7 @@ def _preset_of(base: Path) -> str:
         return ""
     settings = read_run(base)
     preset = str(settings.train.get("preset") or settings.distill.get("preset") or "")
-    return "" if preset in FINE_TUNING else preset  # those have no settings of distilling
+    return "" if preset in FINE_TUNING else preset  # which have no settings of distill.py
 
 
 def is_there(dataset: str) -> bool:
@@ -171,6 +177,11 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
     """
     if not METHODS[config.method].needs_images and not config.data and not teacher.family.predicts_noise:
         return no_images(teacher)
+    if TOKENS in teacher.signature.names:
+        images = open_images(config.data, size_of(teacher), project, buckets=True)
+        check_captioned(images, config.base)
+        sample_shape_of(teacher, images)
+        return images
     if not teacher.image_size:
         raise OptionError(
             f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, but datasets hold square images",
@@ -195,7 +206,9 @@ def plan_stages(
     """The stages from the teacher's steps down: `base_k` beside the teacher, counting on from the teacher's k.
 
     A teacher that predicts ε gets a student of v first, with the same steps: at zero signal, where few-step students
-    start, ε carries no information about the image. So does a teacher that is to be guided.
+    start, ε carries no information about the image. A LoRA keeps the prediction of its base. A teacher whose guidance
+    becomes an input gets a student with the same steps, too. Guidance of a fixed scale is part of the first stage that
+    follows.
 
     Args:
         home: a path that replaces the teacher's for the students' names and parent folder.
@@ -217,10 +230,36 @@ def plan_stages(
     match = re.fullmatch(r"base_(\d+)", home.name)
     number = int(match.group(1)) + 1 if match else 0
     stages: list[Stage] = []
+    guided = next((k for k, (method, *_) in enumerate(steps) if method != "match"), 0) if config.guidance_scale else -1
     for k, (method, before, after) in enumerate(steps):
-        folder = out or home.parent / f"base_{number + k}"
-        stages.append(Stage(stages[-1].folder if stages else base, before, folder, after, method, is_first=not stages))
+        folder, mine = out or home.parent / f"base_{number + k}", stages[-1].folder if stages else base
+        stages.append(Stage(mine, before, folder, after, method, is_first=not stages, is_guided=k == guided))
+    if config.lora_rank and teacher.family.predicts_noise and stages[-1].num_steps == 1:
+        raise OptionError(
+            f"{config.base} predicts ε, and so does its LoRA, which at the first of its times cannot draw in 1 step",
+            "end at 2 steps, or leave --lora_rank out: the student is then a whole model that predicts v",
+        )
     return stages
+
+
+def _check_guided(config: DistillConfig, teacher: CheckpointConfig) -> None:
+    """Refuse `guidance_scale` for a teacher that cannot be guided.
+
+    Raises:
+        OptionError: says why.
+    """
+    flag = f"--guidance_scale {config.guidance_scale or 0:g}"
+    if teacher.method != "base":
+        learned = f", which has learned the scale {teacher.guidance_scale:g}" if teacher.guidance_scale else ""
+        raise OptionError(
+            f"{flag}: {config.base} is a student of {teacher.num_timesteps} steps{learned}",
+            "leave it out, or give --base the model that it was distilled from",
+        )
+    if not teacher.signature.null:
+        raise OptionError(
+            f"{flag}: {config.base} cannot predict without its condition",
+            "leave it out, or train a class-conditional model with --class_dropout 0.1",
+        )
 
 
 def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, int, int]]:
@@ -228,8 +267,10 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
     phases = config.phase_steps()
     first = starting_steps(config, teacher)
     _check_first(config, teacher, first, phases)
+    if config.guidance_scale:
+        _check_guided(config, teacher)
     steps: list[tuple[str, int, int]] = []
-    if teacher.family.predicts_noise or config.method == "match":
+    if config.method == "match" or (teacher.family.predicts_noise and not config.lora_rank):
         steps.append(("match", first, first))
     if config.method == "guided" and not teacher.guidance_range:
         if not teacher.signature.null:

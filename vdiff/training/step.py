@@ -42,6 +42,8 @@ class Task:
         step_bins: the steps of a model of few steps, each of which gets its own loss in the log; None: none does.
         time_bins: the number of times that targets can have, all equally likely; None: any time in (0, 1].
         inputs: turns batches of the dataset into inputs of the network.
+        encodes_first: the condition is encoded once in an update, not in each evaluation of a network; for networks
+            whose text encoders do not learn.
         method: of distillation; it may have networks of its own.
     """
 
@@ -55,6 +57,7 @@ class Task:
     time_bins: int | None = None
     method: Method | None = None
     inputs: Inputs = field(default_factory=Inputs)
+    encodes_first: bool = False
 
 
 class OptimizerStep(ABC):
@@ -191,6 +194,9 @@ class TrainStep(OptimizerStep):
         u = in_strata(random.uniform(TIMES), rows, size)
         if condition.can_drop:
             condition = condition.drop(random.uniform(DROPPED) < self.task.class_dropout)
+        if self.task.encodes_first:
+            with torch.no_grad(), self.engine.accelerator.autocast():
+                condition = self.denoiser.network.encode(condition)
         if takes.takes_guidance:
             low, high = self.task.guidance_range or (0.0, 0.0)
             condition = condition.with_tensors(guidance=(low + (high - low) * random.uniform(GUIDANCE)).float())

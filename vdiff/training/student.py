@@ -14,34 +14,52 @@ import torch
 import vdiff
 from vdiff.diffusion.distillation import Guided
 from vdiff.errors import OptionError
-from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
+from vdiff.models.adapters import add_adapter, copy_adapter
+from vdiff.models.checkpoint import (
+    ADAPTER,
+    CheckpointConfig,
+    load_base,
+    load_checkpoint,
+    load_stored,
+    read_config,
+    read_tensors,
+    save_checkpoint,
+)
+from vdiff.models.codec import LATENTS
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
 from vdiff.models.kinds import PYTHON, UNET
+from vdiff.models.text import TextBackbone
 from vdiff.models.unet import UNet
 from vdiff.records import RUN_FILE
-from vdiff.reporting import Reporter
+from vdiff.reporting import Reporter, Silent
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
-from vdiff.training.estimate import Memory, memory_of, update_times
+from vdiff.training.estimate import Memory, allocate, memory_of, update_times
+from vdiff.training.finetuning import adapter_of, sample_shape_of, with_fingerprint
+from vdiff.training.inputs import encoded_of, inputs_of
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.presets import read_run
 from vdiff.training.stages import Stage, student_network
 from vdiff.training.step import Task
+from vdiff.training.weights import copy_sharing
 
 
 def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointConfig) -> CheckpointConfig:
     """The description of a stage's student before its training, without data and lineage, which the run adds.
 
-    It keeps its teacher's parameterisation, but predicts v if its teacher predicts ε.
+    It keeps its teacher's parameterisation, but predicts v if its teacher predicts ε and it is no LoRA. A LoRA is one
+    of the teacher's base, or of the teacher itself if that is no LoRA.
 
     Raises:
-        OptionError: `student_config` does not describe a valid network, or the teacher's images do not fit it.
+        OptionError: `student_config` does not describe a valid network, the teacher's images do not fit it, or a LoRA
+            cannot be such a student.
     """
     method, taught = config.build_method(stage.method), list(teacher.guidance_range)
-    network = dict(student_network(config, teacher))
+    network, adapter = dict(student_network(config, teacher)), adapter_of(config)
+    base = teacher.base if teacher.adapter else {"path": stage.base.absolute().as_posix(), "fingerprint": ""}
     if teacher.kind == UNET:
         network |= {**method.network_options, "dropout": config.dropout}
     elif missing := {name.removesuffix("_input") for name in method.network_options} - set(teacher.signature.names):
@@ -54,12 +72,13 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     description = replace(
         teacher,
         unet=network if teacher.kind == UNET else {},
-        **teacher.family.student().config_fields(),
+        **(teacher.family if adapter else teacher.family.student()).config_fields(),
         num_timesteps=stage.num_steps,
-        adapter=None,  # a student of a LoRA has all weights
-        base=None,
+        adapter=adapter,
+        base=base if adapter else None,
         method=stage.method,
         guidance_range=taught,
+        guidance_scale=config.guidance_scale or teacher.guidance_scale,
         weights=config.weights,
         num_iters=0,
         target_iters=stage.updates(config),
@@ -68,6 +87,11 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
         kept_start=False,
         vdiff_version=vdiff.__version__,
     )
+    if adapter and description.network_id() != teacher.network_id():
+        raise OptionError(
+            f"--lora_rank {config.lora_rank}: this student has another network than its teacher",
+            "leave --lora_rank out: the student is then a whole model",
+        )
     try:
         if teacher.kind == UNET:
             with torch.device("meta"):
@@ -79,14 +103,40 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
 
 
 def begin_student(stage: Stage, config: DistillConfig, description: CheckpointConfig) -> tuple[Denoiser, str]:
-    """The student before its training, and what it inherited from its teacher: a copy, or the weights that fit."""
-    return student_of(*load_checkpoint(stage.base), config, description)
+    """The student of a stage before its training, and what it inherited, see `begin_stage`."""
+    return begin_stage(stage, config, description)[1:]
+
+
+def begin_stage(stage: Stage, config: DistillConfig, description: CheckpointConfig) -> tuple[Denoiser, Denoiser, str]:
+    """The teacher of a stage, frozen, its student before the training, and what a student of another shape inherited.
+
+    The student is a copy of its teacher, or gets those of its weights that fit. Of a LoRA, both have the same tensors
+    for the weights of the base, and the student's LoRA begins as that of its teacher.
+
+    Raises:
+        VdiffError: the teacher or its base cannot be used.
+        OptionError: the LoRA of the teacher does not fit in that of the student.
+    """
+    before = read_config(stage.base)
+    if description.adapter is None:
+        teacher, _ = load_checkpoint(stage.base)
+        return teacher.requires_grad_(False), *student_of(teacher, before, config, description)
+    teacher = load_base(with_fingerprint(description) if before.adapter is None else description)
+    teacher.requires_grad_(False).eval()
+    student = copy_sharing(teacher, teacher.parameters())
+    torch.manual_seed(config.seed)
+    add_adapter(student.network, description.adapter)
+    if before.adapter is not None:
+        add_adapter(teacher.network, before.adapter)
+        load_stored(teacher, before, read_tensors(stage.base / ADAPTER))
+        copy_adapter(student.network, description.adapter, teacher.network, before.adapter)
+    return teacher.requires_grad_(False), student, ""
 
 
 def student_of(
     teacher: Denoiser, before: CheckpointConfig, config: DistillConfig, description: CheckpointConfig
 ) -> tuple[Denoiser, str]:
-    """`begin_student` for a teacher in memory."""
+    """A student with all weights, before its training, from a teacher in memory; and what it inherited."""
     torch.manual_seed(config.seed)
     module = copy.deepcopy(teacher.network) if before.kind == PYTHON else None
     student = description.build(module).requires_grad_(True)
@@ -98,7 +148,14 @@ def student_of(
     if description.family != before.family and output is not None:
         for parameter in output.parameters():  # it predicts something else from now on
             torch.nn.init.zeros_(parameter)
+    share_text_encoders(student, teacher)
     return student, inherited
+
+
+def share_text_encoders(student: Denoiser, teacher: Denoiser) -> None:
+    """Let the student use the text encoders of its teacher, which do not learn."""
+    if isinstance(student.network, TextBackbone) and isinstance(teacher.network, TextBackbone):
+        student.network.text_encoders = teacher.network.text_encoders.requires_grad_(False)
 
 
 def stage_run(
@@ -110,20 +167,31 @@ def stage_run(
     reporter: Reporter | None = None,
 ) -> Run:
     """The run of one stage: the student starts from its teacher's weights, without dropout."""
-    teacher, before = load_checkpoint(stage.base)
+    before = read_config(stage.base)
     description = replace(
-        describe_student(stage, config, before),
+        shaped(describe_student(stage, config, before), images),
         dataset=images.name,
         dataset_fingerprint=images.fingerprint,
         teacher={**before.to_dict(), **lineage},
     )
-    student, _ = begin_student(stage, config, description)
+    if description.adapter and before.adapter is None:
+        description = with_fingerprint(description)
+    encoded = encoded_of(images, description, reporter or Silent())
+    teacher, student, _ = begin_stage(stage, config, description)
+    task = stage_task(stage, config, engine, teacher, before, student, description)
     return Run(
-        **vars(stage_task(stage, config, engine, teacher.requires_grad_(False), before, student, description)),
-        batches=images.batches(config, engine, reporter),
+        **vars(replace(task, inputs=inputs_of(description, engine.device, encoded))),
+        batches=replace(images, encoded=encoded).batches(config, engine, reporter),
         description=description,
         folder=stage.folder,
     )
+
+
+def shaped(description: CheckpointConfig, images: TrainingData) -> CheckpointConfig:
+    """The description of a model of latents, with samples of the shape of the latents of `images`."""
+    if description.codec != LATENTS.name or images.store is None:
+        return description
+    return replace(description, sample_shape=list(sample_shape_of(description, images)))
 
 
 def stage_task(
@@ -144,10 +212,14 @@ def stage_task(
         network.full_precision = config.precision == "auto" and stage.is_fine
     teacher = engine.compiled(engine.place(teacher))
     method = config.build_method(stage.method)
+    if isinstance(method, Guided):
+        teacher = GuidedDenoiser(teacher)
+    elif config.guidance_scale:
+        teacher = GuidedDenoiser(teacher, config.guidance_scale - 1)
     return Task(
         student,
         DistillationObjective(
-            GuidedDenoiser(teacher) if isinstance(method, Guided) else teacher,
+            teacher,
             method,
             num_steps=stage.num_steps,
             teacher_steps=stage.teacher_steps,
@@ -165,6 +237,7 @@ def stage_task(
         else stage.teacher_steps
         if method.has_fine_times
         else stage.num_steps,
+        encodes_first=True,
     )
 
 
@@ -176,25 +249,35 @@ def times_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, en
     """
     there = replace(stage, base=Path(config.base))
     if not config.student_config or stage.base.resolve() == there.base.resolve():
-        return update_times(stage_run(there, stage.settings(config), images, engine, {}), images.shape, engine)
+        run = stage_run(there, stage.settings(config), images, engine, {})
+        return update_times(run, run.description.shape, engine)
     description = describe_student(replace(there, method="match"), config, read_config(there.base))
     with TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), description.build().state_dict(), description)
         alone = replace(config, student_config="")
         run = stage_run(replace(stage, base=Path(folder)), stage.settings(alone), images, engine, {})
-        return update_times(run, images.shape, engine)
+        return update_times(run, run.description.shape, engine)
 
 
 def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, engine: Engine) -> Memory:
     """The memory of the first stage of a ladder; its teacher must exist. See `memory_of`."""
     config, before = stage.settings(config), read_config(stage.base)
-    description = describe_student(stage, config, before)
+    description = shaped(describe_student(stage, config, before), images)
+    with torch.device("meta"):  # peft cannot make a LoRA among tensors without values
+        teacher = replace(before, adapter=None).build().requires_grad_(False)
+        student = description.build() if description.adapter is None else copy_sharing(teacher, teacher.parameters())
+    share_text_encoders(student, teacher)
+    if description.adapter is not None:
+        add_adapter(student.network, description.adapter)
+    if before.adapter is not None and description.adapter is not None:
+        add_adapter(teacher.network, before.adapter)
+        teacher.requires_grad_(False)
 
     def build(local: Engine) -> Task:
-        teacher, student = before.build().requires_grad_(False), description.build()
+        allocate(teacher, student)
         return stage_task(stage, config, local, teacher, before, student, description)
 
-    return memory_of(build, images.shape, images.num_images, engine)
+    return memory_of(build, description.shape, images.num_images, engine)
 
 
 def recorded_setting(stages: Sequence[Stage], name: str) -> Any:

@@ -16,7 +16,7 @@ from vdiff.errors import VdiffError
 from vdiff.files import remove, write_json
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.drawing import draw, squared_errors
+from vdiff.models.drawing import Conditions, classes_in_turn, draw, squared_errors
 from vdiff.records import FAILED, VERDICT, read_record
 from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
@@ -87,6 +87,7 @@ class Examiner:
     """Draws teachers and students from the same noise; keeps a student's images, as it is the next stage's teacher.
 
     Attributes:
+        conditions: (denoiser, numbers of images) → their condition.
         num_images: images for the RMSE to the teacher.
         num_distance_images: images for the distance to the data.
         distance: the distance to measure; None: none.
@@ -98,14 +99,16 @@ class Examiner:
     distance: Distance | None
     device: torch.device
     reporter: Reporter
+    conditions: Conditions = classes_in_turn
     _kept: dict[tuple[Path, int], Tensor] = field(default_factory=dict)
 
     def examine(
         self,
         stage: Stage,
-        start: Denoiser,
+        start: Callable[[], Denoiser],
         *,
         guidance: Sequence[float],
+        teacher_guidance: float = 0.0,
         measure_distance: bool,
         max_regression: float,
         attempts: int,
@@ -114,8 +117,9 @@ class Examiner:
         """Compare the student of a stage with its teacher, and with itself before its training.
 
         Args:
-            start: the student before its training.
+            start: loads the student before its training.
             guidance: the range of weights that the student takes as an input; its middle is used.
+            teacher_guidance: the weight of the teacher whose guided prediction the student has learned.
             measure_distance: whether to measure the distance to the data.
             budget: how many network evaluations the comparison may use, see `plan_check`.
         """
@@ -127,13 +131,14 @@ class Examiner:
         if every > 1 or count < wanted:
             few = f"{count} images in {steps} of {stage.num_steps} steps"
             self.reporter.line(f"{name} is checked with {few}, as its training was short")
-        theirs = self._images(stage.base, teacher_steps, count, weight)
-        student, model = load_checkpoint(stage.folder, self.device)
-        before = self._draw(start.to(self.device), model, steps, num_images, weight, "before training")
+        model = read_config(stage.folder)
+        theirs = self._images(stage.base, model, teacher_steps, count, weight or teacher_guidance)
+        # one model at a time, as each has all weights of the base of a LoRA
+        before = self._draw(start().to(self.device), model, steps, num_images, weight, "before training")
         errors_before = squared_errors(before, theirs, model.space)
         rmse_before = float(errors_before.mean().sqrt())
         try:
-            mine = self._draw(student, model, steps, count, weight, name)
+            mine = self._draw(load_checkpoint(stage.folder, self.device)[0], model, steps, count, weight, name)
         except VdiffError as error:
             reason = str(error).partition(";")[0]
             return Verdict(rmse_before, math.inf, None, None, count, attempts, reason, every=every)
@@ -152,7 +157,7 @@ class Examiner:
             every=every,
         )
         if measure and worsening(found, max_regression):
-            before = self._draw(start, model, steps, count, weight, "before training")
+            before = self._draw(start().to(self.device), model, steps, count, weight, "before training")
             found = replace(found, start_distance=measure(before))
         self._kept.clear()
         self._kept[stage.base, teacher_steps] = theirs
@@ -160,13 +165,15 @@ class Examiner:
             self._kept[stage.folder, steps] = mine
         return replace(found, reason=why_failed(found, max_regression))
 
-    def _images(self, folder: Path, num_steps: int, count: int, weight: float) -> Tensor:
-        """A teacher's images; reuses kept ones if enough were drawn in the same batches, so with the same bits."""
+    def _images(self, folder: Path, model: CheckpointConfig, num_steps: int, count: int, weight: float) -> Tensor:
+        """A teacher's images, of the shape of its student's.
+
+        Kept ones are used if enough were drawn in the same batches, so with the same bits.
+        """
         kept = self._kept.get((folder, num_steps))
         if kept is not None and (len(kept) == count or (len(kept) > count and count % BATCH == 0)):
             return kept[:count]
-        denoiser, model = load_checkpoint(folder, self.device)
-        return self._draw(denoiser, model, num_steps, count, weight, folder.name)
+        return self._draw(load_checkpoint(folder, self.device)[0], model, num_steps, count, weight, folder.name)
 
     def _draw(
         self, denoiser: Denoiser, model: CheckpointConfig, num_steps: int, count: int, weight: float, name: str
@@ -182,6 +189,7 @@ class Examiner:
                         Ddim(clipping_value=model.space.limit),
                         indices=range(first, min(first + BATCH, count)),
                         image_size=model.shape[1:],
+                        conditions=self.conditions,
                         num_steps=num_steps,
                         seed=HELD_OUT + self.seed,
                         guidance=guidance,
@@ -321,8 +329,9 @@ def check_student(
             description = describe_student(stage, config, read_config(stage.base))
             verdict = examiner.examine(
                 stage,
-                begin_student(stage, config, description)[0],
+                lambda: begin_student(stage, config, description)[0],
                 guidance=description.guidance_range,
+                teacher_guidance=config.guidance_scale - 1 if config.guidance_scale else 0.0,
                 measure_distance=measure_distance,
                 max_regression=config.max_regression,
                 attempts=times_failed(stage.folder) + 1,

@@ -5,7 +5,8 @@ A weight learns if it `requires_grad`. The others are frozen: optimiser, average
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import copy
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,11 @@ def frozen(module: nn.Module) -> dict[str, nn.Parameter]:
     """Name → parameter, of those that do not learn; a parameter with two names has both."""
     everything = module.named_parameters(remove_duplicate=False)
     return {name: parameter for name, parameter in everything if not parameter.requires_grad}
+
+
+def copy_sharing(denoiser: Denoiser, shared: Iterable[Tensor]) -> Denoiser:
+    """A copy of a denoiser with the same tensors `shared`, which are in memory once; all others are copied."""
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in shared})
 
 
 def state_without(module: nn.Module, names: Set[str]) -> dict[str, Tensor]:

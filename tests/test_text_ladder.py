@@ -1,0 +1,301 @@
+"""Ladders of text-to-image models: guided targets by formula, LoRA students on one frozen base, and whole students."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.oracles import randn
+from tests.text_training import write_captioned, write_text_checkpoint
+from tests.toy import Watcher, assert_equal_bits, signal_at
+from vdiff.api import wrap
+from vdiff.diffusion.noise import ImageNoise
+from vdiff.diffusion.samplers import Ddim
+from vdiff.diffusion.schedules import CosineSchedule
+from vdiff.errors import Interrupted, OptionError
+from vdiff.models.adapters import AdapterSettings, add_adapter, copy_adapter, merge_adapter
+from vdiff.models.checkpoint import ADAPTER, load_checkpoint, read_config, read_tensors
+from vdiff.models.denoiser import Denoiser
+from vdiff.models.drawing import draw_from
+from vdiff.models.prompting import Prompting
+from vdiff.training.config import DistillConfig
+from vdiff.training.engine import build_engine
+from vdiff.training.ladder import run_stages
+from vdiff.training.objectives import StudentState, TrainBatch
+from vdiff.training.stages import Stage, plan_stages, resolve_distillation, teachers_images
+from vdiff.training.state import state_path
+from vdiff.training.step import TrainStep
+from vdiff.training.student import begin_stage, describe_student, stage_run, stage_task
+from vdiff.training.verdict import read_verdict
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the tiny pipelines, and a captioned dataset."""
+    folder = tmp_path_factory.mktemp("text_ladder")
+    write_captioned(folder / "data")
+    for kind in ("sd15", "sd2", "sdxl"):
+        write_text_checkpoint(folder / kind, kind)
+    return folder
+
+
+def planned(place: Path, base: Path, students: Path, **flags: Any) -> tuple[DistillConfig, list[Stage]]:
+    """The settings of a short ladder from 8 steps, and its stages, whose students go into the folder `students`."""
+    values = {
+        "base": str(base), "data": str(place / "data"), "num_iters": 2, "batch_size": 2, "lr": 1e-2, "device": "cpu",
+        "num_workers": 0, "tracker": "none", "threads": 1, "warmup_iters": 0, "teacher_steps": 8, **flags,
+    }  # fmt: skip
+    config, teacher = resolve_distillation({key: value for key, value in values.items() if value is not None}, None)
+    return config, plan_stages(config, teacher, home=students / "student")
+
+
+def climb(place: Path, base: Path, students: Path, reporter: Watcher | None = None, **flags: Any) -> list[Stage]:
+    """Train a short ladder."""
+    config, stages = planned(place, base, students, **flags)
+    images = teachers_images(config, read_config(base))
+    run_stages(stages, config, images, build_engine(config), overwrite=False, reporter=reporter or Watcher())
+    return stages
+
+
+# Targets
+
+
+class Gaussian(nn.Module):
+    """v̂ of data N(m_c, s_c²) in each pixel, where class 0 has (m, s) = (1, ½), and no class (−½, 2)."""
+
+    def forward(self, z: Tensor, timestep: Tensor, *, classes: Tensor) -> Tensor:
+        angle = (timestep.double() + 1) / 1024 * math.pi / 2
+        mean, std = (torch.tensor(pair)[classes].double() for pair in ([1.0, -0.5], [0.5, 2.0]))
+        alpha, sigma = angle.cos(), angle.sin()
+        shape = (-1, *[1] * (z.ndim - 1))
+        gain = (alpha * std**2 / (alpha**2 * std**2 + sigma**2)).reshape(shape)
+        alpha, sigma, mean = (each.reshape(shape) for each in (alpha, sigma, mean))
+        x = mean + gain * (z.double() - alpha * mean)
+        return ((alpha * z.double() - x) / sigma).to(z.dtype)
+
+
+@pytest.mark.parametrize(("steps", "after"), [(8, 4), (8, 2), (8, 1)])
+def test_the_target_of_the_first_stage_is_the_guided_path_of_the_teacher(tmp_path, steps, after):
+    """Written out for Gaussian data: DDIM by x̂ and ε̂ of the guided x̂, and eq. 9 of Salimans & Ho 2022 for x*."""
+    scale, count = 4.0, 6
+    teacher = wrap(Gaussian(), (1, 2, 2), schedule=CosineSchedule(math.inf), classes=1, null_class=True)
+    values = {"num_iters": 1, "batch_size": count, "lr": 1e-3, "device": "cpu", "guidance_scale": scale, "base": "x"}
+    config = DistillConfig(**values, teacher_steps=steps, class_dropout=0.0)
+    stage = Stage(Path("x"), steps, tmp_path, after, is_guided=True)
+    settings = stage.settings(config)
+    task = stage_task(
+        stage, settings, build_engine(config), teacher.plain(), teacher.config, teacher.plain(), teacher.config
+    )
+    x, noise, u = randn(count, 1, 2, 2), randn(count, 1, 2, 2, seed=1), (torch.arange(count) + 0.5).double() / count
+    classes = torch.zeros(count, dtype=torch.int64)
+    batch = TrainBatch(x, noise, u, teacher.denoiser.condition(classes=classes))
+    found = task.objective(batch, StudentState(teacher.plain(), teacher.plain(), 0.0))
+
+    def guided(z: Tensor, alpha: float, sigma: float) -> Tensor:
+        answers = [m + alpha * s**2 / (alpha**2 * s**2 + sigma**2) * (z - alpha * m) for m, s in ((1, 0.5), (-0.5, 2))]
+        return scale * answers[0] - (scale - 1) * answers[1]
+
+    for k in range(count):
+        level = math.floor(float(u[k]) * after) + 1
+        times = [level / after - j / steps for j in range(steps // after + 1)]
+        curve = [(math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)) for t in times]
+        start = z = curve[0][0] * x[k].double() + curve[0][1] * noise[k].double()
+        for (alpha, sigma), (alpha_s, sigma_s) in itertools.pairwise(curve):
+            image = guided(z, alpha, sigma)
+            z = alpha_s * image + sigma_s * (z - alpha * image) / sigma
+        (alpha, sigma), (alpha_s, sigma_s) = curve[0], curve[-1]
+        expected = (z - sigma_s / sigma * start) / (alpha_s - sigma_s / sigma * alpha)
+        torch.testing.assert_close(found.x[k].double(), expected, rtol=1e-8, atol=1e-8)
+
+
+# The LoRA of a student
+
+
+def test_a_lora_begins_with_the_product_of_a_smaller_one():
+    """W + (alpha/rank)·B A of both, written out; other layers and other rows change nothing."""
+    small, large = AdapterSettings(2, 3.0, targets=("0",)), AdapterSettings(5, 2.0, targets=("0", "1"))
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    networks = [copy.deepcopy(wrap(layers, (4,)).network) for _ in range(2)]
+    for network, settings in zip(networks, (small, large), strict=True):
+        add_adapter(network, settings)
+    for k, (name, weight) in enumerate(networks[0].named_parameters()):
+        if "lora_B" in name:
+            weight.data.copy_(randn(*weight.shape, seed=k))
+    copy_adapter(networks[1], large, networks[0], small)
+    a, b = (dict(networks[0].named_parameters())[f"model.0.lora_{part}.default.weight"] for part in "AB")
+    expected = layers[0].weight + 3.0 / 2 * b @ a
+    merge_adapter(networks[1])
+    torch.testing.assert_close(networks[1].get_submodule("model.0").weight, expected)
+    assert torch.equal(networks[1].get_submodule("model.1").weight, layers[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 1}, "--lora_rank 1: the LoRA of the teacher has rank 2; give --lora_rank 2"),
+        ({"targets": ("1",)}, "--lora_targets 1: the LoRA of the teacher changes model.0 too; give --lora_targets 0"),
+    ],
+)
+def test_a_lora_that_the_one_of_its_teacher_does_not_fit_in_is_refused(changes, words):
+
+    before = AdapterSettings(2, 2.0, targets=("0",))
+    mine = AdapterSettings(**{"rank": 2, "alpha": 2.0, "targets": ("0",), **changes})
+    networks = [copy.deepcopy(wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (4,)).network) for _ in range(2)]
+    for network, settings in zip(networks, (before, mine), strict=True):
+        add_adapter(network, settings)
+    with pytest.raises(OptionError) as caught:
+        copy_adapter(networks[1], mine, networks[0], before)
+    assert str(caught.value) == words
+
+
+def answer(denoiser: Denoiser, base: Path) -> Tensor:
+    """v̂ for two latents and prompts, in the middle of the noise."""
+    prompting = Prompting.read(read_config(base))
+    condition = prompting.condition(denoiser.network.signature.names, ["a red fox", "a sad cat"])
+    with torch.no_grad():
+        return denoiser.eval()(randn(2, 4, 8, 8, dtype=torch.float32), torch.full((2,), 0.5).double(), condition).v
+
+
+@pytest.fixture(scope="module")
+def students(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guided ladder of LoRA students from 8 steps to 2, without a break."""
+    folder = tmp_path_factory.mktemp("students")
+    climb(place, place / "sd2", folder, **LORA)
+    return folder
+
+
+LORA: dict[str, Any] = {"guidance_scale": 3.0, "to_steps": 2, "lora_rank": 3, "num_iters": 3}
+
+
+def test_students_are_loras_of_the_one_base(place, students):
+    base = read_config(place / "sd2")
+    for k, steps in enumerate((4, 2)):
+        folder = students / f"base_{k}"
+        found = read_config(folder)
+        assert (found.num_timesteps, found.method, found.prediction) == (steps, "progressive", "v")
+        assert found.adapter is not None
+        assert found.adapter.rank == 3
+        assert found.base is not None
+        assert Path(found.base["path"]) == place / "sd2"
+        assert (found.guidance_scale, found.shape, found.components) == (3.0, (4, 8, 8), base.components)
+        assert not (folder / "model.safetensors").exists()
+        tensors = read_tensors(folder / ADAPTER)
+        assert all(".lora_" in name for name in tensors)
+        assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+        assert read_verdict(folder) is not None
+
+
+def test_the_weights_of_the_base_are_in_memory_once(place, students):
+    """The teacher, the student and the average that tract learns from."""
+    flags = {**LORA, "to_steps": None, "method": "tract", "phases": "8,4,2"}
+    config, stages = planned(place, place / "sd2", students, **flags)
+    engine, images = build_engine(config), teachers_images(config, read_config(place / "sd2"))
+    second = stages[1]
+    run = stage_run(second, second.settings(config), images, engine, {})
+    step = TrainStep(run, engine)
+    teacher: Any = run.objective
+    networks = [step.denoiser.network, step.averages.teacher.network, teacher.teacher.network]
+    places = [
+        {name: weight.data_ptr() for name, weight in network.named_parameters() if ".lora_" not in name}
+        for network in networks
+    ]
+    assert len(places[0]) > 100
+    assert places[0] == places[1] == places[2]
+    loras = [
+        {weight.data_ptr() for name, weight in network.named_parameters() if ".lora_" in name} for network in networks
+    ]
+    assert not (loras[0] & loras[1]) | (loras[1] & loras[2]) | (loras[0] & loras[2])
+    assert {name for name, weight in step.denoiser.named_parameters() if weight.requires_grad} == {
+        name for name, _ in step.denoiser.named_parameters() if ".lora_" in name
+    }
+
+
+def test_a_student_begins_as_its_teacher_and_merged_as_unmerged(place, students):
+    config, stages = planned(place, place / "sd2", students, **LORA)
+    second = stages[1].settings(config)
+    description = describe_student(stages[1], second, read_config(stages[0].folder))
+    teacher, student, _ = begin_stage(stages[1], second, description)
+    expected = answer(teacher, place / "sd2")
+    assert torch.equal(answer(student, place / "sd2"), expected)
+    merged = answer(load_checkpoint(stages[0].folder)[0], place / "sd2")
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    assert (answer(load_checkpoint(place / "sd2")[0], place / "sd2") - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("bar", "update"), [("base_0", 1), ("base_1", 3)])
+def test_a_cut_ladder_ends_with_the_same_bits(place, students, tmp_path, bar, update):
+    with pytest.raises(Interrupted):
+        climb(place, place / "sd2", tmp_path, signal_at(update, bar=bar), **LORA)
+    names = read_tensors(state_path(tmp_path / bar)).keys()
+    assert all(".lora_" in name for name in names if name.startswith(("raw.", "exp_avg")))
+    climb(place, place / "sd2", tmp_path, **LORA)
+    for name in ("base_0", "base_1"):
+        assert_equal_bits(students / name / ADAPTER, tmp_path / name / ADAPTER)
+
+
+# Plans
+
+
+def plans(place: Path, kind: str, tmp_path: Path, **flags: Any) -> list[tuple[str, int, int, bool]]:
+    _, stages = planned(place, place / kind, tmp_path, **flags)
+    return [(stage.method, stage.teacher_steps, stage.num_steps, stage.is_guided) for stage in stages]
+
+
+def test_guidance_is_part_of_the_first_stage_that_shortens(place, tmp_path):
+    halvings = [("progressive", 8, 4, True), ("progressive", 4, 2, False)]
+    assert plans(place, "sd2", tmp_path, guidance_scale=3.0, to_steps=2) == halvings
+    assert plans(place, "sd15", tmp_path, guidance_scale=3.0, to_steps=2, lora_rank=2) == halvings
+    whole = plans(place, "sd15", tmp_path, guidance_scale=3.0, to_steps=2)
+    assert whole == [("match", 8, 8, False), *halvings]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_lora_predicts_what_its_base_predicts(place, tmp_path, kind):
+    stages = climb(place, place / kind, tmp_path, to_steps=4, lora_rank=2, guidance_scale=2.0)
+    found = read_config(stages[-1].folder)
+    assert (found.prediction, found.num_timesteps, found.method) == ("eps", 4, "progressive")
+
+
+def test_whole_students_of_a_base_that_predicts_noise_predict_v(place, tmp_path):
+    stages = climb(place, place / "sd15", tmp_path, to_steps=4, guidance_scale=2.0)
+    assert [read_config(stage.folder).prediction for stage in stages] == ["v", "v"]
+    names = read_tensors(stages[-1].folder / "model.safetensors").keys()
+    assert names
+    assert not [name for name in names if "text_encoder" in name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "words"),
+    [
+        ("sd15", {"lora_rank": 2, "to_steps": 1}, "sd15 predicts ε, and so does its LoRA, .* end at 2 steps, or"),
+        ("sd2", {"guidance_scale": 3.0, "method": "guided"}, "--guidance_scale 3: .* take guidance as an input; leave"),
+        ("sd2", {"guidance_scale": 3.0, "method": "ect"}, "--guidance_scale 3: ect does not learn what its teacher"),
+        ("sd2", {"class_dropout": 0.1}, "--class_dropout 0.1: the network does not use classes"),
+        ("sd2", {"lora_alpha": 2.0}, "--lora_alpha: all weights are to learn; give --lora_rank"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(place, tmp_path, kind, flags, words):
+    with pytest.raises(OptionError, match=words):
+        planned(place, place / kind, tmp_path, **flags)
+
+
+def test_a_student_is_no_teacher_to_be_guided(place, students, tmp_path):
+    with pytest.raises(OptionError, match=r"base_0 is a student of 4 steps, which has learned the scale 3; leave it"):
+        planned(place, students / "base_0", tmp_path, guidance_scale=3.0, teacher_steps=None)
+
+
+def test_pictures_of_a_student_need_no_guidance(students):
+    denoiser, config = load_checkpoint(students / "base_1")
+    prompting = Prompting.read(config)
+    noise = ImageNoise(seed=0, indices=range(2), shape=config.shape, device=torch.device("cpu"))
+    condition = prompting.condition(denoiser.network.signature.names, ["a red fox", "a sad cat"])
+    latents = draw_from(denoiser, Ddim(clipping_value=None), noise=noise, num_steps=2, condition=condition)
+    assert prompting.decode(latents, check=False).shape == (2, 3, 64, 64)
