@@ -102,7 +102,7 @@ def test_what_is_no_lora_of_diffusers_and_what_is_there_is_refused(lora, tmp_pat
     export = f"vdiff export lora {lora} {tmp_path}"
     plain = f"vdiff export lora {tmp_path / 'plain'} {tmp_path / 'a.safetensors'}"
     assert "is not a LoRA: it has all weights" in error(plain, 1)
-    assert "give FILE.safetensors, or --format peft" in error(f"{export}/a.bin", 2)
+    assert "give FILE.safetensors or a folder, or --format peft" in error(f"{export}/a.bin", 2)
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
     assert "mine.safetensors" in error(f"{export}/mine.safetensors --overwrite", 1)
     assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"

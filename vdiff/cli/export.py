@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from vdiff.cli.console import Console
 from vdiff.cli.options import CONTEXT, Checkpoint, Command, Number, OneOf, ProgramGroup, option, project_option, switch
@@ -30,6 +31,13 @@ FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 def license_option(**attributes: Any) -> Callable[[Any], Any]:
     """`--license` of every export."""
     return option("--license", "license_name", group="Output", metavar="NAME", help=LICENSE_HELP, **attributes)
+
+
+MERGE = switch("--merge", group="Model", help="CHECKPOINT is a LoRA: bake it into the weights of its base.")
+COMPONENTS = option(
+    "--components", group="Model", type=click.Path(path_type=Path), metavar="FOLDER",
+    show_default="the folder that CHECKPOINT names", help="The model's text encoders, tokenizers and autoencoder.",
+)  # fmt: skip
 
 
 @click.group(cls=ProgramGroup, context_settings=CONTEXT)
@@ -149,6 +157,7 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
         "vdiff export diffusers checkpoints/base_6 exports/base_6",
         "vdiff export diffusers checkpoints/base_6 exports/base_6 --clip False",
         "vdiff export diffusers checkpoints/base_6 exports/cats --class cat",
+        "vdiff export diffusers checkpoints/sd_lora exports/pokemon --merge",
     ],
 )
 @CHECKPOINT
@@ -167,26 +176,99 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
     "--guidance", group="Sampling", type=click.FLOAT, metavar="W",
     help="Fix the guidance weight of a network that takes one as an input.",
 )  # fmt: skip
-@license_option(default="unknown")
+@MERGE
+@COMPONENTS
+@license_option(show_default="unknown; that of the base's pipeline for a text-to-image model")
 @switch("--overwrite", group="Output", help="Replace an earlier export in FOLDER.")
-def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
-    """Write CHECKPOINT to FOLDER as a pipeline of diffusers, with a model card.
+def diffusers_command(
+    checkpoint: Path, folder: Path, license_name: str | None, overwrite: bool, **options: Any
+) -> None:
+    """Write CHECKPOINT to FOLDER as a pipeline of diffusers, with a model card; it does not need vdiff.
 
-    The DDIMPipeline with a UNet2DModel does not need vdiff. It draws the same images from the same noise, with every
-    number of steps that divides the model's. Networks that UNet2DModel does not support are refused.
+    A text-to-image model becomes its own pipeline of Stable Diffusion, with vdiff's timesteps and the model's
+    prediction in its scheduler. Other models become a DDIMPipeline with a UNet2DModel, which draws the same images from
+    the same noise, with every number of steps that divides the model's. Networks that UNet2DModel does not support are
+    refused.
     """
+    from vdiff.interop.diffusers.text_writing import export_text_pipeline
     from vdiff.interop.diffusers.writing import export_pipeline
+    from vdiff.interop.modelspec import family_of
+    from vdiff.models.checkpoint import read_config
 
     console = Console()
-    made = export_pipeline(checkpoint, folder, **options)
-    console.result(f"{folder}: DDIMPipeline, {plural(made.config.num_timesteps, 'step')}")
-    if not made.call:
+    of_text, of_pixels = ("merge", "components"), ("clip", "class_name", "guidance")
+    is_text = family_of(read_config(checkpoint)) is not None
+    _refuse_given(of_pixels if is_text else of_text, checkpoint, is_text=is_text)
+    kept = {name: options[name] for name in (of_text if is_text else of_pixels)}
+    if is_text:
+        made = export_text_pipeline(checkpoint, folder, license_name=license_name, overwrite=overwrite, **kept)
+        for note in made.notes:
+            console.line(note)
+        console.result(f"{folder}: {made.family.pipeline}, {_said(made.config)}")
+        return
+    kept |= {"license_name": license_name or "unknown", "overwrite": overwrite}
+    exported = export_pipeline(checkpoint, folder, **kept)
+    console.result(f"{folder}: DDIMPipeline, {plural(exported.config.num_timesteps, 'step')}")
+    if not exported.call:
         console.line("DDIMPipeline has no argument for a class: see README.md, or fix a class with --class")
         return
-    arguments = ", ".join(f"{name}={value}" for name, value in made.call.items())
+    arguments = ", ".join(f"{name}={value}" for name, value in exported.call.items())
     load = f"P.from_pretrained({json.dumps(str(folder))})"
     program = f"from diffusers import DDIMPipeline as P; {load}({arguments}).images[0].show()"
     console.result(f"next       {shell('python', '-c', program)}")
+
+
+def _refuse_given(names: Iterable[str], checkpoint: Path, *, is_text: bool) -> None:
+    """Refuse options that were typed for a model of the other kind."""
+    context = click.get_current_context()
+    kind = "a text-to-image model" if is_text else "no text-to-image model of latents"
+    for param in context.command.params:
+        if param.name in names and context.get_parameter_source(str(param.name)) != ParameterSource.DEFAULT:
+            raise OptionError(f"{param.opts[0]}: {checkpoint} is {kind}", "leave it out")
+
+
+def _said(config: CheckpointConfig) -> str:
+    """`predicts v, zero terminal SNR, 4 steps`."""
+    from vdiff.interop.modelspec import is_student
+
+    zero_snr = ", zero terminal SNR" * bool(config.schedule.get("zero_snr"))
+    steps = f", {plural(config.num_timesteps, 'step')}" * is_student(config)
+    return f"predicts {config.prediction}{zero_snr}{steps}"
+
+
+@command.command(
+    "single_file",
+    cls=Command,
+    examples=[
+        "vdiff export single_file checkpoints/sd exports/sd.safetensors",
+        "vdiff export single_file checkpoints/sd_lora exports/pokemon.safetensors --merge --precision fp16",
+    ],
+)
+@CHECKPOINT
+@click.argument("file", metavar="FILE.safetensors", type=click.Path(path_type=Path))
+@project_option(read=False)
+@MERGE
+@option(
+    "--precision", group="Output", type=OneOf(["fp32", "fp16"]), default="fp32",
+    help="Numbers of the weights; fp16 has half the bytes and rounds.",
+)  # fmt: skip
+@COMPONENTS
+@license_option(show_default="that of the base's pipeline")
+@switch("--card", group="Output", default=True, help="Write a model card, README.md, beside FILE.")
+@switch("--overwrite", group="Output", help="Replace an earlier export.")
+def single_file_command(checkpoint: Path, file: Path, **options: Any) -> None:
+    """Write CHECKPOINT, Stable Diffusion 1.5, 2 or XL, as one file for ComfyUI, A1111 and diffusers.
+
+    It holds UNet, text encoders and autoencoder by their original names, the keys v_pred and ztsnr where they apply,
+    and the metadata of modelspec. FILE.yaml beside it is for A1111. README.md says how each program draws with it.
+    """
+    from vdiff.interop.diffusers.text_writing import export_single_file
+
+    console = Console()
+    made = export_single_file(checkpoint, file, **options)
+    for note in made.notes:
+        console.line(note)
+    console.result(f"{file}: {made.family.name}, {_said(made.config)}")
 
 
 @command.command(
@@ -194,6 +276,7 @@ def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
     cls=Command,
     examples=[
         "vdiff export lora checkpoints/sd_lora exports/pokemon.safetensors",
+        "vdiff export lora checkpoints/sd_3 exports --format both      # exports/sd_3_4step_lora.safetensors, …_kohya",
         "vdiff export lora checkpoints/sd_lora exports/step2000 --format peft",
     ],
 )
@@ -201,23 +284,31 @@ def diffusers_command(checkpoint: Path, folder: Path, **options: Any) -> None:
 @click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
 @project_option(read=False)
 @option(
-    "--format", "layout", group="Output", type=OneOf(["diffusers", "peft"]), default="diffusers",
-    help="diffusers: a .safetensors file for pipeline.load_lora_weights; peft: a folder whose unet/ is for "
-    "PeftModel.from_pretrained.",
+    "--format", "layout", group="Output", type=OneOf(["diffusers", "kohya", "both", "peft"]), default="diffusers",
+    help="diffusers: a file for pipeline.load_lora_weights; kohya: a file for ComfyUI, A1111 and diffusers; both: two "
+    "files, the second one FILE_kohya; peft: a folder whose unet/ is for PeftModel.from_pretrained.",
 )  # fmt: skip
+@license_option(show_default="that of the base's pipeline")
+@switch("--card", group="Output", default=True, help="Write a model card, README.md, beside FILE.")
 @switch("--overwrite", group="Output", help="Replace an earlier export.")
-def lora_command(checkpoint: Path, target: Path, layout: str, overwrite: bool) -> None:
-    """Write the LoRA of CHECKPOINT, which train.py --lora_rank trained, as diffusers or peft load it.
+def lora_command(checkpoint: Path, target: Path, **options: Any) -> None:
+    """Write the LoRA of CHECKPOINT, which train.py or distill.py --lora_rank trained, for other programs.
 
-    It holds the LoRA alone; the base is needed beside it. `vdiff export weights` writes both merged.
+    FILE may be a folder: the file is then called after the checkpoint and its number of steps. It holds the LoRA alone;
+    the base is needed beside it. `vdiff export single_file --merge` writes both in one. README.md says how diffusers,
+    ComfyUI and A1111 draw with it.
     """
     from vdiff.interop.lora import export_lora
 
-    config = export_lora(checkpoint, target, layout, overwrite=overwrite)
-    rank = config.adapter.rank if config.adapter else 0
-    Console().result(
-        f"{target}: LoRA of rank {rank} on {(config.base or {}).get('path')}, predicts {config.prediction}"
-    )
+    console = Console()
+    made = export_lora(checkpoint, target, **options)
+    for note in made.notes:
+        console.line(note)
+    rank = made.config.adapter.rank if made.config.adapter else 0
+    for file in made.files:
+        console.result(
+            f"{file}: LoRA of rank {rank} on {(made.config.base or {}).get('path')}, predicts {made.config.prediction}"
+        )
 
 
 def _export(

@@ -1,4 +1,4 @@
-"""`vdiff inspect`: describe a checkpoint and its teachers."""
+"""`vdiff inspect`: describe a checkpoint and its teachers, or a file of another program."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+<<<<<<< HEAD
 from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, project_option, switch
+=======
+from vdiff.cli.console import Console
+from vdiff.cli.options import Checkpoint, Command, OneOf, option, project_option, switch
+>>>>>>> b19bf8d (Exports for ComfyUI, A1111 and diffusers: LoRAs by kohya's names, single files, whole pipelines, merged LoRAs; vdiff inspect recognises, tests and repairs files of others)
 from vdiff.cli.vdiffusion import imported
+from vdiff.errors import OptionError
 from vdiff.models.kinds import TEXT
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
 
 if TYPE_CHECKING:
+    from vdiff.interop.recognition import Foreign
+    from vdiff.interop.recognition import Reading as ProgramReading
     from vdiff.models.checkpoint import CheckpointConfig
 
 SHOWN_CLASSES = 8
@@ -29,16 +37,61 @@ INFINITE = 1e12
 HEADINGS = ["model", "method", "steps", "updates", "images", "training", "dataset", "weights"]
 
 
-@click.command(cls=Command, examples=["vdiff inspect checkpoints/base_5", "vdiff inspect checkpoints/base_5 --json"])
-@click.argument("checkpoint", required=False, type=Checkpoint())
+class Inspected(Checkpoint):
+    """A checkpoint, or a file or pipeline folder of another program."""
+
+    def find(self, value: Path | str, project: Project) -> Path | str:
+        """As for checkpoints; what another program wrote is returned as it is."""
+        return value if is_foreign(Path(value)) else super().find(value, project)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether it is a safetensors file, or a pipeline folder of diffusers."""
+    return (path.is_file() and path.suffix == ".safetensors") or (path / "model_index.json").is_file()
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "vdiff inspect checkpoints/base_5",
+        "vdiff inspect checkpoints/base_5 --json",
+        "vdiff inspect model.safetensors --test",
+        "vdiff inspect model.safetensors --repair repaired.safetensors --prediction v --zero_snr",
+    ],
+)
+@click.argument("checkpoint", required=False, type=Inspected())
 @project_option()
+@switch("--test", group="Files of others", help="Evaluate the UNet at its noisiest level, which tells eps from v.")
+@option(
+    "--pipeline", group="Files of others", type=click.Path(path_type=Path), metavar="FOLDER",
+    show_default="the usual sizes of the family", help="For --test: a pipeline with the configuration of the UNet.",
+)  # fmt: skip
+@option(
+    "--repair", group="Files of others", type=click.Path(path_type=Path), metavar="OUT.safetensors",
+    help="Write a copy with the keys, metadata and names that programs need, and OUT.yaml for A1111.",
+)  # fmt: skip
+@option(
+    "--prediction", group="Files of others", type=OneOf(["v", "eps"]), show_default="what the file says",
+    help="For --repair: what the model predicts.",
+)  # fmt: skip
+@switch("--zero_snr", group="Files of others", help="For --repair: the model has zero terminal SNR.")
+@switch("--overwrite", group="Output", help="Replace a file that --repair wrote.")
 @switch("--json", group="Output", help="Print one JSON object.")
-def command(checkpoint: Path | None, project: Project, json: bool) -> None:
+def command(checkpoint: Path | None, project: Project, json: bool, **options: Any) -> None:
     """Describe CHECKPOINT (default: the newest) and its teachers, back to the original.
 
     It reads only descriptions, and the weights for their checksum. Unfinished runs and imported models work too.
+
+    CHECKPOINT may also be a .safetensors file or a pipeline folder of another program: a model of Stable Diffusion, or
+    a LoRA. Its header says what it is, what it predicts, and what ComfyUI, A1111 and diffusers take it for.
     """
     console = Console()
+    if checkpoint is not None and is_foreign(checkpoint):
+        _foreign(console, checkpoint, json=json, **options)
+        return
+    for name, value in options.items():
+        if value:
+            raise OptionError(f"--{name} is for files and folders of other programs", "leave it out for a checkpoint")
     values = facts(imported(checkpoint or project.newest(console.line), console.line))
     if json:
         console.result(jsonlib.dumps(values, ensure_ascii=False), is_json=True)
@@ -46,6 +99,90 @@ def command(checkpoint: Path | None, project: Project, json: bool) -> None:
     console.result(*aligned(described(values)))
     if values["lineage"]:
         console.table("Lineage", HEADINGS, [_ancestor(entry) for entry in [values, *values["lineage"]]])
+
+
+def _foreign(
+    console: Console,
+    path: Path,
+    *,
+    json: bool,
+    test: bool,
+    pipeline: Path | None,
+    repair: Path | None,
+    prediction: str | None,
+    zero_snr: bool,
+    overwrite: bool,
+) -> None:
+    """Describe a file or a folder of another program, and write a repaired copy."""
+    from vdiff.interop.recognition import readings, recognise
+
+    useless = {
+        "--pipeline": (pipeline is not None and not test, "--test"),
+        "--prediction": (prediction is not None and repair is None, "--repair"),
+        "--zero_snr": (zero_snr and repair is None, "--repair"),
+        "--overwrite": (overwrite and repair is None, "--repair"),
+    }
+    for flag, (is_useless, other) in useless.items():
+        if is_useless:
+            raise OptionError(f"{flag} has no effect without {other}", f"add {other}, or leave it out")
+    model, verdict = recognise(path), ""
+    if test:
+        from vdiff.interop.predicts import evaluated
+
+        found = evaluated(model, pipeline)
+        model, verdict = model.with_more(found.said), str(found)
+    programs = list(readings(model))
+    if json:
+        values = {
+            "path": path.as_posix(), "what": model.what, "family": model.family and model.family.name,
+            "kind": model.kind, "parts": list(model.parts), "layout": model.layout and model.layout.name,
+            "rank": model.rank or None, "alpha": model.alpha, "steps": model.steps[0] or None,
+            "prediction": model.prediction, "zero_snr": model.zero_snr, "said": [asdict(each) for each in model.said],
+            "contradiction": model.contradiction or None, "test": verdict or None,
+            "programs": [asdict(each) for each in programs], "notes": list(model.notes),
+        }  # fmt: skip
+        console.result(jsonlib.dumps(values, ensure_ascii=False))
+    else:
+        console.facts(foreign_rows(model, verdict) | {each.program: _reading(each) for each in programs})
+    if repair is not None:
+        from vdiff.interop.repair import repair as repaired
+
+        changes = repaired(model, repair, prediction=prediction, zero_snr=zero_snr, overwrite=overwrite)
+        console.line(f"{repair}: {', '.join(changes) or 'nothing was missing'}")
+
+
+def _reading(each: ProgramReading) -> str:
+    """What a program takes a model for; a wrong reading begins with a word that says so."""
+    remedy = f"; {each.remedy}" if each.remedy else ""
+    return f"{'WRONG: ' if each.is_wrong else ''}{each.says}{remedy}"
+
+
+def foreign_rows(model: Foreign, verdict: str) -> dict[str, str]:
+    """The facts about a file or a folder of another program, as rows."""
+    rows = {"file": model.path.as_posix(), "what": model.what}
+    if model.family is not None and not model.usual_sizes:
+        rows["sizes"] = f"not those of {model.family.name}"
+    if model.parts:
+        rows["parts"] = ", ".join(model.parts)
+    if model.layout is not None:
+        alpha = f", alpha {model.alpha:g}" if model.alpha is not None else ""
+        rows["LoRA"] = f"rank {model.rank}{alpha}"
+    if model.steps[0]:
+        guidance = f", guidance scale {model.guidance}" if model.guidance else ""
+        rows["steps"] = f"{model.steps[0]}, according to {model.steps[1]}{guidance}"
+    if model.kind == "other":
+        return rows
+    zero_snr = {True: ", zero terminal SNR", False: ", no zero terminal SNR", None: ""}[model.zero_snr]
+    sources = ", ".join(
+        dict.fromkeys(each.source for each in model.said if each.prediction or each.zero_snr is not None)
+    )
+    unknown = "nothing says what its base predicts" if model.kind == "LoRA" else "nothing says it: --test finds out"
+    rows["predicts"] = f"{model.prediction}{zero_snr} ({sources})" if model.prediction else f"{unknown}{zero_snr}"
+    if model.contradiction:
+        rows["predicts"] = f"CONTRADICTION: {model.contradiction}"
+    if verdict:
+        rows["test"] = f"{verdict} (the UNet on noise, with zeros as the text)"
+    return rows | {f"note {k}": note for k, note in enumerate(model.notes, 1)}
 
 
 def facts(folder: Path) -> dict[str, Any]:

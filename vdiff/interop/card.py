@@ -24,9 +24,10 @@ from vdiff.diffusion.samplers import Ddim
 from vdiff.errors import OptionError, VdiffError, printable
 from vdiff.files import parse, read_text, write_text
 from vdiff.models.backbone import parameter_count
-from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint, weights_fingerprint
+from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
+from vdiff.models.kinds import TEXT
 from vdiff.records import LADDER
 from vdiff.replacing import check_free
 from vdiff.text import plural
@@ -38,7 +39,7 @@ USE = "\n## Use\n"
 MARK = "<!-- vdiff: the card of weights {} -->"
 MARKED = re.compile("<!-- vdiff: the card of weights ([0-9a-f]{64}) -->")
 IDENTIFIER = re.compile("[A-Za-z][A-Za-z0-9.+_-]{0,63}")  # a licence's identifier
-TASK = "unconditional-image-generation"
+TASK, TEXT_TASK = "unconditional-image-generation", "text-to-image"
 PICTURE_IMAGES, PICTURE_STEPS, FEWEST_STEPS = 16, 64, 4
 PIXELS_AT_ONCE = 16 * 64**2
 SAME_NOISE = "From the same noise; RMSE is of pixels in [−1, 1]."
@@ -142,7 +143,12 @@ def new_card(
 
     if not IDENTIFIER.fullmatch(license_name):
         raise OptionError(f"--license {license_name!r} is not an identifier", "give one such as mit or cc-by-4.0")
-    denoiser, config = load_checkpoint(checkpoint)
+    config = read_config(checkpoint)
+    if _has_pictures(config):
+        denoiser, config = load_checkpoint(checkpoint)
+    else:
+        with torch.device("meta"):  # its weights are only counted
+            denoiser = config.build()
     fingerprint, name = weights_fingerprint(checkpoint), checkpoint.resolve().name
     ladder = _read_ladder(checkpoint, config)
     picture, steps = _picture(denoiser, config)
@@ -154,7 +160,7 @@ def new_card(
     data = ModelCardData(
         license=license_name.lower(),
         library_name=library,
-        pipeline_tag=TASK,
+        pipeline_tag=TEXT_TASK if config.kind == TEXT else TASK,
         tags=["diffusion", "v-diffusion", *distilled, *tags],
         **_eval_results(name, config, ladder),
     )
@@ -195,6 +201,14 @@ def _license_of(text: str) -> str:
     return name if IDENTIFIER.fullmatch(name) else UNKNOWN
 
 
+def license_of_base(config: CheckpointConfig) -> str | None:
+    """The licence in the README.md of the pipeline that a model was made from; None: it states none."""
+    folder = (config.components or {}).get("path")
+    text = _text(Path(folder) / CARD) if folder else ""
+    name = _license_of(text) if text.startswith("---") else UNKNOWN
+    return None if name == UNKNOWN else name
+
+
 # The contents of a card
 
 
@@ -207,9 +221,11 @@ def _summary(config: CheckpointConfig) -> str:
     """The model in one sentence."""
     of = f" of {len(config.class_names)} classes" if config.class_names else ""
     how = "a base model" if config.method == "base" else f"distilled ({_cell(config.method)})"
-    size = sizes_of(config)
     steps = plural(config.num_timesteps, "step")
-    return f"A diffusion model that draws images{of}, {size} pixels, in {steps}: {how}."
+    if config.kind == TEXT:
+        lora = f" It is a LoRA of rank {config.adapter.rank}." if config.adapter else ""
+        return f"A diffusion model that draws images of a text, in {steps}: {how}.{lora}"
+    return f"A diffusion model that draws images{of}, {sizes_of(config)} pixels, in {steps}: {how}."
 
 
 def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> str:
@@ -301,6 +317,11 @@ def _metric_name(key: str) -> str:
     return key.replace("_", " ").replace("rmse", "RMSE")
 
 
+def _has_pictures(config: CheckpointConfig) -> bool:
+    """Whether samples are grey or RGB images."""
+    return len(config.shape) == 3 and config.shape[0] in (1, 3)
+
+
 def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None, int]:
     """A grid of images, and the number of steps: the model's own, or the largest possible one up to 64.
 
@@ -311,7 +332,7 @@ def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None
     if own > PICTURE_STEPS:
         any_will_do = config.takes_any_num_steps
         steps = PICTURE_STEPS if any_will_do else max(k for k in range(1, PICTURE_STEPS + 1) if own % k == 0)
-    if len(config.shape) != 3 or config.shape[0] not in (1, 3) or (steps < own and steps < FEWEST_STEPS):
+    if not _has_pictures(config) or (steps < own and steps < FEWEST_STEPS):
         return None, steps
     at_once = max(1, PIXELS_AT_ONCE // math.prod(config.shape[1:]))
     parts = [range(first, min(first + at_once, PICTURE_IMAGES)) for first in range(0, PICTURE_IMAGES, at_once)]

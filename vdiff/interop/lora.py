@@ -1,35 +1,65 @@
-"""A LoRA as other tools load it: one file in the layout of diffusers, or a folder of peft for each network."""
+"""A LoRA as other tools load it: a file in the layout of diffusers or of kohya's scripts, or a folder of peft."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import write_json
+from vdiff.interop.card import FILES_OF_CARD, card_beside, license_of_base
+from vdiff.interop.modelspec import MADE_BY, differs_from_usual, family_of, is_student, metadata_of
+from vdiff.interop.usage import lora_usage
 from vdiff.models.adapters import AdapterSettings
-from vdiff.models.checkpoint import ADAPTER, CheckpointConfig, read_config, read_metadata, read_tensors, write_tensors
+from vdiff.models.checkpoint import (
+    ADAPTER,
+    CheckpointConfig,
+    is_checkpoint,
+    read_config,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from vdiff.models.kinds import DIFFUSERS, TEXT
 from vdiff.replacing import Kind, check_free, locked, new_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("diffusers", "peft")
+PEFT, KOHYA, BOTH = "peft", "kohya", "both"
+FORMATS = (DIFFUSERS, PEFT, KOHYA, BOTH)
 PREFIXES = {TEXT: "network.unet.model.", DIFFUSERS: "network.model."}
 """Our prefix to diffusers' names of layers, by the kind of the network."""
+CARD_OPTIONS: dict[str, Any] = {"anew": False, "tags": ["lora"]}
 UNET, PEFT_CONFIG, PEFT_WEIGHTS = "unet", "adapter_config.json", "adapter_model.safetensors"
-MADE_BY = {"made_by": "vdiff"}
 FILE = Kind("LoRA", lambda path: path.name if MADE_BY.items() <= read_metadata(path).items() else "")
 FOLDER = Kind(
     "LoRA of peft",
     lambda path: (
-        f"{UNET}/({PEFT_CONFIG}|{PEFT_WEIGHTS})"
+        f"{UNET}/({PEFT_CONFIG}|{PEFT_WEIGHTS})|{FILES_OF_CARD}"
         if (path / UNET / PEFT_WEIGHTS).is_file() and FILE.files(path / UNET / PEFT_WEIGHTS)
         else ""
     ),
 )
+
+
+@dataclass(frozen=True)
+class ExportedLora:
+    """An exported LoRA.
+
+    Attributes:
+        config: the checkpoint's description.
+        files: the files, or the folder of peft.
+        notes: a sentence for each reason why a program needs a setting to draw the right pictures.
+    """
+
+    config: CheckpointConfig
+    files: list[Path]
+    notes: list[str]
 
 
 def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, dict[str, Tensor]]:
@@ -50,6 +80,54 @@ def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, dict
     return config, config.adapter, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def base_of(config: CheckpointConfig) -> CheckpointConfig | None:
+    """The description of a LoRA's base; None if its folder is not there."""
+    folder = Path(str((config.base or {}).get("path")))
+    return read_config(folder) if is_checkpoint(folder) else None
+
+
+def check_student(checkpoint: Path, config: CheckpointConfig, base: CheckpointConfig | None) -> None:
+    """Refuse a student that works only whole, because programs read a LoRA with the settings of its base.
+
+    Raises:
+        VdiffError: it is such a student.
+    """
+    if not is_student(config):
+        return
+    if base is None:
+        path = (config.base or {}).get("path")
+        raise VdiffError(f"{path}, the base of {checkpoint}: no such checkpoint", "put the base back there")
+    whole = "export it whole, with vdiff export single_file --merge"
+    if config.guidance_range:
+        raise VdiffError(f"{checkpoint} takes the guidance as an input, which no LoRA can add to its base", whole)
+    if base.prediction == "eps" and config.prediction != "eps":
+        raise VdiffError(
+            f"{checkpoint} predicts {config.prediction}, its base eps: programs would read the LoRA's output as eps",
+            whole,
+        )
+    if base.prediction == "eps" and config.num_timesteps == 1:
+        raise VdiffError(
+            f"{checkpoint} draws in one step and predicts eps, which says nothing about the image at pure noise", whole
+        )
+
+
+def notes_of(config: CheckpointConfig, base: CheckpointConfig | None) -> Iterator[str]:
+    """A sentence for each reason why a program needs a setting to draw the right pictures."""
+    if base is not None and base.adapter is not None:
+        yield f"its base {(config.base or {}).get('path')} is a LoRA itself: load both, or export both merged"
+    mine = (config.prediction, bool(config.schedule.get("zero_snr")))
+    if base is not None and mine != (base.prediction, bool(base.schedule.get("zero_snr"))):
+        yield (
+            f"it predicts {mine[0]}{' with zero terminal SNR' * mine[1]}, other than its base: programs take a LoRA's "
+            "prediction from the base, so set it as README.md says"
+        )
+    levels = config.schedule.get("num_levels")
+    if is_student(config) and isinstance(levels, int) and levels % config.num_timesteps:
+        yield f"{config.num_timesteps} steps do not divide {levels} levels: other programs round its timesteps"
+    if family_of(config) is not None and differs_from_usual(config.schedule):
+        yield "ComfyUI and A1111 assume other noise levels than this model's"
+
+
 def peft_config(settings: AdapterSettings, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """`adapter_config.json` of peft; layers are named in full."""
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
@@ -59,33 +137,108 @@ def peft_config(settings: AdapterSettings, tensors: dict[str, Tensor]) -> dict[s
     }  # fmt: skip
 
 
-def export_lora(checkpoint: Path, target: Path, layout: str, *, overwrite: bool = False) -> CheckpointConfig:
-    """Write the LoRA of a checkpoint, whole or not at all; return the checkpoint's description.
+def kohya_layout(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """The weights by the names of kohya's scripts, which ComfyUI and A1111 load, and alpha beside each pair.
+
+    `mid_block.attentions.0.proj_in.lora_A.weight` becomes `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`.
+    """
+    import torch
+
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".lora_")
+        plain = f"lora_unet_{layer.replace('.', '_')}"
+        found[f"{plain}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = tensor
+        found[f"{plain}.alpha"] = torch.tensor(alpha)
+    return found
+
+
+def files_of_export(target: Path, layout: str, name: str, config: CheckpointConfig) -> dict[Path, str]:
+    """The files to write, and the layout of each.
 
     Args:
-        target: a `.safetensors` file for the layout "diffusers", which `pipeline.load_lora_weights` loads; a folder for
-            "peft", whose `unet/` `PeftModel.from_pretrained` loads.
+        target: a `.safetensors` file, or a folder, in which a file gets the name of the checkpoint.
 
     Raises:
-        VdiffError: the checkpoint is no LoRA of a network of diffusers, or `target` cannot be written.
+        OptionError: `target` is neither.
+    """
+    if target.suffix == ".safetensors":
+        file = target
+    elif target.is_dir() or not target.suffix:
+        steps = f"_{config.num_timesteps}step" if is_student(config) else ""
+        file = target / f"{name}{steps}_lora.safetensors"
+    else:
+        raise OptionError(
+            f"{target} is not a name for a LoRA", "give FILE.safetensors or a folder, or --format peft with a folder"
+        )
+    if layout == BOTH:
+        return {file: DIFFUSERS, file.with_stem(f"{file.stem}_kohya"): KOHYA}
+    return {file: layout}
+
+
+def export_lora(
+    checkpoint: Path,
+    target: Path,
+    layout: str,
+    *,
+    license_name: str | None = None,
+    card: bool = True,
+    overwrite: bool = False,
+) -> ExportedLora:
+    """Write the LoRA of a checkpoint, whole or not at all.
+
+    Args:
+        target: for the layout "diffusers", which `pipeline.load_lora_weights` loads, for "kohya", which ComfyUI and
+            A1111 load, and for "both": a `.safetensors` file, or the folder to write it to. For "peft": a new folder,
+            whose `unet/` `PeftModel.from_pretrained` loads.
+        license_name: None: that of the base's pipeline, if its README.md has one.
+        card: write README.md beside the file, or into the folder of peft.
+
+    Raises:
+        VdiffError: the checkpoint is no LoRA of a network of diffusers, it is a student that works only whole, or
+            `target` cannot be written.
     """
     config, settings, tensors = read_lora(checkpoint)
+    base, name = base_of(config), checkpoint.resolve().name
+    check_student(checkpoint, config, base)
+    if layout in (KOHYA, BOTH) and family_of(config) is None:
+        raise VdiffError(
+            f"{checkpoint} is no LoRA of Stable Diffusion, and kohya's layout is for those", "give --format diffusers"
+        )
+    licence = license_name or license_of_base(config)
+    notes = list(notes_of(config, base))
     described = peft_config(settings, tensors)
-    if layout == "peft":
+    if layout == PEFT:
         with new_folder(target, FOLDER, overwrite=overwrite, flag="another folder") as temporary:
             (temporary / UNET).mkdir()
             named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-            write_tensors(temporary / UNET / PEFT_WEIGHTS, named, {"format": "pt", **MADE_BY})
+            metadata = metadata_of(config, name, license_name=licence, implementation=DIFFUSERS)
+            write_tensors(temporary / UNET / PEFT_WEIGHTS, named, metadata)
             write_json(temporary / UNET / PEFT_CONFIG, described)
-        return config
-    if target.suffix != ".safetensors":
-        raise OptionError(f"{target} is not a name for a LoRA of diffusers", "give FILE.safetensors, or --format peft")
-    with locked(target):
-        check_free(target, FILE, overwrite=overwrite, flag="another file")
-        kept = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")
-        note = json.dumps({f"{UNET}.{name}": described[name] for name in kept})
-        prediction = {"modelspec.prediction_type": {"eps": "epsilon"}.get(config.prediction, config.prediction)}
-        metadata = {"format": "pt", **MADE_BY, "lora_adapter_metadata": note, **prediction}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(target, {f"{UNET}.{name}": tensor for name, tensor in tensors.items()}, metadata)
-    return config
+            if card:
+                page = lora_usage(target.name, PEFT, config)
+                card_beside(temporary, checkpoint, usage={UNET: page}, license_name=licence, **CARD_OPTIONS).write(
+                    temporary
+                )
+        return ExportedLora(config, [target], notes)
+    files = files_of_export(target, layout, name, config)
+    with ExitStack() as stack:
+        for file in files:
+            stack.enter_context(locked(file))
+            check_free(file, FILE, overwrite=overwrite, flag="another file")
+        folder = next(iter(files)).parent
+        pages = {file.name: lora_usage(file.name, kind, config) for file, kind in files.items()}
+        options = {**CARD_OPTIONS, "anew": overwrite}
+        page = card_beside(folder, checkpoint, usage=pages, license_name=licence, **options) if card else None
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, kind in files.items():
+            metadata = metadata_of(config, file.stem, license_name=licence, implementation=kind)
+            if kind == DIFFUSERS:
+                kept = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")
+                metadata["lora_adapter_metadata"] = json.dumps({f"{UNET}.{key}": described[key] for key in kept})
+                write_tensors(file, {f"{UNET}.{key}": tensor for key, tensor in tensors.items()}, metadata)
+            else:
+                write_tensors(file, kohya_layout(tensors, settings.alpha), metadata)
+        if page is not None:
+            page.write(folder)
+    return ExportedLora(config, list(files), notes)

@@ -10,9 +10,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
+from vdiff.interop.modelspec import SDXL, Family, guidance_hint, is_student
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.condition import CLASSES
-from vdiff.models.kinds import TEXT
+from vdiff.models.kinds import DIFFUSERS, TEXT
 from vdiff.text import plural
 
 IMAGES = 16
@@ -100,6 +101,108 @@ for t in scheduler.timesteps:
 # z is now images in [-1, 1]
 {% endif %}
 """
+LORA = """\
+{% if kind == "peft" %}
+from peft import PeftModel
+{% endif %}
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("BASE")
+{{ scheduler }}
+{% if kind == "peft" %}
+pipe.unet = PeftModel.from_pretrained(pipe.unet, "{{ name }}/unet", adapter_name="default")
+{% else %}
+pipe.load_lora_weights("{{ name }}")
+{% endif %}
+pipe("a red fox"{{ arguments }}).images[0].save("fox.png")
+"""
+SINGLE_FILE = """\
+from diffusers import DDIMScheduler, {{ pipeline }}
+
+pipe = {{ pipeline }}.from_single_file("{{ name }}", config="BASE")
+{{ scheduler }}
+pipe("a red fox"{{ arguments }}).images[0].save("fox.png")
+"""
+FOLDER = """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{{ name }}")
+pipe("a red fox"{{ arguments }}).images[0].save("fox.png")
+"""
+SETTINGS = """\
+{% if steps %}
+- Steps: {{ steps }}, no more and no fewer. CFG 1: the guidance is inside, and negative prompts have no effect.
+{% endif %}
+- ComfyUI: sampler `euler`, scheduler `sgm_uniform`.
+  {%- if node %} {{ node }} before the sampler: it says what this model predicts.{% endif %}
+
+- A1111: sampler `Euler`, schedule type `SGM Uniform`.
+  {%- if zero_snr %} Noise schedule for sampling: `Zero Terminal SNR`.{% endif %}
+
+"""
+"""How a text-to-image model is used in two programs whose steps, with these settings, are those of DDIM."""
+
+
+def scheduler_line(config: CheckpointConfig) -> str:
+    """The line of Python that gives a pipeline of diffusers the steps and the prediction of a model."""
+    words = {
+        "prediction_type": json.dumps({"eps": "epsilon", "v": "v_prediction", "x": "sample"}[config.prediction]),
+        "rescale_betas_zero_snr": bool(config.schedule.get("zero_snr")),
+        "timestep_spacing": '"trailing"',
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+    }
+    lines = "".join(f"    {key}={value},\n" for key, value in words.items())
+    return f"pipe.scheduler = DDIMScheduler.from_config(\n    pipe.scheduler.config,\n{lines})"
+
+
+def text_usage(words: str, program: str, config: CheckpointConfig, *, needs_node: bool, **values: str) -> str:
+    """A program for diffusers and the settings of ComfyUI and A1111.
+
+    Args:
+        needs_node: whether ComfyUI does not know what the model predicts.
+    """
+    zero_snr = bool(config.schedule.get("zero_snr"))
+    call = f", num_inference_steps={config.num_timesteps}, guidance_scale=0" if is_student(config) else ""
+    node = f"Node `ModelSamplingDiscrete` with `v_prediction` and zsnr {'on' if zero_snr else 'off'}"
+    settings = {
+        "steps": config.num_timesteps if is_student(config) else 0,
+        "node": node if needs_node and config.prediction == "v" else "",
+        "zero_snr": zero_snr,
+    }
+    values = {**values, "scheduler": scheduler_line(config), "arguments": call}
+    shown = TEMPLATES.from_string(SETTINGS).render(**settings)
+    return f"{_fenced(words, program, values)}\n{shown}"
+
+
+def lora_usage(name: str, layout: str, config: CheckpointConfig) -> str:
+    """For `name`, a LoRA in one of the layouts of `vdiff.interop.lora`."""
+    words = {
+        DIFFUSERS: "A LoRA in the layout of diffusers. ComfyUI and A1111 need the layout of kohya (--format kohya).",
+        "kohya": "A LoRA in the layout of kohya's scripts, for ComfyUI, A1111 and diffusers.",
+        "peft": "A LoRA in the layout of peft.",
+    }[layout]
+    words += f" BASE is the model that it was trained on. Use it with {guidance_hint(config)}."
+    return text_usage(words, LORA, config, needs_node=True, name=name, kind=layout)
+
+
+def single_file_usage(name: str, config: CheckpointConfig, family: Family) -> str:
+    """For `name`, a single file of all weights."""
+    words = (
+        "All parts in one file, for ComfyUI, A1111 (with the `.yaml` beside it) and diffusers. BASE is a pipeline of "
+        f"the same architecture, a folder or a name of the hub such as `{family.hub}`, which has the tokenizers. "
+        f"Use it with {guidance_hint(config)}. Diffusers needs the line with the scheduler: it does not read the keys "
+        "`v_pred` and `ztsnr`."
+    )
+    knows = family is SDXL  # ComfyUI reads the key v_pred for XL alone
+    return text_usage(words, SINGLE_FILE, config, needs_node=not knows, name=name, pipeline=family.pipeline)
+
+
+def folder_usage(name: str, config: CheckpointConfig) -> str:
+    """For `name`, a pipeline folder of a text-to-image model."""
+    words = f"With diffusers; vdiff is not needed. Use it with {guidance_hint(config)}."
+    call = f", num_inference_steps={config.num_timesteps}, guidance_scale=0" if is_student(config) else ""
+    return _fenced(words, FOLDER, {"name": name, "arguments": call})
 
 
 def weights_usage(name: str, config: CheckpointConfig) -> str:

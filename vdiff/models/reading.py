@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -81,6 +82,13 @@ def check_tensors(path: Path, *, header_only: bool = False) -> None:
             found += f"{_crc32(file):08x}"
         if not said[0].startswith(found.encode()):
             raise OSError("its bytes do not match its checksum")
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file that `read_shapes` has read, and `__start__`, where the numbers begin."""
+    with open(path, "rb") as file:
+        header = _read_header(file)
+        return {**json.loads(header), "__start__": file.tell()}
 
 
 def _read_header(file: BufferedReader | BufferedRandom) -> bytes:

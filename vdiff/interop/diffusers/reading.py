@@ -164,7 +164,15 @@ def _text_model(
     """A pipeline of Stable Diffusion."""
     notes = remarks(scheduler, latents=True)
     description = import_folder(root, name, _index(root), read_schedule(scheduler), read_prediction(scheduler))
-    config = _with_steps(description.config, num_timesteps)
+    config = description.config
+    if (root / NOTE).exists():
+        own = read_config((root / NOTE).parent)
+        if (own.prediction, own.schedule, own.shape) == (config.prediction, config.schedule, config.shape):
+            dataset = own.dataset if own.is_imported else _trained_by_vdiff(own, name)
+            config = replace(own, backbone=config.backbone, dataset=dataset)
+        else:
+            notes.append(f"{root / NOTE} is ignored: it describes another schedule or prediction")
+    config = _with_steps(config, num_timesteps)
     description.write(folder, config, copy=copy, overwrite=overwrite)
     return Imported(config, notes, preflight(config, spacing_of(scheduler)))
 
@@ -218,5 +226,9 @@ def _own_description(root: Path, scheduler: JsonFile, unet: JsonFile, name: str)
     own.check_num_steps(own.num_timesteps)
     if len(own.class_names) != shape.num_classes:
         raise ValueError(f"it names only {len(own.class_names)} of {shape.num_classes} classes")
-    imported = f"{IMPORTED}diffusers/{name}, trained by vdiff on {own.dataset}"
-    return replace(own, dataset=own.dataset if own.is_imported else imported)
+    return replace(own, dataset=own.dataset if own.is_imported else _trained_by_vdiff(own, name))
+
+
+def _trained_by_vdiff(own: CheckpointConfig, name: str) -> str:
+    """The dataset of a model that vdiff trained and exported."""
+    return f"{IMPORTED}diffusers/{name}, trained by vdiff on {own.dataset}"

@@ -35,6 +35,8 @@ from vdiff.interop.diffusers.folders import (
 )
 from vdiff.interop.diffusers.scheduler import PREDICTIONS
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields
+from vdiff.interop.modelspec import FAMILIES
+from vdiff.interop.recognition import V_KEY, ZERO_SNR_KEY, statements
 from vdiff.models.autoencoder import Autoencoder, picture_shape
 from vdiff.models.checkpoint import COPIED, CheckpointConfig, save_checkpoint
 from vdiff.models.codec import LATENTS
@@ -59,15 +61,11 @@ PIPELINES = {"StableDiffusionPipeline": ENCODERS[:1], "StableDiffusionXLPipeline
 """Classes of pipelines that can be read, and their text encoders."""
 STEPS = 50
 """Sampling steps of an imported checkpoint, as of diffusers' pipelines."""
-HUB_NAMES = {
-    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    1024: "stabilityai/stable-diffusion-2-1",
-    2048: "stabilityai/stable-diffusion-xl-base-1.0",
-}
+HUB_NAMES = {family.width: family.hub for family in FAMILIES}
 """Channels of the text that a UNet in a single file takes, and whose configurations and tokenizers the file needs."""
 TEXT_KEY = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
 """A tensor of single files whose second size are these channels: of XL with the number 4, else 1."""
-KEYS = ("v_pred", "ztsnr")
+KEYS = (V_KEY, ZERO_SNR_KEY)
 """Empty tensors in weights, which say what the network predicts, and that its betas were rescaled."""
 GIVE_PIPELINE = (
     "give --pipeline FOLDER: a pipeline of the same architecture, of which configurations and tokenizers are taken"
@@ -95,13 +93,8 @@ class WeightsNote:
         names = read_shapes(path)
         with reading(path), safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        by_key = "v" if KEYS[0] in names else None
-        words = {"v": "v", "v_prediction": "v", "epsilon": "eps", "eps": "eps"}
-        by_word = words.get(metadata.get("modelspec.prediction_type", "").lower())
-        if by_word is None and "v2-768-v" in metadata.get("modelspec.architecture", ""):
-            by_word = "v"
-        said = {f"{path}, key v_pred": by_key, f"{path}, metadata modelspec": by_word}
-        return cls(str(path), agreed({source: each for source, each in said.items() if each}), KEYS[1] in names)
+        said = {f"{path}, {source}": each for source, each in statements(names, metadata).items()}
+        return cls(str(path), agreed(said), KEYS[1] in names)
 
 
 def agreed(said: Mapping[str, str]) -> str | None:
