@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-<<<<<<< HEAD
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import Checkpoint, Command, project_option, switch
-=======
-from vdiff.cli.console import Console
 from vdiff.cli.options import Checkpoint, Command, OneOf, option, project_option, switch
->>>>>>> b19bf8d (Exports for ComfyUI, A1111 and diffusers: LoRAs by kohya's names, single files, whole pipelines, merged LoRAs; vdiff inspect recognises, tests and repairs files of others)
 from vdiff.cli.vdiffusion import imported
 from vdiff.errors import OptionError
 from vdiff.models.kinds import TEXT
