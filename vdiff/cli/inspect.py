@@ -138,7 +138,8 @@ def _foreign(
         }  # fmt: skip
         console.result(jsonlib.dumps(values, ensure_ascii=False))
     else:
-        console.facts(foreign_rows(model, verdict) | {each.program: _reading(each) for each in programs})
+        rows = foreign_rows(model, verdict) | {each.program: _reading(each) for each in programs}
+        console.result(*aligned(rows))
     if repair is not None:
         from vdiff.interop.repair import repair as repaired
 
