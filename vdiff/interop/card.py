@@ -25,6 +25,7 @@ from vdiff.errors import OptionError, VdiffError, printable
 from vdiff.files import parse, read_text, write_text
 from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
+from vdiff.models.codec import LATENTS
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.kinds import TEXT
@@ -223,7 +224,7 @@ def _summary(config: CheckpointConfig) -> str:
     how = "a base model" if config.method == "base" else f"distilled ({_cell(config.method)})"
     steps = plural(config.num_timesteps, "step")
     if config.kind == TEXT:
-        lora = f" It is a LoRA of rank {config.adapter.rank}." if config.adapter else ""
+        lora = f" It was trained as a LoRA of rank {config.adapter.rank}." if config.adapter else ""
         return f"A diffusion model that draws images of a text, in {steps}: {how}.{lora}"
     return f"A diffusion model that draws images{of}, {sizes_of(config)} pixels, in {steps}: {how}."
 
@@ -240,7 +241,9 @@ def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> st
         "parameters": f"{parameter_count(denoiser):,}",
         "predicts": config.family.summary() if config.parameterisation else config.prediction,
         "noise schedule": _cell(f"{config.schedule['name']}" + (f" ({schedule})" if schedule else "")),
-        "images": f"{sizes_of(config)}, {plural(config.shape[0], 'channel')}",
+        "latents" if config.codec == LATENTS.name else "images": (
+            f"{sizes_of(config)}, {plural(config.shape[0], 'channel')}"
+        ),
         "classes": f"{len(names)}: {listed}" if names else "",
         "guidance": "takes a weight from {} to {}".format(*config.guidance_range) if config.guidance_range else "",
         "weights": f"{_cell(config.weights)}, {updates}, {config.num_images:,} images",
