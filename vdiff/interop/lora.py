@@ -216,10 +216,8 @@ def export_lora(
             write_tensors(temporary / UNET / PEFT_WEIGHTS, named, metadata)
             write_json(temporary / UNET / PEFT_CONFIG, described)
             if card:
-                page = lora_usage(target.name, PEFT, config)
-                card_beside(temporary, checkpoint, usage={UNET: page}, license_name=licence, **CARD_OPTIONS).write(
-                    temporary
-                )
+                pages = {UNET: lora_usage(target.name, PEFT, config)}
+                card_beside(temporary, checkpoint, usage=pages, license_name=licence, **CARD_OPTIONS).write(temporary)
         return ExportedLora(config, [target], notes)
     files = files_of_export(target, layout, name, config)
     with ExitStack() as stack:
