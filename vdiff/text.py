@@ -46,10 +46,12 @@ def cause_of(error: object, length: int = 200) -> str:
 def folded(text: str, width: int) -> list[str]:
     """`text` in lines of at most `width` characters, broken between words.
 
-    Words and commands are never broken: a command that is longer than a line stays whole, so that it can be copied. The
-    lines after the first one are indented by two spaces, or to the value if the text is `key  value`.
+    Words and commands are never broken: a command that is longer than a line stays whole, so that it can be copied, and
+    so does `key  command`. The lines after the first one are indented by two spaces; those of `key  value` to the value.
     """
     key = KEY.match(text)
+    if key and COMMAND.fullmatch(text, key.end()):
+        return [text]
     fold = textwrap.TextWrapper(
         width,
         subsequent_indent=" " * (key.end() if key and key.end() < width // 2 else 2),
