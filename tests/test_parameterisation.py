@@ -271,8 +271,8 @@ def test_levels_angles_and_timesteps_are_inverse_up_to_the_ends(family):
     ends = torch.tensor([0.0, math.pi / 2], dtype=torch.float64)
     for each in (angle, ends):
         torch.testing.assert_close(used.angle(used.level(each)), each, **near)
-    torch.testing.assert_close(used.angle_told(schedule, used.timestep(schedule, t)), angle, **near)
-    torch.testing.assert_close(schedule.time(used.angle_told(schedule, used.timestep(schedule, t))), t, **near)
+    torch.testing.assert_close(used.angle_of_timestep(schedule, used.timestep(schedule, t)), angle, **near)
+    torch.testing.assert_close(schedule.time(used.angle_of_timestep(schedule, used.timestep(schedule, t))), t, **near)
 
 
 @every_family

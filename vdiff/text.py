@@ -47,7 +47,7 @@ def folded(text: str, width: int) -> list[str]:
     """`text` in lines of at most `width` characters, broken between words.
 
     Words and commands are never broken: a command that is longer than a line stays whole, so that it can be copied, and
-    so does `key  command`. The lines after the first one are indented by two spaces; those of `key  value` to the value.
+    so does `key  command`. Lines after the first one are indented by two spaces; those of `key  value` to the value.
     """
     key = KEY.match(text)
     if key and COMMAND.fullmatch(text, key.end()):

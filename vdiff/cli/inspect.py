@@ -214,7 +214,7 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def noise_of(config: CheckpointConfig) -> dict[str, Any]:
-    """The parameterisation, the range of σ/α from t = 1/L to t = 1 (null: infinite), and what the network is told."""
+    """The parameterisation, the range of σ/α from t = 1/L to t = 1 (null: infinite), and what the network receives."""
     from vdiff.diffusion.schedules import build_schedule
 
     schedule = build_schedule(config.schedule)

@@ -65,7 +65,7 @@ class Parameterisation(ABC):
         """The network's timestep for the time t (B,): (B,) float64."""
 
     @abstractmethod
-    def angle_told(self, schedule: Schedule, timestep: Tensor) -> Tensor:
+    def angle_of_timestep(self, schedule: Schedule, timestep: Tensor) -> Tensor:
         """φ (B,) for the network's timesteps (B,): the inverse of `timestep`."""
 
     @abstractmethod
@@ -139,7 +139,7 @@ class Vp(Parameterisation):
         """L·t − 1."""
         return schedule.timestep(t)
 
-    def angle_told(self, schedule: Schedule, timestep: Tensor) -> Tensor:
+    def angle_of_timestep(self, schedule: Schedule, timestep: Tensor) -> Tensor:
         """φ((timestep + 1)/L)."""
         return grid_angles(schedule, (timestep.double() + 1) / schedule.label_scale)
 
@@ -164,21 +164,21 @@ class OfLevel(Parameterisation):
     """A family with a timestep that is a function of its own noise level."""
 
     @abstractmethod
-    def told(self, level: Tensor) -> Tensor:
+    def timestep_of_level(self, level: Tensor) -> Tensor:
         """The network's timestep for a level (B,)."""
 
     @abstractmethod
-    def level_told(self, timestep: Tensor) -> Tensor:
-        """The inverse of `told`."""
+    def level_of_timestep(self, timestep: Tensor) -> Tensor:
+        """The inverse of `timestep_of_level`."""
 
     def timestep(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """`told` for the level at t; at t = 0, for the least noise of the schedule."""
-        return self.told(self.level(schedule.angle(t)))
+        """`timestep_of_level` for the level at t; at t = 0, for the least noise of the schedule."""
+        return self.timestep_of_level(self.level(schedule.angle(t)))
 
-    def angle_told(self, schedule: Schedule, timestep: Tensor) -> Tensor:
+    def angle_of_timestep(self, schedule: Schedule, timestep: Tensor) -> Tensor:
         """φ of the timestep's level."""
         del schedule
-        return self.angle(self.level_told(timestep))
+        return self.angle(self.level_of_timestep(timestep))
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,11 @@ class Edm(OfLevel):
         """c_in · state: z/r, or z/α."""
         return coefficient(1 / (self._radius(angle) if self.scaled_input else angle.cos()), z) * z
 
-    def told(self, level: Tensor) -> Tensor:
+    def timestep_of_level(self, level: Tensor) -> Tensor:
         """`noise_scale` · ln s + `noise_offset`."""
         return self.noise_scale * level.log() + self.noise_offset
 
-    def level_told(self, timestep: Tensor) -> Tensor:
+    def level_of_timestep(self, timestep: Tensor) -> Tensor:
         """s for the timestep."""
         return ((timestep - self.noise_offset) / self.noise_scale).exp()
 
@@ -309,11 +309,11 @@ class Flow(OfLevel):
         """c z."""
         return coefficient(1 / (angle.sin() + angle.cos()), z) * z
 
-    def told(self, level: Tensor) -> Tensor:
+    def timestep_of_level(self, level: Tensor) -> Tensor:
         """`time_scale` · τ."""
         return self.time_scale * level
 
-    def level_told(self, timestep: Tensor) -> Tensor:
+    def level_of_timestep(self, timestep: Tensor) -> Tensor:
         """τ for the timestep."""
         return timestep / self.time_scale
 

@@ -103,7 +103,7 @@ def segment_target(
 
 
 def fine_step(u: Tensor, num_steps: int, fine_steps: int) -> dict[str, Tensor]:
-    """t = k/n, m = (k − 1)/n and the end e of the segment that t lies in, k uniform in 1 … n.
+    """t = k/n, m = (k − 1)/n and the end e of the segment that contains t, k uniform in 1 … n.
 
     [0, 1] is cut into N = `num_steps` segments, the student's steps, and each into n/N fine ones.
     """

@@ -63,7 +63,7 @@ class GraphOptions:
 class NetworkCall(nn.Module):
     """(z, label [, classes][, guidance]) → v̂, x̂ or ε̂, as `output` says.
 
-    z (B, C, H, W), label (B,) = what the network is told of the time, classes (B,) int64, guidance (B,).
+    z (B, C, H, W), label (B,) = the network's timestep, classes (B,) int64, guidance (B,).
     """
 
     def __init__(self, denoiser: Denoiser, output: str) -> None:
@@ -77,7 +77,7 @@ class NetworkCall(nn.Module):
         self, z: Tensor, label: Tensor, classes: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         condition = Condition().with_tensors(classes=classes, guidance=guidance)
-        angle = self.parameterisation.angle_told(self.schedule, label)
+        angle = self.parameterisation.angle_of_timestep(self.schedule, label)
         output: Tensor = self.network(self.parameterisation.state(z, angle), label, **condition.tensors)
         if self.parameterisation.prediction == self.output:
             return output
@@ -271,7 +271,7 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
             guidance=_test_guidance(config) if "guidance" in given else 0.0,
         )
         return PIXEL_CODEC.clip(drawn)
-    t = denoiser.schedule.time(denoiser.parameterisation.angle_told(denoiser.schedule, given["label"]))
+    t = denoiser.schedule.time(denoiser.parameterisation.angle_of_timestep(denoiser.schedule, given["label"]))
     with torch.inference_mode():
         prediction = denoiser(given["z"], t, denoiser.condition(**given))
     return {"v": prediction.v, "x": prediction.x, "eps": prediction.eps}[options.output].clone()

@@ -125,11 +125,11 @@ def draw_from(
     times = grid_of(grid, denoiser.schedule, num_steps)
 
     def denoise(z: Tensor, t: Tensor) -> Prediction:
-        told = condition
+        inputs = condition
         if SECOND_TIME in denoiser.network.signature.names:  # the end of the step from t
             end = (torch.searchsorted(times, t.to(times).contiguous()) - 1).clamp(min=0)
-            told = condition.with_tensors(second_time=times[end] * (not sampler.jumps_to_image))
-        prediction: Prediction = guided(z, t, told)
+            inputs = condition.with_tensors(second_time=times[end] * (not sampler.jumps_to_image))
+        prediction: Prediction = guided(z, t, inputs)
         return prediction
 
     was_training = denoiser.training

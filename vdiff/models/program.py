@@ -76,9 +76,9 @@ def write_program(
     program = exported(module, example)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it contains paths of this machine
-    told = json.dumps(metadata, ensure_ascii=False, indent=2)
+    text = json.dumps(metadata, ensure_ascii=False, indent=2)
     buffer = io.BytesIO()  # on a full disk, torch would end the whole process
-    torch.export.save(program, buffer, extra_files={METADATA: told})
+    torch.export.save(program, buffer, extra_files={METADATA: text})
 
     def write(temporary: Path) -> float:
         temporary.write_bytes(buffer.getbuffer())

@@ -240,16 +240,16 @@ class UNet(Backbone):
         """The embedding of times, class and guidance for the residual blocks: (B, embedding_channels)."""
         config, dtype = self.config, self.conv_in.weight.dtype
         with without_autocast(timestep.device):  # a few multiplications: rounding saves no time
-            told = timestep_embedding(timestep, config.channels, freq_shift=config.freq_shift).to(dtype)
-            embedding = self.embed(told)
+            embedded = timestep_embedding(timestep, config.channels, freq_shift=config.freq_shift).to(dtype)
+            embedding = self.embed(embedded)
             if self.embed_guidance is not None:
                 w = torch.zeros_like(timestep) if guidance is None else guidance
-                told = timestep_embedding(GUIDANCE_SCALE * w, config.channels).to(dtype)
-                embedding = embedding + self.embed_guidance(told)
+                embedded = timestep_embedding(GUIDANCE_SCALE * w, config.channels).to(dtype)
+                embedding = embedding + self.embed_guidance(embedded)
             if self.embed_second is not None:
                 second = timestep if second_time is None else second_time
-                told = timestep_embedding(second, config.channels, freq_shift=config.freq_shift).to(dtype)
-                embedding = embedding + self.embed_second(told)
+                embedded = timestep_embedding(second, config.channels, freq_shift=config.freq_shift).to(dtype)
+                embedding = embedding + self.embed_second(embedded)
         if self.embed_class is not None:
             if classes is None:
                 if not config.null_class:

@@ -82,9 +82,9 @@ class DiffusersBackbone(PythonBackbone):
 
     def evaluate(self, z: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """The `sample` of its output."""
-        told = {name: value.to(z.dtype) if value.is_floating_point() else value for name, value in condition.items()}
+        given = {name: value.to(z.dtype) if value.is_floating_point() else value for name, value in condition.items()}
         config: Any = self.model.config
-        arguments = _arguments(self.class_name, told, config)
+        arguments = _arguments(self.class_name, given, config)
         output: Tensor = self.model(z, timestep=timestep, **arguments, return_dict=False)[0]
         if self.class_name == DIT:
             output = _joined(output, z)
@@ -202,7 +202,7 @@ def wrapped(network: nn.Module, signature: Signature, **options: bool) -> Backbo
     Args:
         options: of `DiffusersBackbone`.
     """
-    if type(network) is PythonBackbone:  # the module may be told of anew
+    if type(network) is PythonBackbone:  # it may be wrapped again with another signature
         network = network.model
     if isinstance(network, Backbone):
         return network

@@ -448,9 +448,9 @@ def prepare_command(ladder: LadderRun) -> str:
     with contextlib.suppress(VdiffError, OSError, ValueError):
         meta = open_dataset(data).meta
         sizes, source = ",".join(map(str, meta.sizes)), meta.name
-        told = {"--format": meta.image_format, "--quality": meta.quality, "--crop": meta.crop}
-        told |= {"--resample": meta.resample, "--background": meta.background}
-        how = [word for flag, value in told.items() if value for word in (flag, value)]
+        flags = {"--format": meta.image_format, "--quality": meta.quality, "--crop": meta.crop}
+        flags |= {"--resample": meta.resample, "--background": meta.background}
+        how = [word for flag, value in flags.items() if value for word in (flag, value)]
     return shell(
         "python", "prepare_data.py", source, "--size", sizes, "--channels", channels, *how, "--out", f"{AGAIN}/data"
     )

@@ -439,7 +439,7 @@ class DistillConfig(LoopConfig):
     )  # fmt: skip
 
     method_settings: Mapping[str, Any] = field(default_factory=dict)
-    """The parameters of all methods, which lie beside the other settings in flags and files."""
+    """The parameters of all methods; flags and files have them beside the other settings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

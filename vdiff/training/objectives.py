@@ -1,6 +1,6 @@
-"""What the network is to learn from a batch: noisy images, their times, and the image it should see in each.
+"""Objectives: from a batch to noisy images, their times, and the images that the network should predict.
 
-An objective is given all its randomness.
+All random numbers are arguments.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vdiff.models.denoiser import NOTHING, Denoiser
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What an update is given: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), and the
-    condition of the network that learns."""
+    """The inputs of an update: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), and the
+    condition of the trained network."""
 
     images: Tensor
     noise: Tensor
@@ -44,8 +44,8 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class StudentState:
-    """Who learns: the network as it is now, its moving average (itself where there is none), the part of its updates
-    that is done, and the networks of the method, where it has some."""
+    """The trained network: its current weights, their moving average (or the network itself), the finished fraction of
+    its updates, and the networks of the method, if it has any."""
 
     now: Denoiser
     average: Denoiser
@@ -60,11 +60,11 @@ Objective = Callable[[TrainBatch, StudentState], TrainTarget]
 class DenoisingObjective:
     """Base training: the target is the image itself.
 
-    t = 1 − u ∈ (0, 1], every time; for a schedule that is a table of N levels t = (⌊u·N⌋ + 1)/N.
+    t = 1 − u ∈ (0, 1]; for a table schedule of N levels t = (⌊u·N⌋ + 1)/N.
 
     Attributes:
-        normal: mean and standard deviation of ln tan φ, whose distribution is normal (`normal_angles`) but for what
-            lies outside the schedule; None: t as above.
+        normal: mean and standard deviation of ln tan φ, which is then normal (`normal_angles`), clamped to the
+            schedule; None: t as above.
     """
 
     schedule: Schedule
@@ -82,7 +82,7 @@ class DenoisingObjective:
 
 @dataclass(frozen=True)
 class DistillationObjective:
-    """What `method` makes of a teacher.
+    """Distillation: the target that `method` computes from a teacher.
 
     Attributes:
         num_steps, teacher_steps, levels: see `DistillContext`.
@@ -120,9 +120,9 @@ class DistillationObjective:
 def bind_condition(
     denoiser: Denoiser, condition: Condition, mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
 ) -> DenoiseWith:
-    """The denoiser with the first rows of the condition, as many as z has, and what a method adds to them by name.
+    """The denoiser with the first rows of the condition, as many as z has, and further inputs by name.
 
-    Weights that are still to be trained must not be seen under `inference_mode`, which FSDP would not forget.
+    A network that is trained must not be called in `inference_mode`, whose tensors FSDP would keep.
     """
 
     def denoise(z: Tensor, t: Tensor, **inputs: Tensor) -> Prediction:
@@ -136,24 +136,24 @@ def bind_condition(
 def bind_derivative(denoiser: Denoiser, condition: Condition) -> DeriveWith:
     """The denoiser's v̂ and its derivative along a direction, with the first rows of the condition.
 
-    Computed in fp32 whatever the precision of training, by attention that has a forward derivative (fused attention has
-    none), and without the compiled program of the network, whose transforms do not nest. Weights get no gradient: what
-    a student learns from goes through the model that sums gradients over processes.
+    It is always computed in fp32, without fused attention, which has no forward derivative, and without compilation,
+    whose transforms do not nest. The weights get no gradient here: the loss goes through the model that sums gradients
+    over processes.
 
     Raises:
         VdiffError: the network has another operation without a forward derivative.
     """
 
     def derive(z: Tensor, t: Tensor, dz: Tensor, dt: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        told = condition[: len(z)].with_tensors(**inputs)
-        # past the autocast that Accelerate puts into `forward`; FSDP's hooks bring the weights
+        rows = condition[: len(z)].with_tensors(**inputs)
+        # without the autocast that Accelerate adds to `forward`; with FSDP its hooks are needed, as they gather weights
         call = denoiser if isinstance(denoiser, FSDPModule) else partial(Denoiser.forward, denoiser)
 
         def v(z: Tensor, t: Tensor) -> Tensor:
-            prediction: Prediction = call(z, t, told)
+            prediction: Prediction = call(z, t, rows)
             return prediction.v
 
-        # what a teacher answered in inference mode has no derivative
+        # tensors made in inference mode have no derivative
         direction = tuple(each.clone() if each.is_inference() else each for each in (dz, dt))
         with (
             torch.no_grad(),
@@ -179,9 +179,10 @@ def bind_derivative(denoiser: Denoiser, condition: Condition) -> DeriveWith:
 
 
 def stratified(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """One uniform number in each of `size` equal parts of [0, 1): (size,) float64 (float32 where a GPU has no more).
+    """One uniform number in each of `size` equal parts of [0, 1): (size,) float64 (float32 on devices without it).
 
-    Each is uniform once images are shuffled, and together they cover all times evenly: a loss of lower variance.
+    As images are shuffled, each number is uniform. Together they cover all times evenly, which lowers the variance of
+    the loss.
     """
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return in_strata(torch.rand(size, dtype=dtype, device=device), range(size), size)

@@ -23,28 +23,28 @@ from vdiff.text import cause_of
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of, values_of
 
 WRITTEN = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
-"""Presets that are files of the package: a trial, the quickstart, and the networks of the papers."""
+"""Presets in files of the package: for trials, for the quickstart, and of the papers."""
 CHANNELS = {"small": (32, 5e-4), "base": (64, 3e-4), "large": (128, 2e-4)}
 """Networks for ordinary machines, of about 2, 9 and 35 million parameters: channels, and the learning rate."""
 IMAGE_SIZES = (32, 64, 128, 256)
 FITTED = {f"{network}{size}": (network, size) for network in CHANNELS for size in IMAGE_SIZES}
 FINE_TUNING = ("finetune", "lora", "sd15_lora_v", "sd21_v_full", "sdxl_lora_v")
-"""Presets of models that are there already: all weights, or a LoRA."""
+"""Presets of fine-tuning: all weights, or a LoRA."""
 DISTILLING = ("text", "text_lora")
 """Presets of distill.py alone, for text-to-image models."""
 PRESETS = (*WRITTEN, *FITTED)
 LARGEST_OF_DIGITS = 16
 DEVICE_LIMITS = {"cpu": "small", "mps": "base", "cuda": "large"}
-"""The largest network that is chosen on a device without being asked for."""
+"""The largest network that vdiff chooses by itself on a device."""
 CHECKSUM_MARK = f"# {CHECKSUM} "
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How long a fitted preset trains on so many images, and the network that is chosen for them.
+    """The training and the network that suit a number of images.
 
-    Few images are seen more often: a smaller network and dropout delay the moment when it remembers them. The average
-    forgets all but the last part of the run: `ema`^`num_iters` < 1e-3.
+    With fewer images each is seen more often; a smaller network and dropout delay memorisation. The average forgets all
+    but the last part of the run: `ema`^`num_iters` < 1e-3.
     """
 
     network: str
@@ -58,7 +58,7 @@ AMOUNTS = {
     1_000: Amount("small", batch_size=16, num_iters=10_000, dropout=0.2, ema=0.999),
     100_000: Amount("base", batch_size=32, num_iters=30_000, dropout=0.1, ema=0.9997),
 }
-"""Fewer images than this → what fits them."""
+"""Number of images → the training for fewer images than this."""
 SOME_THOUSANDS = 5_000
 MANY = Amount("large", batch_size=128, num_iters=300_000, dropout=0.0, ema=0.9999)
 
@@ -76,10 +76,10 @@ def read_preset(name: str, num_images: int = 0) -> Settings:
     """A preset of the package.
 
     Args:
-        num_images: of the dataset, which batch, updates and dropout of a fitted preset follow; 0: some thousands.
+        num_images: of the dataset; batch, updates and dropout of a fitted preset depend on it; 0: some thousands.
 
     Raises:
-        OptionError: there is none of that name.
+        OptionError: the name is unknown.
     """
     if name not in (known := (*PRESETS, *FINE_TUNING, *DISTILLING)):
         raise OptionError(f"unknown preset {name!r}", suggestion(name, known))
@@ -94,7 +94,7 @@ def read_preset(name: str, num_images: int = 0) -> Settings:
 
 
 def amount_of(num_images: int) -> Amount:
-    """What fits so many images; 0: unknown, some thousands."""
+    """The training for a number of images; 0: unknown, some thousands."""
     return next((amount for limit, amount in AMOUNTS.items() if (num_images or SOME_THOUSANDS) < limit), MANY)
 
 
@@ -128,7 +128,7 @@ def fitted(network: str, image_size: int, amount: Amount) -> Settings:
 
 
 def preset_for(image_size: int, num_images: int, device: str) -> str:
-    """The preset that fits images of a size, their number (0: some thousands) and the device: none of the papers'."""
+    """The preset for a size and number of images (0: some thousands) and a device; never one of the papers'."""
     if image_size <= LARGEST_OF_DIGITS:
         return "digits"
     order = list(CHANNELS)
@@ -140,7 +140,7 @@ def read_settings(path: Path) -> Settings:
     """A configuration file.
 
     Raises:
-        OptionError: it cannot be read, is no TOML, or has an unknown key or a value that cannot be used.
+        OptionError: it cannot be read, is not TOML, or has an unknown key or an invalid value.
     """
     try:
         text = read_text(path)
@@ -171,7 +171,7 @@ def write_run(folder: Path, config: TrainConfig | DistillConfig) -> None:
 
 
 def run_text(config: TrainConfig | DistillConfig) -> str:
-    """The resolved settings, as `run.toml` holds them: `--config folder/run.toml` runs them again."""
+    """The text of `run.toml`, all resolved settings: `--config folder/run.toml` repeats the run."""
     values = {key: value for key, value in values_of(config).items() if value is not None}
     text = tomli_w.dumps({"distill": values} if isinstance(config, DistillConfig) else values)
     return f"{text}{CHECKSUM_MARK}{checksum(text)}\n"

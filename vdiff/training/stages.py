@@ -134,7 +134,7 @@ def resolve_distillation(
 
 
 def recipe_of(method: str, recipe: str, preset: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a method: its paper's, or, where the recipe is any other, ours."""
+    """The settings of a method, by `recipe`: those of its paper, or those of vdiff."""
     kind = METHODS[method]
     return kind.paper_settings(preset) if recipe == "paper" else kind.settings(preset)
 
