@@ -129,7 +129,7 @@ OF_DATA = {
 @switch("--ema", group="Samples", hidden=True, help="Use the checkpoint's own weights (the default).")
 @option(
     "--batch_size", group="Samples", type=click.IntRange(1), metavar="IMAGES",
-    show_default="64; of a text-to-image model 4",
+    show_default="64; of a model of latents 4",
     help="Images that each process draws at once.",
 )  # fmt: skip
 @option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")
@@ -229,7 +229,7 @@ def score_samples(folders: Sequence[Path], clip: Path | None, *, device: str, js
     if others := [folder for folder in context.params["checkpoints"] if folder not in folders]:
         raise OptionError(f"{folders[0]} holds samples, and {others[0]} is a model", "evaluate them separately")
     for name in context.params.keys() - set(SCORING):
-        if context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             flag = "--prompts" if name == "prompts_file" else f"--{name}"
             raise OptionError(f"{flag} does not apply to the samples in {folders[0]}", "leave it out")
     if clip is None:

@@ -65,6 +65,7 @@ from vdiff.files import parse, read_text, write_text
 from vdiff.models.autoencoder import vae_weights
 from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.checks import default_guidance
+from vdiff.models.codec import LATENTS
 from vdiff.models.components import check_components
 from vdiff.models.reading import file_fingerprint
 from vdiff.models.speed import impossible_times, pick_precision
@@ -233,7 +234,9 @@ class _Run:
         guidance = 0.0 if of_text else plan.guidance or 0.0
         values = [*kind, asked, of_teacher, plan.n, plan.seed, metrics, guidance, self.plan.precision]
         self.key = key_of([*values, *([of_text] if of_text else [])])
-        self.blocks = SampleBlocks(plan.n, features.dim, are_slow=bool(of_text))
+        self.blocks = SampleBlocks(
+            plan.n, features.dim, are_slow=any(config.codec == LATENTS.name for config in self.configs.values())
+        )
         self.scale: Scale | None = None
         self.prompts, self.notes = "", tuple[str, ...]()
         self.captioned: list[int] = []

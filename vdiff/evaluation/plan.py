@@ -55,7 +55,7 @@ class EvalPlan:
         teacher, teacher_steps: samples are compared with this checkpoint's images from the same noise, drawn by ddim in
             this number of steps (None: its own).
         guidance: the weight w of classifier-free guidance; None: each model's default, as in sample.py.
-        batch_size: images that each process draws at once; None: 64, and 4 of a text-to-image model.
+        batch_size: images that each process draws at once; None: 64, and 4 of a model of latents.
         prompts: text-to-image models draw them in turn; empty: the captions of the data, in random order.
         negative_prompt: guidance moves away from it.
         components, vae: see `Prompting.read`.

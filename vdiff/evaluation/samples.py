@@ -31,7 +31,7 @@ from vdiff.models.checkpoint import (
     weights_path,
 )
 from vdiff.models.checks import without_limits
-from vdiff.models.codec import PIXEL_CODEC, to_uint8
+from vdiff.models.codec import LATENTS, PIXEL_CODEC, to_uint8
 from vdiff.models.condition import Condition
 from vdiff.models.drawing import classes_in_turn, draw_from, squared_errors
 from vdiff.models.prompting import Prompting
@@ -40,9 +40,9 @@ from vdiff.records import STATE
 from vdiff.reporting import Progress
 
 PIECE_IMAGES, SLOW_IMAGES = 256, 32
-"""The fewest images of a piece, except the last, and of a text-to-image model; a kill loses at most one piece."""
+"""The fewest images of a piece, except the last, and of a model of latents; a kill loses at most one piece."""
 BATCH_SIZE, SLOW_BATCH_SIZE = 64, 4
-"""Images drawn at once, and of a text-to-image model."""
+"""Images drawn at once, and of a model of latents."""
 CLASS_STATS = ("answer_counts", "answer_sums", "answer_negentropies")
 RAW = "raw."
 
@@ -95,7 +95,7 @@ class Generator:
 
     def batches(self, samples: range) -> list[range]:
         """The samples, divided into batches."""
-        size = self.plan.batch_size or (SLOW_BATCH_SIZE if takes_prompts(self.config) else BATCH_SIZE)
+        size = self.plan.batch_size or (SLOW_BATCH_SIZE if self.config.codec == LATENTS.name else BATCH_SIZE)
         return [range(k, min(k + size, samples.stop)) for k in range(samples.start, samples.stop, size)]
 
     def draw(self, indices: range, bar: Progress, done: int) -> Tensor:
