@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.cells import cell_len
 
+from tests.commands import ROOT
 from vdiff.cli.console import BarProgress, Console, aligned
 from vdiff.cli.distill import HEADINGS
 from vdiff.cli.options import fail
@@ -173,3 +174,15 @@ def test_a_name_wider_than_the_terminal_is_folded(monkeypatch):
     rows = records(lines)
     assert "".join(row[0] for row in rows[1:]) == name
     assert "8" in [row[1] for row in rows]
+
+
+def test_every_line_of_json_is_marked():
+    """Otherwise a terminal would get it folded."""
+    calls = [
+        f"{path.name}: {call}"
+        for path in (ROOT / "vdiff" / "cli").glob("*.py")
+        for call in re.findall(r"\.result\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", path.read_text(encoding="utf-8"))
+        if "json" in call
+    ]
+    assert len(calls) >= 8
+    assert [call for call in calls if "is_json=" not in call] == []

@@ -259,7 +259,8 @@ def score_samples(folders: Sequence[Path], clip: Path | None, *, device: str, js
             rows.append((folder, len(files), model.score_files(files, prompts, bar)))
     if json:
         found = [{"samples": folder.as_posix(), "n": n, "clip": asdict(score)} for folder, n, score in rows]
-        console.result(jsonlib.dumps({"clip_fingerprint": model.fingerprint, "rows": found}, ensure_ascii=False))
+        as_json = jsonlib.dumps({"clip_fingerprint": model.fingerprint, "rows": found}, ensure_ascii=False)
+        console.result(as_json, is_json=True)
         return
     cells = [[folder.as_posix(), f"{n:,}", str(score)] for folder, n, score in rows]
     console.table("CLIP score", ["samples", "images", HEADINGS["clip"]], cells, num_keys=1)

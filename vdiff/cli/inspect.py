@@ -136,7 +136,7 @@ def _foreign(
             "contradiction": model.contradiction or None, "test": verdict or None,
             "programs": [asdict(each) for each in programs], "notes": list(model.notes),
         }  # fmt: skip
-        console.result(jsonlib.dumps(values, ensure_ascii=False))
+        console.result(jsonlib.dumps(values, ensure_ascii=False), is_json=True)
     else:
         rows = foreign_rows(model, verdict) | {each.program: _reading(each) for each in programs}
         console.result(*aligned(rows))
@@ -263,7 +263,7 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
     is_latent = values.get("codec") == "autoencoder"
     rows |= {
         **({"latents": " × ".join(map(str, shape))} if is_latent else {"images": pixels}),
-        "predicts": values["noise"]["family"],
+        "family": values["noise"]["family"],
         "schedule": f"{values['schedule']['name']} ({parameters})",
         "noise levels": _noise_levels(**values["noise"]),
         "steps": f"{values['num_timesteps']}, or {others}",
