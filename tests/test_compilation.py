@@ -62,10 +62,8 @@ def test_short_runs_gpus_several_processes_and_explicit_settings_are_not_tried()
 
 
 def test_a_network_that_cannot_be_compiled_is_trained_as_it_is():
-    error = type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-    assert settle(error("No working C++ compiler\nfound")) == (False, ["not compiled: No working C++ compiler"])
-    with pytest.raises(RuntimeError, match="another"):
-        settle(RuntimeError("another"))
+    found = settle(RuntimeError("No working C++ compiler\nfound"))
+    assert found == (False, ["not compiled: No working C++ compiler found"])
 
 
 def test_a_run_keeps_the_decision(tmp_path, monkeypatch):
