@@ -197,7 +197,8 @@ def test_a_cut_run_ends_with_the_same_bits_and_holds_the_lora_alone(place, tmp_p
     denoiser, config = load_checkpoint(tmp_path / "whole")
     base, _ = load_checkpoint(place / kind)
     assert config.components == read_config(place / kind).components
-    changed = [n for n, tensor in base.state_dict().items() if not torch.equal(tensor, denoiser.state_dict()[n])]
+    tuned = denoiser.state_dict()
+    changed = [name for name, tensor in base.state_dict().items() if not torch.equal(tensor, tuned[name])]
     assert changed
     assert all(name.endswith(tuple(f"{target}.weight" for target in TARGETS)) for name in changed)
 
@@ -207,10 +208,10 @@ def test_all_weights_of_the_unet_learn_and_text_encoders_stay(place, tmp_path):
     names = read_tensors(tmp_path / "run" / "model.safetensors").keys()
     assert names
     assert all("unet" in name for name in names)
-    base, tuned = load_checkpoint(place / "sd15")[0], load_checkpoint(tmp_path / "run")[0]
-    for name, tensor in base.state_dict().items():
+    base, tuned = (load_checkpoint(folder)[0].state_dict() for folder in (place / "sd15", tmp_path / "run"))
+    for name, tensor in base.items():
         if "text_encoders" in name:
-            assert torch.equal(tensor, tuned.state_dict()[name])
+            assert torch.equal(tensor, tuned[name])
 
 
 def test_a_dataset_without_captions_or_of_another_size_is_refused(place, tmp_path):
