@@ -95,6 +95,7 @@ def test_the_table_has_means_over_seeds_and_sets_and_the_best_method_in_bold():
     assert [row[-1] for row in table[3:]] == ["", "0.4M", "0.4M"]
 
 
+@pytest.mark.slow
 def test_a_guided_student_learns_what_the_weight_means():
     data = [points("ring")]
     scale = plane.Scale(teacher=250, part=100)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -444,7 +444,7 @@ def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     assert read_config(Path("student")).num_iters == 3  # twice 1.5
 
 
-@pytest.mark.parametrize("how", ["flags", "environment"])
+@pytest.mark.parametrize("how", ["flags", pytest.param("environment", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", OWN_VALUES)
 def test_every_flag_of_a_method_reaches_the_run(method, how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -459,6 +459,16 @@ def test_every_flag_of_a_method_reaches_the_run(method, how, tmp_path, monkeypat
     done(f"distill.py --base teacher --out student --method {method} {quick} {words}", env)
     recorded = tomllib.loads(Path("student/run.toml").read_text())["distill"]
     assert {key: str(recorded[key]) for key in OWN_VALUES[method]} == OWN_VALUES[method]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of classes and guidance, and in `usual` what it draws without a flag."""
+    folder = tmp_path_factory.mktemp("flags")
+    write_guided(folder / "checkpoints/model", class_names=["cat", "dog", "owl"])
+    with chdir(folder):
+        done("sample.py --num 3 --out usual")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -494,15 +504,13 @@ def test_every_flag_of_a_method_reaches_the_run(method, how, tmp_path, monkeypat
         ("--format png", {}),
     ],
 )
-def test_every_flag_of_sample_reaches_the_images(words, changed, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_guided(tmp_path / "checkpoints/model", class_names=["cat", "dog", "owl"])
+def test_every_flag_of_sample_reaches_the_images(words, changed, usual, tmp_path, monkeypatch):
+    monkeypatch.chdir(usual)
+    done(f"sample.py --num 3 --out {tmp_path}/other {words}")
     records, images = [], []
-    for more in ("", words):
-        out = "usual" if not more else "other"
-        done(f"sample.py --num 3 --out {out} {more}")
-        records.append(parse(Path(out, "samples.json").read_text()))
-        images.append([path.read_bytes() for path in sorted(Path(out).glob("0*.png"))])
+    for out in (usual / "usual", tmp_path / "other"):
+        records.append(parse((out / "samples.json").read_text()))
+        images.append([path.read_bytes() for path in sorted(out.glob("0*.png"))])
     assert records[1] == {**records[0], **changed}
     assert len(images[1]) == 3
     assert (images[0] != images[1]) == bool(changed)

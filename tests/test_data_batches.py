@@ -311,6 +311,7 @@ def test_a_signal_to_all_processes_is_for_the_trainer_alone(
         os.killpg(program.pid, 0)  # nobody is left in the group
 
 
+@pytest.mark.slow
 def test_a_program_that_leaves_its_batches_open_ends(colour_store: ImageStore, tmp_path: Path) -> None:
     program = endless(colour_store, tmp_path, "leave")
     try:

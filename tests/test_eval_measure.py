@@ -128,7 +128,9 @@ def test_a_signal_leaves_what_the_same_call_goes_on_with(place, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-def test_killed_at_many_moments_it_ends_with_the_same_bits(place, tmp_path):
+@pytest.mark.parametrize("later", [17, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_at_many_moments_it_ends_with_the_same_bits(place, tmp_path, later):
+    """Each time after so many updates of a bar more than before."""
     found = Evaluation.read(place / "out.json")
     out = tmp_path / "out.json"
     kills = 0
@@ -140,7 +142,7 @@ def test_killed_at_many_moments_it_ends_with_the_same_bits(place, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     for _ in range(60):
-        moments = 23 + 4 * kills
+        moments = 23 + later * kills
         pid = os.fork()
         if pid == 0:
             measured(place, out=out, cache=tmp_path / "cache", reporter=Watcher(dies))

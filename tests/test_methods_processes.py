@@ -59,7 +59,8 @@ def run_adversarial_ladder(config: DistillConfig, teacher: CheckpointConfig) -> 
     run_ladder(config, teacher)
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch, fsdp):
     """A critic takes the mean of all gradients, and the student that of what the critic adds to its loss.
 
@@ -85,7 +86,8 @@ def test_networks_of_a_method_learn_alike_in_two_processes(tmp_path, monkeypatch
         assert (first - second).norm() <= (1e-3 if moved is None else 0.1) * reference.norm()
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_a_student_that_is_differentiated_learns_alike_in_two_processes(tmp_path, fsdp):
     """The derivative goes round the model that sums gradients, the student's loss does not."""
     data = write_dataset(tmp_path / "toy_4")

@@ -182,7 +182,7 @@ def run(place: Path, kind: str, folder: Path, reporter: Watcher | None = None, *
     train(config, images, folder=folder, resume=resume, overwrite=False, reporter=reporter or Watcher())
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_cut_run_ends_with_the_same_bits_and_holds_the_lora_alone(place, tmp_path, kind):
     flags = {"caption_dropout": 0.5, "caption_shuffle": True}
     run(place, kind, tmp_path / "whole", **flags)
