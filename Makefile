@@ -17,6 +17,8 @@ NUMERIC := unet distillation methods methods_ladder method_objectives trajectory
 	training_objectives training_optimisation verdict interop_reference noise_and_drawing conditioning
 DIGITS := --data data/digits_8 --preset digits
 
+unexport PYTHONDONTWRITEBYTECODE # modules and their assertions are compiled once, not in each process
+
 .PHONY: quickstart test test_all test_docs slow rounding minimum check docs benchmarks clean
 
 quickstart: .venv/ready

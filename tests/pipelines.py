@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,9 @@ def autoencoder(**more: Any) -> diffusers.AutoencoderKL:
 @functools.cache
 def pipeline(kind: str) -> Path:
     """The folder of a tiny pipeline "sd15", "sd2" (v) or "sdxl"; written once in a test session: change a copy."""
-    folder = Path(tempfile.mkdtemp(prefix=f"vdiff-{kind}-")) / kind
+    place = tempfile.mkdtemp(prefix=f"vdiff-{kind}-")
+    atexit.register(shutil.rmtree, place)
+    folder = Path(place) / kind
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pad = "!" if kind == "sd2" else END

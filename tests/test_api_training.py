@@ -585,6 +585,7 @@ def test_a_network_whose_parts_share_weights_is_saved_and_resumed(tmp_path):
     assert not torch.equal(learned["model.first.weight"], start["first.weight"])
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_left_ends_quietly_with_the_program(tmp_path):
     lines = f"""
         import torch, vdiff

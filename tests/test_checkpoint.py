@@ -358,6 +358,7 @@ except VdiffError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_real_failing_write_leaves_the_old_checkpoint_whole(tmp_path):
     """The operating system refuses the bytes, below safetensors, whose own error is no OSError."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -158,6 +158,7 @@ def test_killed_at_many_moments_it_ends_with_the_same_bits(place, tmp_path, late
     assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".") or "partial" in path.name] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
 def test_two_processes_find_what_one_finds(place, tmp_path):
     for name in ("model", "teacher", "data"):

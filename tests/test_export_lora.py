@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.commands import done, error
+from tests.exported import without
 from tests.oracles import randn
 from tests.pipelines import UNETS, pipeline
 from tests.text_training import write_text_checkpoint
@@ -34,7 +34,6 @@ LOAD = {
 }
 PROGRAM = """
 import sys
-sys.modules["vdiff"] = None
 import torch
 from diffusers import DiffusionPipeline
 folder, file, inputs = sys.argv[1:]
@@ -74,7 +73,7 @@ def lora(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LOAD)
-def test_a_lora_changes_a_pipeline_of_diffusers_as_it_changes_the_model(lora, kind, layout, tmp_path):
+def test_a_lora_changes_a_pipeline_of_diffusers_as_it_changes_the_model(lora, kind, layout, tmp_path, monkeypatch):
     target = tmp_path / ("lora.safetensors" if layout == "diffusers" else "step2000")
     text = done(f"vdiff export lora {lora} {target} --format {layout}").stdout
     assert "LoRA of rank 2 on" in text
@@ -85,8 +84,9 @@ def test_a_lora_changes_a_pipeline_of_diffusers_as_it_changes_the_model(lora, ki
     added = {"text_embeds": randn(2, pooled_width, seed=2, dtype=torch.float32), "time_ids": torch.full((2, 6), 64.0)}
     inputs = tmp_path / "inputs.pt"
     torch.save({"z": z, "timestep": timestep, "text": embeddings, "added": added if kind == "sdxl" else None}, inputs)
-    program = PROGRAM.format(load=LOAD[layout])
-    subprocess.run([sys.executable, "-c", program, pipeline(kind), target, inputs], check=True)
+    monkeypatch.setattr(sys, "argv", ["program", str(pipeline(kind)), str(target), str(inputs)])
+    with without(["vdiff"], tmp_path):
+        exec(PROGRAM.format(load=LOAD[layout]), {})
     found = torch.load(inputs)
     pooled = {"text_pooled": added["text_embeds"], "time_ids": added["time_ids"]} if kind == "sdxl" else {}
     condition = {"text": embeddings, **pooled}
@@ -120,8 +120,8 @@ def test_the_programs_of_the_docs_draw_where_vdiff_is_not(lora, kind, layout, tm
     target = tmp_path / "exports" / ("pokemon.safetensors" if layout == "diffusers" else "step20850")
     done(f"vdiff export lora {lora} {target} --format {layout}")
     program = program.replace('("yoda pokemon")', '("yoda pokemon", num_inference_steps=2, height=64, width=64)')
-    without = "import sys; sys.modules['vdiff'] = None\n"
-    subprocess.run([sys.executable, "-c", without + program], check=True, cwd=tmp_path)
+    with without(["vdiff"], tmp_path):
+        exec(program, {})
     assert len(list(tmp_path.glob("yoda*.png"))) == 1
 
 

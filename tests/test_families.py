@@ -45,6 +45,8 @@ FAMILIES = {
     "ve": {**VE.config_fields(), "schedule": EdmSchedule(sigma_max=50.0).to_dict()},
     "flow": {**Flow().config_fields(), "schedule": FlowSchedule(3.0).to_dict()},
 }
+QUICK = [("edm", False), ("flow", True)]
+"""Exports of `make test`, with the sampler's steps or without."""
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -201,8 +203,14 @@ def test_commands_take_a_model_of_each_family(family, data, tmp_path):
     )
 
 
-@every_family
-@pytest.mark.parametrize("sampler", [True, False])
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [
+        pytest.param(family, sampler, marks=[pytest.mark.slow] * ((family, sampler) not in QUICK))
+        for family in FAMILIES
+        for sampler in (True, False)
+    ],
+)
 def test_exported_graphs_compute_what_vdiff_computes(family, sampler, tmp_path):
     write_checkpoint(tmp_path / "model", **FAMILIES[family])
     denoiser, config = load_checkpoint(tmp_path / "model")

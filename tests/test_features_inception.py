@@ -26,7 +26,7 @@ fidelity = pytest.importorskip(
     "torch_fidelity", reason="torch-fidelity is not installed: pip install 'vdiff[fidelity]'"
 )
 
-COUNT, SIDE, SPLITS = 6, 12, 3
+COUNT, SIDE, SPLITS = 12, 12, 3
 
 
 def random_state() -> dict[str, Tensor]:
