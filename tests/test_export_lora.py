@@ -111,6 +111,7 @@ def test_what_is_no_lora_of_diffusers_and_what_is_there_is_refused(lora, tmp_pat
     done(f"{export}/step1 --format peft --overwrite")
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers'
 @pytest.mark.parametrize("layout", LOAD)
 def test_the_programs_of_the_docs_draw_where_vdiff_is_not(lora, kind, layout, tmp_path):
     programs = re.findall(r"```python\n(.*?)```", Path("docs/text_to_image.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -29,7 +29,7 @@ from vdiff.interop.graphs import GraphOptions
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
 from vdiff.models.drawing import draw_from
 
-STEPS = 2
+STEPS = 4
 
 
 @pytest.fixture(scope="module")

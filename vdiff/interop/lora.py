@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdiff.errors import OptionError, VdiffError
-from vdiff.files import write_json
+from vdiff.files import write_text
 from vdiff.interop.card import FILES_OF_CARD, card_beside, license_of_base
 from vdiff.interop.modelspec import MADE_BY, differs_from_usual, family_of, is_student, metadata_of
 from vdiff.interop.usage import lora_usage
@@ -214,7 +214,8 @@ def export_lora(
             named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
             metadata = metadata_of(config, name, license_name=licence, implementation=DIFFUSERS)
             write_tensors(temporary / UNET / PEFT_WEIGHTS, named, metadata)
-            write_json(temporary / UNET / PEFT_CONFIG, described)
+            # without a checksum: peft warns of keys that it does not know
+            write_text(temporary / UNET / PEFT_CONFIG, json.dumps(described, indent=2) + "\n")
             if card:
                 pages = {UNET: lora_usage(target.name, PEFT, config)}
                 card_beside(temporary, checkpoint, usage=pages, license_name=licence, **CARD_OPTIONS).write(temporary)
