@@ -184,7 +184,7 @@ def test_diffusers_draws_what_vdiff_draws_by_the_program_in_the_readme(bases, ki
 
 def test_files_say_what_they_are(bases):
     """Metadata of modelspec and of kohya's scripts, without paths; README.md has the settings of each program."""
-    student(Path("sd_1"), bases / "sdxl")
+    student(Path("sd_1"), bases / "sdxl", guidance_scale=6.0)
     done("vdiff export lora sd_1 out --format both --license mit")
     for layout, name in (("diffusers", "sd_1_4step_lora"), ("kohya", "sd_1_4step_lora_kohya")):
         said = read_metadata(Path(f"out/{name}.safetensors"))
@@ -202,6 +202,7 @@ def test_files_say_what_they_are(bases):
             "ss_v_parameterization": "False",
             "vdiff.num_timesteps": "4",
             "vdiff.guidance_scale": "1",
+            "vdiff.learned_guidance_scale": "6",
         }
         assert {key: said.get(key) for key in expected} == expected
         assert "exactly 4 steps" in said["modelspec.usage_hint"]
@@ -209,7 +210,13 @@ def test_files_say_what_they_are(bases):
     readme = Path("out/README.md").read_text()
     assert "license: mit" in readme
     assert "pipeline_tag: text-to-image" in readme
-    for words in ("Steps: 4,", "CFG 1", "`sgm_uniform`", "`SGM Uniform`", 'timestep_spacing="trailing"'):
+    for words in (
+        "Steps: 4,",
+        "CFG 1: it has learned the guidance scale 6",
+        "`sgm_uniform`",
+        "`SGM Uniform`",
+        'timestep_spacing="trailing"',
+    ):
         assert words in readme
     assert "ModelSamplingDiscrete" not in readme
 

@@ -16,6 +16,7 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
+from benchmarks.eps_or_v import KINDS, trained
 from tests.commands import done, error
 from tests.oracles import randn
 from tests.pipelines import UNETS, pipeline, single_file
@@ -253,6 +254,16 @@ def test_a_unet_is_evaluated_with_its_configuration():
     verdict = measure(unet)
     assert verdict.prediction == "eps"
     assert 0.9 < verdict.coefficient < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prediction", "zero_snr"), KINDS)
+def test_trained_unets_are_told_apart(prediction, zero_snr):
+    """What benchmarks/eps_or_v.py counts on forty models: never wrong about ε and v, nor about zero terminal SNR."""
+    found = measure(trained(prediction, zero_snr, seed=0, updates=160))
+    assert found.prediction in (prediction, None)
+    assert found.zero_snr in (zero_snr, None)
+    assert (found.coefficient > 0.5) == (prediction == "eps")
 
 
 def test_the_configurations_for_the_test_are_those_of_the_families():

@@ -15,8 +15,9 @@ from vdiff.models.codec import LATENTS
 from vdiff.models.kinds import TEXT
 
 SPEC = "modelspec."
-STEPS, SAMPLER, GUIDANCE, ZERO_SNR = "vdiff.num_timesteps", "vdiff.sampler", "vdiff.guidance_scale", "vdiff.zero_snr"
-"""Our own keys, for which there is no standard."""
+STEPS, SAMPLER, ZERO_SNR = "vdiff.num_timesteps", "vdiff.sampler", "vdiff.zero_snr"
+GUIDANCE, LEARNED = "vdiff.guidance_scale", "vdiff.learned_guidance_scale"
+"""Our own keys, for which there is no standard: the scale to sample with, and the one that a student has learned."""
 MADE_BY = {"made_by": "vdiff"}
 WORDS = {"eps": "epsilon", "v": "v", "x": "sample"}
 """Our names of predictions and those of `modelspec.prediction_type`."""
@@ -104,6 +105,8 @@ def metadata_of(
     found = {"format": "pt", **MADE_BY, f"{SPEC}prediction_type": prediction, ZERO_SNR: _flag(zero_snr)}
     if is_student(config):
         found |= {STEPS: str(config.num_timesteps), SAMPLER: "ddim, trailing timesteps", GUIDANCE: "1"}
+    if config.guidance_scale:
+        found[LEARNED] = f"{config.guidance_scale:g}"
     if family is not None:
         height, width = (LATENT_FACTOR * size for size in config.shape[1:])
         found |= {

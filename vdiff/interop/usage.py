@@ -131,7 +131,7 @@ pipe("a red fox"{{ arguments }}).images[0].save("fox.png")
 """
 SETTINGS = """\
 {% if steps %}
-- Steps: {{ steps }}, no more and no fewer. CFG 1: the guidance is inside, and negative prompts have no effect.
+- Steps: {{ steps }}, no more and no fewer. CFG 1: {{ guidance }}, and negative prompts have no effect.
 {% endif %}
 - ComfyUI: sampler `euler`, scheduler `sgm_uniform`.
   {%- if node %} {{ node }} before the sampler: it says what this model predicts.{% endif %}
@@ -167,6 +167,11 @@ def text_usage(words: str, program: str, config: CheckpointConfig, *, needs_node
     node = f"Node `ModelSamplingDiscrete` with `v_prediction` and zsnr {'on' if zero_snr else 'off'}"
     settings = {
         "steps": config.num_timesteps if is_student(config) else 0,
+        "guidance": (
+            f"it has learned the guidance scale {config.guidance_scale:g}"
+            if config.guidance_scale
+            else "it was distilled without guidance"
+        ),
         "node": node if needs_node and config.prediction == "v" else "",
         "zero_snr": zero_snr,
     }
