@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.eps_or_v import KINDS, trained
 from tests.commands import done, error
 from tests.oracles import randn
 from tests.pipelines import UNETS, pipeline, single_file
+from vdiff.interop import predicts
 from vdiff.interop.predicts import CONFIGS, measure
 from vdiff.interop.recognition import readings, recognise
 from vdiff.models.checkpoint import read_metadata
@@ -209,6 +211,9 @@ def test_a_repaired_lora_has_the_names_of_kohya(layout):
     assert (said["prediction"], said["zero_snr"], said["alpha"], said["layout"]) == ("v", True, 2.0, "kohya's scripts")
     assert not any(each["is_wrong"] for each in said["programs"])
     assert read_metadata(Path("out/lora.safetensors"))["ss_base_model_version"] == "sdxl_base_v1-0"
+    done("vdiff inspect lora.safetensors --repair names.safetensors")  # what it predicts is the base's
+    assert load_file("names.safetensors").keys() == expected.keys()
+    assert inspected("names.safetensors")["prediction"] is None
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -324,7 +329,21 @@ def test_bad_input_is_refused_in_one_line(tmp_path, name):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
+def test_the_configuration_of_a_family_loads_its_unet(monkeypatch):
+    """A file alone is enough where its sizes are usual: here tiny ones stand for those of XL."""
+    single_file("sdxl", Path("model.safetensors"))
+    model = recognise(Path("model.safetensors"))
+    monkeypatch.setitem(predicts.CONFIGS, "Stable Diffusion XL", json.loads(json.dumps(UNETS["sdxl"])))
+    found = predicts.evaluated(replace(model, usual_sizes=True), None)
+    assert found == predicts.evaluated(model, pipeline("sdxl"))
+
+
 def test_other_files_are_named():
+    save_file({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(2, 2)}, "lora.safetensors")
+    assert inspected("lora.safetensors")["what"] == "a LoRA of FLUX, named as by kohya's scripts"
+    assert inspected("lora.safetensors")["programs"] == []
+    save_file({"network.unet.model.conv_in.lora_A.weight": torch.zeros(2, 2)}, "ours.safetensors")
+    assert inspected("ours.safetensors")["what"] == "the weights of a vdiff checkpoint: inspect its folder"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, "flux.safetensors")
     assert inspected("flux.safetensors")["what"] == "FLUX"
     save_file({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2)}, "text.safetensors")

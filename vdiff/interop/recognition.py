@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,8 @@ SPREAD_KEY = f"{ORIGINAL}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SPREAD = 0.09
 """ComfyUI takes Stable Diffusion 2 for v if the standard deviation of this tensor is larger."""
 OTHERS = {
-    "double_blocks.0.": "FLUX", "joint_blocks.0.": "Stable Diffusion 3",
+    "double_blocks": "FLUX", "joint_blocks": "Stable Diffusion 3", "control_model.": "a ControlNet",
     "transformer_blocks.0.attn.add_": "a transformer by the names of diffusers",
-    "network.": "the weights of a vdiff checkpoint: inspect its folder", "control_model.": "a ControlNet",
 }  # fmt: skip
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4"}
 
@@ -48,12 +47,14 @@ class Layout:
         mark: a regular expression of the name of the tensor A of a pair.
         programs: those that load it.
         partly: those that load it, but not its layers of attention.
+        is_convertible: whether `vdiff.interop.repair` gives it kohya's names.
     """
 
     name: str
     mark: str
     programs: tuple[str, ...]
     partly: tuple[str, ...] = ()
+    is_convertible: bool = False
 
 
 DIFFUSERS, COMFYUI, A1111 = "diffusers", "ComfyUI", "A1111"
@@ -61,10 +62,10 @@ PROGRAMS = (DIFFUSERS, COMFYUI, A1111)
 LAYOUTS = (
     Layout("kohya's scripts", r"lora_(unet|te\d?)_.*\.lora_down\.weight", PROGRAMS),
     Layout("LyCORIS (LoHa or LoKr)", r"lora_(unet|te\d?)_.*\.(hada_w1_a|lokr_w1|lokr_w1_a)", (COMFYUI, A1111)),
-    Layout("diffusers", r"(unet|text_encoder(_2)?)\..*\.lora_A\.weight", (DIFFUSERS,), (COMFYUI,)),
+    Layout("diffusers", r"(unet|text_encoder(_2)?)\..*\.lora_A\.weight", (DIFFUSERS,), (COMFYUI,), is_convertible=True),
     Layout("diffusers of 2023", r"(unet|text_encoder(_2)?)\..*(processor.*_lora|\.lora|_layer)\.down\.weight",
            (DIFFUSERS, COMFYUI)),
-    Layout("peft", r"base_model\.model\..*\.lora_A\.weight", ()),
+    Layout("peft", r"base_model\.model\..*\.lora_A\.weight", (), is_convertible=True),
     Layout("an unknown program", r".*(lora_A|lora_down|lora\.down)(\.default)?\.weight", ()),
 )  # fmt: skip
 """How LoRAs are named, and who loads them: `load_lora` and `model_lora_keys_unet` of ComfyUI, the built-in LoRA of
@@ -161,6 +162,8 @@ def recognise(path: Path) -> Foreign:
         metadata = {str(key): str(value) for key, value in read_header(path).get("__metadata__", {}).items()}
     common: dict[str, Any] = {"steps": _steps(path, metadata), "metadata": metadata}
     common |= {"guidance": metadata.get(GUIDANCE, ""), "said": tuple(_said(path, shapes, metadata))}
+    if shapes and all(name.startswith("network.") for name in shapes):
+        return Foreign(path, "the weights of a vdiff checkpoint: inspect its folder", None, "other", **common)
     for layout in LAYOUTS:
         if first := [name for name in shapes if re.fullmatch(layout.mark, name)]:
             return _lora(path, shapes, layout, first, common)
@@ -173,7 +176,7 @@ def recognise(path: Path) -> Foreign:
         return Foreign(
             path, f"a UNet of {name}, by the names of diffusers", family, "model", usual, ("UNet",), **common
         )
-    known = next((name for mark, name in OTHERS.items() if any(mark in each for each in shapes)), None)
+    known = _other(shapes)
     if any("decoder.conv_in" in each or "decoder.conv_out" in each for each in shapes):
         known = "an autoencoder"
     elif any("text_model.encoder.layers.0." in each or "resblocks.0." in each for each in shapes):
@@ -181,6 +184,11 @@ def recognise(path: Path) -> Foreign:
     return Foreign(
         path, known or f"unknown: {len(shapes)} tensors, {min(shapes, default='none')[:60]}, …", None, "other"
     )
+
+
+def _other(names: Iterable[str]) -> str | None:
+    """Another network than Stable Diffusion's, by a name of one of its tensors."""
+    return next((name for mark, name in OTHERS.items() if any(mark in each for each in names)), None)
 
 
 def _family_of_unet(shapes: Mapping[str, tuple[int, ...]], first: str, added: str) -> tuple[Family | None, bool]:
@@ -254,10 +262,20 @@ def _lora(
         notes.append(f"its layers have ranks from {min(ranks)} to {max(ranks)}")
     if layout.name == "diffusers" and alpha is None:
         notes.append("it says no alpha: programs take the rank")
-    of = f"of {family.name}" if family else "of an unknown family"
+    other = None if family else _other(shapes)
+    of = f"of {family.name}" if family else f"of {other or 'an unknown family'}"
     what = f"a LoRA {of}, named as by {layout.name}"
     return Foreign(
-        path, what, family, "LoRA", usual, layout=layout, rank=rank, alpha=alpha, notes=tuple(notes), **common
+        path,
+        what,
+        family,
+        "other" if other else "LoRA",
+        usual,
+        layout=layout,
+        rank=rank,
+        alpha=alpha,
+        notes=tuple(notes),
+        **common,
     )
 
 
@@ -275,6 +293,8 @@ def _pipeline(folder: Path) -> Foreign:
         unet = read_json(folder / "unet/config.json", advice)
         family = SD2 if family is SD1 and unet.get("use_linear_projection") else family
         usual = unet.get("cross_attention_dim") == family.width
+        if unet.get("time_cond_proj_dim"):
+            notes.append("its UNet takes the guidance scale as an input, as LCM does")
     if (folder / SCHEDULER).is_file():
         values = read_json(folder / SCHEDULER, advice)
         zero_snr = bool(values.get("rescale_betas_zero_snr", False))
@@ -452,10 +472,11 @@ def _compared(program: str, model: Foreign, prediction: str | None, zero_snr: bo
 
 def _lora_reading(program: str, model: Foreign, layout: Layout) -> Reading:
     """Whether a program loads a LoRA."""
+    remedy = "--repair writes kohya's names" if layout.is_convertible else "it needs kohya's names"
     if program in layout.partly:
-        return Reading(program, "skips its layers of attention (lora key not loaded)", True, "kohya's layout is needed")
+        return Reading(program, "skips its layers of attention (lora key not loaded)", True, remedy)
     if program not in layout.programs:
-        return Reading(program, "does not load these names", True, "kohya's layout is needed")
+        return Reading(program, "does not load these names", True, remedy)
     version = model.metadata.get("ss_base_model_version", "")
     if program == A1111 and model.metadata and model.family is SDXL and not version.startswith("sdxl_"):
         return Reading(program, "loads it, but hides it: it takes it for a LoRA of 1.5", True, "ss_base_model_version")

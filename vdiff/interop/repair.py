@@ -59,7 +59,7 @@ def repair(model: Foreign, out: Path, *, prediction: str | None, zero_snr: bool,
             f"--repair {out}: need the name of another .safetensors file", "a file is not changed in place"
         )
     found = prediction or model.prediction
-    if found is None:
+    if found is None and (model.kind == "model" or model.contradiction):
         cause = model.contradiction or f"nothing in {model.path} says what it predicts"
         raise VdiffError(f"--repair: {cause}", "give --prediction, or --test to find out")
     is_zero = bool(zero_snr or (model.zero_snr and found == "v"))
@@ -123,13 +123,14 @@ def _with_keys(tensors: dict[str, Any], wanted: Mapping[str, bool]) -> list[str]
     return changes
 
 
-def _metadata(model: Foreign, prediction: str, zero_snr: bool) -> dict[str, str]:
+def _metadata(model: Foreign, prediction: str | None, zero_snr: bool) -> dict[str, str]:
     """What the metadata must say; what they say already of other things stays."""
     family, told = model.family, model.metadata
     assert family is not None
     is_lora = model.kind == "LoRA"
-    more = {f"{SPEC}prediction_type": WORDS[prediction], ZERO_SNR: str(zero_snr)}
-    more[f"{SPEC}sai_model_spec"] = told.get(f"{SPEC}sai_model_spec", "1.0.0")
+    more = {f"{SPEC}sai_model_spec": told.get(f"{SPEC}sai_model_spec", "1.0.0")}
+    if prediction is not None:
+        more |= {f"{SPEC}prediction_type": WORDS[prediction], ZERO_SNR: str(zero_snr)}
     architecture = architecture_of(family, prediction) + "/lora" * is_lora
     more[f"{SPEC}architecture"] = told.get(f"{SPEC}architecture") or architecture
     more[f"{SPEC}implementation"] = told.get(f"{SPEC}implementation") or ("kohya" if is_lora else family.code)
