@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=40, help="how many models, a quarter of each kind")
     parser.add_argument("--first", type=int, default=0, help="the seed of the first model; the others follow")
-    parser.add_argument("--updates", type=int, default=250, help="updates of each model")
+    parser.add_argument("--updates", type=int, default=300, help="updates of each model")
     options = parser.parse_args()
     verdicts: dict[tuple[str, bool], list[EpsOrV]] = defaultdict(list)
     for k in range(options.first, options.first + options.models):

@@ -5,9 +5,9 @@ b = ⟨F, z⟩/⟨z, z⟩ is about 1. A prediction of v = α ε − σ x answers
 The same holds for an untrained network and for a prediction of x. So b is measured at an earlier level too, where a
 prediction of v has about α/σ of the finest noise.
 
-With α > 0 the mean of z tells a network something of the brightness of the image; with zero terminal SNR it tells
-nothing. So the answer's mean moves with that of z in the first case alone. This is measured too, beside the same
-slope at an earlier level, where every trained network follows the mean.
+With α > 0 the mean of z tells a network something of the brightness of the image, x̂ ≈ z/α, so the answer's mean follows
+that of z by about −1/α; with zero terminal SNR it tells nothing. This slope is measured at the last level and at an
+earlier one, where every trained network follows the mean.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ TOKENS, SAMPLES, LARGEST = 77, 8, 32
 LEAST_OF_EPS, MOST_OF_V, LEAST_EARLIER = 0.75, 0.4, 0.15
 """Bounds of b at the last level, and of b at the earlier level for a prediction of v."""
 MID_LEVEL = 0.6
-FOLLOWS, STILL, LEAK = -1.0, -0.2, -0.6
-"""Slopes of the mean: below the first, a network follows the mean at the earlier level. Above the second, it does not
-at the last level, so it has zero terminal SNR; below the third, it does."""
+FOLLOWS, STILL, LEAK = -1.0, 0.35, 1.25
+"""Slopes of the mean: a network follows the mean at the earlier level if its slope there is below the first. It has
+zero terminal SNR if its slope at the last level is less than the second times that, and none if it is more than the
+third times that, as 1/α is larger there. In between, it may have learned nothing about the last level."""
 SOURCE = "test"
 XL_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -138,9 +139,9 @@ def measure(unet: Any, levels: int = 1000) -> EpsOrV:
         prediction = "eps"
     elif coefficient < MOST_OF_V and before > LEAST_EARLIER:
         prediction = "v"
-    zero_snr = None
-    if prediction == "v" and earlier < FOLLOWS and not LEAK <= last <= STILL:
-        zero_snr = last > STILL
+    zero_snr, ratio = None, last / earlier if earlier < FOLLOWS else 1.0
+    if prediction == "v" and not STILL <= ratio <= LEAK:
+        zero_snr = ratio < STILL
     return EpsOrV(prediction, zero_snr, coefficient, error, before, last, earlier)
 
 
