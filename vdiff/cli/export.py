@@ -241,7 +241,7 @@ def _said(config: CheckpointConfig) -> str:
     cls=Command,
     examples=[
         "vdiff export single_file checkpoints/sd exports/sd.safetensors",
-        "vdiff export single_file checkpoints/sd_lora exports/pokemon.safetensors --merge --precision fp16",
+        "vdiff export single_file checkpoints/sd_lora exports/fox.safetensors --merge",
     ],
 )
 @CHECKPOINT
@@ -276,7 +276,7 @@ def single_file_command(checkpoint: Path, file: Path, **options: Any) -> None:
     cls=Command,
     examples=[
         "vdiff export lora checkpoints/sd_lora exports/pokemon.safetensors",
-        "vdiff export lora checkpoints/sd_3 exports --format both      # exports/sd_3_4step_lora.safetensors, …_kohya",
+        "vdiff export lora checkpoints/base_4 exports --format both",
         "vdiff export lora checkpoints/sd_lora exports/step2000 --format peft",
     ],
 )

@@ -51,7 +51,7 @@ def is_foreign(path: Path) -> bool:
         "vdiff inspect checkpoints/base_5",
         "vdiff inspect checkpoints/base_5 --json",
         "vdiff inspect model.safetensors --test",
-        "vdiff inspect model.safetensors --repair repaired.safetensors --prediction v --zero_snr",
+        "vdiff inspect model.safetensors --repair out.safetensors --prediction v",
     ],
 )
 @click.argument("checkpoint", required=False, type=Inspected())
