@@ -191,6 +191,23 @@ def test_what_is_in_the_way_is_left_alone_and_merging_needs_a_lora(bases):
     assert "folder also holds mine.txt" in error(f"{folder} --overwrite", 1)
 
 
+def test_all_that_was_exported_is_published(bases):
+    """A pipeline with all its parts, single files and LoRAs with their configurations; files of others stay here."""
+    student(Path("sd_1"), bases / "sdxl")
+    done("vdiff export diffusers sd_1 folder --merge")
+    said = done("vdiff push folder me/fox --dry_run").output
+    parts = [path.relative_to("folder").as_posix() for path in Path("folder").rglob("*") if path.is_file()]
+    assert {"text_encoder_2/model.safetensors", "vae/config.json", "vdiff/config.json"} <= set(parts)
+    assert [part for part in parts if part not in said] == []
+    done("vdiff export single_file sd_1 out/fox.safetensors --merge")
+    done("vdiff export lora sd_1 out --format both")
+    Path("out/mine.safetensors").write_bytes(Path("sd_1/adapter.safetensors").read_bytes())
+    said = done("vdiff push out me/fox --dry_run").stdout
+    for name in ("fox.safetensors", "fox.yaml", "sd_1_4step_lora.safetensors", "sd_1_4step_lora_kohya.safetensors"):
+        assert name in said
+    assert "mine.safetensors" not in said
+
+
 def test_a_folder_draws_as_its_base_with_guidance(bases):
     """A model that is no student, by the pipeline's call as it is."""
     noise = randn(2, 4, 8, 8, dtype=torch.float32)

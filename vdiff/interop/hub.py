@@ -13,6 +13,7 @@ from typing import Any
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import json_text, read_json, write_json
 from vdiff.interop.card import CARD, FILES_OF_CARD, PICTURE, UNKNOWN, is_card, new_card, public
+from vdiff.interop.diffusers.text_writing import CONFIGURATION, SINGLE_FILE
 from vdiff.interop.usage import weights_usage
 from vdiff.models.checkpoint import (
     CONFIG,
@@ -24,12 +25,17 @@ from vdiff.models.checkpoint import (
     save_checkpoint,
     weights_path,
 )
+from vdiff.models.components import PARTS
 from vdiff.replacing import Kind, new_folder
 from vdiff.text import cause_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 PATTERNS = (CARD, PICTURE, CONFIG, WEIGHTS, "*.onnx", "*.pt2", "model_index.json")
-PATTERNS_BELOW = ("unet/config.json", "unet/*.safetensors", "scheduler/scheduler_config.json", f"vdiff/{CONFIG}")
+PATTERNS_BELOW = (
+    *("unet/config.json", "unet/*.safetensors", "unet/adapter_config.json", "scheduler/scheduler_config.json"),
+    *(f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "safetensors", "txt")),
+    f"vdiff/{CONFIG}",
+)
 """Files of an export, at its top and in a pipeline's subfolders; other files are not uploaded."""
 DESCRIPTIONS = (CONFIG, f"vdiff/{CONFIG}")
 """Files that may contain paths of this machine, if another tool or an older version exported them."""
@@ -117,6 +123,8 @@ def collect(folder: Path, scratch: Path, *, license_name: str | None) -> Upload:
 def _exported(folder: Path) -> dict[str, Path]:
     """The files of an export by their names in the repository; links are not followed."""
     found = [path for pattern in (*PATTERNS, *PATTERNS_BELOW) for path in folder.glob(pattern)]
+    found += [path for path in folder.glob("*.safetensors") if SINGLE_FILE.files(path)]
+    found += [path for path in folder.glob("*.yaml") if CONFIGURATION.files(path)]
     files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and not path.is_symlink()}
     if not any(name.endswith((".safetensors", ".onnx", ".pt2")) for name in files):
         raise VdiffError(f"{folder} holds a model card but no model", "give the folder of a checkpoint or an export")

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PEFT, KOHYA, BOTH = "peft", "kohya", "both"
-FORMATS = (DIFFUSERS, PEFT, KOHYA, BOTH)
 PREFIXES = {TEXT: "network.unet.model.", DIFFUSERS: "network.model."}
 """Our prefix to diffusers' names of layers, by the kind of the network."""
 CARD_OPTIONS: dict[str, Any] = {"anew": False, "tags": ["lora"]}
