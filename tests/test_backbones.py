@@ -16,11 +16,15 @@ from tests.commands import done, error
 from tests.oracles import condition, randn
 from tests.toy import write_checkpoint
 from vdiff.api import Model
+from vdiff.diffusion.parameterisation import Flow
+from vdiff.diffusion.samplers import Ddim
+from vdiff.diffusion.schedules import FlowSchedule
 from vdiff.errors import VdiffError
 from vdiff.files import CHECKSUM
 from vdiff.interop.graphs import check_exportable
 from vdiff.models.checkpoint import CONFIG, WEIGHTS, read_config, read_tensors
 from vdiff.models.condition import Signature
+from vdiff.models.drawing import draw_from
 from vdiff.models.kinds import BUILD, build_network
 from vdiff.models.unet import UNet
 from vdiff.models.unet_config import UNetConfig
@@ -223,6 +227,61 @@ def test_text_goes_to_networks_that_attend_to_it(tmp_path):
         assert torch.equal(vdiff.load(tmp_path / type(network).__name__).denoiser(z, t, told).v, denoiser(z, t, told).v)
         with pytest.raises(VdiffError, match="graphs have no input for this network's text, text mask; draw with"):
             check_exportable(denoiser)
+
+
+FLOW_TRANSFORMERS: dict[str, tuple[Any, float]] = {
+    "sd3": (
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=8, in_channels=2, out_channels=2, num_layers=1, attention_head_dim=8, num_attention_heads=1,
+            joint_attention_dim=6, caption_projection_dim=8, pooled_projection_dim=5, pos_embed_max_size=8,
+        ),
+        1000.0,
+    ),
+    "flux": (
+        lambda: diffusers.FluxTransformer2DModel(
+            in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1,
+            joint_attention_dim=6, pooled_projection_dim=5, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+        ),
+        1.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOW_TRANSFORMERS)
+def test_flow_transformers_sample_as_diffusers_samples_them(name, tmp_path):
+    """With the packing, places and levels of diffusers' own pipelines."""
+    torch.manual_seed(0)
+    build, time_scale = FLOW_TRANSFORMERS[name]
+    network = build()
+    for i, parameter in enumerate(network.parameters()):
+        parameter.data.add_(0.1 * randn(*parameter.shape, seed=i, dtype=torch.float32))
+    text, pooled = randn(2, 5, 6, dtype=torch.float32), randn(2, 5, seed=1, dtype=torch.float32)
+    noise = randn(2, 2, 4, 8, seed=2, dtype=torch.float32)
+    model = vdiff.wrap(
+        network, (2, 4, 8), parameterisation=Flow(time_scale), schedule=FlowSchedule(3.0), codec="unbounded"
+    )
+    model.save(tmp_path / name)
+    denoiser = vdiff.load(tmp_path / name).denoiser
+    told = denoiser.condition(text=text, text_pooled=pooled)
+    weight = 2.5 if name == "flux" else 0.0
+    ddim = Ddim(clipping_value=None)
+    drawn = draw_from(denoiser, ddim, noise=lambda: noise, num_steps=4, condition=told, guidance=weight)
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    flux, z = diffusers.FluxPipeline, noise
+    inputs: dict[str, Any] = {"encoder_hidden_states": text, "pooled_projections": pooled, "return_dict": False}
+    if name == "flux":
+        z = flux._pack_latents(noise, 2, 2, 4, 8)
+        inputs["img_ids"] = flux._prepare_latent_image_ids(2, 2, 4, "cpu", torch.float32)
+        inputs |= {"txt_ids": torch.zeros(5, 3), "guidance": torch.full((2,), 3.5)}
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            velocity = network(z, timestep=(t * time_scale / 1000).expand(2), **inputs)[0]
+            z = scheduler.step(velocity, t, z).prev_sample
+    theirs = flux._unpack_latents(z, 32, 64, 8) if name == "flux" else z
+    assert drawn.std() > 0.1
+    torch.testing.assert_close(drawn, theirs, rtol=0, atol=1e-4)
 
 
 def test_commands_draw_and_export_what_a_folder_builds_and_refuse_the_rest(tmp_path, monkeypatch):

@@ -95,9 +95,9 @@ def wrap(
 ) -> Model:
     """A model from your own network(z, timestep, **condition) → output, with z (B, *shape), timestep (B,) = L·t − 1.
 
-    A network of diffusers (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, PixArtTransformer2DModel,
-    UNet1DModel) is used as it is, and is rebuilt from a checkpoint. For any other module a checkpoint holds only the
-    weights: pass the module to `load`. The commands cannot use such a folder.
+    A network of diffusers (UNet2DModel, UNet2DConditionModel, UNet1DModel, and the transformers of DiT, PixArt, Stable
+    Diffusion 3 and FLUX) is used as it is, and is rebuilt from a checkpoint. For any other module a checkpoint holds
+    only the weights: pass the module to `load`. The commands cannot use such a folder.
 
     Args:
         shape: of a sample: (C, H, W), (C, L), ….

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,10 @@ def out_option(default: str) -> Callable[[Any], Any]:
     )  # fmt: skip
 
 
+FILE = click.argument("file", type=click.Path(path_type=Path))
+OVERWRITE = switch("--overwrite", group="Output", help="Replace an imported model.")
+
+
 @click.group(cls=ProgramGroup, context_settings=CONTEXT)
 def command() -> None:
     """Import a model of another tool, for sample.py, distill.py and the exports.
@@ -43,7 +47,7 @@ def command() -> None:
         "vdiff import reference digits.pt --image_size 32 --image_channels 1",
     ],
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@FILE
 @project_option()
 @option(
     "--image_size", group="Model", type=click.IntRange(1, 2**13), default=256, metavar="PIXELS",
@@ -62,7 +66,7 @@ def command() -> None:
     help="Channel order of its training images: those repositories read images with OpenCV, blue first.",
 )  # fmt: skip
 @out_option("checkpoints/NAME after the file, or after its folder for a checkpoint.pt")
-@switch("--overwrite", group="Output", help="Replace an imported model.")
+@OVERWRITE
 def reference(file: Path, project: Project, out: Path | None, **options: Any) -> None:
     """Import FILE, the checkpoint.pt of a v-diffusion repository.
 
@@ -112,7 +116,7 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
 )  # fmt: skip
 @switch("--copy", group="Output", help="Copy text encoders, tokenizers and autoencoder; else SOURCE is needed later.")
 @out_option("checkpoints/NAME after the source")
-@switch("--overwrite", group="Output", help="Replace an imported model.")
+@OVERWRITE
 def diffusers(source: str, project: Project, out: Path | None, **options: Any) -> None:
     """Import SOURCE, a pipeline of diffusers: a folder, OWNER/NAME of the Hugging Face hub, or a .safetensors file.
 
@@ -138,6 +142,105 @@ def diffusers(source: str, project: Project, out: Path | None, **options: Any) -
     shape = _shape(config, UNetConfig.from_dict(config.unet))
     console.result(f"{target}: predicts {config.prediction}, schedule {config.schedule['name']}, {shape}")
     console.result(f"next       python sample.py {shell('--checkpoint', target)}")
+
+
+@command.command(
+    cls=Command,
+    examples=[
+        "vdiff import edm edm-cifar10-32x32-uncond-vp.pt    # and edm-cifar10-32x32-uncond-vp.json",
+        "vdiff import edm net.safetensors --network_config net.json --out checkpoints/edm",
+    ],
+)
+@FILE
+@project_option()
+@option(
+    "--network_config", "config", group="Model", type=click.Path(path_type=Path), metavar="JSON",
+    show_default="FILE with .json", help="Class and arguments of its constructor.",
+)  # fmt: skip
+@out_option("checkpoints/NAME after the file")
+@OVERWRITE
+def edm(file: Path, project: Project, out: Path | None, config: Path | None, overwrite: bool) -> None:
+    """Import FILE, a network of NVlabs/edm as a .pt or .safetensors state dict.
+
+    It is a SongUNet (DDPM++, NCSN++) or a DhariwalUNet (ADM) with EDMPrecond, VPPrecond or VEPrecond. A .pkl of NVIDIA
+    is code and is not read: the documentation (docs/teachers.md, EDM) has three lines that convert it.
+    """
+    from vdiff.interop.teachers.edm import import_edm
+
+    target = out or project.checkpoints / file.stem
+    _report(target, import_edm(file, target, config=config, overwrite=overwrite))
+
+
+@command.command(
+    cls=Command,
+    examples=[
+        "vdiff import openai 64x64_diffusion.pt    # a published file: its flags are known",
+        'vdiff import openai ema.pt --flags "--image_size 64 --num_channels 128 --num_res_blocks 3"',
+        'vdiff import openai model.pt --repository consistency_models --flags "--image_size 64 …"',
+    ],
+)
+@FILE
+@project_option()
+@option(
+    "--flags", group="Model", metavar="TEXT", show_default="those of the published file of this name",
+    help="The flags that the repository's scripts take for this model.",
+)  # fmt: skip
+@option(
+    "--repository", group="Model", type=OneOf(["improved-diffusion", "guided-diffusion", "consistency_models"]),
+    show_default="that of the published file, or guided-diffusion", help="Whose defaults complete the flags.",
+)  # fmt: skip
+@out_option("checkpoints/NAME after the file")
+@OVERWRITE
+def openai(file: Path, project: Project, out: Path | None, **options: Any) -> None:
+    """Import FILE, a network of OpenAI's improved-diffusion, guided-diffusion (ADM) or consistency_models (EDM).
+
+    The file holds the weights alone; the flags of the repository's scripts give the rest. A learned variance is left
+    out.
+    """
+    from vdiff.interop.teachers.openai import import_openai
+
+    target = out or project.checkpoints / file.stem
+    config, remarks = import_openai(file, target, **options)
+    _report(target, config, remarks)
+
+
+@command.command(
+    cls=Command,
+    examples=[
+        "vdiff import google cifar_original",
+        "vdiff import google checkpoint_7 --image_size 128 --out checkpoints/x",
+    ],
+)
+@FILE
+@project_option()
+@option(
+    "--image_size", group="Model", type=click.IntRange(1, 2**13), metavar="PIXELS",
+    show_default="32 and 64 for the shapes of CIFAR-10 and ImageNet", help="Width and height of its images.",
+)  # fmt: skip
+@option(
+    "--prediction", group="Model", type=OneOf(["x", "eps", "v"]), default="x",
+    help="What a network with as many outputs as inputs predicts; one with twice as many predicts x and eps.",
+)  # fmt: skip
+@out_option("checkpoints/NAME after the file")
+@OVERWRITE
+def google(file: Path, project: Project, out: Path | None, **options: Any) -> None:
+    """Import FILE, a teacher or student of Google's diffusion_distillation (a flax checkpoint; JAX is not needed)."""
+    from vdiff.interop.teachers.google import import_google
+
+    target = out or project.checkpoints / file.name
+    _report(target, import_google(file, target, **options))
+
+
+def _report(target: Path, config: CheckpointConfig, remarks: Sequence[str] = ()) -> None:
+    """What a teacher is, what was chosen, and the next command."""
+    console = Console()
+    for remark in remarks:
+        console.line(remark)
+    size, family = " × ".join(map(str, config.shape)), config.family.summary()
+    console.result(f"{target}: {plural(config.num_timesteps, 'step')}, {size}, {family}")
+    edm_sampler = ("--num_timesteps", 18, "--sampler", "heun", "--frame", "eps", "--grid", "karras")
+    words = edm_sampler if config.prediction == "edm" else ()
+    console.result(f"next       python sample.py {shell('--checkpoint', target, *words)}")
 
 
 def _shape(config: CheckpointConfig, unet: UNetConfig) -> str:

@@ -16,7 +16,7 @@ from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, OneOf, option, project_option, switch
 from vdiff.cli.vdiffusion import imported
 from vdiff.errors import OptionError
-from vdiff.models.kinds import TEXT
+from vdiff.models.kinds import SONG, TEXT
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
@@ -324,6 +324,12 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
 
     if "unet" not in values:
         kind, config = values["backbone"]["kind"], values["backbone"]["config"]
+        if kind == SONG:
+            what = "NCSN++" if config["residual"] else "DDPM++"
+            levels = f"{config['model_channels']} channels × {config['channel_mult']}"
+            sizes = ", ".join(map(str, config["attn_resolutions"])) or "the middle alone"
+            blocks = plural(config["num_blocks"], "block")
+            return {"network": f"{what} ({kind}), {levels}, {blocks} a level, attention at {sizes}"}
         if kind != TEXT:
             return {"network": f"{kind}, {config.get('class')}"}
         rows = {

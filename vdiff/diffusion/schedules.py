@@ -235,6 +235,52 @@ class FlowSchedule(Schedule):
         return sine / (self.shift * cosine + sine)
 
 
+@dataclass(frozen=True)
+class VpSdeSchedule(Schedule):
+    """The "variance preserving" SDE with β(t) = β_min + β_d t: tan² φ(t) = exp(β_d t²/2 + β_min t) − 1.
+
+    It is the limit of `LinearSchedule` for many levels. Source: Song et al. 2021, *Score-Based Generative Modeling
+    through Stochastic Differential Equations*, eq. 33, with the names of Karras et al. 2022, table 1.
+
+    Raises:
+        ValueError: a parameter is not positive and finite, or β_d < 0.
+    """
+
+    name: ClassVar[str] = "vp_sde"
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    label_scale: int = 1000
+
+    def __post_init__(self) -> None:
+        check_count("label_scale", self.label_scale)
+        if not (0 < self.beta_d < 1e3 and 0 < self.beta_min < 1e3):
+            raise ValueError(f"need beta_d and beta_min between 0 and 1000, got {self}")
+
+    @property
+    def num_levels(self) -> None:
+        """Every t is a level."""
+        return
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """φ at t = 1/L, and at t = 1."""
+        first, last = (
+            math.atan(math.sqrt(math.expm1(self.beta_d * t**2 / 2 + self.beta_min * t)))
+            for t in (1 / self.label_scale, 1)
+        )
+        return first, last
+
+    def angle(self, t: Tensor) -> Tensor:
+        """φ(t) = atan √(exp(β_d t²/2 + β_min t) − 1)."""
+        t = t.double()
+        return (self.beta_d * t**2 / 2 + self.beta_min * t).expm1().sqrt().atan()
+
+    def time(self, angle: Tensor) -> Tensor:
+        """t = (√(β_min² + 2 β_d ln(1 + tan² φ)) − β_min)/β_d."""
+        exponent = (angle.double().tan() ** 2).log1p()
+        return ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() - self.beta_min) / self.beta_d
+
+
 class TableSchedule(Schedule):
     """A table of ᾱ_k at k = 1 … N: level k is t = k/N, level 0 is the clean image, and φ is linear in between.
 
@@ -440,6 +486,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
         DdpmCosineSchedule,
         LinearSchedule,
         ScaledLinearSchedule,
+        VpSdeSchedule,
         EdmSchedule,
         FlowSchedule,
     )

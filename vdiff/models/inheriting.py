@@ -59,9 +59,9 @@ def inherit(student: UNet, teacher: UNet) -> Inherited:
     output.
 
     Raises:
-        ValueError: the channels of images or the classes differ.
+        ValueError: the channels of images, the classes or the scale of the timestep differ.
     """
-    for name in ("in_channels", "num_classes"):
+    for name in ("in_channels", "num_classes", "time_scale", "time_offset"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if mine != theirs:
             raise ValueError(f"the student's {name} is {mine}, the teacher's {theirs}: they must be the same")

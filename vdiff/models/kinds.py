@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.condition import Signature
+from vdiff.models.song_config import SongConfig
 from vdiff.models.unet_config import UNetConfig
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from vdiff.models.backbone import Backbone
 
-UNET, DIFFUSERS, TEXT, PYTHON = "unet", "diffusers", "text", "python"
+UNET, SONG, DIFFUSERS, TEXT, PYTHON = "unet", "song", "diffusers", "text", "python"
 
 
 def _needs_module(config: Mapping[str, Any]) -> Backbone:
@@ -52,6 +53,12 @@ def _build_unet(config: Mapping[str, Any]) -> Backbone:
     return UNet(UNetConfig.from_dict(config))
 
 
+def _build_song(config: Mapping[str, Any]) -> Backbone:
+    from vdiff.models.song_unet import SongUNet
+
+    return SongUNet(SongConfig.from_dict(config))
+
+
 def _build_diffusers(config: Mapping[str, Any]) -> Backbone:
     from vdiff.models.wrapped import build_diffusers
 
@@ -66,12 +73,14 @@ def _build_text(config: Mapping[str, Any]) -> Backbone:
 
 BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
     UNET: _build_unet,
+    SONG: _build_song,
     DIFFUSERS: _build_diffusers,
     TEXT: _build_text,
     PYTHON: _needs_module,
 }
 SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
     UNET: lambda config: UNetConfig.from_dict(config).signature,
+    SONG: lambda config: SongConfig.from_dict(config).signature,
     DIFFUSERS: _diffusers_signature,
     TEXT: _text_signature,
     PYTHON: python_signature,

@@ -240,16 +240,14 @@ class UNet(Backbone):
         """The embedding of times, class and guidance for the residual blocks: (B, embedding_channels)."""
         config, dtype = self.config, self.conv_in.weight.dtype
         with without_autocast(timestep.device):  # a few multiplications: rounding saves no time
-            embedded = timestep_embedding(timestep, config.channels, freq_shift=config.freq_shift).to(dtype)
-            embedding = self.embed(embedded)
+            embedding = self.embed(self._embedded(timestep))
             if self.embed_guidance is not None:
                 w = torch.zeros_like(timestep) if guidance is None else guidance
                 embedded = timestep_embedding(GUIDANCE_SCALE * w, config.channels).to(dtype)
                 embedding = embedding + self.embed_guidance(embedded)
             if self.embed_second is not None:
                 second = timestep if second_time is None else second_time
-                embedded = timestep_embedding(second, config.channels, freq_shift=config.freq_shift).to(dtype)
-                embedding = embedding + self.embed_second(embedded)
+                embedding = embedding + self.embed_second(self._embedded(second))
         if self.embed_class is not None:
             if classes is None:
                 if not config.null_class:
@@ -257,6 +255,12 @@ class UNet(Backbone):
                 classes = torch.full_like(timestep, config.num_classes, dtype=torch.int64)
             embedding = embedding + self.embed_class(classes)
         return F.silu(embedding)
+
+    def _embedded(self, timestep: Tensor) -> Tensor:
+        """Sines and cosines of a time, (B, channels)."""
+        config = self.config
+        time = config.time_scale * timestep + config.time_offset
+        return timestep_embedding(time, config.channels, freq_shift=config.freq_shift).to(self.conv_in.weight.dtype)
 
     def describe(self) -> dict[str, Any]:
         """`UNetConfig.to_dict`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -45,6 +46,7 @@ class UNetConfig:
         num_groups: of every normalisation; 0: the largest divisor of the channels up to 32.
         norm_eps: ε that the normalisations add to the variance.
         freq_shift: the slowest frequency of the time embedding is max_period^(−(half − 1)/(half − freq_shift)).
+        time_scale, time_offset: the network embeds time_scale · timestep + time_offset.
         downsample_pad: zero padding of the strided convolutions of `resample` "conv": on all "sides", or only at the
             "end", below and to the right.
     """
@@ -69,6 +71,8 @@ class UNetConfig:
     num_groups: int = 0
     norm_eps: float = NORM_EPS
     freq_shift: int = 0
+    time_scale: float = 1.0
+    time_offset: float = 0.0
     downsample_pad: Literal["sides", "end"] = "sides"
 
     def __post_init__(self) -> None:
@@ -97,8 +101,11 @@ class UNetConfig:
             raise ValueError(f"resample must be block or conv, got {self.resample!r}")
         if self.downsample_pad not in ("sides", "end"):
             raise ValueError(f"downsample_pad must be sides or end, got {self.downsample_pad!r}")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+        for name in ("norm_eps", "time_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not math.isfinite(self.time_offset):
+            raise ValueError(f"time_offset must be finite, got {self.time_offset}")
         if self.freq_shift and self.freq_shift >= self.channels // 2:
             raise ValueError(f"freq_shift must be below channels/2 = {self.channels // 2}, got {self.freq_shift}")
         if self.num_groups and self.channels % self.num_groups:

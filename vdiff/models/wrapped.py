@@ -6,14 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.backbone import Backbone
-from vdiff.models.condition import CLASSES, POOLED, TEXT, TEXT_MASK, TIME_IDS, Signature
+from vdiff.models.condition import CLASSES, GUIDANCE, POOLED, TEXT, TEXT_MASK, TIME_IDS, Signature
 
 DIT, TEXT_UNET, PIXART = "DiTTransformer2DModel", "UNet2DConditionModel", "PixArtTransformer2DModel"
-CLASSES_OF_DIFFUSERS = ("UNet2DModel", DIT, TEXT_UNET, PIXART, "UNet1DModel")
+SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
+CLASSES_OF_DIFFUSERS = ("UNet2DModel", DIT, TEXT_UNET, PIXART, SD3, FLUX, "UNet1DModel")
 """The classes of diffusers that may be used."""
 MAX_NUMBER = 2**20
 """Far above any number in the description of an existing network."""
@@ -84,10 +87,14 @@ class DiffusersBackbone(PythonBackbone):
         """The `sample` of its output."""
         given = {name: value.to(z.dtype) if value.is_floating_point() else value for name, value in condition.items()}
         config: Any = self.model.config
-        arguments = _arguments(self.class_name, given, config)
-        output: Tensor = self.model(z, timestep=timestep, **arguments, return_dict=False)[0]
+        is_flux = self.class_name == FLUX
+        arguments = _flux_arguments(z, given, config) if is_flux else _arguments(self.class_name, given, config)
+        received = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2) if is_flux else z  # (B, H·W/4, 4·C)
+        output: Tensor = self.model(received, timestep=timestep, **arguments, return_dict=False)[0]
         if self.class_name == DIT:
             output = _joined(output, z)
+        if is_flux:
+            output = F.pixel_shuffle(output.transpose(1, 2).unflatten(2, (z.shape[2] // 2, z.shape[3] // 2)), 2)
         return output[:, : z.shape[1]] if self.options["drops_variance"] else output
 
     @property
@@ -131,6 +138,8 @@ def _arguments(name: str, condition: Mapping[str, Tensor], config: Mapping[str, 
         return {"class_labels": condition.get(CLASSES)}
     if name == "UNet1DModel":
         return {}
+    if name == SD3:
+        return {"encoder_hidden_states": condition.get(TEXT), "pooled_projections": condition.get(POOLED)}
     added: dict[str, Any] = {"text_embeds": condition.get(POOLED), "time_ids": condition.get(TIME_IDS)}
     added = {key: value for key, value in added.items() if value is not None}
     if name == PIXART:
@@ -141,6 +150,21 @@ def _arguments(name: str, condition: Mapping[str, Tensor], config: Mapping[str, 
         "added_cond_kwargs": added or None,
         **({"class_labels": condition[CLASSES]} if config.get("num_class_embeds") and CLASSES in condition else {}),
     }
+
+
+def _flux_arguments(z: Tensor, condition: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of FLUX: also the places of tokens, (0, row, column) and 0 for text, and the scale of guidance, w + 1."""
+    rows, columns = (torch.arange(size // 2, device=z.device, dtype=z.dtype) for size in z.shape[2:])
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    text = condition.get(TEXT)
+    arguments = {
+        **_arguments(SD3, condition, config),
+        "img_ids": torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1),
+        "txt_ids": z.new_zeros(0 if text is None else text.shape[1], 3),
+    }
+    if config["guidance_embeds"]:
+        arguments["guidance"] = condition.get(GUIDANCE, z.new_zeros(len(z))) + 1
+    return arguments
 
 
 def diffusers_signature(config: Mapping[str, Any]) -> Signature:
@@ -164,10 +188,14 @@ def diffusers_signature(config: Mapping[str, Any]) -> Signature:
     if classes and config.get("null_class") and not is_dit:  # the last row of the table is "no class"
         classes, null = classes - 1, {CLASSES: classes - 1}
     names = (CLASSES,) * bool(classes and name != PIXART)
+    if name in (SD3, FLUX):
+        names += (TEXT, POOLED) + (GUIDANCE,) * bool(values.get("guidance_embeds"))
     if is_text:
         names += (TEXT, TEXT_MASK) + (POOLED, TIME_IDS) * (values.get("addition_embed_type") == "text_time")
     halvings = len(values["block_out_channels"]) - (name != "UNet1DModel") if is_unet else 0
     multiple = 2**halvings if is_unet else int(values.get("patch_size") or 1)
+    if name == FLUX:  # a token is a square of 2 × 2
+        channels, out_channels, multiple = channels // 4, out_channels // 4, 2
     return Signature(channels, out_channels, names, null if classes else {}, classes, multiple)
 
 

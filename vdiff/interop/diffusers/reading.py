@@ -47,8 +47,10 @@ from vdiff.interop.diffusers.unet import (
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields, write_model
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, read_config
 from vdiff.models.unet_config import UNetConfig
+from vdiff.models.wrapped import CLASSES_OF_DIFFUSERS
 from vdiff.replacing import check_free
 
+WRAPPED_ONLY = set(CLASSES_OF_DIFFUSERS) - {"UNet2DModel"}
 PIXEL_PIPELINES = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline"]
 
 
@@ -139,7 +141,14 @@ def _index(root: Path) -> JsonFile:
     if not (root / INDEX).exists():
         raise VdiffError(f"{root} holds no {INDEX}", NOT_THEIRS)
     index = JsonFile.read(root / INDEX, DAMAGED)
-    is_text = index.word("_class_name", "", [*PIXEL_PIPELINES, *PIPELINES]) in PIPELINES
+    known = [*PIXEL_PIPELINES, *PIPELINES]
+    part = next((key for key in ("transformer", "unet") if index.get(key)), "")
+    kind = index.values.get(part)
+    if index.get("_class_name") not in known and isinstance(kind, list) and kind[-1] in WRAPPED_ONLY:
+        raise index.refusal(
+            "_class_name", f"in Python, vdiff.wrap(pipeline.{part}, shape) makes a teacher of it: docs/teachers.md"
+        )
+    is_text = index.word("_class_name", "", known) in PIPELINES
     if not is_text and index.get("unet") != ["diffusers", "UNet2DModel"]:
         raise index.refusal("unet", "only UNet2DModel of diffusers can be read")
     return index

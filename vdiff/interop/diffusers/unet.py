@@ -78,6 +78,8 @@ def write_unet_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
         raise _cannot_say("a weight of guidance as an input", "give --guidance W to write the network for one weight")
     if config.second_time:
         raise _cannot_say("a second time as an input")
+    if (config.time_scale, config.time_offset) != (1, 0):
+        raise _cannot_say(f"a timestep times {config.time_scale:g} plus {config.time_offset:g}")
     if config.multipliers[0] != 1:
         raise _cannot_say(f"a first multiplier of {config.multipliers[0]}: its first level has the channels of conv_in")
     with torch.device("meta"):

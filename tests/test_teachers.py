@@ -1,0 +1,332 @@
+"""Teachers of other repositories: imported, they answer as the repository's own model code did."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.commands import done, error
+from tests.teacher_files import decoded, numbers, recorded, weight, weights_of
+from tests.toy import SIZE, write_dataset
+from vdiff.interop.graphs import GraphOptions, export_torch
+from vdiff.interop.onnx import export_onnx
+from vdiff.interop.teachers.edm import import_edm
+from vdiff.interop.teachers.google import import_google
+from vdiff.interop.teachers.openai import KNOWN, _unet_config, _values, import_openai
+from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
+from vdiff.models.song_config import SongConfig
+from vdiff.models.song_unet import SongUNet
+
+EDM = ("edm_ddpmpp", "edm_ncsnpp_ve", "edm_ddpmpp_vp", "edm_adm")
+
+
+def state_of(values: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict, with the filters that EDM keeps in it."""
+    taps = torch.tensor(values["config"].get("resample_filter", [1, 1]), dtype=torch.float32)
+    kernel = (taps[:, None] * taps / taps.sum() ** 2)[None, None]
+    return weights_of(values["shapes"]) | dict.fromkeys(values["filters"], kernel)
+
+
+def write_edm(folder: Path, name: str, *, suffix: str = ".pt", **changes: Any) -> Path:
+    """The two files of a network of EDM; returns that of the weights."""
+    values = recorded(name)
+    path = folder / f"{name}{suffix}"
+    (folder / f"{name}.json").write_text(json.dumps({**values["config"], **changes}))
+    state = state_of(values)
+    if suffix == ".pt":
+        torch.save(state, path)
+    else:
+        save_file({key: tensor.clone() for key, tensor in state.items()}, path)
+    return path
+
+
+def assert_near(found: Tensor, due: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to this part of the largest number."""
+    torch.testing.assert_close(found, due, rtol=0, atol=tolerance * max(1.0, float(due.abs().max())))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", EDM)
+def test_networks_of_edm_denoise_as_edms_own_code(name, suffix, tmp_path):
+    import_edm(write_edm(tmp_path, name, suffix=suffix), tmp_path / "out")
+    denoiser, config = load_checkpoint(tmp_path / "out")
+    calls = recorded(name)["calls"]
+    assert len(calls) >= 3
+    for call in calls:
+        level = torch.tensor(call["sigma"], dtype=torch.float64)
+        z = 2 * torch.from_numpy(numbers("input", call["shape"]))
+        classes = None if call["classes"] is None else torch.tensor(call["classes"])
+        if classes is None and "classes" in config.signature.names and not config.signature.null:
+            classes = torch.full((len(z),), config.signature.num_classes)
+        with torch.no_grad():
+            found = denoiser(z, denoiser.schedule.time(level.atan()), denoiser.condition(classes=classes)).x
+        assert_near(found, decoded(call))
+
+
+def flags_of(values: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in values["flags"].items())
+
+
+OPENAI = {
+    "openai_guided_64": "guided-diffusion",
+    "openai_guided_128": "guided-diffusion",
+    "openai_improved_cosine": "improved-diffusion",
+    "openai_improved_linear": "improved-diffusion",
+    "openai_consistency_edm": "consistency_models",
+}
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_networks_of_openai_denoise_as_their_own_code(name, tmp_path):
+    values = recorded(name)
+    torch.save(weights_of(values["shapes"]), tmp_path / "model.pt")
+    import_openai(tmp_path / "model.pt", tmp_path / "out", flags=flags_of(values), repository=OPENAI[name])
+    denoiser, config = load_checkpoint(tmp_path / "out")
+    assert len(values["calls"]) == 3
+    for call in values["calls"]:
+        z = 2 * torch.from_numpy(numbers("input", (2, 3, config.image_size, config.image_size)))
+        if "sigma" in call:
+            t = denoiser.schedule.time(torch.tensor(call["sigma"], dtype=torch.float64).atan())
+        else:
+            t = (torch.tensor(call["timestep"]).double() + 1) / denoiser.schedule.label_scale
+        classes = None if call["classes"] is None else torch.tensor(call["classes"])
+        with torch.no_grad():
+            found = denoiser(z, t, denoiser.condition(classes=classes)).x
+        step = call.get("step", 1)
+        assert_near(found[:, :, ::step, ::step], decoded(call))
+
+
+def flax_state(values: dict[str, Any]) -> bytes:
+    """A train state as flax writes it: `ema_params` and the number of steps, arrays as extensions."""
+    tree: dict[str, Any] = {}
+    for path, shape in values["shapes"].items():
+        *folders, last = path.split("/")
+        if last == "bias" and len(shape) > 1:
+            array = 0.2 * numbers(path, shape)
+        else:  # a matrix sums over all axes but the last; q, k and v over the first alone
+            inputs = shape[0] if folders[-1] in ("q", "k", "v") else math.prod(shape[:-1])
+            array = weight(path, shape, inputs=inputs)
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        packed = msgspec.msgpack.encode((list(shape), "float32", array.astype("<f4").tobytes()))
+        node[last] = msgspec.msgpack.Ext(1, packed)
+    state = {"step": 7, "optimizer": None, "ema_params": tree, "num_sample_steps": values["num_sample_steps"]}
+    return msgspec.msgpack.encode(state)
+
+
+@pytest.mark.parametrize("name", ["google_cifar", "google_imagenet"])
+def test_networks_of_google_denoise_as_their_own_code(name, tmp_path):
+    values = recorded(name)
+    (tmp_path / "checkpoint_1").write_bytes(flax_state(values))
+    import_google(tmp_path / "checkpoint_1", tmp_path / "out", image_size=values["image_size"])
+    denoiser, config = load_checkpoint(tmp_path / "out")
+    is_student = values["num_sample_steps"] > 0
+    assert (config.method, config.is_distilled) == ("progressive" if is_student else "base", is_student)
+    assert config.num_timesteps == (values["num_sample_steps"] or 1024)
+    assert len(values["calls"]) == 3
+    for call in values["calls"]:
+        z = 2 * torch.from_numpy(numbers("input", call["shape"]))
+        classes = None if call["classes"] is None else torch.tensor(call["classes"])
+        with torch.no_grad():
+            t = torch.tensor(call["t"], dtype=torch.float64)
+            found = denoiser(z, t, denoiser.condition(classes=classes)).x
+        # both round a time of up to 1000 to float32, by up to 6e-5, before they compute its sine
+        assert_near(found, decoded(call), 1e-5 if max(call["t"]) < 0.5 else 2e-4)
+
+
+# Commands
+
+
+def write_song(folder: Path, *, classes: int = 0, **config: Any) -> Path:
+    """A DDPM++ for the pictures of 4 × 4 pixels of `tests.toy`, as a file of EDM."""
+    config = {
+        "class_name": "training.networks.EDMPrecond",
+        "model_type": "SongUNet",
+        "img_resolution": SIZE,
+        "img_channels": 1,
+        "label_dim": classes,
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [2],
+        "channel_mult_emb": 2,
+        **config,
+    }
+    keys = ("label_dim", "img_resolution", "img_channels", "model_channels", "num_blocks", "channel_mult_emb")
+    shape = SongConfig(
+        **{key: config[key] for key in keys}, channel_mult=(1, 2), attn_resolutions=(2,),
+        fourier=config.get("embedding_type") == "fourier", residual=config.get("encoder_type") == "residual",
+    )  # fmt: skip
+    shapes = {f"model.{name}": list(each.shape) for name, each in SongUNet(shape).state_dict().items()}
+    (folder / "song.json").write_text(json.dumps(config))
+    torch.save(weights_of(shapes), folder / "song.pt")
+    return folder / "song.pt"
+
+
+FAST = "--preset toy --num_iters 2 --batch_size 4 --lr 1e-6 --device cpu --check_images 2 --distance_every 0"
+KINDS = {
+    "edm": {},
+    "ve": {"class_name": "VEPrecond", "embedding_type": "fourier", "encoder_type": "residual"},
+    "vp": {"class_name": "VPPrecond"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_import_inspect_sample_and_distil_as_typed(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_song(tmp_path, **KINDS[kind])
+    lines = done("vdiff import edm song.pt").stdout.splitlines()
+    assert lines[0].startswith("checkpoints/song: 1")
+    assert lines[1].startswith("next       python sample.py --checkpoint checkpoints/song")
+    said = json.loads(done("vdiff inspect checkpoints/song --json").stdout)
+    assert said["noise"]["most"] == pytest.approx({"edm": 80.0, "ve": 100.0, "vp": 152.166}[kind], rel=1e-4)
+    assert "song" in done("vdiff inspect checkpoints/song").stdout
+    done("sample.py --checkpoint checkpoints/song --num 2 --num_timesteps 3 --sampler unipc --out drawn")
+    write_dataset(Path("data/toy_4"))
+    done(f"distill.py --base checkpoints/song {FAST} --teacher_steps 8 --to_steps 1")
+    student = read_config(Path("checkpoints/base_0"))
+    assert (student.kind, student.network_config) == ("song", read_config(Path("checkpoints/song")).network_config)
+    last = project_models(Path("checkpoints"))
+    assert (last.num_timesteps, last.family.predicts_noise) == (1, False)
+    assert (
+        "is finished already"
+        in done(f"distill.py --base checkpoints/song {FAST} --teacher_steps 8 --to_steps 1").output
+    )
+
+
+def project_models(folder: Path) -> CheckpointConfig:
+    """The student of the fewest steps."""
+    found = [read_config(path) for path in folder.glob("base_*")]
+    return min(found, key=lambda config: config.num_timesteps)
+
+
+def test_a_song_network_is_exported_as_graphs_and_refused_to_diffusers(tmp_path):
+    import_edm(write_song(tmp_path, classes=2, label_dropout=0.1), tmp_path / "model")
+    denoiser, config = load_checkpoint(tmp_path / "model")
+    options = GraphOptions(True, "x", num_steps=2)
+    assert export_torch(denoiser, config, options, tmp_path / "model.pt2", fingerprint="") <= 1e-4
+    assert export_onnx(denoiser, config, options, tmp_path / "model.onnx", fingerprint="") <= 1e-4
+    said = error(f"vdiff export diffusers {tmp_path / 'model'} {tmp_path / 'out'}", 1)
+    assert "only vdiff's UNet can be exported to diffusers" in said
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+    import_edm(write_song(tmp_path, classes=2), tmp_path / "model")
+    network = load_checkpoint(tmp_path / "model")[0].network
+    z, timestep = torch.from_numpy(numbers("z", (2, 1, SIZE, SIZE))), torch.tensor([0.1, 0.3])
+    found = []
+    for value in (False, True):
+        network.checkpointing = value
+        network.zero_grad()
+        network(z, timestep, classes=torch.tensor([0, 1])).square().sum().backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"class_name": "iDDPMPrecond"}, "only EDMPrecond, VPPrecond, VEPrecond can be read"),
+        ({"decoder_type": "skip"}, "decoder_type is 'skip'"),
+        ({"encoder_type": "skip"}, "encoder_type is 'skip'"),
+        ({"model_channels": 16}, "does not fit its configuration"),
+        ({"num_blocks": 2}, "lacks dec.2x2_block2.affine.bias"),
+        ({"img_resolution": 7}, "img_resolution must be a multiple of 2"),
+        ({"channel_mult": ["1"]}, "channel_mult is ['1']"),
+        ({"sigma_data": "x"}, "sigma_data is 'x'"),
+        ({"colour": 1}, "'colour' is no argument"),
+        ({"model_type": "DhariwalUNet"}, "8 channels × [1, 2] cannot be read"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(changes, words, tmp_path):
+    path = write_song(tmp_path)
+    values = json.loads((tmp_path / "song.json").read_text())
+    (tmp_path / "song.json").write_text(json.dumps({**values, **changes}))
+    assert words in error(f"vdiff import edm {path} --out {tmp_path / 'out'}", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_of_nvidia_is_refused_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "net.pkl").write_bytes(b"\x80\x04.")
+    said = error(f"vdiff import edm {tmp_path / 'net.pkl'}", 1)
+    assert 'docs/teachers.md, "EDM"' in said
+    text = (Path(__file__).parent.parent / "docs" / "teachers.md").read_text(encoding="utf-8")
+    lines = text.split("## EDM\n")[1].split("```python\n")[1].split("```")[0].splitlines()
+    assert len(lines) == 3
+    assert "pickle.load" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "code", "words"),
+    [
+        ("model.pt", "", 2, "is no published file by its name"),
+        ("cd_imagenet64_l2.pt", "", 1, "is a consistency model"),
+        ("64x64_classifier.pt", "", 1, "is no model of images alone"),
+        ("512x512_diffusion.pt", "", 1, "take the model of 256 pixels"),
+        ("64x64_diffusion.pt", "", 1, "lacks input_blocks.0.0.bias"),
+        ("model.pt", "--flags --colour=3", 2, "--colour is no flag"),
+        ("model.pt", "--flags --image_size", 2, "need pairs"),
+        ("model.pt", "--flags '--image_size big'", 2, "--image_size is 'big'"),
+        ("model.pt", "--flags '--class_cond perhaps'", 2, "give True or False"),
+        ("model.pt", "--flags '--image_size 48'", 1, "needs a channel_mult that begins with 1"),
+        ("model.pt", "--flags '--noise_schedule square'", 1, "neither linear nor cosine"),
+        ("model.pt", "--flags '--num_channels 50'", 1, "must be a multiple of 32"),
+        ("model.pt", "--flags '--num_res_blocks -1'", 1, "num_blocks must be at least 1"),
+    ],
+)
+def test_networks_of_openai_that_cannot_be_read_are_refused(name, flags, code, words, tmp_path):
+    torch.save({"x": torch.zeros(1)}, tmp_path / name)
+    assert words in error(f"vdiff import openai {tmp_path / name} {flags} --out {tmp_path / 'out'}", code)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_flags_of_published_files_describe_a_network(name):
+    repository, flags = KNOWN[name]
+    values, remarks = _values(flags, repository)
+    unet = _unet_config(values, repository)
+    assert remarks == []
+    assert (unet.num_classes == 1000) == ("cond" in name.split("_") or name in CLASS_CONDITIONAL)
+
+
+CLASS_CONDITIONAL = {"64x64_diffusion", "128x128_diffusion", "256x256_diffusion", "edm_imagenet64_ema"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot be read"),
+        (b"\xdd\xff\xff\xff\xff", "cannot be read"),
+        (msgspec.msgpack.encode({"params": 1}), "it holds no ema_params"),
+        (msgspec.msgpack.encode({"ema_params": {"a": 1}}), "a is no array"),
+        (msgspec.msgpack.encode({"ema_params": {}}), "conv_in.weight"),
+        (
+            msgspec.msgpack.encode(
+                {"ema_params": {"a": msgspec.msgpack.Ext(1, msgspec.msgpack.encode(([9], "float32", b"1234")))}}
+            ),
+            "cannot be read",
+        ),
+    ],
+)
+def test_files_that_are_no_checkpoint_of_google_are_refused(content, words, tmp_path):
+    (tmp_path / "file").write_bytes(content)
+    assert words in error(f"vdiff import google {tmp_path / 'file'} --out {tmp_path / 'out'}", 1)
+
+
+def test_the_image_size_of_an_unknown_shape_is_asked_for(tmp_path):
+    (tmp_path / "checkpoint_1").write_bytes(flax_state(recorded("google_cifar")))
+    assert "--image_size is needed" in error(f"vdiff import google {tmp_path / 'checkpoint_1'}", 2)
+    assert "--image_size 9" in error(f"vdiff import google {tmp_path / 'checkpoint_1'} --image_size 9", 2)
