@@ -327,9 +327,10 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
         if kind == SONG:
             what = "NCSN++" if config["residual"] else "DDPM++"
             levels = f"{config['model_channels']} channels × {config['channel_mult']}"
-            sizes = ", ".join(map(str, config["attn_resolutions"])) or "the middle alone"
+            sizes = ", ".join(map(str, config["attn_resolutions"]))
+            where = f"at {sizes} pixels and in the middle" if sizes else "in the middle alone"
             blocks = plural(config["num_blocks"], "block")
-            return {"network": f"{what} ({kind}), {levels}, {blocks} a level, attention at {sizes}"}
+            return {"network": f"{what} ({kind}), {levels}, {blocks} a level, attention {where}"}
         if kind != TEXT:
             return {"network": f"{kind}, {config.get('class')}"}
         rows = {

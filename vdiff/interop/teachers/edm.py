@@ -184,7 +184,7 @@ def _unet_config(file: JsonFile, teacher: Teacher) -> UNetConfig:
     groups = {min(32, channels * m // 4) for m in mult}
     if len(groups) > 1 or any(channels * m % 64 for m in mult):
         raise ValueError(
-            f"{channels} channels × {mult} cannot be read: every level must have a multiple of 64 channels, at least 128"
+            f"{channels} channels × {mult} cannot be read: each level needs a multiple of 64 channels, and at least 128"
         )
     images = file.whole("img_channels", 0, low=1, high=4096)
     classes = file.whole("label_dim", 0, low=0, high=10**7)
