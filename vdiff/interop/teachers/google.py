@@ -28,10 +28,15 @@ from vdiff.models.unet_config import UNetConfig
 from vdiff.replacing import check_free
 
 MAX_FILE_BYTES = 16 * 2**30
-ARRAY = 1
-"""The type of extension that flax gives to arrays."""
+ARRAYS = (1, 3)
+"""The types of extensions that flax gives to arrays and to numbers of NumPy."""
+TYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "int32": torch.int32, "int64": torch.int64,
+}  # fmt: skip
 IMAGE_SIZES = {(256, (1, 1, 1)): 32, (192, (1, 2, 3, 4)): 64}
 """The image sizes of the published models of CIFAR-10 and ImageNet, by channels and multipliers."""
+UNREADABLE = (msgspec.DecodeError, ValueError, TypeError, RecursionError, RuntimeError, OSError, MemoryError)
 GIVE = "give a checkpoint_… of diffusion_distillation"
 OF_BLOCK = {
     "norm1": "norm1",
@@ -97,9 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
         raise VdiffError(f"{path}: no such file", GIVE)
     if path.stat().st_size > MAX_FILE_BYTES:
         raise VdiffError(f"{path} is larger than {MAX_FILE_BYTES // 2**30} GiB", GIVE)
-    with explained(
-        f"{path} cannot be read", GIVE, msgspec.DecodeError, ValueError, TypeError, RecursionError, OSError, MemoryError
-    ):
+    with explained(f"{path} cannot be read", GIVE, *UNREADABLE):
         state = msgspec.msgpack.decode(path.read_bytes(), ext_hook=_array)
         if not isinstance(state, dict) or not isinstance(state.get("ema_params"), dict):
             raise ValueError("it holds no ema_params")
@@ -111,15 +114,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
 
 
 def _array(kind: int, data: memoryview) -> Tensor | None:
-    """An array of flax: (shape, type, bytes), in msgpack again; None for other extensions."""
-    if kind != ARRAY:
+    """An array of flax: (shape, type, bytes), in msgpack again; None for what weights are not made of."""
+    if kind not in ARRAYS:
         return None
-    shape, dtype, raw = msgspec.msgpack.decode(data, type=tuple[list[int], str, bytes])
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int32": torch.int32}
-    if dtype not in types or min(shape, default=0) < 0:
-        raise ValueError(f"an array of type {dtype[:20]}, shape {shape}")
-    found = torch.frombuffer(bytearray(raw), dtype=types[dtype]) if raw else torch.empty(0, dtype=types[dtype])
-    return found.reshape(shape)
+    shape, name, raw = msgspec.msgpack.decode(data, type=tuple[list[int], str, bytes])
+    if (dtype := TYPES.get(name)) is None or not raw:
+        return None
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
 
 
 def _leaves(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Tensor]]:
