@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ READ = {
     *("channel_mult_emb", "channel_mult_noise", "num_blocks", "attn_resolutions", "embedding_type", "encoder_type"),
     *("decoder_type", "resample_filter", "sigma_data", "beta_d", "beta_min"),
 }
-DROPPED = re.compile(r"map_augment\.|.*\.resample_filter$")
+DROPPED = re.compile(r"map_augment\..*|.*\.resample_filter")
 """Tensors that an image without augmentation does not need, and filters, which the configuration has."""
 ADVICE = "write it from the network's init_kwargs, see docs/teachers.md, EDM"
 OF_BLOCK = {"norm1": "norm0", "conv1": "conv0", "time": "affine", "norm2": "norm1", "conv2": "conv1", "skip": "skip"}
@@ -81,14 +82,13 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
     if unknown := sorted(file.values.keys() - READ - WITHOUT_EFFECT):
         raise VdiffError(f"{file.where}: {unknown[0][:60]!r} is no argument of such a network", ADVICE)
     tensors = {name: each for name, each in read_state_dict(path).items() if not DROPPED.fullmatch(name)}
-    tensors = {name: each for name, each in tensors.items() if not name.startswith("map_augment.")}
     teacher = _teacher(file)
     is_song = file.word("model_type", DHARIWAL_UNET, (SONG_UNET, DHARIWAL_UNET)) == SONG_UNET
     with explained(file.where, ADVICE, ValueError, TypeError):
         if is_song:
             song = _song_config(file, teacher)
             weights = _song_weights(path, song, tensors)
-            network = {"backbone": {"kind": SONG, "config": song.to_dict()}}
+            network: dict[str, Any] = {"backbone": {"kind": SONG, "config": song.to_dict()}}
         else:
             unet = _unet_config(file, teacher)
             weights = _unet_weights(path, unet, tensors, file.whole("img_resolution", 0, low=1, high=MAX_IMAGE_SIZE))

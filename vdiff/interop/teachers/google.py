@@ -196,7 +196,7 @@ def _unet_config(tensors: Mapping[str, Tensor], heads: set[tuple[int, ...]]) -> 
     )
 
 
-def _time_map() -> dict[str, float]:
+def _time_map() -> dict[str, Any]:
     """1000 · φ/(π/2) as a function of our timestep L·t − 1, with φ = a·t + b."""
     schedule = CosineSchedule()
     per_angle = 1000 / (math.pi / 2)
