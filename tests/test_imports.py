@@ -65,6 +65,8 @@ MODELS = (
         "backbone",
         "adapters",
         "unet",
+        "song_config",
+        "song_unet",
         "wrapped",
         "components",
         "text",
@@ -204,7 +206,8 @@ def torch_at_import(path: Path) -> bool:
 
 
 DESCRIPTIONS = [
-    f"vdiff.models.{name}" for name in ("checkpoint", "kinds", "reading", "codec", "condition", "unet_config")
+    f"vdiff.models.{name}"
+    for name in ("checkpoint", "kinds", "reading", "codec", "condition", "unet_config", "song_config")
 ]
 """What reads a checkpoint's description."""
 LIGHT = [
