@@ -25,6 +25,7 @@ from vdiff.evaluation.results import Scale
 from vdiff.files import parse, write_json
 from vdiff.report import plots
 from vdiff.report.content import (
+    Distances,
     distances_of,
     evaluation_table,
     models,
@@ -321,6 +322,8 @@ def test_a_teacher_that_began_with_fewer_steps_has_two_lines(root, tmp_path):
         ("base_0", 4, False, 2.0, 0.031, 0.25),
     ]
     assert "in 3 stages, starting at 4 steps, into one" in " ".join(summary(ladder, distances_of(ladder)))
+    assert "unknown" not in " ".join(summary(ladder, distances_of(ladder)))
+    assert summary(ladder, Distances())[-1].startswith("Whether it worked is unknown")
     assert stage_table(ladder, distances_of(ladder)).rows[1][:3] == ["original", "in fewer steps", "4"]
 
 

@@ -357,6 +357,8 @@ def summary(ladder: LadderRun, found: Distances) -> list[str]:
         same = next((point for point in plain if point.x == mine.x), None)
         if same and same.y > mine.y:
             sentences.append(f"In {plural(round(mine.x), 'step')}, the teacher itself reaches {figure(same.y)}.")
+    if mine is None:
+        sentences.append("Whether it worked is unknown, as its distance to the data was not measured.")
     return sentences
 
 
