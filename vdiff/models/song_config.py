@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vdiff.models.condition import CLASSES, Signature
+from vdiff.models.unet_config import plain_values
 
 LIMITS = {"img_resolution": 2**13, "img_channels": 2**12, "model_channels": 2**14, "num_blocks": 64}
 LIMITS |= {"channel_mult_emb": 2**6, "channel_mult_noise": 2**6}
@@ -84,7 +85,7 @@ class SongConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's configuration."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return plain_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SongConfig:

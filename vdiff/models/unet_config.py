@@ -23,6 +23,11 @@ MAX_LEVELS, MAX_MULTIPLIER = 16, 2**10
 """Far above any existing network: a damaged or hostile configuration is refused before it is used."""
 
 
+def plain_values(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass, with lists for tuples, as JSON has them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """The shape of a UNet.
@@ -142,7 +147,7 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's configuration."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return plain_values(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:

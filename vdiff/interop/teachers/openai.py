@@ -23,7 +23,7 @@ from vdiff.models.checkpoint import MAX_IMAGE_SIZE, CheckpointConfig
 from vdiff.models.unet_config import UNetConfig
 from vdiff.replacing import check_free
 
-IMPROVED, GUIDED, CONSISTENCY = REPOSITORIES = ("improved-diffusion", "guided-diffusion", "consistency_models")
+IMPROVED, GUIDED, CONSISTENCY = ("improved-diffusion", "guided-diffusion", "consistency_models")
 DEFAULTS: dict[str, Any] = {
     "image_size": 64,
     "num_channels": 128,
@@ -114,7 +114,7 @@ def import_openai(
 
     Args:
         flags: those that the repository's scripts take for this model; None: those of the published file of this name.
-        repository: one of `REPOSITORIES`, whose defaults complete the flags; None: that of the published file of this
+        repository: one of `OTHER_DEFAULTS`, whose defaults complete the flags; None: that of the published file of this
             name, or guided-diffusion.
 
     Returns:
