@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,12 +64,12 @@ class Engine(Processes):
             with nullcontext() if now else self.accelerator.no_sync(model):
                 yield
 
-    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Clip the gradient to `max_norm`; returns its norm before, over all processes."""
-        if is_sharded(model):
-            total = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    def clip(self, weights: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Clip the gradient of weights to `max_norm`; returns its norm before, over all processes."""
+        if any(isinstance(weight, DTensor) for weight in weights):
+            total = nn.utils.clip_grad_norm_(weights, max_norm)
             return total.full_tensor() if isinstance(total, DTensor) else total
-        norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        norm: Tensor = self.accelerator.clip_grad_norm_(weights, max_norm)
         return norm
 
     def sum(self, values: Tensor) -> Tensor:

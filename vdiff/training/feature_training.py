@@ -275,7 +275,7 @@ class FeatureStep(OptimizerStep):
     def __call__(self, step: int, batch: Batch) -> StepResult:
         loss = loss_of(self.network, batch, seed=self.config.seed, step=step, device=self.engine.device)
         loss.backward()
-        norm = self.engine.clip(self.network, self.config.clip_norm)
+        norm = self.engine.clip(list(self.network.parameters()), self.config.clip_norm)
         is_bad = ~torch.isfinite(norm)
         self.descend(step, is_bad)
         losses = loss.detach().expand(len(batch.images))

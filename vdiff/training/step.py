@@ -136,6 +136,7 @@ class TrainStep(OptimizerStep):
         super().__init__(config, engine, build(self.denoiser, config))
         self.networks = networks_of(task.method, self.denoiser, config, engine)
         self._model = engine.wrapped(engine.compiled(self.denoiser))
+        self._learns = list(trainable(self._model).values())  # listed once: a large network has thousands of modules
         self._share = engine.part(config.batch_size)
         count = self._share.stop - self._share.start
         size = count // config.grad_accum
@@ -170,7 +171,7 @@ class TrainStep(OptimizerStep):
             times.append(target.t)
         if self.importance is not None:
             self.importance.learn(given.u, torch.cat(losses), engine)
-        norm = engine.clip(self._model, config.clip_norm)
+        norm = engine.clip(self._learns, config.clip_norm)
         is_bad = ~torch.isfinite(norm)
         self.descend(step, is_bad)
         if self.networks is not None:
