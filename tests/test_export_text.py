@@ -191,6 +191,21 @@ def test_what_is_in_the_way_is_left_alone_and_merging_needs_a_lora(bases):
     assert "folder also holds mine.txt" in error(f"{folder} --overwrite", 1)
 
 
+def test_moved_components_may_be_pointed_to(bases):
+    """Also those of a LoRA, whose base names the same folder."""
+    shutil.copytree(pipeline("sd2"), "parts")
+    config = read_config(bases / "sd2")
+    denoiser = load_checkpoint(bases / "sd2")[0]
+    parts = {**(config.components or {}), "path": str(Path("parts").absolute())}
+    save_checkpoint(Path("base"), denoiser.state_dict(), replace(config, components=parts))
+    student(Path("sd_1"), Path("base").absolute())
+    Path("parts").rename("moved")
+    line = "vdiff export single_file sd_1 out.safetensors --merge --card False"
+    assert "no such folder; restore the folder, or point to it with --components FOLDER" in error(line, 1)
+    done(f"{line} --components moved")
+    assert "first_stage_model.decoder.conv_in.weight" in load_file("out.safetensors")
+
+
 def test_all_that_was_exported_is_published(bases):
     """A pipeline with all its parts, single files and LoRAs with their configurations; files of others stay here."""
     student(Path("sd_1"), bases / "sdxl")

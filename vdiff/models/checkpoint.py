@@ -388,6 +388,8 @@ def load_checkpoint(
     folder = Path(folder)
     config, advice = read_config(folder), "restore the file, or train again"
     if config.adapter is not None:
+        if components is not None:
+            config = replace(config, components=check_components(config.components, components))
         denoiser = load_adapted(config, folder / ADAPTER, read_tensors(folder / ADAPTER), module, components)
         return denoiser.to(device).eval(), replace(config, adapter=None)
     path, needs_components = folder / WEIGHTS, not config.stores(f"{TEXT_ENCODERS}.")
