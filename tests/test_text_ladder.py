@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
+import vdiff
+from tests.commands import done
 from tests.oracles import randn
+from tests.pipelines import pipeline
 from tests.text_training import write_captioned, write_text_checkpoint
 from tests.toy import Watcher, assert_equal_bits, signal_at
 from vdiff.api import wrap
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
-from vdiff.errors import Interrupted, OptionError
+from vdiff.errors import Interrupted, OptionError, VdiffError
+from vdiff.files import CHECKSUM, write_json
+from vdiff.interop.lora import export_lora
 from vdiff.models.adapters import AdapterSettings, add_adapter, copy_adapter, merge_adapter
 from vdiff.models.checkpoint import ADAPTER, load_checkpoint, read_config, read_tensors
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw_from
 from vdiff.models.prompting import Prompting
+from vdiff.training.base import describe, resolve_training
+from vdiff.training.base_training import memory_of_base
 from vdiff.training.config import DistillConfig
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
 from vdiff.training.objectives import StudentState, TrainBatch
-from vdiff.training.stages import Stage, plan_stages, resolve_distillation, teachers_images
+from vdiff.training.stages import Stage, plan_stages, remarks, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep
-from vdiff.training.student import begin_stage, describe_student, stage_run, stage_task
+from vdiff.training.student import begin_stage, describe_student, memory_of_stage, stage_run, stage_task
 from vdiff.training.verdict import read_verdict
 
 
@@ -62,6 +75,9 @@ def climb(place: Path, base: Path, students: Path, reporter: Watcher | None = No
     images = teachers_images(config, read_config(base))
     run_stages(stages, config, images, build_engine(config), overwrite=False, reporter=reporter or Watcher())
     return stages
+
+
+PROMPTS = ["a red fox", "a sad cat"]
 
 
 # Targets
@@ -241,6 +257,62 @@ def test_a_cut_ladder_ends_with_the_same_bits(place, students, tmp_path, bar, up
         assert_equal_bits(students / name / ADAPTER, tmp_path / name / ADAPTER)
 
 
+def test_a_stage_needs_little_more_memory_than_training_a_lora(place, tmp_path):
+    """Bytes of weights, gradients, moments and activations, counted: a guided stage and an update of `train.py`."""
+    config, stages = planned(place, place / "sd2", tmp_path, **LORA, batch_size=8, check_images=0)
+    engine, images = build_engine(config), teachers_images(config, read_config(place / "sd2"))
+    stage = memory_of_stage(stages[0], config, images, engine)
+    flags = {"base": config.base, "data": config.data, "lora_rank": 3, "batch_size": 8, "device": "cpu", "ema": 0.0}
+    training, images = resolve_training(flags, None, folder=Path("none"), resume=False)
+    plain = memory_of_base(training, images, describe(training, images), engine)
+    found, expected = (memory.total - memory.program - memory.images for memory in (stage, plain))
+    assert expected <= found <= 1.25 * expected
+
+
+def test_a_fine_tuned_lora_is_a_part_of_the_lora_of_its_students(place, students, tmp_path):
+    """As a base model: its students' LoRA is one of the same base, and says so; without that base nothing begins."""
+    tuned = Path(shutil.copytree(students / "base_0", tmp_path / "tuned"))
+    described = json.loads((tuned / "config.json").read_text())
+    described |= {"method": "base", "teacher": None, "guidance_scale": None, "num_timesteps": 50}
+    described["base"]["path"] = str(place / "sd2")
+    write_json(tuned / "config.json", {key: value for key, value in described.items() if key != CHECKSUM})
+    config, stages = planned(place, tuned, tmp_path, to_steps=4, lora_rank=4)
+    first = stages[0].settings(config)
+    described = describe_student(stages[0], first, read_config(tuned))
+    teacher, student, _ = begin_stage(stages[0], first, described)
+    expected = answer(teacher, place / "sd2")
+    torch.testing.assert_close(answer(student, place / "sd2"), expected)
+    torch.testing.assert_close(answer(load_checkpoint(students / "base_0")[0], place / "sd2"), expected)
+    assert f"belongs to {place / 'sd2'}: it contains the fine-tuning {tuned}" in remarks(config, read_config(tuned))[0]
+    lost = replace(described, base={"path": str(tmp_path / "lost"), "fingerprint": ""})
+    with pytest.raises(VdiffError, match=r"lost, the base of this model: no such checkpoint; put the base back there"):
+        begin_stage(stages[0], first, lost)
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_encoded_data_give_the_latents_and_embeddings_of_pictures_and_captions(place, tmp_path, kind):
+    """Those of the empty caption too, which guidance needs."""
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    flags = {"data": str(data), "flip": False, "guidance_scale": 2.0, "lora_rank": 2, "caption_dropout": 0.5}
+    given = []
+    for is_encoded in (False, True):
+        if is_encoded:
+            done(f"vdiff data encode {data} --base {place / kind} --device cpu")
+        config, stages = planned(place, place / kind, tmp_path, **flags)
+        engine, images = build_engine(config), teachers_images(config, read_config(place / kind))
+        run = stage_run(stages[0], stages[0].settings(config), images, engine, {})
+        with closing(run.batches.start_at(0)) as batches:
+            batch = next(batches)
+        assert (batch.embeddings is not None) == is_encoded
+        given.append(TrainStep(run, engine).draw(0, batch))
+    torch.testing.assert_close(given[0].images, given[1].images, rtol=1e-5, atol=1e-5)
+    assert given[0].condition.can_drop
+    for part in ("tensors", "null"):
+        fresh, kept = (getattr(each.condition, part) for each in given)
+        for name in fresh.keys() - {"tokens"}:
+            torch.testing.assert_close(torch.as_tensor(fresh[name]), torch.as_tensor(kept[name]), rtol=1e-5, atol=1e-5)
+
+
 # Plans
 
 
@@ -299,3 +371,114 @@ def test_pictures_of_a_student_need_no_guidance(students):
     condition = prompting.condition(denoiser.network.signature.names, ["a red fox", "a sad cat"])
     latents = draw_from(denoiser, Ddim(clipping_value=None), noise=noise, num_steps=2, condition=condition)
     assert prompting.decode(latents, check=False).shape == (2, 3, 64, 64)
+
+
+# Other tools
+
+
+def drawn_by_diffusers(noise: Tensor, steps: int, **call: Any) -> tuple[Any, Callable[[], Tensor]]:
+    """The pipeline sd2 with trailing timesteps; call it for pictures in [−1, 1]."""
+    whole = diffusers.DiffusionPipeline.from_pretrained(pipeline("sd2"))
+    whole.set_progress_bar_config(disable=True)
+    trailing = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    whole.scheduler = diffusers.DDIMScheduler.from_config(whole.scheduler.config, **trailing)
+
+    def draw() -> Tensor:
+        images: Tensor = whole(PROMPTS, latents=noise, output_type="pt", num_inference_steps=steps, **call).images
+        return images * 2 - 1
+
+    return whole, draw
+
+
+def test_the_exported_lora_draws_the_pictures_of_the_student(students, tmp_path):
+    export_lora(students / "base_1", tmp_path / "fox.safetensors", "diffusers")
+    noise = randn(2, 4, 8, 8, dtype=torch.float32)
+    whole, draw = drawn_by_diffusers(noise, 2, guidance_scale=0)
+    before = draw()
+    whole.load_lora_weights(tmp_path, weight_name="fox.safetensors")
+    expected = draw()
+    found = vdiff.load(students / "base_1", device="cpu").sample(prompts=PROMPTS, noise=noise)
+    torch.testing.assert_close(torch.Tensor(found), expected, rtol=0, atol=1e-4)
+    assert (before - expected).abs().max() > 1e-3
+
+
+def test_a_student_that_takes_guidance_draws_the_pictures_of_diffusers_pipeline(place, tmp_path):
+    """The pipeline feeds `guidance_scale` − 1 where the UNet has `time_cond_proj_dim`."""
+    flags = {"method": "guided", "guidance_range": "2,14", "to_steps": 4, "num_iters": 3, "check_images": 0}
+    stages = climb(place, place / "sd2", tmp_path, **flags)
+    assert [(stage.method, stage.num_steps) for stage in stages] == [("guided", 8), ("progressive", 4)]
+    model = vdiff.load(stages[-1].folder, device="cpu")
+    assert model.config.guidance_range == [2.0, 14.0]
+    noise = randn(2, 4, 8, 8, dtype=torch.float32)
+    pictures = [torch.Tensor(model.sample(prompts=PROMPTS, noise=noise, guidance=w)) for w in (2.0, 6.5)]
+    assert (pictures[0] - pictures[1]).abs().max() > 1e-4
+    assert torch.equal(torch.Tensor(model.sample(prompts=PROMPTS, noise=noise)), pictures[1])
+    whole, draw = drawn_by_diffusers(noise, 4, guidance_scale=7.5)
+    whole.unet = model.network.unet.model
+    torch.testing.assert_close(pictures[1], draw(), rtol=0, atol=1e-4)
+    with pytest.raises(VdiffError, match="it has all weights"):
+        export_lora(stages[-1].folder, tmp_path / "lora.safetensors", "diffusers")
+
+
+# Without images, and the other methods
+
+
+def test_a_student_learns_from_prompts_alone(place, tmp_path):
+    """Every prompt once in an epoch; a cut run ends with the same bits; another file is refused."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox\n\na sad cat\nblue bird\n")
+    flags = {"data": None, "prompts": str(prompts), "method": "trajectory", "to_steps": 2, "path_steps": 4,
+        "lora_rank": 2, "guidance_scale": 2.0
+    }  # fmt: skip
+    config, _ = planned(place, place / "sdxl", tmp_path, **flags)
+    images = teachers_images(config, read_config(place / "sdxl"))
+    engine = build_engine(replace(config, batch_size=3))
+    with closing(images.batches(replace(config, batch_size=3), engine).start_at(5)) as batches:
+        batch = next(batches)
+    assert sorted(batch.captions or []) == ["a red fox", "a sad cat", "blue bird"]
+    climb(place, place / "sdxl", tmp_path / "whole", **flags)
+    with pytest.raises(Interrupted):
+        climb(place, place / "sdxl", tmp_path / "cut", signal_at(1, bar="base_0"), **flags)
+    climb(place, place / "sdxl", tmp_path / "cut", **flags)
+    assert_equal_bits(tmp_path / "whole" / "base_0" / ADAPTER, tmp_path / "cut" / "base_0" / ADAPTER)
+    assert read_config(tmp_path / "cut" / "base_0").prediction == "eps"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "words"),
+    [
+        ("sd2", {}, "progressive learns from images; give --method trajectory, or draw a dataset with sample.py"),
+        ("sd15", {"method": "trajectory"}, "sd15 predicts ε, .* give --method trajectory with --lora_rank 64, or"),
+        ("sd2", {"data": "x", "method": "trajectory"}, "and --data x exclude each other; give one"),
+    ],
+)
+def test_prompts_that_cannot_replace_images_are_refused(place, tmp_path, kind, flags, words):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox\n")
+    config, _ = planned(
+        place, place / kind, tmp_path, **{"data": None, "prompts": str(prompts), "to_steps": 4, **flags}
+    )
+    with pytest.raises(OptionError, match=words):
+        teachers_images(config, read_config(place / kind))
+
+
+@pytest.mark.parametrize("method", ["tract", "consistency"])
+def test_other_methods_make_loras(place, tmp_path, method):
+    stages = climb(place, place / "sd2", tmp_path, method=method, phases="8,2", lora_rank=2, guidance_scale=2.0)
+    found = read_config(stages[-1].folder)
+    assert (found.method, found.num_timesteps, found.guidance_scale) == (method, 2, 2.0)
+    assert (stages[-1].folder / ADAPTER).exists()
+
+
+def test_the_recipe_of_lcm_lora_is_consistency_in_one_segment(place, tmp_path):
+    config, stages = planned(
+        place, place / "sd15", tmp_path, preset="lcm_lora", teacher_steps=None, num_iters=None, lr=None, batch_size=None
+    )
+    assert [(stage.method, stage.teacher_steps, stage.num_steps) for stage in stages] == [("consistency", 64, 1)]
+    assert (config.lora_rank, config.lora_alpha, config.lr, config.loss) == (64, 64.0, 1e-4, "huber")
+    assert (config.batch_size, stages[0].updates(config), config.guidance_scale) == (12, 1020, 7.5)
+    shorter = {"lora_rank": 2, "lora_alpha": 2.0, "teacher_steps": 8, "num_iters": 1, "check_images": 0}
+    climb(place, place / "sd15", tmp_path, preset="lcm_lora", **shorter)
+    model = vdiff.load(tmp_path / "base_0", device="cpu")
+    assert model.config.num_timesteps == 1
+    assert model.sample(prompts=PROMPTS, steps=4, sampler="consistency").shape == (2, 3, 64, 64)

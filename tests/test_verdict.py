@@ -346,7 +346,7 @@ def test_a_student_s_images_are_kept_for_the_next_stage(tmp_path, monkeypatch):
     monkeypatch.setattr("vdiff.training.verdict.worsening", lambda *_: "")
     base, student = pair(tmp_path)
     write_checkpoint(tmp_path / "base_1", seed=60, num_timesteps=2, method="progressive")
-    next_stage = {"base": student, "teacher_steps": 4, "num_steps": 2, "start": start(tmp_path / "base_1")}
+    next_stage = {"base": student, "teacher_steps": 4, "num_steps": 2, "start": lambda: start(tmp_path / "base_1")}
     for measured, again in (((True, True), False), ((True, False), False), ((False, True), True)):
         watcher = Watcher()
         of = examiner(watcher, images=64, far=70, distance=mean_of)

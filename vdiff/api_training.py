@@ -37,7 +37,7 @@ from vdiff.training.loop import Run, metrics_in_memory, metrics_of
 from vdiff.training.presets import read_preset, recorded_layer
 from vdiff.training.stages import Stage, is_there, plan_stages, recipe_of, teachers_images
 from vdiff.training.step import Task, TrainStep
-from vdiff.training.student import describe_student, stage_task, student_of
+from vdiff.training.student import describe_student, shaped, stage_task, student_of
 from vdiff.training.tensors import TensorData
 from vdiff.training.weights import frozen, trainable
 
@@ -235,6 +235,8 @@ def distill(
     usual = {**USUAL, "ema_remainder": 0.0, **recipe}
     given = {"data": str(data)} if isinstance(data, str | Path) else {}
     config = resolve(DistillConfig, {"usual settings": usual, "vdiff.distill": {**given, **settings}})
+    if config.lora_rank:
+        raise OptionError(f"lora_rank={config.lora_rank}: vdiff.distill makes whole students", "use distill.py")
     root = Path(out) if out is not None else Path()
     config = replace(config, base=(root / "teacher").as_posix())
     stages = plan_stages(config, model.config)
@@ -254,11 +256,12 @@ def distill(
             fingerprint = weights_fingerprint(folder) if folder else learner.model.fingerprint()
             lineage = {"path": folder.as_posix() if folder else "", "fingerprint": fingerprint}
             description = replace(
-                describe_student(stage, own, before), dataset=images.name, dataset_fingerprint=images.fingerprint,
-                teacher={**before.to_dict(), **lineage},
+                shaped(describe_student(stage, own, before), images), dataset=images.name,
+                dataset_fingerprint=images.fingerprint, teacher={**before.to_dict(), **lineage},
             )  # fmt: skip
             student = _with_frozen(student_of(base, before, own, description)[0], fixed)
             task = stage_task(stage, own, engine, base, before, student, description)
+            task = replace(task, inputs=inputs_of(description, engine.device))
 
             def start(step: TrainStep, description: CheckpointConfig = description) -> None:
                 learner.model = Model(step.averages.model, description)

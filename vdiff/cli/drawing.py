@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdiff.cli.options import PATH, option
+from vdiff.data.captions import read_prompts
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError
-from vdiff.files import read_text
 from vdiff.settings import COMMAND_LINE, check_value, parameters
-from vdiff.text import cause_of
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
@@ -134,14 +133,7 @@ def prompts_of(prompts: Sequence[str], file: Path | None) -> list[str]:
         return list(prompts)
     if prompts:
         raise OptionError("--prompt and --prompts exclude each other", "give one of them")
-    try:
-        lines = [line.strip() for line in read_text(file).splitlines()]
-    except (OSError, ValueError) as error:
-        cause = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else cause_of(error)
-        raise OptionError(f"--prompts {file} cannot be read: {cause}", "give a text file, one prompt a line") from None
-    if not any(lines):
-        raise OptionError(f"--prompts {file} has no prompt", "write one on each line")
-    return [line for line in lines if line]
+    return read_prompts(file, "--prompts")
 
 
 def guidance_weight(guidance: float | None, scale: float | None) -> float | None:

@@ -272,7 +272,9 @@ def command(
     asked = guidance_weight(guidance, guidance_scale)
     weight = checks.default_guidance(config) if asked is None else asked
     if asked is None and weight:
-        console.line(f"guidance {weight:g} as in diffusers' pipelines, scale {weight + 1:g}; --guidance 0: none")
+        limits = config.guidance_range
+        other = "--guidance {:g} to {:g}".format(*limits) if limits else "--guidance 0: none"
+        console.line(f"guidance {weight:g} as in diffusers' pipelines, scale {weight + 1:g}; {other}")
     with asked_by("--guidance"):
         checks.check_guidance(config, weight)
     with asked_by("--guidance_interval"):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vdiff.errors import OptionError
+from vdiff.files import read_text
+from vdiff.text import cause_of
 
 if TYPE_CHECKING:  # train.py --help reads the settings, without numpy
     import numpy as np
@@ -18,6 +23,25 @@ def clean_caption(text: str) -> str:
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join(filter(None, (" ".join("".join(map(_printed, line)).split()) for line in lines)))
+
+
+def read_prompts(file: Path, flag: str) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Args:
+        flag: which gave the file, for errors.
+
+    Raises:
+        OptionError: it cannot be read, or has no prompt.
+    """
+    try:
+        lines = [line.strip() for line in read_text(file).splitlines()]
+    except (OSError, ValueError) as error:
+        cause = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else cause_of(error)
+        raise OptionError(f"{flag} {file} cannot be read: {cause}", "give a text file, one prompt a line") from None
+    if not any(lines):
+        raise OptionError(f"{flag} {file} has no prompt", "write one on each line")
+    return [line for line in lines if line]
 
 
 def has_control_characters(text: str) -> bool:

@@ -122,6 +122,7 @@ class Consistency(Method):
     )
     is_annealed: ClassVar[bool] = True
     has_fine_times: ClassVar[bool] = True
+    knows_teachers_times: ClassVar[bool] = True
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class Method(ABC):
         is_annealed: whether targets depend on the progress of the training.
         has_fine_times: targets are at the times of the teacher's steps, not only at those of the student's.
         has_any_time: targets are at any time.
+        knows_teachers_times: a student of one step jumps to the image from the time of every step of its teacher.
         network_options: options of the student's network that its teacher's may lack. With `second_time` the network
             receives the end time of a step from samplers. The method must pass it too: in `TrainTarget.inputs`, and by
             name to the context's student and to its teacher, which may be such a student.
@@ -110,6 +111,7 @@ class Method(ABC):
     is_annealed: ClassVar[bool] = False
     has_fine_times: ClassVar[bool] = False
     has_any_time: ClassVar[bool] = False
+    knows_teachers_times: ClassVar[bool] = False
     network_options: ClassVar[Mapping[str, Any]] = {}
 
     @property

@@ -213,7 +213,8 @@ class CheckpointConfig:
         """Whether a student can be sampled in any number of steps, because it jumps from any time to the image, or to
         any earlier time."""
         method = METHODS.get(self.method)
-        return bool(method and method.has_any_time) and (self.num_timesteps == 1 or SECOND_TIME in self.signature.names)
+        has_many = bool(method and (method.has_any_time or method.knows_teachers_times))
+        return has_many and (self.num_timesteps == 1 or SECOND_TIME in self.signature.names)
 
     def build(self, module: nn.Module | None = None) -> Denoiser:
         """The denoiser with new weights and its LoRA; `module` is the network if its code is not part of vdiff.

@@ -124,12 +124,14 @@ def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, An
 def default_guidance(config: CheckpointConfig) -> float:
     """The weight w where none is given: that of diffusers' pipelines for a text-to-image model of latents, else 0.
 
-    Theirs is the scale w + 1 = 7.5, and 5 for Stable Diffusion XL. A distilled model has learned its guidance.
+    Theirs is the scale w + 1 = 7.5, and 5 for Stable Diffusion XL. A distilled model has learned its guidance; one that
+    takes the weight as an input gets the nearest weight in its range.
     """
     names = config.signature.names
-    if TOKENS not in names or config.codec != LATENTS.name or config.method != "base":
+    if TOKENS not in names or config.codec != LATENTS.name or (config.method != "base" and not config.guidance_range):
         return 0.0
-    return 4.0 if POOLED in names else 6.5
+    low, high = config.guidance_range or (-math.inf, math.inf)
+    return min(max(low, 4.0 if POOLED in names else 6.5), high)
 
 
 def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:

@@ -100,7 +100,8 @@ class GuidedDenoiser(Denoiser):
         )
         first, last = self.interval
         guided = (first <= t) & (t <= last)
-        nowhere = t.device.type == "cpu" and not guided.any()  # times on a device are not read, as that would sync
+        # times on a device are not read, as that would sync
+        nowhere = self.interval != (0.0, 1.0) and t.device.type == "cpu" and not guided.any()
         if not condition.can_drop or (weight is None and self.weight == 0) or nowhere:
             return super().forward(z, t, condition)
         pair = super().forward(torch.cat([z, z]), torch.cat([t, t]), condition.cat(condition.drop()))

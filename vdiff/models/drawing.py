@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from vdiff.diffusion.prediction import Prediction
 from vdiff.diffusion.samplers import NonFiniteSampleError, Sampler, sample
 from vdiff.errors import VdiffError
 from vdiff.models.codec import Codec
-from vdiff.models.condition import SECOND_TIME, Condition
+from vdiff.models.condition import SECOND_TIME, TOKENS, Condition, Signature
 from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser, device_of
 
 EVERYWHERE = (0.0, 1.0)
@@ -81,6 +82,38 @@ def draw(
         condition=conditions(denoiser, indices),
         **options,
     )
+
+
+def images_at_once(takes: Signature, shape: Sequence[int]) -> int:
+    """How many images to draw at once: 64, or fewer by a large text-to-image model (4 × 128 × 128: four)."""
+    return max(1, min(64, 2**18 // math.prod(shape))) if TOKENS in takes.names else 64
+
+
+def draw_in_batches(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    *,
+    count: int,
+    at_once: int,
+    num_steps: int,
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> Tensor:
+    """Samples 0 … `count` − 1 by `draw`, `at_once` in a batch; `on_step` gets the finished steps of all batches."""
+    parts: list[Tensor] = []
+    for first in range(0, count, at_once):
+        done = len(parts) * num_steps
+        parts.append(
+            draw(
+                denoiser,
+                sampler,
+                indices=range(first, min(first + at_once, count)),
+                num_steps=num_steps,
+                on_step=on_step and (lambda step, done=done: on_step(done + step)),  # type: ignore[misc]
+                **options,
+            )
+        )
+    return torch.cat(parts)
 
 
 def draw_from(

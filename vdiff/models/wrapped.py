@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,6 +90,8 @@ class DiffusersBackbone(PythonBackbone):
         config: Any = self.model.config
         is_flux = self.class_name == FLUX
         arguments = _flux_arguments(z, given, config) if is_flux else _arguments(self.class_name, given, config)
+        if (channels := config.get("time_cond_proj_dim")) and GUIDANCE in condition:
+            arguments["timestep_cond"] = guidance_embedding(condition[GUIDANCE], channels).to(z.dtype)
         received = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2) if is_flux else z  # (B, H·W/4, 4·C)
         output: Tensor = self.model(received, timestep=timestep, **arguments, return_dict=False)[0]
         if self.class_name == DIT:
@@ -116,6 +119,17 @@ class DiffusersBackbone(PythonBackbone):
             model.enable_gradient_checkpointing()
         elif self.checkpointing and not value:
             model.disable_gradient_checkpointing()
+
+
+def guidance_embedding(weight: Tensor, channels: int) -> Tensor:
+    """The embedding of weights w (B,) in pipelines of diffusers: (B, channels), sines and cosines of 1000 w f_i.
+
+    f_i = 10⁴^(−i/(h − 1)), i = 0 … h − 1, h = channels/2. It is `get_guidance_scale_embedding` of the scale less 1.
+    """
+    half = channels // 2
+    frequencies = torch.exp(torch.arange(half, device=weight.device) * (-math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * weight.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _as_patches(module: nn.Module, inputs: object, tokens: Tensor) -> Tensor:
@@ -192,6 +206,7 @@ def diffusers_signature(config: Mapping[str, Any]) -> Signature:
         names += (TEXT, POOLED) + (GUIDANCE,) * bool(values.get("guidance_embeds"))
     if is_text:
         names += (TEXT, TEXT_MASK) + (POOLED, TIME_IDS) * (values.get("addition_embed_type") == "text_time")
+        names += (GUIDANCE,) * bool(values.get("time_cond_proj_dim"))
     halvings = len(values["block_out_channels"]) - (name != "UNet1DModel") if is_unet else 0
     multiple = 2**halvings if is_unet else int(values.get("patch_size") or 1)
     if name == FLUX:  # a token is a square of 2 × 2

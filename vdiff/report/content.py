@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from vdiff.data.datasets import open_dataset
 from vdiff.errors import VdiffError, shell
 from vdiff.evaluation.results import NOT_TRAINED, EvalRow, Evaluation, Metric, Quality, Scale, read_quality
+from vdiff.models.codec import LATENTS
 from vdiff.projects import CHECKPOINTS
 from vdiff.records import RUN_FILE
 from vdiff.report.formatting import bounded, figure, milliseconds_text, seconds_text, times_text, whole
@@ -328,9 +329,8 @@ def outcome(ladder: LadderRun, found: Distances) -> str:
 def summary(ladder: LadderRun, found: Distances) -> list[str]:
     """A few sentences: whether it worked, what was trained, and its cost."""
     first, last = ladder.first, ladder.last
-    size = first.description.get("image_size")
     data = str(first.description.get("dataset", "") or "unknown images")
-    base = f"A model of {plural(first.steps, 'step')} for images of {size} × {size} pixels, trained on {data}"
+    base = f"A model of {plural(first.steps, 'step')} for {samples_of(first.description)}, trained on {data}"
     worked = [sentence] if (sentence := outcome(ladder, found)) else []
     if not ladder.students:
         return [*worked, f"{base}. Nothing has been distilled from it yet."]
@@ -413,6 +413,14 @@ def notes(ladder: LadderRun, found: Distances) -> list[str]:
     return result
 
 
+def samples_of(description: Mapping[str, Any]) -> str:
+    """What a model draws, from its description: `images of 64 × 64 pixels`."""
+    if size := description.get("image_size"):
+        return f"images of {size} × {size} pixels"
+    what = "latents" if description.get("codec") == LATENTS.name else "samples"
+    return f"{what} of {' × '.join(map(str, description.get('sample_shape', [])))}"
+
+
 def evaluate_command(ladder: LadderRun) -> str:
     """The command that measures the ladder for this page."""
     return shell("vdiff", "report", ladder.folder.as_posix(), "--evaluate")
@@ -421,7 +429,8 @@ def evaluate_command(ladder: LadderRun) -> str:
 def sample_command(ladder: LadderRun) -> str:
     """The command that draws images with the last model."""
     last = ladder.last.folder or Path(ladder.last.name)
-    return shell("python", "sample.py", "--checkpoint", last.as_posix())
+    prompt = ["--prompt", "a red fox"] if ladder.last.description.get("components") else []
+    return shell("python", "sample.py", "--checkpoint", last.as_posix(), *prompt)
 
 
 def recipes(ladder: LadderRun) -> list[tuple[str, str]]:

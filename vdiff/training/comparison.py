@@ -18,7 +18,8 @@ from vdiff.data.images import captioned_grid, make_grid, save_png
 from vdiff.diffusion.samplers import Ddim
 from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
-from vdiff.models.drawing import classes_in_turn, draw, rmse
+from vdiff.models.checks import default_guidance
+from vdiff.models.drawing import classes_in_turn, draw_in_batches, images_at_once, rmse
 from vdiff.models.speed import impossible_times
 from vdiff.records import LADDER, LADDER_IMAGES, LADDER_PICTURE, LadderRow, read_ladder_rows
 from vdiff.reporting import Reporter
@@ -67,13 +68,14 @@ def compare(
         guidance: the weight of the first teacher's guidance, which the students have learned.
         prompts: of a text-to-image model.
     """
-    shape = read_config(stages[0].folder).shape
+    last = read_config(stages[-1].folder)
     entries = _entries(stages)
-    usual = 24 if max(shape[1:]) <= 32 else 16
+    usual = 24 if max(last.shape[1:]) <= 32 else 16
     count, most = plan_comparison([steps for _, steps in entries], usual, budget)
     if count < usual or most < entries[0][1]:
         without = f", without models of more than {plural(most, 'step')}" if most < entries[0][1] else ""
         reporter.line(f"comparing by {count} images{without}, as the training was short")
+    at_once = images_at_once(last.signature, last.shape)
     images: dict[int, Tensor] = {}
     times: dict[int, float] = {}
 
@@ -82,13 +84,14 @@ def compare(
         folder, steps = entries[k]
         denoiser, model = load_checkpoint(folder, device)
         began = time.monotonic()
-        found = draw(
+        found = draw_in_batches(
             denoiser,
             Ddim(clipping_value=model.space.limit),
-            indices=range(count),
-            image_size=shape[1:],
+            count=count,
+            at_once=at_once,
+            image_size=last.shape[1:],
             conditions=prompts.condition if prompts else classes_in_turn,
-            guidance=guidance if folder == stages[0].base else 0.0,
+            guidance=default_guidance(last) if last.guidance_range else guidance if folder == stages[0].base else 0.0,
             num_steps=steps,
             seed=seed,
             on_step=on_step,
@@ -97,11 +100,12 @@ def compare(
         return found
 
     wanted = [k for k, (_, steps) in enumerate(entries) if steps <= most]
-    with reporter.progress("comparing", sum(entries[k][1] for k in wanted), "evaluations") as bar:
+    batches = -(-count // at_once)
+    with reporter.progress("comparing", batches * sum(entries[k][1] for k in wanted), "evaluations") as bar:
         done = 0
         for k in wanted:
             images[k] = draw_entry(k, lambda step, done=done: bar.update(done + step))  # type: ignore[misc]
-            done += entries[k][1]
+            done += batches * entries[k][1]
     networks = [read_config(folder).network_id() for folder, _ in entries]
 
     def doubtful() -> set[int]:

@@ -372,6 +372,10 @@ class DistillConfig(LoopConfig):
     stages: int | None = setting(
         "Number of stages, instead of --to_steps.", group=MODEL, default=None, low=1, hidden=True
     )
+    prompts: str = setting(
+        "Learn from these prompts, one on each line, instead of a dataset; for methods that need no images.",
+        group=DATA, default="", unit="FILE", shown="none", free=True,
+    )  # fmt: skip
     teacher_steps: int | None = setting(
         "Steps that the teacher takes; the first student takes half of them.",
         group=MODEL, default=None, low=2, unit="STEPS", shown="its own, or fewer to reach --to_steps",

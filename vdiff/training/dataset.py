@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore, open_at_size
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.projects import Project
@@ -29,7 +31,7 @@ class TrainingData:
     """The images of a run, or samples of another `shape` (empty: square images).
 
     Without a `store`, images are only assumed, to estimate the cost of a preset, or the method needs none
-    (`none_needed`). Batches have what is `encoded` of the images instead of pixels.
+    (`none_needed`), but perhaps `prompts`. Batches have what is `encoded` of the images instead of pixels.
     """
 
     image_size: int
@@ -39,6 +41,8 @@ class TrainingData:
     none_needed: bool = False
     shape: tuple[int, ...] = ()
     encoded: EncodedStore | None = None
+    prompts: tuple[str, ...] = ()
+    latents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.shape:
@@ -58,15 +62,19 @@ class TrainingData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the dataset's content."""
+        """SHA-256 of the dataset's content, or of the prompts."""
+        if self.prompts:
+            return sha256("\n".join(self.prompts).encode()).hexdigest()
         return self.store.meta.fingerprint if self.store else ""
 
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:
         """This process's share of the batches, in the seed's order."""
         from vdiff.data.batches import EncodedBatches, open_batches
 
+        share = engine.part(config.batch_size)
+        if self.prompts:
+            return PromptsOnly(self, config.captions, config.seed, config.batch_size, share)
         if self.none_needed:
-            share = engine.part(config.batch_size)
             return ClassesOnly(self.shape, len(self.class_names), config.seed, config.batch_size, share)
         assert self.store is not None, "images that are only assumed cannot be read"
         make: Callable[..., Batches] = open_batches
@@ -108,6 +116,34 @@ class ClassesOnly:
             generator = np.random.default_rng([self.seed, step])
             classes = generator.integers(0, max(self.num_classes, 1), self.batch_size)[self.share]
             yield Batch(images, torch.from_numpy(classes) if self.num_classes else None)
+            step += 1
+
+
+@dataclass(frozen=True)
+class PromptsOnly:
+    """Batches of prompts for a method that needs no images; an epoch has each prompt once. Latents are zeros."""
+
+    data: TrainingData
+    captions: CaptionSettings
+    seed: int
+    batch_size: int
+    share: slice
+
+    def start_at(self, step: int) -> Generator[Batch, None, None]:
+        """The batches of optimiser steps `step`, `step` + 1, … without end."""
+        import torch
+
+        from vdiff.data.batches import Batch, BatchPlan
+
+        prompts, count = self.data.prompts, self.share.stop - self.share.start
+        plan = BatchPlan(length=len(prompts), batch_size=self.batch_size, seed=self.seed, flip=False)
+        images = torch.empty((count, *self.data.shape), dtype=torch.uint8, device="meta")
+        zeros = torch.zeros(count, *self.data.latents)
+        while True:
+            places = range(self.share.start, self.share.stop)
+            chosen = [prompts[number] for number in plan.indices(step)[self.share]]
+            texts = [plan.caption(text, self.captions, step, place) for text, place in zip(chosen, places, strict=True)]
+            yield Batch(images, None, texts, None, (zeros, zeros))
             step += 1
 
 

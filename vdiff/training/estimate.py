@@ -29,6 +29,7 @@ from vdiff.errors import VdiffError
 from vdiff.models.backbone import example_condition, parameter_count
 from vdiff.models.condition import SECOND_TIME, Condition, Signature
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.drawing import images_at_once
 from vdiff.text import duration
 from vdiff.training.averages import profiles_of
 from vdiff.training.config import Config, LoopConfig
@@ -46,8 +47,6 @@ layout. Both are fitted to the peaks in benchmarks/results/memory.md."""
 TIMED_UPDATES, LONG_UPDATE = 3, 4.0
 """Updates that are timed after the first one. A first one of this many seconds counts for all, unless it compiled."""
 DAY = 24 * 3600
-CHECKED_AT_ONCE = 64
-"""Images that `training.verdict` draws at once."""
 FEW_UPDATES = 100
 """A run with at most this many updates is not timed before it begins."""
 NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -140,13 +139,14 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
     Raises:
         one of `NEED_VALUES`: network or method depends on the values of tensors.
     """
-    device = engine.device
+    # processes of a launcher have the device cpu:0, which tensors without values distinguish from cpu
+    device = torch.device("cpu") if engine.device.type == "cpu" else engine.device
     # Tensors without values cannot be moved, as peft does with layers, and have no forward derivative, which some
     # methods take. So layers stay where they are, and a second call takes the place of the derivative.
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
     evaluated = patch.object(torch.func, "jvp", lambda call, inputs, _: (call(*inputs), call(*inputs)))
     with FakeTensorMode(allow_non_fake_inputs=True), device, stay, evaluated:
-        task = build(WithoutValues(**{**vars(engine), "compile": False}))
+        task = build(WithoutValues(**{**vars(engine), "device": device, "compile": False}))
         config, denoiser = task.config, task.denoiser.train()
         denoiser.network.checkpointing = config.checkpointing
         more = task.method.networks(denoiser) if task.method else None
@@ -165,7 +165,8 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         with live:
             losses, _, _ = part_losses(task, denoiser, batch, student, engine)
             losses.mean().backward()
-        if num := min(getattr(config, "check_images", 0), CHECKED_AT_ONCE):  # more images than a small batch has
+        at_once = images_at_once(denoiser.network.signature, shape)
+        if num := min(getattr(config, "check_images", 0), at_once):  # more images than a small batch has
             with drawing, torch.no_grad():
                 condition = _condition(denoiser, num)
                 if SECOND_TIME in denoiser.network.signature.names:

@@ -30,7 +30,7 @@ IMAGE_SIZES = (32, 64, 128, 256)
 FITTED = {f"{network}{size}": (network, size) for network in CHANNELS for size in IMAGE_SIZES}
 FINE_TUNING = ("finetune", "lora", "sd15_lora_v", "sd21_v_full", "sdxl_lora_v")
 """Presets of fine-tuning: all weights, or a LoRA."""
-DISTILLING = ("text", "text_lora")
+DISTILLING = ("text", "text_lora", "lcm_lora")
 """Presets of distill.py alone, for text-to-image models."""
 PRESETS = (*WRITTEN, *FITTED)
 LARGEST_OF_DIGITS = 16

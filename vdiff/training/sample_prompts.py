@@ -36,12 +36,14 @@ class SamplePrompts:
 
 
 def sample_prompts(description: CheckpointConfig, images: TrainingData, device: torch.device) -> SamplePrompts | None:
-    """Captions of a dataset, for a text-to-image model; None for any other model.
+    """Captions of a dataset or prompts to learn from, for a text-to-image model; None for any other model.
 
     Raises:
         VdiffError: the components of the model cannot be read.
     """
     if TOKENS not in description.signature.names:
         return None
-    texts = [text for _, text in some_captions(images.store, CAPTIONS)] if images.store else []
+    texts = list(images.prompts[:CAPTIONS])
+    if images.store:
+        texts = [text for _, text in some_captions(images.store, CAPTIONS)]
     return SamplePrompts(Prompting.read(description, device), texts or [""])

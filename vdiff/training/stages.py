@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vdiff.data.captions import read_prompts
 from vdiff.diffusion.distillation import METHODS, Guided, shortening
 from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.codec import LATENTS
 from vdiff.models.condition import SECOND_TIME, TOKENS
 from vdiff.models.kinds import UNET
 from vdiff.projects import Project
@@ -26,7 +28,7 @@ from vdiff.training.base import check_dropped, check_unet
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.dataset import TrainingData, no_images, open_images
 from vdiff.training.finetuning import check_captioned, sample_shape_of, size_of
-from vdiff.training.presets import FINE_TUNING, Settings, preset_for, read_preset, read_run, read_settings
+from vdiff.training.presets import DISTILLING, FINE_TUNING, Settings, preset_for, read_preset, read_run, read_settings
 
 EVALUATIONS = 5
 """The cost of an update per image, in network evaluations: the teacher's two, the student's, and its gradient."""
@@ -102,7 +104,8 @@ def resolve_distillation(
     chosen = {**settings.distill, **flags}
     base = Path(chosen.get("base") or (project or Project()).teacher(reporter.line if reporter else id))
     teacher = read_config(base)
-    data = str(chosen.get("data") or (teacher.dataset if is_there(teacher.dataset) else ""))
+    usual = teacher.dataset if is_there(teacher.dataset) and not chosen.get("prompts") else ""
+    data = str(chosen.get("data") or usual)
     num_images, takes_text = 0, TOKENS in teacher.signature.names
     with suppress(VdiffError):  # the code that reads the images reports their errors
         num_images = open_images(data, size_of(teacher), buckets=takes_text).num_images
@@ -115,15 +118,19 @@ def resolve_distillation(
         device = pick_device(str(chosen.get("device") or "auto")).type
         preset = preset_for(teacher.image_size, num_images, device)
     presets = read_preset(preset, num_images).distill
+    if ways := {"phases", "to_steps", "stages"} & chosen.keys():  # instead of those of the preset
+        without = {"phases", "to_steps", "stages", *(["teacher_steps"] if "phases" in ways else [])}
+        presets = {key: value for key, value in presets.items() if key not in without}
     layers: dict[str, Mapping[str, Any]] = {f"preset {preset}": presets}
-    method = str(chosen.get("method") or DistillConfig.method)
+    method = str(chosen.get("method") or presets.get("method") or DistillConfig.method)
+    has_recipe = method == presets.get("method") and not chosen.get("recipe")  # the preset itself is one
     if method == "guided":
         method = str(chosen.get("then") or Guided.then)
-    if method in METHODS:
+    if method in METHODS and not has_recipe:
         layers[f"method {method}"] = recipe_of(method, str(chosen.get("recipe") or ""), presets)
     if takes_text:  # captions are dropped instead of classes
         layers["a text-to-image teacher"] = {"class_dropout": 0.0}
-    if chosen.get("lora_rank") and teacher.family.predicts_noise:
+    if (chosen.get("lora_rank") or presets.get("lora_rank")) and teacher.family.predicts_noise:
         layers["a student that predicts ε"] = {"weighting": "snr_plus_one"}
     if config_file:
         layers[str(config_file)] = settings.distill
@@ -161,7 +168,7 @@ def _preset_of(base: Path) -> str:
         return ""
     settings = read_run(base)
     preset = str(settings.train.get("preset") or settings.distill.get("preset") or "")
-    return "" if preset in FINE_TUNING else preset  # which have no settings of distill.py
+    return "" if preset in (*FINE_TUNING, *DISTILLING) else preset  # those do not follow from a model
 
 
 def is_there(dataset: str) -> bool:
@@ -175,9 +182,13 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
     Raises:
         VdiffError: the dataset is missing, or has another size, other channels or other classes.
     """
-    if not METHODS[config.method].needs_images and not config.data and not teacher.family.predicts_noise:
+    takes_text = TOKENS in teacher.signature.names
+    has_match = teacher.family.predicts_noise and not config.lora_rank
+    if config.prompts:
+        return _prompts_of(config, teacher, has_match=has_match)
+    if not METHODS[config.method].needs_images and not config.data and not has_match and not takes_text:
         return no_images(teacher)
-    if TOKENS in teacher.signature.names:
+    if takes_text:
         images = open_images(config.data, size_of(teacher), project, buckets=True)
         check_captioned(images, config.base)
         sample_shape_of(teacher, images)
@@ -198,6 +209,35 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
             f"{images.name} has other classes than the teacher", "give --data the dataset that it was trained on"
         )
     return images
+
+
+def _prompts_of(config: DistillConfig, teacher: CheckpointConfig, *, has_match: bool) -> TrainingData:
+    """The prompts of --prompts in place of images.
+
+    Args:
+        has_match: whether the ladder begins with a student of v, which needs images.
+
+    Raises:
+        OptionError: the file cannot be read, or teacher or method need something else.
+    """
+    from vdiff.models.autoencoder import picture_shape
+
+    flag = f"--prompts {config.prompts}"
+    if TOKENS not in teacher.signature.names:
+        raise OptionError(f"{flag}: {config.base} takes no prompts", "leave it out")
+    if config.data:
+        raise OptionError(f"{flag} and --data {config.data} exclude each other", "give one of them")
+    if METHODS[config.method].needs_images or has_match:
+        why = f"{config.method} learns from images"
+        if has_match:
+            why = f"{config.base} predicts ε, and a whole student learns v from images first"
+        ways = f"--method trajectory{' with --lora_rank 64' * has_match}"
+        raise OptionError(f"{flag}: {why}", f"give {ways}, or draw a dataset with sample.py --out drawn.lmdb")
+    texts, shape = read_prompts(Path(config.prompts), "--prompts"), teacher.shape
+    pictures: tuple[int, ...] = shape
+    if teacher.codec == LATENTS.name:
+        pictures = picture_shape((shape[0], shape[1], shape[2]), Path((teacher.components or {})["path"]))
+    return replace(no_images(teacher), shape=pictures, prompts=tuple(texts), latents=shape)
 
 
 def plan_stages(
@@ -234,7 +274,8 @@ def plan_stages(
     for k, (method, before, after) in enumerate(steps):
         folder, mine = out or home.parent / f"base_{number + k}", stages[-1].folder if stages else base
         stages.append(Stage(mine, before, folder, after, method, is_first=not stages, is_guided=k == guided))
-    if config.lora_rank and teacher.family.predicts_noise and stages[-1].num_steps == 1:
+    is_last = stages[-1].num_steps == 1 and not METHODS[stages[-1].method].knows_teachers_times
+    if config.lora_rank and teacher.family.predicts_noise and is_last:
         raise OptionError(
             f"{config.base} predicts ε, and so does its LoRA, which at the first of its times cannot draw in 1 step",
             "end at 2 steps, or leave --lora_rank out: the student is then a whole model that predicts v",
@@ -320,6 +361,9 @@ def remarks(config: DistillConfig, teacher: CheckpointConfig) -> list[str]:
     if not config.teacher_steps and not config.phases and first != teacher.num_timesteps:
         own = f"{teacher.num_timesteps} cannot be halved to {config.to_steps}"
         lines.append(f"the ladder begins with {first} steps of the teacher: {own}")
+    if config.lora_rank and teacher.adapter and teacher.method == "base":
+        own = f"it contains the fine-tuning {config.base}"
+        lines.append(f"the students' LoRA belongs to {(teacher.base or {})['path']}: {own}")
     if (
         config.method == "match"
         and not teacher.family.predicts_noise

@@ -28,7 +28,7 @@ from vdiff.models.checkpoint import (
 from vdiff.models.codec import LATENTS
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
-from vdiff.models.kinds import PYTHON, UNET
+from vdiff.models.kinds import PYTHON, TEXT, UNET
 from vdiff.models.text import TextBackbone
 from vdiff.models.unet import UNet
 from vdiff.records import RUN_FILE
@@ -46,6 +46,9 @@ from vdiff.training.stages import Stage, student_network
 from vdiff.training.step import Task
 from vdiff.training.weights import copy_sharing
 
+GUIDANCE_CHANNELS = 256
+"""Of the embedding of the weight of guidance, as in the UNets of Latent Consistency Models (Luo et al. 2023)."""
+
 
 def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointConfig) -> CheckpointConfig:
     """The description of a stage's student before its training, without data and lineage, which the run adds.
@@ -62,6 +65,8 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     base = teacher.base if teacher.adapter else {"path": stage.base.absolute().as_posix(), "fingerprint": ""}
     if teacher.kind == UNET:
         network |= {**method.network_options, "dropout": config.dropout}
+    elif "guidance_input" in method.network_options and teacher.kind == TEXT:
+        network = with_guidance_input(network)
     elif missing := {name.removesuffix("_input") for name in method.network_options} - set(teacher.signature.names):
         name = sorted(missing)[0]
         raise OptionError(
@@ -72,6 +77,7 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     description = replace(
         teacher,
         unet=network if teacher.kind == UNET else {},
+        backbone=None if teacher.kind == UNET else {"kind": teacher.kind, "config": network},
         **(teacher.family if adapter else teacher.family.student()).config_fields(),
         num_timesteps=stage.num_steps,
         adapter=adapter,
@@ -100,6 +106,15 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     except (ValueError, TypeError) as error:
         raise OptionError(f"--student_config {config.student_config}: {error}", "correct the file") from None
     return description
+
+
+def with_guidance_input(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a text-to-image network that takes the weight of guidance as an input.
+
+    diffusers' UNets add a linear projection of its embedding to that of the time (`time_cond_proj_dim`).
+    """
+    unet = network["unet"]
+    return {**network, "unet": {**unet, "config": {**unet["config"], "time_cond_proj_dim": GUIDANCE_CHANNELS}}}
 
 
 def begin_student(stage: Stage, config: DistillConfig, description: CheckpointConfig) -> tuple[Denoiser, str]:
@@ -143,6 +158,10 @@ def student_of(
     inherited, output = "", student.network.output_layer
     if description.network_id() == before.network_id():
         student.load_state_dict(teacher.state_dict())
+    elif isinstance(student.network, TextBackbone):
+        missing, _ = student.load_state_dict(teacher.state_dict(), strict=False)
+        for name in missing:  # the projection of the guidance, which changes nothing at first
+            torch.nn.init.zeros_(student.get_parameter(name))
     else:
         inherited = str(inherit(cast(UNet, student.network), cast(UNet, teacher.network)))
     if description.family != before.family and output is not None:

@@ -16,7 +16,7 @@ from vdiff.errors import VdiffError
 from vdiff.files import remove, write_json
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.drawing import Conditions, classes_in_turn, draw, squared_errors
+from vdiff.models.drawing import Conditions, classes_in_turn, draw_in_batches, images_at_once, squared_errors
 from vdiff.records import FAILED, VERDICT, read_record
 from vdiff.reporting import Reporter
 from vdiff.training.config import DistillConfig
@@ -33,7 +33,6 @@ ROUNDING = 0.01, 1e-4
 """The RMSE of a student may exceed that before its training by this fraction, or by this much in pixels."""
 WORTH_A_WORD = 1.5
 """A student is reported if its distance to the data is more than this many times its teacher's."""
-BATCH = 64
 
 Distance = Callable[[Tensor], float]
 """The distance of images (B, C, H, W) in [−1, 1] to the data."""
@@ -171,32 +170,29 @@ class Examiner:
         Kept ones are used if enough were drawn in the same batches, so with the same bits.
         """
         kept = self._kept.get((folder, num_steps))
-        if kept is not None and (len(kept) == count or (len(kept) > count and count % BATCH == 0)):
+        if kept is not None and (
+            len(kept) == count or (len(kept) > count and count % images_at_once(model.signature, model.shape) == 0)
+        ):
             return kept[:count]
         return self._draw(load_checkpoint(folder, self.device)[0], model, num_steps, count, weight, folder.name)
 
     def _draw(
         self, denoiser: Denoiser, model: CheckpointConfig, num_steps: int, count: int, weight: float, name: str
     ) -> Tensor:
-        parts: list[Tensor] = []
-        guidance = weight if denoiser.network.signature.null else 0.0
-        with self.reporter.progress(f"checking {name}", num_steps * -(-count // BATCH), "evaluations") as bar:
-            for first in range(0, count, BATCH):
-                done = len(parts) * num_steps
-                parts.append(
-                    draw(
-                        denoiser,
-                        Ddim(clipping_value=model.space.limit),
-                        indices=range(first, min(first + BATCH, count)),
-                        image_size=model.shape[1:],
-                        conditions=self.conditions,
-                        num_steps=num_steps,
-                        seed=HELD_OUT + self.seed,
-                        guidance=guidance,
-                        on_step=lambda step, done=done: bar.update(done + step),
-                    )
-                )
-        return torch.cat(parts)
+        at_once = images_at_once(model.signature, model.shape)
+        with self.reporter.progress(f"checking {name}", num_steps * -(-count // at_once), "evaluations") as bar:
+            return draw_in_batches(
+                denoiser,
+                Ddim(clipping_value=model.space.limit),
+                count=count,
+                at_once=at_once,
+                image_size=model.shape[1:],
+                conditions=self.conditions,
+                num_steps=num_steps,
+                seed=HELD_OUT + self.seed,
+                guidance=weight if denoiser.network.signature.null else 0.0,
+                on_step=bar.update,
+            )
 
 
 def plan_check(
