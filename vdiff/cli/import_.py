@@ -147,8 +147,8 @@ def diffusers(source: str, project: Project, out: Path | None, **options: Any) -
 @command.command(
     cls=Command,
     examples=[
-        "vdiff import edm edm-cifar10-32x32-uncond-vp.pt    # and edm-cifar10-32x32-uncond-vp.json",
-        "vdiff import edm net.safetensors --network_config net.json --out checkpoints/edm",
+        "vdiff import edm edm.pt    # reads edm.json beside it",
+        "vdiff import edm net.safetensors --network_config edm.json",
     ],
 )
 @FILE
@@ -174,9 +174,9 @@ def edm(file: Path, project: Project, out: Path | None, config: Path | None, ove
 @command.command(
     cls=Command,
     examples=[
-        "vdiff import openai 64x64_diffusion.pt    # a published file: its flags are known",
-        'vdiff import openai ema.pt --flags "--image_size 64 --num_channels 128 --num_res_blocks 3"',
-        'vdiff import openai model.pt --repository consistency_models --flags "--image_size 64 …"',
+        "vdiff import openai 64x64_diffusion.pt    # published: its flags are known",
+        'vdiff import openai ema.pt --flags "--image_size 64 --num_channels 128"',
+        'vdiff import openai ema.pt --repository improved-diffusion --flags "…"',
     ],
 )
 @FILE

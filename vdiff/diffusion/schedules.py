@@ -249,7 +249,7 @@ class VpSdeSchedule(Schedule):
     name: ClassVar[str] = "vp_sde"
     beta_d: float = 19.9
     beta_min: float = 0.1
-    label_scale: int = 1000
+    label_scale: int = 1024
 
     def __post_init__(self) -> None:
         check_count("label_scale", self.label_scale)
