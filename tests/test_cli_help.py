@@ -44,7 +44,7 @@ from vdiff.settings import parameters
 from vdiff.training import config
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of
 from vdiff.training.engine import MIXED
-from vdiff.training.presets import FINE_TUNING, PRESETS, WRITTEN
+from vdiff.training.presets import DISTILLING, FINE_TUNING, PRESETS, WRITTEN
 
 SCRIPTS = {name: program for name, program in PROGRAMS.items() if name != "vdiff"}
 SETTINGS: dict[str, type[LoopConfig]] = {"train.py": TrainConfig, "distill.py": DistillConfig}
@@ -187,7 +187,7 @@ def test_choices_are_the_registries():
     assert tuple(sample.PRECISIONS) == config.PRECISIONS == ("auto", *DTYPES)
     assert tuple(sample.SUFFIXES) == FORMATS
     assert MIXED.keys() | {"auto"} == set(config.PRECISIONS)
-    assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == {*WRITTEN, *FINE_TUNING}
+    assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == {*WRITTEN, *FINE_TUNING, *DISTILLING}
     for device in config.DEVICES:
         with suppress(OptionError):  # another machine has it
             assert pick_device(device).type in ({device} if device != "auto" else set(config.DEVICES) - {"auto"})
@@ -202,7 +202,7 @@ def test_every_choice_offered_is_a_registry(name):
         "parameterisation": PARAMETERISATIONS,
         "method": METHODS,
         "sampler": SAMPLERS,
-        "preset": (*PRESETS, *FINE_TUNING),
+        "preset": (*PRESETS, *(DISTILLING if name == "distill.py" else FINE_TUNING)),
         "lr_schedule": config.LR_SCHEDULES,
         "device": config.DEVICES,
         "precision": config.PRECISIONS,
@@ -433,8 +433,9 @@ def test_an_old_spelling_means_the_same(old, new, recorded, tmp_path, monkeypatc
 def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = {"base", "data", "preset", "stages", "to_steps", "student_config", "fsdp"}
+    of_text = {"prompts", "guidance_scale", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", *CAPTION_VALUES}
     own = {key for values in OWN_VALUES.values() for key in values}
-    assert settings_of(DistillConfig).keys() == {*DISTILL_VALUES, *left, *own}
+    assert settings_of(DistillConfig).keys() == {*DISTILL_VALUES, *left, *of_text, *own}
     write_dataset(Path("data/toy_4"))
     write_checkpoint(Path("teacher"))
     words, env = as_typed(DISTILL_VALUES, how)
@@ -442,6 +443,8 @@ def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     recorded = tomllib.loads(Path("student/run.toml").read_text())["distill"]
     assert {key: str(recorded[key]) for key in DISTILL_VALUES} == DISTILL_VALUES
     assert read_config(Path("student")).num_iters == 3  # twice 1.5
+    for key, value in CAPTION_VALUES.items():
+        assert f"--{key}" in error(f"distill.py --base teacher --out other {words} --{key} {value}", 2, env)
 
 
 @pytest.mark.parametrize("how", ["flags", pytest.param("environment", marks=pytest.mark.slow)])

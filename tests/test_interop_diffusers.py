@@ -47,7 +47,7 @@ from vdiff.interop.diffusers.writing import export_pipeline
 from vdiff.interop.foreign import JsonFile
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config
 from vdiff.models.unet_config import UNetConfig
-from vdiff.training.presets import FINE_TUNING
+from vdiff.training.presets import DISTILLING, FINE_TUNING
 
 TOLERANCE = 1e-4
 COUNT = 3
@@ -464,7 +464,7 @@ def test_unknown_classes_and_weights_are_refused(place, tmp_path, name, options,
 def test_the_presets_that_can_be_exported():
     """The others have levels with different numbers of groups."""
     for path in sorted((ROOT / "vdiff/presets").glob("*.toml")):
-        if path.stem in FINE_TUNING:
+        if path.stem in (*FINE_TUNING, *DISTILLING):
             continue
         config = UNetConfig.from_dict(tomllib.loads(path.read_text())["unet"])
         if path.stem in ("celebahq256", "toy"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from vdiff.diffusion.samplers import (
 from vdiff.diffusion.schedules import CosineSchedule, DdpmCosineSchedule
 from vdiff.errors import VdiffError
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.drawing import draw, image_classes
+from vdiff.models.drawing import classes_in_turn, draw, image_classes
 from vdiff.models.unet import UNet
 from vdiff.models.unet_config import UNetConfig
 
@@ -188,15 +189,16 @@ def test_classes_are_taken_in_turn():
 def test_images_take_their_classes_in_turn():
     """Image k of all classes is image k of the class k mod n alone."""
     model = denoiser(classes=3)
+
+    def of(indices: Sequence[int], *choices: int) -> torch.Tensor:
+        return drawn(model, Ddim(), indices, conditions=partial(classes_in_turn, choices=choices))
+
     together = drawn(model, Ddim(), range(6))
-    assert torch.equal(drawn(model, Ddim(), range(6), classes=[0, 1, 2]), together)
+    assert torch.equal(of(range(6), 0, 1, 2), together)
     for k in range(6):
-        alone = drawn(model, Ddim(), [k], classes=[k % 3])
-        torch.testing.assert_close(alone[0], together[k], rtol=0, atol=1e-5)
-        other = drawn(model, Ddim(), [k], classes=[(k + 1) % 3])
-        assert (other[0] - together[k]).abs().max() > 1e-3
-    chosen = drawn(model, Ddim(), range(4), classes=[2, 0])
-    torch.testing.assert_close(chosen[1], drawn(model, Ddim(), [1], classes=[0])[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(of([k], k % 3)[0], together[k], rtol=0, atol=1e-5)
+        assert (of([k], (k + 1) % 3)[0] - together[k]).abs().max() > 1e-3
+    torch.testing.assert_close(of(range(4), 2, 0)[1], of([1], 0)[0], rtol=0, atol=1e-5)
 
 
 def test_steps_are_told():

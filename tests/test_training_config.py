@@ -172,6 +172,7 @@ LIMITS = {
     "seed": (0, 2**32 - 1, -1, 2**32),
     "num_workers": (0, None, -1, None),
     "image_size": (1, None, 0, None),
+    "guidance_scale": (1.0000001, 2**20, 1, 2.0**20 + 1),
     "lora_rank": (0, 2**12, -1, 2**12 + 1),
     "lora_alpha": (5e-324, 2**20, 0, 2.0**20 + 1),
     "lora_dropout": (0, 0.99, -1e-9, 0.991),
@@ -232,7 +233,7 @@ CHOICES = {
     "precision": {"auto", "fp32", "bf16", "fp16"},
     "tracker": {"tensorboard", "wandb", "mlflow", "none"},
     "prediction": {"v", "x", "eps", "both"},
-    "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear", "edm", "flow"},
+    "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear", "vp_sde", "edm", "flow"},
     "method": set(METHODS),
     "then": set(METHODS) - {"guided", "match"},
     "recipe": {"vdiff", "paper"},
@@ -274,7 +275,7 @@ def test_every_word_has_choices_or_is_a_path():
     words = {field.name for _, field in FIELDS if str(field.type) == "str"}
     assert words - set(CHOICES) == {
         "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config", "lora_targets", "proposal",
-        "caption_prefix",
+        "caption_prefix", "prompts",
     }  # fmt: skip
     assert "did you mean 'truncated_snr'?" in refusal(TrainConfig, "my.toml", weighting="truncated")
 

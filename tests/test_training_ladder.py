@@ -757,7 +757,7 @@ def test_times_that_cannot_be_are_measured_again_and_marked(whole, monkeypatch, 
         now += seconds[num_steps].pop(0)
         return torch.zeros(len(indices), 1, *image_size)
 
-    monkeypatch.setattr("vdiff.training.comparison.draw", fake)
+    monkeypatch.setattr("vdiff.models.drawing.draw", fake)
     monkeypatch.setattr("vdiff.training.comparison.time", SimpleNamespace(monotonic=lambda: now))
     stages = plan_stages(distill_config(Path(), whole / "original", to_steps=1), read_config(whole / "original"))
     rows = compare(stages, seed=7, device=torch.device("cpu"), reporter=Watcher(), budget=10**9)

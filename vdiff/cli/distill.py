@@ -112,13 +112,14 @@ def command(
     if not teacher.is_finished:
         done = f"{teacher.num_iters} of {teacher.target_iters} updates"
         console.line(f"{config.base} is unfinished: {done}")
-    if (updates := sum(stage.updates(config) for stage in stages)) >= FEW_UPDATES:
-        recorded = recorded_setting(stages, "threads")
-        config = replace(config, threads=settled_threads(config, teacher.build, teacher.shape, console, recorded))
+    threads = None
     if not overwrite:  # refuse before anything is measured
         found_student(stages[0], stages[0].settings(config))
-    if config.compile is None:
-        config = replace(config, compile=recorded_setting(stages, "compile"))
+        threads = recorded_setting(stages, "threads")
+        if config.compile is None:
+            config = replace(config, compile=recorded_setting(stages, "compile"))
+    if (updates := sum(stage.updates(config) for stage in stages)) >= FEW_UPDATES:
+        config = replace(config, threads=settled_threads(config, teacher.build, teacher.shape, console, threads))
     engine = build_engine(config)
     console.line(f"distilling on {engine.description}, {effective_batch(config, engine)}")
     memory = check_memory(lambda config: memory_of_stage(stages[0], config, images, engine), config, engine)

@@ -126,6 +126,10 @@ def _foreign(
 
         found = evaluated(model, pipeline)
         model, verdict = model.with_more(found.said), str(found)
+    if repair is not None:
+        from vdiff.interop.repair import repair as repaired
+
+        changes = repaired(model, repair, prediction=prediction, zero_snr=zero_snr, overwrite=overwrite)
     programs = list(readings(model))
     if json:
         values = {
@@ -141,9 +145,6 @@ def _foreign(
         rows = foreign_rows(model, verdict) | {each.program: _reading(each) for each in programs}
         console.result(*aligned(rows))
     if repair is not None:
-        from vdiff.interop.repair import repair as repaired
-
-        changes = repaired(model, repair, prediction=prediction, zero_snr=zero_snr, overwrite=overwrite)
         console.line(f"{repair}: {', '.join(changes) or 'nothing was missing'}")
 
 

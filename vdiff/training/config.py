@@ -66,19 +66,6 @@ class LoopConfig:
         group=DATA, default="", unit="FOLDER", shown="the only one under data/", free=True,
     )  # fmt: skip
     preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="what fits the data")
-    lora_rank: int = setting(
-        "Train a LoRA of this rank on the weights of --base, and store it alone; 0 = all weights.",
-        group=MODEL, default=0, low=0, high=MAX_RANK, unit="RANK",
-    )  # fmt: skip
-    lora_alpha: float | None = setting(
-        "The LoRA is scaled by alpha/rank.",
-        group=MODEL, default=None, low=0, high=2**20, open_low=True, shown="the rank",
-    )  # fmt: skip
-    lora_dropout: float = setting("Dropout rate of the LoRA's input.", group=MODEL, default=0.0, low=0, high=0.99)
-    lora_targets: str = setting(
-        "Layers with a LoRA: attention, linear, conv, or ends of their names, such as to_q,to_v.",
-        group=MODEL, default=ATTENTION, unit="LAYERS",
-    )  # fmt: skip
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
     batch_size: int = setting(
         "Images per update, over all processes and parts.", group=OPTIMISATION, low=1, unit="IMAGES"
@@ -143,6 +130,19 @@ class LoopConfig:
     class_dropout: float = setting(
         "Fraction of the images whose class is dropped, for classifier-free guidance.",
         group=OPTIMISATION, default=0.0, low=0, high=0.99,
+    )  # fmt: skip
+    lora_rank: int = setting(
+        "Train a LoRA of this rank on the weights of --base, and store it alone; 0 = all weights.",
+        group=MODEL, default=0, low=0, high=MAX_RANK, unit="RANK",
+    )  # fmt: skip
+    lora_alpha: float | None = setting(
+        "The LoRA is scaled by alpha/rank.",
+        group=MODEL, default=None, low=0, high=2**20, open_low=True, shown="the rank",
+    )  # fmt: skip
+    lora_dropout: float = setting("Dropout rate of the LoRA's input.", group=MODEL, default=0.0, low=0, high=0.99)
+    lora_targets: str = setting(
+        "Layers with a LoRA: attention, linear, conv, or ends of their names, such as to_q,to_v.",
+        group=MODEL, default=ATTENTION, unit="LAYERS",
     )  # fmt: skip
     caption_dropout: float = setting(
         "Fraction of the captions that are dropped, for classifier-free guidance.",
