@@ -13,6 +13,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -419,3 +420,45 @@ def test_shared_memory_that_others_fill_is_one_line(colour_store: ImageStore, mo
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     with pytest.raises(VdiffError, match="shared memory is full; give --num_workers 0, or docker run a larger --shm-"):
         take(make(colour_store, num_workers=2, cache_bytes=0), 1)
+
+
+@pytest.mark.parametrize("kind", ["squares", "buckets"])
+def test_random_crops_are_parts_of_mirrored_images_with_their_corners_in_the_sizes(tmp_path, kind):
+    """Each image has pixels of its own, so a crop is found in it; crops of an image differ from epoch to epoch."""
+    size, shapes = 10, [(10, 10)] if kind != "buckets" else [(8, 12), (12, 8)]
+    generator, images = np.random.default_rng(0), []
+    buckets: dict[str, Any] = {"buckets": (4, 8, 12)} if kind == "buckets" else {}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    writer = StoreWriter(folder, DatasetMeta("crops", (size,), 3, **buckets))
+    for k in range(8):
+        height, width = shapes[k % len(shapes)]
+        images.append(generator.integers(0, 256, (3, height, width), dtype=np.uint8))
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(images[-1].transpose(1, 2, 0)).save(buffer, format="PNG")
+        shape = (40 + k, 50 + k, k, 2 * k, height, width) if kind == "buckets" else ()
+        writer.add({size: buffer.getvalue()}, None, "", shape)
+    counts = {"buckets": {"8×12": 4, "12×8": 4}} if kind == "buckets" else {}
+    writer.finish({"images": 8, **counts})
+    options: dict[str, Any] = {"image_size": size, "batch_size": 4, "seed": 5, "flip": True, "crop": 5}
+    store = ImageStore(folder)
+    parts = [ImageBatches(store, rank=rank, world_size=2, **options).start_at(0) for rank in (0, 1)]
+    whole = ImageBatches(store, **options)
+    corners: dict[int, set[tuple[int, int]]] = {}
+    for step, batch in zip(range(8), whole.start_at(0), strict=False):
+        assert batch.images.shape == (4, 3, 5, 5)
+        halves = [next(part) for part in parts]
+        assert torch.equal(torch.cat([half.images for half in halves]), batch.images)
+        assert torch.equal(torch.cat([half.sizes for half in halves]), batch.sizes)
+        again = next(ImageBatches(store, **options).start_at(step))
+        assert torch.equal(again.images, batch.images)
+        for place, index in enumerate(whole.plan.indices(step).tolist()):
+            image = images[index][..., ::-1] if whole.plan.flips(step)[place] else images[index]
+            windows = np.lib.stride_tricks.sliding_window_view(image, (3, 5, 5))[0]
+            [[top, left]] = np.argwhere((windows == batch.images[place].numpy()).all(axis=(2, 3, 4)))
+            corners.setdefault(index, set()).add((int(top), int(left)))
+            height, width = image.shape[1:]
+            original = (40 + index, 50 + index, index, 2 * index) if kind == "buckets" else (height, width, 0, 0)
+            expected = [*original[:2], original[2] + top, original[3] + left, 5, 5]
+            assert batch.sizes[place].tolist() == expected
+    assert min(len(found) for found in corners.values()) > 1

@@ -864,3 +864,21 @@ def test_no_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(VdiffError, match=r"cannot read http://127.0.0.1:9/x/index.json: .*refused") as caught:
         ShardStore("http://127.0.0.1:9/x")
     one_line(caught)
+
+
+def test_random_crops_of_shards_are_parts_of_mirrored_images(tmp_path):
+    store = ShardStore(write(tmp_path / "shards"))
+    options: dict[str, Any] = {"image_size": SIZE, "batch_size": 10, "seed": 2, "flip": True}
+    with closing(ShardBatches(store, **options).start_at(0)) as whole:
+        images = list(islice(whole, 3))
+    with closing(ShardBatches(store, crop=3, **options).start_at(0)) as crops:
+        found = list(islice(crops, 3))
+    corners = set()
+    for original, cropped in zip(images, found, strict=True):
+        assert cropped.images.shape == (10, 3, 3, 3)
+        for image, part, sizes in zip(original.images, cropped.images, cropped.sizes, strict=True):
+            height, width, top, left, *sides = sizes.int().tolist()
+            assert (height, width, *sides) == (SIZE, SIZE, 3, 3)
+            assert torch.equal(image[:, top : top + 3, left : left + 3], part)
+            corners.add((top, left))
+    assert len(corners) == 4

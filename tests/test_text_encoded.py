@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.commands import done
+from tests.pipelines import pipeline
 from tests.test_text_training import resolved, run
 from tests.text_training import write_captioned, write_text_checkpoint
 from tests.toy import Watcher, assert_equal_bits, signal_at
@@ -94,6 +95,16 @@ def test_training_on_encoded_data_is_training_on_pictures(place: Path, tmp_path:
     other = "sd15" if kind == "sdxl" else "sdxl"
     with pytest.raises(VdiffError, match=r"\.encoded is of another autoencoder .*; encode again: vdiff data encode"):
         run(place, other, tmp_path / "other", **flags)
+    for more, message in (
+        (
+            {"train_text_encoder": True},
+            "has text embeddings, and the text encoders of this model learn or have learned",
+        ),
+        ({"random_crop": 32}, "has whole images; remove the folder, or give --random_crop 0"),
+        ({"vae": str(pipeline(kind))}, "has latents of the base's autoencoder; remove it, or leave --vae out"),
+    ):
+        with pytest.raises(VdiffError, match=message):
+            run(place, kind, tmp_path / "other", **flags, **more)
 
 
 def test_training_on_buckets(place: Path, tmp_path: Path) -> None:

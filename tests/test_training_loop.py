@@ -270,9 +270,11 @@ def load_position(folder: Path) -> int:
     return int(read_metadata(state_path(folder))["step"]) if state_path(folder).exists() else 0
 
 
-def test_a_bad_update_changes_nothing_and_is_counted(data, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_bad_update_changes_nothing_and_is_counted(data, tmp_path, optimizer):
     folder = tmp_path / "original"
     config = train_config(data, ckpt_interval=1, keep_every=1, log_interval=2, num_iters=7, ema=0.0, max_bad_steps=3)
+    config = dataclasses.replace(config, optimizer=optimizer)
     fit_run(spoiled(run_of(config, folder), {3, 5, 6}))
     weights = [read_tensors(folder / "history" / f"{n:09d}" / WEIGHTS) for n in range(1, 8)]
     for n, (before, after) in enumerate(itertools.pairwise(weights), start=2):

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers.optimization
 
-from tests.toy import train_config
+from tests.toy import (
+    Watcher,
+    assert_same_run,
+    run_of,
+    run_training,
+    signal_at,
+    train_config,
+    write_dataset,
+)
 from vdiff.diffusion.schedules import CosineSchedule
+from vdiff.errors import Interrupted, OptionError
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet
 from vdiff.models.unet_config import UNetConfig
-from vdiff.training.config import LR_SCHEDULES
-from vdiff.training.optimisation import build_optimizer, learning_rate
+from vdiff.training.config import LR_SCHEDULES, TrainConfig, resolve
+from vdiff.training.engine import build_engine
+from vdiff.training.loop import metrics_of
+from vdiff.training.optimisation import LIBRARIES, build_optimizer, learning_rate
+from vdiff.training.presets import read_preset
+from vdiff.training.step import TrainStep
 
 N = 1000
 
@@ -74,3 +89,58 @@ def test_the_optimiser_is_the_paper_s():
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.9, 0.999), 1e-8, 1e-3)
     assert not group["amsgrad"]
     assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in denoiser.parameters()}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "prodigy", "adamw8bit"])
+def test_other_optimisers_are_those_of_their_libraries_and_resume_with_the_same_bits(tmp_path, name):
+    """The weights after each update are those of the library's optimiser, which gets the same gradients."""
+    pytest.importorskip(LIBRARIES[name][0])
+    config = train_config(
+        write_dataset(tmp_path / "data"), optimizer=name, lr=0.5, weight_decay=0.1, ema=0.0, warmup_iters=0
+    )
+    theirs: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adafactor": lambda weights: transformers.optimization.Adafactor(
+            weights, lr=0.5, weight_decay=0.1, scale_parameter=False, relative_step=False
+        ),
+        "prodigy": lambda weights: __import__("prodigyopt").Prodigy(
+            weights, lr=0.5, weight_decay=0.1, use_bias_correction=True, safeguard_warmup=True
+        ),
+        "adamw8bit": lambda weights: __import__("bitsandbytes").optim.AdamW8bit(weights, lr=0.5, weight_decay=0.1),
+    }
+    run = run_of(config, tmp_path / "run")
+    step = TrainStep(run, build_engine(config))
+    own = list(step.denoiser.parameters())
+    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in own]
+    reference = theirs[name](copies)
+
+    def follow(*_: object) -> None:
+        for weight, copied in zip(own, copies, strict=True):
+            copied.grad = weight.grad.clone()
+        reference.step()
+
+    step.optimizer.register_step_pre_hook(follow)
+    for _ in metrics_of(run, step, Watcher()):
+        pass
+    for weight, copied in zip(own, copies, strict=True):
+        assert torch.equal(weight, copied)
+    for cut in (1, 4):
+        with pytest.raises(Interrupted):
+            run_training(config, tmp_path / "cut", reporter=signal_at(cut), resume=cut > 1)
+    run_training(config, tmp_path / "cut", resume=True)
+    run_training(config, tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_an_optimiser_without_its_library_or_with_fsdp_is_refused(tmp_path, monkeypatch):
+    config = train_config(tmp_path, optimizer="prodigy")
+    monkeypatch.setattr("vdiff.training.optimisation.find_spec", lambda _: None)
+    with pytest.raises(OptionError, match=r"--optimizer prodigy needs prodigyopt, which is not installed; pip install"):
+        build_engine(config)
+    with pytest.raises(OptionError, match="--fsdp shards the moments of adamw alone"):
+        train_config(tmp_path, optimizer="prodigy", fsdp=True)
+
+
+@pytest.mark.parametrize(("flags", "lr"), [({}, 1.0), ({"lr": 0.5}, 0.5), ({"optimizer": "adamw"}, 1e-3)])
+def test_prodigy_replaces_the_learning_rate_of_a_preset(flags, lr):
+    layers = {"preset toy": read_preset("toy").train, "my.toml": {"optimizer": "prodigy"}, "the command line": flags}
+    assert resolve(TrainConfig, layers).lr == lr

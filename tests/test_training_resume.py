@@ -100,6 +100,17 @@ def test_a_state_has_all_that_a_run_needs(whole):
     assert read_tensors(state_path(whole)).keys() == {f"{part}.{name}" for part in parts for name in names}
 
 
+def test_a_state_of_an_earlier_version_is_continued(data, whole, tmp_path):
+    """It says of the optimiser only how many updates it did."""
+    folder = tmp_path / "original"
+    run_training(train_config(data, num_iters=3), folder)
+    metadata, tensors = read_metadata(state_path(folder)), read_tensors(state_path(folder))
+    del metadata["optimizer"]
+    write_tensors(state_path(folder), tensors, metadata)
+    run_training(train_config(data), folder, resume=True)
+    assert_same_run(folder, whole)
+
+
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_more_updates_are_the_same_as_all_at_once(data, whole, tmp_path, cut):
     """k updates, then `--resume` to N: with dropout, flips, an average, warm-up and epochs that end inside a batch."""

@@ -265,3 +265,10 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
         assert len(set(steps)) == len(steps), f"{name} is told twice"
         shown[name] = {event.step: event.value for event in events.Scalars(name)}
     return shown
+
+
+def logged_pictures(folder: Path) -> dict[str, list[int]]:
+    """The pictures that TensorBoard shows: name → updates."""
+    events = EventAccumulator(str(folder / "log"))
+    events.Reload()
+    return {name: [event.step for event in events.Images(name)] for name in events.Tags()["images"]}

@@ -30,7 +30,7 @@ from vdiff.training.base_training import base_task, begin, training
 from vdiff.training.config import DistillConfig, TrainConfig, resolve
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import Engine, build_engine
-from vdiff.training.finetuning import check_base, check_preset, settings_of_base, with_fingerprint
+from vdiff.training.finetuning import check_base, check_preset, cropped, settings_of_base, with_fingerprint, with_lora
 from vdiff.training.folder import RUN, check_resumable, check_same_run, is_run, recorded, start_anew
 from vdiff.training.inputs import inputs_of
 from vdiff.training.loop import Run, metrics_in_memory, metrics_of
@@ -170,11 +170,13 @@ def train(
     if isinstance(model, str):
         torch.manual_seed(config.seed)
         if found:
+            images = cropped(config, images, settings)
             check_base(config, images, found, settings)
+            config = with_lora(config, found, settings) if config.lora else config
         description = describe(replace(config, image_size=images.image_size), images)
         if found:
             description = with_fingerprint(description)
-        denoiser = begin(description)
+        denoiser = begin(description, train_text_encoder=config.train_text_encoder, lora=config.lora)
     else:
         denoiser = model.plain()
         description = replace(
@@ -191,7 +193,7 @@ def train(
 
         if out is None:
             engine = build_engine(config)
-            step = TrainStep(base_task(config, denoiser, inputs_of(description, engine.device)), engine)
+            step = TrainStep(base_task(config, denoiser, inputs_of(description, engine.device, vae=config.vae)), engine)
             start(step)
             yield from _noted(learner, metrics_in_memory(step, images.batches(config, engine)), config.batch_size)
             learner.model = _finished(learner.model.denoiser, description, config.batch_size, fixed)

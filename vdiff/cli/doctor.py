@@ -36,6 +36,7 @@ EXTRAS = {
     "hf": (["datasets"], "hf: datasets"),
     "mlflow": (["mlflow"], "--tracker mlflow"),
     "onnx": (["onnx", "onnxruntime", "onnxscript"], "export to ONNX"),
+    "optimizers": (["bitsandbytes", "prodigyopt"], "--optimizer adamw8bit and prodigy"),
     "s3": (["s3fs"], "tar shards on S3"),
     "text": (["peft", "transformers"], "text-to-image models and LoRA"),
     "wandb": (["wandb"], "--tracker wandb"),

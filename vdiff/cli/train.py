@@ -16,6 +16,7 @@ from vdiff.errors import Interrupted, OptionError, VdiffError, shell
 from vdiff.projects import Project
 from vdiff.text import duration, quantity
 from vdiff.training.config import EVALUATIONS, TrainConfig
+from vdiff.training.presets import read_preset
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
@@ -149,7 +150,8 @@ def folder_of_base(flags: dict[str, Any]) -> Path | None:
     if not (base := flags.get("base")):
         return None
     place = Path(base).resolve() if Path(base).name in ("", "..") else Path(base)
-    is_lora = flags.get("lora_rank") or str(flags.get("preset", "")) == "lora"
+    preset = flags.get("preset")
+    is_lora = flags.get("lora_rank") or flags.get("lora") or (preset and read_preset(preset).train.get("lora_rank"))
     return place.with_name(f"{place.name}_{'lora' if is_lora else 'tuned'}")
 
 

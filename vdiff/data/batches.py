@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 SHARED_MEMORY = Path("/dev/shm")
 # the first word of each random stream, so that they never share numbers
-_ORDER, _FLIPS, _SHARDS, _WINDOWS, _CAPTIONS, _BUCKETS = range(6)
+_ORDER, _FLIPS, _SHARDS, _WINDOWS, _CAPTIONS, _BUCKETS, _CROPS = range(7)
 PREFETCH = 2  # batches per worker that are requested in advance
 NUM_LANES = 16
 WINDOW_IMAGES = 2048
@@ -62,8 +62,8 @@ class Batch:
             if `latents` are given.
         classes: (B,) int64; None without classes.
         captions: B texts, after `CaptionSettings.apply`; None in a dataset without captions.
-        sizes: (B, 6) float32, `buckets.Fit.sizes` (a mirrored image has the crop of the original); None in a dataset of
-            squares.
+        sizes: (B, 6) float32, `buckets.Fit.sizes` (a mirrored image has the crop of the original), with a random crop
+            added; None in a dataset of squares without one.
         latents: mean and standard deviation (B, c, h, w) of the latents of the images; None if they are not encoded.
         embeddings: {name: tensor of B rows} of the captions; None if they are not encoded.
     """
@@ -119,6 +119,11 @@ class BatchPlan:
     def caption(self, captions: str, settings: CaptionSettings, step: int, place: int) -> str:
         """The caption of image `place` of batch `step`, after `settings`."""
         return settings.apply(captions, _generator(self.seed, _CAPTIONS, step * self.batch_size + place))
+
+    def crop(self, height: int, width: int, side: int, step: int, place: int) -> tuple[int, int]:
+        """Top and left of the crop of `side` × `side` of image `place` of batch `step`, a function of (seed, p)."""
+        rng = _generator(self.seed, _CROPS, step * self.batch_size + place)
+        return int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
 
     def permutation(self, epoch: int) -> np.ndarray:
         """(n,) int64: the order of epoch `epoch`."""
@@ -329,6 +334,7 @@ class _StoredBatches:
         world_size: int = 1,
         pin_memory: bool = False,
         captions: CaptionSettings | None = None,
+        crop: int = 0,
         reporter: Reporter | None = None,
     ) -> None:
         store.check_size(image_size)
@@ -350,6 +356,7 @@ class _StoredBatches:
         self.share = slice(rank * size, (rank + 1) * size)  # this process's part of each global batch
         self.shape = (size, store.meta.channels, image_size, image_size)
         self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory
+        self.crop = crop
         self.captions = (captions or CaptionSettings()) if store.meta.num_captions else None
         self._reporter = reporter or Silent()
 
@@ -363,6 +370,26 @@ class _StoredBatches:
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         raise NotImplementedError
+
+    def changed(self, image: np.ndarray, mirrored: bool, step: int, place: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Image (C, H, W) `place` of this process's share, mirrored and then cropped; top and left of the crop."""
+        image = image[..., ::-1] if mirrored else image
+        if not self.crop:
+            return image, (0, 0)
+        height, width = image.shape[1:]
+        top, left = self.plan.crop(height, width, self.crop, step, self.share.start + place)
+        return image[:, top : top + self.crop, left : left + self.crop], (top, left)
+
+    def crop_sizes(self, sizes: Tensor | None, corners: list[tuple[int, int]], shape: Sequence[int]) -> Tensor | None:
+        """The sizes (B, 6) of cropped images of `shape` (H, W), whose own sizes are `sizes`; None: as they are."""
+        if not self.crop:
+            return sizes
+        height, width = shape
+        whole = torch.tensor([height, width, 0, 0, 0, 0], dtype=torch.float32).expand(len(corners), 6)
+        sizes = whole.clone() if sizes is None else sizes.clone()
+        sizes[:, 2:4] += torch.tensor(corners)
+        sizes[:, 4:] = self.crop
+        return sizes
 
     def _keep_workers_with_room(self) -> None:
         """Use no workers, and say so, if shared memory has too little room for their images."""
@@ -437,15 +464,18 @@ class ImageBatches(_StoredBatches):
         """A batch of images from the cache; those that were `missing` in it come from `decoded`, in order."""
         cache, images = self._cache, iter(() if decoded is None else decoded)
         missing = np.zeros(len(indices), bool) if missing is None else missing
-        captions, sizes, shape = self._described(step, indices)
+        captions, sizes, stored = self._described(step, indices)
+        shape = (*stored[:2], self.crop, self.crop) if self.crop else stored
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         # numpy copies: torch would wake its threads for each image, which wait for cores that workers use
         places = pixels.numpy()
-        flips = self.plan.flips(step)[self.share]
+        flips, corners = self.plan.flips(step)[self.share], []
         for place, (row, is_new, mirrored) in enumerate(zip(cache.rows[indices], missing, flips, strict=True)):
             image = next(images) if is_new else cache.pixels[row]
-            image = image.reshape(-1)[: math.prod(shape[1:])].reshape(shape[1:])
-            places[place] = image[..., ::-1] if mirrored else image
+            image = image.reshape(-1)[: math.prod(stored[1:])].reshape(stored[1:])
+            places[place], corner = self.changed(image, bool(mirrored), step, place)
+            corners.append(corner)
+        sizes = self.crop_sizes(sizes, corners, stored[2:])
         if cache.classes is None:
             return Batch(pixels, None, captions, sizes)
         classes = torch.from_numpy(cache.classes[indices])
@@ -588,7 +618,7 @@ class ShardBatches(_StoredBatches):
                 yield from samples
 
 
-_Answer = tuple[Tensor, Tensor | None, list[str] | None]
+_Answer = tuple[Tensor, Tensor | None, list[str] | None, Tensor | None]
 
 
 class _Lanes(Dataset[_Answer | VdiffError]):
@@ -606,11 +636,14 @@ class _Lanes(Dataset[_Answer | VdiffError]):
             samples = batches.samples(lane, turn * share)
         plan = batches.plan
         flips = plan.flips(step)[batches.share].tolist()
-        pixels, classes, captions = np.empty(batches.shape, np.uint8), np.zeros(share, np.int64), [""] * share
+        side = batches.crop or size
+        pixels = np.empty((share, channels, side, side), np.uint8)
+        classes, captions, corners = np.zeros(share, np.int64), [""] * share, []
         try:
             for place, (key, encoded, label, caption, _) in enumerate(islice(samples, share)):
                 image = decode(encoded[size], channels, size, f"{batches.store.path}: image {key}")
-                pixels[place] = image[:, :, ::-1] if flips[place] else image
+                pixels[place], corner = batches.changed(image, flips[place], step, place)
+                corners.append(corner)
                 classes[place] = label or 0
                 if batches.captions is not None:
                     captions[place] = plan.caption(caption, batches.captions, step, batches.share.start + place)
@@ -622,6 +655,7 @@ class _Lanes(Dataset[_Answer | VdiffError]):
             torch.from_numpy(pixels),
             torch.from_numpy(classes) if has_classes else None,
             None if batches.captions is None else captions,
+            batches.crop_sizes(None, corners, (size, size)),
         )
 
 
@@ -631,12 +665,15 @@ class EncodedBatches(ImageBatches):
     Shuffled captions and captions with a prefix are not encoded, so their batches have no embeddings.
 
     Raises:
-        VdiffError: `flip` needs mirrored images that are not encoded, or the images are encoded at another size.
+        VdiffError: `flip` needs mirrored images that are not encoded, the images are to be cropped, or are encoded at
+            another size.
     """
 
     def __init__(
         self, store: ImageStore, encoded: EncodedStore, *, image_size: int, flip: bool, **options: Any
     ) -> None:
+        if options.get("crop"):
+            raise VdiffError(f"{encoded.folder} has whole images", "remove the folder, or give --random_crop 0")
         if flip and not encoded.key.flip:
             hint = "give --flip False, or encode again: vdiff data encode --flip --overwrite"
             raise VdiffError(f"{encoded.folder} has no mirrored images", hint)

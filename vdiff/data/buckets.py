@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
+BETWEEN_SIDES = "×"
 Shape = tuple[int, int]
 """(height, width)."""
 
@@ -65,4 +66,4 @@ def fit(width: int, height: int, size: int, step: int, least: int, most: int) ->
 
 def name_of(height: int, width: int) -> str:
     """`832×1216`."""
-    return f"{height}×{width}"
+    return f"{height}{BETWEEN_SIDES}{width}"

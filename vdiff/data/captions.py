@@ -1,4 +1,4 @@
-"""Captions: cleaning while a dataset is prepared, and their random changes in training."""
+"""Captions: cleaning while a dataset is prepared, and their random changes in training; files of prompts."""
 
 from __future__ import annotations
 

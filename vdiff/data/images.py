@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from vdiff.models.codec import to_uint8
 from vdiff.replacing import Kind
 
 CELL_PIXELS = 72
-MAX_GRID, MAX_COLUMNS = 64, 16
+MAX_GRID, MAX_COLUMNS, MAX_PROMPT_ROWS = 64, 16, 8
 GAP = 4
 SPACING = 4
 MARGIN = 16
@@ -207,6 +208,27 @@ def grid_picture(
     is_by_class = len(names) > 0 and num_classes > 1
     columns = min(num_classes, len(images)) if is_by_class else columns
     return captioned_grid(in_rows(images, columns), names[:columns] if is_by_class else [""] * columns, title=title)
+
+
+def prompt_picture(images: Tensor, prompts: Sequence[str], title: str) -> PIL.Image.Image:
+    """Images (N, C, H, W) that have the prompts in turn, under a title: a row of images for each prompt.
+
+    One prompt is part of the title. Where every image has a prompt of its own and they are many, each has it below.
+    """
+    shown = [_wrapped(prompt) for prompt in prompts[: len(images)]]
+    if len(shown) == 1:
+        return grid_picture(images, title=f"{title}\n{shown[0]}")
+    if len(shown) == len(images) > MAX_PROMPT_ROWS:
+        return labelled_grid(images, prompts[: len(images)], full_columns(len(images)), title=title)
+    columns = -(-len(images) // len(shown))
+    blank = torch.ones_like(images[0])
+    rows = [[*images[k :: len(shown)], *[blank] * columns][:columns] for k in range(len(shown))]
+    return captioned_grid(rows, [""] * columns, shown, title=title)
+
+
+def _wrapped(prompt: str) -> str:
+    """A prompt in at most 4 lines of 40 letters."""
+    return "\n".join(textwrap.wrap(prompt, 40, max_lines=4, placeholder=" …")) or "(no prompt)"
 
 
 def in_rows(images: Tensor, columns: int) -> list[list[Tensor]]:

@@ -13,10 +13,11 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.files import write_text
 from vdiff.interop.card import FILES_OF_CARD, card_beside, license_of_base
 from vdiff.interop.modelspec import MADE_BY, differs_from_usual, family_of, is_student, metadata_of
-from vdiff.interop.usage import lora_usage
+from vdiff.interop.usage import encoder_names, lora_usage
 from vdiff.models.adapters import AdapterSettings
 from vdiff.models.checkpoint import (
     ADAPTER,
+    TEXT_ENCODERS,
     CheckpointConfig,
     is_checkpoint,
     read_config,
@@ -33,13 +34,15 @@ if TYPE_CHECKING:
 PEFT, KOHYA, BOTH = "peft", "kohya", "both"
 PREFIXES = {TEXT: "network.unet.model.", DIFFUSERS: "network.model."}
 """Our prefix to diffusers' names of layers, by the kind of the network."""
+ENCODERS = f"{TEXT_ENCODERS}."
+TEXT_MODEL = "text_model."
 CARD_OPTIONS: dict[str, Any] = {"anew": False, "tags": ["lora"]}
 UNET, PEFT_CONFIG, PEFT_WEIGHTS = "unet", "adapter_config.json", "adapter_model.safetensors"
 FILE = Kind("LoRA", lambda path: path.name if MADE_BY.items() <= read_metadata(path).items() else "")
 FOLDER = Kind(
     "LoRA of peft",
     lambda path: (
-        f"{UNET}/({PEFT_CONFIG}|{PEFT_WEIGHTS})|{FILES_OF_CARD}"
+        f"({UNET}|text_encoder(_one|_two)?)/({PEFT_CONFIG}|{PEFT_WEIGHTS})|{FILES_OF_CARD}"
         if (path / UNET / PEFT_WEIGHTS).is_file() and FILE.files(path / UNET / PEFT_WEIGHTS)
         else ""
     ),
@@ -61,8 +64,43 @@ class ExportedLora:
     notes: list[str]
 
 
-def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, dict[str, Tensor]]:
-    """A checkpoint, its LoRA, and the weights by the names that diffusers gives to the layers: `LAYER.lora_A.weight`.
+@dataclass(frozen=True)
+class LoraPart:
+    """The LoRA of the UNet, or of a text encoder.
+
+    Attributes:
+        name: that of the part in a pipeline of diffusers.
+        folder: its folder in the layout of peft.
+        kohya: the beginning of its names in kohya's layout.
+        model: what diffusers and kohya's scripts put before the name of a layer.
+        peft: what the module of transformers has there.
+        tensors: the weights, `LAYER.lora_A.weight`.
+    """
+
+    name: str
+    folder: str
+    kohya: str
+    tensors: dict[str, Tensor]
+    model: str = ""
+    peft: str = ""
+
+
+def parts_of(config: CheckpointConfig, tensors: dict[str, Tensor]) -> Iterator[LoraPart]:
+    """The parts of a LoRA by the names that other tools give to them."""
+    unet = {name: tensor for name, tensor in tensors.items() if not name.startswith(ENCODERS)}
+    yield LoraPart(UNET, UNET, "lora_unet", unet)
+    encoders = config.network_config.get("text_encoders", [])
+    for number, (described, (name, folder)) in enumerate(zip(encoders, encoder_names(config), strict=True)):
+        prefix = f"{ENCODERS}{number}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        kohya = f"lora_te{number + 1 if len(encoders) > 1 else ''}"
+        is_flat = described["class"] == "CLIPTextModel"  # in transformers from 5 on
+        if own:
+            yield LoraPart(name, folder, kohya, own, TEXT_MODEL, "" if is_flat else TEXT_MODEL)
+
+
+def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, list[LoraPart]]:
+    """A checkpoint, its LoRA, and the weights by the names that diffusers gives to the layers.
 
     Raises:
         VdiffError: the checkpoint is no LoRA, or not of a network of diffusers.
@@ -76,7 +114,8 @@ def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, dict
             "vdiff export weights merges it with its base",
         )
     tensors = read_tensors(checkpoint / ADAPTER)
-    return config, config.adapter, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return config, config.adapter, list(parts_of(config, named))
 
 
 def base_of(config: CheckpointConfig) -> CheckpointConfig | None:
@@ -136,7 +175,7 @@ def peft_config(settings: AdapterSettings, tensors: dict[str, Tensor]) -> dict[s
     }  # fmt: skip
 
 
-def kohya_layout(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+def kohya_layout(part: LoraPart, alpha: float) -> dict[str, Tensor]:
     """The weights by the names of kohya's scripts, which ComfyUI and A1111 load, and alpha beside each pair.
 
     `mid_block.attentions.0.proj_in.lora_A.weight` becomes `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`.
@@ -144,10 +183,10 @@ def kohya_layout(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     import torch
 
     found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer, _, part = name.rpartition(".lora_")
-        plain = f"lora_unet_{layer.replace('.', '_')}"
-        found[f"{plain}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = tensor
+    for name, tensor in part.tensors.items():
+        layer, _, matrix = f"{part.model}{name}".rpartition(".lora_")
+        plain = f"{part.kohya}_{layer.replace('.', '_')}"
+        found[f"{plain}.lora_{'down' if matrix.startswith('A') else 'up'}.weight"] = tensor
         found[f"{plain}.alpha"] = torch.tensor(alpha)
     return found
 
@@ -197,7 +236,7 @@ def export_lora(
         VdiffError: the checkpoint is no LoRA of a network of diffusers, it is a student that works only whole, or
             `target` cannot be written.
     """
-    config, settings, tensors = read_lora(checkpoint)
+    config, settings, parts = read_lora(checkpoint)
     base, name = base_of(config), checkpoint.resolve().name
     check_student(checkpoint, config, base)
     if layout in (KOHYA, BOTH) and family_of(config) is None:
@@ -206,15 +245,16 @@ def export_lora(
         )
     licence = license_name or license_of_base(config)
     notes = list(notes_of(config, base))
-    described = peft_config(settings, tensors)
+    described = {part.name: peft_config(settings, part.tensors) for part in parts}
     if layout == PEFT:
         with new_folder(target, FOLDER, overwrite=overwrite, flag="another folder") as temporary:
-            (temporary / UNET).mkdir()
-            named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
             metadata = metadata_of(config, name, license_name=licence, implementation=DIFFUSERS)
-            write_tensors(temporary / UNET / PEFT_WEIGHTS, named, metadata)
-            # without a checksum: peft warns of keys that it does not know
-            write_text(temporary / UNET / PEFT_CONFIG, json.dumps(described, indent=2) + "\n")
+            for part in parts:
+                (temporary / part.folder).mkdir()
+                named = {f"base_model.model.{part.peft}{key}": tensor for key, tensor in part.tensors.items()}
+                write_tensors(temporary / part.folder / PEFT_WEIGHTS, named, metadata)
+                # without a checksum: peft warns of keys that it does not know
+                write_text(temporary / part.folder / PEFT_CONFIG, json.dumps(described[part.name], indent=2) + "\n")
             if card:
                 pages = {UNET: lora_usage(target.name, PEFT, config)}
                 card_beside(temporary, checkpoint, usage=pages, license_name=licence, **CARD_OPTIONS).write(temporary)
@@ -233,10 +273,13 @@ def export_lora(
             metadata = metadata_of(config, file.stem, license_name=licence, implementation=kind)
             if kind == DIFFUSERS:
                 kept = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")
-                metadata["lora_adapter_metadata"] = json.dumps({f"{UNET}.{key}": described[key] for key in kept})
-                write_tensors(file, {f"{UNET}.{key}": tensor for key, tensor in tensors.items()}, metadata)
+                notes_of_parts = {f"{part}.{key}": values[key] for part, values in described.items() for key in kept}
+                metadata["lora_adapter_metadata"] = json.dumps(notes_of_parts)
+                named = {f"{part.name}.{part.model}{key}": x for part in parts for key, x in part.tensors.items()}
+                write_tensors(file, named, metadata)
             else:
-                write_tensors(file, kohya_layout(tensors, settings.alpha), metadata)
+                named = {key: x for part in parts for key, x in kohya_layout(part, settings.alpha).items()}
+                write_tensors(file, named, metadata)
         if page is not None:
             page.write(folder)
     return ExportedLora(config, list(files), notes)

@@ -110,7 +110,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("BASE")
 {{ scheduler }}
 {% if kind == "peft" %}
-pipe.unet = PeftModel.from_pretrained(pipe.unet, "{{ name }}/unet", adapter_name="default")
+{% for part, folder in parts %}
+pipe.{{ part }} = PeftModel.from_pretrained(pipe.{{ part }}, "{{ name }}/{{ folder }}", adapter_name="default")
+{% endfor %}
 {% else %}
 pipe.load_lora_weights("{{ name }}")
 {% endif %}
@@ -156,7 +158,7 @@ def scheduler_line(config: CheckpointConfig) -> str:
     return f"pipe.scheduler = DDIMScheduler.from_config(\n    pipe.scheduler.config,\n{lines})"
 
 
-def text_usage(words: str, program: str, config: CheckpointConfig, *, needs_node: bool, **values: str) -> str:
+def text_usage(words: str, program: str, config: CheckpointConfig, *, needs_node: bool, **values: Any) -> str:
     """A program for diffusers and the settings of ComfyUI and A1111.
 
     Args:
@@ -188,7 +190,16 @@ def lora_usage(name: str, layout: str, config: CheckpointConfig) -> str:
         "peft": "A LoRA in the layout of peft.",
     }[layout]
     words += f" BASE is the model that it was trained on. Use it with {guidance_hint(config)}."
-    return text_usage(words, LORA, config, needs_node=True, name=name, kind=layout)
+    changes_text = config.adapter is not None and config.adapter.changes_text_encoders
+    parts = [("unet", "unet"), *(encoder_names(config) if changes_text else [])]
+    return text_usage(words, LORA, config, needs_node=True, name=name, kind=layout, parts=parts)
+
+
+def encoder_names(config: CheckpointConfig) -> list[tuple[str, str]]:
+    """What a pipeline of diffusers calls each text encoder, and its folder in the layout of peft."""
+    if len(config.network_config.get("text_encoders", [])) == 2:
+        return [("text_encoder", "text_encoder_one"), ("text_encoder_2", "text_encoder_two")]
+    return [("text_encoder", "text_encoder")] if config.kind == TEXT else []
 
 
 def single_file_usage(name: str, config: CheckpointConfig, family: Family) -> str:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 ATTENTION, LINEAR, CONV = "attention", "linear", "conv"
 """Names of groups of layers: the projections of attention, all linear layers, all convolutions."""
 ENCODERS = "text_encoders."
-"""The prefix of text encoders in a network; they get no LoRA."""
+ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The prefix of text encoders in a network, and the ends of the names of their layers with a LoRA."""
 MAX_RANK = 2**12
 OWN_NAME = re.compile(r"(?<=\.lora_[AB]\.)default\.")
 """The part that peft adds to the name of a weight, `LAYER.lora_A.default.weight`; files omit it."""
@@ -37,12 +38,19 @@ class AdapterSettings:
         rank, alpha: the layer adds (alpha/rank)·B A to its weight; B A has this rank.
         dropout: probability of dropping an input of A in training.
         targets: ends of names of layers ("to_q", "to_out.0"), or `ATTENTION`, `LINEAR`, `CONV`.
+        text_encoder: whether the projections of attention in the text encoders have a LoRA, too.
     """
 
     rank: Annotated[int, Meta(ge=1, le=MAX_RANK)]
     alpha: Annotated[float, Meta(gt=0, le=2**20)]
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     targets: tuple[str, ...] = (ATTENTION,)
+    text_encoder: bool = False
+
+    @property
+    def changes_text_encoders(self) -> bool:
+        """Whether text encoders have a LoRA: by the setting, or by the names of their layers."""
+        return self.text_encoder or any(target.startswith(ENCODERS) for target in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -53,7 +61,7 @@ def adapted_layers(network: Backbone, settings: AdapterSettings) -> list[str]:
     """The names of the layers that get a LoRA, in the order of the network.
 
     Raises:
-        OptionError: a target matches no layer.
+        OptionError: a target matches no layer, or there is no text encoder.
     """
     from torch import nn
 
@@ -70,15 +78,20 @@ def adapted_layers(network: Backbone, settings: AdapterSettings) -> list[str]:
     }
     found: set[str] = set()
     for target in settings.targets:
-        more = words[target] if target in words else {name for name in own if _ends(name, (target,))}
+        some = layers if target.startswith(ENCODERS) else own
+        more = words.get(target) or {name for name in some if _ends(name.replace("text_model.", ""), (target,))}
         if not more:
-            some = sorted({name.rpartition(".")[2] for name in own if not name.rpartition(".")[2].isdigit()})
+            known = sorted({name.rpartition(".")[2] for name in own if not name.rpartition(".")[2].isdigit()})
             raise OptionError(
                 f"--lora_targets {target}: no layer of the network is called so",
-                f"give {ATTENTION}, {LINEAR}, {CONV}, or ends of names: {', '.join(some[:8])}, …",
+                f"give {ATTENTION}, {LINEAR}, {CONV}, or ends of names: {', '.join(known[:8])}, …",
             )
         found |= more
-    return [name for name in own if name in found]
+    if settings.text_encoder:
+        unused = tuple(f"{name}." for name in network.unused_layers)
+        parts = (name for name in layers if name.startswith(ENCODERS) and not name.startswith(unused))
+        found |= {name for name in parts if _ends(name, ENCODER_LAYERS)}
+    return [name for name in layers if name in found]
 
 
 def _ends(name: str, ends: tuple[str, ...]) -> bool:

@@ -23,12 +23,14 @@ class Backbone(nn.Module):
         signature: its inputs and outputs.
         full_precision: compute in the precision of the weights, even under mixed precision.
         attention_layers: the ends of the names of the projections of attention, see `vdiff.models.adapters`.
+        unused_layers: names of layers whose weights have no effect on the output, so they get no gradient.
         checkpointing: store fewer activations for the gradient, and recompute them (Chen et al. 2016).
     """
 
     kind: ClassVar[str]
     signature: Signature
     attention_layers: tuple[str, ...] = ()
+    unused_layers: tuple[str, ...] = ()
     full_precision = False
     checkpointing = False
 

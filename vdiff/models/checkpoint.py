@@ -173,8 +173,12 @@ class CheckpointConfig:
         return CODECS[self.codec]
 
     def network_id(self) -> str:
-        """A text that is equal for networks of the same shape, whatever their dropout."""
-        return json.dumps([self.kind, {**self.network_config, "dropout": 0}], sort_keys=True)
+        """A text that two checkpoints share if their networks have the same shape.
+
+        Dropout makes no difference, nor where the weights of text encoders are stored.
+        """
+        free = {"dropout": 0, "own_text_encoders": False}
+        return json.dumps([self.kind, {**self.network_config, **free}], sort_keys=True)
 
     @property
     def is_imported(self) -> bool:
@@ -253,6 +257,17 @@ class CheckpointConfig:
         is_component = self.kind == TEXT and not self.network_config.get("own_text_encoders")
         return not (is_component and name.startswith(f"{TEXT_ENCODERS}."))
 
+    @property
+    def has_own_text_encoders(self) -> bool:
+        """Whether its text encoders are others than those of its components."""
+        is_adapted = self.adapter is not None and self.adapter.changes_text_encoders
+        return is_adapted or bool(self.network_config.get("own_text_encoders"))
+
+    def with_own_text_encoders(self) -> CheckpointConfig:
+        """The description of a model that stores the weights of its text encoders."""
+        network = {**self.network_config, "own_text_encoders": True}
+        return replace(self, backbone={"kind": self.kind, "config": network})
+
     def shapes(self, module: nn.Module | None = None) -> dict[str, tuple[int, ...]]:
         """Name in the weights file → shape; nothing is allocated.
 
@@ -325,9 +340,6 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     version = values.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise VdiffError(f"{path} has format {version}, newer than {FORMAT_VERSION}", "update vdiff")
-    adapter = values.get("adapter")
-    if isinstance(adapter, dict) and adapter.get("text_encoder") is False:
-        del adapter["text_encoder"]  # the first LoRAs have this key, which is always false
     needed = {old for old, new in (("unet", "backbone"), ("image_size", "sample_shape")) if new not in values}
     config = record_of(CheckpointConfig, values, str(path), advice, needed=needed)
     try:
@@ -392,7 +404,8 @@ def load_checkpoint(
         if components is not None:
             config = replace(config, components=check_components(config.components, components))
         denoiser = load_adapted(config, folder / ADAPTER, read_tensors(folder / ADAPTER), module, components)
-        return denoiser.to(device).eval(), replace(config, adapter=None)
+        plain = config.with_own_text_encoders() if config.adapter.changes_text_encoders else config
+        return denoiser.to(device).eval(), replace(plain, adapter=None)
     path, needs_components = folder / WEIGHTS, not config.stores(f"{TEXT_ENCODERS}.")
     if needs_components or components is not None:
         config = replace(config, components=check_components(config.components, components))

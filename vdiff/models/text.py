@@ -56,8 +56,27 @@ class TextBackbone(Backbone):
         self.unet, self.text_encoders = unet, nn.ModuleList(text_encoders)
         self.empty_tokens, self.zero_empty = tuple(empty_tokens), zero_empty
         self.own_text_encoders = own_text_encoders
-        self.text_encoders.requires_grad_(own_text_encoders)
+        self.train_text_encoders(own_text_encoders)
         self.signature = text_signature(self.describe())
+
+    @property
+    def unused_layers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """For XL, the last layers of the first text encoder: their output is not the last but one hidden state."""
+        if POOLED not in self.unet.signature.names:
+            return ()
+        config: Any = self.text_encoders[0].config
+        last = f"layers.{config.num_hidden_layers - 1}"
+        return tuple(
+            f"text_encoders.{name}"
+            for name, _ in self.text_encoders[:-1].named_modules()
+            if name.endswith((last, "final_layer_norm"))
+        )
+
+    def train_text_encoders(self, value: bool = True) -> None:
+        """Let the weights of the text encoders learn, or freeze them; those of `unused_layers` are always frozen."""
+        self.text_encoders.requires_grad_(value)
+        for name in self.unused_layers:
+            self.get_submodule(name).requires_grad_(False)
 
     def describe(self) -> dict[str, Any]:
         """The UNet, the text encoders, and the tokens of the empty prompt."""

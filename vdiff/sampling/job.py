@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vdiff.data.images import MAX_GRID, grid_picture, num_shown, save_png
+from vdiff.data.images import MAX_GRID, grid_picture, num_shown, prompt_picture, save_png
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import Processes, memory_errors_named
 from vdiff.errors import VdiffError, stop_explained
@@ -33,7 +33,7 @@ from vdiff.models.prompting import Prompting
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
-from vdiff.sampling.pictures import TrajectoryRecorder, path_picture, prompt_picture, spread
+from vdiff.sampling.pictures import TrajectoryRecorder, path_picture, spread
 from vdiff.sampling.spec import SampleSpec
 from vdiff.text import plural
 

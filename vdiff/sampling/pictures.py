@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import PIL.Image
-import torch
 from torch import Tensor
 
 from vdiff.data.images import (
@@ -15,9 +13,7 @@ from vdiff.data.images import (
     captioned_grid,
     cell_scale,
     full_columns,
-    grid_picture,
     in_rows,
-    labelled_grid,
     make_grid,
     own_mark,
     save_png,
@@ -37,27 +33,6 @@ def path_picture(images: Tensor, title: str) -> PIL.Image.Image:
     rows = -(-len(images) // MAX_COLUMNS)
     columns = -(-len(images) // rows)
     return captioned_grid(in_rows(images, columns), [""] * columns, title=title)
-
-
-def prompt_picture(images: Tensor, prompts: Sequence[str], title: str) -> PIL.Image.Image:
-    """Images (N, C, H, W) that have the prompts in turn, under a title: a row of images for each prompt.
-
-    One prompt is part of the title. Where every image has a prompt of its own and they are many, each has it below.
-    """
-    shown = [wrapped(prompt) for prompt in prompts[: len(images)]]
-    if len(shown) == 1:
-        return grid_picture(images, title=f"{title}\n{shown[0]}")
-    if len(shown) == len(images) > MAX_ROWS:
-        return labelled_grid(images, prompts[: len(images)], full_columns(len(images)), title=title)
-    columns = -(-len(images) // len(shown))
-    blank = torch.ones_like(images[0])
-    rows = [[*images[k :: len(shown)], *[blank] * columns][:columns] for k in range(len(shown))]
-    return captioned_grid(rows, [""] * columns, shown, title=title)
-
-
-def wrapped(prompt: str) -> str:
-    """A prompt in at most 4 lines of 40 letters."""
-    return "\n".join(textwrap.wrap(prompt, 40, max_lines=4, placeholder=" …")) or "(no prompt)"
 
 
 class TrajectoryRecorder:

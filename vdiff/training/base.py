@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vdiff.data.captions import read_prompts
 from vdiff.diffusion.schedules import FlowSchedule, Schedule, build_schedule
 from vdiff.diffusion.weighting import ZERO_SNR_FLOOR
 from vdiff.errors import OptionError, VdiffError, suggestion
@@ -21,7 +22,15 @@ from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE
 from vdiff.training.config import LoopConfig, TrainConfig, resolve
 from vdiff.training.dataset import TENSORS, TrainingData, open_images
-from vdiff.training.finetuning import check_base, check_preset, describe_finetuned, settings_of_base, size_of
+from vdiff.training.finetuning import (
+    check_base,
+    check_preset,
+    cropped,
+    describe_finetuned,
+    settings_of_base,
+    size_of,
+    with_lora,
+)
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer
 
 DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
@@ -66,7 +75,10 @@ def resolve_training(
     if not resume:
         if found:
             layers[base] = settings_of_base(found)
-            preset, reason = preset or ("lora" if chosen.get("lora_rank") else "finetune"), f", fine-tuning {base}"
+            preset, reason = (
+                preset or ("lora" if chosen.get("lora_rank") or chosen.get("lora") else "finetune"),
+                f", fine-tuning {base}",
+            )
         elif not preset:
             from vdiff.distributed import pick_device
 
@@ -79,7 +91,19 @@ def resolve_training(
         layers[str(config_file)] = settings.train
     config = resolve(TrainConfig, {**layers, COMMAND_LINE: flags})
     if found:
+        images = cropped(config, images, chosen)
+        if config.random_crop and not images.crop:
+            if reporter:
+                reporter.line(
+                    f"images of {images.smallest_side} pixels stay whole, as crops of {config.random_crop} do not fit"
+                )
+            config = replace(config, random_crop=0)
         check_base(config, images, found, {**settings.train, **flags})
+        if config.lora and not resume:
+            config = with_lora(config, found, {**settings.train, **flags})
+            if reporter:
+                alpha = config.lora_alpha or 0
+                reporter.line(f"{config.lora}: LoRA of rank {config.lora_rank}, alpha {alpha:g}, {config.lora_targets}")
         config = replace(config, class_conditional=CLASSES in found.signature.names)
     elif config.class_conditional and not images.class_names:
         raise OptionError(f"--class_conditional: {images.name} has no classes", "give --class_conditional False")
@@ -90,11 +114,18 @@ def resolve_training(
         is_constant = config.weighting == "snr_plus_one"
         weight = "constant in v" if is_constant else f"at least {ZERO_SNR_FLOOR} at the last level"
         reporter.line(f"zero terminal SNR; the weight {config.weighting} is {weight}")
+    if reporter and config.optimizer == "prodigy":
+        reporter.line(f"prodigy finds its step itself; the factor --lr is {config.lr:g}")
     if reporter and images.class_names and config.class_conditional is False and "class_conditional" not in chosen:
         unused = f"preset {preset} does not use the {len(images.class_names)} classes"
         reporter.line(f"{unused}; --class_conditional True does")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     check_dropped(config, takes_text=takes_text, takes_classes=conditional)
+    for name in ("sample_prompts", "random_crop", "vae"):
+        if not takes_text and (value := getattr(config, name)):
+            raise OptionError(f"--{name} {value}: the network does not use captions", "leave it out")
+    if config.sample_prompts:
+        read_prompts(Path(config.sample_prompts), "--sample_prompts")
     return replace(
         config,
         preset=preset,

@@ -14,10 +14,12 @@ import torch
 from vdiff.diffusion.prediction import PREDICTION_TYPES, from_x
 from vdiff.diffusion.schedules import FlowSchedule
 from vdiff.distributed import memory_errors_named
-from vdiff.errors import Interrupted, VdiffError
+from vdiff.errors import Interrupted, VdiffError, explained
 from vdiff.models.adapters import add_adapter
-from vdiff.models.checkpoint import CheckpointConfig, load_base, read_config
+from vdiff.models.checkpoint import CheckpointConfig, load_base, load_stored, read_config
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.lora_files import read_lora
+from vdiff.models.text import TextBackbone
 from vdiff.records import STATE
 from vdiff.replacing import locked
 from vdiff.reporting import Reporter
@@ -32,6 +34,7 @@ from vdiff.training.inputs import Inputs, encoded_of, inputs_of
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective, StudentState
 from vdiff.training.presets import recorded_layer, write_run
+from vdiff.training.run_log import sample_prompts
 from vdiff.training.step import Task, TrainStep
 
 CLEAR_SIGNAL = 0.1
@@ -99,13 +102,19 @@ def training(
         engine.wait()
         torch.manual_seed(config.seed)
         encoded = encoded_of(images, description, reporter)
-        inputs = inputs_of(description, engine.device, encoded)
+        if encoded is not None and config.vae:
+            raise VdiffError(f"{encoded.folder} has latents of the base's autoencoder", "remove it, or leave --vae out")
+        inputs = inputs_of(description, engine.device, encoded, config.vae)
+        lora = "" if resume else config.lora  # a resumed run has its state
+        learns = config.train_text_encoder
+        started = begin(description, train_text_encoder=learns, lora=lora) if model is None else model[0]
         run = Run(
-            **vars(base_task(config, begin(description) if model is None else model[0], inputs)),
+            **vars(base_task(config, started, inputs)),
             batches=replace(images, encoded=encoded).batches(config, engine, reporter),
             description=description,
             folder=folder,
             on_resumed=partial(write_run, folder, config) if resume else None,
+            prompts=sample_prompts(config, images, inputs, reporter),
         )
         reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         on_start(step := TrainStep(run, engine))
@@ -114,8 +123,12 @@ def training(
         yield from metrics_of(run, step, reporter)
 
 
-def begin(description: CheckpointConfig) -> Denoiser:
+def begin(description: CheckpointConfig, *, train_text_encoder: bool = False, lora: str = "") -> Denoiser:
     """The denoiser before its training, with random weights or those of its base; trained weights require a gradient.
+
+    Args:
+        train_text_encoder: whether all weights of text encoders learn, too, if all weights learn.
+        lora: a LoRA to begin with.
 
     Raises:
         VdiffError: the base cannot be used.
@@ -125,8 +138,14 @@ def begin(description: CheckpointConfig) -> Denoiser:
     denoiser = load_base(description)
     if description.adapter is None:
         denoiser.requires_grad_(True)
+        if isinstance(denoiser.network, TextBackbone):
+            denoiser.network.train_text_encoders(train_text_encoder)
     else:
         add_adapter(denoiser.network, description.adapter)
+    if lora:
+        _, tensors = read_lora(Path(lora), read_config(Path(str(description.base["path"]))))
+        with explained(f"{lora} is another LoRA than this run's", "give the one that it began with", ValueError):
+            load_stored(denoiser, description, tensors)
     return denoiser
 
 
@@ -186,4 +205,7 @@ def base_task(config: TrainConfig, denoiser: Denoiser, inputs: Inputs | None = N
         shift = denoiser.schedule.shift if isinstance(denoiser.schedule, FlowSchedule) else 1.0
         levels = (config.noise_mean + math.log(shift), config.noise_std)
     objective = DenoisingObjective(denoiser.schedule, levels)
-    return Task(denoiser, objective, config, class_dropout=config.class_dropout, inputs=inputs or Inputs())
+    return Task(
+        denoiser, objective, config, class_dropout=config.class_dropout, inputs=inputs or Inputs(),
+        offset_noise=config.offset_noise, input_perturbation=config.input_perturbation,
+    )  # fmt: skip

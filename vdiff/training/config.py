@@ -41,6 +41,11 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TIMES = ("uniform", "importance")
+ADAMW = "adamw"
+FLOATS_PER_WEIGHT = {ADAMW: 2.0, "adamw8bit": 0.5, "adafactor": 0.0, "prodigy": 4.0}
+"""Name of an optimiser → the size of its state in numbers of 32 bits for each weight."""
+UNCHOSEN = ("preset ", "usual settings")
+"""The beginnings of the names of layers of settings that nobody wrote for this run."""
 EVALUATIONS = 3
 """The cost of an update per image, in network evaluations: the backward pass costs as much as two."""
 EDM_NOISE_SCALE = 250.0
@@ -74,14 +79,19 @@ class LoopConfig:
         "Compute each process's share of a batch in this many parts, in sequence, to save memory.",
         group=OPTIMISATION, default=1, low=1, unit="PARTS",
     )  # fmt: skip
-    lr: float = setting("Learning rate of AdamW.", group=OPTIMISATION, low=0, open_low=True)
+    optimizer: str = setting(
+        "AdamW; AdamW with moments of 8 bits (needs bitsandbytes); Adafactor, whose state is small (transformers); or "
+        "Prodigy, which finds its step itself: --lr is a factor, by default 1 (prodigyopt).",
+        group=OPTIMISATION, default=ADAMW, choices=FLOATS_PER_WEIGHT,
+    )  # fmt: skip
+    lr: float = setting("Learning rate.", group=OPTIMISATION, low=0, open_low=True)
     lr_schedule: str = setting(
         "Linear and cosine fall to 0 at the last update.", group=OPTIMISATION, default="constant", choices=LR_SCHEDULES
     )
     warmup_iters: int = setting(
         "Updates over which the learning rate rises from 0.", group=OPTIMISATION, default=0, low=0, unit="UPDATES"
     )
-    weight_decay: float = setting("Weight decay of AdamW.", group=OPTIMISATION, default=0.0, low=0)
+    weight_decay: float = setting("Decoupled weight decay.", group=OPTIMISATION, default=0.0, low=0)
     clip_norm: float = setting(
         "Clip the norm of the gradient to this.", group=OPTIMISATION, default=1.0, low=0, open_low=True
     )
@@ -213,8 +223,12 @@ class LoopConfig:
     def __post_init__(self) -> None:
         self.further_decays()
         of_lora = {"alpha": self.lora_alpha, "dropout": self.lora_dropout, "targets": self.lora_targets != ATTENTION}
-        if not self.lora_rank and (useless := [name for name, value in of_lora.items() if value]):
+        starts_from_lora = bool(vars(self).get("lora"))
+        useless = [] if self.lora_rank or starts_from_lora else [name for name, value in of_lora.items() if value]
+        if useless:
             raise OptionError(f"--lora_{useless[0]}: all weights are to learn", "give --lora_rank, or leave it out")
+        if self.fsdp and self.optimizer != ADAMW:
+            raise OptionError(f"--fsdp shards the moments of {ADAMW} alone", "leave --optimizer or --fsdp out")
 
     @property
     def captions(self) -> CaptionSettings:
@@ -263,6 +277,18 @@ class TrainConfig(LoopConfig):
         "Fine-tune this checkpoint instead of training a new network.",
         group=MODEL, default="", unit="FOLDER", shown="none", free=True,
     )  # fmt: skip
+    lora: str = setting(
+        "Start from this LoRA of the base, with its rank, alpha and layers: a .safetensors file of diffusers or kohya, "
+        "a folder of peft, or a checkpoint.",
+        group=MODEL, default="", unit="FILE", shown="none", free=True,
+    )  # fmt: skip
+    train_text_encoder: bool = setting(
+        "Train the text encoders too: with a LoRA, the projections of their attention; else all their weights.",
+        group=MODEL, default=False,
+    )  # fmt: skip
+    text_encoder_lr: float | None = setting(
+        "Learning rate of the text encoders.", group=OPTIMISATION, default=None, low=0, open_low=True, shown="--lr"
+    )
     parameterisation: str = setting(
         "How the network sees noisy images and what it puts out: variance preserving with --prediction, EDM, or "
         "rectified flow. The last two bring a schedule, noise levels and a weighting of their own.",
@@ -307,6 +333,26 @@ class TrainConfig(LoopConfig):
         default=None,
         shown="if the data have classes, but not with the presets digits, cifar10, lsun128, celebahq256",
     )
+    random_crop: int = setting(
+        "Train a text-to-image model on random squares of the images; 0 = on whole images.",
+        group=DATA, default=0, low=0, high=2**13, unit="PIXELS",
+    )  # fmt: skip
+    vae: str = setting(
+        "Another autoencoder of the base: a pipeline, or its folder vae.",
+        group=MODEL, default="", unit="FOLDER", shown="the base's own",
+    )  # fmt: skip
+    offset_noise: float = setting(
+        "Add this much noise to each channel as a whole, so that it learns dark and bright images; 0.1 is usual.",
+        group=OPTIMISATION, default=0.0, low=0, high=10,
+    )  # fmt: skip
+    input_perturbation: float = setting(
+        "Add this much noise to what the network sees and not to what it is to predict; 0.1 is usual.",
+        group=OPTIMISATION, default=0.0, low=0, high=10,
+    )  # fmt: skip
+    sample_prompts: str = setting(
+        "Prompts of the samples in training, one a line; the samples have as many images.",
+        group=RECORDS, default="", unit="FILE", shown="captions of the dataset", free=True,
+    )  # fmt: skip
     unet: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -318,8 +364,18 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora_rank and not self.base:
-            raise OptionError("--lora_rank: a LoRA needs a model", "give it with --base CHECKPOINT")
+        if (self.lora_rank or self.lora) and not self.base:
+            flag = "--lora" if self.lora else "--lora_rank"
+            raise OptionError(f"{flag}: a LoRA needs a model", "give it with --base CHECKPOINT")
+        if self.text_encoder_lr and not self.train_text_encoder:
+            raise OptionError("--text_encoder_lr: the text encoders do not learn", "give --train_text_encoder")
+        if self.text_encoder_lr and self.optimizer == "prodigy":
+            raise OptionError("--text_encoder_lr: prodigy has one step for all weights", "leave it out")
+        if self.train_text_encoder and not self.base:
+            raise OptionError("--train_text_encoder: a new network has none", "give it with --base CHECKPOINT")
+        if self.input_perturbation and (self.parameterisation != Vp.name or self.prediction == "both"):
+            what = self.parameterisation if self.parameterisation != Vp.name else "both"
+            raise OptionError(f"--input_perturbation is for predictions of v, x or eps, not {what}", "leave it out")
         for name, usual, only in FAMILY_SETTINGS:
             if getattr(self, name) != usual and getattr(self, only[0]) != only[1]:
                 raise OptionError(f"--{name} is only for --{only[0]} {only[1]}", "leave it out")
@@ -526,6 +582,7 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
     """
     known = settings_of(kind)
     merged: dict[str, Any] = {}
+    is_chosen = False
     for origin, values in layers.items():
         for key, stronger in (("ema", ("ema_images", "ema_remainder")), ("ema_images", ("ema_remainder",))):
             if key in values:  # a later layer overrides the stronger settings of earlier ones
@@ -534,8 +591,12 @@ def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Conf
         if "parameterisation" in checked:  # brings settings that suit it, over those of a preset
             family = PARAMETERISATIONS[checked["parameterisation"]]
             merged = {key: value for key, value in merged.items() if key != "prediction"} | dict(family.training)
+        if "lr" in checked:
+            is_chosen = not origin.startswith(UNCHOSEN)
         for key, value in checked.items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    if merged.get("optimizer") == "prodigy" and not is_chosen:
+        merged["lr"] = 1.0
     if "weighting" not in merged:
         if merged.get("prediction") == "eps":
             merged["weighting"] = "snr"

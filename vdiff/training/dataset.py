@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vdiff.data.buckets import BETWEEN_SIDES
 from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore, open_at_size
 from vdiff.models.checkpoint import CheckpointConfig
@@ -31,7 +32,8 @@ class TrainingData:
     """The images of a run, or samples of another `shape` (empty: square images).
 
     Without a `store`, images are only assumed, to estimate the cost of a preset, or the method needs none
-    (`none_needed`), but perhaps `prompts`. Batches have what is `encoded` of the images instead of pixels.
+    (`none_needed`), but perhaps `prompts`. Batches have what is `encoded` of the images instead of pixels, and random
+    squares of `crop` pixels a side (0: whole images).
     """
 
     image_size: int
@@ -43,6 +45,7 @@ class TrainingData:
     encoded: EncodedStore | None = None
     prompts: tuple[str, ...] = ()
     latents: tuple[int, ...] = ()
+    crop: int = 0
 
     def __post_init__(self) -> None:
         if not self.shape:
@@ -54,6 +57,13 @@ class TrainingData:
         if self.store is None:
             return "no images" if self.none_needed else "assumed"
         return self.store.path if isinstance(self.store.path, str) else self.store.path.as_posix()
+
+    @property
+    def smallest_side(self) -> int:
+        """The smallest height or width of its images."""
+        shapes = self.store.meta.counts.get("buckets", {}) if self.store else {}
+        sides = [int(side) for name in shapes for side in name.split(BETWEEN_SIDES)]
+        return min(sides, default=self.image_size)
 
     @property
     def num_images(self) -> int:
@@ -91,6 +101,7 @@ class TrainingData:
             world_size=engine.world_size,
             pin_memory=engine.device.type == "cuda",
             captions=config.captions,
+            crop=self.crop,
             reporter=reporter,
         )
 

@@ -19,6 +19,7 @@ from vdiff.distributed import Processes, leave_at_exit, pick_device
 from vdiff.errors import OptionError
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.config import LoopConfig
+from vdiff.training.optimisation import check_optimizer
 from vdiff.training.weights import is_sharded
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -113,8 +114,9 @@ def build_engine(config: LoopConfig) -> Engine:
     """The engine for `device`, `precision` and `compile`, in one process or under a launcher.
 
     Raises:
-        OptionError: device or precision is not available, or the batch or the weights cannot be shared.
+        OptionError: device, precision or optimiser is not available, or the batch or the weights cannot be shared.
     """
+    check_optimizer(config)
     picked = pick_device(config.device).type
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -32,7 +32,7 @@ from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import images_at_once
 from vdiff.text import duration
 from vdiff.training.averages import profiles_of
-from vdiff.training.config import Config, LoopConfig
+from vdiff.training.config import FLOATS_PER_WEIGHT, Config, LoopConfig
 from vdiff.training.engine import Engine
 from vdiff.training.inputs import Inputs
 from vdiff.training.objectives import StudentState, TrainBatch
@@ -182,7 +182,7 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         weights=(num_bytes(kept) - fixed) // shared,
         frozen=fixed // shared,
         gradients=gradients // shared,
-        moments=2 * gradients // shared,
+        moments=int(FLOATS_PER_WEIGHT[config.optimizer] * learning + 2 * (gradients - learning)) // shared,
         averages=averages * learning // shared,
         activations=max(0, live.peak - gradients, drawing.peak),
         images=min(num_images * math.prod(shape), cache_limit()) if is_host else 0,

@@ -95,7 +95,9 @@ def check_base(config: TrainConfig, images: TrainingData, found: CheckpointConfi
         )
     if config.zero_snr and not isinstance(build_schedule(found.schedule), TableSchedule):
         raise OptionError(f"--zero_snr: the {was['schedule']} schedule of {base} has no betas", "leave it out")
-    sample_shape_of(found, images)
+    if config.train_text_encoder and TOKENS not in takes.names:
+        raise OptionError(f"--train_text_encoder: {base} has no text encoder", "leave it out")
+    sample_shape_of(found, images, config.vae)
     if TOKENS in takes.names:
         check_captioned(images, base)
     if takes.num_classes and len(images.class_names) != takes.num_classes:
@@ -117,13 +119,36 @@ def check_captioned(images: TrainingData, base: str) -> None:
         )
 
 
+def cropped(config: TrainConfig, images: TrainingData, chosen: Mapping[str, Any]) -> TrainingData:
+    """The images of a run with its random crops; images that are too small for the crops of a preset stay whole.
+
+    Args:
+        chosen: the settings that a file or a flag gave.
+
+    Raises:
+        OptionError: images are too small for the crops that were asked for.
+    """
+    side = config.random_crop
+    if side <= images.smallest_side:
+        return replace(images, crop=side, shape=(images.channels, side, side)) if side else images
+    if chosen.get("random_crop"):
+        raise OptionError(
+            f"--random_crop {side}: {images.name} has images of {images.smallest_side} pixels",
+            f"give at most {images.smallest_side}, or prepare larger images",
+        )
+    return images
+
+
 def size_of(found: CheckpointConfig) -> int | None:
     """Pixels of a side of the images of a base; None: they are not square, or latents, which have no fixed size."""
     return None if found.codec == LATENTS.name else found.image_size or None
 
 
-def sample_shape_of(found: CheckpointConfig, images: TrainingData) -> tuple[int, ...]:
+def sample_shape_of(found: CheckpointConfig, images: TrainingData, vae: str = "") -> tuple[int, ...]:
     """(C, H, W) of x: that of the images, or of their latents.
+
+    Args:
+        vae: the folder of another autoencoder than that of the base.
 
     Raises:
         OptionError: the network of the base does not take such samples.
@@ -133,10 +158,10 @@ def sample_shape_of(found: CheckpointConfig, images: TrainingData) -> tuple[int,
     if found.codec == LATENTS.name:
         from vdiff.models.autoencoder import picture_shape
 
-        folder = Path(str((found.components or {}).get("path")))
+        folder = Path(vae or str((found.components or {}).get("path")))
         channels, height, _ = picture_shape((found.shape[0], 1, 1), folder)
         pixels = height * found.signature.size_multiple
-        step = images.store.meta.buckets[:1] if images.store else ()  # of the sides of all buckets
+        step = images.store.meta.buckets[:1] if images.store and not images.crop else ()  # of all buckets' sides
         if shape[0] == channels and not any(size % pixels for size in (*shape[1:], *step)):
             return (found.shape[0], *(size // height for size in shape[1:]))
         raise OptionError(
@@ -157,12 +182,16 @@ def describe_finetuned(config: TrainConfig, images: TrainingData) -> CheckpointC
         VdiffError: the base cannot be read.
     """
     found = read_config(Path(config.base))
+    if found.has_own_text_encoders or (config.train_text_encoder and not config.lora_rank):
+        found = found.with_own_text_encoders()
     unet = {**found.unet, "dropout": config.dropout} if found.kind == UNET else found.unet
     rescaled = {"zero_snr": True} if config.zero_snr else {}
     return replace(
         found,
         unet=unet,
-        sample_shape=list(sample_shape_of(found, images)) if found.codec == LATENTS.name else found.sample_shape,
+        sample_shape=list(sample_shape_of(found, images, config.vae))
+        if found.codec == LATENTS.name
+        else found.sample_shape,
         schedule=build_schedule({**found.schedule, **rescaled}).to_dict(),
         prediction=found.prediction if found.parameterisation else config.prediction,
         num_timesteps=config.num_timesteps,
@@ -186,6 +215,33 @@ def with_fingerprint(description: CheckpointConfig) -> CheckpointConfig:
     return replace(description, base={"path": path, "fingerprint": weights_fingerprint(Path(path))})
 
 
+def with_lora(config: TrainConfig, found: CheckpointConfig, chosen: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run that starts from a LoRA, which has its own rank, alpha and layers.
+
+    Args:
+        found: the description of the base.
+        chosen: the settings that a file or a flag gave.
+
+    Raises:
+        OptionError: one of those is another one.
+        VdiffError: the LoRA cannot be read, or is one of another base.
+    """
+    from vdiff.models.lora_files import read_lora
+
+    settings, _ = read_lora(Path(config.lora), found)
+    given: dict[str, Any] = {
+        "lora_rank": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_targets": ",".join(settings.targets),
+    }
+    for name, value in given.items():
+        if chosen.get(name) not in (None, value):
+            raise OptionError(f"--{name} {chosen[name]}: {config.lora} has {value}", "leave it out")
+    if config.train_text_encoder and not settings.changes_text_encoders:
+        raise OptionError(f"--train_text_encoder: {config.lora} has no LoRA of text encoders", "leave it out")
+    return replace(config, **given, train_text_encoder=settings.text_encoder)
+
+
 def adapter_of(config: LoopConfig) -> AdapterSettings | None:
     """The LoRA that the settings ask for; None: all weights learn."""
     if not config.lora_rank:
@@ -195,4 +251,5 @@ def adapter_of(config: LoopConfig) -> AdapterSettings | None:
         config.lora_alpha or float(config.lora_rank),
         config.lora_dropout,
         tuple(word.strip() for word in config.lora_targets.split(",")),
+        isinstance(config, TrainConfig) and config.train_text_encoder,
     )

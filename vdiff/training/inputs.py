@@ -20,10 +20,9 @@ from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 from vdiff.models.autoencoder import Autoencoder
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.codec import LATENTS, PIXEL_CODEC
-from vdiff.models.components import check_components
+from vdiff.models.codec import PIXEL_CODEC
 from vdiff.models.condition import TIME_IDS, TOKENS, Condition, Signature
-from vdiff.models.tokenizing import Tokenizers
+from vdiff.models.prompting import Prompting
 from vdiff.reporting import Reporter
 from vdiff.training.random_numbers import POSTERIOR, UpdateRandom
 
@@ -54,18 +53,17 @@ class TextInputs(Inputs):
         empty: the embeddings of the empty caption, if there are embeddings.
     """
 
-    tokenizers: Tokenizers
-    autoencoder: Autoencoder | None
+    prompting: Prompting
     empty: Mapping[str, Tensor] = field(default_factory=dict)
 
     def x(self, batch: Batch, device: torch.device, random: UpdateRandom) -> Tensor:
         """Latents mean + std · noise, the noise from (seed, update, image)."""
         if batch.latents is not None:
             mean, std = (values.to(device, non_blocking=True) for values in batch.latents)
-        elif self.autoencoder is None:
+        elif self.prompting.autoencoder is None:
             return super().x(batch, device, random)
         else:
-            mean, std = self.autoencoder.encode(batch.images.to(device, non_blocking=True))
+            mean, std = self.prompting.autoencoder.encode(batch.images.to(device, non_blocking=True))
         return Autoencoder.sample(mean, std, random.normal(mean.shape[1:], POSTERIOR))
 
     def condition(self, batch: Batch, takes: Signature) -> Condition:
@@ -77,7 +75,7 @@ class TextInputs(Inputs):
         if batch.embeddings is not None:
             condition = takes.condition(**batch.embeddings, **{TIME_IDS: sizes})
             return replace(condition, null={**condition.null, **self.empty})
-        tokens = self.tokenizers.tokens(batch.captions or [""] * count)
+        tokens = self.prompting.tokenizers.tokens(batch.captions or [""] * count)
         return takes.condition(**{TOKENS: tokens, TIME_IDS: sizes})
 
 
@@ -93,6 +91,11 @@ def encoded_of(images: TrainingData, description: CheckpointConfig, reporter: Re
     folder = encoded_folder(store)
     if not folder.exists():
         return None
+    if description.has_own_text_encoders:
+        raise VdiffError(
+            f"{folder} has text embeddings, and the text encoders of this model learn or have learned",
+            "remove the folder, or leave --train_text_encoder out",
+        )
     encoded = EncodedStore(store)
     if encoded.key.components != (description.components or {}).get("fingerprint"):
         raise VdiffError(
@@ -103,18 +106,19 @@ def encoded_of(images: TrainingData, description: CheckpointConfig, reporter: Re
     return encoded
 
 
-def inputs_of(description: CheckpointConfig, device: torch.device, encoded: EncodedStore | None = None) -> Inputs:
+def inputs_of(
+    description: CheckpointConfig, device: torch.device, encoded: EncodedStore | None = None, vae: str = ""
+) -> Inputs:
     """The object that turns batches into the inputs of a checkpoint's network.
 
     Args:
-        encoded: the source of latents and embeddings of batches; then no autoencoder is needed.
+        encoded: the source of latents and embeddings of batches.
+        vae: the folder of another autoencoder than the model's own.
 
     Raises:
         VdiffError: tokenizers or autoencoder are missing, or are not those of the model.
     """
     if TOKENS not in description.signature.names:
         return Inputs()
-    folder = Path(check_components(description.components)["path"])
-    autoencoder = Autoencoder.read(folder, device) if description.codec == LATENTS.name and encoded is None else None
     empty = {} if encoded is None else {name: rows[0] for name, rows in encoded.embeddings([""]).items()}
-    return TextInputs(Tokenizers.read(folder), autoencoder, empty)
+    return TextInputs(Prompting.read(description, device, vae=Path(vae) if vae else None), empty)

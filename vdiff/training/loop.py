@@ -25,7 +25,7 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import REMEDIES, Engine
 from vdiff.training.meter import Meter, Position
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
-from vdiff.training.run_log import RunLog, preview, preview_size
+from vdiff.training.run_log import RunLog, SamplePrompts, preview, preview_size
 from vdiff.training.state import load_state, remove_state, save_state
 from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole
@@ -45,12 +45,14 @@ class Run(Task):
     Attributes:
         description: the checkpoint's description; the loop fills in the progress.
         on_resumed: called by the main process after an earlier state was read; before, nothing in the folder changes.
+        prompts: of the samples of a text-to-image model; None: of any other model.
     """
 
     batches: Batches
     description: CheckpointConfig
     folder: Path
     on_resumed: Callable[[], None] | None = None
+    prompts: SamplePrompts | None = None
 
 
 def do_updates(step: OptimizerStep, batches: Iterator[Batch], meter: Meter) -> Iterator[int]:
@@ -132,12 +134,14 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
     def draw_preview(done: int, on_step: Callable[[int], None]) -> None:
         if engine.is_main or config.fsdp:  # sharded weights are gathered by all processes
             title = f"{folder.name} · update {done:,} of {config.num_iters:,}"
-            size = {"num": num_samples, "steps": num_steps}
-            drawn = preview(averages.model, run.description, **size, seed=config.seed, title=title, on_step=on_step)
+            drawn = preview(
+                averages.model, run.description, run.prompts,
+                num=num_samples, steps=num_steps, seed=config.seed, title=title, on_step=on_step,
+            )  # fmt: skip
             log.picture(drawn, done)
 
-    num_samples, num_steps, is_small = preview_size(config, run.description)
-    shows = run.description.space.are_pictures(run.description.shape)
+    num_samples, num_steps, is_small = preview_size(config, run.description, run.prompts)
+    shows = run.prompts is not None or run.description.space.are_pictures(run.description.shape)
     began, is_first = time.monotonic(), shows and not any((folder / SAMPLES_FOLDER).glob("*.png"))
     early = 0 if run.description.is_distilled else config.num_iters // EARLY_PART
     if start.step:

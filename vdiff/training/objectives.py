@@ -29,17 +29,19 @@ from vdiff.models.denoiser import NOTHING, Denoiser
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """The inputs of an update: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), and the
-    condition of the trained network."""
+    """The inputs of an update: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), the condition of
+    the trained network, and noise that it sees and the loss does not (None: no such noise)."""
 
     images: Tensor
     noise: Tensor
     u: Tensor
     condition: Condition = NOTHING
+    perturbation: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> TrainBatch:
         """Some of the rows."""
-        return TrainBatch(self.images[rows], self.noise[rows], self.u[rows], self.condition[rows])
+        more = None if self.perturbation is None else self.perturbation[rows]
+        return TrainBatch(self.images[rows], self.noise[rows], self.u[rows], self.condition[rows], more)
 
 
 @dataclass(frozen=True)

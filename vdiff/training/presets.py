@@ -28,7 +28,7 @@ CHANNELS = {"small": (32, 5e-4), "base": (64, 3e-4), "large": (128, 2e-4)}
 """Networks for ordinary machines, of about 2, 9 and 35 million parameters: channels, and the learning rate."""
 IMAGE_SIZES = (32, 64, 128, 256)
 FITTED = {f"{network}{size}": (network, size) for network in CHANNELS for size in IMAGE_SIZES}
-FINE_TUNING = ("finetune", "lora", "sd15_lora_v", "sd21_v_full", "sdxl_lora_v")
+FINE_TUNING = ("finetune", "lora", "sd15_lora_v", "sd21_v_full", "sdxl_lora_v", "tiny_text")
 """Presets of fine-tuning: all weights, or a LoRA."""
 DISTILLING = ("text", "text_lora", "lcm_lora")
 """Presets of distill.py alone, for text-to-image models."""

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
 
-from vdiff.data.images import grid_picture, num_shown, save_png
-from vdiff.diffusion.multistep import Dpmpp2m
-from vdiff.diffusion.samplers import Ddim
+from vdiff.data.captions import read_prompts
+from vdiff.data.datasets import some_captions
+from vdiff.data.images import grid_picture, num_shown, prompt_picture, save_png
+from vdiff.diffusion.noise import ImageNoise
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.denoiser import Denoiser
+from vdiff.models.checks import build_sampler, default_guidance, without_limits
+from vdiff.models.denoiser import Denoiser, device_of
+from vdiff.models.drawing import draw, draw_from
+from vdiff.models.prompting import Prompting
 from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.reporting import Reporter
 from vdiff.text import cause_of, plural
-from vdiff.training.config import EVALUATIONS, LoopConfig
+from vdiff.training.config import EVALUATIONS, LoopConfig, TrainConfig
+from vdiff.training.dataset import TrainingData
+from vdiff.training.inputs import Inputs, TextInputs
 
 MAX_PREVIEW_STEPS = 32
 FEWEST_SAMPLES, FEWEST_STEPS = 4, 8
 PICTURE_SHARE = 10
+CAPTIONS_SHOWN, PROMPTS_AT_ONCE = 8, 4
 
 
 class RunLog:
@@ -94,9 +103,37 @@ def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
     return tracking.MLflowTracker("vdiff", run_name=name)
 
 
+@dataclass(frozen=True)
+class SamplePrompts:
+    """The prompts of a text-to-image model's samples: those of a file, or captions of the dataset."""
+
+    prompting: Prompting
+    texts: list[str]
+
+
+def sample_prompts(
+    config: TrainConfig, images: TrainingData, inputs: Inputs, reporter: Reporter
+) -> SamplePrompts | None:
+    """The prompts of a run's samples; a line for each that is too long. None: the network takes no prompts.
+
+    Raises:
+        OptionError: the file of --sample_prompts cannot be read or has no prompt.
+    """
+    if not isinstance(inputs, TextInputs):
+        return None
+    if config.sample_prompts:
+        texts = read_prompts(Path(config.sample_prompts), "--sample_prompts")
+    else:
+        texts = [text for _, text in some_captions(images.store, CAPTIONS_SHOWN)] if images.store else []
+    for note in inputs.prompting.notes(texts):
+        reporter.line(note)
+    return SamplePrompts(inputs.prompting, texts or [""])
+
+
 def preview(
     denoiser: Denoiser,
     description: CheckpointConfig,
+    prompts: SamplePrompts | None = None,
     *,
     num: int,
     steps: int,
@@ -107,37 +144,55 @@ def preview(
     """A grid of samples, always from the same noise: DDIM for a few-step student, else DPM-Solver++ (2M).
 
     Args:
+        prompts: of a text-to-image model, whose samples have its usual guidance.
         num, steps: the samples, and the network evaluations for each of them; see `preview_size`.
         title: the beginning of the picture's title, before steps and seed.
         on_step: called after each step with the number of finished steps.
     """
-    from vdiff.models.drawing import draw
-
     names = description.class_names
-    images = draw(
-        denoiser,
-        Ddim() if _is_few_step_student(description) else Dpmpp2m(),
-        indices=range(num),
-        image_size=description.shape[1:],
-        num_steps=steps,
-        seed=seed,
-        on_step=on_step,
-    )
-    shown = [names[k % len(names)] for k in range(num)] if names else []
-    return grid_picture(images, shown, len(names), title=f"{title} · {plural(steps, 'step')} · seed {seed}")
+    name = "ddim" if _is_few_step_student(description) else "dpmpp_2m"
+    sampler = build_sampler(name, without_limits(description, name, {}))  # latents are not clipped
+    title = f"{title} · {plural(steps, 'step')} · seed {seed}"
+    if prompts is None:
+        size = description.shape[1:]
+        images = draw(
+            denoiser, sampler, indices=range(num), image_size=size, num_steps=steps, seed=seed, on_step=on_step
+        )
+        shown = [names[k % len(names)] for k in range(num)] if names else []
+        return grid_picture(images, shown, len(names), title=title)
+    texts, prompting, takes = prompts.texts[:num], prompts.prompting, denoiser.network.signature.names
+    guidance, pictures = default_guidance(description), []
+    for first in range(0, len(texts), PROMPTS_AT_ONCE):
+        some = texts[first : first + PROMPTS_AT_ONCE]
+        indices, device = range(first, first + len(some)), device_of(denoiser)
+        noise = ImageNoise(seed=seed, indices=indices, shape=description.shape, device=device)
+        latents = draw_from(
+            denoiser, sampler, noise=noise, num_steps=steps, condition=prompting.condition(takes, some),
+            guidance=guidance, on_step=on_step,
+        )  # fmt: skip
+        pictures.append(prompting.decode(latents, check=False))
+    title += f" · guidance {guidance:g}" if guidance else ""
+    return prompt_picture(torch.cat(pictures), texts, title)
 
 
-def preview_size(config: LoopConfig, description: CheckpointConfig) -> tuple[int, int, bool]:
+def preview_size(
+    config: LoopConfig, description: CheckpointConfig, prompts: SamplePrompts | None = None
+) -> tuple[int, int, bool]:
     """The samples of a grid and the steps of each; and whether a short run made them fewer than usual.
 
     All grids of a run take at most 1/`PICTURE_SHARE` of its network evaluations, down to `FEWEST_SAMPLES` and
-    `FEWEST_STEPS`. A few-step student uses its own steps, every other model `preview_steps`.
+    `FEWEST_STEPS`. A few-step student uses its own steps, every other model `preview_steps`. Prompts of a file all get
+    a sample.
     """
     num = usual = num_shown(64 if description.image_size <= 32 else 16, len(description.class_names))
     steps = usual_steps = preview_steps(description)
     pictures = config.num_iters // config.sample_interval + 2  # the first one and the last one, too
     budget = config.num_iters * config.batch_size * EVALUATIONS / PICTURE_SHARE / pictures
-    while num * steps > budget and num > FEWEST_SAMPLES:
+    if prompts is not None:
+        num = usual = len(prompts.texts)
+        budget /= 2 if default_guidance(description) else 1
+    is_fixed = bool(getattr(config, "sample_prompts", ""))
+    while num * steps > budget and num > FEWEST_SAMPLES and not is_fixed:
         num = max(FEWEST_SAMPLES, num // 2)
     while num * steps > budget and steps > FEWEST_STEPS and not _is_few_step_student(description):
         steps = preview_steps(description, max(FEWEST_STEPS, steps // 2))

@@ -1,4 +1,4 @@
-"""The state of a run for resuming: weights, averages, the optimiser's moments and the update, in one safetensors file.
+"""The state of a run for resuming: weights, averages, the optimiser's state and the update, in one safetensors file.
 
 All randomness of update n is a function of seed and n (`step.py`, `data/batches.py`), so no generator is stored.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from vdiff.errors import VdiffError
@@ -18,10 +17,10 @@ from vdiff.records import STATE
 from vdiff.text import cause_of
 from vdiff.training.averages import Exponential
 from vdiff.training.meter import Position
+from vdiff.training.optimisation import load_optimizer_state, optimizer_state
 from vdiff.training.step import TrainStep
-from vdiff.training.weights import frozen, like, load_without, state_without, trainable, whole
+from vdiff.training.weights import frozen, load_without, state_without, trainable, whole
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STATISTICS, METHOD = "statistics", "method"
 AVERAGING = {"averaging": "bias-corrected"}  # states without this mark have averages with a warm-up
 RANDOM = {"random": "philox"}  # runs without this mark draw noise and times for the whole batch
@@ -41,16 +40,13 @@ def save_state(folder: Path, position: Position, step: TrainStep, *, write: bool
     tensors = {f"raw.{name}": tensor for name, tensor in whole(raw).items()}
     for average, values in step.averages.named().items():
         tensors |= {f"{average}.{name}": tensor for name, tensor in whole(values).items()}
-    learning = trainable(step.denoiser)
-    for moment in MOMENTS:
-        values = {f"{moment}.{name}": step.optimizer.state[weight][moment] for name, weight in learning.items()}
-        tensors |= whole(values)
+    # bad updates count as updates of the run, but not of the optimiser
+    moments, numbers = optimizer_state(step.optimizer, trainable(step.denoiser))
+    tensors |= moments
     tensors |= {f"{STATISTICS}.{name}": tensor for name, tensor in _statistics(step).items()}
     if step.networks is not None:
         tensors |= {f"{METHOD}.{name}": tensor for name, tensor in step.networks.state().items()}
-    # bad updates count as updates of the run, but not of the optimiser
-    steps = [float(step.optimizer.state[parameter]["step"]) for parameter in learning.values()]
-    metadata = {"step": str(position.step), "seconds": repr(position.seconds), "optimizer_step": repr(steps[0])}
+    metadata = {"step": str(position.step), "seconds": repr(position.seconds), **numbers}
     metadata |= AVERAGING if step.draws_whole_batch else {**AVERAGING, **RANDOM}
     if (scaler := step.engine.accelerator.scaler) is not None:
         metadata["scaler"] = json.dumps(scaler.state_dict())
@@ -67,7 +63,7 @@ def load_state(folder: Path, step: TrainStep) -> Position:
     Raises:
         VdiffError: the file is damaged or of another model, or its exponential averages have a warm-up.
     """
-    path, denoiser, averages, optimizer = state_path(folder), step.denoiser, step.averages, step.optimizer
+    path, denoiser, averages = state_path(folder), step.denoiser, step.averages
     if not path.exists():
         return Position()
     metadata, tensors = read_metadata(path), read_tensors(path)
@@ -87,19 +83,13 @@ def load_state(folder: Path, step: TrainStep) -> Position:
                 tensor.copy_(saved)
         if step.networks is not None:
             step.networks.load(_part(tensors, f"{METHOD}."))
-        updates = torch.tensor(float(metadata["optimizer_step"]))
         if (scaler := step.engine.accelerator.scaler) is not None:
             scaler.load_state_dict(json.loads(metadata["scaler"]))
-        moments = [
-            {moment: like(tensors[f"{moment}.{name}"], parameter) for moment in MOMENTS}
-            for name, parameter in trainable(denoiser).items()
-        ]
+        load_optimizer_state(step.optimizer, trainable(denoiser), tensors, metadata)
     except (KeyError, ValueError, RuntimeError) as error:
         cause = f"{path} does not belong to this run ({cause_of(error, 120)})"
         raise VdiffError(cause, "start again with another --out, or with --overwrite") from None
     step.draws_whole_batch = not RANDOM.items() <= metadata.items()
-    state = {i: {"step": updates.clone(), **values} for i, values in enumerate(moments)} if position.step else {}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return position
 
 

@@ -14,9 +14,11 @@ from torch import nn
 
 from vdiff.data.batches import Batch
 from vdiff.diffusion.distillation import Method, TrainTarget
-from vdiff.diffusion.prediction import Prediction
+from vdiff.diffusion.prediction import PREDICTION_TYPES, Prediction
+from vdiff.diffusion.schedules import coefficient
 from vdiff.diffusion.weighting import LOSSES, weighting_of
 from vdiff.errors import VdiffError
+from vdiff.models.condition import Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.training.averages import Averages, Exponential, profiles_of
 from vdiff.training.config import LoopConfig
@@ -27,7 +29,15 @@ from vdiff.training.meter import StepResult
 from vdiff.training.method_networks import networks_of
 from vdiff.training.objectives import Objective, StudentState, TrainBatch, in_strata, weighted_losses
 from vdiff.training.optimisation import build_optimizer, learning_rate
-from vdiff.training.random_numbers import DROPPED, GUIDANCE, TIMES, UpdateRandom, WholeBatchRandom
+from vdiff.training.random_numbers import (
+    DROPPED,
+    GUIDANCE,
+    OFFSET,
+    PERTURBATION,
+    TIMES,
+    UpdateRandom,
+    WholeBatchRandom,
+)
 from vdiff.training.weights import frozen, shard, trainable
 
 
@@ -44,6 +54,8 @@ class Task:
         inputs: turns batches of the dataset into inputs of the network.
         encodes_first: the condition is encoded once in an update, not in each evaluation of a network; for networks
             whose text encoders do not learn.
+        offset_noise: standard deviation of the noise that is the same in all pixels of a channel.
+        input_perturbation: standard deviation of the noise that the network sees and the loss does not.
         method: of distillation; it may have networks of its own.
     """
 
@@ -58,6 +70,8 @@ class Task:
     method: Method | None = None
     inputs: Inputs = field(default_factory=Inputs)
     encodes_first: bool = False
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
 
 
 class OptimizerStep(ABC):
@@ -73,6 +87,7 @@ class OptimizerStep(ABC):
 
     def __init__(self, config: LoopConfig, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
         self.config, self.engine, self.optimizer = config, engine, optimizer
+        self._rates = [group["lr"] / config.lr for group in optimizer.param_groups]
         self._prepared = engine.accelerator.prepare(optimizer)
 
     @abstractmethod
@@ -82,14 +97,18 @@ class OptimizerStep(ABC):
     @property
     def has_learned(self) -> bool:
         """Whether any update changed the weights, also before the run was resumed."""
-        return any(float(state["step"]) > 0 for state in self.optimizer.state.values())
+        return any(float(state.get("step", 1)) > 0 for state in self.optimizer.state.values())
 
     def descend(self, step: int, is_bad: torch.Tensor) -> None:
         """Change the weights by their gradients, at the learning rate of update `step`."""
-        for group in self._prepared.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+        for group, rate in zip(self._prepared.param_groups, self._rates, strict=True):
+            group["lr"] = rate * learning_rate(self.config, step)
         if self.engine.accelerator.scaler is None:  # which skips bad updates itself
-            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+            if self.optimizer.param_groups[0].get("fused"):
+                self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+            elif bool(is_bad):  # the other optimisers take no flag, so the host waits for the device
+                self._prepared.zero_grad(set_to_none=True)
+                return
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
 
@@ -192,6 +211,12 @@ class TrainStep(OptimizerStep):
         images = self.task.inputs.x(batch, device, own)
         condition = self.task.inputs.condition(batch, takes).to(device)
         noise = random.normal(images.shape[1:])
+        if self.task.offset_noise:
+            flat = (noise.shape[1], *[1] * (noise.ndim - 2))
+            noise = noise + self.task.offset_noise * own.normal(flat, OFFSET)
+        amount, perturbation = self.task.input_perturbation, None
+        if amount:
+            perturbation = amount * own.normal(noise.shape[1:], PERTURBATION)
         u = in_strata(random.uniform(TIMES), rows, size)
         if condition.can_drop:
             condition = condition.drop(random.uniform(DROPPED) < self.task.class_dropout)
@@ -203,7 +228,7 @@ class TrainStep(OptimizerStep):
             condition = condition.with_tensors(guidance=(low + (high - low) * random.uniform(GUIDANCE)).float())
         if self.engine.rank or not self.draws_whole_batch:
             seed_update(seed, step, self.engine.rank)  # dropout, which differs from process to process
-        return TrainBatch(images, noise, u, condition)
+        return TrainBatch(images, noise, u, condition, perturbation)
 
 
 def part_losses(
@@ -214,12 +239,29 @@ def part_losses(
     with engine.accelerator.autocast():
         target = task.objective(batch, student)
     condition = batch.condition if target.rows is None else batch.condition[target.rows]
+    now, inputs = student.now, condition.with_tensors(**target.inputs)
     with engine.accelerator.autocast():
-        prediction = model(target.z, target.t, condition.with_tensors(**target.inputs))
-    now = student.now
+        if batch.perturbation is None:
+            prediction = model(target.z, target.t, inputs)
+        else:
+            prediction = perturbed(model, now, target, batch.perturbation, inputs)
     weighting = weighting_of(config.weighting, now.parameterisation.output_weight, zero_snr=now.schedule.zero_snr)
     losses = weighted_losses(prediction, target, now.schedule.logsnr(target.t), weighting, LOSSES[config.loss])
     return losses, target, prediction
+
+
+def perturbed(
+    model: nn.Module, now: Denoiser, target: TrainTarget, perturbation: torch.Tensor, condition: Condition
+) -> Prediction:
+    """The prediction of a network that sees z + σ ξ, with its output read at z, as the loss compares it there.
+
+    Source: Ning et al. 2023, *Input Perturbation Reduces Exposure Bias in Diffusion Models*, with the target of
+    diffusers' `train_text_to_image.py`: noise and velocity are those of z.
+    """
+    angle = now.schedule.angle(target.t)
+    seen = model(target.z + coefficient(angle.sin(), target.z) * perturbation, target.t, condition)
+    kind = now.parameterisation.prediction
+    return PREDICTION_TYPES[kind].read(target.z, getattr(seen, kind), angle)
 
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:
