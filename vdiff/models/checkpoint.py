@@ -400,11 +400,11 @@ def load_checkpoint(
 
     folder = Path(folder)
     config, advice = read_config(folder), "restore the file, or train again"
-    if config.adapter is not None:
+    if (adapter := config.adapter) is not None:
         if components is not None:
             config = replace(config, components=check_components(config.components, components))
         denoiser = load_adapted(config, folder / ADAPTER, read_tensors(folder / ADAPTER), module, components)
-        plain = config.with_own_text_encoders() if config.adapter.changes_text_encoders else config
+        plain = config.with_own_text_encoders() if adapter.changes_text_encoders else config
         return denoiser.to(device).eval(), replace(plain, adapter=None)
     path, needs_components = folder / WEIGHTS, not config.stores(f"{TEXT_ENCODERS}.")
     if needs_components or components is not None:
