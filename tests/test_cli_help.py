@@ -204,6 +204,7 @@ def test_every_choice_offered_is_a_registry(name):
         "sampler": SAMPLERS,
         "preset": (*PRESETS, *(DISTILLING if name == "distill.py" else FINE_TUNING)),
         "lr_schedule": config.LR_SCHEDULES,
+        "optimizer": config.FLOATS_PER_WEIGHT,
         "device": config.DEVICES,
         "precision": config.PRECISIONS,
         "tracker": config.TRACKERS,
@@ -334,6 +335,8 @@ TRAIN_VALUES = {
     "class_conditional": "False",
     "flip": "False",
     "fsdp": "True",
+    "offset_noise": "0.125",
+    "input_perturbation": "0.25",
 }
 FAMILY_VALUES = {
     "edm": {"sigma_data": "0.25", "noise_mean": "-1.0", "noise_std": "1.5"},
@@ -346,6 +349,8 @@ CAPTION_VALUES = {
     "caption_keep_tokens": "1",
     "caption_prefix": "emoji",
 }
+BASE_VALUES = ("lora", "train_text_encoder", "text_encoder_lr", "random_crop", "vae", "sample_prompts")
+"""Of fine-tunings: tests/test_text_training.py."""
 DISTILL_VALUES = {
     **LOOP_VALUES,
     "phases": "4,2",
@@ -383,8 +388,8 @@ def as_typed(values: dict[str, str], how: str) -> tuple[str, dict[str, str]]:
 def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {item.name for item in fields(TrainConfig) if item.metadata} == {
-        *TRAIN_VALUES, "data", "preset", "class_dropout", "base",
-        *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), *CAPTION_VALUES,
+        *TRAIN_VALUES, "data", "preset", "class_dropout", "base", "optimizer",
+        *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), *CAPTION_VALUES, *BASE_VALUES,
         "parameterisation", *(key for values in FAMILY_VALUES.values() for key in values),
     }  # fmt: skip
 
@@ -432,7 +437,7 @@ def test_an_old_spelling_means_the_same(old, new, recorded, tmp_path, monkeypatc
 @pytest.mark.parametrize("how", ["flags", "environment"])
 def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    left = {"base", "data", "preset", "stages", "to_steps", "student_config", "fsdp"}
+    left = {"base", "data", "preset", "stages", "to_steps", "student_config", "fsdp", "optimizer"}
     of_text = {"prompts", "guidance_scale", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", *CAPTION_VALUES}
     own = {key for values in OWN_VALUES.values() for key in values}
     assert settings_of(DistillConfig).keys() == {*DISTILL_VALUES, *left, *of_text, *own}

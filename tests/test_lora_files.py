@@ -105,6 +105,7 @@ def test_a_lora_of_another_tool_changes_the_model_as_it_changes_a_pipeline(place
         torch.testing.assert_close(own.network(z, timestep, **found), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_an_exported_lora_of_text_encoders_has_the_names_of_other_tools(place, kind, tmp_path):
     base = read_config(place / "base")
     settings, tensors = read_lora(place / "peft", base)

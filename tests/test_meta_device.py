@@ -5,6 +5,7 @@ A value that is read back to the host raises an error there, as does an operatio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,11 @@ class OneDevice(TorchDispatchMode):
 
 
 class Descent(torch.optim.SGD):
-    """θ ← θ − lr g: a fused AdamW, which a run takes, has no kernel on the meta device."""
+    """θ ← θ − lr g, told of bad updates like the fused AdamW of a run, which has no kernel on the meta device."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.param_groups[0]["fused"] = True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

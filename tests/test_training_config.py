@@ -172,7 +172,11 @@ LIMITS = {
     "seed": (0, 2**32 - 1, -1, 2**32),
     "num_workers": (0, None, -1, None),
     "image_size": (1, None, 0, None),
-    "guidance_scale": (1.0000001, 2**20, 1, 2.0**20 + 1),
+    "guidance_scale": (1.5, 2**20, 1, 2.0**20 + 1),
+    "text_encoder_lr": (5e-324, None, 0, None),
+    "random_crop": (0, 2**13, -1, 2**13 + 1),
+    "offset_noise": (0, 10, -1e-9, 10.1),
+    "input_perturbation": (0, 10, -1e-9, 10.1),
     "lora_rank": (0, 2**12, -1, 2**12 + 1),
     "lora_alpha": (5e-324, 2**20, 0, 2.0**20 + 1),
     "lora_dropout": (0, 0.99, -1e-9, 0.991),
@@ -205,9 +209,10 @@ LIMITS = {
 def test_ranges(kind, field):
     low, high, below, above = LIMITS[field.name]
     lora = {"base": "a", "lora_rank": 1} if field.name.startswith("lora_") else {}
+    lora |= {"base": "a", "train_text_encoder": True} if field.name == "text_encoder_lr" else {}
     for value in (low, 10**9 if high is None else high):
         assert values_of(resolve(kind, {"my.toml": {**ENOUGH, **lora, field.name: value}}))[field.name] == value
-    bound = "above 0" if low == 5e-324 else f"at least {low}"
+    bound = f"above {below}" if field.metadata["open_low"] else f"at least {low}"
     message = refusal(kind, "my.toml", **{field.name: below})
     assert message.startswith(f"my.toml: {field.name} = ")
     assert message.endswith(f" is too small; it must be {bound}")
@@ -226,6 +231,7 @@ def test_every_number_has_limits():
 
 
 CHOICES = {
+    "optimizer": {"adamw", "adamw8bit", "adafactor", "prodigy"},
     "lr_schedule": {"constant", "linear", "cosine"},
     "weighting": {*WEIGHTINGS, "output"},
     "parameterisation": {"vp", "edm", "flow"},
@@ -275,7 +281,8 @@ def test_every_word_has_choices_or_is_a_path():
     words = {field.name for _, field in FIELDS if str(field.type) == "str"}
     assert words - set(CHOICES) == {
         "data", "preset", "base", "ema_more", "phases", "guidance_range", "student_config", "lora_targets", "proposal",
-        "caption_prefix", "prompts",
+        "caption_prefix", "prompts", "lora",
+        "vae", "sample_prompts",
     }  # fmt: skip
     assert "did you mean 'truncated_snr'?" in refusal(TrainConfig, "my.toml", weighting="truncated")
 

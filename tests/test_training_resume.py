@@ -263,7 +263,8 @@ def test_a_run_is_not_resumed_as_another_one(data, tmp_path, changes, words):
 
 FREE = {
     "data", "base", "max_bad_steps", "log_interval", "sample_interval", "ckpt_interval", "ema_interval", "keep_last",
-    "keep_every", "tracker", "device", "compile", "fsdp", "checkpointing", "threads", "num_workers",
+    "keep_every", "tracker", "device", "compile", "fsdp", "checkpointing", "threads", "num_workers", "lora",
+    "sample_prompts",
 }  # fmt: skip
 
 

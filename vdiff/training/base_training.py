@@ -34,7 +34,7 @@ from vdiff.training.inputs import Inputs, encoded_of, inputs_of
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective, StudentState
 from vdiff.training.presets import recorded_layer, write_run
-from vdiff.training.run_log import sample_prompts
+from vdiff.training.sample_prompts import prompts_of_run
 from vdiff.training.step import Task, TrainStep
 
 CLEAR_SIGNAL = 0.1
@@ -114,7 +114,7 @@ def training(
             description=description,
             folder=folder,
             on_resumed=partial(write_run, folder, config) if resume else None,
-            prompts=sample_prompts(config, images, inputs, reporter),
+            prompts=prompts_of_run(config, images, inputs, reporter),
         )
         reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         on_start(step := TrainStep(run, engine))

@@ -25,7 +25,8 @@ from vdiff.training.config import LoopConfig
 from vdiff.training.engine import REMEDIES, Engine
 from vdiff.training.meter import Meter, Position
 from vdiff.training.posthoc import drop_later_snapshots, is_snapshot_due, save_snapshot
-from vdiff.training.run_log import RunLog, SamplePrompts, preview, preview_size
+from vdiff.training.run_log import RunLog, preview, preview_size
+from vdiff.training.sample_prompts import SamplePrompts
 from vdiff.training.state import load_state, remove_state, save_state
 from vdiff.training.step import OptimizerStep, Task, TrainStep
 from vdiff.training.weights import whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import numpy as np
 import PIL.Image
 import torch
 
-from vdiff.data.captions import read_prompts
-from vdiff.data.datasets import some_captions
 from vdiff.data.images import grid_picture, num_shown, prompt_picture, save_png
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.errors import OptionError, VdiffError
@@ -21,18 +18,16 @@ from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.checks import build_sampler, default_guidance, without_limits
 from vdiff.models.denoiser import Denoiser, device_of
 from vdiff.models.drawing import draw, draw_from
-from vdiff.models.prompting import Prompting
 from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.reporting import Reporter
 from vdiff.text import cause_of, plural
-from vdiff.training.config import EVALUATIONS, LoopConfig, TrainConfig
-from vdiff.training.dataset import TrainingData
-from vdiff.training.inputs import Inputs, TextInputs
+from vdiff.training.config import EVALUATIONS, LoopConfig
+from vdiff.training.sample_prompts import SamplePrompts
 
 MAX_PREVIEW_STEPS = 32
 FEWEST_SAMPLES, FEWEST_STEPS = 4, 8
 PICTURE_SHARE = 10
-CAPTIONS_SHOWN, PROMPTS_AT_ONCE = 8, 4
+PROMPTS_AT_ONCE = 4
 
 
 class RunLog:
@@ -101,33 +96,6 @@ def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
     if tracker == "wandb":
         return tracking.WandBTracker("vdiff", name=name, id=name, resume="allow")
     return tracking.MLflowTracker("vdiff", run_name=name)
-
-
-@dataclass(frozen=True)
-class SamplePrompts:
-    """The prompts of a text-to-image model's samples: those of a file, or captions of the dataset."""
-
-    prompting: Prompting
-    texts: list[str]
-
-
-def sample_prompts(
-    config: TrainConfig, images: TrainingData, inputs: Inputs, reporter: Reporter
-) -> SamplePrompts | None:
-    """The prompts of a run's samples; a line for each that is too long. None: the network takes no prompts.
-
-    Raises:
-        OptionError: the file of --sample_prompts cannot be read or has no prompt.
-    """
-    if not isinstance(inputs, TextInputs):
-        return None
-    if config.sample_prompts:
-        texts = read_prompts(Path(config.sample_prompts), "--sample_prompts")
-    else:
-        texts = [text for _, text in some_captions(images.store, CAPTIONS_SHOWN)] if images.store else []
-    for note in inputs.prompting.notes(texts):
-        reporter.line(note)
-    return SamplePrompts(inputs.prompting, texts or [""])
 
 
 def preview(

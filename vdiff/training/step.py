@@ -87,7 +87,8 @@ class OptimizerStep(ABC):
 
     def __init__(self, config: LoopConfig, engine: Engine, optimizer: torch.optim.Optimizer) -> None:
         self.config, self.engine, self.optimizer = config, engine, optimizer
-        self._rates = [group["lr"] / config.lr for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        self._rates = [group["lr"] / groups[0]["lr"] for group in groups]
         self._prepared = engine.accelerator.prepare(optimizer)
 
     @abstractmethod
