@@ -75,7 +75,7 @@ def build_optimizer(network: nn.Module, config: LoopConfig) -> torch.optim.Optim
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that the weight decay is decoupled
             return Prodigy(weights, **shared, betas=BETAS, use_bias_correction=True, safeguard_warmup=True)
     if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(weights, **shared, betas=BETAS)
     fused = others[0].device.type in ("cpu", "cuda", "mps")
