@@ -1,26 +1,30 @@
 """Whether prompts steer a model of `text_pipeline.py`, how much it memorises, and in which style it draws.
 
-    python benchmarks/text_prompts.py checkpoints/emoji checkpoints/base_* --work emoji --style noto
+    python benchmarks/text_prompts.py checkpoints/emoji checkpoints/base_* --work emoji --style noto --solver_steps 4,2
 
-With each checkpoint one image is drawn for each of 100 captions that training has seen, and for each of 100 held-out
-captions of the style. If there are fewer, seen captions fill up the hundred, and their images are not counted.
-Columns:
+With each checkpoint one image is drawn for each of `--num` captions that training has seen, and for each held-out
+caption of the style, up to `--num`. The captions are in groups of 100; seen captions fill up the last group, and their
+images are not counted. Columns:
 
-    found       the part of images whose own caption the matcher ranks first among the 100; chance is 1 %
+    evaluations of the network for one image; with guidance each step takes two
+    found       the part of images whose own caption the matcher ranks first among the 100 of its group; chance is 1 %
     among 5     the same for the first five
+    Fréchet     between these images and all real training images, in the features of the matcher's image tower (only of
+                seen captions: there are too few others)
     copies      the part of images that are a copy of a training image: the RMSE to the nearest one is less than a third
                 of that one's RMSE to its own nearest neighbour (criterion of Yoon et al. 2023, *Diffusion Probabilistic
                 Models Generalize when They Fail to Memorize*)
     style       the part that a classifier of the styles, trained on real images, assigns to each style
 
 Rows "real images" are those of the style, for comparison. The title says how often the classifier of styles is right on
-held-out real images.
+held-out images that went through the autoencoder, as all drawn images do.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -33,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import vdiff
 from benchmarks.report import machine, write_report
-from benchmarks.text_pipeline import WIDTH, ImageTower, text_tower, tokens_of
+from benchmarks.text_pipeline import SIZE, ImageTower, text_tower, tokens_of
+from vdiff.evaluation.metrics import frechet_distance
 
 GROUP = 100  # captions among which the matcher chooses
 
@@ -64,28 +69,60 @@ class Matcher:
     @torch.inference_mode()
     def ranks(self, images: Tensor, captions: list[str]) -> Tensor:
         """The place of each image's own caption, from 0, among those of its group of 100."""
-        texts = F.normalize(self.towers["text"](tokens_of(self.tokenizer, captions)).text_embeds, dim=-1)
-        scores = torch.cat([self.towers["image"](part) for part in images.split(64)]) @ texts.T
-        own = scores.diagonal()
-        return (scores > own[:, None]).sum(1)
+        ranks = []
+        for k in range(0, len(images), GROUP):
+            tokens = tokens_of(self.tokenizer, captions[k : k + GROUP])
+            texts = F.normalize(self.towers["text"](tokens).text_embeds, dim=-1)
+            scores = self.towers["image"](images[k : k + GROUP]) @ texts.T
+            ranks.append((scores > scores.diagonal()[:, None]).sum(1))
+        return torch.cat(ranks)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> np.ndarray:
+        """(N, WIDTH)."""
+        return torch.cat([self.towers["image"](part) for part in images.split(GROUP)]).numpy()
 
 
-def learn_styles(styles: dict[str, Tensor], *, updates: int = 600) -> nn.Module:
-    """A classifier of the styles by their training images, shifted by some pixels."""
+def learn_styles(styles: dict[str, Tensor], reconstructed: dict[str, Tensor], *, updates: int = 2000) -> nn.Module:
+    """A classifier of the styles by their training images, before and after the autoencoder, shifted and mirrored."""
     torch.manual_seed(5)
     random = torch.Generator().manual_seed(5)
-    model = nn.Sequential(ImageTower(16), nn.Linear(WIDTH, len(styles)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(updates):
-        parts = [images[torch.randint(len(images), (32,), generator=random)] for images in styles.values()]
-        images = torch.cat(parts)
-        shift = torch.randint(-3, 4, (2,), generator=random).tolist()
-        images = images.roll(shift, (2, 3)) + 0.1 * torch.randn(images.shape, generator=random)
-        loss = F.cross_entropy(model(images), torch.arange(len(styles)).repeat_interleave(32))
+    blocks = [_block(3, 24), _block(24, 48), _block(48, 96)]
+    model = nn.Sequential(
+        *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(96, len(styles))
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, updates)
+    for update in range(updates):
+        source = styles if update % 2 else reconstructed
+        images = torch.cat([each[torch.randint(len(each), (32,), generator=random)] for each in source.values()])
+        x, y, mirrored = torch.randint(0, 7, (3,), generator=random).tolist()
+        images = F.pad(images, (3, 3, 3, 3), value=1.0)[:, :, y : y + SIZE, x : x + SIZE]
+        loss = F.cross_entropy(
+            model(images.flip(3) if mirrored % 2 else images), torch.arange(len(styles)).repeat_interleave(32)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return model.eval()
+
+
+def _block(channels: int, width: int) -> nn.Module:
+    """Two convolutions, and half of the size."""
+    first, second = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+    norms = [nn.GroupNorm(8, width) for _ in range(2)]
+    return nn.Sequential(first, norms[0], nn.SiLU(), second, norms[1], nn.SiLU(), nn.MaxPool2d(2))
+
+
+@torch.inference_mode()
+def reconstruct(work: Path, images: Tensor) -> Tensor:
+    """What the autoencoder makes of images: (N, 3, 32, 32) in [−1, 1]."""
+    from diffusers import AutoencoderKL
+
+    autoencoder = AutoencoderKL.from_pretrained(work / "pipeline" / "vae").eval()
+    parts = [autoencoder.decode(autoencoder.encode(part).latent_dist.mean).sample for part in images.split(64)]
+    return torch.cat(parts).clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -103,18 +140,26 @@ def are_copies(images: Tensor, training: Tensor) -> Tensor:
     return near < own.min(1).values / 3
 
 
-def drawn(model: vdiff.Model, prompts: list[str], *, steps: int, guidance_scale: float, seed: int) -> Tensor:
+def drawn(model: vdiff.Model, prompts: list[str], **how: Any) -> Tensor:
     """One image a prompt: (N, 3, 32, 32) in [−1, 1], of 8 bits."""
-    samples = model.sample(prompts=prompts, steps=steps, guidance=guidance_scale - 1, seed=seed)
-    return as_x(torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in samples.to_pil()]))
+    images = model.sample(prompts=prompts, batch_size=GROUP, **how).to_pil()
+    return as_x(torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]))
+
+
+def numbers(text: str) -> list[int]:
+    """`8,4` → [8, 4]."""
+    return [int(word) for word in text.split(",") if word]
 
 
 @click.command()
 @click.argument("checkpoints", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
 @click.option("--work", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of text_pipeline.py.")
 @click.option("--style", required=True, help="The set that the models were trained on last.")
-@click.option("--steps", default=64, help="Of models that are not distilled; others take theirs.")
+@click.option("--steps", default="64", help="DDIM steps of models that are not distilled; others take theirs.")
+@click.option("--solver_steps", default="", help="Of those models with DPM-Solver++ (2M), too: 8,4,2.")
+@click.option("--sampler_steps", default="", help="Of students with the sampler consistency, too: 8,4,2.")
 @click.option("--guidance_scale", default=3.0, help="Of models that are not distilled.")
+@click.option("--num", default=1000, help="Images of seen captions for a row; a multiple of 100.")
 @click.option("--seed", default=0)
 @click.option("--threads", default=1)
 @click.option("--name", default="text_prompts", help="Of the table in results/.")
@@ -122,8 +167,11 @@ def main(
     checkpoints: tuple[Path, ...],
     work: Path,
     style: str,
-    steps: int,
+    steps: str,
+    solver_steps: str,
+    sampler_steps: str,
     guidance_scale: float,
+    num: int,
     seed: int,
     threads: int,
     name: str,
@@ -134,36 +182,53 @@ def main(
     sets = {
         label: {part: real_images(work / "images" / label / part) for part in ("train", "held_out")} for label in labels
     }
-    matcher, classifier = Matcher(work), learn_styles({label: sets[label]["train"][1] for label in labels})
-    right = [style_of(classifier, sets[label]["held_out"][1]) == k for k, label in enumerate(labels)]
-    random, rows, (captions, training) = np.random.default_rng(seed), [], sets[style]["train"]
+    matcher, training = Matcher(work), {label: sets[label]["train"][1] for label in labels}
+    classifier = learn_styles(training, {label: reconstruct(work, images) for label, images in training.items()})
+    right = [style_of(classifier, reconstruct(work, sets[label]["held_out"][1])) == k for k, label in enumerate(labels)]
+    random, rows, real = np.random.default_rng(seed), [], matcher.features(training[style])
     chosen, counted = {}, {}
     for part in ("train", "held_out"):
-        texts = [str(each) for each in random.permutation(sorted(set(sets[style][part][0])))]
-        more = [str(each) for each in random.permutation(sorted(set(captions)))]
-        chosen[part], counted[part] = (texts + more)[:GROUP], min(len(texts), GROUP)
+        texts = [str(each) for each in random.permutation(sorted(set(sets[style][part][0])))][:num]
+        more = [str(each) for each in random.permutation(sorted(set(sets[style]["train"][0])))]
+        chosen[part], counted[part] = texts + more[: -len(texts) % GROUP], len(texts)
 
-    def measure(title: str, part: str, images: Tensor, *, real: bool = False) -> None:
+    def measure(title: str, evaluations: str, part: str, images: Tensor, *, are_real: bool = False) -> None:
         """Add a row."""
         number = counted[part]
         ranks, styles = matcher.ranks(images, chosen[part])[:number], style_of(classifier, images[:number])
         rows.append([
-            title, "seen" if part == "train" else "held out", str(number), _percent(ranks < 1), _percent(ranks < 5),
-            "–" if real else _percent(are_copies(images[:number], training)),
+            title, evaluations, "seen" if part == "train" else "held out", str(number),
+            _percent(ranks < 1), _percent(ranks < 5),
+            f"{frechet_distance(matcher.features(images), real):.4f}" if part == "train" else "–",
+            "–" if are_real else _percent(are_copies(images[:number], training[style])),
             ", ".join(f"{label} {_percent(styles == k)}" for k, label in enumerate(labels)),
         ])  # fmt: skip
+        print(*rows[-1], sep=" | ", flush=True)
 
     for part, texts in chosen.items():
-        measure("real images", part, torch.stack([_real(sets[style], text) for text in texts]), real=True)
+        images = torch.stack([_real(sets[style], text) for text in texts])
+        measure("real images", "–", part, images, are_real=True)
+        measure("real images, autoencoder", "–", part, reconstruct(work, images), are_real=True)
     for checkpoint in checkpoints:
         model = vdiff.load(checkpoint)
-        distilled = model.config.teacher is not None
-        count, scale = (model.config.num_timesteps, 1.0) if distilled else (steps, guidance_scale)
-        for part, texts in chosen.items():
-            images = drawn(model, texts, steps=count, guidance_scale=scale, seed=seed)
-            measure(f"{checkpoint.name}, {count} steps", part, images)
+        title, guided = f"{checkpoint.parent.name}/{checkpoint.name}", {"guidance": guidance_scale - 1}
+        if model.config.teacher is None:
+            ways: list[tuple[str, int, dict[str, Any]]] = [
+                *(("DDIM", 2, {"steps": count, **guided}) for count in numbers(steps)),
+                *(
+                    ("DPM-Solver++", 2, {"steps": count, "sampler": "dpmpp_2m", **guided})
+                    for count in numbers(solver_steps)
+                ),
+            ]
+        else:
+            ways = [("DDIM", 1, {"steps": model.config.num_timesteps})]
+            ways += [("consistency", 1, {"steps": count, "sampler": "consistency"}) for count in numbers(sampler_steps)]
+        for sampler, each, how in ways:
+            for part, texts in chosen.items():
+                images = drawn(model, texts, seed=seed, **how)
+                measure(f"{title}, {sampler}, {how['steps']}", str(each * how["steps"]), part, images)
     title = f"Prompts; guidance scale {guidance_scale:g}; styles recognised in {_percent(torch.cat(right))}"
-    columns = ["images of", "captions", "number", "found", "among 5", "copies", "style"]
+    columns = ["images of", "evaluations", "captions", "number", "found", "among 5", "Fréchet", "copies", "style"]
     write_report(name, title, columns, rows, machine())
 
 

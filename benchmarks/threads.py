@@ -3,8 +3,7 @@
     python benchmarks/threads.py             # results/threads.md; alone on the machine: it makes its own load
     python benchmarks/threads.py --quick     # a minute, to see that it runs; writes nothing
 
-The network and batch of the preset digits; each cell is a process of its own, as OpenMP reads its variables once. No
-results of it are kept yet.
+The network and batch of the preset digits; each cell is a process of its own, as OpenMP reads its variables once.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -72,6 +73,39 @@ def test_signals_are_answered_while_a_computation_keeps_the_main_thread(tmp_path
 
 def run_a_command() -> None:
     a_command.main([])
+
+
+@click.command(cls=Command)
+def a_command_that_collects() -> None:
+    """The signal arrives in a callback whose exceptions Python ignores."""
+
+    class Collected:
+        pass
+
+    def callback(_: object) -> None:
+        Path("computing").touch()
+        time.sleep(0.5)
+
+    collected = Collected()
+    reference = weakref.ref(collected, callback)
+    del collected
+    assert reference() is None
+    time.sleep(SECONDS)
+
+
+def run_a_command_that_collects() -> None:
+    a_command_that_collects.main([])
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interruption_that_python_would_ignore_is_raised_again(tmp_path, number, code, said):
+    program = Forked(run_a_command_that_collects, tmp_path)
+    wait_until((tmp_path / "computing").exists)
+    program.send_signal(number)
+    _, stderr = program.communicate(timeout=SECONDS / 2)
+    assert (program.returncode, stderr) == (code, f"{said}\n")
 
 
 def test_a_block_that_is_left_in_time_ends_nothing():

@@ -491,12 +491,29 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
+    sys.unraisablehook = partial(_raise_again, hook)
     try:
         with answered(_stopping, "stopped at once", alone=int(os.environ.get("WORLD_SIZE", "1")) == 1):
             yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _raise_again(hook: Callable[[Any], object], unraisable: Any) -> None:
+    """Raise an interruption a moment later if a finaliser or the callback of a weak reference swallowed it."""
+    stop = unraisable.exc_value
+    if not isinstance(stop, (KeyboardInterrupt, Interrupted)) or not hasattr(signal, "setitimer"):
+        hook(unraisable)
+        return
+
+    def again(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        raise stop
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _stopping(over: threading.Event) -> None:
