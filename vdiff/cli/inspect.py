@@ -56,20 +56,20 @@ def is_foreign(path: Path) -> bool:
 )
 @click.argument("checkpoint", required=False, type=Inspected())
 @project_option()
-@switch("--test", group="Files of others", help="Evaluate the UNet at its noisiest level, which tells eps from v.")
+@switch("--test", group="Files of other programs", help="Evaluate the UNet at its noisiest level, which tells eps from v.")
 @option(
-    "--pipeline", group="Files of others", type=click.Path(path_type=Path), metavar="FOLDER",
+    "--pipeline", group="Files of other programs", type=click.Path(path_type=Path), metavar="FOLDER",
     show_default="the usual sizes of the family", help="For --test: a pipeline with the configuration of the UNet.",
 )  # fmt: skip
 @option(
-    "--repair", group="Files of others", type=click.Path(path_type=Path), metavar="OUT.safetensors",
+    "--repair", group="Files of other programs", type=click.Path(path_type=Path), metavar="OUT.safetensors",
     help="Write a copy with the keys, metadata and names that programs need, and OUT.yaml for A1111.",
 )  # fmt: skip
 @option(
-    "--prediction", group="Files of others", type=OneOf(["v", "eps"]), show_default="what the file says",
+    "--prediction", group="Files of other programs", type=OneOf(["v", "eps"]), show_default="what the file says",
     help="For --repair: what the model predicts.",
 )  # fmt: skip
-@switch("--zero_snr", group="Files of others", help="For --repair: the model has zero terminal SNR.")
+@switch("--zero_snr", group="Files of other programs", help="For --repair: the model has zero terminal SNR.")
 @switch("--overwrite", group="Output", help="Replace a file that --repair wrote.")
 @switch("--json", group="Output", help="Print one JSON object.")
 def command(checkpoint: Path | None, project: Project, json: bool, **options: Any) -> None:
