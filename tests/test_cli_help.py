@@ -98,12 +98,12 @@ def helps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_help_is_immediate_and_fits(line, helps):
-    """It is printed with none of the large libraries, which take seconds, and in lines of at most 80 columns."""
+    """It is printed whole, with none of the large libraries, which take seconds, in lines of at most 80 columns."""
     for flag in ("--help", "--help_all"):
         code, heavy, text = helps[f"{line} {flag}"]
         assert (code, heavy) == (0, [])
         assert text.startswith(f"Usage: {line} [OPTIONS]")
-        assert [row for row in text.splitlines() if len(row) > 80] == []
+        assert [row for row in text.splitlines() if len(row) > 80 or re.search(r"^  .*\w\.\.\.$", row)] == []
 
 
 @pytest.mark.parametrize("line", COMMANDS)

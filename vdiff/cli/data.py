@@ -10,18 +10,14 @@ from typing import Any
 import click
 
 from vdiff.cli.console import Console, aligned
-from vdiff.cli.options import CONTEXT, Command, OneOf, Program, option, project_option, switch
+from vdiff.cli.options import CONTEXT, Command, OneOf, ProgramGroup, option, project_option, switch
 from vdiff.cli.prepare import counted, cpu_cores
 from vdiff.errors import OptionError, VdiffError, printable, shell
 from vdiff.projects import Project
 from vdiff.text import megabytes, plural, quantity
 
 
-class DatasetCommands(Program, click.Group):
-    """The subcommands of `vdiff data`."""
-
-
-@click.group(cls=DatasetCommands, context_settings=CONTEXT)
+@click.group(cls=ProgramGroup, context_settings=CONTEXT)
 def command() -> None:
     """Show, check and merge datasets.
 
@@ -45,7 +41,7 @@ def info(dataset: str | None, project: Project, json: bool) -> None:
 @command.command(cls=Command, examples=["vdiff data verify data/photos_64"])
 @click.argument("dataset", required=False)
 @project_option()
-@option("--num_workers", group="Work", type=click.IntRange(min=0), show_default="CPU cores", help="Processes.")
+@option("--num_workers", group="Work", type=click.IntRange(min=0), show_default="CPU cores", help="Worker processes.")
 @switch("--json", group="Output", help="Print one JSON object.")
 def verify(dataset: str | None, project: Project, num_workers: int | None, json: bool) -> int:
     """Decode every image of DATASET and compare its checksum; exit code 1 if anything is wrong."""
@@ -161,13 +157,15 @@ def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
     group="Model",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    show_default="the one the model names",
-    help="Where they are.",
+    show_default="the folder that the model names",
+    help="The folder of its text encoders, tokenizers and autoencoder.",
 )
-@switch("--flip", group="Output", help="Encode mirrored images too; without them, training cannot mirror.")
+@switch("--flip", group="Output", help="Encode mirrored images too, as training with --flip needs them.")
 @option("--image_size", group="Output", type=click.IntRange(min=1), show_default="the largest", help="Image size.")
-@switch("--overwrite", group="Output", help="Encode again what was encoded otherwise.")
-@option("--batch_size", group="Work", type=click.IntRange(1), default=8, metavar="IMAGES", help="Encoded together.")
+@switch("--overwrite", group="Output", help="Replace an encoding that was made with other settings.")
+@option(
+    "--batch_size", group="Work", type=click.IntRange(1), default=8, metavar="IMAGES", help="Images encoded at once."
+)
 @option(
     "--device", group="Work", type=OneOf(["auto", "cpu", "cuda", "mps"]), default="auto",
     help="Auto takes a GPU if there is one.",

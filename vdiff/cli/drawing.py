@@ -33,7 +33,7 @@ def guidance_options(group: str) -> Callable[[Any], Any]:
             type=float,
             metavar="S",
             show_default="W + 1",
-            help="The same as other tools count it: 1 = none.",
+            help="The same in the scale of other tools: 1 = none.",
         )(function)
         return option(
             "--guidance",

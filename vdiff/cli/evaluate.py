@@ -95,7 +95,7 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--teacher", group="Measuring", type=Checkpoint(), metavar="CHECKPOINT",
-    help="Model whose samples from the same noise are compared with: rmse, psnr.",
+    help="Model with whose samples from the same noise the others are compared: rmse, psnr.",
 )  # fmt: skip
 @option(
     "--teacher_steps", group="Measuring", type=click.IntRange(1), metavar="STEPS", show_default="its own",
@@ -129,7 +129,7 @@ OF_DATA = {
 @switch("--ema", group="Samples", hidden=True, help="Use the checkpoint's own weights (the default).")
 @option(
     "--batch_size", group="Samples", type=click.IntRange(1), metavar="IMAGES",
-    show_default="64; of a model of latents 4",
+    show_default="64; 4 for models of latents",
     help="Images that each process draws at once.",
 )  # fmt: skip
 @option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")

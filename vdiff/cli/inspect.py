@@ -56,7 +56,11 @@ def is_foreign(path: Path) -> bool:
 )
 @click.argument("checkpoint", required=False, type=Inspected())
 @project_option()
-@switch("--test", group="Files of other programs", help="Evaluate the UNet at its noisiest level, which tells eps from v.")
+@switch(
+    "--test",
+    group="Files of other programs",
+    help="Evaluate the UNet at its noisiest level, which distinguishes eps from v.",
+)
 @option(
     "--pipeline", group="Files of other programs", type=click.Path(path_type=Path), metavar="FOLDER",
     show_default="the usual sizes of the family", help="For --test: a pipeline with the configuration of the UNet.",
