@@ -143,7 +143,8 @@ def test_the_commands_printed_at_the_end_can_be_typed(schedule):
 
 
 @pytest.mark.usefixtures("place")
-def test_a_finished_stage_is_skipped():
+def test_a_finished_stage_is_skipped(monkeypatch):
+    monkeypatch.setattr("vdiff.training.estimate.FEW_UPDATES", 1)
     line = "distill.py --base checkpoints/base_5 --config tiny.toml"
     first = done(line)
     student = Path("checkpoints/base_6")
@@ -155,6 +156,8 @@ def test_a_finished_stage_is_skipped():
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files} == before
     assert result.stdout.startswith("Ladder\n")
     assert "comparing" not in result.stderr
+    assert re.search(r"^time +\d.*: 3 updates of ", first.stderr, re.MULTILINE)
+    assert not re.search(r"^time ", result.stderr, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("place")
@@ -497,7 +500,7 @@ def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("place")
 def test_without_a_preset_the_image_size_decides_and_the_first_line_says_so():
-    why = "as it fits 10 such images on cpu"
+    why = "chosen for 10 images of this size on cpu"
     assert done("train.py --dry_run --all --device cpu").stderr == f"preset digits, data/toy_4: 4×4×1, {why}\n"
     assert run("train.py --dry_run --all --preset toy --image_size 64").stderr == "preset toy, assumed: 64×64×1\n"
 

@@ -311,6 +311,7 @@ def test_times_that_cannot_be_are_measured_again_and_marked(place, tmp_path, mon
         place, n=20, batch_size=20, teacher=None, metrics=["kd"], out=tmp_path / "out.json", reporter=watcher
     )
     assert [bar[0] for bar in watcher.bars].count("timing again") == 2
+    assert [completed for name, completed in watcher.seen if name == "timing again"][-1] == 2 * 20
     assert [row.ms_per_image for row in found.rows] == pytest.approx([50 * min(again, 100), 2000])
     assert [row.is_time_doubtful for row in found.rows] == [is_doubtful, is_doubtful]
     assert (DOUBTFUL_TIMES in found.notes) == is_doubtful

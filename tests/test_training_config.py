@@ -587,7 +587,7 @@ def test_a_preset_that_leaves_classes_unused_says_so(data, classes, tmp_path):
         return config.class_conditional, watcher.lines
 
     line = "preset {} does not use the 2 classes; --class_conditional True does"
-    why = ", as it fits 10 such images on cpu"
+    why = ", chosen for 10 images of this size on cpu"
     cpu = {"device": "cpu"}
     first = f"preset digits, {classes}: 4×4×3{why}"
     assert told(cpu) == (False, [first, line.format("digits")])

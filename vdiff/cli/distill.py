@@ -126,14 +126,16 @@ def command(
     for row in aligned(facts(memory, config, engine)):
         console.line(row)
     if plan:
-        rows, _ = planned(stages, config, images, engine, console, overwrite=overwrite)
+        rows, *_ = planned(stages, config, images, engine, console, overwrite=overwrite)
         if engine.is_main:
             console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
             console.line("the time covers the remaining updates, but not the checks and comparisons of students")
         return
+    seconds, left = 0.0, 0
     if updates >= FEW_UPDATES:
-        _, seconds = planned(stages, config, images, engine, console, overwrite=overwrite)
-        for row in aligned(time_facts(seconds, updates, engine.device.type)):
+        _, seconds, left = planned(stages, config, images, engine, console, overwrite=overwrite)
+    if left:
+        for row in aligned(time_facts(seconds, left, engine.device.type)):
             console.line(row)
         config = replace(
             config,
@@ -141,8 +143,8 @@ def command(
                 config,
                 engine,
                 lambda engine: times_of_stage(stages[0], config, images, engine),
-                updates=updates,
-                seconds=seconds / updates,
+                updates=left,
+                seconds=seconds / left,
                 num_networks=2 * len(stages),  # a teacher and a student in each
                 reporter=console,
             ),
@@ -200,14 +202,17 @@ def planned(
     console: Console,
     *,
     overwrite: bool,
-) -> tuple[list[list[str]], float]:
-    """The rows of --dry_run, and their seconds in all; updates are timed once for each cost of an update."""
+) -> tuple[list[list[str]], float, int]:
+    """The rows of --dry_run, and the seconds and the number of updates that are left.
+
+    Updates are timed once for each cost of an update.
+    """
     from vdiff.training.ladder import found_student
     from vdiff.training.student import times_of_stage
 
     seconds: dict[tuple[object, ...], float] = {}
     rows = []
-    total = 0.0
+    total, num_left = 0.0, 0
     for stage in stages:
         found = None if overwrite else found_student(stage, stage.settings(config))
         updates, needs_images = stage.updates(config), METHODS[stage.method].needs_images
@@ -220,6 +225,7 @@ def planned(
             console.line(f"timing updates of {stage.method}")
             _, seconds[kind] = times_of_stage(stage, config, images, engine)
         total += left * seconds.get(kind, 0.0)
+        num_left += left
         steps = f"{stage.teacher_steps} → {stage.num_steps}"
         names = [stage.folder.as_posix(), stage.base.as_posix(), stage.method, steps]
         seen = f"{updates * config.batch_size:,}" if needs_images else "none"
@@ -227,7 +233,7 @@ def planned(
     if len(stages) > 1:
         updates = sum(stage.updates(config) for stage in stages)
         rows.append(["all", "", "", "", f"{updates:,}", "", duration(total)])
-    return rows, total
+    return rows, total, num_left
 
 
 def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> PixelDistance | None:

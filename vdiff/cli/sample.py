@@ -309,7 +309,7 @@ def command(
             console.line(note)
     kind = ImageKind(side, channels, config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
-    console.line(f"{named}{progress}")
+    console.line(f"drawing from {named}{progress}")
     if picture:
         check_free(picture, PICTURE, overwrite=True)
     report = draw_images(

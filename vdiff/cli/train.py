@@ -194,7 +194,7 @@ def estimate(
         _, seconds = update_times(base_task(config, description.build()), description.shape, engine)
     rows |= time_facts(seconds * config.num_iters, config.num_iters, engine.device.type)
     if is_trial and may_compile(config, engine, seconds * config.num_iters):
-        rows["compiling"] = "is tried before this run begins, as it is long; --compile False skips it"
+        rows["compiling"] = "will be tried first, because the run is long; --compile False skips this"
     return rows, seconds
 
 

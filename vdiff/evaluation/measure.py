@@ -383,6 +383,7 @@ class _Run:
                     began = time.monotonic()
                     generator.draw(batch, bar, len(batch))
                     again = 1000 * (time.monotonic() - began) / len(batch)
+                    bar.update(2 * len(batch))
                 found[k] = replace(found[k], ms_per_image=min(found[k].ms_per_image, again))
         marked = doubtful()
         return [replace(row, is_time_doubtful=k in marked) for k, row in enumerate(found)]

@@ -42,7 +42,7 @@ from vdiff.records import AVERAGE as AVERAGE
 from vdiff.records import CONFIG as CONFIG
 from vdiff.records import record_of
 from vdiff.replacing import Kind, holds_keys
-from vdiff.text import cause_of
+from vdiff.text import cause_of, plural
 
 if TYPE_CHECKING:
     import torch
@@ -290,7 +290,7 @@ class CheckpointConfig:
         build_schedule(self.schedule).check_num_steps(num_steps)
         if self.is_distilled and self.num_timesteps % num_steps and not self.knows_every_time:
             raise ValueError(
-                f"this model was made for {self.num_timesteps} steps, and {num_steps} does not divide them"
+                f"this model was made for {plural(self.num_timesteps, 'step')}, and {num_steps} does not divide them"
             )
 
     def check_grid(self, grid: str, num_steps: int) -> None:
