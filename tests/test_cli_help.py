@@ -408,7 +408,7 @@ def test_every_flag_of_train_reaches_the_run(how, tmp_path, monkeypatch):
         words, env = as_typed({"parameterisation": family, **values}, how)
         rows = dict(re.findall(r"^(\w+) +(\S+)$", done(f"train.py {quick} {words}", env).stdout, re.MULTILINE))
         assert {key: rows[key] for key in ("parameterisation", *values)} == {"parameterisation": family, **values}
-    for key, value in CAPTION_VALUES.items():  # of networks that are told a text
+    for key, value in {**CAPTION_VALUES, "sample_prompts": "prompts.txt"}.items():  # of networks that are told a text
         said = error(f"train.py --preset imagenet64 --dry_run --{key} {value}", 2)
         assert f"--{key} {value}: the network does not use captions" in said
     told = done("train.py --preset imagenet64 --dry_run --all --class_dropout 0.25").stdout  # which needs classes
@@ -438,7 +438,8 @@ def test_an_old_spelling_means_the_same(old, new, recorded, tmp_path, monkeypatc
 def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = {"base", "data", "preset", "stages", "to_steps", "student_config", "fsdp", "optimizer"}
-    of_text = {"prompts", "guidance_scale", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", *CAPTION_VALUES}
+    of_lora = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+    of_text = {"prompts", "guidance_scale", "sample_prompts", *of_lora, *CAPTION_VALUES}
     own = {key for values in OWN_VALUES.values() for key in values}
     assert settings_of(DistillConfig).keys() == {*DISTILL_VALUES, *left, *of_text, *own}
     write_dataset(Path("data/toy_4"))
@@ -448,7 +449,7 @@ def test_every_flag_of_distill_reaches_the_run(how, tmp_path, monkeypatch):
     recorded = tomllib.loads(Path("student/run.toml").read_text())["distill"]
     assert {key: str(recorded[key]) for key in DISTILL_VALUES} == DISTILL_VALUES
     assert read_config(Path("student")).num_iters == 3  # twice 1.5
-    for key, value in CAPTION_VALUES.items():
+    for key, value in {**CAPTION_VALUES, "sample_prompts": "prompts.txt"}.items():
         assert f"--{key}" in error(f"distill.py --base teacher --out other {words} --{key} {value}", 2, env)
 
 

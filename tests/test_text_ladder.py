@@ -34,19 +34,22 @@ from vdiff.interop.lora import export_lora
 from vdiff.models.adapters import AdapterSettings, add_adapter, copy_adapter, merge_adapter
 from vdiff.models.checkpoint import ADAPTER, load_checkpoint, read_config, read_tensors
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.drawing import draw_from
+from vdiff.models.drawing import draw_from, rmse
 from vdiff.models.prompting import Prompting
+from vdiff.training import comparison
 from vdiff.training.base import describe, resolve_training
 from vdiff.training.base_training import memory_of_base
+from vdiff.training.comparison import picture
 from vdiff.training.config import DistillConfig
 from vdiff.training.engine import build_engine
 from vdiff.training.ladder import run_stages
 from vdiff.training.objectives import StudentState, TrainBatch
+from vdiff.training.presets import read_run
 from vdiff.training.stages import Stage, plan_stages, remarks, resolve_distillation, teachers_images
 from vdiff.training.state import state_path
 from vdiff.training.step import TrainStep
 from vdiff.training.student import begin_stage, describe_student, memory_of_stage, stage_run, stage_task
-from vdiff.training.verdict import read_verdict
+from vdiff.training.verdict import HELD_OUT, read_verdict
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +374,48 @@ def test_pictures_of_a_student_need_no_guidance(students):
     condition = prompting.condition(denoiser.network.signature.names, ["a red fox", "a sad cat"])
     latents = draw_from(denoiser, Ddim(clipping_value=None), noise=noise, num_steps=2, condition=condition)
     assert prompting.decode(latents, check=False).shape == (2, 3, 64, 64)
+
+
+def test_checks_comparison_and_samples_draw_the_prompts_of_a_file(place, tmp_path, monkeypatch):
+    """A finished ladder draws its comparison again for other prompts, and for no other reason."""
+    shown: list[Any] = []
+    monkeypatch.setattr(comparison, "picture", lambda *facts: shown.append(facts) or picture(*facts))
+    texts = ["a green house", "two cars", "the night"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    (tmp_path / "others.txt").write_text("a boat")
+    line = (
+        f"distill.py --base {place / 'sd2'} --data {place / 'data'} --out {tmp_path / 'student'} --teacher_steps 8 "
+        "--num_iters 2 --batch_size 2 --lora_rank 2 --lr 1e-2 --device cpu --num_workers 0 --tracker none "
+        "--report False --guidance_scale 3 --seed 5 --sample_prompts "
+    )
+    done(f"{line}{tmp_path / 'prompts.txt'}")
+    student, verdict = tmp_path / "student", read_verdict(tmp_path / "student")
+    assert (student / "samples" / "0000002.png").is_file()
+    prompting = Prompting.read(read_config(place / "sd2"))
+
+    def drawn(folder: Path, steps: int, guidance: float, seed: int) -> Tensor:
+        denoiser, model = load_checkpoint(folder)
+        noise = ImageNoise(seed=seed, indices=range(64), shape=model.shape, device=torch.device("cpu"))
+        takes = denoiser.network.signature.names
+        condition = prompting.condition(takes, [texts[k % 3] for k in range(64)])
+        sampler = Ddim(clipping_value=None)
+        return draw_from(denoiser, sampler, noise=noise, num_steps=steps, condition=condition, guidance=guidance)
+
+    assert verdict is not None
+    few = verdict.every
+    found = [drawn(place / "sd2", 8 // few, 2.0, HELD_OUT + 5), drawn(student, 4 // few, 0.0, HELD_OUT + 5)]
+    assert rmse(*found, read_config(student).space) == pytest.approx(verdict.rmse, rel=1e-4)
+    [(columns, subjects)] = shown
+    assert subjects == texts
+    latents = drawn(student, 4, 0.0, 5)[:8]
+    torch.testing.assert_close(columns[-1][1], prompting.decode(latents, check=False), rtol=0, atol=1e-3)
+    done(f"{line}{tmp_path / 'prompts.txt'}")
+    assert len(shown) == 1
+    before = (student / ADAPTER).read_bytes()
+    done(f"{line}{tmp_path / 'others.txt'}")
+    assert shown[1][1] == ["a boat"]
+    assert (student / ADAPTER).read_bytes() == before
+    assert read_run(student).distill["sample_prompts"] == str(tmp_path / "prompts.txt")
 
 
 # Other tools

@@ -46,6 +46,7 @@ class LadderRow:
         rmse_to_first: the RMSE to the first model, over the images of the comparison.
         distance: to the data, if a verdict measured it.
         is_time_doubtful: more evaluations of the same network took less time, even when measured again.
+        prompts: SHA-256 of the prompts of the comparison; empty for a model without prompts.
     """
 
     checkpoint: str
@@ -59,6 +60,7 @@ class LadderRow:
     distance: float | None = None
     kept_start: bool = False
     is_time_doubtful: bool = False
+    prompts: str = ""
 
     @property
     def key(self) -> tuple[str, int]:

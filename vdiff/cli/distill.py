@@ -101,7 +101,7 @@ def command(
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
     from vdiff.training.ladder import found_student, run_stages
-    from vdiff.training.sample_prompts import sample_prompts
+    from vdiff.training.sample_prompts import prompts_of_ladder, texts_of
     from vdiff.training.student import memory_of_stage, recorded_setting, times_of_stage
     from vdiff.training.threads import settled_threads
     from vdiff.training.verdict import read_verdict
@@ -167,13 +167,15 @@ def command(
     if not engine.is_main:
         return
     last = stages[-1].folder
-    table = None if trained else known_rows(stages, seed=config.seed)
+    takes_text = bool(teacher.components)
+    texts = texts_of(config, images) if takes_text else ()
+    table = None if trained else known_rows(stages, seed=config.seed, prompts=texts)
     if table is None:
         with locked(last, kind=RUN):
             table = compare(
                 stages, seed=config.seed, device=engine.device, reporter=console, budget=budget,
                 guidance=config.guidance_scale - 1 if config.guidance_scale else 0.0,
-                prompts=sample_prompts(read_config(last), images, engine.device),
+                prompts=prompts_of_ladder(config, read_config(last), images, engine.device),
             )  # fmt: skip
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     if any(row.kept_start for row in table):
@@ -190,7 +192,7 @@ def command(
         report_at_the_end(
             stages, data, measure=measures, budget=budget, device=device, console=console, open_it=open_it
         )
-    prompt = " --prompt 'a red fox, watercolour'" * bool(teacher.components)
+    prompt = " --prompt 'a red fox, watercolour'" * takes_text
     console.result(f"next       python sample.py {shell('--checkpoint', last)}{prompt}")
 
 

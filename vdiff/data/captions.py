@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,11 @@ def read_prompts(file: Path, flag: str) -> list[str]:
     if not any(lines):
         raise OptionError(f"{flag} {file} has no prompt", "write one on each line")
     return [line for line in lines if line]
+
+
+def fingerprint_of(prompts: Sequence[str]) -> str:
+    """SHA-256 of prompts; empty if there are none."""
+    return sha256("\n".join(prompts).encode()).hexdigest() if prompts else ""
 
 
 def has_control_characters(text: str) -> bool:

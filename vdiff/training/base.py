@@ -121,11 +121,9 @@ def resolve_training(
         reporter.line(f"{unused}; --class_conditional True does")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     check_dropped(config, takes_text=takes_text, takes_classes=conditional)
-    for name in ("sample_prompts", "random_crop", "vae"):
+    for name in ("random_crop", "vae"):
         if not takes_text and (value := getattr(config, name)):
             raise OptionError(f"--{name} {value}: the network does not use captions", "leave it out")
-    if config.sample_prompts:
-        read_prompts(Path(config.sample_prompts), "--sample_prompts")
     return replace(
         config,
         preset=preset,
@@ -136,16 +134,18 @@ def resolve_training(
 
 
 def check_dropped(config: LoopConfig, *, takes_text: bool, takes_classes: bool) -> None:
-    """Refuse settings of captions or classes that the network does not take.
+    """Refuse settings of captions or classes that the network does not take, and a file of prompts without any.
 
     Raises:
         OptionError: names the setting.
     """
-    of_captions = ("caption_dropout", "caption_shuffle", "caption_keep_tokens", "caption_prefix")
+    of_captions = ("caption_dropout", "caption_shuffle", "caption_keep_tokens", "caption_prefix", "sample_prompts")
     names = [] if takes_classes else [("class_dropout", "classes")]
     for name, what in [*names, *([] if takes_text else [(name, "captions") for name in of_captions])]:
         if value := getattr(config, name):
             raise OptionError(f"--{name} {value}: the network does not use {what}", "leave it out")
+    if config.sample_prompts:
+        read_prompts(Path(config.sample_prompts), "--sample_prompts")
 
 
 def _assumed(preset: str, image_size: int | None) -> TrainingData:

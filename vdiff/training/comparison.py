@@ -14,6 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vdiff.data.captions import fingerprint_of
 from vdiff.data.images import captioned_grid, make_grid, save_png
 from vdiff.diffusion.samplers import Ddim
 from vdiff.files import write_text
@@ -134,6 +135,7 @@ def compare(
             distance=_distance(stages, folder, steps),
             kept_start=model.kept_start,
             is_time_doubtful=k in suspects,
+            prompts=fingerprint_of(prompts.texts if prompts else ()),
         )
         rows.append(row)
     folder = stages[-1].folder
@@ -146,15 +148,16 @@ def compare(
     return rows
 
 
-def known_rows(stages: Sequence[Stage], *, seed: int) -> list[LadderRow] | None:
-    """The table that an earlier `compare` of the same ladder wrote with `seed`; None if there is none."""
+def known_rows(stages: Sequence[Stage], *, seed: int, prompts: Sequence[str] = ()) -> list[LadderRow] | None:
+    """The table that an earlier `compare` of the same ladder wrote with `seed` and `prompts`; None if there is none."""
     path = stages[-1].folder / LADDER
     try:
         rows = read_ladder_rows(path)
     except (OSError, ValueError):
         return None
-    entries = [(folder.as_posix(), steps, seed) for folder, steps in _entries(stages)]
-    return rows if [(row.checkpoint, row.num_steps, row.seed) for row in rows] == entries else None
+    made_of = fingerprint_of(prompts)
+    entries = [(folder.as_posix(), steps, seed, made_of) for folder, steps in _entries(stages)]
+    return rows if [(row.checkpoint, row.num_steps, row.seed, row.prompts) for row in rows] == entries else None
 
 
 def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:

@@ -176,6 +176,10 @@ class LoopConfig:
         "Updates between grids of samples from fixed noise.",
         group=RECORDS, default=5000, low=1, unit="UPDATES", free=True,
     )  # fmt: skip
+    sample_prompts: str = setting(
+        "Prompts, one a line, of all samples in training; distill.py also checks and compares students with them.",
+        group=RECORDS, default="", unit="FILE", shown="captions of the dataset", free=True,
+    )  # fmt: skip
     ckpt_interval: int = setting(
         "Updates between checkpoints.",
         group=RECORDS, default=5000, low=1, unit="UPDATES", free=True,
@@ -348,10 +352,6 @@ class TrainConfig(LoopConfig):
     input_perturbation: float = setting(
         "Add this much noise to what the network sees and not to what it is to predict; 0.1 is usual.",
         group=OPTIMISATION, default=0.0, low=0, high=10,
-    )  # fmt: skip
-    sample_prompts: str = setting(
-        "Prompts of the samples in training, one a line; the samples have as many images.",
-        group=RECORDS, default="", unit="FILE", shown="captions of the dataset", free=True,
     )  # fmt: skip
     unet: dict[str, Any] = field(default_factory=dict)
 

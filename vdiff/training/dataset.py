@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vdiff.data.buckets import BETWEEN_SIDES
-from vdiff.data.captions import CaptionSettings
+from vdiff.data.captions import CaptionSettings, fingerprint_of
 from vdiff.data.datasets import AnyStore, open_at_size
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.projects import Project
@@ -74,7 +73,7 @@ class TrainingData:
     def fingerprint(self) -> str:
         """SHA-256 of the dataset's content, or of the prompts."""
         if self.prompts:
-            return sha256("\n".join(self.prompts).encode()).hexdigest()
+            return fingerprint_of(self.prompts)
         return self.store.meta.fingerprint if self.store else ""
 
     def batches(self, config: LoopConfig, engine: Engine, reporter: Reporter | None = None) -> Batches:

@@ -27,7 +27,7 @@ from vdiff.training.folder import (
 )
 from vdiff.training.loop import fit, settle
 from vdiff.training.presets import recorded_layer
-from vdiff.training.sample_prompts import sample_prompts
+from vdiff.training.sample_prompts import prompts_of_ladder
 from vdiff.training.stages import Stage
 from vdiff.training.student import describe_student, shaped, stage_run
 from vdiff.training.verdict import (
@@ -61,7 +61,11 @@ def run_stages(
         Interrupted: by a signal; the same command continues.
         VdiffError: a student's folder holds something else, the training failed, or a student collapsed.
     """
-    prompts = sample_prompts(shaped(read_config(stages[0].base), images), images, engine.device)
+    described = shaped(read_config(stages[0].base), images)
+    prompts = prompts_of_ladder(config, described, images, engine.device)
+    if prompts and config.sample_prompts:
+        for note in prompts.prompting.notes(prompts.texts):
+            reporter.line(note)
     examiner = Examiner(
         seed=config.seed,
         num_images=max(config.check_images, MIN_NOISES),

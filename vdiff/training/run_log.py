@@ -159,7 +159,7 @@ def preview_size(
     if prompts is not None:
         num = usual = len(prompts.texts)
         budget /= 2 if default_guidance(description) else 1
-    is_fixed = bool(getattr(config, "sample_prompts", ""))
+    is_fixed = bool(config.sample_prompts)
     while num * steps > budget and num > FEWEST_SAMPLES and not is_fixed:
         num = max(FEWEST_SAMPLES, num // 2)
     while num * steps > budget and steps > FEWEST_STEPS and not _is_few_step_student(description):

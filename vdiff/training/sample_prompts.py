@@ -1,4 +1,4 @@
-"""The prompts of pictures that a run draws of itself."""
+"""The prompts of samples in training, of the checks of students, and of the comparison of a ladder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vdiff.models.condition import TOKENS, Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.prompting import Prompting
 from vdiff.reporting import Reporter
-from vdiff.training.config import TrainConfig
+from vdiff.training.config import LoopConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.inputs import Inputs, TextInputs
 
@@ -40,22 +40,34 @@ class SamplePrompts:
         return torch.cat([self.prompting.decode(part, check=False) for part in latents.split(1)])
 
 
-def sample_prompts(description: CheckpointConfig, images: TrainingData, device: torch.device) -> SamplePrompts | None:
-    """Captions of a dataset or prompts to learn from, for a text-to-image model; None for any other model.
+def texts_of(config: LoopConfig, images: TrainingData, count: int = CAPTIONS) -> list[str]:
+    """The prompts of --sample_prompts, else `count` captions of the dataset or prompts to learn from.
 
     Raises:
+        OptionError: the file cannot be read or has no prompt.
+    """
+    if config.sample_prompts:
+        return read_prompts(Path(config.sample_prompts), "--sample_prompts")
+    found = [text for _, text in some_captions(images.store, count)] if images.store else images.prompts[:count]
+    return list(found) or [""]
+
+
+def prompts_of_ladder(
+    config: LoopConfig, description: CheckpointConfig, images: TrainingData, device: torch.device
+) -> SamplePrompts | None:
+    """The prompts of the checks and of the comparison of a ladder; None: the network takes no prompts.
+
+    Raises:
+        OptionError: the file of --sample_prompts cannot be read or has no prompt.
         VdiffError: the components of the model cannot be read.
     """
     if TOKENS not in description.signature.names:
         return None
-    texts = list(images.prompts[:CAPTIONS])
-    if images.store:
-        texts = [text for _, text in some_captions(images.store, CAPTIONS)]
-    return SamplePrompts(Prompting.read(description, device), texts or [""])
+    return SamplePrompts(Prompting.read(description, device), texts_of(config, images))
 
 
 def prompts_of_run(
-    config: TrainConfig, images: TrainingData, inputs: Inputs, reporter: Reporter
+    config: LoopConfig, images: TrainingData, inputs: Inputs, reporter: Reporter
 ) -> SamplePrompts | None:
     """The prompts of a run's samples; a line for each that is too long. None: the network takes no prompts.
 
@@ -64,10 +76,7 @@ def prompts_of_run(
     """
     if not isinstance(inputs, TextInputs):
         return None
-    if config.sample_prompts:
-        texts = read_prompts(Path(config.sample_prompts), "--sample_prompts")
-    else:
-        texts = [text for _, text in some_captions(images.store, CAPTIONS_SHOWN)] if images.store else []
+    texts = texts_of(config, images, CAPTIONS_SHOWN)
     for note in inputs.prompting.notes(texts):
         reporter.line(note)
-    return SamplePrompts(inputs.prompting, texts or [""])
+    return SamplePrompts(inputs.prompting, texts)

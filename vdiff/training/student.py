@@ -42,6 +42,7 @@ from vdiff.training.inputs import encoded_of, inputs_of
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.presets import read_run
+from vdiff.training.sample_prompts import prompts_of_run
 from vdiff.training.stages import Stage, student_network
 from vdiff.training.step import Task
 from vdiff.training.weights import copy_sharing
@@ -198,11 +199,13 @@ def stage_run(
     encoded = encoded_of(images, description, reporter or Silent())
     teacher, student, _ = begin_stage(stage, config, description)
     task = stage_task(stage, config, engine, teacher, before, student, description)
+    inputs = inputs_of(description, engine.device, encoded)
     return Run(
-        **vars(replace(task, inputs=inputs_of(description, engine.device, encoded))),
+        **vars(replace(task, inputs=inputs)),
         batches=replace(images, encoded=encoded).batches(config, engine, reporter),
         description=description,
         folder=stage.folder,
+        prompts=prompts_of_run(config, images, inputs, Silent()),  # the ladder has reported what is wrong with them
     )
 
 
