@@ -893,7 +893,7 @@ def test_nothing_is_replaced_unasked(run):
         ("--sigma_rel 0.003", 2, "σ_rel 0.003: the profile from 20 snapshots until update 40 would be"),
         ("--sigma_rel 0.1,0.003", 2, "σ_rel 0.003: the profile from 20 snapshots until update 40 would be"),
         ("--sigma_rel 0.1 --at 31", 2, "--at 31: runs/original holds no snapshot of that update; the nearest is"),
-        ("--sigma_rel much", 2, "Invalid value for '--sigma_rel': 'much' is not a valid float"),
+        ("--sigma_rel much", 2, "Invalid value for '--sigma_rel': 'much' is not a number"),
         ("--sigma_rel 0.1,0.2 --out made", 2, "--out names one checkpoint, but there are 2"),
         ("--decay 0.7", 2, "--decay 0.7: runs/original has no such average; it has 0.5"),
         ("--out made", 2, "--out needs an average to write; give --sigma_rel"),

@@ -136,8 +136,8 @@ CASES = [
     (f"{SAMPLE}/nowhere", FAILED, "checkpoints/nowhere: no such checkpoint; checkpoints holds base_0, "),
     ("sample.py --checkpoint empty", FAILED, "empty holds no config.json; give a folder that train.py or distill.py"),
     ("sample.py --checkpoint file", FAILED, "file is a file; give the checkpoint's folder"),
-    ("sample.py --checkpoint checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: check"),
-    ("vdiff inspect checkpoints", FAILED, "checkpoints holds no config.json; give one that lies in it: check"),
+    ("sample.py --checkpoint checkpoints", FAILED, "checkpoints holds no config.json; give one of the checkpoints"),
+    ("vdiff inspect checkpoints", FAILED, "checkpoints holds no config.json; give one of the checkpoints"),
     (f"{SAMPLE}/base_5 --out file", FAILED, "file exists and is not a set of samples that vdiff wrote; "),
     (f"{SAMPLE}/base_5 --out file/x", FAILED, "cannot write file/x: Not a directory; "),
     (
@@ -171,7 +171,7 @@ CASES = [
     # sizes and data
     ("prepare_data.py --size 0", USAGE, "Invalid value for '--size': 0 is not in the range 1<=x<=4096; see prepare_"),
     ("prepare_data.py --size 5000", USAGE, "Invalid value for '--size': 5000 is not in the range 1<=x<=4096; see "),
-    ("prepare_data.py --size 8,x", USAGE, "Invalid value for '--size': 'x' is not a valid integer"),
+    ("prepare_data.py --size 8,x", USAGE, "Invalid value for '--size': 'x' is not a whole number"),
     ("prepare_data.py --size 64x64", USAGE, "Invalid value for '--size': '64x64' …; did you mean 64?; see prepare_da"),
     (f"{TRAIN} --image_size 8x8", USAGE, "Invalid value for '--image_size': '8x8' …; did you mean 8?; see train.py"),
     ("prepare_data.py --quality 90", USAGE, "--quality 90 does not apply to png images; leave it out or give --forma"),

@@ -115,7 +115,7 @@ def test_a_switch_refuses_what_is_neither():
 
 def test_several_values_in_one_word():
     assert values(run("--size", "8, 64"))["size"] == "(8, 64)"
-    assert "'x' is not a valid integer" in error(run("--size", "8,x"))
+    assert "'x' is not a whole number" in error(run("--size", "8,x"))
     assert "65 is not in the range" in error(run("--size", "8,65"))
 
 

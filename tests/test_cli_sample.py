@@ -173,7 +173,7 @@ CASES = [
         "Invalid value for '--clipping_value': -1.0 is not in the range x>0",
     ),
     ("plain --eta nan", "Invalid value for '--eta': nan is not a finite number"),
-    ("guided --guidance high", "Invalid value for '--guidance': 'high' is not a valid float; see sample.py --help"),
+    ("guided --guidance high", "Invalid value for '--guidance': 'high' is not a number; see sample.py --help"),
     (
         "guided --guidance_interval 0.2,0.8",
         "--guidance_interval: it has no effect without guidance; give --guidance too",

@@ -126,7 +126,7 @@ def test_errors_say_what_to_do() -> None:
     assert "no images in empty" in error("empty")
     assert "0 is not in the range" in error("photos", "--size", "0", code=2)
     assert "5000 is not in the range" in error("photos", "--size", "64,5000", code=2)
-    assert "'x' is not a valid integer" in error("photos", "--size", "x", code=2)
+    assert "'x' is not a whole number" in error("photos", "--size", "x", code=2)
     assert "--quality 90 does not apply to png" in error("photos", "--format", "png", "--quality", "90", code=2)
     assert "--background 'whitish' is not a colour" in error("photos", "--background", "whitish", code=2)
     assert "cannot write file/out" in error("photos", "--out", "file/out")

@@ -133,7 +133,7 @@ def test_what_is_no_checkpoint():
         ("checkpoints/base_9/config.json", "is a file; give the checkpoint's folder, checkpoints/base_9"),
         (
             "checkpoints/photos",
-            "holds no config.json; give one that lies in it: checkpoints/photos/base_7 (newest) of ",
+            "holds no config.json; give one of the checkpoints in it: base_7",
         ),
         ("inside", "inside holds no config.json; give a folder that train.py or distill.py wrote"),
     ):

@@ -197,8 +197,10 @@ def check_checkpoint(folder: Path, project: Project | None = None) -> None:
             raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")
         found = models_in(folder) or _below(folder)
         listed = _listed([path.relative_to(folder).as_posix() for path in found])
-        hint = f"give one that lies in it: {shell(max(found, key=_age))} (newest) of {listed}" if found else ""
-        raise VdiffError(f"{folder} holds no {CONFIG}", hint or "give a folder that train.py or distill.py wrote")
+        hint = "give a folder that train.py or distill.py wrote"
+        if found:
+            hint = f"give one of the checkpoints in it: {listed}; the newest is {shell(max(found, key=_age))}"
+        raise VdiffError(f"{folder} holds no {CONFIG}", hint)
 
 
 def _age(model: Path) -> tuple[bool, int, str]:

@@ -399,6 +399,8 @@ def one_line_usage_error(error: click.ClickException) -> str:
         known = (f"--{here}" for here, words in ELSEWHERE.items() if name[2:] in words.split())
         if near := suggestion(next((here for here in known if here in options), name), options, only_near=True):
             message += f"; {near}"
+    message = re.sub(r"is not a valid integer( range)?", "is not a whole number", message)
+    message = re.sub(r"is not a valid float( range)?", "is not a number", message)
     if square := re.search(r"'(\d+)[x×]\1'", message):
         message += f"; did you mean {square[1]}?"
     path = context.command_path if context is not None else "vdiff"
