@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 import sys
+import textwrap
 
 import pytest
 from rich.cells import cell_len
@@ -186,3 +188,19 @@ def test_every_line_of_json_is_marked():
     ]
     assert len(calls) >= 8
     assert [call for call in calls if "is_json=" not in call] == []
+
+
+@pytest.mark.slow
+def test_libraries_do_not_write_into_the_terminal():
+    """In a process of its own: bitsandbytes reports while diffusers imports peft, torch warns once in a process."""
+    lines = """
+        import functools
+        import vdiff.cli.train
+        import torch
+        from diffusers import UNet2DConditionModel
+        twice = functools.cache(lambda number: 2 * number)
+        assert torch.compile(lambda x: x * twice(3), backend="eager")(torch.ones(1)) == 6
+    """
+    command = [sys.executable, "-c", textwrap.dedent(lines)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
