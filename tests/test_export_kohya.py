@@ -23,7 +23,14 @@ from tests.oracles import randn
 from tests.pipelines import UNETS, pipeline
 from tests.text_training import write_text_checkpoint
 from vdiff.models.adapters import AdapterSettings, is_adapter_weight
-from vdiff.models.checkpoint import CheckpointConfig, read_config, read_metadata, save_checkpoint, weights_fingerprint
+from vdiff.models.checkpoint import (
+    CheckpointConfig,
+    load_checkpoint,
+    read_config,
+    read_metadata,
+    save_checkpoint,
+    weights_fingerprint,
+)
 
 TARGETS = ("attention", "conv1", "ff.net.0.proj", "proj_in", "downsamplers.0.conv", "conv_shortcut")
 
@@ -264,6 +271,35 @@ def test_students_that_work_only_whole_are_refused(bases, tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before
     student(Path("v_1"), bases / "sd2", **{**changes, "prediction": "v", "guidance_range": []})
     done("vdiff export lora v_1 out")
+
+
+WHOLE = {
+    "guidance": (
+        {"guidance_range": [1.0, 8.0]},
+        "it takes the guidance as an input, which no LoRA can add to its base",
+    ),
+    "v": ({"prediction": "v"}, "it predicts v, its first teacher eps, and programs would read a LoRA's as eps"),
+    "one step": (
+        {"prediction": "v", "num_timesteps": 1},
+        "it predicts v so as to draw in 1 step, its first teacher eps",
+    ),
+    "by choice": ({}, "it has all weights, as it was trained without --lora_rank"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_of_a_whole_student_the_reason_and_the_command_that_works_are_given(bases, name):
+    changes, reason = WHOLE[name]
+    first = read_config(bases / "sd15")
+    between = replace(first, **{**changes, "num_timesteps": 4}, method="match", teacher=first.to_dict()).to_dict()
+    config = replace(first, **{"num_timesteps": 2, **changes}, method="progressive", teacher=between)
+    save_checkpoint(Path("sd 1"), load_checkpoint(bases / "sd15")[0].state_dict(), config)
+    said = error("vdiff export lora 'sd 1' out", 1)
+    assert f"sd 1 is not a LoRA: {reason}" in said
+    commands = said.partition("export it whole: ")[2].split(", or ")
+    assert len(commands) == (1 if name == "guidance" else 2)
+    for command in commands:
+        done(command.replace("FILE", "out/file"))
 
 
 def test_what_is_in_the_way_is_left_alone(bases):

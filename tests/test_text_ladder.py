@@ -30,6 +30,7 @@ from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.files import CHECKSUM, write_json
+from vdiff.interop.diffusers.text_writing import export_text_pipeline
 from vdiff.interop.lora import export_lora
 from vdiff.models.adapters import AdapterSettings, add_adapter, copy_adapter, merge_adapter
 from vdiff.models.checkpoint import ADAPTER, load_checkpoint, read_config, read_tensors
@@ -458,10 +459,15 @@ def test_a_student_that_takes_guidance_draws_the_pictures_of_diffusers_pipeline(
     pictures = [torch.Tensor(model.sample(prompts=PROMPTS, noise=noise, guidance=w)) for w in (2.0, 6.5)]
     assert (pictures[0] - pictures[1]).abs().max() > 1e-4
     assert torch.equal(torch.Tensor(model.sample(prompts=PROMPTS, noise=noise)), pictures[1])
-    whole, draw = drawn_by_diffusers(noise, 4, guidance_scale=7.5)
-    whole.unet = model.network.unet.model
-    torch.testing.assert_close(pictures[1], draw(), rtol=0, atol=1e-4)
-    with pytest.raises(VdiffError, match="it has all weights"):
+    export_text_pipeline(stages[-1].folder, tmp_path / "pipeline")
+    whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    whole.set_progress_bar_config(disable=True)
+    drawn = whole(PROMPTS, latents=noise, output_type="pt", num_inference_steps=4, guidance_scale=7.5).images
+    torch.testing.assert_close(pictures[1], drawn * 2 - 1, rtol=0, atol=1e-4)
+    readme = (tmp_path / "pipeline" / "README.md").read_text()
+    assert "guidance scale 3 to 15 in diffusers" in readme
+    assert "num_inference_steps=4, guidance_scale=9)" in readme
+    with pytest.raises(VdiffError, match="is not a LoRA: it takes the guidance as an input"):
         export_lora(stages[-1].folder, tmp_path / "lora.safetensors", "diffusers")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import write_text
 from vdiff.interop.card import FILES_OF_CARD, card_beside, license_of_base
 from vdiff.interop.modelspec import MADE_BY, differs_from_usual, family_of, is_student, metadata_of
@@ -107,7 +107,7 @@ def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, list
     """
     config = read_config(checkpoint)
     if config.adapter is None:
-        raise VdiffError(f"{checkpoint} is not a LoRA: it has all weights", "export it with vdiff export diffusers")
+        raise VdiffError(f"{checkpoint} is not a LoRA: {why_whole(config)}", _how_to_export_whole(checkpoint, config))
     if (prefix := PREFIXES.get(config.kind)) is None:
         raise VdiffError(
             f"{checkpoint} is a LoRA of a network that other tools do not have",
@@ -116,6 +116,26 @@ def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, list
     tensors = read_tensors(checkpoint / ADAPTER)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return config, config.adapter, list(parts_of(config, named))
+
+
+def why_whole(config: CheckpointConfig) -> str:
+    """Why a model has all weights: a LoRA could not be such a student, or nobody asked for a LoRA."""
+    if config.guidance_range:
+        return "it takes the guidance as an input, which no LoRA can add to its base"
+    first: dict[str, Any] = config.to_dict()
+    while teacher := first.get("teacher"):
+        first = teacher
+    if first["prediction"] == "eps" and config.prediction != "eps":
+        few = " so as to draw in 1 step" * (config.num_timesteps == 1)
+        return f"it predicts {config.prediction}{few}, its first teacher eps, and programs would read a LoRA's as eps"
+    return "it has all weights, as it was trained without --lora_rank"
+
+
+def _how_to_export_whole(checkpoint: Path, config: CheckpointConfig) -> str:
+    folder = shell("vdiff", "export", "diffusers", checkpoint, "FOLDER")
+    if family_of(config) is None or config.guidance_range:
+        return f"export it whole: {folder}"
+    return f"export it whole: {shell('vdiff', 'export', 'single_file', checkpoint, 'FILE.safetensors')}, or {folder}"
 
 
 def base_of(config: CheckpointConfig) -> CheckpointConfig | None:

@@ -83,10 +83,16 @@ def is_student(config: CheckpointConfig) -> bool:
 
 
 def guidance_hint(config: CheckpointConfig) -> str:
-    """`exactly 4 steps, trailing timesteps, guidance scale 0 in diffusers, CFG 1 in ComfyUI and A1111`."""
+    """`exactly 4 steps, trailing timesteps, guidance scale 0 in diffusers, CFG 1 in ComfyUI and A1111`.
+
+    Diffusers' pipelines give a network that takes the weight of guidance their guidance scale − 1.
+    """
     if not is_student(config):
         return "trailing timesteps"
     steps = f"exactly {config.num_timesteps} step{'s' * (config.num_timesteps > 1)}"
+    if config.guidance_range:
+        low, high = (weight + 1 for weight in config.guidance_range)
+        return f"{steps}, trailing timesteps, guidance scale {low:g} to {high:g} in diffusers"
     return f"{steps}, trailing timesteps, guidance scale 0 in diffusers, CFG 1 in ComfyUI and A1111"
 
 

@@ -217,7 +217,8 @@ def single_file_usage(name: str, config: CheckpointConfig, family: Family) -> st
 def folder_usage(name: str, config: CheckpointConfig) -> str:
     """For `name`, a pipeline folder of a text-to-image model."""
     words = f"With diffusers; vdiff is not needed. Use it with {guidance_hint(config)}."
-    call = f", num_inference_steps={config.num_timesteps}, guidance_scale=0" if is_student(config) else ""
+    scale = sum(config.guidance_range) / 2 + 1 if config.guidance_range else 0
+    call = f", num_inference_steps={config.num_timesteps}, guidance_scale={scale:g}" if is_student(config) else ""
     return _fenced(words, FOLDER, {"name": name, "arguments": call})
 
 

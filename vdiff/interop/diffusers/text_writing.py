@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vdiff.diffusion.schedules import build_schedule
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import make_folder, read_text, write_json, write_text
 from vdiff.interop.card import CARD, FILES_OF_CARD, card_beside, is_card, license_of_base, new_card, public
 from vdiff.interop.diffusers.folders import INDEX, NOTE
@@ -96,11 +96,6 @@ def load_text_model(checkpoint: Path, *, merge: bool, components: Path | None) -
         )
     if said.adapter is None and merge:
         raise OptionError(f"--merge: {checkpoint} is not a LoRA: it has all weights", "leave it out")
-    if said.guidance_range:
-        raise VdiffError(
-            f"{checkpoint} takes the guidance scale as an input, which these formats do not have",
-            "distil it with a fixed --guidance",
-        )
     denoiser, config = load_checkpoint(checkpoint, components=components)
     network = denoiser.network
     assert isinstance(network, TextBackbone)
@@ -141,6 +136,11 @@ def export_single_file(
     with locked(file), locked(beside):
         check_free(file, SINGLE_FILE, overwrite=overwrite, flag="another file")
         check_free(beside, CONFIGURATION, overwrite=overwrite, flag="another file")
+        if read_config(checkpoint).guidance_range:
+            raise VdiffError(
+                f"{checkpoint} takes the guidance as an input, which single files do not have",
+                f"write a folder: {shell('vdiff', 'export', 'diffusers', checkpoint, 'FOLDER')}",
+            )
         model = load_text_model(checkpoint, merge=merge, components=components)
         config, vae, unet = model.config, model.autoencoder, model.network.unet
         encoders = [encoder.state_dict() for encoder in model.network.text_encoders]
