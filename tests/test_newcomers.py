@@ -94,6 +94,14 @@ def test_a_mistake_is_answered_in_one_line(line, code, words):
     assert words in error(line, code)
 
 
+@pytest.mark.parametrize("name", ["prepare_data", "train", "distill", "sample"])
+def test_a_python_without_vdiffs_packages_is_told_in_one_line(name):
+    found = subprocess.run([sys.executable, "-S", ROOT / f"{name}.py"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (1, "")
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(f"error: {sys.executable} has no click, msgspec, rich; activate the environment")
+
+
 def test_these_are_found_before_torch_is_loaded(place):
     """All in one interpreter, that starts without torch."""
     program = """

@@ -1,7 +1,15 @@
 """The command line: the only room that may import all others. Commands import torch inside their functions."""
 
 import logging
+import sys
 import warnings
+from importlib.util import find_spec
+
+if missing := [name for name in ("click", "msgspec", "rich") if find_spec(name) is None]:
+    sys.exit(
+        f"error: {sys.executable} has no {', '.join(missing)}; activate the environment in which vdiff is installed "
+        "(. .venv/bin/activate), or install vdiff: see docs/install.md"
+    )
 
 # messages of libraries in a terminal that no user of vdiff can act on
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing kernel for 4 bits, when peft imports it

@@ -14,6 +14,7 @@ from vdiff.data.captions import read_prompts
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError, VdiffError
 from vdiff.settings import COMMAND_LINE, check_value, parameters
+from vdiff.text import plural
 
 if TYPE_CHECKING:
     from vdiff.models.checkpoint import CheckpointConfig
@@ -201,7 +202,7 @@ def report_line(spec: SampleSpec, report: SampleReport) -> str:
     evaluations = report.evaluations or spec.num_steps
     each = f"{evaluations:.4g} evaluation{'s' if evaluations > 1 else ''} each"
     return (
-        f"{report.drawn} images in {report.seconds:.1f} s ({report.images_per_second:.3g}/s), "
+        f"{plural(report.drawn, 'image')} in {report.seconds:.1f} s ({report.images_per_second:.3g}/s), "
         f"{spec.sampler}, {each}, to {report.out}"
     )
 
