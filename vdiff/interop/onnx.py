@@ -32,6 +32,8 @@ OPSET = 18
 MAX_BYTES = 2**31 - 2**24
 """The largest ONNX file: protocol buffers are limited to 2 GiB."""
 BATCH = "batch"
+SMALL = 256
+"""Weights with fewer values are never rounded."""
 
 
 def _is_graph(path: Path) -> str:
@@ -86,6 +88,8 @@ def export_onnx(
             NetworkCall(denoiser, options.output), inputs(denoiser, options, config, range(2)), [options.output]
         )
     _clean(model)
+    if options.precision != "fp32":
+        _store_rounded(model, options.precision)
     onnx.helper.set_model_props(model, metadata(denoiser, options, config, fingerprint))
 
     def write(temporary: Path) -> float:
@@ -199,6 +203,34 @@ def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx
         [tensor for tensor in constants if tensor.name in used],
     )
     return helper.make_model(whole, opset_imports=step.opset_import, ir_version=step.ir_version)
+
+
+def _store_rounded(model: onnx.ModelProto, precision: str) -> None:
+    """Store large weights as float16 or int8, each with a node that turns it back into float32.
+
+    int8 has one scale for each row (output channel of a convolution): the largest magnitude is 127.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph, nodes, tensors = model.graph, [], []
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2 or np.prod(tensor.dims) < SMALL:
+            tensors.append(tensor)
+            continue
+        values, stored = numpy_helper.to_array(tensor), f"{tensor.name}_stored"
+        if precision == "fp16":
+            tensors.append(numpy_helper.from_array(values.astype(np.float16), stored))
+            nodes.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
+            continue
+        scale = np.maximum(np.abs(values.reshape(len(values), -1)).max(axis=1), 1e-12).astype(np.float32) / 127
+        whole = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8)
+        tensors += [numpy_helper.from_array(whole, stored), numpy_helper.from_array(scale, f"{stored}_scale")]
+        nodes.append(helper.make_node("DequantizeLinear", [stored, f"{stored}_scale"], [tensor.name], axis=0))
+    nodes += graph.node
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(tensors)
+    graph.node.extend(nodes)
 
 
 def _clean(model: onnx.ModelProto) -> None:

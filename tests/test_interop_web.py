@@ -1,0 +1,194 @@
+"""Pages that draw in the browser: what they hold, that they draw vdiff's images, and that nothing else is asked for."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vdiff
+from tests.browser import PROGRAM, Tab, browser
+from tests.commands import ROOT, done, error
+from tests.toy import write_checkpoint
+from vdiff.interop.web import MODELS, RUNTIME_FILES, _runtime, export_web, page_server
+
+pytest.importorskip("onnxscript")
+AXE = Path(os.environ.get("VDIFF_AXE", ROOT / "node_modules" / "axe-core" / "axe.min.js"))
+SEEDS = [0, 7, 2**32, 2**64 - 1]
+needs_browser = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of two steps with classes, one of a step, and their teacher."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name, steps in (("base_0", 2), ("base_1", 1), ("original", 8)):
+        write_checkpoint(root / name, num_timesteps=steps, classes=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def empty_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runtime")
+    for name in RUNTIME_FILES:
+        (folder / name).write_text("")
+    return folder
+
+
+@pytest.mark.slow
+def test_numbers_of_fewer_bits_are_smaller_and_measured(models, empty_runtime, tmp_path):
+    sizes, differences = {}, {}
+    for precision in ("fp32", "fp16", "int8"):
+        [made] = export_web(
+            [models / "base_1"], tmp_path / precision, precision=precision, runtime=str(empty_runtime), title="<b>"
+        )
+        sizes[precision], differences[precision] = made.bytes, made.difference
+    assert sizes["int8"] < sizes["fp16"] < sizes["fp32"]
+    assert differences["fp32"] < 1e-4 < differences["int8"]
+    assert differences["fp32"] < differences["fp16"] < differences["int8"] < 0.5
+    assert "&lt;b&gt;" in (tmp_path / "fp32/index.html").read_text()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports take no time."""
+
+    def write(denoiser: object, config: object, options: object, file: Path, *, fingerprint: str) -> float:
+        del denoiser, config, options
+        file.write_text(fingerprint)
+        return 0.0
+
+    monkeypatch.setattr("vdiff.interop.web.export_onnx", write)
+
+
+@pytest.mark.usefixtures("quick")
+def test_only_a_page_is_replaced(models, empty_runtime, tmp_path):
+    line = f"vdiff export web {models}/base_1 {tmp_path}/page --runtime {empty_runtime}"
+    assert "next       python -m http.server" in done(line).stdout
+    assert "--overwrite" in error(line, 1)
+    done(f"{line} --overwrite")
+    (tmp_path / "page" / "mine.txt").write_text("")
+    assert "mine.txt" in error(f"{line} --overwrite", 1)
+    assert (tmp_path / "page" / MODELS).exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_bad_input_is_refused_in_one_line(models, empty_runtime, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "wide", num_timesteps=1)
+    write_checkpoint(tmp_path / "long", num_timesteps=1024)
+    start, end = f"vdiff export web {models}/base_1", f"{tmp_path}/page"
+    ready = f"--runtime {empty_runtime}"
+    for line, code, said in (
+        (f"{start} {tmp_path}/wide {end} {ready}", 2, "other sizes or classes"),
+        (f"{start} {end} {ready} --teacher {tmp_path}/wide", 2, "--teacher"),
+        (f"vdiff export web {tmp_path}/long {end} {ready}", 2, "at most 64"),
+        (f"{start} {models}/base_1 {end} {ready}", 2, "two of the checkpoints have one name"),
+        (f"{start} {end} --runtime {tmp_path}", 1, "holds no ort."),
+    ):
+        assert said in error(line, code), line
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "npm" in error(f"{start} {end}", 1)
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.fixture(scope="module")
+def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A page with the real runtime, and its address."""
+    folder = tmp_path_factory.mktemp("web") / "page"
+    try:
+        with _runtime(os.environ.get("VDIFF_ORT")) as runtime:
+            export_web(
+                [models / "base_0", models / "base_1"], folder, teacher=models / "original", runtime=str(runtime)
+            )
+    except vdiff.VdiffError as error:
+        pytest.skip(f"{error}")
+    with page_server(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+DRAWN = """new Promise((done, fail) => {
+    const status = document.getElementById("status");
+    const look = () => status.matches(".failed") ? fail(Error(status.textContent)) : self.vdiff?.drawn ? done(1) : 0;
+    const again = () => { look(); setTimeout(again, 20); };
+    again();
+})"""
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_page_draws_our_images_and_asks_nobody_else(page, models, tab):
+    _, address = page
+    tab.requests.clear()
+    tab.open(f"{address}/", width=1280)
+    tab.run(DRAWN)
+    assert tab.run("document.getElementById('status').textContent") == "Drawn."
+    for seed in SEEDS:
+        tab.run(
+            f"self.vdiff.drawn = 0; document.getElementById('seed').value = '{seed}';"
+            "document.getElementById('seed').dispatchEvent(new Event('input', { bubbles: true })); " + DRAWN
+        )
+        for name in ("base_0", "base_1"):
+            found = np.array(tab.run(f"Array.from(self.vdiff.images['{name}.onnx'])"))
+            ours = vdiff.load(models / name).sample(4, seed=seed).numpy()
+            assert np.abs(found - ours.ravel()).max() < 1e-4
+    assert [each for each in tab.trouble if "No available adapters" not in each] == []  # a computer without a GPU
+    assert [each for each in tab.requests if not each.startswith((address, "data:", "blob:"))] == []
+    assert tab.run("document.querySelector('#grids img').naturalWidth") > 0
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_its_noise_is_that_of_numpy(page, tab, seed):
+    tab.open(f"{page[1]}/noise.js", width=1280)
+    for image in (0, 3):
+        found = tab.run(f"import('/noise.js').then(m => Array.from(m.noise({seed}n, {image}, 100000)))")
+        philox = np.random.Philox(key=np.array([seed, image], np.uint64))
+        numbers = np.random.Generator(philox).standard_normal(100000, dtype=np.float32)
+        assert np.abs(np.array(found) - numbers).max() < 1e-6
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_everybody_can_use_the_page(page, tab, width, dark):
+    tab.open(f"{page[1]}/", width=width, dark=dark)
+    tab.run(DRAWN)
+    assert tab.run("document.scrollingElement.scrollWidth") <= width
+    if not AXE.is_file():
+        pytest.skip("axe-core is not here: npm install axe-core, or VDIFF_AXE=…/axe.min.js")
+    tab.run(AXE.read_text(encoding="utf-8") + "; true")
+    found = tab.run("axe.run().then(all => all.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html)]))")
+    assert [each for each in found if each[0] in ("serious", "critical")] == []
+
+
+@pytest.mark.parametrize("path", ["/../secret", "/%2e%2e/secret", "/..%2fsecret", "//secret", "/ort/", "/%00"])
+def test_nothing_outside_the_folder_is_served(tmp_path, path):
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "page" / "ort").mkdir(parents=True)
+    (tmp_path / "page" / "index.html").write_text("hello")
+    with page_server(tmp_path / "page") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for asked, status in ((path, 404), ("/", 200)):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            connection.putrequest("GET", asked, skip_host=False)
+            connection.endheaders()
+            answer = connection.getresponse()
+            assert answer.status == status
+            assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+            assert b"secret" not in answer.read()
+            connection.close()
+        server.shutdown()
