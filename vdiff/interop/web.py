@@ -7,6 +7,7 @@ import http.server
 import math
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,9 +132,7 @@ def export_web(
         for name in PAGE_FILES:
             text = resources.files("vdiff.interop").joinpath("web_page", name).read_text(encoding="utf-8")
             origin = "" if place == "./ort" else "{0.scheme}://{0.netloc}".format(urlsplit(place))
-            text = text.replace("TITLE", escape(title or first.dataset)).replace(
-                " RUNTIME", f" {origin}".rstrip()
-            )
+            text = text.replace("TITLE", escape(title or first.dataset)).replace(" RUNTIME", f" {origin}".rstrip())
             write_text(temporary / name, text)
     return written
 
@@ -251,6 +250,14 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
+    def send_head(self) -> Any:
+        """A file, or 404 for a name that no file can have."""
+        try:
+            return super().send_head()
+        except ValueError:  # a zero byte
+            self.send_error(404)
+            return None
+
     def list_directory(self, path: object) -> None:
         """No listings."""
         del path
@@ -258,6 +265,14 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *values: object) -> None:
         """No line for each request."""
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """A server to which it is no error if a browser closes a connection."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def page_server(folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
@@ -268,6 +283,6 @@ def page_server(folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
     """
     try:
         handler = functools.partial(_Handler, directory=str(folder))
-        return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return _Server(("127.0.0.1", port), handler)
     except OSError as error:
         raise VdiffError(f"port {port}: {error.strerror or error}", "give another --port") from None
