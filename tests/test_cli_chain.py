@@ -178,6 +178,8 @@ def test_a_ladder_ends_with_a_table_and_a_picture(monkeypatch):
     assert [f"{row['rmse_to_first']:.4f}" for row in table[1:]] == [row[6] for row in rows[1:]]
     with PIL.Image.open("checkpoints/base_8/ladder.png") as picture:
         picture.load()
+    scale = json.loads(Path("checkpoints/base_8/verdict.json").read_text())["scale"]
+    assert f"\nscale      other images {scale['same']:.3g}, blurred {scale['blurred']:.3g}, " in result.stdout
 
     result = done(f"{ladder} --stages 4")
     assert [line.split()[0] for line in result.stderr.splitlines() if "finished already" in line] == [

@@ -136,6 +136,20 @@ def test_without_an_evaluation_the_verdicts_tell_the_distances(root, tmp_path):
     assert found.samplers == ()
     assert found.teacher == plots.Point(8, 0.2)
     assert "256 samples" in found.basis
+    assert found.scale is None
+
+
+@pytest.mark.parametrize("change", [{}, {"noise": "much"}, {"same": None}])
+def test_the_scale_in_the_last_verdict_tells_whether_it_worked(root, tmp_path, change):
+    folder = without_logs(root, tmp_path)
+    (folder / "evaluation.json").unlink()
+    path = read_ladder(folder).last.folder / "verdict.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"scale": dataclasses.asdict(SCALE) | change}))
+    ladder = read_ladder(folder)
+    found = distances_of(ladder)
+    assert found.scale == (None if change else SCALE)
+    assert summary(ladder, found)[0].startswith("A model of" if change else "It worked")
 
 
 def test_times_are_those_of_the_comparison(root):

@@ -784,6 +784,7 @@ def test_comparison_of_a_whole_ladder_names_each_model_once(whole):
         ("original", 8), ("base_0", 4), ("base_1", 2), ("base_2", 1)
     ]  # fmt: skip
     assert known_rows(stages, seed=0) == rows
+    assert known_rows(stages[-1:], seed=0) == rows, "repeating the last stage leaves the table of the whole ladder"
     assert known_rows(stages, seed=1) is None
     assert known_rows(stages[:2], seed=0) is None
     longer = [dataclasses.replace(stages[0], teacher_steps=4), *stages[1:]]

@@ -89,7 +89,8 @@ def test_the_difference_is_that_of_clipped_pixels_over_the_images_that_both_have
 
 
 def test_a_verdict_is_kept_beside_the_student(tmp_path):
-    for verdict in (found(), Verdict(0.5, math.inf, 1.5, 0.25, 7, 3, "why", 0.6, 2, 1.25, "it was worse")):
+    scale = {"same": 0.1, "blurred": 6.4, "mean_image": 20.0, "noise": 50.0}
+    for verdict in (found(), Verdict(0.5, math.inf, 1.5, 0.25, 7, 3, "why", 0.6, 2, 1.25, "it was worse", scale)):
         write_verdict(tmp_path, verdict)
         assert read_verdict(tmp_path) == verdict
         assert parse((tmp_path / VERDICT).read_text()) == {
@@ -97,6 +98,7 @@ def test_a_verdict_is_kept_beside_the_student(tmp_path):
             "teacher_distance": verdict.teacher_distance, "num_images": verdict.num_images,
             "attempts": verdict.attempts, "reason": verdict.reason, "rmse_limit": verdict.rmse_limit,
             "every": verdict.every, "start_distance": verdict.start_distance, "kept_start": verdict.kept_start,
+            "scale": verdict.scale,
         }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["verdict.json"]
 

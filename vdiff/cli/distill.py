@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def command(
     from vdiff.training.sample_prompts import prompts_of_ladder, texts_of
     from vdiff.training.student import memory_of_stage, recorded_setting, times_of_stage
     from vdiff.training.threads import settled_threads
-    from vdiff.training.verdict import read_verdict
+    from vdiff.training.verdict import read_verdict, write_verdict
 
     console.line(f"preset {config.preset}, {images.name}, method {config.method}")
     for remark in remarks(config, teacher):
@@ -186,6 +186,8 @@ def command(
     if distance and found and any(row.distance is not None for row in table):
         scale = scale_for(distance, found.num_images, images.image_size)
         console.result(f"scale      {scale}")
+        with locked(last, kind=RUN):  # for the report
+            write_verdict(last, replace(found, scale=asdict(scale)))
     console.result(f"picture    {last / LADDER_PICTURE}")
     if report:
         data, device = images.name * (images.store is not None), engine.device

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,14 @@ def _from_verdicts(ladder: LadderRun) -> Distances:
         students=students,
         student_curve=Curve("students", _ordered(students.values())),
         teacher=teacher,
+        scale=_scale(ladder.last.verdict.get("scale")) if ladder.last.key in students else None,
     )
+
+
+def _scale(values: object) -> Scale | None:
+    """The scale in a verdict; None if the verdict has none."""
+    found = [finite(values.get(each.name)) for each in fields(Scale)] if isinstance(values, dict) else [None]
+    return Scale(*(value for value in found if value is not None)) if None not in found else None
 
 
 def milliseconds(ladder: LadderRun) -> dict[tuple[str, int], float]:

@@ -149,7 +149,10 @@ def compare(
 
 
 def known_rows(stages: Sequence[Stage], *, seed: int, prompts: Sequence[str] = ()) -> list[LadderRow] | None:
-    """The table that an earlier `compare` of the same ladder wrote with `seed` and `prompts`; None if there is none."""
+    """The table that an earlier `compare` of a ladder with these last stages wrote with `seed` and `prompts`, or None.
+
+    It also has the earlier models of that ladder: repeating one stage leaves the table and picture of the whole ladder.
+    """
     path = stages[-1].folder / LADDER
     try:
         rows = read_ladder_rows(path)
@@ -157,7 +160,8 @@ def known_rows(stages: Sequence[Stage], *, seed: int, prompts: Sequence[str] = (
         return None
     made_of = fingerprint_of(prompts)
     entries = [(folder.as_posix(), steps, seed, made_of) for folder, steps in _entries(stages)]
-    return rows if [(row.checkpoint, row.num_steps, row.seed, row.prompts) for row in rows] == entries else None
+    recorded = [(row.checkpoint, row.num_steps, row.seed, row.prompts) for row in rows]
+    return rows if recorded[-len(entries) :] == entries else None
 
 
 def _entries(stages: Sequence[Stage]) -> list[tuple[Path, int]]:

@@ -53,6 +53,7 @@ class Verdict:
         every: teacher and student were drawn in every N-th of their steps, see `plan_check`.
         start_distance: distance of the student before its training, if that student is nearer to the teacher.
         kept_start: why the weights before training were restored; empty if they were not.
+        scale: reference distances for `num_images` images, by their names in `vdiff.evaluation.results.Scale`.
     """
 
     rmse_before: float
@@ -66,6 +67,7 @@ class Verdict:
     every: int = 1
     start_distance: float | None = None
     kept_start: str = ""
+    scale: dict[str, float] | None = None
 
 
 def read_verdict(folder: Path) -> Verdict | None:
