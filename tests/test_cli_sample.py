@@ -84,7 +84,7 @@ def test_the_result_says_how_and_from_what_images_were_drawn():
         "weights": "raw", "sampler": "clipped", "options": {"clipping_value": 1.1, "eta": 1.0},
         "grid": "logsnr", "steps": 8,
         "guidance": 2.0, "guidance_interval": [0.2, 0.9], "classes": ["owl", "cat"], "interpolate": [], "seed": 5,
-        "prompts": [], "negative_prompt": "",
+        "prompts": [], "negative_prompt": "", "condition": "",
         "precision": "fp32", "device": "cpu", "processes": 1,
     }  # fmt: skip
     assert all(Path(picture).exists() for picture in found["trajectory"])

@@ -28,7 +28,7 @@ from vdiff.models import checks
 from vdiff.models.backbone import Backbone
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from vdiff.models.codec import CODECS, PIXEL_CODEC, UNBOUNDED
-from vdiff.models.condition import CLASSES, Condition, Signature
+from vdiff.models.condition import CLASSES, IMAGE, Condition, Signature
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser, device_of
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
 from vdiff.models.kinds import PYTHON
@@ -231,7 +231,12 @@ class Model:
         return Denoiser(cast(Backbone, self.network), self.denoiser.schedule, self.denoiser.parameterisation)
 
     def loss(
-        self, x: Tensor, *, classes: Tensor | Sequence[int] | None = None, weighting: str = "truncated_snr"
+        self,
+        x: Tensor,
+        *,
+        classes: Tensor | Sequence[int] | None = None,
+        condition: Tensor | None = None,
+        weighting: str = "truncated_snr",
     ) -> Tensor:
         """The training loss of a batch (B, C, …), a scalar with a gradient; torch's generator gives noise and times.
 
@@ -239,6 +244,7 @@ class Model:
 
         Args:
             classes: B class numbers, for a class-conditional network.
+            condition: B condition images, for a network that takes them.
             weighting: a name in `vdiff.diffusion.weighting.WEIGHTINGS`, or `OUTPUT`.
 
         Raises:
@@ -255,10 +261,10 @@ class Model:
                 raise ValueError(f"classes are integers from 0 to {count - 1}, got {numbers.unique().tolist()}")
             if numbers.shape != x.shape[:1]:
                 raise ValueError(f"classes of shape {tuple(numbers.shape)}; need one for each of {len(x)} samples")
-        condition = takes.condition(classes=numbers)
-        batch = TrainBatch(x, torch.randn_like(x), stratified(len(x), x.device), condition)
+        given = takes.condition(**{CLASSES: numbers, IMAGE: self._condition_images(condition, len(x))}).to(x.device)
+        batch = TrainBatch(x, torch.randn_like(x), stratified(len(x), x.device), given)
         target = DenoisingObjective(schedule)(batch, StudentState(self.denoiser, self.denoiser, 0.0))
-        prediction = self.denoiser(target.z, target.t, condition)
+        prediction = self.denoiser(target.z, target.t, given)
         weight = weighting_of(weighting, self.denoiser.parameterisation.output_weight, zero_snr=schedule.zero_snr)
         return weighted_losses(prediction, target, schedule.logsnr(target.t), weight).mean()
 
@@ -288,6 +294,7 @@ class Model:
         classes: Sequence[str | int] | None = None,
         prompts: Sequence[str] = (),
         negative_prompt: str = "",
+        condition: Tensor | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         noise: Tensor | None = None,
@@ -299,7 +306,7 @@ class Model:
         Those of a text-to-image model are the pictures (num, 3, H, W), not the latents.
 
         Args:
-            num: number of samples; by default as many as `noise` or `prompts` has, else 16.
+            num: number of samples; by default as many as `noise`, `prompts` or `condition` has, else 16.
             steps: sampling steps; by default the model's own.
             seed: for equal seeds, image k is the same as that of `sample.py`.
             sampler: a name in `vdiff.diffusion.samplers.SAMPLERS`, or a sampler.
@@ -307,6 +314,8 @@ class Model:
             classes: names or numbers, assigned to the images in turn; by default all.
             prompts: of a text-to-image model, assigned to the images in turn.
             negative_prompt: what guidance moves away from.
+            condition: condition images (N, C, H, W) of the size of the samples, in [−1, 1] or uint8; the samples take
+                them in turn.
             guidance, guidance_interval: the weight w of classifier-free guidance, and the times at which it applies; by
                 default that of diffusers' pipelines for a base model of text and latents, else 0.
             noise: (num, C, H, W), z at t = 1 instead of the seed's. The noise that a stochastic sampler adds still
@@ -324,7 +333,9 @@ class Model:
             )
         if isinstance(prompts, str):
             prompts = [prompts]
-        num = num if num is not None else len(noise) if noise is not None else len(prompts) or 16
+        images = self._condition_images(condition)
+        usual = len(prompts) or (16 if images is None else len(images))
+        num = num if num is not None else len(noise) if noise is not None else usual
         if num < 1 or batch_size < 1:
             raise ValueError(f"need at least one image, and one in a batch, got {num} and {batch_size}")
         if not 0 <= seed < 2**64:
@@ -345,27 +356,47 @@ class Model:
         for first in range(0, num, batch_size):
             indices = range(first, min(first + batch_size, num))
             with memory_errors_named():
-                images = draw_from(
+                found = draw_from(
                     self.denoiser,
                     rule,
                     noise=ImageNoise(seed=seed, indices=indices, shape=self.shape, device=self.device),
                     start=None if noise is None else noise[first : first + batch_size],
-                    condition=self._condition(indices, numbers, prompts, negative_prompt),
+                    condition=self._condition(indices, numbers, prompts, negative_prompt, images),
                     num_steps=steps,
                     guidance=guidance,
                     guidance_interval=guidance_interval or EVERYWHERE,
                     grid=grid,
                 )
-                images = self.prompting.decode(images) if prompts else images
-            drawn.append(images)
+            drawn.append(self.prompting.decode(found) if prompts else found)
         return self.config.space.clip(torch.cat(drawn)).as_subclass(Samples)
 
+    def _condition_images(self, condition: Tensor | None, count: int | None = None) -> Tensor | None:
+        """Condition images in [−1, 1], of the shape of samples.
+
+        Raises:
+            VdiffError: the model takes none, or needs some.
+            ValueError: they have another shape, or are not `count`.
+        """
+        checks.check_condition(self.config, is_given=condition is not None)
+        if condition is None:
+            return None
+        if tuple(condition.shape[1:]) != self.shape or not len(condition) or count not in (None, len(condition)):
+            need = f"({'N' if count is None else count}, {', '.join(map(str, self.shape))})"
+            raise ValueError(f"condition images of shape {tuple(condition.shape)}; need {need}")
+        return PIXEL_CODEC.encode(condition)
+
     def _condition(
-        self, indices: Sequence[int], classes: Sequence[int], prompts: Sequence[str], negative_prompt: str
+        self,
+        indices: Sequence[int],
+        classes: Sequence[int],
+        prompts: Sequence[str],
+        negative_prompt: str,
+        images: Tensor | None,
     ) -> Condition:
-        """The condition of samples `indices`, which have the classes or prompts in turn."""
+        """The condition of samples `indices`, which have the classes, prompts or condition images in turn."""
         if not prompts:
-            return classes_in_turn(self.denoiser, indices, classes)
+            own = None if images is None else images[[k % len(images) for k in indices]]
+            return classes_in_turn(self.denoiser, indices, classes).with_tensors(**{IMAGE: own})
         texts = [prompts[k % len(prompts)] for k in indices]
         return self.prompting.condition(self.config.signature.names, texts, negative_prompt)
 
@@ -377,6 +408,7 @@ class Model:
         classes: Sequence[str | int] | None = None,
         prompts: Sequence[str] = (),
         negative_prompt: str = "",
+        condition: Tensor | None = None,
         guidance: float = 0.0,
     ) -> Prediction:
         """The model's prediction for noisy images: x̂, ε̂ and v̂ of z = α x + σ ε, on the model's device.
@@ -386,6 +418,7 @@ class Model:
             t: the time in (0, 1], one number or (B,); 1 is pure noise.
             classes: names or numbers, assigned to the images in turn; by default all.
             prompts, negative_prompt: of a text-to-image model.
+            condition: condition images, which the images take in turn.
             guidance: the weight w of classifier-free guidance.
 
         Raises:
@@ -402,15 +435,16 @@ class Model:
         checks.check_guidance(self.config, guidance)
         numbers = checks.class_numbers(self.config, classes)
         checks.check_prompts(self.config, prompts, negative_prompt)
-        condition = self._condition(range(len(z)), numbers, prompts, negative_prompt).to(self.device)
+        images = self._condition_images(condition)
+        given = self._condition(range(len(z)), numbers, prompts, negative_prompt, images).to(self.device)
         takes_guidance = self.denoiser.network.signature.takes_guidance
         if takes_guidance:
-            condition = condition.with_tensors(guidance=torch.full((len(z),), guidance))
+            given = given.with_tensors(guidance=torch.full((len(z),), guidance))
         denoiser = GuidedDenoiser(self.denoiser, guidance) if guidance and not takes_guidance else self.denoiser
         is_double = any(weight.dtype == torch.float64 for weight in self.network.parameters())
         z = z.to(self.device, torch.float64 if is_double else torch.float32)
         with torch.no_grad(), memory_errors_named():
-            prediction: Prediction = denoiser(z, times.expand(len(z)), condition)
+            prediction: Prediction = denoiser(z, times.expand(len(z)), given)
         return prediction
 
     def _sampler(self, sampler: str | Sampler, options: Mapping[str, Any]) -> Sampler:

@@ -35,6 +35,7 @@ from vdiff.training.folder import RUN, check_resumable, check_same_run, is_run, 
 from vdiff.training.inputs import inputs_of
 from vdiff.training.loop import Run, metrics_in_memory, metrics_of
 from vdiff.training.presets import read_preset, recorded_layer
+from vdiff.training.sample_conditions import sample_conditions
 from vdiff.training.stages import Stage, is_there, plan_stages, recipe_of, teachers_images
 from vdiff.training.step import Task, TrainStep
 from vdiff.training.student import describe_student, shaped, stage_task, student_of
@@ -308,7 +309,8 @@ def _in_folder(
             start_anew(stage.folder, config, overwrite=False)
         engine.wait()
         batches = images.batches(task.config, engine)
-        run = Run(**vars(task), batches=batches, description=description, folder=stage.folder)
+        conditions = sample_conditions(description, images)
+        run = Run(**vars(task), batches=batches, description=description, folder=stage.folder, conditions=conditions)
         on_start(step := TrainStep(run, engine))
         yield from metrics_of(run, step, Silent())
 

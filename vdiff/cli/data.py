@@ -234,6 +234,7 @@ def _rows(values: dict[str, Any]) -> list[str]:
     counts = values.pop("counts")
     classes = values.pop("classes", None) or dict.fromkeys(values["class_names"])
     names, repeats, buckets = (values.pop(key) for key in ("class_names", "repeats", "buckets"))
+    has_conditions = values.pop("has_conditions")
     rows = {key: value for key, value in values.items() if value not in ("", None)}
     rows["images"] = f"{values['images']:,}"
     rows["sizes"] = ", ".join(map(str, values["sizes"]))
@@ -241,6 +242,8 @@ def _rows(values: dict[str, Any]) -> list[str]:
     if captions := counts.get("captions"):
         without = values["images"] - captions
         rows["captions"] = f"{captions:,} images have one" + (f", {without:,} have none" if without else "")
+    if has_conditions:
+        rows["conditions"] = "every image has a condition image"
     if buckets:
         rows["buckets"] = f"{counted(counts['buckets'])} (height×width)"
     if repeats:

@@ -81,6 +81,7 @@ def command(
 
     from vdiff.models.checkpoint import read_config
     from vdiff.models.codec import LATENTS
+    from vdiff.models.condition import IMAGE
     from vdiff.replacing import check_ours, is_free, locked
     from vdiff.training.folder import RUN
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
@@ -101,6 +102,7 @@ def command(
     from vdiff.training.engine import build_engine, effective_batch
     from vdiff.training.estimate import FEW_UPDATES, check_memory, facts, time_facts
     from vdiff.training.ladder import found_student, run_stages
+    from vdiff.training.sample_conditions import sample_conditions
     from vdiff.training.sample_prompts import prompts_of_ladder, texts_of
     from vdiff.training.student import memory_of_stage, recorded_setting, times_of_stage
     from vdiff.training.threads import settled_threads
@@ -171,11 +173,12 @@ def command(
     texts = texts_of(config, images) if takes_text else ()
     table = None if trained else known_rows(stages, seed=config.seed, prompts=texts)
     if table is None:
+        prompts = prompts_of_ladder(config, read_config(last), images, engine.device)
         with locked(last, kind=RUN):
             table = compare(
                 stages, seed=config.seed, device=engine.device, reporter=console, budget=budget,
                 guidance=config.guidance_scale - 1 if config.guidance_scale else 0.0,
-                prompts=prompts_of_ladder(config, read_config(last), images, engine.device),
+                prompts=prompts, conditions=sample_conditions(read_config(last), images, prompts),
             )  # fmt: skip
     console.table("Ladder", HEADINGS, [cells(row) for row in table])
     if any(row.kept_start for row in table):
@@ -194,8 +197,9 @@ def command(
         report_at_the_end(
             stages, data, measure=measures, budget=budget, device=device, console=console, open_it=open_it
         )
-    prompt = " --prompt 'a red fox, watercolour'" * takes_text
-    console.result(f"next       python sample.py {shell('--checkpoint', last)}{prompt}")
+    condition = " --prompt 'a red fox, watercolour'" * takes_text
+    condition += " --condition FOLDER" * (IMAGE in teacher.signature.names)
+    console.result(f"next       python sample.py {shell('--checkpoint', last)}{condition}")
 
 
 def planned(

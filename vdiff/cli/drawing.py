@@ -184,6 +184,7 @@ def default_name(folder: Path, spec: SampleSpec, form: str) -> str:
     parts += [f"{spec.num_steps}steps"]
     parts += [f"guidance{spec.guidance:g}"] if spec.guidance else []
     parts += [_short_name(spec.prompts)] if spec.prompts else []
+    parts += [Path(spec.condition).resolve().name] if spec.condition else []
     parts += [f"seed{spec.seed}"]
     parts += [f"{spec.path[0]}to{spec.path[1]}"] if spec.path else []
     return "-".join(parts) + SUFFIXES[form]
@@ -226,6 +227,7 @@ def report_values(
         "classes": [config.class_names[k] for k in spec.classes],
         "prompts": spec.prompts,
         "negative_prompt": spec.negative_prompt,
+        "condition": spec.condition,
         "interpolate": spec.path[:2],
         "seed": spec.seed,
         "precision": spec.precision,

@@ -41,9 +41,15 @@ if TYPE_CHECKING:
 SHORT = 12
 ORDER = (
     *("fd", "fid", "fd_inf", "fid_inf", "kd", "kid", "precision", "recall"),
-    *("isc", "clip", "rmse", "psnr", "nearest", "nearest_features", "closest"),
+    *("isc", "clip", "rmse", "psnr", "psnr_truth", "nearest", "nearest_features", "closest"),
 )
-HEADINGS = {"clip": "CLIP score", "rmse": "RMSE", "psnr": "PSNR dB", "nearest_features": "nearest feat."}
+HEADINGS = {
+    "clip": "CLIP score",
+    "rmse": "RMSE",
+    "psnr": "PSNR dB",
+    "psnr_truth": "PSNR to truth",
+    "nearest_features": "nearest feat.",
+}
 OF_DATA = {
     "clip_data": "CLIP score of images and their captions",
     "nearest_data": "median distance of an image to its nearest other",
@@ -87,7 +93,8 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--metrics", group="Measuring", type=Names(click.STRING, "METRIC[,METRIC…]"), show_default="all that apply",
-    help="fd and kd (fid and kid on Inception's features), precision, recall, isc, clip, rmse, psnr, nearest.",
+    help="fd and kd (fid and kid on Inception's features), precision, recall, isc, clip, rmse, psnr, psnr_truth, "
+    "nearest.",
 )  # fmt: skip
 @option(
     "--clip", group="Measuring", type=PATH, metavar="FOLDER",

@@ -356,7 +356,7 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
     shown = ("channels", "multipliers", "num_blocks", "attention_strides", "num_heads", "head_channels", "num_classes")
     mine, normal = config.to_dict(), usual.to_dict()
     others = [
-        f"{k} {v}" for k, v in mine.items() if k not in (*shown, "in_channels", "out_channels") and v != normal[k]
+        f"{k} {v}" for k, v in mine.items() if k not in (*shown, "in_channels", "out_channels") and v != normal.get(k)
     ]
     rows = {
         "network": f"UNet, widths {widths}, {plural(config.num_blocks, 'block')} a level, attention {where} ({heads})"

@@ -64,13 +64,14 @@ class RangeType(click.ParamType):
 @click.command(
     cls=Command,
     theirs="prepare",
-    first="name size out format quality channels buckets root split label_column captions caption_column "
+    first="name size out format channels buckets root split label_column condition captions caption_column "
     "only_captioned repeats crop resample min_size background num_workers shard overwrite strict json",
     examples=[
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",
         "python prepare_data.py photos.zip --crop pad --background black",
         "python prepare_data.py photos --captions captions.jsonl",
+        "python prepare_data.py sharp --condition blurred        # pairs",
         "python prepare_data.py cifar10      # from torchvision: --root, or downloaded",
         "python prepare_data.py hf:huggan/flowers-102-categories --size 64",
         "python prepare_data.py photos --out data/photos.tar     # tar shards",
@@ -155,6 +156,15 @@ class RangeType(click.ParamType):
     metavar="NAME",
     show_default="the one with classes; label",
     help="Column of the classes in an hf: set, metadata.csv or .jsonl; none = no classes.",
+)
+@option(
+    "--condition",
+    group="Source",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    show_default="none",
+    help="A folder with a condition image for each image of PATH, of the same name apart from the suffix. It may have "
+    "another size: it is cropped like its image and resized to its size. Models learn to draw the image from it.",
 )
 @option(
     "--captions",
@@ -260,6 +270,7 @@ def command(
     split: str,
     image_column: str,
     label_column: str,
+    condition: Path | None,
     captions: str,
     caption_column: str,
     only_captioned: bool,
@@ -294,7 +305,10 @@ def command(
     from vdiff.data.source import SourceOptions
     from vdiff.data.sources import open_source
 
-    options = SourceOptions(root, split, image_column, label_column, captions, caption_column, only_captioned, repeats)
+    options = SourceOptions(
+        root, split, image_column, label_column, captions, caption_column, only_captioned, repeats,
+        "" if condition is None else str(condition),
+    )  # fmt: skip
     source = open_source(path, options)
     usual = source.defaults
     image_format = image_format or usual.image_format
@@ -401,7 +415,8 @@ def summary(report: Report, part: Part | None = None, project: Project | None = 
 
     sizes = ", ".join(map(str, report.sizes))
     classes = f", {len(report.class_names)} classes" if report.class_names else ""
-    rows = [("written", f"{report.images} images{classes}, size {sizes}, to {report.path}")]
+    pairs = ", each with a condition image" * report.has_conditions
+    rows = [("written", f"{report.images} images{pairs}{classes}, size {sizes}, to {report.path}")]
     if report.class_names:
         rows.append(("classes", few(report.class_names)))
     if report.captions:

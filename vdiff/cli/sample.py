@@ -25,7 +25,7 @@ from vdiff.cli.drawing import (
     sampling_steps,
     text_options,
 )
-from vdiff.cli.options import NUM, OLD_NUM, Checkpoint, Command, Names, OneOf, option, project_option, switch
+from vdiff.cli.options import NUM, OLD_NUM, PATH, Checkpoint, Command, Names, OneOf, option, project_option, switch
 from vdiff.cli.settings import sampler_settings
 from vdiff.cli.vdiffusion import home_of, imported
 from vdiff.diffusion.grids import GRIDS
@@ -40,8 +40,8 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 @click.command(
     cls=Command,
     theirs="sample",
-    first="name checkpoint device precision num batch_size seed prompt prompts negative_prompt classes guidance "
-    "interpolate out format trajectory overwrite json sampler num_timesteps grid",
+    first="name checkpoint device precision num batch_size seed prompt prompts negative_prompt condition classes "
+    "guidance interpolate out format trajectory overwrite json sampler num_timesteps grid",
     examples=[
         "python sample.py              # 64 images from the newest checkpoint",
         "python sample.py --checkpoint checkpoints/original --num_timesteps 128",
@@ -51,6 +51,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
         "python sample.py --classes 3,7 --guidance 1.5 --trajectory --json",
         "python sample.py --interpolate 32 37 --num 12",
         "python sample.py --prompts prompts.txt --negative_prompt blurry",
+        "python sample.py --condition blurred        # one image from each of them",
     ],
 )
 @project_option()
@@ -81,7 +82,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Images",
     type=click.IntRange(1),
     metavar="IMAGES",
-    show_default="64; with a prompt 4, with several one for each",
+    show_default="64; with a prompt 4; with several, or --condition, one for each",
     help="Number of images; under torchrun use -n.",
 )
 @option(
@@ -99,6 +100,14 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     default=0,
     metavar="INTEGER",
     help="Image k of a seed is always the same.",
+)
+@option(
+    "--condition",
+    group="Images",
+    type=PATH,
+    metavar="FOLDER",
+    show_default="none",
+    help="Condition images: one image is drawn from each, with its name. For models trained on pairs.",
 )
 @option(
     "--classes",
@@ -200,6 +209,7 @@ def command(
     guidance_interval: tuple[float, ...] | None,
     prompts: tuple[str, ...],
     prompts_file: Path | None,
+    condition: Path | None,
     negative_prompt: str,
     components: Path | None,
     vae: Path | None,
@@ -227,9 +237,7 @@ def command(
     name = "clipped" if clipped_sampling else sampler or "ddim"
     options = sampler_options(name, flags, no_clip=no_clip)
     texts = prompts_of(prompts, prompts_file)
-    num = num or (4 if len(texts) == 1 else len(texts) or 64)
     batch_size = batch_size or (4 if texts else 64)
-    path = path_of(interpolate, num)
     form = image_format(out, image_store)
     console = Console()
     folder = checkpoint or project.newest(console.line)
@@ -238,6 +246,7 @@ def command(
 
     import PIL.Image
 
+    from vdiff.data.conditions import ConditionFiles
     from vdiff.data.images import PICTURE, save_png
     from vdiff.distributed import join
     from vdiff.files import make_folder
@@ -258,6 +267,15 @@ def command(
     config = read_config(folder)
     with asked_by("--prompt"):
         checks.check_prompts(config, texts, negative_prompt)
+    with asked_by("--condition"):
+        checks.check_condition(config, is_given=condition is not None)
+    conditions = ConditionFiles(condition, config.shape, config.condition_images or {}) if condition else None
+    if conditions is not None and num is not None and num > len(conditions):
+        raise OptionError(f"--num {num}: {condition} holds {len(conditions)} images", "leave --num out")
+    if conditions is not None and interpolate is not None:
+        raise OptionError("--interpolate does not apply to --condition", "leave it out")
+    num = num or (len(conditions) if conditions else 4 if len(texts) == 1 else len(texts) or 64)
+    path = path_of(interpolate, num)
     fits = texts or config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # a network in Python is refused at loading
         shape = " × ".join(map(str, config.shape))
@@ -299,6 +317,9 @@ def command(
         negative_prompt=negative_prompt,
         components=(config.components or {}).get("fingerprint", "") if texts else "",
         vae=file_fingerprint(vae_weights(vae)) if vae else "",
+        condition="" if condition is None else condition.as_posix(),
+        condition_fingerprint=conditions.fingerprint if conditions else "",
+        names=conditions.names if conditions else [],
     )
     target = (None if picture else out) or project.samples / default_name(folder, spec, form)
     side, channels = config.image_size, config.shape[0]
@@ -314,13 +335,13 @@ def command(
         check_free(picture, PICTURE, overwrite=True)
     report = draw_images(
         spec,
-        open_output(form, target, kind, processes.rank),
-        RunOptions(num, batch_size, precision, compile, overwrite, trajectory, components, vae),
+        open_output(form, target, kind, processes.rank, spec.names),
+        RunOptions(num, batch_size, precision, compile, overwrite, trajectory, components, vae, conditions),
         processes=processes,
         reporter=console,
     )
     if picture and processes.is_main:
-        drawn = report.picture if num > 1 else report.out / png_name(0)
+        drawn = report.picture if num > 1 else report.out / (spec.names[0] if spec.names else png_name(0))
         with PIL.Image.open(drawn) as image:
             save_png(image, make_folder(picture.parent) / picture.name)
         report = replace(report, picture=picture)

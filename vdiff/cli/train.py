@@ -98,6 +98,7 @@ def command(
 
     # torch is loaded here, when everything that needs no torch is known to be right
     from vdiff.distributed import pick_device
+    from vdiff.models.condition import IMAGE
     from vdiff.training.base_training import base_task, train
     from vdiff.training.compilation import settled_compile
     from vdiff.training.engine import build_engine
@@ -141,7 +142,8 @@ def command(
     if done.components:
         console.result(f"{draw} --prompt 'a red fox, watercolour'")
         return
-    console.result(f"{draw} --sampler dpmpp_2m --num_timesteps {preview_steps(done)}")
+    condition = " --condition FOLDER" * (IMAGE in done.signature.names)
+    console.result(f"{draw}{condition} --sampler dpmpp_2m --num_timesteps {preview_steps(done)}")
     console.result(f"           python distill.py {shell('--base', out)}")
 
 

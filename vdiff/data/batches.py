@@ -66,6 +66,7 @@ class Batch:
             added; None in a dataset of squares without one.
         latents: mean and standard deviation (B, c, h, w) of the latents of the images; None if they are not encoded.
         embeddings: {name: tensor of B rows} of the captions; None if they are not encoded.
+        conditions: the condition images, like `images`, mirrored and cropped with them; None in a dataset without.
     """
 
     images: Tensor
@@ -74,6 +75,7 @@ class Batch:
     sizes: Tensor | None = None
     latents: tuple[Tensor, Tensor] | None = None
     embeddings: dict[str, Tensor] | None = None
+    conditions: Tensor | None = None
 
 
 class Batches(Protocol):
@@ -354,7 +356,9 @@ class _StoredBatches:
             buckets = [rows[(shapes == shape).all(1)] for shape in np.unique(shapes, axis=0)]
             self.plan = BucketPlan(buckets, batch_size=batch_size, seed=seed, flip=flip)
         self.share = slice(rank * size, (rank + 1) * size)  # this process's part of each global batch
-        self.shape = (size, store.meta.channels, image_size, image_size)
+        self.channels = store.meta.channels
+        # a condition image is stored as further channels of its image, so both are mirrored and cropped as one
+        self.shape = (size, self.channels * (1 + store.meta.has_conditions), image_size, image_size)
         self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory
         self.crop = crop
         self.captions = (captions or CaptionSettings()) if store.meta.num_captions else None
@@ -476,10 +480,12 @@ class ImageBatches(_StoredBatches):
             places[place], corner = self.changed(image, bool(mirrored), step, place)
             corners.append(corner)
         sizes = self.crop_sizes(sizes, corners, stored[2:])
-        if cache.classes is None:
-            return Batch(pixels, None, captions, sizes)
-        classes = torch.from_numpy(cache.classes[indices])
-        return Batch(pixels, classes.pin_memory() if self.pin_memory else classes, captions, sizes)
+        conditions = pixels[:, self.channels :] if self._store.meta.has_conditions else None
+        pixels, classes = pixels[:, : self.channels], None
+        if cache.classes is not None:
+            classes = torch.from_numpy(cache.classes[indices])
+            classes = classes.pin_memory() if self.pin_memory else classes
+        return Batch(pixels, classes, captions, sizes, conditions=conditions)
 
     def _described(self, step: int, indices: np.ndarray) -> tuple[list[str] | None, Tensor | None, tuple[int, ...]]:
         """The captions and sizes of a batch, and the shape of its pixels."""
@@ -507,7 +513,7 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
         self.store, self.ring = store, ring
 
     def __getitem__(self, request: _Request) -> np.ndarray | VdiffError:
-        store, (channels, size, _) = self.store, self.ring.shape[2:]
+        store, size, channels = self.store, self.ring.shape[-1], self.store.meta.channels
         slot, indices = request
         pixels, classes = self.ring[slot].numpy(), np.zeros(len(indices), np.int64)
         try:
@@ -516,6 +522,9 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
                 image = decode(
                     store.encoded(size, index), channels, (shape[0], shape[1]), f"{store.path}: image {index}"
                 )
+                if store.meta.has_conditions:
+                    where = f"{store.path}: condition of image {index}"
+                    image = np.concatenate([image, decode(store.condition(size, index), channels, size, where)])
                 # an image of a bucket takes the first bytes of the place, which has room for size × size pixels
                 pixels[place].reshape(-1)[: image.size] = image.reshape(-1)
                 classes[place] = store.label(index) or 0
@@ -640,7 +649,7 @@ class _Lanes(Dataset[_Answer | VdiffError]):
         pixels = np.empty((share, channels, side, side), np.uint8)
         classes, captions, corners = np.zeros(share, np.int64), [""] * share, []
         try:
-            for place, (key, encoded, label, caption, _) in enumerate(islice(samples, share)):
+            for place, (key, encoded, label, caption, *_) in enumerate(islice(samples, share)):
                 image = decode(encoded[size], channels, size, f"{batches.store.path}: image {key}")
                 pixels[place], corner = batches.changed(image, flips[place], step, place)
                 corners.append(corner)

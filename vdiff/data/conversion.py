@@ -29,6 +29,10 @@ composited on the background; RGB or grey; crop; resize; encode. All sizes come 
 | none | everything; a picture that is not of the size already is rejected |
 
 Boxes are whole pixels of the upright full-size picture, also where a JPEG is decoded smaller.
+
+A condition image may have another size than its image, but the same shape: sides in proportion, to within a pixel. The
+same part of it is kept, resized from its own pixels to the size of the image by the same filter, and placed like it.
+A `value_range` is for images alone: grey conditions of more than 8 bits keep the full range.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,20 +148,27 @@ class ConversionConfig:
 class Converted:
     """The encoded image in each size, and the kinds of conversion it took (`alpha`, `16-bit`, `orientation`, …).
 
-    `shape`: in buckets, what `buckets.Fit.sizes` are.
+    `shape`: in buckets, what `buckets.Fit.sizes` are. `conditions`: the encoded condition image in each size.
     """
 
     images: dict[int, bytes]
     kinds: tuple[str, ...]
     shape: tuple[int, ...] = ()
+    conditions: dict[int, bytes] = field(default_factory=dict)
 
 
-def convert(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> Converted:
-    """Convert an image file's bytes, or a picture, to encoded images of all `config.sizes`; `key`: its name.
+def convert(
+    data: bytes | Image, config: ConversionConfig, *, key: str = "", condition: bytes | None = None
+) -> Converted:
+    """Convert an image file's bytes, or a picture, to encoded images of all `config.sizes`.
+
+    Args:
+        key: its name.
+        condition: the bytes of its condition image.
 
     Raises:
         UnreadableImageError: `data` is not an image, is damaged, exceeds Pillow's decompression-bomb limit, is of an
-            unsupported kind, or has a size that `config` excludes.
+            unsupported kind, or has a size that `config` excludes; or the condition image is, or has another shape.
     """
     picture = decode(data, config, key=key)
     kinds = picture.kinds
@@ -167,7 +178,42 @@ def convert(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> 
     left, top, right, bottom = picture.box
     if CROPS[config.crop].decisive(right - left, bottom - top) < config.sizes[-1]:
         kinds = (*kinds, "enlarged")
-    return Converted({size: encode(render(picture, size, config), config) for size in config.sizes}, kinds)
+    images = {size: encode(render(picture, size, config), config) for size in config.sizes}
+    if condition is None:
+        return Converted(images, kinds)
+    shown = decode_condition(condition, picture.size, config)
+    conditions = {size: encode(render_condition(shown, picture, size, config), config) for size in config.sizes}
+    return Converted(images, kinds, conditions=conditions)
+
+
+def decode_condition(data: bytes, size: tuple[int, int], config: ConversionConfig) -> Image:
+    """A condition image, upright, at its own size, in the mode and on the background of its image.
+
+    Args:
+        size: (width, height) of its image.
+
+    Raises:
+        UnreadableImageError: see `convert`.
+    """
+    whole = replace(config, crop="stretch", min_size=0, value_range="full", buckets=None)
+    try:
+        shown = decode(data, whole, is_drafted=False).image
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"condition {error.reason}", error.detail) from None
+    if abs(shown.width * size[1] - shown.height * size[0]) > max(size):
+        what = f"{shown.width}×{shown.height} for an image of {size[0]}×{size[1]}"
+        raise UnreadableImageError("condition of another shape", what)
+    return shown
+
+
+def render_condition(shown: Image, picture: Picture, size: int, config: ConversionConfig) -> Image:
+    """The part of a condition image that `render` keeps of its image, at the same place of the square."""
+    (width, height), (left, top, right, bottom) = picture.size, picture.box
+    place = CROPS[config.crop].place(right - left, bottom - top, size)
+    across, down = shown.width / width, shown.height / height
+    box = (left * across, top * down, min(right * across, shown.width), min(bottom * down, shown.height))
+    resized = shown.resize((place[2] - place[0], place[3] - place[1]), RESAMPLES[config.resample], box=box)
+    return _placed(resized, place, size, config)
 
 
 @dataclass(frozen=True)
@@ -194,8 +240,11 @@ class Picture:
         return left / s + dx, top / s + dy, right / s + dx, bottom / s + dy
 
 
-def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> Picture:
+def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "", is_drafted: bool = True) -> Picture:
     """Convert an image file's bytes, or a picture, to the upright 8-bit picture for all sizes.
+
+    Args:
+        is_drafted: whether a JPEG may be decoded smaller.
 
     Raises:
         UnreadableImageError: see `convert`.
@@ -203,7 +252,7 @@ def decode(data: bytes | Image, config: ConversionConfig, *, key: str = "") -> P
     try:
         with _opened(data) as image:
             full = image.size
-            scale = _draft(image, config, key) if isinstance(data, bytes) else 1
+            scale = _draft(image, config, key) if isinstance(data, bytes) and is_drafted else 1
             return _upright(image, config, key, full, scale)
     except UnreadableImageError:
         raise
@@ -332,6 +381,11 @@ def render(picture: Picture, size: int, config: ConversionConfig) -> Image:
     left, top, right, bottom = picture.box
     place = CROPS[config.crop].place(right - left, bottom - top, size)
     resized = _resize(picture, (place[2] - place[0], place[3] - place[1]), RESAMPLES[config.resample])
+    return _placed(resized, place, size, config)
+
+
+def _placed(resized: Image, place: Box, size: int, config: ConversionConfig) -> Image:
+    """A resized picture at its place of the square, on the background."""
     if resized.size == (size, size):
         return resized
     ground = PIL.Image.new("RGB", (1, 1), config.background).convert(config.mode).resize((size, size))

@@ -149,11 +149,12 @@ def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], li
     start, stop = stretch
     while start + len(digests) < stop:
         try:
-            for name, images, label, caption, shape in dataset.stretch(start + len(digests), stop):
-                digests.append(digest_of(images, label, caption, shape))
-                for size, encoded in images.items():
-                    if problem := _problem(encoded, shape[-2:] or (size, size)):
-                        problems.append(f"image {name}, size {size}: {problem}")
+            for name, images, label, caption, shape, conditions in dataset.stretch(start + len(digests), stop):
+                digests.append(digest_of(images, label, caption, shape, conditions))
+                for what, files in (("image", images), ("condition", conditions)):
+                    for size, encoded in files.items():
+                        if problem := _problem(encoded, shape[-2:] or (size, size)):
+                            problems.append(f"{what} {name}, size {size}: {problem}")
             break
         except VdiffError as error:
             problems.append(error.cause)
@@ -176,7 +177,8 @@ def _problem(encoded: bytes, shape: Sequence[int]) -> str:
 def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_rows: int = 20) -> PIL.Image.Image:
     """A contact sheet: a row for each class (evenly chosen if there are too many), or rows without names.
 
-    Images are evenly spread over their class, or over the whole set; of tar shards, over the first images.
+    Images are evenly spread over their class, or over the whole set; of tar shards, over the first images. A condition
+    image is shown on the left of its image.
 
     Raises:
         VdiffError: the dataset has no such size, or no images.
@@ -197,18 +199,19 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     side = size or dataset.meta.sizes[-1]
     _check_images(dataset, side)
     names, channels, titles = dataset.meta.class_names, dataset.meta.channels, None
-    of_class: dict[int | None, list[Callable[[], tuple[bytes, str]]]] = {}
+    of_class: dict[int | None, list[Callable[[], tuple[list[bytes], str]]]] = {}
     if isinstance(dataset, ImageStore):
 
-        def stored(index: int) -> tuple[bytes, str]:
-            return dataset.encoded(side, index), dataset.caption(index)
+        def stored(index: int) -> tuple[list[bytes], str]:
+            conditions = [dataset.condition(side, index)] if dataset.meta.has_conditions else []
+            return [*conditions, dataset.encoded(side, index)], dataset.caption(index)
 
         for index in range(len(dataset)):
             of_class.setdefault(dataset.label(index), []).append(partial(stored, index))
     else:
         for image in islice(dataset.stretch(0, len(dataset)), SHEET_IMAGES):
-            read = (image.images[side], image.caption)
-            of_class.setdefault(image.label, []).append(partial(lambda read: read, read))
+            cell = ([image.images[side]], image.caption)
+            of_class.setdefault(image.label, []).append(partial(lambda cell: cell, cell))
     if names:
         shown = [names.index(name) for name in _spread(names, max_rows)]
         rows = [_spread(of_class.get(label, []), columns) for label in shown]
@@ -216,8 +219,9 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     else:
         chosen = _spread(of_class[None], columns * max_rows)
         rows = [chosen[start : start + columns] for start in range(0, len(chosen), columns)]
-    blank = torch.ones(channels, side, side), ""
-    found = [[(tensor(encoded), caption) for encoded, caption in (get() for get in row)] for row in rows]
+    blank = torch.ones(channels, side, side * (1 + dataset.meta.has_conditions)), ""
+    read = [[get() for get in row] for row in rows]
+    found = [[(torch.cat([tensor(file) for file in files], -1), caption) for files, caption in row] for row in read]
     cells = [row + [blank] * (columns - len(row)) for row in found]
     title = printable(f"{dataset.meta.name}: {len(dataset):,} images of {side} pixels")
     if dataset.meta.num_captions:
@@ -306,8 +310,8 @@ def _join_stores(
     writer = StoreWriter(folder, meta)
     with reporter.progress("merge", sum(map(len, parts)), "images") as progress:
         for part in parts:
-            for _, images, label, caption, shape in part.stretch(0, len(part)):
-                writer.add(images, label, caption, shape)
+            for _, images, label, caption, shape, conditions in part.stretch(0, len(part)):
+                writer.add(images, label, caption, shape, conditions)
                 if writer.is_due:
                     writer.commit()
                     progress.update(writer.length)

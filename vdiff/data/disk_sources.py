@@ -21,7 +21,8 @@ import numpy as np
 import PIL.Image
 from numpy.lib import format as npy
 
-from vdiff.data.image_files import MAX_FILE_BYTES, UnreadableImageError, check_bytes
+from vdiff.data.conditions import ConditionFolder
+from vdiff.data.image_files import MAX_FILE_BYTES, UnreadableImageError, check_bytes, unreadable_if_refused
 from vdiff.data.labels import (
     EDGE_BYTES,
     LABEL_FILES,
@@ -37,7 +38,7 @@ from vdiff.data.labels import (
     suffix_of,
 )
 from vdiff.data.listing import OWN_PICTURES, SPLITS, Item, ListingWriter, key_of
-from vdiff.data.source import CAPTION_OPTIONS, Defaults, Sample, Source, SourceOptions
+from vdiff.data.source import OPTIONS_OF_FILES, Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import DATA_FILE, JOB_FILE, PARTIAL_SUFFIX, ImageStore, is_lmdb
 from vdiff.data.tar_files import is_tar, members
 from vdiff.errors import OptionError, VdiffError, explained
@@ -70,7 +71,7 @@ class _OnDisk(Source):
         """The path, for a file also its size and time, and the chosen part of it."""
         status = self.root.stat()
         of_file = {} if self.root.is_dir() else {"bytes": status.st_size, "modified": status.st_mtime_ns}
-        keys = ("split", "label_column", "captions", "caption_column", "only_captioned", "repeats")
+        keys = ("split", "label_column", *OPTIONS_OF_FILES)
         asked = {key: value for key in keys if (value := getattr(self.options, key))}
         return {"path": str(self.root.resolve()), **of_file, **asked}
 
@@ -97,6 +98,12 @@ class _OnDisk(Source):
 
 class _Files(_OnDisk):
     """Files in a folder or an archive: images, label files, and vdiff's own files among them."""
+
+    def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
+        super().__init__(path, options)
+        folder = self.options.condition
+        self.conditions = ConditionFolder(Path(folder), path) if folder else None
+        self.has_conditions = bool(folder)
 
     def fill(self, listing: ListingWriter) -> None:
         """All files except vdiff's own pictures, with classes if label files give them."""
@@ -145,6 +152,8 @@ class _Files(_OnDisk):
             if found is None and captions is None:
                 listing.add_file(item.name)
         listing.read_texts(self._caption)
+        if self.conditions is not None:
+            self.conditions.check(listing)
         if options.caption_column and not has_captions:
             raise OptionError(
                 f"--caption_column {options.caption_column}: {self.root} has no such column in a metadata file",
@@ -167,8 +176,9 @@ class _Files(_OnDisk):
         """The file, opened at its first byte, and its length; errors in the block become an UnreadableImageError."""
 
     def read(self, item: Item) -> Sample:
-        """The bytes of a file."""
-        return Sample(self._bytes(item), item.label)
+        """The bytes of a file, and those of its condition image."""
+        condition = self.conditions.read(item.name) if self.conditions is not None else None
+        return Sample(self._bytes(item), item.label, condition)
 
     def _bytes(self, item: Item) -> bytes:
         with self._open(item) as (file, num_bytes):
@@ -219,20 +229,12 @@ class _Files(_OnDisk):
             return self._bytes(item)
 
 
-@contextmanager
-def _unreadable_if_refused() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
-
-
 class Folder(_Files):
     """A folder of images, flat or with a folder for each class; links are followed."""
 
     @contextmanager
     def _open(self, item: Item) -> Iterator[tuple[IO[bytes], int]]:
-        with _unreadable_if_refused():
+        with unreadable_if_refused():
             path = self.root / item.name
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # reading a pipe might never end
@@ -321,7 +323,7 @@ class Tar(_Files):
         if not item.place:
             raise UnreadableImageError("unreadable", "not a regular file")
         offset, num_bytes = map(int, item.place.split())  # a listing is checked when it is opened
-        with _unreadable_if_refused(), open(self.plain, "rb") as file:
+        with unreadable_if_refused(), open(self.plain, "rb") as file:
             file.seek(offset)
             yield file, num_bytes
 
@@ -329,14 +331,14 @@ class Tar(_Files):
 class Dataset(_OnDisk):
     """A prepared dataset, by vdiff or a rosinality-style LMDB: its largest images."""
 
-    unknown_options = ("image_column", "split", "label_column", *CAPTION_OPTIONS)
+    unknown_options = ("image_column", "split", "label_column", *OPTIONS_OF_FILES)
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
         super().__init__(path, options)
         self.store = ImageStore(path)
         self.store.check_squares()
         meta = self.store.meta
-        self.size = meta.sizes[-1]
+        self.size, self.has_conditions = meta.sizes[-1], meta.has_conditions
         self.defaults = Defaults(self.size, meta.channels, meta.image_format or "jpeg")
 
     def identity(self) -> dict[str, Any]:
@@ -350,9 +352,11 @@ class Dataset(_OnDisk):
             listing.add(index, self.store.label(index), self.store.caption(index))
 
     def read(self, item: Item) -> Sample:
-        """The encoded image."""
+        """The encoded image, and its condition image."""
+        size, number = self.size, int(item.name)
         try:
-            return Sample(self.store.encoded(self.size, int(item.name)), item.label)
+            condition = self.store.condition(size, number) if self.has_conditions else None
+            return Sample(self.store.encoded(size, number), item.label, condition)
         except VdiffError as error:
             raise UnreadableImageError("unreadable", error.cause) from None
 
@@ -374,7 +378,7 @@ def is_tar_file(path: Path) -> bool:
 class Npz(_OnDisk):
     """`arr_0` (N, H, W, C) uint8 and, if there are classes, `arr_1` (N,), as sample.py and ADM write samples."""
 
-    unknown_options = ("image_column", "split", "label_column", *CAPTION_OPTIONS)
+    unknown_options = ("image_column", "split", "label_column", *OPTIONS_OF_FILES)
     advice = "give an npz of samples, or images in a folder"
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:

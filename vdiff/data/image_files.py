@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import PIL.Image
@@ -87,6 +89,15 @@ def _register_heif() -> bool:
 def _formats() -> tuple[str, ...]:
     PIL.Image.init()
     return tuple(name for name in PIL.Image.ID if name not in UNTRUSTED_FORMATS)
+
+
+@contextmanager
+def unreadable_if_refused() -> Iterator[None]:
+    """Turn a refusal of the file system into an UnreadableImageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableImageError("unreadable", error.strerror or str(error)) from None
 
 
 def extensions() -> frozenset[str]:

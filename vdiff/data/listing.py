@@ -9,7 +9,7 @@ import posixpath
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import compress, takewhile
@@ -169,6 +169,20 @@ class ListingWriter:
         unused = "SELECT suffix, count(*) FROM texts WHERE stem NOT IN (SELECT stem(key) FROM found) GROUP BY suffix"
         for suffix, count in self._execute(unused):
             self.ignore(suffix, count)
+
+    def ignore_unmatched(self, names: Iterable[str], what: str) -> int:
+        """Count those of some files that are not named like an image, without suffix; returns how many are."""
+        self._function("stem", lambda key: os.path.splitext(key)[0])
+        self._execute("CREATE TEMP TABLE stems AS SELECT DISTINCT stem(key) AS stem FROM found")
+        self._execute("CREATE INDEX of_stems ON stems (stem)")
+        found = 0
+        for name in names:
+            stem = _encode(os.path.splitext(key_of(name))[0])
+            matches = bool(self._execute("SELECT 1 FROM stems WHERE stem = ?", (stem,)))
+            found += matches
+            if not matches:
+                self.ignore(what)
+        return found
 
     def add_captions(self, folder: str, captions: Sequence[tuple[str, str]], what: str) -> bool:
         """Use the (image, captions) pairs of the table `what` in `folder`; return whether it names any image.

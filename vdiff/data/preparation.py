@@ -87,6 +87,7 @@ class Report:
     fingerprint: str
     captions: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
+    has_conditions: bool = False
 
     @property
     def images_per_second(self) -> float:
@@ -333,6 +334,10 @@ def _convert_all(
         raise VdiffError(what, "give a folder or an archive with image files")
     if config.buckets and tars:
         raise OptionError("--buckets: tar shards are read in their order", "give an --out without .tar")
+    if source.has_conditions and tars:
+        raise OptionError("tar shards hold no condition images", "give an --out without .tar")
+    if source.has_conditions and config.buckets:
+        raise OptionError("--buckets: condition images are prepared as squares", "leave one of the two out")
     if listing.repeats and tars:
         raise OptionError("--repeats: tar shards are read in their order", "give an --out without .tar")
     for remark in listing.remarks:
@@ -355,10 +360,10 @@ def _convert_all(
     work = partial(_convert, source, config)
 
     def num_bytes(result: Result) -> int:
-        return 0 if isinstance(result, Rejected) else sum(map(len, result[0].images.values()))
+        return 0 if isinstance(result, Rejected) else sum(map(len, _encoded(result[0])))
 
     first = start + tally.position
-    _check_space(work, listing, config, first, stop, journal)
+    _check_space(work, listing, config, first, stop, journal, 1 + source.has_conditions)
     with (
         reporter.progress("prepare", stop - start, "images", start=tally.position) as progress,
         closing(_map(work, listing, num_workers, first, stop, num_bytes)) as results,
@@ -367,7 +372,7 @@ def _convert_all(
             if not isinstance(result, Rejected):
                 converted, label, caption = result
                 journal.add_image(converted, caption)
-                writer.add(converted.images, label, caption, converted.shape)
+                writer.add(converted.images, label, caption, converted.shape, converted.conditions)
             elif strict:
                 hint = "fix it and run the same command again, or leave out --strict to skip it"
                 raise VdiffError(str(result), hint)
@@ -419,9 +424,15 @@ def _map(
 def _convert(source: Source, config: ConversionConfig, item: Item) -> Result:
     try:
         sample = source.read(item)
-        return convert(sample.data, config, key=item.name), sample.label, item.caption
+        converted = convert(sample.data, config, key=item.name, condition=sample.condition)
+        return converted, sample.label, item.caption
     except UnreadableImageError as error:
         return Rejected(item.name, error.reason, error.detail)
+
+
+def _encoded(converted: Converted) -> list[bytes]:
+    """All that is stored of an image."""
+    return [*converted.images.values(), *converted.conditions.values()]
 
 
 def _extremes(source: Source, item: Item) -> tuple[float, float, bool] | None:
@@ -455,15 +466,16 @@ def _common_range(
 
 
 def _check_space(
-    work: Callable[[Item], Result], listing: Listing, config: ConversionConfig, start: int, stop: int, journal: Journal
-) -> None:
-    """Raise VdiffError if the images need more than the free space, estimated by converting a few."""
+    work: Callable[[Item], Result], listing: Listing, config: ConversionConfig, start: int, stop: int, journal: Journal,
+    files: int,
+) -> None:  # fmt: skip
+    """Raise VdiffError if the images, in `files` files each, need more than the free space, by converting a few."""
     count = stop - start
     free = shutil.disk_usage(journal.folder).free
-    if count * sum(config.channels * size**2 + PAGE_BYTES for size in config.sizes) < free / 2:
+    if files * count * sum(config.channels * size**2 + PAGE_BYTES for size in config.sizes) < free / 2:
         return
     tried = [work(next(listing.items(start + count * k // SAMPLED_ITEMS))) for k in range(min(SAMPLED_ITEMS, count))]
-    encoded = [data for result in tried if not isinstance(result, Rejected) for data in result[0].images.values()]
+    encoded = [data for result in tried if not isinstance(result, Rejected) for data in _encoded(result[0])]
     needed = sum(_stored_bytes(len(data)) for data in encoded) / len(tried) * count
     if needed > free:
         raise VdiffError(
@@ -478,7 +490,8 @@ def _stored_bytes(num_bytes: int) -> float:
 
 
 def _describe(source: Source, listing: Listing, config: ConversionConfig, part: Part, tars: bool) -> DatasetMeta:
-    settings = json.dumps([listing.fingerprint, config.to_dict(), tars, __version__], sort_keys=True)
+    facts = [listing.fingerprint, config.to_dict(), tars, __version__, *(["conditions"] * source.has_conditions)]
+    settings = json.dumps(facts, sort_keys=True)
     return DatasetMeta(
         name=source.name,
         sizes=config.sizes,
@@ -492,6 +505,7 @@ def _describe(source: Source, listing: Listing, config: ConversionConfig, part: 
         class_names=listing.class_names,
         repeats=listing.repeats,
         buckets=config.buckets or (),
+        has_conditions=source.has_conditions,
         origin=hashlib.sha256(settings.encode()).hexdigest(),
         shard=f"{part.number}/{part.count}" if part.count > 1 else "",
         vdiff_version=__version__,
@@ -524,5 +538,6 @@ def _report(meta: DatasetMeta, out: Path, kept: int, began: float) -> Report:
         num_bytes=sum(file.stat().st_size for file in out.iterdir()),
         seconds=time.monotonic() - began,
         fingerprint=meta.fingerprint,
+        has_conditions=meta.has_conditions,
         **meta.counts,
     )

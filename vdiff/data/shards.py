@@ -24,6 +24,7 @@ from vdiff.data.remote_files import BUFFER_BYTES, COPY_AGAIN, check_place, damag
 from vdiff.data.store import (
     DATA_FILE,
     INDEX_FILE,
+    NO_CONDITIONS,
     PREPARE_AGAIN,
     DatasetMeta,
     StoredImage,
@@ -171,9 +172,16 @@ class ShardWriter:
         """Whether the open shard is full."""
         return self.position - self._begun_at >= self.images_per_shard
 
-    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "", shape: Sequence[int] = ()) -> int:
+    def add(
+        self,
+        images: Mapping[int, bytes],
+        label: int | None,
+        caption: str = "",
+        shape: Sequence[int] = (),
+        conditions: Mapping[int, bytes] = NO_CONDITIONS,
+    ) -> int:
         """Append one image in all its sizes (`{size: encoded}`), its class and its captions; returns its position."""
-        if set(images) != set(self.meta.sizes) or shape:
+        if set(images) != set(self.meta.sizes) or shape or conditions:
             raise ValueError(f"images of sizes {sorted(images)}; need {sorted(self.meta.sizes)}")
         if (label is not None) != bool(self.meta.class_names):
             raise ValueError(f"label {label} in a set with the classes {self.meta.class_names}")

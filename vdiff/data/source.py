@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-CAPTION_OPTIONS = ("captions", "caption_column", "only_captioned", "repeats")
-"""Those of `SourceOptions` that need files or columns with captions."""
+OPTIONS_OF_FILES = ("captions", "caption_column", "only_captioned", "repeats", "condition")
+"""Those of `SourceOptions` that need further files or columns."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a source, as a file's bytes or a decoded picture, and its class."""
+    """One image of a source, as a file's bytes or a decoded picture, its class, and the file of its condition image."""
 
     data: bytes | Image
     label: int | None = None
+    condition: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class SourceOptions:
         captions: a file that lists them, or `none`.
         only_captioned: leave out images without a caption.
         repeats: folders called `N_name` hold a class `name`, whose images are shown N times in an epoch.
+        condition: a folder with a condition image for each image, see `disk_sources.ConditionFolder`.
     """
 
     root: Path = Path("downloads")
@@ -53,6 +55,7 @@ class SourceOptions:
     caption_column: str = ""
     only_captioned: bool = False
     repeats: bool = False
+    condition: str = ""
 
     def refuse(self, source: object, *names: str) -> None:
         """Raise OptionError if one of the options `names` was given to a source that lacks it."""
@@ -69,11 +72,13 @@ class Source(ABC):
         name: the dataset's default name.
         path: the file or folder of the images; None if a library provides them.
         defaults: default settings for these images.
+        has_conditions: whether every image has a condition image.
     """
 
     name: str
     path: Path | None = None
     defaults = Defaults()
+    has_conditions = False
     _opened: Any = None
 
     def __getstate__(self) -> dict[str, Any]:

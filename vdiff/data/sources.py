@@ -13,7 +13,7 @@ from vdiff.data.disk_sources import ON_DISK
 from vdiff.data.image_files import UnreadableImageError, extensions
 from vdiff.data.labels import CAPTION_COLUMNS, NO_CAPTIONS, caption_in
 from vdiff.data.listing import Item, Listing, ListingWriter
-from vdiff.data.source import CAPTION_OPTIONS, Defaults, Sample, Source, SourceOptions
+from vdiff.data.source import OPTIONS_OF_FILES, Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
 from vdiff.errors import OptionError, VdiffError, shell, suggestion
 from vdiff.files import check_regular, elsewhere
@@ -75,7 +75,7 @@ class Torchvision(Source):
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         self.set = TORCHVISION[name]
-        options.refuse(name, "image_column", "label_column", *CAPTION_OPTIONS)
+        options.refuse(name, "image_column", "label_column", *OPTIONS_OF_FILES)
         self.split = options.split or self.set.splits[0]
         # the classes of LSUN are splits too: bedroom_train
         if self.split not in self.set.splits and not (name == "lsun" and "_" in self.split):
@@ -162,7 +162,7 @@ class HuggingFace(Source):
         if not self.repository:
             raise OptionError(f"{name!r} does not name a dataset", "give hf:OWNER/NAME")
         self.name = Path(self.repository).name
-        options.refuse(name, "repeats")
+        options.refuse(name, "repeats", "condition")
         if options.captions != "none":
             options.refuse(name, "captions")
         self.options = options
@@ -172,7 +172,7 @@ class HuggingFace(Source):
         """Name, configuration, split and columns."""
         options = asdict(self.options)
         chosen = {key: options[key] for key in ("image_column", "label_column")}
-        chosen |= {key: options[key] for key in CAPTION_OPTIONS if options[key]}
+        chosen |= {key: options[key] for key in OPTIONS_OF_FILES if options[key]}
         return {"name": self.repository, "config": self.config, "split": self.split, **chosen}
 
     def fetch(self, scratch: Path) -> None:
@@ -293,7 +293,7 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
         if name in TORCHVISION:
             return Torchvision(name, options)
         if name in BUILT_IN:
-            options.refuse(name, "split", "image_column", "label_column", *CAPTION_OPTIONS)
+            options.refuse(name, "split", "image_column", "label_column", *OPTIONS_OF_FILES)
             return BUILT_IN[name]()
         raise VdiffError(f"{name}: no such file or folder", _nearest(path))
     check_regular(path)

@@ -39,12 +39,13 @@ FIRST_MAP_BYTES = 16 * 2**20
 BATCH_BYTES = 16 * 2**20
 BATCH_IMAGES = 1024
 FULL_DISK_BYTES = 2**20
+NO_CONDITIONS: Mapping[int, bytes] = {}
 
 
 class StoredImage(NamedTuple):
     """One image of a dataset: its name, encoded images by size, its class, its captions (one a line, "" = none).
 
-    `shape`: in buckets, what `buckets.Fit.sizes` are.
+    `shape`: in buckets, what `buckets.Fit.sizes` are. `conditions`: its encoded condition images by size.
     """
 
     name: str
@@ -52,10 +53,11 @@ class StoredImage(NamedTuple):
     label: int | None
     caption: str = ""
     shape: tuple[int, ...] = ()
+    conditions: Mapping[int, bytes] = NO_CONDITIONS
 
 
 def record_key(kind: int | str, index: int) -> bytes:
-    """`64-00007`, `label-00007`, `caption-00007`, `check-00007`: image 7 at 64 pixels, its class … and checksums."""
+    """`64-00007`, `condition-64-00007`, `label-00007`, `check-00007`: of image 7 at 64 pixels … and their checksums."""
     return f"{kind}-{index:05d}".encode()
 
 
@@ -64,8 +66,14 @@ def check_of(*values: bytes) -> bytes:
     return b"%08x" % zlib.crc32(b"\0".join(values))
 
 
-def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "", shape: Sequence[int] = ()) -> bytes:
-    """SHA-256 of one image in all its sizes, of its class, its captions and its shape."""
+def digest_of(
+    images: Mapping[int, bytes],
+    label: int | None,
+    caption: str = "",
+    shape: Sequence[int] = (),
+    conditions: Mapping[int, bytes] = NO_CONDITIONS,
+) -> bytes:
+    """SHA-256 of one image in all its sizes, of its class, its captions, its shape and its condition images."""
     digest = hashlib.sha256()
     for size, encoded in images.items():
         # the lengths separate the parts: no two images give the hash the same bytes
@@ -76,6 +84,9 @@ def digest_of(images: Mapping[int, bytes], label: int | None, caption: str = "",
         digest.update(b" " + caption.encode())
     if shape:
         digest.update(b"\n%d %d %d %d %d %d" % tuple(shape))
+    for size, encoded in conditions.items():
+        digest.update(b"\ncondition %d %d " % (size, len(encoded)))
+        digest.update(encoded)
     return digest.digest()
 
 
@@ -94,7 +105,7 @@ class DatasetMeta:
     content, empty when another program wrote the dataset. `origin` = SHA-256 (hex) over the settings and the names of
     the images. `repeats`: how often an epoch shows the images of each class; empty: once.
     `buckets`: step, least and most side of `data.buckets`; empty: squares. `shard` = `i/n` for a part,
-    empty for a whole set.
+    empty for a whole set. `has_conditions`: every image has a condition image, of the same sizes and channels.
     """
 
     name: str
@@ -116,6 +127,7 @@ class DatasetMeta:
     value_range: str = ""
     repeats: tuple[int, ...] = ()
     buckets: tuple[int, ...] = ()
+    has_conditions: bool = False
 
     @property
     def num_captions(self) -> int:
@@ -125,7 +137,7 @@ class DatasetMeta:
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
         values = asdict(self)
-        added = ("repeats", "buckets")  # left out if empty, as in earlier versions
+        added = ("repeats", "buckets", "has_conditions")  # left out if empty, as in earlier versions
         return json.dumps({k: v for k, v in values.items() if v or k not in added}, sort_keys=True)
 
     @classmethod
@@ -231,6 +243,16 @@ class ImageStore(StoredImages):
         image = f"image {index} of size {size}"
         return self._record(size, index, image, image)
 
+    def condition(self, size: int, index: int) -> bytes:
+        """The bytes of the condition image of image `index` at `size`.
+
+        Raises:
+            IndexError, VdiffError: as in `encoded`.
+        """
+        self.check_size(size)
+        what = f"condition of image {index} of size {size}"
+        return self._record(f"condition-{size}", index, what, f"the {what}")
+
     def label(self, index: int) -> int | None:
         """The class of image `index`; None in a dataset without classes."""
         if not self.meta.class_names and 0 <= index < len(self):
@@ -268,7 +290,10 @@ class ImageStore(StoredImages):
         """The images `start` … `stop` − 1; the name of each is its index."""
         for index in range(start, stop):
             encoded = {size: self.encoded(size, index) for size in self.meta.sizes}
-            yield StoredImage(str(index), encoded, self.label(index), self.caption(index), self.shape(index))
+            sizes = self.meta.sizes if self.meta.has_conditions else ()
+            conditions = {size: self.condition(size, index) for size in sizes}
+            described = (self.label(index), self.caption(index), self.shape(index))
+            yield StoredImage(str(index), encoded, *described, conditions)
 
     def _foreign_meta(self, file: LmdbFile) -> DatasetMeta:
         """The description of another program's dataset, which has a length and images, but no `meta`."""
@@ -340,8 +365,19 @@ class StoreWriter:
         """Whether there are enough images for the next batch."""
         return self.length - self._begun_at >= BATCH_IMAGES or self._record_bytes >= BATCH_BYTES
 
-    def add(self, images: Mapping[int, bytes], label: int | None, caption: str = "", shape: Sequence[int] = ()) -> int:
-        """Append one image in all its sizes (`{size: encoded}`), its class, captions and shape; returns its index."""
+    def add(
+        self,
+        images: Mapping[int, bytes],
+        label: int | None,
+        caption: str = "",
+        shape: Sequence[int] = (),
+        conditions: Mapping[int, bytes] = NO_CONDITIONS,
+    ) -> int:
+        """Append one image in all its sizes (`{size: encoded}`), its class, captions, shape and condition images.
+
+        Returns:
+            its index.
+        """
         index = self.length
         records = {record_key(size, index): encoded for size, encoded in images.items()}
         if label is not None:
@@ -350,10 +386,11 @@ class StoreWriter:
             records[record_key("caption", index)] = caption.encode()
         if shape:
             records[record_key("shape", index)] = " ".join(map(str, shape)).encode()
+        records |= {record_key(f"condition-{size}", index): encoded for size, encoded in conditions.items()}
         records[record_key("check", index)] = b" ".join(map(check_of, records.values()))
         self._records += records.items()
         self._record_bytes += sum(map(len, records.values()))
-        self.link = next_link(self.link, digest_of(images, label, caption, shape))
+        self.link = next_link(self.link, digest_of(images, label, caption, shape, conditions))
         self.length += 1
         return index
 

@@ -317,7 +317,7 @@ class _Run:
         """Draw the images that samples are compared with."""
         samples = [self.blocks.samples(piece) for piece in self.blocks.pieces()]
         paired = [range(each.start, min(each.stop, MAX_PAIRED)) for each in samples if each.start < MAX_PAIRED]
-        generator = Generator(teacher, self.plan, work.processes.device)
+        generator = Generator(teacher, self.plan, work.processes.device, self.images)
 
         def compute(piece: int, bar: Progress, done: int) -> m.Arrays:
             parts: list[Tensor] = []
@@ -332,7 +332,7 @@ class _Run:
 
     def _measure_row(self, number: int, row: RowSpec, calculator: MetricCalculator, work: WorkFolder) -> None:
         """Draw the samples of a row, and compute its metrics in the first process."""
-        generator, pieces = Generator(row, self.plan, work.processes.device), self.blocks.pieces()
+        generator, pieces = Generator(row, self.plan, work.processes.device, self.images), self.blocks.pieces()
 
         def compute(piece: int, bar: Progress, done: int) -> m.Arrays:
             name = TEACHER.format(piece)
@@ -376,7 +376,7 @@ class _Run:
 
         with work.processes.together():
             for k in doubtful() if work.processes.is_main else []:
-                generator = Generator(self.rows[k], self.plan, work.processes.device)
+                generator = Generator(self.rows[k], self.plan, work.processes.device, self.images)
                 batch = generator.batches(range(self.plan.n))[0]
                 with work.reporter.progress("timing again", 2 * len(batch), "images") as bar:
                     generator.draw(batch, bar, 0)  # to warm up
@@ -464,6 +464,8 @@ class MetricCalculator:
         if len(errors):
             squared = m.mean_metric(errors)
             found |= {name: f(squared) for name, f in (("rmse", rmse), ("psnr", psnr)) if name in wanted}
+        if "psnr_truth" in wanted and len(to_truth := np.concatenate([piece["truth_errors"] for piece in stats])):
+            found["psnr_truth"] = psnr(m.mean_metric(to_truth))
         if "nearest" in wanted and features.name != PIXELS:
             found["nearest_features"] = self._nearest(kept[:MAX_QUERIES])
             found["nearest_data_features"] = self._nearest_data

@@ -14,11 +14,11 @@ from vdiff.evaluation.reference import MAX_KEPT, ReferenceImages
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.checks import check_guidance, default_guidance, without_limits
 from vdiff.models.components import check_components
-from vdiff.models.condition import TOKENS
+from vdiff.models.condition import IMAGE, TOKENS
 from vdiff.models.prompting import drawn_shape
 from vdiff.text import plural
 
-METRICS = ("fd", "kd", "precision", "recall", "isc", "clip", "rmse", "psnr", "nearest")
+METRICS = ("fd", "kd", "precision", "recall", "isc", "clip", "rmse", "psnr", "psnr_truth", "nearest")
 OF_INCEPTION = {"fid": "fd", "kid": "kd"}
 MIN_IMAGES = 10
 UNBIASED_FROM = 10_000
@@ -200,7 +200,15 @@ def check_plan(
             f"the checkpoints draw images of {kind}, but {images.store.path} holds {data}",
             "give --data a dataset like the training data",
         )
-    metrics = choose_metrics(plan.metrics, features, has_teacher=bool(plan.teacher), has_clip=bool(plan.clip))
+    has_pairs = any(takes_image(config) for config in configs.values())
+    if has_pairs and not images.store.meta.has_conditions:
+        raise VdiffError(
+            f"{images.store.path} has no condition images, from which the models draw",
+            "give --data a dataset of pairs: prepare_data.py IMAGES --condition FOLDER",
+        )
+    metrics = choose_metrics(
+        plan.metrics, features, has_teacher=bool(plan.teacher), has_clip=bool(plan.clip), has_pairs=has_pairs
+    )
     _check_numbers(plan.n, len(images), features, metrics, images.store.path)
     return metrics
 
@@ -210,18 +218,26 @@ def takes_prompts(config: CheckpointConfig) -> bool:
     return TOKENS in config.signature.names
 
 
+def takes_image(config: CheckpointConfig) -> bool:
+    """Whether a model draws from condition images."""
+    return IMAGE in config.signature.names
+
+
 def _kind(channels: int, size: int) -> str:
     return f"{size}×{size} with {plural(channels, 'channel')}"
 
 
-def choose_metrics(wanted: Sequence[str], features: Features, *, has_teacher: bool, has_clip: bool) -> tuple[str, ...]:
+def choose_metrics(
+    wanted: Sequence[str], features: Features, *, has_teacher: bool, has_clip: bool, has_pairs: bool = False
+) -> tuple[str, ...]:
     """The chosen metrics, in the order of `METRICS`; by default all that are possible.
 
     Raises:
-        OptionError: a metric is unknown, or needs other features, a teacher or a CLIP model.
+        OptionError: a metric is unknown, or needs other features, a teacher, a CLIP model or condition images.
     """
     is_inception = features.name == INCEPTION
     lacking = {"isc": not is_inception, "rmse": not has_teacher, "psnr": not has_teacher, "clip": not has_clip}
+    lacking["psnr_truth"] = not has_pairs
     found = set()
     for word in wanted:
         name = OF_INCEPTION.get(word, word)
@@ -232,6 +248,8 @@ def choose_metrics(wanted: Sequence[str], features: Features, *, has_teacher: bo
             raise OptionError(f"--metrics {word} needs Inception's features", f"give --features inception{instead}")
         if name == "clip" and lacking[name]:
             raise OptionError("--metrics clip needs a CLIP model", "give --clip FOLDER")
+        if name == "psnr_truth" and lacking[name]:
+            raise OptionError("--metrics psnr_truth needs models that draw from condition images", "leave it out")
         if lacking.get(name):
             raise OptionError(f"--metrics {word} needs a teacher", "give --teacher CHECKPOINT")
         found.add(name)
@@ -287,7 +305,9 @@ def notes_for(
         notes.append("Pixels say little about images of this size: give --features inception or a network's file.")
     if images.store.meta.shard:
         notes.append(f"The data are only part {images.store.meta.shard} of a dataset.")
-    if any(config.class_names for config in configs.values()):
+    if any(takes_image(config) for config in configs.values()):
+        notes.append("Samples are drawn from condition images of the data, in random order.")
+    elif any(config.class_names for config in configs.values()):
         notes.append("Samples take the classes in turn, all equally often.")
     for folder, config in configs.items():
         theirs, ours = config.dataset_fingerprint, images.store.meta.fingerprint

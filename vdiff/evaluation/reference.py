@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -125,6 +125,26 @@ class ReferenceImages:
     def some(self, indices: NDArray[np.int64]) -> Iterator[Tensor]:
         """The images with these numbers, in order, (C, H, W) uint8 each; every stretch is read at most once."""
         return (torch.from_numpy(np.array(self._decoded(sample))) for sample in self._stored(indices))
+
+    def pairs(self, samples: range, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs of which samples are drawn, in an order of the seed, in turn.
+
+        Returns:
+            images and condition images (B, C, H, W) uint8, and classes (B,) int64.
+        """
+        store, size = self.store, self.image_size
+        assert isinstance(store, ImageStore), "only these have condition images"
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(self)]))).permutation(
+            self.numbers
+        )
+        numbers = [int(order[k % len(order)]) for k in samples]
+
+        def stacked(read: Callable[[int, int], bytes], what: str) -> Tensor:
+            files = [(read(size, k), f"{store.path}: {what} {k}") for k in numbers]
+            return torch.from_numpy(np.stack([decode(file, self.channels, size, where) for file, where in files]))
+
+        classes = torch.tensor([store.label(k) or 0 for k in numbers])
+        return stacked(store.encoded, "image"), stacked(store.condition, "condition of image"), classes
 
     def captions(self, count: int, seed: int) -> dict[int, str]:
         """The captions of `count` images by number, in random order; fewer if fewer images have one.

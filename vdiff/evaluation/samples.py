@@ -19,8 +19,8 @@ from vdiff.evaluation.clip import ClipScore
 from vdiff.evaluation.features import Features
 from vdiff.evaluation.metrics import Arrays, ClassStats, Moments, to_arrays
 from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
-from vdiff.evaluation.plan import EvalPlan, RowSpec, takes_prompts
-from vdiff.evaluation.reference import MAX_KEPT, MOMENTS
+from vdiff.evaluation.plan import EvalPlan, RowSpec, takes_image, takes_prompts
+from vdiff.evaluation.reference import MAX_KEPT, MOMENTS, ReferenceImages
 from vdiff.models.checkpoint import (
     ADAPTER,
     WEIGHTS,
@@ -31,8 +31,8 @@ from vdiff.models.checkpoint import (
     weights_path,
 )
 from vdiff.models.checks import without_limits
-from vdiff.models.codec import LATENTS, PIXEL_CODEC, to_uint8
-from vdiff.models.condition import Condition
+from vdiff.models.codec import LATENTS, PIXEL_CODEC, from_uint8, to_uint8
+from vdiff.models.condition import CLASSES, IMAGE, Condition
 from vdiff.models.drawing import classes_in_turn, draw_from, squared_errors
 from vdiff.models.prompting import Prompting
 from vdiff.models.speed import FastNetwork, ready_to_draw
@@ -80,10 +80,14 @@ class SampleBlocks:
 
 
 class Generator:
-    """Draws the samples of one row; loads the model at the first draw."""
+    """Draws the samples of one row; loads the model at the first draw.
 
-    def __init__(self, row: RowSpec, plan: EvalPlan, device: torch.device) -> None:
-        self.row, self.plan, self.device = row, plan, device
+    Args:
+        reference: the data, for the condition images of models that draw from such.
+    """
+
+    def __init__(self, row: RowSpec, plan: EvalPlan, device: torch.device, reference: ReferenceImages) -> None:
+        self.row, self.plan, self.device, self.reference = row, plan, device, reference
         self.config = read_config(row.checkpoint)
         self.prompting: Prompting | None = None
         self.network: FastNetwork | None = None
@@ -120,12 +124,19 @@ class Generator:
             )
             return self.prompting.decode(found) if self.prompting else self.config.space.clip(found)
 
+    def truth(self, indices: range) -> Tensor | None:
+        """The images of the data whose condition images samples were drawn from, in [−1, 1]; None: from no such."""
+        return from_uint8(self.reference.pairs(indices, self.plan.seed)[0]) if takes_image(self.config) else None
+
     def prompts(self, indices: range) -> list[str]:
         """The prompts of samples, in turn."""
         return [self.plan.prompts[k % len(self.plan.prompts)] for k in indices]
 
     def _condition(self, indices: range) -> Condition:
-        """The prompts or classes of samples, each in turn."""
+        """The prompts or classes of samples, each in turn, or the condition images and classes of the data."""
+        if takes_image(self.config):
+            _, images, classes = self.reference.pairs(indices, self.plan.seed)
+            return self.denoiser.condition(**{IMAGE: from_uint8(images), CLASSES: classes})
         if self.prompting is None:
             return classes_in_turn(self.denoiser, indices)
         names = self.config.signature.names
@@ -186,7 +197,7 @@ def sample_stats(
     moments = [Moments.none(features.dim) for _ in piece]
     classes: dict[int, list[ClassStats]] = {}
     kept, thumbs, errors = [np.empty((0, features.dim), np.float32)], [], [np.empty(0)]
-    scores = [np.empty(0)]
+    scores, truth_errors = [np.empty(0)], [np.empty(0)]
     for batch in generator.batches(samples):
         start = time.monotonic()
         images = generator.draw(batch, bar, done + batch.start - samples.start)
@@ -207,6 +218,8 @@ def sample_stats(
             first = batch.start - samples.start
             theirs = of_teacher[first : first + len(batch)]
             errors.append(squared_errors(images, theirs, PIXEL_CODEC).numpy())
+        if (truth := generator.truth(batch)) is not None:
+            truth_errors.append(squared_errors(images, truth, PIXEL_CODEC).numpy())
         if clip is not None and generator.prompting is not None:
             scores.append(clip(pixels, generator.prompts(batch)))
         bar.update(done + batch.stop - samples.start)
@@ -216,6 +229,7 @@ def sample_stats(
         "kept": np.concatenate(kept),
         "small": torch.cat(thumbs).numpy(),
         "errors": np.concatenate(errors),
+        "truth_errors": np.concatenate(truth_errors),
         "scores": np.concatenate(scores),
         "evaluations": np.array(generator.evaluations - before),
         "drawing": np.array(drawing),

@@ -26,6 +26,7 @@ from vdiff.files import parse, read_text, write_text
 from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
 from vdiff.models.codec import LATENTS
+from vdiff.models.condition import IMAGE
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
 from vdiff.models.kinds import TEXT
@@ -321,8 +322,8 @@ def _metric_name(key: str) -> str:
 
 
 def _has_pictures(config: CheckpointConfig) -> bool:
-    """Whether samples are grey or RGB images."""
-    return len(config.shape) == 3 and config.shape[0] in (1, 3)
+    """Whether samples are grey or RGB images, and not drawn from condition images, which a card does not have."""
+    return len(config.shape) == 3 and config.shape[0] in (1, 3) and IMAGE not in config.signature.names
 
 
 def _picture(denoiser: Denoiser, config: CheckpointConfig) -> tuple[Image | None, int]:

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
 from vdiff.interop.modelspec import SDXL, Family, guidance_hint, is_student
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.condition import CLASSES
+from vdiff.models.condition import CLASSES, IMAGE
 from vdiff.models.kinds import DIFFUSERS, TEXT
 from vdiff.text import plural
 
@@ -228,6 +228,9 @@ def weights_usage(name: str, config: CheckpointConfig) -> str:
     if config.kind == TEXT:
         words += " FOLDER is a pipeline of diffusers with the text encoders, tokenizers and autoencoder of the model."
         flags = ' --prompt "a red fox" --components FOLDER'
+    if IMAGE in config.signature.names:
+        words += " It draws an image from each condition image in FOLDER."
+        flags = " --condition FOLDER"
     return f"{words} With vdiff installed:\n\n    vdiff sample --checkpoint {shlex.quote(name)}{flags}\n"
 
 

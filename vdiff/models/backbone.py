@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vdiff.models.condition import CLASSES, TOKENS, Condition, Signature
+from vdiff.models.condition import CLASSES, IMAGE, TOKENS, Condition, Signature
 
 
 class Backbone(nn.Module):
@@ -68,11 +68,16 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def example_condition(takes: Signature, count: int) -> Condition:
-    """A condition of `count` rows with which the cost of a network can be measured: class 0, the empty prompt."""
+def example_condition(takes: Signature, count: int, shape: Sequence[int]) -> Condition:
+    """A condition of `count` rows with which the cost of a network can be measured: class 0, the empty prompt, grey.
+
+    Args:
+        shape: (C, H, W), … of a sample.
+    """
     classes = torch.zeros(count, dtype=torch.int64)
     tokens = torch.tensor(takes.null.get(TOKENS, ())).expand(count, -1)
-    return takes.condition(**{CLASSES: classes, TOKENS: tokens, "time_ids": torch.zeros(count, 6)})
+    image = torch.zeros(count, *shape)
+    return takes.condition(**{CLASSES: classes, TOKENS: tokens, "time_ids": torch.zeros(count, 6), IMAGE: image})
 
 
 def count_flops(build: Callable[[], Backbone], shape: Sequence[int]) -> tuple[int, int]:
@@ -87,7 +92,7 @@ def count_flops(build: Callable[[], Backbone], shape: Sequence[int]) -> tuple[in
 
     with torch.device("meta"):
         network = build().eval()
-        condition = example_condition(network.signature, 1)
+        condition = example_condition(network.signature, 1, shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(torch.empty(1, *shape), torch.zeros(1), **condition.tensors)
     return parameter_count(network), int(counter.get_total_flops())

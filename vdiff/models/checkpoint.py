@@ -90,6 +90,8 @@ class CheckpointConfig:
             takes none.
         guidance_scale: the scale w + 1 of the classifier-free guidance that a student has learned; None: none.
         dataset, dataset_fingerprint: the training data; "imported:…" is the source of an imported model.
+        condition_images: how the condition images of the training data were made, {crop, resample, background}; None:
+            the network takes none.
         components: {path, fingerprint} of the folder with the text encoders, tokenizers and autoencoder of a
             text-to-image model, see `vdiff.models.components`; a path in a file may be relative to the file's folder.
         adapter: the LoRA in `adapter.safetensors`, on the weights of `base`.
@@ -117,6 +119,7 @@ class CheckpointConfig:
     class_names: list[str] = field(default_factory=list)
     guidance_range: list[float] = field(default_factory=list)
     guidance_scale: Annotated[float, Meta(gt=1, le=2**20)] | None = None
+    condition_images: dict[str, str] | None = None
     components: dict[str, Any] | None = None
     adapter: AdapterSettings | None = None
     base: dict[str, Any] | None = None
@@ -239,7 +242,7 @@ class CheckpointConfig:
         values = {**asdict(self), "adapter": self.adapter and self.adapter.to_dict()}
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
-        for key in ("components", "adapter", "base", "parameterisation", "guidance_scale"):
+        for key in ("condition_images", "components", "adapter", "base", "parameterisation", "guidance_scale"):
             if values[key] is None:
                 del values[key]
         if self.backbone is not None or self.sample_shape:

@@ -14,7 +14,7 @@ from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import LATENTS
-from vdiff.models.condition import POOLED, TOKENS
+from vdiff.models.condition import IMAGE, POOLED, TOKENS
 
 UNIFORM = "uniform"
 MIN_SIGNAL = 1e-3
@@ -104,6 +104,19 @@ def check_prompts(config: CheckpointConfig, prompts: Sequence[str], negative_pro
         raise VdiffError("this model draws what a prompt says, and there is none", 'give one, such as "a red fox"')
     if not takes_text and (prompts or negative_prompt):
         raise VdiffError("this model takes no prompts", "leave it out, or import a text-to-image model")
+
+
+def check_condition(config: CheckpointConfig, *, is_given: bool) -> None:
+    """Refuse condition images for a model that takes none, and a model that takes them without any.
+
+    Raises:
+        VdiffError: as said.
+    """
+    takes_image = IMAGE in config.signature.names
+    if takes_image and not is_given:
+        raise VdiffError("this model draws an image from a condition image, and there is none", "give a folder of them")
+    if is_given and not takes_image:
+        raise VdiffError("this model takes no condition images", "leave it out")
 
 
 def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, Any]) -> dict[str, Any]:

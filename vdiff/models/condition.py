@@ -17,6 +17,8 @@ CLASSES, GUIDANCE, SECOND_TIME, TOKENS = "classes", "guidance", "second_time", "
 """Names of conditions: a class (B,) int64; the weight w of classifier-free guidance (B,); a second time (B,) in
 [0, 1], the end of the step from t (Kim et al. 2024, *Consistency Trajectory Models*); the tokens of a prompt (B, N)
 int64."""
+IMAGE = "condition_image"
+"""An image (B, C, H, W) of the size and the channels of z, in [−1, 1]: further input channels of the network."""
 TEXT, TEXT_MASK, POOLED, TIME_IDS = "text", "text_mask", "text_pooled", "time_ids"
 """Embeddings of a text (B, tokens, channels), their mask (B, tokens), its pooled embedding, and the sizes of SDXL."""
 Null: TypeAlias = "Mapping[str, Tensor | float | tuple[int, ...]]"

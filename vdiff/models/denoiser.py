@@ -11,7 +11,7 @@ from vdiff.diffusion.parameterisation import Parameterisation, Vp
 from vdiff.diffusion.prediction import Prediction, from_v
 from vdiff.diffusion.schedules import Schedule, coefficient, grid_angles
 from vdiff.models.backbone import Backbone
-from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME, Condition
+from vdiff.models.condition import CLASSES, GUIDANCE, IMAGE, SECOND_TIME, Condition
 
 NOTHING = Condition()
 
@@ -86,7 +86,8 @@ class GuidedDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser, weight: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)) -> None:
         super().__init__(denoiser.network, denoiser.schedule, denoiser.parameterisation)
-        if not self.network.signature.null and set(self.network.signature.names) <= {CLASSES, GUIDANCE, SECOND_TIME}:
+        takes = self.network.signature
+        if not takes.null and set(takes.names) <= {CLASSES, GUIDANCE, SECOND_TIME, IMAGE}:
             raise ValueError("guidance needs a network that was trained with class dropout (null_class)")
         if not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"times of guidance must increase within 0 to 1, got {interval[0]} to {interval[1]}")

@@ -59,9 +59,9 @@ def inherit(student: UNet, teacher: UNet) -> Inherited:
     output.
 
     Raises:
-        ValueError: the channels of images, the classes or the scale of the timestep differ.
+        ValueError: the channels of images, the condition image, the classes or the scale of the timestep differ.
     """
-    for name in ("in_channels", "num_classes", "time_scale", "time_offset"):
+    for name in ("in_channels", "image_input", "num_classes", "time_scale", "time_offset"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if mine != theirs:
             raise ValueError(f"the student's {name} is {mine}, the teacher's {theirs}: they must be the same")
@@ -145,7 +145,7 @@ def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
         found["classes"] = _Weight(network.embed_class.weight, (classes, emb))
 
     at = f"fold {config.fold}"
-    found |= _linear(f"in, {at}", network.conv_in, (c,), (config.in_channels * config.fold**2,))
+    found |= _linear(f"in, {at}", network.conv_in, (c,), config.input_parts)
     for place, module, inputs in _places(network, like):
         if isinstance(module, UNetStage):
             found |= _block(place, module.block, config, inputs)

@@ -158,11 +158,12 @@ class Resample(nn.Module):
 
 class UNet(Backbone):
     """z (B, in_channels, H, W), timestep (B,) [, classes (B,) int64][, guidance (B,)][, second_time (B,)]
-    → (B, out_channels, H, W).
+    [, condition_image (B, in_channels, H, W)] → (B, out_channels, H, W).
 
     H and W must be multiples of `config.size_multiple`. With `config.null_class`, class number `num_classes` is "no
     class", and the default. With `config.guidance_input`, guidance is w, by default 0; a network that was not trained
-    with it ignores it. The same holds for `config.second_time` and the second timestep, by default the first one.
+    with it ignores it. The same holds for `config.second_time` and the second timestep, by default the first one. With
+    `config.image_input`, the channels of the condition image follow those of z.
 
     With `checkpointing`, only the inputs of each stage are stored for the gradient; the rest is recomputed.
     """
@@ -182,7 +183,7 @@ class UNet(Backbone):
             for is_told in (config.guidance_input, config.second_time)
         )
 
-        self.conv_in = conv3x3(config.in_channels * config.fold**2, c)
+        self.conv_in = conv3x3(sum(config.input_parts), c)
         self.down = nn.ModuleList()
         widths = [c]
         last = len(config.multipliers) - 1
@@ -217,7 +218,12 @@ class UNet(Backbone):
         classes: Tensor | None = None,
         guidance: Tensor | None = None,
         second_time: Tensor | None = None,
+        condition_image: Tensor | None = None,
     ) -> Tensor:
+        if self.config.image_input:
+            if condition_image is None:
+                raise ValueError("the network needs a condition image")
+            z = torch.cat([z, condition_image.to(z.dtype)], dim=1)
         with self.own_precision(z.device):
             return self._forward(z, self._embedding(timestep, classes, guidance, second_time))
 

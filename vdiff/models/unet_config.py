@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from vdiff.models.condition import CLASSES, GUIDANCE, SECOND_TIME, Signature
+from vdiff.models.condition import CLASSES, GUIDANCE, IMAGE, SECOND_TIME, Signature
 
 NORM_EPS = 1e-5
 LIMITS = {
@@ -46,6 +46,8 @@ class UNetConfig:
         null_class: an additional class, number `num_classes`, means "no class", for classifier-free guidance.
         guidance_input: the network receives a guidance weight w (Meng et al. 2023).
         second_time: the network receives a second time, embedded like the first.
+        image_input: the network receives a condition image, like z, as further channels of its first convolution
+            (Saharia et al. 2022, *Palette*).
         fold: squares of fold × fold pixels become channels of one pixel (space to depth) before the first convolution,
             and are unfolded after the last: the levels begin at 1/fold of the image size.
         num_groups: of every normalisation; 0: the largest divisor of the channels up to 32.
@@ -79,6 +81,7 @@ class UNetConfig:
     time_scale: float = 1.0
     time_offset: float = 0.0
     downsample_pad: Literal["sides", "end"] = "sides"
+    image_input: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -133,6 +136,11 @@ class UNetConfig:
         return self.fold * 2**level
 
     @property
+    def input_parts(self) -> tuple[int, ...]:
+        """The channels of the first convolution: those of z and those of a condition image, folded."""
+        return (self.in_channels * self.fold**2,) * (1 + self.image_input)
+
+    @property
     def size_multiple(self) -> int:
         """Height and width must be multiples of this."""
         return self.stride(len(self.multipliers) - 1)
@@ -140,14 +148,20 @@ class UNetConfig:
     @property
     def signature(self) -> Signature:
         """The network's inputs and outputs."""
-        takes = {CLASSES: self.num_classes, GUIDANCE: self.guidance_input, SECOND_TIME: self.second_time}
+        takes = {
+            CLASSES: self.num_classes,
+            GUIDANCE: self.guidance_input,
+            SECOND_TIME: self.second_time,
+            IMAGE: self.image_input,
+        }
         names = tuple(name for name, value in takes.items() if value)
         null = {CLASSES: self.num_classes} if self.null_class else {}
         return Signature(self.in_channels, self.out_channels, names, null, self.num_classes, self.size_multiple)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint's configuration."""
-        return plain_values(self)
+        """Plain values, for a checkpoint's configuration; without `image_input`, those of earlier versions."""
+        values = plain_values(self)
+        return values if self.image_input else {key: value for key, value in values.items() if key != "image_input"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:

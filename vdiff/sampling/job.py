@@ -21,12 +21,14 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from vdiff.data.conditions import ConditionFiles
 from vdiff.data.images import MAX_GRID, grid_picture, num_shown, prompt_picture, save_png
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.distributed import Processes, memory_errors_named
 from vdiff.errors import VdiffError, stop_explained
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint
-from vdiff.models.condition import Condition
+from vdiff.models.codec import from_uint8
+from vdiff.models.condition import CLASSES, IMAGE, Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from
 from vdiff.models.prompting import Prompting
@@ -53,6 +55,7 @@ class RunOptions:
         overwrite: whether to replace the output of an earlier call.
         trajectory: whether to save the trajectory of the first images too.
         components, vae: folders to use instead of those that a text-to-image model names.
+        conditions: the condition images, one for each image.
     """
 
     num: int
@@ -63,6 +66,7 @@ class RunOptions:
     trajectory: bool = False
     components: Path | None = None
     vae: Path | None = None
+    conditions: ConditionFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,16 @@ class _Job:
 
     def _condition(self, indices: Sequence[int]) -> Condition:
         if self.prompting is None:
-            return self.denoiser.condition(classes=self.spec.labels(indices))
+            return self.denoiser.condition(
+                **{CLASSES: self.spec.labels(indices), IMAGE: self._condition_images(indices)}
+            )
         takes = self.denoiser.network.signature.names
         return self.prompting.condition(takes, self.spec.texts(indices), self.spec.negative_prompt)
+
+    def _condition_images(self, indices: Sequence[int]) -> Tensor | None:
+        """The condition images of images `indices`, (B, C, H, W) in [−1, 1]; None: the model takes none."""
+        conditions = self.options.conditions
+        return None if conditions is None else from_uint8(torch.from_numpy(conditions.pixels(indices)))
 
     def _draw_batch(self, batch: range, bar: Progress, done: int, recorder: TrajectoryRecorder | None) -> Tensor:
         # a network is compiled for one shape: the last batch is padded, unless it is the only one
@@ -245,6 +256,8 @@ class _Job:
         num, path, of_classes = self.options.num, self.spec.path, len(self.spec.classes)
         shown = spread(num, MAX_GRID) if path else range(num_shown(num, of_classes))
         images = torch.stack(list(self.output.read(shown)))
+        if (given := self._condition_images(shown)) is not None:  # on the left of their images
+            images = torch.cat([given, images], dim=-1)
         spec = self.spec
         facts = [Path(spec.checkpoint).name, spec.sampler, plural(spec.num_steps, "step"), f"seed {spec.seed}"]
         title = " · ".join([*facts, *([f"guidance {spec.guidance:g}"] if spec.guidance else [])])

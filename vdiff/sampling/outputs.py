@@ -157,10 +157,15 @@ class Output(ABC):
 
 
 class PngFolder(Output):
-    """`00000.png`, …, the record, and `dataset.json` with the classes; the pictures are beside the folder."""
+    """`00000.png`, …, the record, and `dataset.json` with the classes; the pictures are beside the folder.
 
-    def __init__(self, path: Path, kind: ImageKind) -> None:
+    Args:
+        names: the files of the images instead of `00000.png`, …, perhaps in subfolders.
+    """
+
+    def __init__(self, path: Path, kind: ImageKind, names: Sequence[str] = ()) -> None:
         super().__init__(path, path, kind, "png")
+        self.names = names
         self.labels_path, self.captions_path = path / LABELS_FILE, path / CAPTIONS_FILE
 
     def check(self, spec: SampleSpec, num: int, *, overwrite: bool) -> State:
@@ -192,19 +197,27 @@ class PngFolder(Output):
 
     def held(self, num: int) -> np.ndarray:
         """Which files exist."""
+        if self.names:
+            return np.fromiter((self._file(k).is_file() for k in range(num)), bool, num)
         names = {entry.name for entry in os.scandir(self.path)} if self.path.is_dir() else set()
         return np.fromiter((png_name(k) in names for k in range(num)), bool, num)
 
+    def _file(self, index: int) -> Path:
+        """The file of image `index`."""
+        return self.path / (self.names[index] if self.names else png_name(index))
+
     def _temporary(self, index: int) -> Path:
         """The temporary file of image `index`."""
-        return self.path / f".{png_name(index)}.tmp"
+        path = self._file(index)
+        return path.with_name(f".{path.name}.tmp")
 
     def encode(self, index: int, image: Tensor) -> bytes:
         """Write the image to its temporary file."""
         try:
+            make_folder(self._file(index).parent)
             self._temporary(index).write_bytes(to_png(image))
         except OSError as error:
-            raise refusal(self.path / png_name(index), error) from None
+            raise refusal(self._file(index), error) from None
         return b""
 
     def commit(self, images: Sequence[tuple[int, bytes]]) -> None:
@@ -213,14 +226,15 @@ class PngFolder(Output):
             with ThreadPoolExecutor(FSYNCS_AT_ONCE) as pool:
                 list(pool.map(fsync, [self._temporary(index) for index, _ in images]))
             for index, _ in images:
-                os.replace(self._temporary(index), self.path / png_name(index))
-            fsync(self.path)
+                os.replace(self._temporary(index), self._file(index))
+            for folder in {self._file(index).parent for index, _ in images}:
+                fsync(folder)
         except OSError as error:
             raise refusal(self.path, error) from None
 
     def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
         """Read the images from their files."""
-        for path in (self.path / png_name(k) for k in indices):
+        for path in map(self._file, indices):
             try:
                 yield from_png(path.read_bytes())
             except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
@@ -229,7 +243,7 @@ class PngFolder(Output):
     def finish(self, spec: SampleSpec, num: int) -> None:
         """Write the classes and the prompts; everything else is in place."""
         if (labels := spec.labels(range(num))) is not None:
-            write_text(self.labels_path, labels_json(labels.numpy(), self.kind.class_names))
+            write_text(self.labels_path, labels_json(labels.numpy(), self.kind.class_names, self.names))
         if prompts := spec.texts(range(num)):
             write_text(self.captions_path, captions_json(prompts))
 
@@ -318,9 +332,13 @@ class Archive(Output):
         return self.place / name if self.place.exists() else self.picture(name)
 
 
-def open_output(form: str, path: Path, kind: ImageKind, rank: int = 0) -> Output:
-    """The output of format `form` at `path`, for the process `rank`."""
-    return PngFolder(path, kind) if form == "png" else Archive(path, kind, form, rank)
+def open_output(form: str, path: Path, kind: ImageKind, rank: int = 0, names: Sequence[str] = ()) -> Output:
+    """The output of format `form` at `path`, for the process `rank`.
+
+    Args:
+        names: the files in a folder of PNG files, by default their numbers.
+    """
+    return PngFolder(path, kind, names) if form == "png" else Archive(path, kind, form, rank)
 
 
 def to_png(image: Tensor) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,13 @@ def png_name(index: int) -> str:
     return f"{index:05d}.png"
 
 
-def labels_json(labels: np.ndarray, class_names: Sequence[str]) -> str:
-    """`dataset.json` as StyleGAN's and EDM's readers expect it, plus the class names, which those ignore."""
-    pairs = [[png_name(k), label] for k, label in enumerate(labels.tolist())]
+def labels_json(labels: np.ndarray, class_names: Sequence[str], names: Sequence[str] = ()) -> str:
+    """`dataset.json` as StyleGAN's and EDM's readers expect it, plus the class names, which those ignore.
+
+    Args:
+        names: the files of the images, by default their numbers.
+    """
+    pairs = [[names[k] if names else png_name(k), label] for k, label in enumerate(labels.tolist())]
     return json.dumps({"labels": pairs, "class_names": list(class_names)})
 
 
@@ -145,4 +150,13 @@ def read_packed_record(path: Path) -> dict[str, Any] | None:
     return record if is_record(record) else None
 
 
-SAMPLES = Kind("set of samples", lambda path: FILES if read_packed_record(path) is not None else "")
+def _files_of_samples(path: Path) -> str:
+    """A regular expression of the files of a set of samples, which may be named in its record."""
+    record = read_packed_record(path)
+    if record is None:
+        return ""
+    names = [name for name in record.get("names") or () if isinstance(name, str)]
+    return "|".join([FILES, *map(re.escape, names)])
+
+
+SAMPLES = Kind("set of samples", _files_of_samples)

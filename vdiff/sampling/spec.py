@@ -33,6 +33,8 @@ class SampleSpec:
         precision: of the network.
         prompts, negative_prompt: assigned to the images in turn, and what guidance moves away from.
         components, vae: SHA-256 of the components of a text-to-image model, and of an autoencoder in their place.
+        condition, condition_fingerprint: the folder of condition images, and the SHA-256 of its contents.
+        names: the files of the images, if these are named like their condition images.
         path: [A, B, n]: instead of the images 0, 1, …, n images that interpolate from image A to image B.
     """
 
@@ -51,6 +53,9 @@ class SampleSpec:
     negative_prompt: str = ""
     components: str = ""
     vae: str = ""
+    condition: str = ""
+    condition_fingerprint: str = ""
+    names: list[str] = field(default_factory=list)
     path: list[int] = field(default_factory=list)
 
     def noise(self, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
@@ -89,7 +94,9 @@ class SampleSpec:
         if said["fingerprint"] != self.fingerprint:
             raise VdiffError(f"{place} holds images drawn with other weights", advice)
         before = {key: said[key] for key in now}
-        check_same_settings(before, now, done=f"{place} holds images drawn", hint=lambda _: advice, but=("checkpoint",))
+        check_same_settings(
+            before, now, done=f"{place} holds images drawn", hint=lambda _: advice, but=("checkpoint", "condition")
+        )
 
     def to_json(self, **more: Any) -> str:
         """The record."""

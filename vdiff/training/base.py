@@ -15,7 +15,7 @@ from vdiff.diffusion.schedules import FlowSchedule, Schedule, build_schedule
 from vdiff.diffusion.weighting import ZERO_SNR_FLOOR
 from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig, read_config
-from vdiff.models.condition import CLASSES, TOKENS
+from vdiff.models.condition import CLASSES, IMAGE, TOKENS
 from vdiff.models.unet_config import UNetConfig
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
@@ -33,7 +33,7 @@ from vdiff.training.finetuning import (
 )
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer
 
-DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "dropout")
+DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "image_input", "dropout")
 
 
 def resolve_training(
@@ -110,6 +110,8 @@ def resolve_training(
     if reporter:
         shape = f"{images.image_size}×{images.image_size}×{images.channels}"
         reporter.line(f"preset {preset or config.preset}, {images.name}: {shape}{reason}")
+    if reporter and images.has_conditions and (found is None or IMAGE in found.signature.names):
+        reporter.line("the dataset has condition images: the network gets them as further input channels")
     if reporter and config.zero_snr:
         is_constant = config.weighting == "snr_plus_one"
         weight = "constant in v" if is_constant else f"at least {ZERO_SNR_FLOOR} at the last level"
@@ -173,6 +175,7 @@ def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
                 "out_channels": images.channels * config.family.channel_factor,
                 "num_classes": len(images.class_names) if config.class_conditional else 0,
                 "null_class": config.class_dropout > 0,
+                "image_input": images.has_conditions,
                 "dropout": config.dropout,
             }
         )
@@ -198,7 +201,16 @@ def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
         dataset=images.name,
         dataset_fingerprint=images.fingerprint,
         class_names=images.class_names if config.class_conditional else [],
+        condition_images=condition_images_of(images),
     )
+
+
+def condition_images_of(images: TrainingData) -> dict[str, str] | None:
+    """How the condition images of a dataset were made; None: it has none."""
+    if images.store is None or not images.has_conditions:
+        return None
+    meta = images.store.meta
+    return {"crop": meta.crop, "resample": meta.resample, "background": meta.background}
 
 
 def check_unet(values: Mapping[str, Any], origin: str = "") -> None:

@@ -34,6 +34,7 @@ from vdiff.training.inputs import Inputs, encoded_of, inputs_of
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective, StudentState
 from vdiff.training.presets import recorded_layer, write_run
+from vdiff.training.sample_conditions import sample_conditions
 from vdiff.training.sample_prompts import prompts_of_run
 from vdiff.training.step import Task, TrainStep
 
@@ -115,6 +116,7 @@ def training(
             folder=folder,
             on_resumed=partial(write_run, folder, config) if resume else None,
             prompts=prompts_of_run(config, images, inputs, reporter),
+            conditions=sample_conditions(description, images),
         )
         reporter.line(f"training {folder} on {images.name}, {engine.description}, {effective_batch(config, engine)}")
         on_start(step := TrainStep(run, engine))

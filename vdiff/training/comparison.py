@@ -20,7 +20,7 @@ from vdiff.diffusion.samplers import Ddim
 from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.checks import default_guidance
-from vdiff.models.drawing import classes_in_turn, draw_in_batches, images_at_once, rmse
+from vdiff.models.drawing import Conditions, classes_in_turn, draw_in_batches, images_at_once, rmse
 from vdiff.models.speed import impossible_times
 from vdiff.records import LADDER, LADDER_IMAGES, LADDER_PICTURE, LadderRow, read_ladder_rows
 from vdiff.reporting import Reporter
@@ -59,6 +59,7 @@ def compare(
     budget: int,
     guidance: float = 0.0,
     prompts: SamplePrompts | None = None,
+    conditions: Conditions = classes_in_turn,
 ) -> list[LadderRow]:
     """Draw images 0, 1, 2, … of `seed` with every model of a ladder; save picture and table with the last student.
 
@@ -68,6 +69,7 @@ def compare(
         budget: how many network evaluations this may use, see `plan_comparison`.
         guidance: the weight of the first teacher's guidance, which the students have learned.
         prompts: of a text-to-image model.
+        conditions: of any other model, see `sample_conditions`.
     """
     last = read_config(stages[-1].folder)
     entries = _entries(stages)
@@ -91,7 +93,7 @@ def compare(
             count=count,
             at_once=at_once,
             image_size=last.shape[1:],
-            conditions=prompts.condition if prompts else classes_in_turn,
+            conditions=prompts.condition if prompts else conditions,
             guidance=default_guidance(last) if last.guidance_range else guidance if folder == stages[0].base else 0.0,
             num_steps=steps,
             seed=seed,

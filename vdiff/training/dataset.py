@@ -12,7 +12,9 @@ import numpy as np
 from vdiff.data.buckets import BETWEEN_SIDES
 from vdiff.data.captions import CaptionSettings, fingerprint_of
 from vdiff.data.datasets import AnyStore, open_at_size
+from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.condition import IMAGE, Signature
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
@@ -56,6 +58,11 @@ class TrainingData:
         if self.store is None:
             return "no images" if self.none_needed else "assumed"
         return self.store.path if isinstance(self.store.path, str) else self.store.path.as_posix()
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether every image has a condition image."""
+        return self.store is not None and self.store.meta.has_conditions
 
     @property
     def smallest_side(self) -> int:
@@ -155,6 +162,22 @@ class PromptsOnly:
             texts = [plan.caption(text, self.captions, step, place) for text, place in zip(chosen, places, strict=True)]
             yield Batch(images, None, texts, None, (zeros, zeros))
             step += 1
+
+
+def check_conditions(images: TrainingData, takes: Signature) -> None:
+    """Refuse images without condition images for a network that takes them.
+
+    Raises:
+        VdiffError: as said.
+    """
+    if IMAGE in takes.names and not images.has_conditions:
+        raise no_conditions(images.name)
+
+
+def no_conditions(what: str) -> VdiffError:
+    """The error for data without condition images."""
+    hint = "give a dataset of pairs: prepare_data.py IMAGES --condition FOLDER"
+    return VdiffError(f"{what}: the network needs a condition image with each image, and there are none", hint)
 
 
 def no_images(teacher: CheckpointConfig) -> TrainingData:

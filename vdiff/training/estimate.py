@@ -125,7 +125,7 @@ class ExampleInputs(Inputs):
 
     def condition(self, batch: Batch, takes: Signature) -> Condition:
         """`example_condition`."""
-        return example_condition(takes, len(batch.images))
+        return example_condition(takes, len(batch.images), batch.images.shape[1:])
 
 
 def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_images: int, engine: Engine) -> Memory:
@@ -152,7 +152,7 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         more = task.method.networks(denoiser) if task.method else None
         count = config.batch_size // (engine.world_size * config.grad_accum)
         images = torch.zeros(count, *shape)
-        batch = TrainBatch(images, torch.zeros_like(images), torch.zeros(count).double(), _condition(denoiser, count))
+        batch = TrainBatch(images, torch.zeros_like(images), torch.zeros(count).double(), _condition(denoiser, images))
         student = StudentState(denoiser, denoiser, 0.0, more)
         teacher = getattr(task.objective, "teacher", None)
         modules = [module for module in (denoiser, teacher, more) if module is not None]
@@ -168,10 +168,11 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         at_once = images_at_once(denoiser.network.signature, shape)
         if num := min(getattr(config, "check_images", 0), at_once):  # more images than a small batch has
             with drawing, torch.no_grad():
-                condition = _condition(denoiser, num)
+                drawn = torch.zeros(num, *shape)
+                condition = _condition(denoiser, drawn)
                 if SECOND_TIME in denoiser.network.signature.names:
                     condition = condition.with_tensors(second_time=torch.zeros(num).double())
-                denoiser.eval()(torch.zeros(num, *shape), torch.zeros(num).double(), condition)
+                denoiser.eval()(drawn, torch.zeros(num).double(), condition)
     learning = sum(weight.numel() for weight in trainable(denoiser).values()) * FLOAT
     fixed = num_bytes(weight for weight in denoiser.parameters() if not weight.requires_grad)
     gradients = learning + (parameter_count(more) * FLOAT if more else 0)
@@ -204,10 +205,10 @@ def allocate(*networks: nn.Module) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _condition(denoiser: Denoiser, count: int) -> Condition:
-    """A condition for `count` samples."""
-    takes = denoiser.network.signature
-    condition = example_condition(takes, count)
+def _condition(denoiser: Denoiser, images: Tensor) -> Condition:
+    """A condition for samples like `images`."""
+    takes, count = denoiser.network.signature, len(images)
+    condition = example_condition(takes, count, images.shape[1:])
     return condition.with_tensors(guidance=torch.zeros(count)) if takes.takes_guidance else condition
 
 

@@ -17,7 +17,7 @@ from vdiff.models.codec import LATENTS
 from vdiff.models.condition import CLASSES, TOKENS
 from vdiff.models.kinds import UNET
 from vdiff.training.config import LoopConfig, TrainConfig
-from vdiff.training.dataset import TrainingData
+from vdiff.training.dataset import TrainingData, check_conditions
 from vdiff.training.presets import DISTILLING, FINE_TUNING
 
 OF_NETWORK = ("unet", "class_conditional")
@@ -100,6 +100,7 @@ def check_base(config: TrainConfig, images: TrainingData, found: CheckpointConfi
     sample_shape_of(found, images, config.vae)
     if TOKENS in takes.names:
         check_captioned(images, base)
+    check_conditions(images, takes)
     if takes.num_classes and len(images.class_names) != takes.num_classes:
         raise OptionError(
             f"{images.name} has {len(images.class_names)} classes, the base {takes.num_classes}", "give another --data"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,17 +20,15 @@ from vdiff.errors import VdiffError
 from vdiff.models.autoencoder import Autoencoder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import PIXEL_CODEC
-from vdiff.models.condition import TIME_IDS, TOKENS, Condition, Signature
+from vdiff.models.condition import CLASSES, IMAGE, TIME_IDS, TOKENS, Condition, Signature
 from vdiff.models.prompting import Prompting
 from vdiff.reporting import Reporter
+from vdiff.training.dataset import TrainingData, no_conditions
 from vdiff.training.random_numbers import POSTERIOR, UpdateRandom
-
-if TYPE_CHECKING:
-    from vdiff.training.dataset import TrainingData
 
 
 class Inputs:
-    """Pixels, and classes where the network takes them."""
+    """Pixels, and classes and condition images where the network takes them."""
 
     def x(self, batch: Batch, device: torch.device, random: UpdateRandom) -> Tensor:
         """x (B, C, …) of a batch, on the device."""
@@ -39,8 +36,15 @@ class Inputs:
         return PIXEL_CODEC.encode(batch.images.to(device, non_blocking=True))
 
     def condition(self, batch: Batch, takes: Signature) -> Condition:
-        """The condition of a batch, with its null."""
-        return takes.condition(classes=batch.classes)
+        """The condition of a batch, with its null.
+
+        Raises:
+            VdiffError: the network takes a condition image, and the batch has none.
+        """
+        image = None if batch.conditions is None else PIXEL_CODEC.encode(batch.conditions)
+        if IMAGE in takes.names and image is None:
+            raise no_conditions("the data")
+        return takes.condition(**{CLASSES: batch.classes, IMAGE: image})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from vdiff.errors import Interrupted, VdiffError, shell
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
-from vdiff.models.drawing import classes_in_turn
 from vdiff.records import RUN_FILE
 from vdiff.replacing import check_ours, discard, is_free, locked
 from vdiff.reporting import Reporter
@@ -27,6 +26,7 @@ from vdiff.training.folder import (
 )
 from vdiff.training.loop import fit, settle
 from vdiff.training.presets import recorded_layer
+from vdiff.training.sample_conditions import sample_conditions
 from vdiff.training.sample_prompts import prompts_of_ladder
 from vdiff.training.stages import Stage
 from vdiff.training.student import describe_student, shaped, stage_run
@@ -73,7 +73,7 @@ def run_stages(
         distance=distance,
         device=engine.device,
         reporter=reporter,
-        conditions=prompts.condition if prompts else classes_in_turn,
+        conditions=sample_conditions(described, images, prompts),
     )
     trained = False
     with ExitStack() as locks:

@@ -17,6 +17,7 @@ from vdiff.distributed import memory_errors_named
 from vdiff.errors import Interrupted, VdiffError, shell
 from vdiff.models.checkpoint import CONFIG, CheckpointConfig, read_config, save_checkpoint
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.drawing import Conditions, classes_in_turn
 from vdiff.records import SAMPLES_FOLDER
 from vdiff.reporting import Progress, Reporter
 from vdiff.signals import stop_requests
@@ -47,6 +48,7 @@ class Run(Task):
         description: the checkpoint's description; the loop fills in the progress.
         on_resumed: called by the main process after an earlier state was read; before, nothing in the folder changes.
         prompts: of the samples of a text-to-image model; None: of any other model.
+        conditions: of the samples of any other model, see `sample_conditions`.
     """
 
     batches: Batches
@@ -54,6 +56,7 @@ class Run(Task):
     folder: Path
     on_resumed: Callable[[], None] | None = None
     prompts: SamplePrompts | None = None
+    conditions: Conditions = classes_in_turn
 
 
 def do_updates(step: OptimizerStep, batches: Iterator[Batch], meter: Meter) -> Iterator[int]:
@@ -136,7 +139,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
         if engine.is_main or config.fsdp:  # sharded weights are gathered by all processes
             title = f"{folder.name} · update {done:,} of {config.num_iters:,}"
             drawn = preview(
-                averages.model, run.description, run.prompts,
+                averages.model, run.description, run.prompts, conditions=run.conditions,
                 num=num_samples, steps=num_steps, seed=config.seed, title=title, on_step=on_step,
             )  # fmt: skip
             log.picture(drawn, done)

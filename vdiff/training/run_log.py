@@ -16,8 +16,9 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.checks import build_sampler, default_guidance, without_limits
+from vdiff.models.condition import IMAGE
 from vdiff.models.denoiser import Denoiser, device_of
-from vdiff.models.drawing import draw, draw_from
+from vdiff.models.drawing import Conditions, classes_in_turn, draw, draw_from
 from vdiff.records import LOG_FOLDER, SAMPLES_FOLDER
 from vdiff.reporting import Reporter
 from vdiff.text import cause_of, plural
@@ -103,6 +104,7 @@ def preview(
     description: CheckpointConfig,
     prompts: SamplePrompts | None = None,
     *,
+    conditions: Conditions = classes_in_turn,
     num: int,
     steps: int,
     seed: int,
@@ -113,6 +115,7 @@ def preview(
 
     Args:
         prompts: of a text-to-image model, whose samples have its usual guidance.
+        conditions: of any other model; a condition image is shown on the left of its sample.
         num, steps: the samples, and the network evaluations for each of them; see `preview_size`.
         title: the beginning of the picture's title, before steps and seed.
         on_step: called after each step with the number of finished steps.
@@ -124,8 +127,11 @@ def preview(
     if prompts is None:
         size = description.shape[1:]
         images = draw(
-            denoiser, sampler, indices=range(num), image_size=size, num_steps=steps, seed=seed, on_step=on_step
-        )
+            denoiser, sampler, indices=range(num), image_size=size, num_steps=steps, seed=seed, on_step=on_step,
+            conditions=conditions,
+        )  # fmt: skip
+        if (given := conditions(denoiser, range(num)).tensors.get(IMAGE)) is not None:
+            images = torch.cat([given, images], dim=-1)
         shown = [names[k % len(names)] for k in range(num)] if names else []
         return grid_picture(images, shown, len(names), title=title)
     texts, prompting, takes = prompts.texts[:num], prompts.prompting, denoiser.network.signature.names

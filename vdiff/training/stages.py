@@ -18,7 +18,7 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.codec import LATENTS
-from vdiff.models.condition import SECOND_TIME, TOKENS
+from vdiff.models.condition import IMAGE, SECOND_TIME, TOKENS
 from vdiff.models.kinds import UNET
 from vdiff.projects import Project
 from vdiff.records import RUN_FILE
@@ -26,7 +26,7 @@ from vdiff.reporting import Reporter
 from vdiff.settings import COMMAND_LINE, parameters
 from vdiff.training.base import check_dropped, check_unet
 from vdiff.training.config import DistillConfig, resolve
-from vdiff.training.dataset import TrainingData, no_images, open_images
+from vdiff.training.dataset import TrainingData, check_conditions, no_images, open_images
 from vdiff.training.finetuning import check_captioned, sample_shape_of, size_of
 from vdiff.training.presets import DISTILLING, FINE_TUNING, Settings, preset_for, read_preset, read_run, read_settings
 
@@ -182,11 +182,12 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
     Raises:
         VdiffError: the dataset is missing, or has another size, other channels or other classes.
     """
-    takes_text = TOKENS in teacher.signature.names
+    takes_text, takes_image = (name in teacher.signature.names for name in (TOKENS, IMAGE))
     has_match = teacher.family.predicts_noise and not config.lora_rank
     if config.prompts:
         return _prompts_of(config, teacher, has_match=has_match)
-    if not METHODS[config.method].needs_images and not config.data and not has_match and not takes_text:
+    needs_images = METHODS[config.method].needs_images or has_match or takes_text or takes_image
+    if not needs_images and not config.data:
         return no_images(teacher)
     if takes_text:
         images = open_images(config.data, size_of(teacher), project, buckets=True)
@@ -199,6 +200,7 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
             "distil it in Python: vdiff.distill accepts tensors as data",
         )
     images = open_images(config.data, teacher.image_size, project)
+    check_conditions(images, teacher.signature)
     if images.channels != teacher.shape[0]:
         raise OptionError(
             f"{images.name} has {images.channels} channels, the teacher {teacher.shape[0]}",

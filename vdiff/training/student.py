@@ -42,6 +42,7 @@ from vdiff.training.inputs import encoded_of, inputs_of
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.presets import read_run
+from vdiff.training.sample_conditions import sample_conditions
 from vdiff.training.sample_prompts import prompts_of_run
 from vdiff.training.stages import Stage, student_network
 from vdiff.training.step import Task
@@ -206,6 +207,7 @@ def stage_run(
         description=description,
         folder=stage.folder,
         prompts=prompts_of_run(config, images, inputs, Silent()),  # the ladder has reported what is wrong with them
+        conditions=sample_conditions(description, images),
     )
 
 

@@ -68,7 +68,7 @@ def seconds_by_threads(denoiser: Denoiser, z: torch.Tensor, numbers: list[int]) 
 def seconds_of_pass(denoiser: Denoiser, z: torch.Tensor, precision: AbstractContextManager[object]) -> float:
     """The time of a forward and a backward pass."""
     began = time.monotonic()
-    condition = example_condition(denoiser.network.signature, len(z))
+    condition = example_condition(denoiser.network.signature, len(z), z.shape[1:])
     with precision:
         v = denoiser(z, torch.full((len(z),), 0.5, dtype=torch.float64), condition).v
     v.square().mean().backward()

@@ -76,6 +76,8 @@ def write_unet_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
         raise _cannot_say(f"fold {config.fold}: it always reads single pixels")
     if config.guidance_input:
         raise _cannot_say("a weight of guidance as an input", "give --guidance W to write the network for one weight")
+    if config.image_input:
+        raise _cannot_say("a condition image as an input")
     if config.second_time:
         raise _cannot_say("a second time as an input")
     if (config.time_scale, config.time_offset) != (1, 0):
