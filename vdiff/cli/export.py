@@ -133,8 +133,8 @@ def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     "web",
     cls=Command,
     examples=[
-        "vdiff export web checkpoints/base_4 checkpoints/base_5 web --teacher checkpoints/original",
-        "vdiff export web checkpoints/base_5 web --precision fp16 --serve",
+        "vdiff export web checkpoints/base_4 checkpoints/base_5 web --serve",
+        "vdiff export web checkpoints/base_5 web --teacher checkpoints/original",
     ],
 )
 @click.argument("checkpoints", type=Checkpoint(), nargs=-1, required=True, metavar="CHECKPOINT...")
