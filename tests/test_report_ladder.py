@@ -80,7 +80,8 @@ def test_after_a_short_training_nothing_is_measured_for_the_report(place):
         f"no evaluation for the report: the training was short; `vdiff report {place}/checkpoints --evaluate` makes one"
     ) in result.stderr.splitlines()
     assert not (place / "checkpoints" / "evaluation.json").exists()
-    assert "comparing by 8 images, without models of more than 4 steps, as the training was short" in result.stderr
+    line = "comparing 8 images of each, without models of more than 4 steps, because the training was short"
+    assert line in result.stderr
     assert (place / "checkpoints" / "report.html").is_file()
 
 

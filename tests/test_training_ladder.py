@@ -742,7 +742,8 @@ def test_a_comparison_costs_what_it_may(whole, budget, count, most):
     assert watcher.bars == [("comparing", sum(n for n in steps if n <= most), 0)]
     words = {8: "", 4: ", without models of more than 4 steps", 2: ", without models of more than 2 steps"}
     without = words.get(most, ", without models of more than 1 step")
-    assert watcher.lines == [f"comparing by {count} images{without}, as the training was short"] * (budget < 10**9)
+    line = f"comparing {count} images of each{without}, because the training was short"
+    assert watcher.lines == [line] * (budget < 10**9)
     assert known_rows(stages, seed=0) == rows
 
 

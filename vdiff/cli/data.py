@@ -14,7 +14,7 @@ from vdiff.cli.options import CONTEXT, Command, OneOf, ProgramGroup, option, pro
 from vdiff.cli.prepare import counted, cpu_cores
 from vdiff.errors import OptionError, VdiffError, printable, shell
 from vdiff.projects import Project
-from vdiff.text import megabytes, plural, quantity
+from vdiff.text import megabytes, plural
 
 
 @click.group(cls=ProgramGroup, context_settings=CONTEXT)
@@ -238,7 +238,7 @@ def _rows(values: dict[str, Any]) -> list[str]:
     rows = {key: value for key, value in values.items() if value not in ("", None)}
     rows["images"] = f"{values['images']:,}"
     rows["sizes"] = ", ".join(map(str, values["sizes"]))
-    rows["bytes"] = f"{megabytes(values['bytes'])} ({quantity(values['bytes'] / max(values['images'], 1))}B an image)"
+    rows["bytes"] = f"{megabytes(values['bytes'])}, {values['bytes'] / max(values['images'], 1):,.0f} bytes per image"
     if captions := counts.get("captions"):
         without = values["images"] - captions
         rows["captions"] = f"{captions:,} images have one" + (f", {without:,} have none" if without else "")

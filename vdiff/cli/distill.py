@@ -229,12 +229,12 @@ def planned(
         # short steps need in full; a smaller student changes the networks from the second stage on
         cost = stage.num_steps if not needs_images else stage.teacher_steps // stage.num_steps
         kind = (stage.method, cost, stage.is_fine, bool(config.student_config) and not stage.is_first)
+        steps = f"{stage.teacher_steps} → {stage.num_steps}"
         if left and kind not in seconds:
-            console.line(f"timing updates of {stage.method}")
+            console.line(f"timing updates of {stage.method}, {steps} steps")
             _, seconds[kind] = times_of_stage(stage, config, images, engine)
         total += left * seconds.get(kind, 0.0)
         num_left += left
-        steps = f"{stage.teacher_steps} → {stage.num_steps}"
         names = [stage.folder.as_posix(), stage.base.as_posix(), stage.method, steps]
         seen = f"{updates * config.batch_size:,}" if needs_images else "none"
         rows.append([*names, f"{updates:,}", seen, duration(left * seconds[kind]) if left else "finished"])
