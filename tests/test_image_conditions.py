@@ -217,7 +217,8 @@ def test_a_condition_is_resized_once_from_its_own_pixels():
 
 def test_a_preparation_of_pairs_continues_with_the_same_bytes(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "BATCH_IMAGES", 5)
-    prepare(paired(*folders), tmp_path / "whole", CONFIG)
+    sharp, small = folders
+    vdiff.prepare(sharp, out=tmp_path / "whole", size=4, condition=small, channels=1, image_format="png")
     for update in (7, 16):
         with pytest.raises(Interrupted):
             prepare(paired(*folders), tmp_path / "cut", CONFIG, reporter=signal_at(update))

@@ -55,6 +55,7 @@ def prepare(
     *,
     out: str | Path,
     size: int | Iterable[int] | None = None,
+    condition: str | Path | None = None,
     num_workers: int = 0,
     overwrite: bool = False,
     **conversion: Any,
@@ -64,13 +65,15 @@ def prepare(
     Args:
         source: a folder, an archive or the name of a dataset; None: the built-in digits.
         size: side length in pixels, one or several; None: the source's default.
+        condition: a folder with a condition image for each image, of the same name apart from the suffix.
         conversion: other fields of `ConversionConfig`: `channels`, `crop`, `image_format`, ….
 
     Raises:
         VdiffError: see `vdiff.data.preparation.prepare`.
         ValueError: the size or another field of the conversion is invalid.
     """
-    opened = open_source(None if source is None else str(source), SourceOptions(Path("downloads"), "", "", ""))
+    options = SourceOptions(condition="" if condition is None else str(condition))
+    opened = open_source(None if source is None else str(source), options)
     usual = opened.defaults
     size = usual.size if size is None else size
     sizes = (size,) if isinstance(size, int) else tuple(sorted(set(size)))
