@@ -189,8 +189,9 @@ def command(
     if distance and found and any(row.distance is not None for row in table):
         scale = scale_for(distance, found.num_images, images.image_size)
         console.result(f"scale      {scale}")
-        with locked(last, kind=RUN):  # for the report
-            write_verdict(last, replace(found, scale=asdict(scale)))
+        if found.scale != asdict(scale):  # for the report
+            with locked(last, kind=RUN):
+                write_verdict(last, replace(found, scale=asdict(scale)))
     console.result(f"picture    {last / LADDER_PICTURE}")
     if report:
         data, device = images.name * (images.store is not None), engine.device
