@@ -366,6 +366,10 @@ def test_what_does_not_fit_together_is_refused(place, tmp_path, kind, flags, wor
 def test_a_student_is_no_teacher_to_be_guided(place, students, tmp_path):
     with pytest.raises(OptionError, match=r"base_0 is a student of 4 steps, which has learned the scale 3; leave it"):
         planned(place, students / "base_0", tmp_path, guidance_scale=3.0, teacher_steps=None)
+    with pytest.raises(
+        OptionError, match=r"--method guided: .*base_0 has learned the guidance scale 3; give --base the"
+    ):
+        planned(place, students / "base_0", tmp_path, method="guided", teacher_steps=None)
 
 
 def test_pictures_of_a_student_need_no_guidance(students):

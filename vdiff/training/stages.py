@@ -321,6 +321,11 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
                 f"--method guided: {config.base} was trained only with classes and cannot predict without one",
                 "train a class-conditional model with --class_dropout 0.1",
             )
+        if teacher.guidance_scale:
+            raise OptionError(
+                f"--method guided: {config.base} has learned the guidance scale {teacher.guidance_scale:g}",
+                "give --base the model that it was distilled from",
+            )
         steps.append(("guided", first, first))
     is_shortened = phases or config.to_steps is not None or config.stages is not None
     if config.method != "match" and (is_shortened or not steps):
