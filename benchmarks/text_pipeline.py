@@ -8,11 +8,26 @@ It writes
     emoji/pipeline                      tokenizer, text_encoder, vae, scheduler and a unet with random weights
     emoji/matcher.pt                    two towers that say which caption fits an image, to measure models by
 
-`vdiff import diffusers emoji/pipeline` and `train.py --base` do the rest. A tenth of the captions is held out, by a
-hash of the caption: nothing in the pipeline has seen them or their images. The text encoder is the text tower of a
-contrastive model of images and captions (Radford et al. 2021), as in Stable Diffusion, and frozen later. The
-autoencoder turns 32×32 pixels into 8×8 latents of 4 channels. The matcher has other towers and another seed, and has
-seen all captions.
+The models of results/text_prompts_noto.md and text_prompts_fluent.md come from it by
+
+    vdiff import diffusers emoji/pipeline --out checkpoints/emoji0
+    python train.py --base checkpoints/emoji0 --data data/noto_train --prediction v --zero_snr --flip False --lr 8e-4 \\
+        --num_iters 3600 --batch_size 64 --warmup_iters 150 --ema 0.998 --precision bf16 --out checkpoints/emoji
+    python train.py --base checkpoints/emoji --data data/fluent_train --lora_rank 8 --lora_targets conv --flip False \\
+        --lr 1e-3 --num_iters 700 --batch_size 64 --ema 0.99 --precision bf16 --out checkpoints/fluent
+    python distill.py --base checkpoints/emoji --data data/noto_train --guidance_scale 3 --teacher_steps 64 \\
+        --to_steps 32 --lora_rank 16 --lora_alpha 16 --lora_targets conv --lr 1e-3 --num_iters 2000 --batch_size 32 \\
+        --last_factor 1 --flip False --precision bf16 --name lora_guided
+    python distill.py --base checkpoints/lora_guided/base_0 --data data/noto_train --phases 32,8,4,2,1 --lora_rank 16 \\
+        --lora_alpha 16 --lora_targets conv --lr 5e-4 --num_iters 300 --last_factor 2 --batch_size 32 --flip False \\
+        --precision bf16 --name lora
+
+`fluent2` and `fluent3` each continue the LoRA before by `--lora`, for 1,500 updates at `--lr 3e-3`.
+
+A tenth of the captions is held out, by a hash of the caption: nothing in the pipeline has seen them or their images.
+The text encoder is the text tower of a contrastive model of images and captions (Radford et al. 2021), as in Stable
+Diffusion, and frozen later. The autoencoder turns 32×32 pixels into 8×8 latents of 4 channels. The matcher has other
+towers and another seed, and has seen all captions.
 
 Each part that is finished is kept, and the same command continues with the next one.
 """

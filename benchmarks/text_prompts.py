@@ -36,11 +36,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import vdiff
-from benchmarks.report import machine, write_report
+from benchmarks.report import RESULTS, machine, write_report
 from benchmarks.text_pipeline import SIZE, ImageTower, text_tower, tokens_of
 from vdiff.evaluation.metrics import frechet_distance
+from vdiff.models.codec import to_uint8
 
 GROUP = 100  # captions among which the matcher chooses
+SHOWN = 16  # captions in the picture
 
 
 def real_images(folder: Path) -> tuple[list[str], Tensor]:
@@ -162,7 +164,7 @@ def numbers(text: str) -> list[int]:
 @click.option("--num", default=1000, help="Images of seen captions for a row; a multiple of 100.")
 @click.option("--seed", default=0)
 @click.option("--threads", default=1)
-@click.option("--name", default="text_prompts", help="Of the table in results/.")
+@click.option("--name", default="text_prompts", help="Of the table in results/, and of the picture with its rows.")
 def main(
     checkpoints: tuple[Path, ...],
     work: Path,
@@ -192,9 +194,13 @@ def main(
         more = [str(each) for each in random.permutation(sorted(set(sets[style]["train"][0])))]
         chosen[part], counted[part] = texts + more[: -len(texts) % GROUP], len(texts)
 
+    shown: list[Tensor] = []
+
     def measure(title: str, evaluations: str, part: str, images: Tensor, *, are_real: bool = False) -> None:
-        """Add a row."""
+        """Add a row to the table; seen captions also give a row of the picture."""
         number = counted[part]
+        if part == "train":
+            shown.append(images[:SHOWN])
         ranks, styles = matcher.ranks(images, chosen[part])[:number], style_of(classifier, images[:number])
         rows.append([
             title, evaluations, "seen" if part == "train" else "held out", str(number),
@@ -230,6 +236,11 @@ def main(
     title = f"Prompts; guidance scale {guidance_scale:g}; styles recognised in {_percent(torch.cat(right))}"
     columns = ["images of", "evaluations", "captions", "number", "found", "among 5", "Fréchet", "copies", "style"]
     write_report(name, title, columns, rows, machine())
+    picture = torch.stack(shown).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    Image.fromarray(to_uint8(picture).numpy()).resize(
+        (picture.shape[1] * 2, picture.shape[0] * 2), Image.Resampling.NEAREST
+    ).save(RESULTS / f"{name}.png")
+    print("columns of the picture:", *chosen["train"][:SHOWN], sep="\n    ")
 
 
 def _percent(these: Tensor) -> str:

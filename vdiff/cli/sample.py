@@ -237,6 +237,8 @@ def command(
     name = "clipped" if clipped_sampling else sampler or "ddim"
     options = sampler_options(name, flags, no_clip=no_clip)
     texts = prompts_of(prompts, prompts_file)
+    count = num or (4 if len(texts) == 1 else len(texts) or 64)
+    path = path_of(interpolate, count)
     batch_size = batch_size or (4 if texts else 64)
     form = image_format(out, image_store)
     console = Console()
@@ -274,8 +276,7 @@ def command(
         raise OptionError(f"--num {num}: {condition} holds {len(conditions)} images", "leave --num out")
     if conditions is not None and interpolate is not None:
         raise OptionError("--interpolate does not apply to --condition", "leave it out")
-    num = num or (len(conditions) if conditions else 4 if len(texts) == 1 else len(texts) or 64)
-    path = path_of(interpolate, num)
+    num = num or (len(conditions) if conditions else count)
     fits = texts or config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # a network in Python is refused at loading
         shape = " × ".join(map(str, config.shape))
