@@ -244,7 +244,7 @@ def test_what_comes_next_can_be_typed_also_where_names_have_spaces():
     sample, distill = next_lines(done(f"{train} --config tiny.toml --out {model}").stdout)
     (sample_student,) = next_lines(done(f"{distill} --config tiny.toml --report False").stdout)
     for line in (sample, sample_student):
-        assert done(f"{line} --num 1").stdout.startswith("1 images in ")
+        assert done(f"{line} --num 1").stdout.startswith("1 image in ")
     (merge,) = next_lines(done("prepare_data.py 'my photos' --size 4 --num_workers 0 --shard 1/2").stdout)
     assert merge == "vdiff data merge 'data/my photos_4'.*of2"
 
@@ -257,7 +257,7 @@ def test_missing_samples_are_drawn_again_alone():
     assert "out already holds all 5 images\n" in done(line).stdout
     kept = Path("out/00001.png").stat().st_mtime_ns
     Path("out/00003.png").unlink()
-    assert done(line).stdout.startswith("1 images in ")
+    assert done(line).stdout.startswith("1 image in ")
     assert pictures(Path("out")) == before
     assert Path("out/00001.png").stat().st_mtime_ns == kept
     done(line.replace("--num 5", "--num 7"))

@@ -515,7 +515,7 @@ def test_one_sample_is_drawn_from_each_condition_image(trained, monkeypatch):
     with PIL.Image.open("drawn.grid.png") as grid:
         assert grid.width > 4 * 72
     Path("drawn/sub/a.png").unlink()
-    assert "1 images in" in done(line).stdout
+    assert "1 image in" in done(line).stdout
     assert "already holds all 2 images" in done(line).stdout
     Path("drawn/mine.txt").write_text("mine")
     assert "holds mine.txt" in run(f"{line} --seed 1 --overwrite").stderr.replace("drawn/", "")

@@ -344,6 +344,7 @@ def test_students_know_where_they_come_from(data, whole):
                 "adapter",
                 "base",
                 "guidance_scale",
+                "condition_images",
             }  # absent where a UNet on pixels has nothing to say
             assert {key: found_teacher.get(key, own[key]) for key in own} == own
             found = dataclasses.replace(found, teacher=found_teacher["teacher"])
