@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -78,6 +79,15 @@ def test_only_a_page_is_replaced(models, empty_runtime, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("address", ["https://example.org/dist", "https://example.org/dist/"])
+def test_a_runtime_on_a_server_is_allowed_and_not_copied(models, tmp_path, address):
+    done(f"vdiff export web {models}/base_1 {tmp_path}/page --runtime {address}")
+    assert json.loads((tmp_path / "page" / MODELS).read_text())["runtime"] == "https://example.org/dist"
+    assert "connect-src 'self' https://example.org;" in (tmp_path / "page/index.html").read_text()
+    assert not (tmp_path / "page/ort").exists()
+
+
+@pytest.mark.usefixtures("quick")
 def test_bad_input_is_refused_in_one_line(models, empty_runtime, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "wide", num_timesteps=1)
     write_checkpoint(tmp_path / "long", num_timesteps=1024)
@@ -89,6 +99,7 @@ def test_bad_input_is_refused_in_one_line(models, empty_runtime, tmp_path, monke
         (f"vdiff export web {tmp_path}/long {end} {ready}", 2, "at most 64"),
         (f"{start} {models}/base_1 {end} {ready}", 2, "two of the checkpoints have one name"),
         (f"{start} {end} --runtime {tmp_path}", 1, "holds no ort."),
+        (f"{start} {end} {ready} --port 9000", 2, "--port is for the server of --serve; give --serve too"),
     ):
         assert said in error(line, code), line
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -172,6 +172,9 @@ def web_command(
     """
     from vdiff.interop.web import export_web, page_server
 
+    source = click.get_current_context().get_parameter_source("port")
+    if not serve and source != ParameterSource.DEFAULT:
+        raise OptionError("--port is for the server of --serve", "give --serve too")
     console = Console()
     for made in export_web(checkpoints, folder, title=title or "", report=console.line, **options):
         steps, size = plural(made.steps, "step"), f"{made.bytes / 2**20:.1f} MiB"

@@ -106,8 +106,8 @@ def export_web(
                 f"{model.path} and {models[0].path} draw images of other sizes or classes", "make a page for each"
             )
     with new_folder(folder, PAGE, overwrite=overwrite, flag="another folder") as temporary:
-        place = runtime if runtime and _is_address(runtime) else "./ort"
-        if place != runtime:
+        place = runtime.rstrip("/") if runtime and _is_address(runtime) else "./ort"
+        if place == "./ort":
             report("copying ONNX Runtime" if runtime else f"npm downloads onnxruntime-web {RUNTIME}")
             with _runtime(runtime) as source, writing(temporary / "ort"):
                 for name in RUNTIME_FILES:
