@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from tests.toy import Watcher, write_checkpoint, write_dataset
 from vdiff.evaluation import samples
 from vdiff.evaluation.measure import evaluate
 from vdiff.evaluation.results import EvalRow, Evaluation
+from vdiff.evaluation.work import WorkFolder
 
 NUM = 60
 
@@ -44,10 +48,18 @@ def figures(rows: tuple[EvalRow, ...]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """One of several processes."""
+    """One of several processes; all but the first are slow to read results."""
     from vdiff.distributed import join
 
-    measured(Path(), processes=join("cpu"), reporter=Watcher())
+    processes, read = join("cpu"), WorkFolder.read
+
+    def reads_late(work: WorkFolder, name: str) -> dict[str, NDArray[Any]]:
+        time.sleep(0.1)
+        return read(work, name)
+
+    if not processes.is_main:
+        WorkFolder.read = reads_late  # type: ignore[method-assign]
+    measured(Path(), processes=processes, reporter=Watcher())
 
 
 if __name__ == "__main__":

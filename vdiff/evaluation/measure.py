@@ -150,7 +150,7 @@ def evaluate(
                     save_pairs(found, thumbs, run.images, pairs)
                 if out is not None:
                     results.write(out)
-                work.remove()
+        work.remove()
     return results
 
 

@@ -318,7 +318,7 @@ def _compute(path: Path, images: ReferenceImages, features: Features, work: Work
             merged = total(from_arrays(Moments, each, MOMENTS)[0] for each in found)
             kept = np.concatenate([each["kept"] for each in found])
             write_arrays(path, {**to_arrays([merged], MOMENTS), "kept": kept, "indices": indices})
-            work.remove()
+    work.remove()
 
 
 def _cached(path: Path, dim: int) -> DataStats | None:

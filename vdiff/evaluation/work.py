@@ -98,8 +98,12 @@ class WorkFolder:
         return found
 
     def remove(self) -> None:
-        """Delete all results."""
-        remove(self.path)
+        """Delete all results, once no process reads them any more; every process calls this."""
+        with self.processes.together():
+            pass
+        with self.processes.together():
+            if self.processes.is_main:
+                remove(self.path)
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
