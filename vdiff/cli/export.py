@@ -170,7 +170,7 @@ def web_command(
     Any web server can offer the folder. Images equal those of sample.py at the same seed. With the server of --serve,
     WASM uses several threads. Needs `pip install 'vdiff[onnx]'`, and npm or --runtime.
     """
-    from vdiff.interop.web import export_web, page_server
+    from vdiff.web.export import export_web, page_server
 
     source = click.get_current_context().get_parameter_source("port")
     if not serve and source != ParameterSource.DEFAULT:

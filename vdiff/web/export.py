@@ -130,7 +130,7 @@ def export_web(
             described["teacher"] = _draw_teacher(teacher, first, temporary / TEACHER)
         write_json(temporary / MODELS, {**described, "models": entries})
         for name in PAGE_FILES:
-            text = resources.files("vdiff.interop").joinpath("web_page", name).read_text(encoding="utf-8")
+            text = resources.files("vdiff.web").joinpath("page", name).read_text(encoding="utf-8")
             origin = "" if place == "./ort" else "{0.scheme}://{0.netloc}".format(urlsplit(place))
             text = text.replace("TITLE", escape(title or first.dataset)).replace(" RUNTIME", f" {origin}".rstrip())
             write_text(temporary / name, text)

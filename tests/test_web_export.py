@@ -16,7 +16,7 @@ import vdiff
 from tests.browser import PROGRAM, Tab, browser
 from tests.commands import ROOT, done, error
 from tests.toy import write_checkpoint
-from vdiff.interop.web import MODELS, RUNTIME_FILES, _runtime, export_web, page_server
+from vdiff.web.export import MODELS, RUNTIME_FILES, _runtime, export_web, page_server
 
 pytest.importorskip("onnxscript")
 AXE = Path(os.environ.get("VDIFF_AXE", ROOT / "node_modules" / "axe-core" / "axe.min.js"))
@@ -64,7 +64,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         file.write_text(fingerprint)
         return 0.0
 
-    monkeypatch.setattr("vdiff.interop.web.export_onnx", write)
+    monkeypatch.setattr("vdiff.web.export.export_onnx", write)
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,0 +1,1 @@
+"""Models in the browser: a static page that draws there, and a server that draws on this machine."""
