@@ -29,6 +29,7 @@ from vdiff.records import RUN_FILE
 from vdiff.training import ladder
 from vdiff.training import verdict as verdicts
 from vdiff.training.config import DistillConfig
+from vdiff.training.engine import Engine
 from vdiff.training.presets import read_run
 from vdiff.training.stages import Stage
 from vdiff.training.verdict import (
@@ -124,6 +125,15 @@ def test_a_failed_stage_is_done_again_with_half_the_learning_rate(data, teacher,
     climbed(data, teacher, to_steps=2, reporter=again)
     assert len(told.trained) == 4
     assert [line.endswith("steps") and "is finished already" in line for line in again.lines] == [True, True]
+
+
+def test_a_student_is_set_aside_only_when_no_process_reads_it(data, teacher, monkeypatch):
+    told, set_aside, events = Told(monkeypatch, {LR: 0.4, LR / 2: 0.2}), verdicts.set_aside, []
+    monkeypatch.setattr(ladder, "fit", lambda *args: (events.append("trained"), told.fit(*args)))
+    monkeypatch.setattr(Engine, "wait", lambda _: events.append("wait"))
+    monkeypatch.setattr(verdicts, "set_aside", lambda folder: (events.append("set aside"), set_aside(folder)))
+    climbed(data, teacher)
+    assert "wait" in events[events.index("trained") : events.index("set aside")]
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])

@@ -321,6 +321,7 @@ def check_student(
         VdiffError: it collapsed, as in every earlier attempt; the best attempt is kept.
     """
     code, reporter = 0, examiner.reporter
+    engine.wait()  # until no process reads the folder, which may be renamed
     if engine.is_main:
         verdict = read_verdict(stage.folder)
         if verdict is None:
