@@ -15,7 +15,7 @@ from tests.commands import ROOT
 from vdiff.cli.console import BarProgress, Console, aligned
 from vdiff.cli.distill import HEADINGS
 from vdiff.cli.options import fail
-from vdiff.text import folded
+from vdiff.text import duration, folded
 
 LADDER = [
     ["checkpoints/original", "1024", "850", "12:25", "133.20", "", "", ""],
@@ -138,6 +138,17 @@ def test_a_narrow_terminal_gets_several_tables(monkeypatch, width, columns, rows
     assert len(tables) == 1 or width < 200
     if columns == HEADINGS and width == 80:
         assert (len(tables), folder) == (1, "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (75, "1:15"), (4000, "1:06:40"), (86_399, "23:59:59"), (86_400, "1 day 0 h"), (376_300, "4 days 9 h"),
+        (172_700, "2 days 0 h"),
+    ],
+)  # fmt: skip
+def test_times_from_a_day_on_are_days_and_hours(seconds, text):
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import sys
 import tarfile
 import threading
@@ -858,11 +859,19 @@ def test_a_pattern_of_urls_needs_an_index(server: Server) -> None:
             ShardStore(place)
 
 
-def test_no_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_files, "RETRY_SECONDS", 0.001)
+def test_a_server_that_does_not_answer_at_first_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError(f"slept {seconds} s")
+
+    monkeypatch.setattr(remote_files.time, "sleep", sleep)
+    monkeypatch.setattr("vdiff.network.SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(VdiffError, match=r"cannot read http://127.0.0.1:9/x/index.json: .*refused") as caught:
-        ShardStore("http://127.0.0.1:9/x")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        with pytest.raises(VdiffError, match=rf"cannot read {url}/index.json: no answer in 0.2 s; check the URL"):
+            ShardStore(url)
+    with pytest.raises(VdiffError, match=rf"cannot read {url}/index.json: Connection refused; check") as caught:
+        ShardStore(url)
     one_line(caught)
 
 

@@ -7,6 +7,8 @@ import threading
 import urllib.error
 import urllib.request
 
+from vdiff.text import cause_of
+
 SECONDS = 10.0
 HUB = "https://huggingface.co"
 
@@ -21,19 +23,26 @@ def hub_answers() -> bool:
 
 def answers(url: str, seconds: float = 0.0) -> bool:
     """Whether a server answers at all within `seconds` (0: `SECONDS`), the time for DNS included."""
-    seconds, found = seconds or SECONDS, list[bool]()
+    return not failure(url, seconds)
+
+
+def failure(url: str, seconds: float = 0.0) -> str:
+    """Why a server does not answer within `seconds` (0: `SECONDS`); empty if it does, even with an error."""
+    seconds, found = seconds or SECONDS, list[str]()
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            # not `urlopen`, which remembers the proxies of its first call
+            opener = urllib.request.build_opener()
+            opener.open(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
         except urllib.error.HTTPError:
-            found.append(True)
-        except (OSError, ValueError):
-            found.append(False)
+            found.append("")
+        except (OSError, ValueError) as error:
+            found.append(cause_of(getattr(error, "reason", error)))
         else:
-            found.append(True)
+            found.append("")
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds)
-    return bool(found) and found[0]
+    return found[0] if found else f"no answer in {seconds:g} s"

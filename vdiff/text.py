@@ -12,6 +12,7 @@ PROGRAMS = "data distill doctor ema evaluate export features import inspect prep
 COMMAND = re.compile(rf"`[^`]+`|\b(?:python \S+\.py|tensorboard|pip install|vdiff (?:{PROGRAMS}))\b[^;,`]*")
 KEY = re.compile(r"\S+(?: \S+)* {2,}")
 NO_BREAK = "\u00a0"
+DAY = 24 * 3600
 
 
 def plural(number: int, thing: str) -> str:
@@ -20,7 +21,10 @@ def plural(number: int, thing: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`75` → `1:15`; `4000` → `1:06:40`."""
+    """`75` → `1:15`; `4000` → `1:06:40`; from a day on `376000` → `4 days 8 h`."""
+    if seconds >= DAY:
+        days, hours = divmod(int(seconds / 3600 + 0.5), 24)
+        return f"{plural(days, 'day')} {hours} h"
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from vdiff.data.store import PREPARE_AGAIN
 from vdiff.errors import VdiffError
 from vdiff.files import check_regular
+from vdiff.network import failure
 from vdiff.text import cause_of
 
 COPY_AGAIN = f"copy the shard again, or {PREPARE_AGAIN}"
@@ -106,6 +107,11 @@ class RemoteFile:
             raise VdiffError(f"{scheme_of(url)}:// addresses need a package that is not installed", hint) from None
         except Exception as error:  # unknown schemes, and errors of a scheme's library: no credentials, …
             raise self._refusal(str(error)) from None
+
+    def check_server(self) -> None:
+        """Raise VdiffError if an HTTP server does not answer within 10 s: a later failure is tried again for longer."""
+        if self._is_http and (reason := failure(shown(self.url))):
+            raise self._refusal(reason)
 
     def read(self, size: int = 2**20) -> bytes:
         """Up to `size` bytes; none at the end."""

@@ -397,6 +397,7 @@ class ShardStore(StoredImages):
         self.path = shown(self._base)
         index = _beside(self._base, INDEX_FILE)
         with opened(index) as file:
+            file.check_server()
             text = b"".join(islice(iter(lambda: file.read(BUFFER_BYTES), b""), MAX_TEXT_BYTES // BUFFER_BYTES))
         self.meta, self.shards = parse_index(text, shown(index))
 

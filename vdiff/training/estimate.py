@@ -30,7 +30,7 @@ from vdiff.models.backbone import example_condition, parameter_count
 from vdiff.models.condition import SECOND_TIME, Condition, Signature
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import images_at_once
-from vdiff.text import duration
+from vdiff.text import DAY, duration
 from vdiff.training.averages import profiles_of
 from vdiff.training.config import FLOATS_PER_WEIGHT, Config, LoopConfig
 from vdiff.training.engine import Engine
@@ -46,7 +46,6 @@ LIBRARIES, COPIES = 80 * 2**20, 6
 layout. Both are fitted to the peaks in benchmarks/results/memory.md."""
 TIMED_UPDATES, LONG_UPDATE = 3, 4.0
 """Updates that are timed after the first one. A first one of this many seconds counts for all, unless it compiled."""
-DAY = 24 * 3600
 FEW_UPDATES = 100
 """A run with at most this many updates is not timed before it begins."""
 NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)

@@ -60,7 +60,12 @@ AMOUNTS = {
 }
 """Number of images → the training for fewer images than this."""
 SOME_THOUSANDS = 5_000
-MANY = Amount("large", batch_size=128, num_iters=300_000, dropout=0.0, ema=0.9999)
+MANY = {
+    "small": Amount("large", batch_size=32, num_iters=30_000, dropout=0.0, ema=0.9997),
+    "base": Amount("large", batch_size=64, num_iters=100_000, dropout=0.0, ema=0.9999),
+    "large": Amount("large", batch_size=128, num_iters=300_000, dropout=0.0, ema=0.9999),
+}
+"""Network → its training for more images: a small network has learned what it can after fewer updates."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def read_preset(name: str, num_images: int = 0) -> Settings:
     if name not in (known := (*PRESETS, *FINE_TUNING, *DISTILLING)):
         raise OptionError(f"unknown preset {name!r}", suggestion(name, known))
     if name in FITTED:
-        return fitted(*FITTED[name], amount_of(num_images))
+        network, image_size = FITTED[name]
+        return fitted(network, image_size, amount_of(num_images, network))
     text = resources.files("vdiff").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
     settings = _settings(text, name)
     if (epochs := settings.assumed.get("epochs")) is None:
@@ -93,9 +99,10 @@ def read_preset(name: str, num_images: int = 0) -> Settings:
     return replace(settings, train={**settings.train, "num_iters": updates})
 
 
-def amount_of(num_images: int) -> Amount:
-    """The training for a number of images; 0: unknown, some thousands."""
-    return next((amount for limit, amount in AMOUNTS.items() if (num_images or SOME_THOUSANDS) < limit), MANY)
+def amount_of(num_images: int, network: str = "large") -> Amount:
+    """The training of a network for a number of images; 0: unknown, some thousands."""
+    fitting = (amount for limit, amount in AMOUNTS.items() if (num_images or SOME_THOUSANDS) < limit)
+    return next(fitting, MANY[network])
 
 
 def fitted(network: str, image_size: int, amount: Amount) -> Settings:
