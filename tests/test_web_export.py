@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +13,11 @@ import pytest
 import vdiff
 from tests.browser import PROGRAM, Tab, browser
 from tests.commands import ROOT, done, error
+from tests.servers import request, running
 from tests.toy import write_checkpoint
-from vdiff.web.export import MODELS, RUNTIME_FILES, _runtime, export_web, page_server
+from vdiff.web.export import RUNTIME_FILES, _runtime, export_web
+from vdiff.web.pages import MODELS
+from vdiff.web.server import folder_app
 
 pytest.importorskip("onnxscript")
 AXE = Path(os.environ.get("VDIFF_AXE", ROOT / "node_modules" / "axe-core" / "axe.min.js"))
@@ -118,10 +119,8 @@ def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
             )
     except vdiff.VdiffError as error:
         pytest.skip(f"{error}")
-    with page_server(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with running(folder_app(folder)) as port:
+        yield folder, f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +151,12 @@ def test_the_page_draws_our_images_and_asks_nobody_else(page, models, tab):
             "document.getElementById('seed').dispatchEvent(new Event('input', { bubbles: true })); " + DRAWN
         )
         for name in ("base_0", "base_1"):
-            found = np.array(tab.run(f"Array.from(self.vdiff.images['{name}.onnx'])"))
+            found = np.array(tab.run(f"Array.from(self.vdiff.images['{name}'])"))
             ours = vdiff.load(models / name).sample(4, seed=seed).numpy()
             assert np.abs(found - ours.ravel()).max() < 1e-4
     assert [each for each in tab.trouble if "No available adapters" not in each] == []  # a computer without a GPU
     assert [each for each in tab.requests if not each.startswith((address, "data:", "blob:"))] == []
-    assert tab.run("document.querySelector('#grids img').naturalWidth") > 0
+    assert tab.run("document.querySelector('#grids figure:last-child canvas').width") > 0
 
 
 @needs_browser
@@ -191,15 +190,10 @@ def test_nothing_outside_the_folder_is_served(tmp_path, path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "page" / "ort").mkdir(parents=True)
     (tmp_path / "page" / "index.html").write_text("hello")
-    with page_server(tmp_path / "page") as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for asked, status in ((path, 404), ("/", 200)):
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-            connection.putrequest("GET", asked, skip_host=False)
-            connection.endheaders()
-            answer = connection.getresponse()
+    (tmp_path / "page" / "link").symlink_to(tmp_path / "secret")
+    with running(folder_app(tmp_path / "page")) as port:
+        for asked, status in ((path, 404), ("/link", 404), ("/", 200)):
+            answer, body = request(port, "GET", asked)
             assert answer.status == status
             assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-            assert b"secret" not in answer.read()
-            connection.close()
-        server.shutdown()
+            assert b"secret" not in body

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -299,6 +299,7 @@ class Model:
         guidance_interval: tuple[float, float] | None = None,
         noise: Tensor | None = None,
         batch_size: int = 64,
+        on_step: Callable[[int], object] | None = None,
         **options: Any,
     ) -> Samples:
         """Draw samples: (num, *shape) float32 on the CPU, pixels within [−1, 1]; `to_pil()` turns them into PIL images.
@@ -321,6 +322,7 @@ class Model:
             noise: (num, C, H, W), z at t = 1 instead of the seed's. The noise that a stochastic sampler adds still
             depends on the seed.
             batch_size: images drawn at once; the images do not depend on it.
+            on_step: called after each step of a batch with the number of its finished steps; an exception ends drawing.
             options: settings of the named sampler: `clipping_value`, `threshold`, `eta`.
 
         Raises:
@@ -366,6 +368,7 @@ class Model:
                     guidance=guidance,
                     guidance_interval=guidance_interval or EVERYWHERE,
                     grid=grid,
+                    on_step=on_step,
                 )
             drawn.append(self.prompting.decode(found) if prompts else found)
         return self.config.space.clip(torch.cat(drawn)).as_subclass(Samples)

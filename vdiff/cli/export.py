@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from vdiff.cli.console import Console
 from vdiff.cli.options import CONTEXT, Checkpoint, Command, Number, OneOf, ProgramGroup, option, project_option, switch
+from vdiff.cli.web import export_command
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.text import plural
 
@@ -48,6 +49,8 @@ def command() -> None:
     equal vdiff's. Every export gets a model card: README.md with a picture.
     """
 
+
+command.add_command(export_command, "web")
 
 GRAPH_OPTIONS = [
     switch(
@@ -127,66 +130,6 @@ def torch_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     from vdiff.models.program import PROGRAM
 
     _export(checkpoint, file, ".pt2", PROGRAM, write=export_torch, usage=torch_usage, program="torch.export", **flags)
-
-
-@command.command(
-    "web",
-    cls=Command,
-    examples=[
-        "vdiff export web checkpoints/base_4 checkpoints/base_5 web --serve",
-        "vdiff export web checkpoints/base_5 web --teacher checkpoints/original",
-    ],
-)
-@click.argument("checkpoints", type=Checkpoint(), nargs=-1, required=True, metavar="CHECKPOINT...")
-@FOLDER
-@project_option(read=False)
-@option(
-    "--num_timesteps", group="Model", type=click.IntRange(1), metavar="STEPS", show_default="each model's own",
-    help="Steps of every model.",
-)  # fmt: skip
-@option(
-    "--teacher", group="Model", type=Checkpoint(), metavar="CHECKPOINT", show_default="none",
-    help="Draw images of seed 0 with CHECKPOINT now, and show them beside.",
-)  # fmt: skip
-@option(
-    "--precision", group="Output", type=OneOf(["fp32", "fp16", "int8"]), default="fp32",
-    help="Numbers of the stored weights: fp16 has half the bytes, int8 a quarter; both round.",
-)  # fmt: skip
-@option(
-    "--runtime", group="Output", metavar="FOLDER|URL", show_default="npm downloads it",
-    help="The npm package onnxruntime-web, or the address of its folder dist on a server that the page then asks.",
-)  # fmt: skip
-@option("--title", group="Output", metavar="TEXT", show_default="the dataset's name", help="Title of the page.")
-@switch("--serve", group="Output", help="Serve FOLDER on this machine when it is written, until Ctrl-C.")
-@option(
-    "--port", group="Output", type=click.IntRange(0, 65535), default=8000, help="Port of --serve; 0 takes a free one."
-)
-@switch("--overwrite", group="Output", help="Replace an earlier page in FOLDER.")
-def web_command(
-    checkpoints: tuple[Path, ...], folder: Path, title: str | None, serve: bool, port: int, **options: Any
-) -> None:
-    """Write FOLDER, a static web page that draws in the browser with each CHECKPOINT, from the same noise.
-
-    Any web server can offer the folder. Images equal those of sample.py at the same seed. With the server of --serve,
-    WASM uses several threads. Needs `pip install 'vdiff[onnx]'`, and npm or --runtime.
-    """
-    from vdiff.web.export import export_web, page_server
-
-    source = click.get_current_context().get_parameter_source("port")
-    if not serve and source != ParameterSource.DEFAULT:
-        raise OptionError("--port is for the server of --serve", "give --serve too")
-    console = Console()
-    for made in export_web(checkpoints, folder, title=title or "", report=console.line, **options):
-        steps, size = plural(made.steps, "step"), f"{made.bytes / 2**20:.1f} MiB"
-        console.result(
-            f"{folder / made.file}: {steps}, {size}, images differ from vdiff's by at most {made.difference:.1e}"
-        )
-    if not serve:
-        console.result(f"next       {shell('python', '-m', 'http.server', '--directory', folder)}")
-        return
-    with page_server(folder, port) as server:
-        console.result(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)")
-        server.serve_forever()
 
 
 @command.command(

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": ("vdiff.cli.inspect", "Describe a checkpoint and its teachers."),
     "import": ("vdiff.cli.import_", "Import models of other tools."),
     "export": ("vdiff.cli.export", "Write checkpoints for other programs."),
+    "serve": ("vdiff.cli.web", "Serve a page that draws on this machine."),
     "push": ("vdiff.cli.push", "Upload a model to a hub."),
     "data": ("vdiff.cli.data", "Show, check and merge datasets."),
     "doctor": ("vdiff.cli.doctor", "Check this machine and this installation."),

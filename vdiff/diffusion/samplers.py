@@ -189,7 +189,7 @@ def sample(
     z: Tensor,
     num_steps: int,
     noise: Callable[[], Tensor],
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
     times: Tensor | None = None,
     on_state: Callable[[int, Tensor, Prediction], None] | None = None,
     check: bool = True,

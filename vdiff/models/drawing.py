@@ -19,7 +19,7 @@ from vdiff.models.condition import SECOND_TIME, TOKENS, Condition, Signature
 from vdiff.models.denoiser import NOTHING, Denoiser, GuidedDenoiser, device_of
 
 EVERYWHERE = (0.0, 1.0)
-OnStep = Callable[[int], None]
+OnStep = Callable[[int], object]
 Conditions = Callable[[Denoiser, Sequence[int]], Condition]
 """(denoiser, numbers of images) → the condition of these images."""
 OnState = Callable[[int, Tensor, Prediction], None]
