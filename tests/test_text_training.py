@@ -27,9 +27,10 @@ from vdiff.models.condition import TIME_IDS
 from vdiff.models.tokenizing import Tokenizers
 from vdiff.training import run_log
 from vdiff.training.base import describe, resolve_training
-from vdiff.training.base_training import base_task, begin, train
+from vdiff.training.base_training import base_task, begin, memory_of_base, train
 from vdiff.training.config import TrainConfig
 from vdiff.training.engine import build_engine
+from vdiff.training.estimate import memory_of
 from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.inputs import inputs_of
 from vdiff.training.objectives import StudentState
@@ -429,3 +430,21 @@ def test_a_preset_s_crops_larger_than_the_images_are_left_out(place):
     config, images = resolve_training(values, None, folder=Path("none"), resume=False, reporter=watcher)
     assert (config.random_crop, images.crop) == (0, 0)
     assert "images of 64 pixels stay whole, as crops of 1024 do not fit" in watcher.lines
+
+
+def test_the_memory_of_a_training_includes_the_autoencoder(place, tmp_path):
+    """Its weights; and the decoding of samples, where that takes more than an update: here 2 pictures of 512×512."""
+    config, images = resolved(place, "sd15", lora_rank=0, batch_size=2)
+    description, engine = describe(config, images), build_engine(config)
+    model = diffusers.AutoencoderKL.from_pretrained(pipeline("sd15") / "vae")
+    found = memory_of_base(config, images, description, engine)
+    assert found.autoencoder == 4 * sum(weight.numel() for weight in model.parameters())
+
+    wide = dict(model.config) | {"block_out_channels": (32, 32, 32, 32)}
+    diffusers.AutoencoderKL.from_config(wide).save_pretrained(tmp_path)
+
+    def activations(vae: Path | None) -> int:
+        return memory_of(lambda _: base_task(config, description.build()), (4, 64, 64), 0, engine, vae).activations
+
+    layer = 2 * 32 * 512**2 * 4  # float32, at the size of the pictures
+    assert activations(None) < 2 * layer <= activations(tmp_path) < 6 * layer

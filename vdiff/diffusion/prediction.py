@@ -48,9 +48,11 @@ def from_eps(z: Tensor, output: Tensor, angle: Tensor) -> Prediction:
 
     Raises:
         ValueError: α is zero, so the noise carries no information about the image. Angles on a GPU are not read, as
-            that would sync; x̂ is then not finite.
+            that would sync, nor those of a subclass of tensors, which may lack values; x̂ is then not finite.
     """
-    if angle.device.type == "cpu" and float(angle.cos().min()) < MIN_SIGNAL:
+    import torch
+
+    if type(angle) is torch.Tensor and angle.device.type == "cpu" and float(angle.cos().min()) < MIN_SIGNAL:
         raise ValueError(
             f"eps-prediction at zero signal: α = {float(angle.cos().min()):.1g} leaves x̂ = (z − σ ε̂)/α undefined; "
             "predict v, x or both instead"

@@ -82,11 +82,15 @@ class Autoencoder:
         mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
         shift = mean if mean is not None else [config.shift_factor or 0.0]
         scale = [config.scaling_factor / each for each in (std if std is not None else [1.0])]
-        self.shift, self.scale = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (shift, scale))
+        with torch.device("cpu"):
+            self.shift, self.scale = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (shift, scale))
 
     @classmethod
-    def read(cls, folder: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
+    def read(cls, folder: str | Path, device: str | torch.device = "cpu", *, weights: bool = True) -> Autoencoder:
         """The autoencoder in a pipeline's folder, or in its own folder.
+
+        Args:
+            weights: whether to read its weights; False: they are on the meta device.
 
         Raises:
             VdiffError: there is none, it cannot be read, or diffusers is not installed.
@@ -99,9 +103,11 @@ class Autoencoder:
         ):
             import diffusers
 
-            model = diffusers.AutoencoderKL.from_pretrained(
-                place, variant=variant, use_safetensors=True, local_files_only=True
-            )
+            kind = diffusers.AutoencoderKL
+            if not weights:
+                with torch.device("meta"):
+                    return cls(kind.from_config(kind.load_config(place)))
+            model = kind.from_pretrained(place, variant=variant, use_safetensors=True, local_files_only=True)
         return cls(model).to(device)
 
     def to(self, device: str | torch.device) -> Autoencoder:

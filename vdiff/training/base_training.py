@@ -30,7 +30,7 @@ from vdiff.training.engine import REMEDIES, Engine, build_engine, effective_batc
 from vdiff.training.estimate import Memory, allocate, memory_of
 from vdiff.training.finetuning import with_fingerprint
 from vdiff.training.folder import RUN, check_resumable, check_same_model, check_same_run, recorded, start_anew
-from vdiff.training.inputs import Inputs, encoded_of, inputs_of
+from vdiff.training.inputs import Inputs, encoded_of, inputs_of, vae_of
 from vdiff.training.loop import Run, metrics_of, settle
 from vdiff.training.objectives import DenoisingObjective, StudentState
 from vdiff.training.presets import recorded_layer, write_run
@@ -184,8 +184,9 @@ def start_of_conversion(run: Run, step: TrainStep, before: str) -> str:
 
 def memory_of_base(config: TrainConfig, images: TrainingData, description: CheckpointConfig, engine: Engine) -> Memory:
     """The memory of a base model's training; see `memory_of`."""
+    more = images.num_images, engine, vae_of(description, config.vae)
     if description.adapter is None:
-        return memory_of(lambda _: base_task(config, description.build()), description.shape, images.num_images, engine)
+        return memory_of(lambda _: base_task(config, description.build()), description.shape, *more)
     with torch.device("meta"):  # peft cannot make a LoRA among tensors without values
         made = description.build()
 
@@ -193,7 +194,7 @@ def memory_of_base(config: TrainConfig, images: TrainingData, description: Check
         allocate(made)
         return base_task(config, made)
 
-    return memory_of(build, description.shape, images.num_images, engine)
+    return memory_of(build, description.shape, *more)
 
 
 def base_task(config: TrainConfig, denoiser: Denoiser, inputs: Inputs | None = None) -> Task:

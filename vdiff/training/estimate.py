@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from vdiff.data.batches import Batch, cache_limit
 from vdiff.distributed import free_memory
 from vdiff.errors import VdiffError
+from vdiff.models.autoencoder import Autoencoder
 from vdiff.models.backbone import example_condition, parameter_count
 from vdiff.models.condition import SECOND_TIME, Condition, Signature
 from vdiff.models.denoiser import Denoiser
@@ -58,9 +60,11 @@ class Memory:
     Attributes:
         weights: of the trained networks and their teachers, without `frozen`.
         frozen: the model's weights that do not learn, which are part of every checkpoint.
-        activations: the peak of forward and backward pass, without the gradients, or of the check of a student.
+        activations: the peak of forward and backward pass, without the gradients, of the check of a student, or of
+            decoding a batch.
         images: decoded images that are kept.
         program: what the process uses already, and what libraries add.
+        autoencoder: its weights; its activations are part of `activations`.
     """
 
     weights: int
@@ -71,6 +75,7 @@ class Memory:
     activations: int
     images: int
     program: int
+    autoencoder: int = 0
 
     @property
     def total(self) -> int:
@@ -127,13 +132,16 @@ class ExampleInputs(Inputs):
         return example_condition(takes, len(batch.images), batch.images.shape[1:])
 
 
-def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_images: int, engine: Engine) -> Memory:
+def memory_of(
+    build: Callable[[Engine], Task], shape: tuple[int, ...], num_images: int, engine: Engine, vae: Path | None = None
+) -> Memory:
     """The memory of an update, counted in one update on tensors without values, so it holds for any network.
 
     Args:
         build: builds the task.
         shape: of a sample.
         num_images: size of the dataset.
+        vae: the folder of the autoencoder that decodes samples; None: samples are pixels.
 
     Raises:
         one of `NEED_VALUES`: network or method depends on the values of tensors.
@@ -144,6 +152,7 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
     # methods take. So layers stay where they are, and a second call takes the place of the derivative.
     stay = patch.object(nn.Module, "to", lambda module, *_, **__: module)
     evaluated = patch.object(torch.func, "jvp", lambda call, inputs, _: (call(*inputs), call(*inputs)))
+    autoencoder = Autoencoder.read(vae, weights=False) if vae else None
     with FakeTensorMode(allow_non_fake_inputs=True), device, stay, evaluated:
         task = build(WithoutValues(**{**vars(engine), "device": device, "compile": False}))
         config, denoiser = task.config, task.denoiser.train()
@@ -157,10 +166,14 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         modules = [module for module in (denoiser, teacher, more) if module is not None]
         tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
         kept = list({id(tensor): tensor for tensor in tensors}.values())  # networks may share weights
-        live, drawing = LiveBytes(), LiveBytes()
-        for tensor in kept:
-            live.known(tensor)
-            drawing.known(tensor)
+        live, drawing, decoding = LiveBytes(), LiveBytes(), LiveBytes()
+        held: list[Tensor] = []
+        if autoencoder:
+            allocate(autoencoder.to(device).model)
+            held = list(autoencoder.model.parameters())
+        for tensor in (*kept, *held):
+            for counter in (live, drawing, decoding):
+                counter.known(tensor)
         with live:
             losses, _, _ = part_losses(task, denoiser, batch, student, engine)
             losses.mean().backward()
@@ -172,6 +185,9 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
                 if SECOND_TIME in denoiser.network.signature.names:
                     condition = condition.with_tensors(second_time=torch.zeros(num).double())
                 denoiser.eval()(drawn, torch.zeros(num).double(), condition)
+        if autoencoder:
+            with decoding:
+                autoencoder.decode(images, check=False)
     learning = sum(weight.numel() for weight in trainable(denoiser).values()) * FLOAT
     fixed = num_bytes(weight for weight in denoiser.parameters() if not weight.requires_grad)
     gradients = learning + (parameter_count(more) * FLOAT if more else 0)
@@ -184,10 +200,11 @@ def memory_of(build: Callable[[Engine], Task], shape: tuple[int, ...], num_image
         gradients=gradients // shared,
         moments=int(FLOATS_PER_WEIGHT[config.optimizer] * learning + 2 * (gradients - learning)) // shared,
         averages=averages * learning // shared,
-        activations=max(0, live.peak - gradients, drawing.peak),
+        activations=max(0, live.peak - gradients, drawing.peak, decoding.peak),
         images=min(num_images * math.prod(shape), cache_limit()) if is_host else 0,
         program=LIBRARIES
         + (psutil.Process().memory_info().rss + COPIES * max(live.largest, drawing.largest) if is_host else 0),
+        autoencoder=num_bytes(held),
     )
 
 

@@ -19,7 +19,8 @@ from vdiff.data.store import ImageStore
 from vdiff.errors import VdiffError
 from vdiff.models.autoencoder import Autoencoder
 from vdiff.models.checkpoint import CheckpointConfig
-from vdiff.models.codec import PIXEL_CODEC
+from vdiff.models.codec import LATENTS, PIXEL_CODEC
+from vdiff.models.components import check_components
 from vdiff.models.condition import CLASSES, IMAGE, TIME_IDS, TOKENS, Condition, Signature
 from vdiff.models.prompting import Prompting
 from vdiff.reporting import Reporter
@@ -126,3 +127,14 @@ def inputs_of(
         return Inputs()
     empty = {} if encoded is None else {name: rows[0] for name, rows in encoded.embeddings([""]).items()}
     return TextInputs(Prompting.read(description, device, vae=Path(vae) if vae else None), empty)
+
+
+def vae_of(description: CheckpointConfig, vae: str = "") -> Path | None:
+    """The folder of the autoencoder of a checkpoint's samples; None: they are pixels.
+
+    Args:
+        vae: the folder of another autoencoder than the model's own.
+    """
+    if description.codec != LATENTS.name:
+        return None
+    return Path(vae or check_components(description.components)["path"])

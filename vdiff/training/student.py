@@ -38,7 +38,7 @@ from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
 from vdiff.training.estimate import Memory, allocate, memory_of, update_times
 from vdiff.training.finetuning import adapter_of, sample_shape_of, with_fingerprint
-from vdiff.training.inputs import encoded_of, inputs_of
+from vdiff.training.inputs import encoded_of, inputs_of, vae_of
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.presets import read_run
@@ -301,7 +301,7 @@ def memory_of_stage(stage: Stage, config: DistillConfig, images: TrainingData, e
         allocate(teacher, student)
         return stage_task(stage, config, local, teacher, before, student, description)
 
-    return memory_of(build, description.shape, images.num_images, engine)
+    return memory_of(build, description.shape, images.num_images, engine, vae_of(description))
 
 
 def recorded_setting(stages: Sequence[Stage], name: str) -> Any:
