@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -191,6 +193,23 @@ def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SECONDS_ALONE", 0)
     with pytest.raises(VdiffError, match=r"worker process was killed.*--num_workers"):
         list(workers.ordered_map(end_in_a_worker, [0, 1], 1))
+
+
+def work_long(path: Path) -> Path:
+    path.with_suffix(".begun").touch()
+    time.sleep(20 if path.name == "long" else 0)
+    path.touch()
+    return path
+
+
+def test_who_leaves_early_does_not_wait_for_workers(tmp_path: Path) -> None:
+    results = workers.ordered_map(work_long, [tmp_path / "short", tmp_path / "long"], 2)
+    with closing(results):
+        assert next(results) == tmp_path / "short"
+        while not (tmp_path / "long.begun").exists():
+            time.sleep(0.01)
+    assert not (tmp_path / "long").exists()
+    assert multiprocessing.active_children() == []
 
 
 def process_id(_: int) -> int:

@@ -102,6 +102,17 @@ def test_a_python_without_vdiffs_packages_is_told_in_one_line(name):
     assert line.startswith(f"error: {sys.executable} has no click, msgspec, rich; activate the environment")
 
 
+def test_ctrl_c_while_a_command_is_imported_is_one_line(tmp_path):
+    (tmp_path / "click").mkdir()
+    (tmp_path / "click/__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    found = subprocess.run(
+        [sys.executable, ROOT / "sample.py"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (found.stdout, found.stderr) == ("", "interrupted\n")
+    assert found.returncode != 0
+
+
 def test_these_are_found_before_torch_is_loaded(place):
     """All in one interpreter, that starts without torch."""
     program = """

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from importlib.util import find_spec
+from types import TracebackType
 
 if missing := [name for name in ("click", "msgspec", "rich") if find_spec(name) is None]:
     sys.exit(
@@ -14,3 +15,15 @@ if missing := [name for name in ("click", "msgspec", "rich") if find_spec(name) 
 # messages of libraries in a terminal that no user of vdiff can act on
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing kernel for 4 bits, when peft imports it
 warnings.filterwarnings("ignore", r"Dynamo detected a call to a `functools\.lru_cache`", UserWarning)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print one line after Ctrl-C while a command is still being imported; commands catch it later."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if sys.excepthook is sys.__excepthook__:
+    sys.excepthook = _uncaught

@@ -70,6 +70,7 @@ def ordered_map(
     spawn = get_context("spawn")
     has_begun = spawn.Event()
     pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin, initargs=(function, has_begun))
+    is_over = False
     try:
         first = [_submit(pool, chunk) for chunk in islice(chunks, fewest)]
         waiting = deque(first)
@@ -79,6 +80,7 @@ def ordered_map(
         while True:
             waiting.extend(_submit(pool, chunk) for chunk in islice(chunks, max(ahead() - len(waiting), 0)))
             if not waiting:
+                is_over = True
                 return
             for result in waiting.popleft().result():
                 count, total_bytes = count + 1, total_bytes + num_bytes(result)
@@ -93,6 +95,9 @@ def ordered_map(
             "a worker process was killed, probably for lack of memory", "use fewer --num_workers"
         ) from None
     finally:
+        if not is_over:  # an interruption is not to wait for workers that start, nor for what they compute
+            for worker in list(pool._processes.values()):
+                worker.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
