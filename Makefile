@@ -1,4 +1,4 @@
-# make quickstart    install vdiff, train and distil on digits, write a report: checkpoints/report.html
+# make quickstart    install vdiff, train and distil on digits: checkpoints/report.html and a page in checkpoints/web
 # make test          install vdiff and the developers' tools, run lint, format, types and all tests but the slow ones
 # make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
 # make test_docs     every command of README and docs, as typed, in a fresh clone after the quickstart
@@ -15,6 +15,8 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 PYTEST := -m pytest -rs --durations=30 --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 NUMERIC := unet distillation methods methods_ladder method_objectives trajectory self_teacher \
 	training_objectives training_optimisation verdict interop_reference noise_and_drawing conditioning
+VDIFF := .venv/bin/vdiff
+WEB := $(foreach k,4 5 6,checkpoints/base_$(k))
 DIGITS := --data data/digits_8 --preset digits
 
 unexport PYTHONDONTWRITEBYTECODE # modules and their assertions are compiled once, not in each process
@@ -25,6 +27,9 @@ quickstart: .venv/ready
 	test -d data/digits_8 || $(RUN) prepare_data.py
 	$(RUN) train.py $(DIGITS) $$(test ! -f checkpoints/original/run.toml || echo --resume)
 	$(RUN) distill.py --base checkpoints/original --teacher_steps 128 --to_steps 1 $(DIGITS)
+	$(VDIFF) export web $(WEB) checkpoints/web --teacher checkpoints/original --teacher_steps 128 --overwrite \
+		&& $(VDIFF) report \
+		|| echo "checkpoints/web was not made, see the line above; everything else is done"
 
 test: check
 	$(RUN) $(PYTEST) -m "not slow"
@@ -53,7 +58,7 @@ check: .venv/ready_dev
 
 docs: quickstart
 	$(RUN) docs/make_commands.py
-	.venv/bin/vdiff report checkpoints --evaluate
+	$(VDIFF) report checkpoints --evaluate
 	$(RUN) docs/make_readme.py
 
 benchmarks: quickstart
@@ -66,7 +71,7 @@ clean:
 
 .venv/ready: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(INSTALL) .
+	$(INSTALL) '.[web]'
 	touch $@
 
 .venv/ready_dev: pyproject.toml

@@ -218,6 +218,18 @@ def test_the_page_says_the_figures(html):
     assert "406 10,000 16 s" in text, "updates, images and seconds of all stages"
 
 
+def test_a_page_in_the_browser_is_linked_from_where_the_report_lies(root, tmp_path):
+    folder = without_logs(root, tmp_path)
+    ladder = read_ladder(folder)
+    assert "http.server" not in render(ladder)
+    (folder / "web").mkdir()
+    (folder / "web/index.html").write_text("")
+    for out, address in ((None, "web/index.html"), (tmp_path / "my report" / "r.html", "../copy/web/index.html")):
+        page = Page(write_report(ladder, out).read_text(encoding="utf-8"))
+        assert address in [link["href"] for link in page.all("a")]
+        assert f"python -m http.server --directory {folder}/web" in page.text
+
+
 SCALE = Scale(same=0.1, blurred=6.4, mean_image=20.0, noise=50.0)
 
 

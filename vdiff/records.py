@@ -19,6 +19,8 @@ RUN_FILE, STATE, VERDICT = "run.toml", "state/state.safetensors", "verdict.json"
 SAMPLES_FOLDER, LOG_FOLDER, FAILED = "samples", "log", ".failed_"
 LADDER, LADDER_PICTURE, LADDER_IMAGES = "ladder.json", "ladder.png", "ladder_images.png"
 """File names in a run's folder; the ladder's files are in the folder of its last student."""
+WEB_PAGE = "web/index.html"
+"""The page of `vdiff export web` beside the checkpoints of a ladder, to which its report links."""
 KINDS = {
     "str": "a string",
     "int": "a whole number",

@@ -40,6 +40,7 @@ EXTRAS = {
     "s3": (["s3fs"], "tar shards on S3"),
     "text": (["peft", "transformers"], "text-to-image models and LoRA"),
     "wandb": (["wandb"], "--tracker wandb"),
+    "web": (["starlette", "uvicorn"], "pages in the browser"),
     "webdataset": (["webdataset", "fsspec"], "tar shards"),
 }
 """Extra → its modules, and what needs them."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from vdiff.data.datasets import open_dataset
 from vdiff.errors import VdiffError, shell
 from vdiff.evaluation.results import NOT_TRAINED, EvalRow, Evaluation, Metric, Quality, Scale, read_quality
 from vdiff.models.codec import LATENTS
 from vdiff.projects import CHECKPOINTS
-from vdiff.records import RUN_FILE
+from vdiff.records import RUN_FILE, WEB_PAGE
 from vdiff.report.formatting import bounded, figure, milliseconds_text, seconds_text, times_text, whole
 from vdiff.report.ladder import PLAIN, LadderModel, LadderRun
 from vdiff.report.plots import Curve, Point
@@ -438,6 +440,18 @@ def sample_command(ladder: LadderRun) -> str:
     last = ladder.last.folder or Path(ladder.last.name)
     prompt = ["--prompt", "a red fox"] if ladder.last.description.get("components") else []
     return shell("python", "sample.py", "--checkpoint", last.as_posix(), *prompt)
+
+
+def web_page(ladder: LadderRun, folder: Path) -> tuple[str, str] | None:
+    """The address of the page that draws with these models, seen from `folder`, and the command that serves it.
+
+    None: there is none beside them.
+    """
+    page = ladder.folder / WEB_PAGE
+    if not page.is_file():
+        return None
+    address = quote(os.path.relpath(page, folder).replace(os.sep, "/"))
+    return address, shell("python", "-m", "http.server", "--directory", page.parent.as_posix())
 
 
 def recipes(ladder: LadderRun) -> list[tuple[str, str]]:

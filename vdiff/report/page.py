@@ -83,12 +83,16 @@ def write_report(ladder: LadderRun, out: Path | None = None) -> Path:
     path = out or ladder.folder / NAME
     with locked(path):
         check_free(path, REPORT, overwrite=True)
-        write_text(path, render(ladder))
+        write_text(path, render(ladder, path.parent))
     return path
 
 
-def render(ladder: LadderRun) -> str:
-    """The page as HTML."""
+def render(ladder: LadderRun, folder: Path | None = None) -> str:
+    """The page as HTML.
+
+    Args:
+        folder: where it will lie; by default the ladder's folder.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -105,6 +109,7 @@ def render(ladder: LadderRun) -> str:
         script_hash=f"sha256-{digest}",
         version=vdiff.__version__,
         date=datetime.date.today().isoformat(),
+        web_page=content.web_page(ladder, folder or ladder.folder),
         **page_values(ladder, content.distances_of(ladder)),
     )
     return page.lstrip() + "\n"
