@@ -96,7 +96,7 @@ def main(quick: bool, work: Path) -> None:
     drawn["mean of 8 samples"] = torch.stack([torch.as_tensor(each) for each in means]).mean(0)
     drawn["truth"] = truth
     rows = [
-        [name, "" if each is truth else f"{psnr(torch.as_tensor(each), truth):.2f}", f"{distance(each):.3f}"]
+        [name, "" if each is truth else f"{psnr(torch.as_tensor(each), truth):.2f}", f"{distance(each):z.3f}"]
         for name, each in drawn.items()
     ]
     if quick:
@@ -112,7 +112,7 @@ def main(quick: bool, work: Path) -> None:
     )
     names = [name for name in drawn if "mean" not in name]
     grid = [[torch.as_tensor(drawn[name])[k] for name in names] for k in range(SHOWN)]
-    picture = captioned_grid(grid, [name.replace(", ", "\n") for name in names], title="4 × 4 → 8 × 8")
+    picture = captioned_grid(grid, [name.replace(", ", "\n") for name in names], title="from 4 to 8 pixels")
     save_png(picture, work / "super_resolution.png")
     shutil.copyfile(work / "super_resolution.png", RESULTS / "super_resolution.png")
 
