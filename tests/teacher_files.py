@@ -41,7 +41,7 @@ def weight(name: str, shape: Sequence[int], *, inputs: int | None = None) -> np.
     found = numbers(name, shape)
     if len(shape) > 1:
         return found * np.float32(math.sqrt(3 / (inputs or math.prod(shape[1:]))))
-    return 0.2 * found + np.float32(name.endswith(("weight", "scale")))
+    return np.asarray(0.2 * found + np.float32(name.endswith(("weight", "scale", "gain"))), np.float32)
 
 
 def weights_of(shapes: dict[str, list[int]]) -> dict[str, Tensor]:

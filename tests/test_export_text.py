@@ -160,8 +160,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str, int, str]] = {
     "a guided student": (_guided, "single_file guided a.safetensors", 1, "takes the guidance as an input, which"),
     "truncated": (_truncated, "single_file cut a.safetensors", 1, "cut/model.safetensors cannot be read"),
     "a name": (_lora, "single_file lora a.ckpt", 2, "a.ckpt is not a name for a single file; give FILE.safetensors"),
-    "options of pixels": (_lora, "diffusers lora folder --clip False", 2, "--clip: lora is a text-to-image model"),
-    "options of text": (_plain, "diffusers plain folder --merge", 2, "--merge: plain is no text-to-image model"),
+    "options of pixels": (_lora, "diffusers lora folder --clip False", 2, "--clip: lora is a model of latents"),
+    "options of text": (_plain, "diffusers plain folder --merge", 2, "--merge: plain is no model of latents"),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.commands import done, error
 from tests.teacher_files import decoded, numbers, recorded, weight, weights_of
 from tests.toy import SIZE, write_dataset
+from vdiff import api
 from vdiff.interop.graphs import GraphOptions, export_torch
 from vdiff.interop.onnx import export_onnx
 from vdiff.interop.teachers.edm import import_edm
@@ -25,7 +26,7 @@ from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_conf
 from vdiff.models.song_config import SongConfig
 from vdiff.models.song_unet import SongUNet
 
-EDM = ("edm_ddpmpp", "edm_ncsnpp_ve", "edm_ddpmpp_vp", "edm_adm")
+EDM = ("edm_ddpmpp", "edm_ncsnpp_ve", "edm_ddpmpp_vp", "edm_adm", "edm2", "edm2_latents")
 
 
 def state_of(values: dict[str, Any]) -> dict[str, Tensor]:
@@ -203,14 +204,51 @@ def test_import_inspect_sample_and_distil_as_typed(kind, tmp_path, monkeypatch):
     )
 
 
+def test_a_network_of_edm2_is_inspected_drawn_and_distilled_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_edm(tmp_path, "edm2")
+    assert "edm, sigma_data 0.5" in done("vdiff import edm edm2.pt").stdout
+    rows = done("vdiff inspect checkpoints/edm2").stdout
+    for words in ("EDM2 (edm2), 16 channels × [1, 2]", "sigma/alpha from 0.002 to 80", "0.25 * ln(sigma/alpha)"):
+        assert words in rows
+    done("sample.py --checkpoint checkpoints/edm2 --num 2 --num_timesteps 3 --classes 2 --out drawn")
+    write_dataset(Path("data/toy_8"), size=8, channels=3, classes=("0", "1", "2"))
+    done(f"distill.py --base checkpoints/edm2 {FAST} --teacher_steps 4 --to_steps 1")
+    last = project_models(Path("checkpoints"))
+    assert (last.kind, last.num_timesteps, last.family.prediction) == ("edm2", 1, "edm")
+    said = error(
+        f"distill.py --base checkpoints/edm2 {FAST} --teacher_steps 2 --to_steps 1 --lora_rank 2 --overwrite", 2
+    )
+    assert "no layer of the network is called so" in said
+
+
+def test_latents_of_edm2_are_no_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = done(f"vdiff import edm {write_edm(tmp_path, 'edm2_latents')}").output
+    assert "latents of 4 channels, which vdiff.load draws as tensors" in said
+    samples = api.load("checkpoints/edm2_latents").sample(2, steps=3)
+    assert samples.shape == (2, 4, 8, 8)
+    said = error("sample.py --checkpoint checkpoints/edm2_latents --num 2", 1)
+    assert "have 4 channels, but pictures need 1 or 3" in said
+
+
 def project_models(folder: Path) -> CheckpointConfig:
     """The student of the fewest steps."""
     found = [read_config(path) for path in folder.glob("base_*")]
     return min(found, key=lambda config: config.num_timesteps)
 
 
-def test_a_song_network_is_exported_as_graphs_and_refused_to_diffusers(tmp_path):
-    import_edm(write_song(tmp_path, classes=2, label_dropout=0.1), tmp_path / "model")
+def write_classes(folder: Path, kind: str) -> Path:
+    """A network with classes and weights that are not 0."""
+    return write_edm(folder, "edm2") if kind == "edm2" else write_song(folder, classes=2, label_dropout=0.1)
+
+
+every_own_kind = pytest.mark.parametrize("kind", ["song", "edm2"])
+
+
+@every_own_kind
+def test_networks_of_edm_are_exported_as_graphs_and_refused_to_diffusers(kind, tmp_path):
+    import_edm(write_classes(tmp_path, kind), tmp_path / "model")
     denoiser, config = load_checkpoint(tmp_path / "model")
     options = GraphOptions(True, "x", num_steps=2)
     assert export_torch(denoiser, config, options, tmp_path / "model.pt2", fingerprint="") <= 1e-4
@@ -219,10 +257,12 @@ def test_a_song_network_is_exported_as_graphs_and_refused_to_diffusers(tmp_path)
     assert "only vdiff's UNet can be exported to diffusers" in said
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
-    import_edm(write_song(tmp_path, classes=2), tmp_path / "model")
-    network = load_checkpoint(tmp_path / "model")[0].network
-    z, timestep = torch.from_numpy(numbers("z", (2, 1, SIZE, SIZE))), torch.tensor([0.1, 0.3])
+@every_own_kind
+def test_gradient_checkpointing_gives_the_same_gradients(kind, tmp_path):
+    import_edm(write_classes(tmp_path, kind), tmp_path / "model")
+    denoiser, config = load_checkpoint(tmp_path / "model")
+    network = denoiser.network
+    z, timestep = torch.from_numpy(numbers("z", (2, *config.shape))), torch.tensor([0.1, 0.3])
     found = []
     for value in (False, True):
         network.checkpointing = value
@@ -240,7 +280,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"class_name": "iDDPMPrecond"}, "only EDMPrecond, VPPrecond, VEPrecond can be read"),
+        ({"class_name": "iDDPMPrecond"}, "only EDMPrecond, VPPrecond, VEPrecond, Precond can be read"),
         ({"decoder_type": "skip"}, "decoder_type is 'skip'"),
         ({"encoder_type": "skip"}, "encoder_type is 'skip'"),
         ({"model_channels": 16}, "does not fit its configuration"),

@@ -94,16 +94,18 @@ def signal_at(update: int, number: signal.Signals = signal.SIGINT, *, bar: str |
     return Watcher(act)
 
 
-def write_dataset(folder: Path, *, count: int = COUNT, channels: int = 1, classes: Sequence[str] = ()) -> Path:
-    """A dataset of random pictures of 4 × 4 pixels."""
+def write_dataset(
+    folder: Path, *, count: int = COUNT, channels: int = 1, classes: Sequence[str] = (), size: int = SIZE
+) -> Path:
+    """A dataset of random pictures of 4 × 4 pixels, or of another size."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(count)
-    writer = StoreWriter(folder, DatasetMeta("toy", (SIZE,), channels, class_names=tuple(classes)))
+    writer = StoreWriter(folder, DatasetMeta("toy", (size,), channels, class_names=tuple(classes)))
     for k in range(count):
-        pixels = generator.integers(0, 256, (SIZE, SIZE, channels), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (size, size, channels), dtype=np.uint8)
         buffer = io.BytesIO()
         PIL.Image.fromarray(pixels.squeeze()).save(buffer, format="PNG")
-        writer.add({SIZE: buffer.getvalue()}, k % len(classes) if classes else None)
+        writer.add({size: buffer.getvalue()}, k % len(classes) if classes else None)
     writer.finish({"images": count})
     return folder
 

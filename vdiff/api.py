@@ -32,7 +32,7 @@ from vdiff.models.condition import CLASSES, IMAGE, Condition, Signature
 from vdiff.models.denoiser import Denoiser, GuidedDenoiser, device_of
 from vdiff.models.drawing import EVERYWHERE, classes_in_turn, draw_from
 from vdiff.models.kinds import PYTHON
-from vdiff.models.prompting import Prompting
+from vdiff.models.prompting import Prompting, has_surroundings
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.models.wrapped import wrapped
 from vdiff.training.objectives import DenoisingObjective, StudentState, TrainBatch, stratified, weighted_losses
@@ -211,7 +211,7 @@ class Model:
 
     @cached_property
     def prompting(self) -> Prompting:
-        """The tokenizers and the autoencoder of a text-to-image model.
+        """The tokenizers and the autoencoder of a model of text or latents.
 
         Raises:
             VdiffError: the model has none, or they cannot be read.
@@ -304,7 +304,7 @@ class Model:
     ) -> Samples:
         """Draw samples: (num, *shape) float32 on the CPU, pixels within [−1, 1]; `to_pil()` turns them into PIL images.
 
-        Those of a text-to-image model are the pictures (num, 3, H, W), not the latents.
+        Those of a model with an autoencoder are the pictures (num, 3, H, W), not the latents.
 
         Args:
             num: number of samples; by default as many as `noise`, `prompts` or `condition` has, else 16.
@@ -370,7 +370,7 @@ class Model:
                     grid=grid,
                     on_step=on_step,
                 )
-            drawn.append(self.prompting.decode(found) if prompts else found)
+            drawn.append(self.prompting.decode(found) if has_surroundings(self.config) else found)
         return self.config.space.clip(torch.cat(drawn)).as_subclass(Samples)
 
     def _condition_images(self, condition: Tensor | None, count: int | None = None) -> Tensor | None:

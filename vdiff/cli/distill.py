@@ -81,7 +81,7 @@ def command(
 
     from vdiff.models.checkpoint import read_config
     from vdiff.models.codec import LATENTS
-    from vdiff.models.condition import IMAGE
+    from vdiff.models.condition import IMAGE, TOKENS
     from vdiff.replacing import check_ours, is_free, locked
     from vdiff.training.folder import RUN
     from vdiff.training.stages import plan_stages, remarks, resolve_distillation, teachers_images
@@ -169,7 +169,7 @@ def command(
     if not engine.is_main:
         return
     last = stages[-1].folder
-    takes_text = bool(teacher.components)
+    takes_text = TOKENS in teacher.signature.names
     texts = texts_of(config, images) if takes_text else ()
     table = None if trained else known_rows(stages, seed=config.seed, prompts=texts)
     if table is None:

@@ -188,22 +188,29 @@ def diffusers_command(
 ) -> None:
     """Write CHECKPOINT to FOLDER as a pipeline of diffusers, with a model card; it does not need vdiff.
 
-    A text-to-image model becomes its own pipeline of Stable Diffusion, with vdiff's timesteps and the model's
-    prediction in its scheduler. Other models become a DDIMPipeline with a UNet2DModel, which draws the same images from
-    the same noise, with every number of steps that divides the model's. Networks that UNet2DModel does not support are
-    refused.
+    A model of latents becomes its own pipeline of Stable Diffusion, DiT or PixArt, with vdiff's timesteps and the
+    model's prediction in its scheduler. Other models become a DDIMPipeline with a UNet2DModel, which draws the same
+    images from the same noise, with every number of steps that divides the model's. Networks that UNet2DModel does not
+    support are refused.
     """
     from vdiff.interop.diffusers.text_writing import export_text_pipeline
+    from vdiff.interop.diffusers.transformer_writing import export_transformer_pipeline, pipeline_of
     from vdiff.interop.diffusers.writing import export_pipeline
     from vdiff.interop.modelspec import family_of
     from vdiff.models.checkpoint import read_config
 
     console = Console()
     of_text, of_pixels = ("merge", "components"), ("clip", "class_name", "guidance")
-    is_text = family_of(read_config(checkpoint)) is not None
-    _refuse_given(of_pixels if is_text else of_text, checkpoint, is_text=is_text)
-    kept = {name: options[name] for name in (of_text if is_text else of_pixels)}
-    if is_text:
+    said = read_config(checkpoint)
+    of_transformer = pipeline_of(said)
+    is_latent = bool(of_transformer) or family_of(said) is not None
+    _refuse_given(of_pixels if is_latent else of_text, checkpoint, is_latent=is_latent)
+    kept = {name: options[name] for name in (of_text if is_latent else of_pixels)}
+    if of_transformer:
+        config = export_transformer_pipeline(checkpoint, folder, license_name=license_name, overwrite=overwrite, **kept)
+        console.result(f"{folder}: {of_transformer}, {_said(config)}")
+        return
+    if is_latent:
         made = export_text_pipeline(checkpoint, folder, license_name=license_name, overwrite=overwrite, **kept)
         for note in made.notes:
             console.line(note)
@@ -221,10 +228,10 @@ def diffusers_command(
     console.result(f"next       {shell('python', '-c', program)}")
 
 
-def _refuse_given(names: Iterable[str], checkpoint: Path, *, is_text: bool) -> None:
+def _refuse_given(names: Iterable[str], checkpoint: Path, *, is_latent: bool) -> None:
     """Refuse options that were typed for a model of the other kind."""
     context = click.get_current_context()
-    kind = "a text-to-image model" if is_text else "no text-to-image model of latents"
+    kind = "a model of latents" if is_latent else "no model of latents"
     for param in context.command.params:
         if param.name in names and context.get_parameter_source(str(param.name)) != ParameterSource.DEFAULT:
             raise OptionError(f"{param.opts[0]}: {checkpoint} is {kind}", "leave it out")

@@ -120,11 +120,12 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
 def diffusers(source: str, project: Project, out: Path | None, **options: Any) -> None:
     """Import SOURCE, a pipeline of diffusers: a folder, OWNER/NAME of the Hugging Face hub, or a .safetensors file.
 
-    It is Stable Diffusion 1.5, 2 or XL (base), or a DDPMPipeline, DDIMPipeline or PNDMPipeline with a UNet2DModel. Only
-    JSON, tokenizers and safetensors are read. A folder from `vdiff export diffusers` becomes the original checkpoint
-    again.
+    It is Stable Diffusion 1.5, 2 or XL (base), a DiTPipeline, or a DDPMPipeline, DDIMPipeline or PNDMPipeline with a
+    UNet2DModel. Only JSON, tokenizers and safetensors are read. A folder from `vdiff export diffusers` becomes the
+    original checkpoint again.
     """
     from vdiff.interop.diffusers.reading import import_pipeline
+    from vdiff.models.condition import TOKENS
     from vdiff.models.unet_config import UNetConfig
 
     console = Console()
@@ -136,8 +137,8 @@ def diffusers(source: str, project: Project, out: Path | None, **options: Any) -
         console.line(remark)
     if made.preflight:
         console.result(f"{target}: {made.preflight}")
-        prompt = shell("--checkpoint", target, "--prompt", "a red fox, watercolour")
-        console.result(f"next       python sample.py {prompt}")
+        prompt = ("--prompt", "a red fox, watercolour") if TOKENS in config.signature.names else ("--num", 4)
+        console.result(f"next       python sample.py {shell('--checkpoint', target, *prompt)}")
         return
     shape = _shape(config, UNetConfig.from_dict(config.unet))
     console.result(f"{target}: predicts {config.prediction}, schedule {config.schedule['name']}, {shape}")
@@ -160,15 +161,17 @@ def diffusers(source: str, project: Project, out: Path | None, **options: Any) -
 @out_option("checkpoints/NAME after the file")
 @OVERWRITE
 def edm(file: Path, project: Project, out: Path | None, config: Path | None, overwrite: bool) -> None:
-    """Import FILE, a network of NVlabs/edm as a .pt or .safetensors state dict.
+    """Import FILE, a network of NVlabs/edm or NVlabs/edm2 as a .pt or .safetensors state dict.
 
-    It is a SongUNet (DDPM++, NCSN++) or a DhariwalUNet (ADM) with EDMPrecond, VPPrecond or VEPrecond. A .pkl of NVIDIA
-    is code and is not read: the documentation (docs/teachers.md, EDM) has three lines that convert it.
+    It is a SongUNet (DDPM++, NCSN++) or a DhariwalUNet (ADM) with EDMPrecond, VPPrecond or VEPrecond, or EDM2's UNet
+    with Precond. A .pkl of NVIDIA is code and is not read: docs/teachers.md, EDM, has three lines that convert it.
     """
     from vdiff.interop.teachers.edm import import_edm
 
     target = out or project.checkpoints / file.stem
-    _report(target, import_edm(file, target, config=config, overwrite=overwrite))
+    made = import_edm(file, target, config=config, overwrite=overwrite)
+    latents = f"its samples are latents of {made.shape[0]} channels, which vdiff.load draws as tensors"
+    _report(target, made, [] if made.space.limit else [latents])
 
 
 @command.command(
@@ -238,6 +241,8 @@ def _report(target: Path, config: CheckpointConfig, remarks: Sequence[str] = ())
         console.line(remark)
     size, family = " × ".join(map(str, config.shape)), config.family.summary()
     console.result(f"{target}: {plural(config.num_timesteps, 'step')}, {size}, {family}")
+    if config.space.limit is None:
+        return
     edm_sampler = ("--num_timesteps", 18, "--sampler", "heun", "--frame", "eps", "--grid", "karras")
     words = edm_sampler if config.prediction == "edm" else ()
     console.result(f"next       python sample.py {shell('--checkpoint', target, *words)}")

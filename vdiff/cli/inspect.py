@@ -16,7 +16,7 @@ from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, OneOf, option, project_option, switch
 from vdiff.cli.vdiffusion import imported
 from vdiff.errors import OptionError
-from vdiff.models.kinds import SONG, TEXT
+from vdiff.models.kinds import EDM2, SONG, TEXT
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
@@ -336,6 +336,9 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
             where = f"at {sizes} pixels and in the middle" if sizes else "in the middle alone"
             blocks = plural(config["num_blocks"], "block")
             return {"network": f"{what} ({kind}), {levels}, {blocks} a level, attention {where}"}
+        if kind == EDM2:
+            levels = f"{config['model_channels']} channels × {config['channel_mult']}"
+            return {"network": f"EDM2 ({kind}), {levels}, {plural(config['num_blocks'], 'block')} a level"}
         if kind != TEXT:
             return {"network": f"{kind}, {config.get('class')}"}
         rows = {

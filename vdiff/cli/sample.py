@@ -239,7 +239,6 @@ def command(
     texts = prompts_of(prompts, prompts_file)
     count = num or (4 if len(texts) == 1 else len(texts) or 64)
     path = path_of(interpolate, count)
-    batch_size = batch_size or (4 if texts else 64)
     form = image_format(out, image_store)
     console = Console()
     folder = checkpoint or project.newest(console.line)
@@ -256,7 +255,7 @@ def command(
     from vdiff.models.autoencoder import vae_weights
     from vdiff.models.checkpoint import read_config, weights_fingerprint
     from vdiff.models.kinds import PYTHON
-    from vdiff.models.prompting import Prompting
+    from vdiff.models.prompting import Prompting, has_surroundings
     from vdiff.models.reading import file_fingerprint
     from vdiff.models.speed import pick_precision
     from vdiff.replacing import check_free
@@ -267,6 +266,8 @@ def command(
 
     named, folder = folder, imported(folder, console.line)
     config = read_config(folder)
+    is_surrounded = has_surroundings(config)
+    batch_size = batch_size or (4 if is_surrounded else 64)
     with asked_by("--prompt"):
         checks.check_prompts(config, texts, negative_prompt)
     with asked_by("--condition"):
@@ -316,7 +317,7 @@ def command(
         path=path,
         prompts=texts,
         negative_prompt=negative_prompt,
-        components=(config.components or {}).get("fingerprint", "") if texts else "",
+        components=(config.components or {}).get("fingerprint", ""),
         vae=file_fingerprint(vae_weights(vae)) if vae else "",
         condition="" if condition is None else condition.as_posix(),
         condition_fingerprint=conditions.fingerprint if conditions else "",
@@ -324,10 +325,10 @@ def command(
     )
     target = (None if picture else out) or project.samples / default_name(folder, spec, form)
     side, channels = config.image_size, config.shape[0]
-    if texts:
+    if is_surrounded:
         prompting = Prompting.read(config, components=components, vae=vae)
         channels, side = prompting.shape[0], prompting.shape[-1]
-        for note in prompting.notes([*texts, negative_prompt]):
+        for note in prompting.notes([*texts, negative_prompt]) if texts else ():
             console.line(note)
     kind = ImageKind(side, channels, config.class_names)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"

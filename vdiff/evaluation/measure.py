@@ -67,6 +67,7 @@ from vdiff.models.checkpoint import read_config, weights_fingerprint
 from vdiff.models.checks import default_guidance
 from vdiff.models.codec import LATENTS
 from vdiff.models.components import check_components
+from vdiff.models.prompting import has_surroundings
 from vdiff.models.reading import file_fingerprint
 from vdiff.models.speed import impossible_times, pick_precision
 from vdiff.models.tokenizing import Tokenizers
@@ -242,9 +243,9 @@ class _Run:
         self.captioned: list[int] = []
 
     def _text_settings(self) -> list[Any]:
-        """What determines the samples of text-to-image models, besides their own weights; empty without such models."""
+        """What determines the samples of models of text or latents, besides their weights; empty without such."""
         plan, found = self.plan, []
-        for config in filter(takes_prompts, self.configs.values()):
+        for config in filter(has_surroundings, self.configs.values()):
             components = check_components(config.components, plan.components)["fingerprint"]
             found.append([components, (config.base or {}).get("fingerprint")])
         guidances = list(map(plan.guidance_of, self.configs.values()))

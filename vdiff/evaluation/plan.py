@@ -15,7 +15,7 @@ from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.checks import check_guidance, default_guidance, without_limits
 from vdiff.models.components import check_components
 from vdiff.models.condition import IMAGE, TOKENS
-from vdiff.models.prompting import drawn_shape
+from vdiff.models.prompting import drawn_shape, has_surroundings
 from vdiff.text import plural
 
 METRICS = ("fd", "kd", "precision", "recall", "isc", "clip", "rmse", "psnr", "psnr_truth", "nearest")
@@ -142,7 +142,7 @@ def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tu
     shapes = {}
     for folder, config in configs.items():
         shape = config.shape
-        if takes_prompts(config):
+        if has_surroundings(config):
             components = Path(check_components(config.components, plan.components)["path"])
             shape = drawn_shape(config, plan.vae or components)
         if len(shape) != 3 or shape[1] != shape[2]:

@@ -34,7 +34,7 @@ from vdiff.models.checks import without_limits
 from vdiff.models.codec import LATENTS, PIXEL_CODEC, from_uint8, to_uint8
 from vdiff.models.condition import CLASSES, IMAGE, Condition
 from vdiff.models.drawing import classes_in_turn, draw_from, squared_errors
-from vdiff.models.prompting import Prompting
+from vdiff.models.prompting import Prompting, has_surroundings
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.records import STATE
 from vdiff.reporting import Progress
@@ -137,15 +137,15 @@ class Generator:
         if takes_image(self.config):
             _, images, classes = self.reference.pairs(indices, self.plan.seed)
             return self.denoiser.condition(**{IMAGE: from_uint8(images), CLASSES: classes})
-        if self.prompting is None:
+        if self.prompting is None or not takes_prompts(self.config):
             return classes_in_turn(self.denoiser, indices)
         names = self.config.signature.names
         return self.prompting.condition(names, self.prompts(indices), self.plan.negative_prompt)
 
     def _load(self) -> None:
-        components = self.plan.components if takes_prompts(self.config) else None
+        components = self.plan.components if has_surroundings(self.config) else None
         denoiser, _ = load_checkpoint(self.row.checkpoint, self.device, components=components)
-        if takes_prompts(self.config):
+        if has_surroundings(self.config):
             self.prompting = Prompting.read(self.config, self.device, components=components, vae=self.plan.vae)
         path = weights_file(self.row)
         if path.name not in (WEIGHTS, ADAPTER):
@@ -220,7 +220,7 @@ def sample_stats(
             errors.append(squared_errors(images, theirs, PIXEL_CODEC).numpy())
         if (truth := generator.truth(batch)) is not None:
             truth_errors.append(squared_errors(images, truth, PIXEL_CODEC).numpy())
-        if clip is not None and generator.prompting is not None:
+        if clip is not None and takes_prompts(generator.config):
             scores.append(clip(pixels, generator.prompts(batch)))
         bar.update(done + batch.stop - samples.start)
     return {

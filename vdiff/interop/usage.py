@@ -131,6 +131,12 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{{ name }}")
 pipe("a red fox"{{ arguments }}).images[0].save("fox.png")
 """
+TRANSFORMER = """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{{ name }}")
+pipe({{ subject }}{{ arguments }}).images[0].save("image.png")
+"""
 SETTINGS = """\
 {% if steps %}
 - Steps: {{ steps }}, no more and no fewer. CFG 1: {{ guidance }}, and negative prompts have no effect.
@@ -220,6 +226,16 @@ def folder_usage(name: str, config: CheckpointConfig) -> str:
     scale = sum(config.guidance_range) / 2 + 1 if config.guidance_range else 0
     call = f", num_inference_steps={config.num_timesteps}, guidance_scale={scale:g}" if is_student(config) else ""
     return _fenced(words, FOLDER, {"name": name, "arguments": call})
+
+
+def transformer_usage(name: str, config: CheckpointConfig) -> str:
+    """For `name`, a pipeline folder of a transformer on latents, which draws classes or prompts."""
+    words, call = "With diffusers; vdiff is not needed.", ""
+    if is_student(config):
+        words += f" Use exactly {config.num_timesteps} steps and the guidance scale 1: none."
+        call = f", num_inference_steps={config.num_timesteps}, guidance_scale=1"
+    subject = '"a red fox"' if config.kind == TEXT else "class_labels=[0]"
+    return _fenced(words, TRANSFORMER, {"name": name, "subject": subject, "arguments": call})
 
 
 def weights_usage(name: str, config: CheckpointConfig) -> str:

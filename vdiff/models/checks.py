@@ -14,7 +14,7 @@ from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import LATENTS
-from vdiff.models.condition import IMAGE, POOLED, TOKENS
+from vdiff.models.condition import CLASSES, IMAGE, POOLED, TOKENS
 
 UNIFORM = "uniform"
 MIN_SIGNAL = 1e-3
@@ -135,16 +135,18 @@ def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, An
 
 
 def default_guidance(config: CheckpointConfig) -> float:
-    """The weight w where none is given: that of diffusers' pipelines for a text-to-image model of latents, else 0.
+    """The weight w where none is given: that of diffusers' pipelines for a model of latents, else 0.
 
-    Theirs is the scale w + 1 = 7.5, and 5 for Stable Diffusion XL. A distilled model has learned its guidance; one that
-    takes the weight as an input gets the nearest weight in its range.
+    Theirs is the scale w + 1 = 7.5, 5 for Stable Diffusion XL, and 4 for a DiT of classes. A distilled model has
+    learned its guidance; one that takes the weight as an input gets the nearest weight in its range.
     """
     names = config.signature.names
-    if TOKENS not in names or config.codec != LATENTS.name or (config.method != "base" and not config.guidance_range):
+    if config.codec != LATENTS.name or config.components is None:
+        return 0.0
+    if (config.method != "base" and not config.guidance_range) or not config.signature.null:
         return 0.0
     low, high = config.guidance_range or (-math.inf, math.inf)
-    return min(max(low, 4.0 if POOLED in names else 6.5), high)
+    return min(max(low, 3.0 if CLASSES in names else 4.0 if POOLED in names else 6.5), high)
 
 
 def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:

@@ -1,7 +1,7 @@
-"""Components: the parts of a text-to-image model that are not trained, in a folder like a pipeline of diffusers.
+"""Components: the parts of a model that are not trained, in a folder like a pipeline of diffusers.
 
     vae/                            the autoencoder; absent for a model of pixels
-    text_encoder/, text_encoder_2/
+    text_encoder/, text_encoder_2/  of a text-to-image model alone
     tokenizer/, tokenizer_2/
 
 A checkpoint holds the path and fingerprint of the folder, so many models can share one.
@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdiff.errors import VdiffError, explained
-from vdiff.files import sha256_of
+from vdiff.files import sha256_of, writing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,6 +101,19 @@ def files_of(folder: Path) -> list[Path]:
     return files
 
 
+def copy_parts(source: Path, target: Path) -> None:
+    """Copy the files that vdiff reads.
+
+    Raises:
+        VdiffError: there are none, or the file system refuses.
+    """
+    with writing(target):
+        for path in files_of(source):
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+
+
 def components_fingerprint(folder: Path) -> str:
     """SHA-256 of the names and contents of the files that vdiff reads.
 
@@ -149,10 +163,10 @@ def check_components(components: Mapping[str, Any] | None, other: Path | None = 
         VdiffError: the folder is missing or incomplete, or its fingerprint differs.
     """
     if components is None and other is None:
-        raise VdiffError("the model names no folder with its text encoders", "give it with --components FOLDER")
+        raise VdiffError("the model names no folder with its other parts", "give it with --components FOLDER")
     folder = other or Path(str((components or {})["path"]))
     if not folder.is_dir():
-        raise VdiffError(f"{folder}, the folder of the model's text encoders: no such folder", RESTORE)
+        raise VdiffError(f"{folder}, the folder of the model's other parts: no such folder", RESTORE)
     fingerprint = components_fingerprint(folder)
     if components is not None and fingerprint != components["fingerprint"]:
         raise VdiffError(f"{folder} holds other text encoders, tokenizers or autoencoder than the model's", RESTORE)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.condition import Signature
+from vdiff.models.edm2_config import Edm2Config
 from vdiff.models.song_config import SongConfig
 from vdiff.models.unet_config import UNetConfig
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from vdiff.models.backbone import Backbone
 
-UNET, SONG, DIFFUSERS, TEXT, PYTHON = "unet", "song", "diffusers", "text", "python"
+UNET, SONG, EDM2, DIFFUSERS, TEXT, PYTHON = "unet", "song", "edm2", "diffusers", "text", "python"
 
 
 def _needs_module(config: Mapping[str, Any]) -> Backbone:
@@ -59,6 +60,12 @@ def _build_song(config: Mapping[str, Any]) -> Backbone:
     return SongUNet(SongConfig.from_dict(config))
 
 
+def _build_edm2(config: Mapping[str, Any]) -> Backbone:
+    from vdiff.models.edm2_unet import Edm2UNet
+
+    return Edm2UNet(Edm2Config.from_dict(config))
+
+
 def _build_diffusers(config: Mapping[str, Any]) -> Backbone:
     from vdiff.models.wrapped import build_diffusers
 
@@ -74,6 +81,7 @@ def _build_text(config: Mapping[str, Any]) -> Backbone:
 BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
     UNET: _build_unet,
     SONG: _build_song,
+    EDM2: _build_edm2,
     DIFFUSERS: _build_diffusers,
     TEXT: _build_text,
     PYTHON: _needs_module,
@@ -81,6 +89,7 @@ BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
 SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
     UNET: lambda config: UNetConfig.from_dict(config).signature,
     SONG: lambda config: SongConfig.from_dict(config).signature,
+    EDM2: lambda config: Edm2Config.from_dict(config).signature,
     DIFFUSERS: _diffusers_signature,
     TEXT: _text_signature,
     PYTHON: python_signature,

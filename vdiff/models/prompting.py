@@ -1,4 +1,4 @@
-"""Conversions around the sampling loop of a text-to-image model: prompts to tokens, and latents to pictures."""
+"""Conversions around the sampling loop: prompts to tokens, and latents to pictures."""
 
 from __future__ import annotations
 
@@ -31,20 +31,26 @@ def drawn_shape(config: CheckpointConfig, folder: Path) -> tuple[int, ...]:
     return picture_shape((channels, height, width), folder)
 
 
+def has_surroundings(config: CheckpointConfig) -> bool:
+    """Whether `Prompting` is needed around the network: it takes prompts, or its latents have an autoencoder."""
+    return TOKENS in config.signature.names or (config.codec == LATENTS.name and config.components is not None)
+
+
 SHOWN_LETTERS = 21
 """Letters of a prompt in a line of 80."""
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """The tokenizers and the autoencoder of a text-to-image model.
+    """The tokenizers and the autoencoder of a model of text or latents.
 
     Attributes:
+        tokenizers: None for a model without prompts, as a DiT of classes.
         shape: (3, H, W) of its pictures.
         autoencoder: None for a model of pixels.
     """
 
-    tokenizers: Tokenizers
+    tokenizers: Tokenizers | None
     shape: tuple[int, ...]
     autoencoder: Autoencoder | None
 
@@ -68,7 +74,8 @@ class Prompting:
         """
         folder = Path(check_components(config.components, components)["path"])
         decoder = Autoencoder.read(vae or folder, device) if config.codec == LATENTS.name else None
-        return cls(Tokenizers.read(folder), drawn_shape(config, vae or folder), decoder)
+        tokenizers = Tokenizers.read(folder) if TOKENS in config.signature.names else None
+        return cls(tokenizers, drawn_shape(config, vae or folder), decoder)
 
     def condition(self, takes: Sequence[str], prompts: Sequence[str], negative_prompt: str = "") -> Condition:
         """The condition for uncropped pictures.
@@ -77,6 +84,7 @@ class Prompting:
             takes: the names of conditions that the network takes.
             negative_prompt: guidance moves away from it; "" is the empty prompt of the training.
         """
+        assert self.tokenizers is not None
         tokens = self.tokenizers.tokens([*prompts, negative_prompt])
         height, width = self.shape[1:]
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).expand(len(prompts), 6)
@@ -85,6 +93,8 @@ class Prompting:
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
         """A line about each prompt that is too long for the text encoders: its beginning, and that of what is cut."""
+        if self.tokenizers is None:
+            return []
         shorten = partial(textwrap.shorten, width=SHOWN_LETTERS, placeholder=" …")
         cut = [(prompt, self.tokenizers.cut(prompt)) for prompt in prompts]
         longest = self.tokenizers.length

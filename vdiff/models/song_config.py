@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from vdiff.models.condition import CLASSES, Signature
-from vdiff.models.unet_config import plain_values
+from vdiff.models.unet_config import NetworkConfig
 
 LIMITS = {"img_resolution": 2**13, "img_channels": 2**12, "model_channels": 2**14, "num_blocks": 64}
 LIMITS |= {"channel_mult_emb": 2**6, "channel_mult_noise": 2**6}
 
 
 @dataclass(frozen=True)
-class SongConfig:
+class SongConfig(NetworkConfig):
     """The arguments of EDM's networks DDPM++ and NCSN++, with the names that EDM gives them.
 
     Attributes:
@@ -35,6 +34,7 @@ class SongConfig:
         ValueError, TypeError: values of no network.
     """
 
+    network: ClassVar[str] = "SongUNet"
     img_resolution: int
     img_channels: int
     label_dim: int = 0
@@ -82,18 +82,3 @@ class SongConfig:
         names = (CLASSES,) if self.label_dim else ()
         null = {CLASSES: self.label_dim} if self.label_dropout else {}
         return Signature(self.img_channels, self.img_channels, names, null, self.label_dim, self.size_multiple)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint's configuration."""
-        return plain_values(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SongConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError, TypeError: an unknown or missing key, or a value of no network.
-        """
-        if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
-            raise ValueError(f"unknown option {unknown[0]} of a SongUNet")
-        return cls(**values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from vdiff.models.condition import CLASSES, GUIDANCE, IMAGE, SECOND_TIME, Signature
 
@@ -23,13 +23,35 @@ MAX_LEVELS, MAX_MULTIPLIER = 16, 2**10
 """Far above any existing network: a damaged or hostile configuration is refused before it is used."""
 
 
-def plain_values(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass, with lists for tuples, as JSON has them."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+class NetworkConfig:
+    """A dataclass that describes a network of one kind.
+
+    Attributes:
+        network: its name in messages.
+    """
+
+    network: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint's configuration: lists for tuples, as JSON has them."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError, TypeError: an unknown or missing key, or a value of no network.
+        """
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"unknown {cls.network} option {', '.join(unknown)}; choose from {', '.join(known)}")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(NetworkConfig):
     """The shape of a UNet.
 
     Attributes:
@@ -58,6 +80,7 @@ class UNetConfig:
             "end", below and to the right.
     """
 
+    network: ClassVar[str] = "UNet"
     in_channels: int = 3
     out_channels: int = 3
     channels: int = 64
@@ -160,17 +183,5 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint's configuration; without `image_input`, those of earlier versions."""
-        values = plain_values(self)
+        values = super().to_dict()
         return values if self.image_input else {key: value for key, value in values.items() if key != "image_input"}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: an unknown key.
-        """
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"unknown UNet option {', '.join(unknown)}; choose from {', '.join(known)}")
-        return cls(**values)

@@ -31,7 +31,7 @@ from vdiff.models.codec import from_uint8
 from vdiff.models.condition import CLASSES, IMAGE, Condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import EVERYWHERE, draw_from
-from vdiff.models.prompting import Prompting
+from vdiff.models.prompting import Prompting, has_surroundings
 from vdiff.models.speed import FastNetwork, ready_to_draw
 from vdiff.reporting import Progress, Reporter
 from vdiff.sampling.outputs import ANIMATION, GRID, STRIP, Output
@@ -127,7 +127,7 @@ def draw_images(
             components, vae = options.components, options.vae
             denoiser, config = load_checkpoint(Path(spec.checkpoint), processes.device, components=components)
             read = partial(Prompting.read, config, processes.device, components=components, vae=vae)
-            prompting = read() if spec.prompts else None
+            prompting = read() if has_surroundings(config) else None
             denoiser = ready_to_draw(denoiser, precision=options.precision, compiled=options.compiled)
         with processes.together():
             if processes.is_main:
@@ -203,7 +203,7 @@ class _Job:
         return TrajectoryRecorder(self.spec.num_steps, decode)
 
     def _condition(self, indices: Sequence[int]) -> Condition:
-        if self.prompting is None:
+        if self.prompting is None or not self.spec.prompts:
             return self.denoiser.condition(
                 **{CLASSES: self.spec.labels(indices), IMAGE: self._condition_images(indices)}
             )

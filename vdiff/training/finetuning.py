@@ -141,8 +141,18 @@ def cropped(config: TrainConfig, images: TrainingData, chosen: Mapping[str, Any]
 
 
 def size_of(found: CheckpointConfig) -> int | None:
-    """Pixels of a side of the images of a base; None: they are not square, or latents, which have no fixed size."""
-    return None if found.codec == LATENTS.name else found.image_size or None
+    """Pixels of a side of the images of a base; None: they are not square, or latents of text, which have any size.
+
+    Raises:
+        VdiffError: the autoencoder of the base cannot be read.
+    """
+    if found.codec != LATENTS.name or not found.image_size:
+        return found.image_size or None
+    if TOKENS in found.signature.names:
+        return None
+    from vdiff.models.prompting import drawn_shape
+
+    return drawn_shape(found, Path(str((found.components or {}).get("path"))))[-1]
 
 
 def sample_shape_of(found: CheckpointConfig, images: TrainingData, vae: str = "") -> tuple[int, ...]:

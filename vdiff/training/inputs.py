@@ -22,7 +22,7 @@ from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import LATENTS, PIXEL_CODEC
 from vdiff.models.components import check_components
 from vdiff.models.condition import CLASSES, IMAGE, TIME_IDS, TOKENS, Condition, Signature
-from vdiff.models.prompting import Prompting
+from vdiff.models.prompting import Prompting, has_surroundings
 from vdiff.reporting import Reporter
 from vdiff.training.dataset import TrainingData, no_conditions
 from vdiff.training.random_numbers import POSTERIOR, UpdateRandom
@@ -50,7 +50,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class TextInputs(Inputs):
-    """Tokens of the captions, and draws from the posterior of the autoencoder; without an autoencoder, pixels.
+    """Tokens of the captions or classes, and draws from the posterior of the autoencoder; without one, pixels.
 
     If the dataset was encoded (`vdiff data encode`), latents and embeddings replace pictures and captions.
 
@@ -73,6 +73,8 @@ class TextInputs(Inputs):
 
     def condition(self, batch: Batch, takes: Signature) -> Condition:
         """Tokens, and for Stable Diffusion XL the sizes of image, crop and target; a missing caption is ""."""
+        if self.prompting.tokenizers is None:
+            return super().condition(batch, takes)
         count, _, height, width = batch.images.shape
         sizes = batch.sizes
         if sizes is None:
@@ -123,7 +125,7 @@ def inputs_of(
     Raises:
         VdiffError: tokenizers or autoencoder are missing, or are not those of the model.
     """
-    if TOKENS not in description.signature.names:
+    if not has_surroundings(description):
         return Inputs()
     empty = {} if encoded is None else {name: rows[0] for name, rows in encoded.embeddings([""]).items()}
     return TextInputs(Prompting.read(description, device, vae=Path(vae) if vae else None), empty)

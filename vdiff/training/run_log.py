@@ -124,7 +124,7 @@ def preview(
     name = "ddim" if _is_few_step_student(description) else "dpmpp_2m"
     sampler = build_sampler(name, without_limits(description, name, {}))  # latents are not clipped
     title = f"{title} · {plural(steps, 'step')} · seed {seed}"
-    if prompts is None:
+    if prompts is None or not prompts.texts:
         size = description.shape[1:]
         images = draw(
             denoiser, sampler, indices=range(num), image_size=size, num_steps=steps, seed=seed, on_step=on_step,
@@ -132,6 +132,7 @@ def preview(
         )  # fmt: skip
         if (given := conditions(denoiser, range(num)).tensors.get(IMAGE)) is not None:
             images = torch.cat([given, images], dim=-1)
+        images = prompts.decode(images) if prompts else images
         shown = [names[k % len(names)] for k in range(num)] if names else []
         return grid_picture(images, shown, len(names), title=title)
     texts, prompting, takes = prompts.texts[:num], prompts.prompting, denoiser.network.signature.names
@@ -162,7 +163,7 @@ def preview_size(
     steps = usual_steps = preview_steps(description)
     pictures = config.num_iters // config.sample_interval + 2  # the first one and the last one, too
     budget = config.num_iters * config.batch_size * EVALUATIONS / PICTURE_SHARE / pictures
-    if prompts is not None:
+    if prompts is not None and prompts.texts:
         num = usual = len(prompts.texts)
         budget /= 2 if default_guidance(description) else 1
     is_fixed = bool(config.sample_prompts)

@@ -1,4 +1,4 @@
-"""The prompts of samples in training, of the checks of students, and of the comparison of a ladder."""
+"""The prompts or classes of samples in training, of the checks of students, and of the comparison of a ladder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from vdiff.data.datasets import some_captions
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.condition import TOKENS, Condition
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.prompting import Prompting
+from vdiff.models.drawing import classes_in_turn
+from vdiff.models.prompting import Prompting, has_surroundings
 from vdiff.reporting import Reporter
 from vdiff.training.config import LoopConfig
 from vdiff.training.dataset import TrainingData
@@ -25,13 +26,19 @@ CAPTIONS, CAPTIONS_SHOWN = 64, 8
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """Prompts that images take in turn, and what turns them into tokens and latents into pictures."""
+    """Prompts that images take in turn, and what turns them into tokens and latents into pictures.
+
+    Attributes:
+        texts: empty for a model without prompts, whose images have classes in turn.
+    """
 
     prompting: Prompting
     texts: Sequence[str]
 
     def condition(self, denoiser: Denoiser, indices: Sequence[int]) -> Condition:
         """The condition of the images `indices`."""
+        if not self.texts:
+            return classes_in_turn(denoiser, indices)
         takes = denoiser.network.signature.names
         return self.prompting.condition(takes, [self.texts[k % len(self.texts)] for k in indices])
 
@@ -55,28 +62,29 @@ def texts_of(config: LoopConfig, images: TrainingData, count: int = CAPTIONS) ->
 def prompts_of_ladder(
     config: LoopConfig, description: CheckpointConfig, images: TrainingData, device: torch.device
 ) -> SamplePrompts | None:
-    """The prompts of the checks and of the comparison of a ladder; None: the network takes no prompts.
+    """The prompts of the checks and of the comparison of a ladder; None: a model of neither prompts nor latents.
 
     Raises:
         OptionError: the file of --sample_prompts cannot be read or has no prompt.
         VdiffError: the components of the model cannot be read.
     """
-    if TOKENS not in description.signature.names:
+    if not has_surroundings(description):
         return None
-    return SamplePrompts(Prompting.read(description, device), texts_of(config, images))
+    texts = texts_of(config, images) if TOKENS in description.signature.names else ()
+    return SamplePrompts(Prompting.read(description, device), texts)
 
 
 def prompts_of_run(
     config: LoopConfig, images: TrainingData, inputs: Inputs, reporter: Reporter
 ) -> SamplePrompts | None:
-    """The prompts of a run's samples; a line for each that is too long. None: the network takes no prompts.
+    """The prompts of a run's samples; a line for each that is too long. None: a model of neither prompts nor latents.
 
     Raises:
         OptionError: the file of --sample_prompts cannot be read or has no prompt.
     """
     if not isinstance(inputs, TextInputs):
         return None
-    texts = texts_of(config, images, CAPTIONS_SHOWN)
+    texts = texts_of(config, images, CAPTIONS_SHOWN) if inputs.prompting.tokenizers else ()
     for note in inputs.prompting.notes(texts):
         reporter.line(note)
     return SamplePrompts(inputs.prompting, texts)

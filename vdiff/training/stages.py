@@ -199,9 +199,11 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
             f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, but datasets hold square images",
             "distil it in Python: vdiff.distill accepts tensors as data",
         )
-    images = open_images(config.data, teacher.image_size, project)
+    images = open_images(config.data, size_of(teacher), project)
     check_conditions(images, teacher.signature)
-    if images.channels != teacher.shape[0]:
+    if teacher.codec == LATENTS.name:
+        sample_shape_of(teacher, images)
+    elif images.channels != teacher.shape[0]:
         raise OptionError(
             f"{images.name} has {images.channels} channels, the teacher {teacher.shape[0]}",
             "give --data the dataset that it was trained on",

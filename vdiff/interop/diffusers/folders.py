@@ -29,7 +29,9 @@ NOTE = f"vdiff/{CONFIG}"
 TEXTS = [f"{part}/{name}" for part in TOKENIZERS for name in TOKENIZER_FILES]
 TEXTS += [f"{part}/{CONFIG}" for part in (VAE, *ENCODERS)]
 FILES = [INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", NOTE, *TEXTS, f"{VAE}/{WEIGHTS_PATTERN}"]
-FILES += [f"{place}{name}" for place in ("", "unet/") for name in (CONFIG, WEIGHTS_PATTERN, PARTS_PATTERN)]
+FILES += [
+    f"{place}{name}" for place in ("", "unet/", "transformer/") for name in (CONFIG, WEIGHTS_PATTERN, PARTS_PATTERN)
+]
 FILES += [f"{part}/model*.safetensors" for part in ENCODERS]
 """All files that are read or downloaded: JSON, safetensors and tokenizers, no pickles."""
 VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*", "*.non_ema-*", "unet/*.fp16.json"]

@@ -30,6 +30,7 @@ from vdiff.interop.diffusers.folders import (
 from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_schedule, read_table, remarks, spacing_of
 from vdiff.interop.diffusers.stable_diffusion import (
     PIPELINES,
+    TRANSFORMERS,
     WeightsNote,
     converted,
     import_folder,
@@ -59,7 +60,7 @@ class Imported:
     """The checkpoint's description, and a sentence for each reason why the pipeline draws other images than vdiff.
 
     Attributes:
-        preflight: what a text-to-image model is, in one line; empty for others.
+        preflight: what a model of latents is, in one line; empty for others.
     """
 
     config: CheckpointConfig
@@ -78,7 +79,7 @@ def import_pipeline(
     copy: bool = False,
     overwrite: bool = False,
 ) -> Imported:
-    """Write a pipeline as a checkpoint, whole or not at all: Stable Diffusion, or a `UNet2DModel` and a scheduler.
+    """Write a pipeline as a checkpoint, whole or not at all: one of latents, or a `UNet2DModel` and a scheduler.
 
     A folder that vdiff exported keeps its description (steps, classes, lineage); others become a base model.
 
@@ -101,11 +102,12 @@ def import_pipeline(
         note = WeightsNote.read(root)
         with converted(root, folder, pipeline) as parts:
             scheduler = scheduler_of(_scheduler(parts), note, is_own=False, prediction=prediction, zero_snr=zero_snr)
-            return _text_model(parts, name, folder, scheduler, num_timesteps, copy=True, overwrite=overwrite)
+            return _latent_model(parts, name, folder, scheduler, num_timesteps, copy=True, overwrite=overwrite)
     if pipeline is not None:
         raise OptionError("--pipeline is for a single file of weights", "leave it out: a folder has its own parts")
     index = _index(root)
-    unet_folder = root / "unet" if (root / "unet").is_dir() else root
+    part = "transformer" if index.values["_class_name"] in TRANSFORMERS else "unet"
+    unet_folder = root / part if (root / part).is_dir() else root
     files = weights_files(unet_folder)
     scheduler = _scheduler(root)
     flow = read_flow(scheduler) if is_flow(scheduler) else None
@@ -114,7 +116,7 @@ def import_pipeline(
     elif prediction or zero_snr:
         raise OptionError(f"{scheduler.where} is a rectified flow, with one prediction", "leave the option out")
     if index.values["_class_name"] in PIPELINES:
-        return _text_model(root, name, folder, scheduler, num_timesteps, copy=copy, overwrite=overwrite)
+        return _latent_model(root, name, folder, scheduler, num_timesteps, copy=copy, overwrite=overwrite)
     if copy:
         raise OptionError("--copy: this pipeline has no parts but its network", "leave it out")
     unet = JsonFile.read(unet_folder / CONFIG, DAMAGED)
@@ -148,8 +150,7 @@ def _index(root: Path) -> JsonFile:
         raise index.refusal(
             "_class_name", f"in Python, vdiff.wrap(pipeline.{part}, shape) makes a teacher of it: docs/teachers.md"
         )
-    is_text = index.word("_class_name", "", known) in PIPELINES
-    if not is_text and index.get("unet") != ["diffusers", "UNet2DModel"]:
+    if index.word("_class_name", "", known) not in PIPELINES and index.get("unet") != ["diffusers", "UNet2DModel"]:
         raise index.refusal("unet", "only UNet2DModel of diffusers can be read")
     return index
 
@@ -160,7 +161,7 @@ def _scheduler(root: Path) -> JsonFile:
     return JsonFile.read(place / SCHEDULER, DAMAGED)
 
 
-def _text_model(
+def _latent_model(
     root: Path,
     name: str,
     folder: Path,
@@ -170,7 +171,7 @@ def _text_model(
     copy: bool,
     overwrite: bool,
 ) -> Imported:
-    """A pipeline of Stable Diffusion."""
+    """A pipeline of latents."""
     notes = remarks(scheduler, latents=True)
     description = import_folder(root, name, _index(root), read_schedule(scheduler), read_prediction(scheduler))
     config = description.config

@@ -1,13 +1,12 @@
-"""Pipelines of Stable Diffusion 1.5, 2 and XL as checkpoints: folders of diffusers, and single safetensors files.
+"""Pipelines of latents as checkpoints: Stable Diffusion 1.5, 2, XL and DiT, folders of diffusers and single files.
 
-unet/                                 the network that the checkpoint holds
+unet/ or transformer/                 the network that the checkpoint holds
 scheduler/scheduler_config.json       its noise levels, and what it predicts
 vae/ text_encoder/ tokenizer/ …       the checkpoint's components, see `vdiff.models.components`
 """
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,20 +44,24 @@ from vdiff.models.components import (
     TOKENIZERS,
     VAE,
     components_fingerprint,
-    files_of,
+    copy_parts,
     read_encoder,
     text_libraries,
 )
 from vdiff.models.condition import POOLED
-from vdiff.models.kinds import TEXT
+from vdiff.models.kinds import DIFFUSERS, TEXT
 from vdiff.models.reading import read_shapes, reading
 from vdiff.models.text import TextBackbone
 from vdiff.models.tokenizing import Tokenizers
-from vdiff.models.wrapped import TEXT_UNET, DiffusersBackbone, build_diffusers
+from vdiff.models.wrapped import DIT, TEXT_UNET, DiffusersBackbone, build_diffusers
 from vdiff.replacing import locked, new_folder
 
-PIPELINES = {"StableDiffusionPipeline": ENCODERS[:1], "StableDiffusionXLPipeline": ENCODERS}
+PIPELINES = {"StableDiffusionPipeline": ENCODERS[:1], "StableDiffusionXLPipeline": ENCODERS, "DiTPipeline": ()}
 """Classes of pipelines that can be read, and their text encoders."""
+TRANSFORMERS = {"DiTPipeline": DIT}
+"""Classes of pipelines whose network is a transformer, and the class of that."""
+FIRST_NAME = "Transformer2DModel"
+"""The class of all transformers in the files of 2023."""
 STEPS = 50
 """Sampling steps of an imported checkpoint, as of diffusers' pipelines."""
 HUB_NAMES = {family.width: family.hub for family in FAMILIES}
@@ -148,20 +151,20 @@ def scheduler_of(
 
 
 @dataclass(frozen=True)
-class StableDiffusion:
+class LatentPipeline:
     """A pipeline that was read, and its description as a checkpoint.
 
     Attributes:
         root: the pipeline's folder.
-        unet: the state of its UNet, in the precision of the file.
+        weights: of its network by the names of a checkpoint, in the precision of the file.
     """
 
     root: Path
-    unet: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
     config: CheckpointConfig
 
     def write(self, folder: Path, config: CheckpointConfig, *, copy: bool, overwrite: bool) -> None:
-        """Write the UNet as a checkpoint that names the folder of the other parts, or a folder with copies of them.
+        """Write the network as a checkpoint that names the folder of the other parts, or a folder with copies of them.
 
         Raises:
             VdiffError: something is in the way, or the file system refuses.
@@ -170,18 +173,13 @@ class StableDiffusion:
             parts = self.root
             if copy:
                 parts = temporary / COPIED
-                with writing(parts):
-                    for path in files_of(self.root):
-                        place = parts / path.relative_to(self.root)
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(path, place)
+                copy_parts(self.root, parts)
             components = {"path": str(parts), "fingerprint": components_fingerprint(parts)}
-            weights = {f"network.unet.model.{name}": tensor for name, tensor in self.unet.items()}
-            save_checkpoint(temporary, weights, replace(config, components=components))
+            save_checkpoint(temporary, self.weights, replace(config, components=components))
 
 
-def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, prediction: str) -> StableDiffusion:
-    """Read a pipeline of Stable Diffusion.
+def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, prediction: str) -> LatentPipeline:
+    """Read a pipeline of latents.
 
     Args:
         name: of the source, for the description of the checkpoint.
@@ -190,41 +188,48 @@ def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, pr
     Raises:
         VdiffError: a part is missing, damaged, or not supported.
     """
-    unet, weights = read_unet(root / "unet", index)
-    settings: Any = unet.model.config
-    size = settings.sample_size
-    shape = [unet.signature.channels, *((size, size) if isinstance(size, int) else size or ())]
+    backbone, weights = read_backbone(root, index)
+    settings: Any = backbone.model.config
+    size, takes = settings.sample_size, backbone.signature
+    shape = [takes.channels, *((size, size) if isinstance(size, int) else size or ())]
     if len(shape) != 3:
-        raise VdiffError(f"{root / 'unet' / CONFIG} has no sample_size", "add it: pixels of a side, divided by 8")
-    network = read_network(root, index, unet)
+        raise VdiffError(f"the network of {root} has no sample_size", "add it: pixels of a side, divided by 8")
+    is_text = bool(PIPELINES[str(index.values["_class_name"])])
+    network = read_network(root, index, backbone) if is_text else backbone
     picture_shape((shape[0], shape[1], shape[2]), root)
     Autoencoder.read(root)
     config = CheckpointConfig(
-        backbone={"kind": TEXT, "config": network.describe()},
+        backbone={"kind": TEXT if is_text else DIFFUSERS, "config": network.describe()},
         sample_shape=shape,
         codec=LATENTS.name,
         schedule=schedule.to_dict(),
         prediction=prediction,
         num_timesteps=min(STEPS, schedule.label_scale),
+        class_names=[str(k) for k in range(takes.num_classes)],
         **imported_fields(f"diffusers/{name}"),
     )
-    return StableDiffusion(root, weights, config)
+    prefix = "network.unet.model" if is_text else "network.model"
+    return LatentPipeline(root, {f"{prefix}.{name}": tensor for name, tensor in weights.items()}, config)
 
 
-def read_unet(folder: Path, index: JsonFile) -> tuple[DiffusersBackbone, dict[str, Tensor]]:
-    """The UNet in a folder, without memory for its weights, and its weights in the precision of their file."""
-    if index.get("unet") != ["diffusers", TEXT_UNET]:
-        raise index.refusal("unet", f"only {TEXT_UNET} of diffusers can be read")
+def read_backbone(root: Path, index: JsonFile) -> tuple[DiffusersBackbone, dict[str, Tensor]]:
+    """The network of a pipeline, without memory for its weights, and its weights in the precision of their file."""
+    kind = TRANSFORMERS.get(str(index.values["_class_name"]), TEXT_UNET)
+    part = "unet" if kind == TEXT_UNET else "transformer"
+    if index.get(part) not in (["diffusers", kind], *([["diffusers", FIRST_NAME]] if kind != TEXT_UNET else [])):
+        raise index.refusal(part, f"only {kind} of diffusers can be read")
+    folder = root / part
     file = JsonFile.read(folder / CONFIG, DAMAGED)
     for key in ("time_cond_proj_dim", "num_class_embeds", "class_embed_type", "encoder_hid_dim"):
         if file.get(key) is not None:
             raise file.refusal(key, "a UNet with other inputs than noise, time and text cannot be read")
     values = {key: value for key, value in file.values.items() if not key.startswith("_")}
-    with explained(f"{file.where} describes no {TEXT_UNET}", DAMAGED, Exception), torch.device("meta"):
-        unet = build_diffusers({"class": TEXT_UNET, "config": values})
-        shapes = {name: tuple(tensor.shape) for name, tensor in unet.model.state_dict().items()}
+    doubled = values.get("out_channels") == 2 * values.get("in_channels", 0)
+    with text_libraries(), explained(f"{file.where} describes no {kind}", DAMAGED, Exception), torch.device("meta"):
+        backbone = build_diffusers({"class": kind, "config": values, "drops_variance": doubled})
+        shapes = {name: tuple(tensor.shape) for name, tensor in backbone.model.state_dict().items()}
     weights = read_weights(weights_files(folder), shapes, ignored=KEYS)
-    return unet, weights
+    return backbone, weights
 
 
 def read_network(root: Path, index: JsonFile, unet: DiffusersBackbone) -> TextBackbone:
@@ -258,14 +263,15 @@ def preflight(config: CheckpointConfig, spacing: str) -> str:
     Args:
         spacing: of the timesteps in the pipeline's own scheduler.
     """
-    encoders = len(config.network_config["text_encoders"])
+    encoders = len(config.network_config.get("text_encoders", ()))
+    conditions = {0: f"{config.signature.num_classes} classes", 1: "one text encoder", 2: "two text encoders"}
     return ", ".join([
         f"{'ε' if config.prediction == 'eps' else config.prediction}-prediction",
         *(["zero terminal SNR"] if config.schedule.get("zero_snr") else []),
         spacing,
         f"{config.levels} levels",
         f"latents {'×'.join(map(str, config.shape))}",
-        "two text encoders" if encoders == 2 else "one text encoder",
+        conditions[encoders],
     ])  # fmt: skip
 
 
@@ -281,7 +287,7 @@ def converted(file: Path, folder: Path, pipeline: str | None) -> Iterator[Path]:
     """
     like = _configurations(file, pipeline)
     index = JsonFile.read(like / INDEX, DAMAGED)
-    kind = index.word("_class_name", "", list(PIPELINES))
+    kind = index.word("_class_name", "", [name for name in PIPELINES if name not in TRANSFORMERS])
     place = folder.with_name(f"{folder.name}.converted")
     temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     with locked(place):  # removes what a killed import left

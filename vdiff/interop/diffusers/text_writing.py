@@ -46,7 +46,7 @@ CONFIGURATION = Kind("configuration", lambda path: path.name if read_text(path).
 PIPELINE = Kind(
     "pipeline",
     lambda folder: (
-        rf"{INDEX}|{NOTE}|({'|'.join((*PARTS, 'unet', 'scheduler'))})/[^/]+"
+        rf"{INDEX}|{NOTE}|({'|'.join((*PARTS, 'unet', 'transformer', 'scheduler'))})/[^/]+"
         + f"|{FILES_OF_CARD}" * is_card(folder / CARD)
         if is_checkpoint((folder / NOTE).parent)
         else ""
@@ -193,7 +193,7 @@ def export_text_pipeline(
             parts: dict[str, Any] = {
                 "unet": model.network.unet.model,
                 "vae": model.autoencoder,
-                "scheduler": diffusers.DDIMScheduler(**scheduler_settings(model)),
+                "scheduler": diffusers.DDIMScheduler(**scheduler_settings(config)),
                 **dict(zip(ENCODERS, model.network.text_encoders, strict=False)),
             }
             for name in TOKENIZERS[: len(model.network.text_encoders)]:
@@ -212,9 +212,9 @@ def export_text_pipeline(
     return model
 
 
-def scheduler_settings(model: TextModel) -> dict[str, Any]:
+def scheduler_settings(config: CheckpointConfig) -> dict[str, Any]:
     """The arguments of a `DDIMScheduler` with the steps of `sample.py`."""
-    config, schedule = model.config, model.config.schedule
+    schedule = config.schedule
     found = {
         **write_scheduler_config(build_schedule(schedule), config.prediction, clip=False),
         "rescale_betas_zero_snr": bool(schedule.get("zero_snr")),

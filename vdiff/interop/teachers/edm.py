@@ -1,4 +1,4 @@
-"""Networks of NVlabs/edm: DDPM++ and NCSN++ as `SongUNet`, ADM as vdiff's UNet, with their preconditioning.
+"""Networks of NVlabs/edm: DDPM++ and NCSN++ as `SongUNet`, ADM as vdiff's UNet, with their preconditioning; EDM2's.
 
 A file holds the state dict of the whole network, and a JSON file its class and the arguments of its constructor:
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,23 @@ from vdiff.diffusion.schedules import EdmSchedule, Schedule, VpSdeSchedule
 from vdiff.errors import VdiffError, explained
 from vdiff.files import sha256_of
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields, write_model
+from vdiff.interop.teachers import edm2
 from vdiff.interop.teachers.weights import (
     Place,
-    check_names,
-    checked,
     read_state_dict,
-    shape_refusal,
+    same_weights,
     translated,
 )
 from vdiff.models.checkpoint import MAX_IMAGE_SIZE, CheckpointConfig
-from vdiff.models.kinds import SONG
+from vdiff.models.codec import UNBOUNDED
+from vdiff.models.kinds import EDM2, SONG
 from vdiff.models.song_config import SongConfig
 from vdiff.models.song_unet import SongUNet
 from vdiff.models.unet_config import UNetConfig
 from vdiff.replacing import check_free
 
-PRECONDITIONINGS = ("EDMPrecond", "VPPrecond", "VEPrecond")
+PRECONDITIONINGS = ("EDMPrecond", "VPPrecond", "VEPrecond", "Precond")
+"""The last one is EDM2's."""
 SONG_UNET, DHARIWAL_UNET = "SongUNet", "DhariwalUNet"
 WITHOUT_EFFECT = {"class_name", "use_fp16", "augment_dim", "dropout", "sigma_min", "sigma_max", "epsilon_t", "M"}
 """Options of training, or of the range of noise levels, which the schedules give."""
@@ -79,16 +79,22 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
             'three lines in EDM\'s own repository convert it: docs/teachers.md, "EDM"',
         )
     file = JsonFile.read(config or path.with_suffix(".json"), ADVICE)
-    if unknown := sorted(file.values.keys() - READ - WITHOUT_EFFECT):
+    kind = _class_of(file)
+    known = edm2.READ | edm2.WITHOUT_EFFECT if kind == "Precond" else READ | WITHOUT_EFFECT
+    if unknown := sorted(file.values.keys() - known):
         raise VdiffError(f"{file.where}: {unknown[0][:60]!r} is no argument of such a network", ADVICE)
     tensors = {name: each for name, each in read_state_dict(path).items() if not DROPPED.fullmatch(name)}
-    teacher = _teacher(file)
-    is_song = file.word("model_type", DHARIWAL_UNET, (SONG_UNET, DHARIWAL_UNET)) == SONG_UNET
+    teacher = _teacher(file, kind)
+    network: dict[str, Any]
     with explained(file.where, ADVICE, ValueError, TypeError):
-        if is_song:
+        if kind == "Precond":
+            own = edm2.edm2_config(file)
+            weights = edm2.edm2_weights(path, own, tensors)
+            network = {"backbone": {"kind": EDM2, "config": own.to_dict()}}
+        elif file.word("model_type", DHARIWAL_UNET, (SONG_UNET, DHARIWAL_UNET)) == SONG_UNET:
             song = _song_config(file, teacher)
-            weights = _song_weights(path, song, tensors)
-            network: dict[str, Any] = {"backbone": {"kind": SONG, "config": song.to_dict()}}
+            weights = same_weights(path, lambda: SongUNet(song), tensors)
+            network = {"backbone": {"kind": SONG, "config": song.to_dict()}}
         else:
             unet = _unet_config(file, teacher)
             weights = _unet_weights(path, unet, tensors, file.whole("img_resolution", 0, low=1, high=MAX_IMAGE_SIZE))
@@ -97,7 +103,8 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
     classes = file.whole("label_dim", 0, low=0, high=10**7)
     description = CheckpointConfig(
         **network,
-        **({"sample_shape": [channels, size, size]} if is_song else {"image_size": size}),
+        **({"sample_shape": [channels, size, size]} if "backbone" in network else {"image_size": size}),
+        **({} if channels in (1, 3) else {"codec": UNBOUNDED.name}),
         schedule=teacher.schedule.to_dict(),
         **teacher.family.config_fields(),
         num_timesteps=teacher.schedule.label_scale,
@@ -108,12 +115,21 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
     return description
 
 
-def _teacher(file: JsonFile) -> Teacher:
-    """What `class_name` stands for. Source: Karras et al. 2022, table 1."""
+def _class_of(file: JsonFile) -> str:
+    """The class of the preconditioning.
+
+    Raises:
+        VdiffError: one that cannot be read.
+    """
     kind = str(file.get("class_name", "EDMPrecond")).rpartition(".")[2]
     if kind not in PRECONDITIONINGS:
         advice = "`vdiff import openai` reads the original weights" if kind == "iDDPMPrecond" else ""
         raise file.refusal("class_name", f"only {', '.join(PRECONDITIONINGS)} can be read{advice and f'; {advice}'}")
+    return kind
+
+
+def _teacher(file: JsonFile, kind: str) -> Teacher:
+    """What the class `kind` stands for. Source: Karras et al. 2022, table 1."""
     if kind == "VEPrecond":
         low, high = file.number("sigma_min", 0.02, low=0, high=1e6), file.number("sigma_max", 100, low=0, high=1e6)
         family = Edm(scaled_input=False, noise_output=True, noise_scale=1.0, noise_offset=-math.log(2))
@@ -157,17 +173,6 @@ def _song_config(file: JsonFile, teacher: Teacher) -> SongConfig:
         time_scale=teacher.time_scale,
         time_offset=teacher.time_offset,
     )
-
-
-def _song_weights(path: Path, config: SongConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `SongUNet(config)`, whose names are theirs."""
-    with torch.device("meta"):
-        expected = SongUNet(config).state_dict()
-    check_names(path, expected.keys(), tensors.keys())
-    for name, due in expected.items():
-        if tensors[name].shape != due.shape:
-            raise shape_refusal(path, name, tensors[name], due.shape)
-    return {name: checked(path, name, tensor) for name, tensor in tensors.items()}
 
 
 def _unet_config(file: JsonFile, teacher: Teacher) -> UNetConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdiff.errors import VdiffError
 from vdiff.interop.pickles import check_backed, read_pt
@@ -147,6 +147,21 @@ def checked(path: Path, name: str, tensor: Tensor) -> Tensor:
     if not tensor.isfinite().all():
         raise VdiffError(f"{path}: {name} holds values that are not finite", "take an earlier checkpoint")
     return tensor.float()
+
+
+def same_weights(path: Path, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a network whose names are theirs, float32.
+
+    Raises:
+        VdiffError: a tensor is missing, superfluous, of another shape or not finite.
+    """
+    with torch.device("meta"):
+        expected = build().state_dict()
+    check_names(path, expected.keys(), tensors.keys())
+    for name, due in expected.items():
+        if tensors[name].shape != due.shape:
+            raise shape_refusal(path, name, tensors[name], due.shape)
+    return {name: checked(path, name, tensor) for name, tensor in tensors.items()}
 
 
 def without_variance(tensors: Mapping[str, Tensor], output: str, channels: int) -> dict[str, Tensor]:
