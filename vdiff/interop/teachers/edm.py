@@ -29,7 +29,7 @@ from vdiff.interop.teachers.weights import (
     translated,
 )
 from vdiff.models.checkpoint import MAX_IMAGE_SIZE, CheckpointConfig
-from vdiff.models.codec import UNBOUNDED
+from vdiff.models.codec import PIXEL_CODEC, UNBOUNDED
 from vdiff.models.kinds import EDM2, SONG
 from vdiff.models.song_config import SongConfig
 from vdiff.models.song_unet import SongUNet
@@ -104,7 +104,7 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
     description = CheckpointConfig(
         **network,
         **({"sample_shape": [channels, size, size]} if "backbone" in network else {"image_size": size}),
-        **({} if channels in (1, 3) else {"codec": UNBOUNDED.name}),
+        codec=PIXEL_CODEC.name if channels in (1, 3) else UNBOUNDED.name,
         schedule=teacher.schedule.to_dict(),
         **teacher.family.config_fields(),
         num_timesteps=teacher.schedule.label_scale,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,16 +36,18 @@ def edm2_config(file: JsonFile) -> Edm2Config:
         VdiffError: a value that vdiff does not support; the file and key are named.
         ValueError: values of no network.
     """
-    counts = {name: file.whole(name, usual, low=low, high=high) for name, (usual, low, high) in COUNTS.items()}
-    balances = {name: file.number(name, getattr(Edm2Config, name), low=-1e-9, high=1 + 1e-9) for name in BALANCES}
+    values: dict[str, Any] = {
+        name: file.whole(name, usual, low=low, high=high) for name, (usual, low, high) in COUNTS.items()
+    }
+    values |= {name: file.number(name, getattr(Edm2Config, name), low=-1e-9, high=1 + 1e-9) for name in BALANCES}
     if file.get("resample_filter", [1, 1]) != [1, 1]:
         raise file.refusal("resample_filter", "only [1, 1] can be read")
-    lists = {name: file.items(name, int, high=16) for name in ("channel_mult", "attn_resolutions") if file.get(name)}
+    values |= {name: file.items(name, int, high=16) for name in ("channel_mult", "attn_resolutions") if file.get(name)}
     if file.get("attn_resolutions") == []:
-        lists["attn_resolutions"] = []
+        values["attn_resolutions"] = []
     is_open = "clip_act" in file.values and file.values["clip_act"] is None
     clip = 0.0 if is_open else file.number("clip_act", 256, low=0, high=1e9)
-    return Edm2Config(**counts, **balances, **lists, clip_act=clip)
+    return Edm2Config(**values, clip_act=clip)
 
 
 def edm2_weights(path: Path, config: Edm2Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
