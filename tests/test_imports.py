@@ -67,6 +67,8 @@ MODELS = (
         "unet",
         "song_config",
         "song_unet",
+        "edm2_config",
+        "edm2_unet",
         "wrapped",
         "components",
         "text",
@@ -207,7 +209,7 @@ def torch_at_import(path: Path) -> bool:
 
 DESCRIPTIONS = [
     f"vdiff.models.{name}"
-    for name in ("checkpoint", "kinds", "reading", "codec", "condition", "unet_config", "song_config")
+    for name in ("checkpoint", "kinds", "reading", "codec", "condition", "unet_config", "song_config", "edm2_config")
 ]
 """What reads a checkpoint's description."""
 LIGHT = [
