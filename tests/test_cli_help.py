@@ -306,6 +306,7 @@ LOOP_VALUES = {
     "ema_profiles": "True",
     "ema_interval": "19",
     "weighting": "min_snr",
+    "snr_gamma": "2.5",
     "dropout": "0.625",
     "flip": "True",
     "log_interval": "11",

@@ -160,6 +160,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "sdxl", {"prediction": "v", "zero_snr": True, "input_perturbation": 0.4, "offset_noise": 0.2},
         {"prediction": "v_prediction", "zero_snr": True, "perturbation": 0.4, "offset": 0.2},
     ),
+    "min-SNR, γ = 2": (
+        "sd15", {"weighting": "min_snr", "snr_gamma": 2.0}, {"prediction": "epsilon", "zero_snr": False, "gamma": 2},
+    ),
     "min-SNR v": ("sd2", {"weighting": "min_snr"}, {"prediction": "v_prediction", "zero_snr": False, "gamma": 5}),
 }  # fmt: skip
 

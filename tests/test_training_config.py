@@ -317,6 +317,12 @@ def test_truncated_snr_cannot_weight_an_eps_prediction():
     assert "give --weighting snr, or --prediction v" in message
 
 
+def test_a_gamma_needs_the_weighting_that_has_one():
+    assert resolve(TrainConfig, {"a": {**ENOUGH, "weighting": "min_snr", "snr_gamma": 2.0}}).snr_gamma == 2
+    message = refusal(TrainConfig, "my.toml", snr_gamma=2.0)
+    assert "--snr_gamma: the weighting truncated_snr has no γ; give --weighting min_snr too" in message
+
+
 # Zero terminal SNR
 
 

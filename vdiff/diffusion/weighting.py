@@ -7,12 +7,14 @@ Source: Salimans & Ho 2022, section 4; Hang et al. 2023 for min-SNR.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_SNR_GAMMA = 5.0
+"""γ of min-SNR in its paper."""
 
 
 def constant(logsnr: Tensor) -> Tensor:
@@ -35,9 +37,9 @@ def snr_plus_one(logsnr: Tensor) -> Tensor:
     return logsnr.exp() + 1
 
 
-def min_snr(logsnr: Tensor) -> Tensor:
-    """w = min(SNR, γ), γ = 5 (Hang et al. 2023, *Efficient Diffusion Training via Min-SNR Weighting Strategy*)."""
-    return logsnr.exp().clamp(max=MIN_SNR_GAMMA)
+def min_snr(logsnr: Tensor, gamma: float = MIN_SNR_GAMMA) -> Tensor:
+    """w = min(SNR, γ) (Hang et al. 2023, *Efficient Diffusion Training via Min-SNR Weighting Strategy*)."""
+    return logsnr.exp().clamp(max=gamma)
 
 
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,13 +59,18 @@ OUTPUT = "output"
 """The weighting that makes the loss the squared error of the network's output, in its own units."""
 
 
-def weighting_of(name: str, output: Callable[[Tensor], Tensor], *, zero_snr: bool) -> Callable[[Tensor], Tensor]:
+def weighting_of(
+    name: str, output: Callable[[Tensor], Tensor], *, zero_snr: bool, snr_gamma: float = MIN_SNR_GAMMA
+) -> Callable[[Tensor], Tensor]:
     """The weighting `name`; with `zero_snr` it is at least `ZERO_SNR_FLOOR`, which in v is the weight at SNR = 0.
 
     Args:
         output: the weighting `OUTPUT`, which depends on the parameterisation.
+        snr_gamma: γ of the weighting `min_snr`.
     """
     weighting = output if name == OUTPUT else WEIGHTINGS[name]
+    if snr_gamma != MIN_SNR_GAMMA:
+        weighting = partial(weighting, gamma=snr_gamma)
     return (lambda logsnr: weighting(logsnr).clamp(min=ZERO_SNR_FLOOR)) if zero_snr else weighting
 
 

@@ -16,7 +16,7 @@ from vdiff.diffusion.distillation import METHODS, Method, build_method
 from vdiff.diffusion.parameterisation import PARAMETERISATIONS, Edm, Flow, Parameterisation, Vp
 from vdiff.diffusion.prediction import PREDICTION_TYPES
 from vdiff.diffusion.schedules import SCHEDULES, TableSchedule
-from vdiff.diffusion.weighting import LOSSES, OUTPUT, WEIGHTINGS
+from vdiff.diffusion.weighting import LOSSES, MIN_SNR_GAMMA, OUTPUT, WEIGHTINGS
 from vdiff.errors import OptionError
 from vdiff.models.adapters import ATTENTION, MAX_RANK
 from vdiff.settings import (
@@ -128,6 +128,9 @@ class LoopConfig:
         "Weight of the squared error of x̂ at each noise level; output: the error of what the network itself puts out.",
         group=OPTIMISATION, default="truncated_snr", choices=(*WEIGHTINGS, OUTPUT),
     )  # fmt: skip
+    snr_gamma: float = setting(
+        "Bound γ of --weighting min_snr, min(SNR, γ).", group=OPTIMISATION, default=MIN_SNR_GAMMA, low=1e-3, high=1e6
+    )
     loss: str = setting(
         "Loss of the weighted pixel errors: squared, absolute, or pseudo-Huber.",
         group=OPTIMISATION, default="l2", choices=LOSSES,
@@ -231,6 +234,8 @@ class LoopConfig:
         useless = [] if self.lora_rank or starts_from_lora else [name for name, value in of_lora.items() if value]
         if useless:
             raise OptionError(f"--lora_{useless[0]}: all weights are to learn", "give --lora_rank, or leave it out")
+        if self.snr_gamma != MIN_SNR_GAMMA and self.weighting != "min_snr":
+            raise OptionError(f"--snr_gamma: the weighting {self.weighting} has no γ", "give --weighting min_snr too")
         if self.fsdp and self.optimizer != ADAMW:
             raise OptionError(f"--fsdp shards the moments of {ADAMW} alone", "leave --optimizer or --fsdp out")
 

@@ -246,7 +246,9 @@ def part_losses(
             prediction = model(target.z, target.t, inputs)
         else:
             prediction = perturbed(model, now, target, batch.perturbation, inputs)
-    weighting = weighting_of(config.weighting, now.parameterisation.output_weight, zero_snr=now.schedule.zero_snr)
+    weighting = weighting_of(
+        config.weighting, now.parameterisation.output_weight, zero_snr=now.schedule.zero_snr, snr_gamma=config.snr_gamma
+    )
     losses = weighted_losses(prediction, target, now.schedule.logsnr(target.t), weighting, LOSSES[config.loss])
     return losses, target, prediction
 
