@@ -437,7 +437,7 @@ def test_the_weighting_output_is_the_error_of_the_networks_own_output(family):
     difference = used.read(z, output + 1, angle).x - used.read(z, output, angle).x
     weight = column(weighting_of("output", used.output_weight, zero_snr=False)(logsnr(angle)), z)
     torch.testing.assert_close(weight * difference**2, torch.ones_like(z), rtol=1e-9, atol=1e-9)
-    assert weighting_of("min_snr", used.output_weight, zero_snr=False) is WEIGHTINGS["min_snr"]
+    assert weighting_of("snr", used.output_weight, zero_snr=False) is WEIGHTINGS["snr"]
 
 
 def test_training_levels_are_edms_log_normal_and_the_flows_logit_normal():

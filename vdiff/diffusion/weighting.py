@@ -69,8 +69,8 @@ def weighting_of(
         snr_gamma: γ of the weighting `min_snr`.
     """
     weighting = output if name == OUTPUT else WEIGHTINGS[name]
-    if snr_gamma != MIN_SNR_GAMMA:
-        weighting = partial(weighting, gamma=snr_gamma)
+    if weighting is min_snr:
+        weighting = partial(min_snr, gamma=snr_gamma)
     return (lambda logsnr: weighting(logsnr).clamp(min=ZERO_SNR_FLOOR)) if zero_snr else weighting
 
 
