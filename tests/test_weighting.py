@@ -69,7 +69,8 @@ def test_no_weight_vanishes_at_zero_snr(name):
     in_v = weight / (logsnr.exp() + 1)
     assert in_v[1] >= ZERO_SNR_FLOOR
     assert weight[0] == WEIGHTINGS[name](logsnr)[0]
-    assert weighting_of(name, WEIGHTINGS["snr"], zero_snr=False) is WEIGHTINGS[name]
+    plain = weighting_of(name, WEIGHTINGS["snr"], zero_snr=False)(logsnr)
+    assert torch.equal(plain, WEIGHTINGS[name](logsnr))
     if name == "snr_plus_one":
         torch.testing.assert_close(in_v, torch.ones(2, dtype=torch.float64))
 
