@@ -132,10 +132,13 @@ def why_whole(config: CheckpointConfig) -> str:
 
 
 def _how_to_export_whole(checkpoint: Path, config: CheckpointConfig) -> str:
-    folder = shell("vdiff", "export", "diffusers", checkpoint, "FOLDER")
+    """The commands that write a model whole, a LoRA merged with its base."""
+    merge = ["--merge"] if config.adapter else []
+    folder = shell("vdiff", "export", "diffusers", checkpoint, "FOLDER", *merge)
     if family_of(config) is None or config.guidance_range:
         return f"export it whole: {folder}"
-    return f"export it whole: {shell('vdiff', 'export', 'single_file', checkpoint, 'FILE.safetensors')}, or {folder}"
+    file = shell("vdiff", "export", "single_file", checkpoint, "FILE.safetensors", *merge)
+    return f"export it whole: {file}, or {folder}"
 
 
 def base_of(config: CheckpointConfig) -> CheckpointConfig | None:
@@ -155,7 +158,7 @@ def check_student(checkpoint: Path, config: CheckpointConfig, base: CheckpointCo
     if base is None:
         path = (config.base or {}).get("path")
         raise VdiffError(f"{path}, the base of {checkpoint}: no such checkpoint", "put the base back there")
-    whole = "export it whole, with vdiff export single_file --merge"
+    whole = _how_to_export_whole(checkpoint, config)
     if config.guidance_range:
         raise VdiffError(f"{checkpoint} takes the guidance as an input, which no LoRA can add to its base", whole)
     if base.prediction == "eps" and config.prediction != "eps":
