@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -30,10 +31,11 @@ from vdiff.diffusion.samplers import Ddim
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.files import CHECKSUM, write_json
+from vdiff.interop.diffusers.reading import import_pipeline
 from vdiff.interop.diffusers.text_writing import export_text_pipeline
 from vdiff.interop.lora import export_lora
 from vdiff.models.adapters import AdapterSettings, add_adapter, copy_adapter, merge_adapter
-from vdiff.models.checkpoint import ADAPTER, load_checkpoint, read_config, read_tensors
+from vdiff.models.checkpoint import ADAPTER, WEIGHTS, load_checkpoint, read_config, read_tensors
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw_from, rmse
 from vdiff.models.prompting import Prompting
@@ -261,11 +263,16 @@ def test_a_cut_ladder_ends_with_the_same_bits(place, students, tmp_path, bar, up
         assert_equal_bits(students / name / ADAPTER, tmp_path / name / ADAPTER)
 
 
-def test_a_stage_needs_little_more_memory_than_training_a_lora(place, tmp_path):
-    """Bytes of weights, gradients, moments and activations, counted: a guided stage and an update of `train.py`."""
-    config, stages = planned(place, place / "sd2", tmp_path, **LORA, batch_size=8, check_images=0)
-    engine, images = build_engine(config), teachers_images(config, read_config(place / "sd2"))
-    stage = memory_of_stage(stages[0], config, images, engine)
+@pytest.mark.parametrize(("kind", "number"), [("sd2", 0), ("sd2", 1), ("sd15", 0)])
+def test_a_stage_needs_little_more_memory_than_training_a_lora(place, students, tmp_path, kind, number):
+    """Bytes of weights, gradients, moments and activations, counted: a stage of a ladder and an update of `train.py`.
+
+    The first stage is guided; the teacher of the second one has a LoRA of its own.
+    """
+    home = students if number else tmp_path
+    config, stages = planned(place, place / kind, home, **LORA, batch_size=8, check_images=0)
+    engine, images = build_engine(config), teachers_images(config, read_config(place / kind))
+    stage = memory_of_stage(stages[number], config, images, engine)
     flags = {"base": config.base, "data": config.data, "lora_rank": 3, "batch_size": 8, "device": "cpu", "ema": 0.0}
     training, images = resolve_training(flags, None, folder=Path("none"), resume=False)
     plain = memory_of_base(training, images, describe(training, images), engine)
@@ -346,6 +353,56 @@ def test_whole_students_of_a_base_that_predicts_noise_predict_v(place, tmp_path)
     names = read_tensors(stages[-1].folder / "model.safetensors").keys()
     assert names
     assert not [name for name in names if "text_encoder" in name]
+
+
+SMALLER = '[unet]\nblock_out_channels = [8, 8, 16, 16]\nnorm_num_groups = 4\nmid_block_type = ""\n'
+
+
+def test_a_smaller_unet_is_trained_resumed_drawn_exported_and_imported(place, tmp_path):
+    """The first student has the smaller UNet, with the weights that fit; the others are copies of it."""
+    (tmp_path / "small.toml").write_text(SMALLER)
+    flags = {"student_config": str(tmp_path / "small.toml"), "to_steps": 2, "guidance_scale": 2.0, "check_images": 0}
+    reporter = Watcher()
+    whole = climb(place, place / "sd2", tmp_path / "whole", reporter, **flags)
+    [line] = [line for line in reporter.lines if "begins with" in line]
+    assert re.fullmatch(r".*base_0 begins with 100% of [\d,]+ parameters from the teacher \(\d+ tensors .*", line)
+    with pytest.raises(Interrupted):
+        climb(place, place / "sd2", tmp_path / "cut", signal_at(1, bar="base_0"), **flags)
+    cut = climb(place, place / "sd2", tmp_path / "cut", **flags)
+    for one, other in zip(whole, cut, strict=True):
+        assert_equal_bits(one.folder / WEIGHTS, other.folder / WEIGHTS)
+        unet = read_config(one.folder).network_config["unet"]["config"]
+        assert (unet["block_out_channels"], unet["mid_block_type"]) == ([8, 8, 16, 16], None)
+    last, noise = whole[-1].folder, randn(2, 4, 8, 8, dtype=torch.float32)
+    expected = torch.Tensor(vdiff.load(last, device="cpu").sample(prompts=PROMPTS, noise=noise))
+    export_text_pipeline(last, tmp_path / "pipeline")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"latents": noise, "output_type": "pt", "height": 64, "width": 64}
+    drawn = pipe(PROMPTS, num_inference_steps=2, guidance_scale=0, **call).images
+    torch.testing.assert_close(drawn * 2 - 1, expected, rtol=0, atol=1e-4)
+    import_pipeline(str(tmp_path / "pipeline"), tmp_path / "again")
+    again = torch.Tensor(vdiff.load(tmp_path / "again", device="cpu").sample(prompts=PROMPTS, noise=noise))
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "words"),
+    [
+        ("layer_per_block = 1", {}, "layer_per_block is no size of a UNet of diffusers; did you mean 'layers_per_blo"),
+        ("cross_attention_dim = 8", {}, "cross_attention_dim must be that of the teacher; take it out"),
+        ("block_out_channels = [10, 10, 10, 10]", {}, "must be divisible by num_groups .8.; correct the file"),
+        ("block_out_channels = 'wide'", {}, "small.toml: .*; correct the file"),
+        ("layers_per_block = 2", {"lora_rank": 2}, "--lora_rank 2: this student has another network than its teacher"),
+    ],
+)
+def test_a_smaller_unet_that_cannot_be_is_refused(place, tmp_path, text, more, words):
+    (tmp_path / "small.toml").write_text(f"[unet]\n{text}\n")
+    config, stages = planned(
+        place, place / "sd2", tmp_path, student_config=str(tmp_path / "small.toml"), to_steps=4, **more
+    )
+    with pytest.raises(OptionError, match=words):
+        describe_student(stages[0], stages[0].settings(config), read_config(place / "sd2"))
 
 
 @pytest.mark.parametrize(

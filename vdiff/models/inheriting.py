@@ -11,14 +11,16 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vdiff.models.backbone import parameter_count
+from vdiff.models.backbone import Backbone, parameter_count
+from vdiff.models.text import TextBackbone
 from vdiff.models.unet import Attention, Resample, ResBlock, UNet, UNetStage
 from vdiff.models.unet_config import UNetConfig
+from vdiff.models.wrapped import DiffusersBackbone
 
 Parts = tuple[int, ...]
 """The lengths of the pieces of an axis of a tensor; for instance q, k and v are three pieces."""
@@ -46,12 +48,16 @@ class Inherited:
         )
 
 
-def inherit(student: UNet, teacher: UNet) -> Inherited:
+def inherit(student: Backbone, teacher: Backbone) -> Inherited:
     """Copy the fitting parts of the teacher's weights to the student; its other weights do not change.
+
+    Both are `UNet`, or both are UNets of diffusers, with or without text encoders, which are not copied.
 
     - Fewer channels: the leading ones, separately for h and the skip on the way up, for scale and shift, for q, k and v
       and for each head. With fewer heads, each represents a group of the teacher's.
-    - Fewer blocks per level: the first, the last and evenly between; on the way up, the blocks that take their skips.
+    - Fewer blocks per level, or layers of a transformer: the first, the last and evenly between. On the way up, `UNet`
+      keeps the blocks that take their skips, and a UNet of diffusers the first and the last ones too, whose inputs have
+      the same channels (Kim et al. 2023, *BK-SDM*).
     - The embeddings of times and guidance: the nearest frequencies.
     - A block that changes its width, unlike the teacher's, begins with the identity.
 
@@ -61,14 +67,20 @@ def inherit(student: UNet, teacher: UNet) -> Inherited:
     Raises:
         ValueError: the channels of images, the condition image, the classes or the scale of the timestep differ.
     """
-    for name in ("in_channels", "image_input", "num_classes", "time_scale", "time_offset"):
-        mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
-        if mine != theirs:
-            raise ValueError(f"the student's {name} is {mine}, the teacher's {theirs}: they must be the same")
-    found = _weights(teacher, student.config)
+    student, teacher = (each.unet if isinstance(each, TextBackbone) else each for each in (student, teacher))
+    if isinstance(student, DiffusersBackbone) and isinstance(teacher, DiffusersBackbone):
+        found, own = (_weights_of_diffusers(each.model, student.model) for each in (teacher, student))
+    else:
+        assert isinstance(student, UNet)
+        assert isinstance(teacher, UNet)
+        for name in ("in_channels", "image_input", "num_classes", "time_scale", "time_offset"):
+            mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
+            if mine != theirs:
+                raise ValueError(f"the student's {name} is {mine}, the teacher's {theirs}: they must be the same")
+        found, own = (_weights(each, student.config) for each in (teacher, student))
     counts = {"whole": 0, "part": 0, "fresh": 0}
     copied = 0
-    for name, weight in _weights(student, student.config).items():
+    for name, weight in own.items():
         if not isinstance(weight.tensor, nn.Parameter):
             continue
         source = found.get(name)
@@ -137,7 +149,8 @@ def _weights(network: UNet, like: UNetConfig) -> dict[str, _Weight]:
     for name, mlp in embeddings.items():
         if mlp is not None:
             first = cast(nn.Linear, mlp[0])
-            found[f"{name}.0.weight"] = _Weight(_at_frequencies(first.weight, config, like), (emb, _pieces(like)))
+            weight = _at_frequencies(first.weight, config.freq_shift, like.channels, like.freq_shift)
+            found[f"{name}.0.weight"] = _Weight(weight, (emb, _pieces(like.channels)))
             found[f"{name}.0.bias"] = _Weight(first.bias, (emb,))
             found |= _linear(f"{name}.2", mlp[2], emb, emb)
     if network.embed_class is not None:
@@ -250,24 +263,89 @@ def _norm(name: str, norm: nn.GroupNorm, channels: Parts) -> dict[str, _Weight]:
     return {f"{name}.weight": _Weight(norm.weight, (channels,)), f"{name}.bias": _Weight(norm.bias, (channels,))}
 
 
-def _pieces(config: UNetConfig) -> Parts:
+def _pieces(channels: int) -> Parts:
     """The pieces of a time embedding: cosines, sines, and a zero if the number is odd."""
-    return config.channels // 2, config.channels // 2, config.channels % 2
+    return channels // 2, channels // 2, channels % 2
 
 
-def _at_frequencies(weight: Tensor, config: UNetConfig, like: UNetConfig) -> Tensor:
-    """Weights for `like`'s time embedding with nearly the output of `weight` (…, channels) for that of `config`.
+def _at_frequencies(weight: Tensor, shift: int, like_channels: int, like_shift: int) -> Tensor:
+    """Weights (…, C′) for another time embedding with nearly the output of `weight` (…, C) for its own.
 
-    Frequency i is P^(−i/(half − freq_shift)). It mostly lies between two of the other's frequencies, and its weights
+    Frequency i is P^(−i/(half − shift)). It mostly lies between two of the other's frequencies, and its weights
     are divided between these.
     """
-    if (config.channels, config.freq_shift) == (like.channels, like.freq_shift):
+    channels = weight.shape[1]
+    if (channels, shift) == (like_channels, like_shift):
         return weight
-    half, other = config.channels // 2, like.channels // 2
+    half, other = channels // 2, like_channels // 2
     if not half or not other:
-        return weight.new_zeros(len(weight), like.channels)
-    place = torch.arange(half) * (other - like.freq_shift) / (half - config.freq_shift)
+        return weight.new_zeros(len(weight), like_channels)
+    place = torch.arange(half) * (other - like_shift) / (half - shift)
     share = (1 - (place.clamp(max=other - 1)[:, None] - torch.arange(other)).abs()).clamp(min=0).to(weight)
     with torch.no_grad():
         cosines, sines = (part @ share for part in weight[:, : 2 * half].chunk(2, dim=1))
-    return torch.cat([cosines, sines, weight.new_zeros(len(weight), like.channels % 2)], dim=1)
+    return torch.cat([cosines, sines, weight.new_zeros(len(weight), like_channels % 2)], dim=1)
+
+
+# The meaning of the weights of a UNet of diffusers
+
+
+def _weights_of_diffusers(model: Any, like: Any) -> dict[str, _Weight]:
+    """As `_weights`, for a `UNet2DConditionModel`: names are those in `like`."""
+    parts, found = _parts_of_diffusers(model), {}
+    for name, module in _named_like(model, like):
+        for key, tensor in module.named_parameters(recurse=False):
+            rows, columns = parts.get(module, (None, None))
+            sizes = [given or (size,) for given, size in zip((rows, columns), tensor.shape[:2], strict=False)]
+            found[f"{name}.{key}"] = _Weight(tensor, tuple(sizes))
+        if getattr(module, "conv_shortcut", 0) is None:
+            out, inputs = parts.get(module.conv1, (None, None))
+            weight = module.conv1.weight
+            sizes = [out or (weight.shape[0],), inputs or (weight.shape[1],)]
+            eye = torch.eye(*weight.shape[:2]).to(weight)[:, :, None, None]
+            found[f"{name}.conv_shortcut.weight"] = _Weight(eye, tuple(sizes))
+            found[f"{name}.conv_shortcut.bias"] = _Weight(weight.new_zeros(len(weight)), (sizes[0],))
+    first, own, other = ".time_embedding.linear_1.weight", model.config, like.config
+    columns = other.block_out_channels[0]
+    weight = _at_frequencies(found[first].tensor, own.freq_shift, columns, other.freq_shift)
+    found[first] = _Weight(weight, (found[first].axes[0], _pieces(columns)))
+    guidance, theirs = ".time_embedding.cond_proj.weight", like.time_embedding.cond_proj
+    if theirs is not None and guidance not in found:
+        found[guidance] = _Weight(torch.zeros_like(theirs.weight), tuple((size,) for size in theirs.weight.shape))
+    return found
+
+
+def _named_like(module: nn.Module, like: nn.Module | None, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Name in `like`, module; modules that correspond to none of `like`'s are omitted or have a name that it lacks."""
+    yield name, module
+    for child, part in module.named_children():
+        other = getattr(like, child, None)
+        if not isinstance(part, nn.ModuleList) or not isinstance(other, nn.ModuleList):
+            yield from _named_like(part, other, f"{name}.{child}")
+            continue
+        number = _numbers(len(part), len(other))
+        if child in ("down_blocks", "up_blocks"):  # levels are numbered from the image
+            shift = len(other) - len(part) if child == "up_blocks" else 0
+            number = {k: k + shift for k in range(len(part)) if 0 <= k + shift < len(other)}
+        for k, at in number.items():
+            yield from _named_like(part[k], other[at], f"{name}.{child}.{at}")
+
+
+def _parts_of_diffusers(model: Any) -> dict[nn.Module, tuple[Parts | None, Parts | None]]:
+    """The layers whose rows or columns have several pieces, and these."""
+    found: dict[nn.Module, tuple[Parts | None, Parts | None]] = {}
+    width = model.config.block_out_channels[-1]
+    for block in model.up_blocks:
+        for resnet in block.resnets:
+            inputs = (width, resnet.in_channels - width)
+            found |= {resnet.norm1: (inputs, None), resnet.conv1: (None, inputs), resnet.conv_shortcut: (None, inputs)}
+            width = resnet.out_channels
+    for module in model.modules():
+        if (heads := getattr(module, "heads", None)) is not None:
+            by_head = (module.to_q.out_features // heads,) * heads
+            found |= dict.fromkeys((module.to_q, module.to_k, module.to_v), (by_head, None))
+            found[module.to_out[0]] = (None, by_head)
+        elif type(module).__name__ == "GEGLU":  # values and gates
+            half = module.proj.out_features // 2
+            found[module.proj] = ((half, half), None)
+    return found

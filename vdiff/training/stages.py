@@ -14,12 +14,12 @@ from typing import Any
 from vdiff.data.captions import read_prompts
 from vdiff.diffusion.distillation import METHODS, Guided, shortening
 from vdiff.diffusion.phases import check_phase, fitting_phases, halving_start
-from vdiff.errors import OptionError, VdiffError
+from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.codec import LATENTS
 from vdiff.models.condition import IMAGE, SECOND_TIME, TOKENS
-from vdiff.models.kinds import UNET
+from vdiff.models.kinds import TEXT, UNET
 from vdiff.projects import Project
 from vdiff.records import RUN_FILE
 from vdiff.reporting import Reporter
@@ -34,6 +34,12 @@ EVALUATIONS = 5
 """The cost of an update per image, in network evaluations: the teacher's two, the student's, and its gradient."""
 SHARE = 25
 """A check uses at most 1/N of its stage's evaluations; comparison and report use 1/N of the ladder's."""
+SIZES_OF_DIFFUSERS = (
+    *("block_out_channels", "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+    *("attention_head_dim", "num_attention_heads", "norm_num_groups"),
+    *("down_block_types", "mid_block_type", "up_block_types"),
+)
+"""What a `student_config` may change in a UNet of diffusers; an empty text stands for their `None`."""
 SHORTEST_IN_HALF = 64
 """Up to this many teacher steps, bf16 is precise enough. On 8×8 digits, targets differ from the student's prediction
 by 0.0016 at 1024 → 512 steps and 0.0065 at 64 → 32; bf16 adds an error of 0.0014 to 0.0015 (x-prediction, root mean
@@ -439,7 +445,7 @@ def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[st
     """
     if not config.student_config:
         return teacher.network_config
-    if teacher.kind != UNET:
+    if teacher.kind not in (UNET, TEXT):
         raise OptionError(
             f"--student_config describes a UNet, but the teacher's network is of kind {teacher.kind}", "leave it out"
         )
@@ -450,7 +456,21 @@ def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[st
         reason = getattr(error, "strerror", None) or error
         raise OptionError(f"--student_config {path} cannot be read: {reason}", "give a TOML file") from None
     table = values.get("unet")
+    example = "channels = 32" if teacher.kind == UNET else "layers_per_block = 1"
     if not isinstance(table, dict) or not table:
-        raise OptionError(f"--student_config {path} has no table [unet]", "write one: [unet], channels = 32")
-    check_unet(table, f"--student_config {path}: ")
-    return {**teacher.unet, **table}
+        raise OptionError(f"--student_config {path} has no table [unet]", f"write one: [unet], {example}")
+    if teacher.kind == UNET:
+        check_unet(table, f"--student_config {path}: ")
+        return {**teacher.unet, **table}
+    for key in sorted(table.keys() - set(SIZES_OF_DIFFUSERS)):
+        where = f"--student_config {path}: [unet] {key}"
+        if key in teacher.network_config["unet"]["config"]:
+            raise OptionError(f"{where} must be that of the teacher", "take it out of the file")
+        raise OptionError(f"{where} is no size of a UNet of diffusers", suggestion(key, SIZES_OF_DIFFUSERS))
+    return with_unet(teacher.network_config, **{key: None if value == "" else value for key, value in table.items()})
+
+
+def with_unet(network: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """The configuration of a text-to-image network with changes in that of its UNet of diffusers."""
+    unet = network["unet"]
+    return {**network, "unet": {**unet, "config": {**unet["config"], **changes}}}

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 import vdiff
 from vdiff.diffusion.distillation import Guided
-from vdiff.errors import OptionError
+from vdiff.errors import OptionError, VdiffError
 from vdiff.models.adapters import add_adapter, copy_adapter
 from vdiff.models.checkpoint import (
     ADAPTER,
@@ -30,26 +30,30 @@ from vdiff.models.denoiser import Denoiser, GuidedDenoiser
 from vdiff.models.inheriting import inherit
 from vdiff.models.kinds import PYTHON, TEXT, UNET
 from vdiff.models.text import TextBackbone
-from vdiff.models.unet import UNet
 from vdiff.records import RUN_FILE
 from vdiff.reporting import Reporter, Silent
+from vdiff.text import cause_of
 from vdiff.training.config import DistillConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import Engine
 from vdiff.training.estimate import Memory, allocate, memory_of, update_times
 from vdiff.training.finetuning import adapter_of, sample_shape_of, with_fingerprint
+from vdiff.training.folder import is_run
 from vdiff.training.inputs import encoded_of, inputs_of, vae_of
 from vdiff.training.loop import Run
 from vdiff.training.objectives import DistillationObjective
 from vdiff.training.presets import read_run
 from vdiff.training.sample_conditions import sample_conditions
 from vdiff.training.sample_prompts import prompts_of_run
-from vdiff.training.stages import Stage, student_network
+from vdiff.training.stages import Stage, student_network, with_unet
 from vdiff.training.step import Task
 from vdiff.training.weights import copy_sharing
 
 GUIDANCE_CHANNELS = 256
-"""Of the embedding of the weight of guidance, as in the UNets of Latent Consistency Models (Luo et al. 2023)."""
+"""Of the embedding of the weight of guidance, as in the UNets of Latent Consistency Models (Luo et al. 2023).
+
+diffusers' UNets add a linear projection of it to the embedding of the time.
+"""
 
 
 def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointConfig) -> CheckpointConfig:
@@ -68,7 +72,7 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
     if teacher.kind == UNET:
         network |= {**method.network_options, "dropout": config.dropout}
     elif "guidance_input" in method.network_options and teacher.kind == TEXT:
-        network = with_guidance_input(network)
+        network = with_unet(network, time_cond_proj_dim=GUIDANCE_CHANNELS)
     elif missing := {name.removesuffix("_input") for name in method.network_options} - set(teacher.signature.names):
         name = sorted(missing)[0]
         raise OptionError(
@@ -100,23 +104,18 @@ def describe_student(stage: Stage, config: DistillConfig, teacher: CheckpointCon
             f"--lora_rank {config.lora_rank}: this student has another network than its teacher",
             "leave --lora_rank out: the student is then a whole model",
         )
-    try:
-        if teacher.kind == UNET:
+    if config.student_config or teacher.kind == UNET:
+        try:
             with torch.device("meta"):
                 description.build()
-        description.signature.check_shape(teacher.shape)
-    except (ValueError, TypeError) as error:
-        raise OptionError(f"--student_config {config.student_config}: {error}", "correct the file") from None
+            description.signature.check_shape(teacher.shape)
+        except VdiffError:
+            raise
+        except Exception as error:  # diffusers raises many kinds
+            raise OptionError(
+                f"--student_config {config.student_config}: {cause_of(error)}", "correct the file"
+            ) from None
     return description
-
-
-def with_guidance_input(network: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a text-to-image network that takes the weight of guidance as an input.
-
-    diffusers' UNets add a linear projection of its embedding to that of the time (`time_cond_proj_dim`).
-    """
-    unet = network["unet"]
-    return {**network, "unet": {**unet, "config": {**unet["config"], "time_cond_proj_dim": GUIDANCE_CHANNELS}}}
 
 
 def begin_student(stage: Stage, config: DistillConfig, description: CheckpointConfig) -> tuple[Denoiser, str]:
@@ -160,12 +159,8 @@ def student_of(
     inherited, output = "", student.network.output_layer
     if description.network_id() == before.network_id():
         student.load_state_dict(teacher.state_dict())
-    elif isinstance(student.network, TextBackbone):
-        missing, _ = student.load_state_dict(teacher.state_dict(), strict=False)
-        for name in missing:  # the projection of the guidance, which changes nothing at first
-            torch.nn.init.zeros_(student.get_parameter(name))
     else:
-        inherited = str(inherit(cast(UNet, student.network), cast(UNet, teacher.network)))
+        inherited = str(inherit(student.network, teacher.network))
     if description.family != before.family and output is not None:
         for parameter in output.parameters():  # it predicts something else from now on
             torch.nn.init.zeros_(parameter)
@@ -198,7 +193,9 @@ def stage_run(
     if description.adapter and before.adapter is None:
         description = with_fingerprint(description)
     encoded = encoded_of(images, description, reporter or Silent())
-    teacher, student, _ = begin_stage(stage, config, description)
+    teacher, student, inherited = begin_stage(stage, config, description)
+    if config.student_config and reporter and not is_run(stage.folder):
+        reporter.line(f"{stage.folder} begins with {inherited or 'all weights of its teacher'}")
     task = stage_task(stage, config, engine, teacher, before, student, description)
     inputs = inputs_of(description, engine.device, encoded)
     return Run(
