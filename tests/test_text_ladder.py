@@ -525,6 +525,15 @@ def test_a_student_that_takes_guidance_draws_the_pictures_of_diffusers_pipeline(
     whole.set_progress_bar_config(disable=True)
     drawn = whole(PROMPTS, latents=noise, output_type="pt", num_inference_steps=4, guidance_scale=7.5).images
     torch.testing.assert_close(pictures[1], drawn * 2 - 1, rtol=0, atol=1e-4)
+    import_pipeline(str(tmp_path / "pipeline"), tmp_path / "again")
+    again = vdiff.load(tmp_path / "again", device="cpu")
+    assert (again.config.guidance_range, again.config.num_timesteps) == ([2.0, 14.0], 4)
+    for weight, expected in zip((2.0, 6.5), pictures, strict=True):
+        assert torch.equal(torch.Tensor(again.sample(prompts=PROMPTS, noise=noise, guidance=weight)), expected)
+    scheduler = tmp_path / "pipeline/scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("v_prediction", "epsilon"))
+    with pytest.raises(VdiffError, match=r"vdiff/config.json describes another schedule or prediction; export the fold"):
+        import_pipeline(str(tmp_path / "pipeline"), tmp_path / "other")
     readme = (tmp_path / "pipeline" / "README.md").read_text()
     assert "guidance scale 3 to 15 in diffusers" in readme
     assert "num_inference_steps=4, guidance_scale=9)" in readme

@@ -173,13 +173,17 @@ def _latent_model(
 ) -> Imported:
     """A pipeline of latents."""
     notes = remarks(scheduler, latents=True)
-    description = import_folder(root, name, _index(root), read_schedule(scheduler), read_prediction(scheduler))
+    own = read_config((root / NOTE).parent) if (root / NOTE).exists() else None
+    schedule, prediction = read_schedule(scheduler), read_prediction(scheduler)
+    takes_guidance = bool(own and own.guidance_range)
+    description = import_folder(root, name, _index(root), schedule, prediction, takes_guidance=takes_guidance)
     config = description.config
-    if (root / NOTE).exists():
-        own = read_config((root / NOTE).parent)
+    if own is not None:
         if (own.prediction, own.schedule, own.shape) == (config.prediction, config.schedule, config.shape):
             dataset = own.dataset if own.is_imported else _trained_by_vdiff(own, name)
             config = replace(own, backbone=config.backbone, dataset=dataset)
+        elif takes_guidance:
+            raise VdiffError(f"{root / NOTE} describes another schedule or prediction", "export the folder again")
         else:
             notes.append(f"{root / NOTE} is ignored: it describes another schedule or prediction")
     config = _with_steps(config, num_timesteps)

@@ -178,17 +178,20 @@ class LatentPipeline:
             save_checkpoint(temporary, self.weights, replace(config, components=components))
 
 
-def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, prediction: str) -> LatentPipeline:
+def import_folder(
+    root: Path, name: str, index: JsonFile, schedule: Schedule, prediction: str, *, takes_guidance: bool = False
+) -> LatentPipeline:
     """Read a pipeline of latents.
 
     Args:
         name: of the source, for the description of the checkpoint.
         index: of a class of `PIPELINES`.
+        takes_guidance: whether the network may take the weight of guidance: it is known which ones it has learned.
 
     Raises:
         VdiffError: a part is missing, damaged, or not supported.
     """
-    backbone, weights = read_backbone(root, index)
+    backbone, weights = read_backbone(root, index, takes_guidance=takes_guidance)
     settings: Any = backbone.model.config
     size, takes = settings.sample_size, backbone.signature
     shape = [takes.channels, *((size, size) if isinstance(size, int) else size or ())]
@@ -212,7 +215,7 @@ def import_folder(root: Path, name: str, index: JsonFile, schedule: Schedule, pr
     return LatentPipeline(root, {f"{prefix}.{name}": tensor for name, tensor in weights.items()}, config)
 
 
-def read_backbone(root: Path, index: JsonFile) -> tuple[DiffusersBackbone, dict[str, Tensor]]:
+def read_backbone(root: Path, index: JsonFile, *, takes_guidance: bool) -> tuple[DiffusersBackbone, dict[str, Tensor]]:
     """The network of a pipeline, without memory for its weights, and its weights in the precision of their file."""
     kind = TRANSFORMERS.get(str(index.values["_class_name"]), TEXT_UNET)
     part = "unet" if kind == TEXT_UNET else "transformer"
@@ -221,7 +224,7 @@ def read_backbone(root: Path, index: JsonFile) -> tuple[DiffusersBackbone, dict[
     folder = root / part
     file = JsonFile.read(folder / CONFIG, DAMAGED)
     for key in ("time_cond_proj_dim", "num_class_embeds", "class_embed_type", "encoder_hid_dim"):
-        if file.get(key) is not None:
+        if file.get(key) is not None and not (takes_guidance and key == "time_cond_proj_dim"):
             raise file.refusal(key, "a UNet with other inputs than noise, time and text cannot be read")
     values = {key: value for key, value in file.values.items() if not key.startswith("_")}
     doubled = values.get("out_channels") == 2 * values.get("in_channels", 0)
