@@ -532,7 +532,7 @@ def test_a_student_that_takes_guidance_draws_the_pictures_of_diffusers_pipeline(
         assert torch.equal(torch.Tensor(again.sample(prompts=PROMPTS, noise=noise, guidance=weight)), expected)
     scheduler = tmp_path / "pipeline/scheduler/scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("v_prediction", "epsilon"))
-    with pytest.raises(VdiffError, match=r"vdiff/config.json describes another schedule or prediction; export the fold"):
+    with pytest.raises(VdiffError, match=r"vdiff/config.json describes another schedule or prediction; export"):
         import_pipeline(str(tmp_path / "pipeline"), tmp_path / "other")
     readme = (tmp_path / "pipeline" / "README.md").read_text()
     assert "guidance scale 3 to 15 in diffusers" in readme
