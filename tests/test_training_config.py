@@ -596,7 +596,7 @@ def test_a_preset_that_leaves_classes_unused_says_so(data, classes, tmp_path):
         )
         return config.class_conditional, watcher.lines
 
-    line = "preset {} does not use the 2 classes; --class_conditional True does"
+    line = "preset {} ignores the 2 classes; --class_conditional True uses them"
     why = ", chosen for 10 images of this size on cpu"
     cpu = {"device": "cpu"}
     first = f"preset digits, {classes}: 4×4×3{why}"

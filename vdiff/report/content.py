@@ -457,7 +457,7 @@ def web_page(ladder: LadderRun, folder: Path) -> tuple[str, str] | None:
 def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
     """(purpose, command) of all commands that reproduce data, models, samples and this page, in a separate folder."""
     made = [(number, model) for number, model in enumerate(ladder.models) if model.folder and model.settings]
-    result = [("Prepare the images (replace the source by its path, if it has no name)", prepare_command(ladder))]
+    result = [("Prepare the images (if the source is a folder or a file, give its path)", prepare_command(ladder))]
     for number, model in made:
         config = ["--config", ((model.folder or Path()) / RUN_FILE).as_posix(), "--data", f"{AGAIN}/data"]
         command, what = ["python", "train.py", *config], "Train the teacher"

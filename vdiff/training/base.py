@@ -53,7 +53,7 @@ def resolve_training(
         resume: begin from the settings recorded in `folder` instead of a preset.
         assume: if there is a preset and no dataset, take the images that the preset is made for.
         project: its dataset is taken if none is named.
-        reporter: gets the preset and the reason for it, and a line if the preset does not use the classes of the data.
+        reporter: gets the preset and the reason for it, and a line if the preset ignores the classes of the data.
 
     Raises:
         VdiffError: settings or dataset cannot be used.
@@ -119,8 +119,8 @@ def resolve_training(
     if reporter and config.optimizer == "prodigy":
         reporter.line(f"prodigy finds its step itself; the factor --lr is {config.lr:g}")
     if reporter and images.class_names and config.class_conditional is False and "class_conditional" not in chosen:
-        unused = f"preset {preset} does not use the {len(images.class_names)} classes"
-        reporter.line(f"{unused}; --class_conditional True does")
+        unused = f"preset {preset} ignores the {len(images.class_names)} classes"
+        reporter.line(f"{unused}; --class_conditional True uses them")
     conditional = bool(images.class_names) if config.class_conditional is None else config.class_conditional
     check_dropped(config, takes_text=takes_text, takes_classes=conditional)
     for name in ("random_crop", "vae"):

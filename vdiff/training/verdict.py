@@ -257,7 +257,7 @@ def summary(verdict: Verdict) -> str:
     """`RMSE to its teacher 0.031 (before training 0.112), distance to data 0.23 (teacher 0.21)`."""
     text = f"RMSE to its teacher {verdict.rmse:.4f} (before training {verdict.rmse_before:.4f})"
     if verdict.every > 1:
-        text += f", both in one of {verdict.every} steps"
+        text += f", both in 1/{verdict.every} of their steps"
     if verdict.distance is not None:
         text += f", distance to the data {verdict.distance:.3g} (teacher {verdict.teacher_distance:.3g})"
     return text
