@@ -3,7 +3,7 @@
 It writes the text between the two marks in both files, copies the ladder's picture, and, if Chromium is installed,
 photographs the report.
 
-    python docs/make_readme.py --hero checkpoints/emoji --teacher_steps 128 --guidance 1 --num 12
+    python docs/make_readme.py --hero checkpoints/emoji --teacher_steps 64 --guidance 2 --prompts prompts.txt
 
 draws the first picture of README.md, docs/images/hero.png, from a teacher (`original`) and its students (`base_…`).
 """
@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -108,15 +110,17 @@ def replace_block(page: Path, new: str, begin: str = BEGIN, end: str = END) -> N
 
 
 def hero(
-    folder: Path, *, teacher_steps: int, num: int, seed: int = 0, guidance: float = 0.0
+    folder: Path, *, teacher_steps: int, num: int, seed: int = 0, guidance: float = 0.0, prompts: Sequence[str] = ()
 ) -> tuple[PIL.Image.Image, list[tuple[int, float]]]:
     """The picture of a teacher beside its students of 8, 4, 2 and 1 steps, and (steps, ms per image) of each.
 
-    Each row is a model, and each column has the same noise and class. A time is the shortest of `TIMED` drawings.
+    Each row is a model, and each column has the same noise and class or prompt. A time is the shortest of `TIMED`
+    drawings.
 
     Args:
         folder: has the checkpoints `original` and `base_…`.
-        guidance: the weight of classifier-free guidance, for all models.
+        guidance: the weight of classifier-free guidance, for all models that have not learned it.
+        prompts: of a text-to-image model.
     """
     students = [(vdiff.load(path), path) for path in folder.glob("base_*") if (path / "config.json").is_file()]
     by_steps = {model.config.num_timesteps: model for model, _ in students}
@@ -128,7 +132,8 @@ def hero(
         shortest = math.inf
         for _ in range(TIMED if steps <= max(HERO_STEPS) else 1):  # the teacher takes long, and needs no warm-up
             began = time.monotonic()
-            images = model.sample(num, steps=steps, seed=seed, guidance=guidance)
+            weight = None if model.config.guidance_scale else guidance
+            images = model.sample(num, steps=steps, seed=seed, guidance=weight, prompts=prompts)
             shortest = min(shortest, 1000 * (time.monotonic() - began) / num)
         rows.append(list(images))
         times.append((steps, shortest))
@@ -139,16 +144,18 @@ def hero(
     return captioned_grid(rows, [""] * num, titles), times
 
 
-def write_hero(folder: Path, page: Path, picture: Path, **options: float) -> None:
+def write_hero(folder: Path, page: Path, picture: Path, *, prompts: Sequence[str] = (), **options: Any) -> None:
     """Save the picture of `hero`, and show it in a page with its times."""
-    drawn, times = hero(folder, **options)  # type: ignore[arg-type]
+    drawn, times = hero(folder, prompts=prompts, **options)
     save_png(drawn, picture)
     (teacher_steps, teacher_ms), *students = times
     last_steps, last_ms = students[-1]
-    size = vdiff.load(folder / "original").config.image_size
+    size = vdiff.load(folder / "original").sample(1, steps=1, prompts=prompts[:1]).shape[-1]
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else plural(torch.get_num_threads(), "CPU thread")
+    named = f"Prompts: {', '.join(prompts)}. " if prompts else ""
     caption = (
-        f"*Images of {size} × {size} pixels. Each column starts from the same noise. The teacher takes "
+        f"*{named}Images of {size} × {size} pixels. "
+        "Each column starts from the same noise. The teacher takes "
         f"{plural(teacher_steps, 'step')} and {figure(teacher_ms)} ms per image, the last student "
         f"{plural(last_steps, 'step')} and {figure(last_ms)} ms (on {place}).*"
     )
@@ -176,8 +183,14 @@ if __name__ == "__main__":
     parser.add_argument("--num", type=int, default=12, help="Images per row.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=0.0)
+    parser.add_argument(
+        "--prompts", type=Path, help="Of a text-to-image model, a line each; then --num is their number."
+    )
     asked = vars(parser.parse_args())
     place, is_hero = asked.pop("folder"), asked.pop("hero")
+    if path := asked.pop("prompts"):
+        asked["prompts"] = path.read_text(encoding="utf-8").splitlines()
+        asked["num"] = len(asked["prompts"])
     if is_hero:
         write_hero(place, README, IMAGES / "hero.png", **asked)
     else:

@@ -62,6 +62,31 @@ def test_the_page_shows_it(project, tmp_path):
     assert all(mark in README.read_text(encoding="utf-8") for mark in HERO_MARKS)
 
 
+def test_a_text_to_image_model_draws_prompts_and_guides_the_teacher_alone(tmp_path, monkeypatch):
+    from tests.text_training import write_text_checkpoint
+
+    write_text_checkpoint(tmp_path / "original", "sd2")
+    denoiser, config = load_checkpoint(tmp_path / "original")
+    for steps in (8, 4, 2, 1):
+        student = replace(config, num_timesteps=steps, method="guided", guidance_scale=3.0)
+        save_checkpoint(tmp_path / f"base_{steps}", denoiser.state_dict(), student)
+    weights, sample = [], make_readme.vdiff.Model.sample
+
+    def watched(model, *args, guidance=None, prompts=(), **options):
+        weights.append(guidance)
+        assert list(prompts) == ["a fox", "a cat"][: len(prompts)]
+        return sample(model, *args, guidance=guidance, prompts=prompts, **options)
+
+    monkeypatch.setattr(make_readme.vdiff.Model, "sample", watched)
+    monkeypatch.setattr(make_readme, "TIMED", 1)
+    page = tmp_path / "README.md"
+    page.write_text("\n".join(HERO_MARKS))
+    prompts = ["a fox", "a cat"]
+    write_hero(tmp_path, page, tmp_path / "hero.png", teacher_steps=10, num=2, guidance=2.0, prompts=prompts)
+    assert weights[:5] == [2.0, None, None, None, None]
+    assert "*Prompts: a fox, a cat. Images of 64 × 64 pixels." in page.read_text()
+
+
 def test_missing_students_are_named(project):
     (project / "base_1" / "config.json").unlink()
     with pytest.raises(AssertionError, match=r"no students of \[4\] steps"):
