@@ -117,7 +117,7 @@ CASES = [
     (f"{TRAIN} --data file", FAILED, "file is not a dataset: it holds no data.mdb; "),
     ("train.py --config nowhere.toml", USAGE, "nowhere.toml cannot be read: No such file or directory; give --config"),
     ("train.py --config photos", USAGE, "photos cannot be read: Is a directory; give --config a TOML file"),
-    ("train.py --config file", USAGE, "file is no TOML: …; correct the file"),
+    ("train.py --config file", USAGE, "file is not TOML: …; correct the file"),
     (f"{TRAIN}/x --out file", FAILED, "file exists and is not a run that vdiff wrote; choose another --out"),
     (f"{TRAIN} --out file/x", FAILED, "cannot write file/x: Not a directory; "),
     (f"{TRAIN} --out photos", FAILED, "photos exists and is not a run that vdiff wrote; choose another --out"),
@@ -291,8 +291,8 @@ FILES = [
     ("distill = 5", " [distill]: 5 is not a table; correct the file"),
     ("[distill]\nbase = 5", " [distill]: base = 5 is not a string; give a string"),
     ("[distill]\nto_step = 5", " [distill]: unknown setting 'to_step'; did you mean 'to_steps'?"),
-    ("lr = ", " is no TOML: "),
-    ("lr = 1\nlr = 2", " is no TOML: "),
+    ("lr = ", " is not TOML: "),
+    ("lr = 1\nlr = 2", " is not TOML: "),
 ]
 
 
@@ -417,7 +417,7 @@ def test_damaged_leftovers():
     resume = "train.py --resume --out checkpoints/half"
     assert error(resume, FAILED).startswith(f"{state} cannot be read ")
     Path("checkpoints/half/run.toml").write_text("lr = ")
-    assert error(resume, USAGE).startswith("checkpoints/half/run.toml is no TOML: ")
+    assert error(resume, USAGE).startswith("checkpoints/half/run.toml is not TOML: ")
 
 
 # The disk

@@ -289,7 +289,7 @@ def test_noise_levels_are_drawn_as_they_are_asked_for(schedule, method):
 
 @pytest.mark.parametrize("words", ["normal", "1", "0,0", "1,2,3", "nan,1", "0,inf"])
 def test_what_is_no_distribution_is_refused(words):
-    with pytest.raises(OptionError, match=f"--proposal {words}: no distribution"):
+    with pytest.raises(OptionError, match=f"--proposal {words}: not a distribution"):
         Scm(proposal=words)
 
 

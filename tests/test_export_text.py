@@ -154,7 +154,7 @@ def _truncated(bases: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str, int, str]] = {
-    "pixels": (_plain, "single_file plain a.safetensors", 1, "plain is no text-to-image model of latents"),
+    "pixels": (_plain, "single_file plain a.safetensors", 1, "plain is not a text-to-image model of latents"),
     "a LoRA": (_lora, "single_file lora a.safetensors", 1, "lora is a LoRA; add --merge to bake it into its base"),
     "a LoRA to a folder": (_lora, "diffusers lora folder", 1, "lora is a LoRA; add --merge"),
     "a guided student": (_guided, "single_file guided a.safetensors", 1, "takes the guidance as an input, which"),

@@ -288,7 +288,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, tmp_path):
         ({"img_resolution": 7}, "img_resolution must be a multiple of 2"),
         ({"channel_mult": ["1"]}, "channel_mult is ['1']"),
         ({"sigma_data": "x"}, "sigma_data is 'x'"),
-        ({"colour": 1}, "'colour' is no argument"),
+        ({"colour": 1}, "'colour' is not an argument"),
         ({"model_type": "DhariwalUNet"}, "8 channels × [1, 2] cannot be read"),
     ],
 )
@@ -314,12 +314,12 @@ def test_a_pickle_of_nvidia_is_refused_with_the_way_to_convert_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "flags", "code", "words"),
     [
-        ("model.pt", "", 2, "is no published file by its name"),
+        ("model.pt", "", 2, "does not have the name of a published file"),
         ("cd_imagenet64_l2.pt", "", 1, "is a consistency model"),
-        ("64x64_classifier.pt", "", 1, "is no model of images alone"),
+        ("64x64_classifier.pt", "", 1, "is not a model of images alone"),
         ("512x512_diffusion.pt", "", 1, "take the model of 256 pixels"),
         ("64x64_diffusion.pt", "", 1, "lacks input_blocks.0.0.bias"),
-        ("model.pt", "--flags --colour=3", 2, "--colour is no flag"),
+        ("model.pt", "--flags --colour=3", 2, "--colour is not a flag"),
         ("model.pt", "--flags --image_size", 2, "need pairs"),
         ("model.pt", "--flags '--image_size big'", 2, "--image_size is 'big'"),
         ("model.pt", "--flags '--class_cond perhaps'", 2, "give True or False"),
@@ -352,7 +352,7 @@ CLASS_CONDITIONAL = {"64x64_diffusion", "128x128_diffusion", "256x256_diffusion"
         (b"", "cannot be read"),
         (b"\xdd\xff\xff\xff\xff", "cannot be read"),
         (msgspec.msgpack.encode({"params": 1}), "it holds no ema_params"),
-        (msgspec.msgpack.encode({"ema_params": {"a": 1}}), "a is no array"),
+        (msgspec.msgpack.encode({"ema_params": {"a": 1}}), "a is not an array"),
         (msgspec.msgpack.encode({"ema_params": {}}), "conv_in.weight"),
         (
             msgspec.msgpack.encode(

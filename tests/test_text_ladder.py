@@ -389,7 +389,7 @@ def test_a_smaller_unet_is_trained_resumed_drawn_exported_and_imported(place, tm
 @pytest.mark.parametrize(
     ("text", "more", "words"),
     [
-        ("layer_per_block = 1", {}, "layer_per_block is no size of a UNet of diffusers; did you mean 'layers_per_blo"),
+        ("layer_per_block = 1", {}, "layer_per_block is not a size of a UNet of diffusers; did you mean 'layers"),
         ("cross_attention_dim = 8", {}, "cross_attention_dim must be that of the teacher; take it out"),
         ("block_out_channels = [10, 10, 10, 10]", {}, "must be divisible by num_groups .8.; correct the file"),
         ("block_out_channels = 'wide'", {}, "small.toml: .*; correct the file"),

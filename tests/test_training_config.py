@@ -548,7 +548,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(OptionError, match=r"cannot be read: No such file or directory; give --config a TOML file"):
         read_settings(tmp_path / "no.toml")
     (tmp_path / "bad.toml").write_text("lr = = 3")
-    with pytest.raises(OptionError, match=r"bad\.toml is no TOML: "):
+    with pytest.raises(OptionError, match=r"bad\.toml is not TOML: "):
         read_settings(tmp_path / "bad.toml")
     (tmp_path / "latin.toml").write_bytes(b"data = '\xe9'")
     with pytest.raises(OptionError, match=r"latin\.toml cannot be read: .*utf-8"):

@@ -297,7 +297,7 @@ class ListingWriter:
         # a single folder is one that all images share: it is no class, and repeats change nothing
         shared = [] if folders else first.split(b"\0")[:-1][-1:]
         if self.class_names is not None or self._order is not None or loose * len(folders) or not (folders or shared):
-            raise OptionError("--repeats: the classes are no folders", "sort all images into folders such as 10_dog")
+            raise OptionError("--repeats: the classes are not folders", "sort all images into folders such as 10_dog")
         names = {}
         for folder in folders or shared:
             shown = clean_name(_decode(folder))

@@ -47,7 +47,7 @@ class ContinuousMethod(Method):
             mean, deviation = math.nan, math.nan
         if not (math.isfinite(mean) and 0 < deviation < math.inf):
             raise OptionError(
-                f"--proposal {self.proposal}: no distribution", 'give uniform, or two numbers: "-1.0,1.4"'
+                f"--proposal {self.proposal}: not a distribution", 'give uniform, or two numbers: "-1.0,1.4"'
             )
         return mean, deviation
 

@@ -264,7 +264,8 @@ def export_lora(
     check_student(checkpoint, config, base)
     if layout in (KOHYA, BOTH) and family_of(config) is None:
         raise VdiffError(
-            f"{checkpoint} is no LoRA of Stable Diffusion, and kohya's layout is for those", "give --format diffusers"
+            f"{checkpoint} is not a LoRA of Stable Diffusion, and kohya's layout is only for those",
+            "give --format diffusers",
         )
     licence = license_name or license_of_base(config)
     notes = list(notes_of(config, base))

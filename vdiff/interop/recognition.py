@@ -156,7 +156,7 @@ def recognise(path: Path) -> Foreign:
     if path.is_dir():
         return _pipeline(path)
     if path.suffix != ".safetensors":
-        raise VdiffError(f"{path} is no .safetensors file", "pickles (.ckpt, .pt, .bin) are never read")
+        raise VdiffError(f"{path} is not a .safetensors file", "pickles (.ckpt, .pt, .bin) are never read")
     shapes = read_shapes(path)
     with reading(path):
         metadata = {str(key): str(value) for key, value in read_header(path).get("__metadata__", {}).items()}

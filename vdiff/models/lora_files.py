@@ -51,7 +51,7 @@ def read_lora(path: Path, base: CheckpointConfig) -> tuple[AdapterSettings, dict
     if (path / ADAPTER).is_file():
         return _of_checkpoint(path, base)
     if base.kind != TEXT:
-        raise VdiffError(f"{path} is no checkpoint of a LoRA, and its base takes no prompts", "give a checkpoint")
+        raise VdiffError(f"{path} is not a checkpoint of a LoRA, and its base takes no prompts", "give a checkpoint")
     with torch.device("meta"):
         network = base.build().network
     with explained(f"{path} holds no LoRA that can be read", ADVICE, KeyError, ValueError, TypeError, AttributeError):
@@ -138,7 +138,7 @@ def _settings(
     """
     layers = {name.replace("text_model.", ""): module for name, module in network.named_modules()}
     if other := [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise VdiffError(f"{path} is no plain LoRA: it has {other[0]}", ADVICE)
+        raise VdiffError(f"{path} is not a plain LoRA: it has {other[0]}", ADVICE)
     names = sorted({_layer(name) for name in tensors})
     if not names:
         raise VdiffError(f"{path} holds no LoRA of this model", ADVICE)

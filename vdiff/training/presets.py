@@ -167,7 +167,7 @@ def _settings(text: str, origin: str) -> Settings:
     try:
         table = parse(text, tomllib.loads)
     except ValueError as error:
-        raise OptionError(f"{origin} is no TOML: {error}", "correct the file") from None
+        raise OptionError(f"{origin} is not TOML: {error}", "correct the file") from None
     distill, assumed = table.pop("distill", {}), table.pop("assumed", {})
     return Settings(train=table, distill=distill, assumed=assumed)
 

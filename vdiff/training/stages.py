@@ -466,7 +466,7 @@ def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[st
         where = f"--student_config {path}: [unet] {key}"
         if key in teacher.network_config["unet"]["config"]:
             raise OptionError(f"{where} must be that of the teacher", "take it out of the file")
-        raise OptionError(f"{where} is no size of a UNet of diffusers", suggestion(key, SIZES_OF_DIFFUSERS))
+        raise OptionError(f"{where} is not a size of a UNet of diffusers", suggestion(key, SIZES_OF_DIFFUSERS))
     return with_unet(teacher.network_config, **{key: None if value == "" else value for key, value in table.items()})
 
 

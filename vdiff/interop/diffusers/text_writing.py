@@ -87,7 +87,7 @@ def load_text_model(checkpoint: Path, *, merge: bool, components: Path | None) -
     said = read_config(checkpoint)
     if (family := family_of(said)) is None:
         raise VdiffError(
-            f"{checkpoint} is no text-to-image model of latents, as Stable Diffusion is",
+            f"{checkpoint} is not a text-to-image model of latents, as Stable Diffusion is",
             "vdiff export diffusers, onnx and torch write other models",
         )
     if said.adapter is not None and not merge:

@@ -82,7 +82,7 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
     kind = _class_of(file)
     known = edm2.READ | edm2.WITHOUT_EFFECT if kind == "Precond" else READ | WITHOUT_EFFECT
     if unknown := sorted(file.values.keys() - known):
-        raise VdiffError(f"{file.where}: {unknown[0][:60]!r} is no argument of such a network", ADVICE)
+        raise VdiffError(f"{file.where}: {unknown[0][:60]!r} is not an argument of such a network", ADVICE)
     tensors = {name: each for name, each in read_state_dict(path).items() if not DROPPED.fullmatch(name)}
     teacher = _teacher(file, kind)
     network: dict[str, Any]

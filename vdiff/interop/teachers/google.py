@@ -131,7 +131,7 @@ def _leaves(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Tensor]]:
         elif isinstance(value, Tensor):
             yield f"{path}{name}", value
         else:
-            raise ValueError(f"{path}{name} is no array")
+            raise ValueError(f"{path}{name} is not an array")
 
 
 def _in_torch_layout(tree: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +170,7 @@ def _unet_config(tensors: Mapping[str, Tensor], heads: set[tuple[int, ...]]) -> 
     found = {match.groups() for match in map(blocks.match, tensors) if match}
     count = 1 + max(int(level) for level, _, _ in found)
     if count > 16 or tensors["conv_out.weight"].shape[0] not in (image_channels, 2 * image_channels):
-        raise ValueError("it is no UNet of images")
+        raise ValueError("it is not a UNet of images")
     widths = [tensors[f"down_{level}.block_0/conv1.weight"].shape[0] for level in range(count)]
     if any(width % channels for width in widths):
         raise ValueError(f"levels of {widths} channels, from {channels}")

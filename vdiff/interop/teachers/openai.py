@@ -129,7 +129,7 @@ def import_openai(
     known = KNOWN.get(path.stem)
     if flags is None and known is None:
         raise OptionError(
-            f"{path} is no published file by its name, so its --flags are not known",
+            f"{path} does not have the name of a published file, so its --flags are unknown",
             'give those of the repository\'s scripts: --flags "--image_size 64 --num_channels 128 …"',
         )
     origin = repository or (known[0] if known else GUIDED)
@@ -164,7 +164,7 @@ def _refuse_other_networks(path: Path) -> None:
             "import its teacher, edm_….pt, and distil that",
         )
     if "classifier" in path.stem or "upsampl" in path.stem:
-        raise VdiffError(f"{path} is no model of images alone", "give a diffusion model without a second input")
+        raise VdiffError(f"{path} is not a model of images alone", "give a diffusion model without a second input")
     if path.stem.startswith("512x512"):
         raise VdiffError(
             f"{path} has a first level of half the channels of its time embedding, which vdiff's UNet lacks",
@@ -187,7 +187,7 @@ def _values(flags: str, repository: str) -> tuple[dict[str, Any], list[str]]:
         if name in WITHOUT_EFFECT:
             ignored.append(word)
         elif name not in values:
-            raise OptionError(f"--flags: {word} is no flag of these scripts", suggestion(name, DEFAULTS))
+            raise OptionError(f"--flags: {word} is not a flag of these scripts", suggestion(name, DEFAULTS))
         else:
             values[name] = _parsed(word, text, type(DEFAULTS[name]))
     return values, [f"flags without effect on the model: {', '.join(ignored)}"] if ignored else []
