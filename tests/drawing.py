@@ -15,7 +15,7 @@ from vdiff.models.unet_config import UNetConfig
 from vdiff.reporting import Reporter
 from vdiff.sampling.job import RunOptions, SampleReport, draw_images
 from vdiff.sampling.outputs import PICTURES, ImageKind, open_output
-from vdiff.sampling.packing import png_name
+from vdiff.sampling.packing import file_name
 from vdiff.sampling.spec import SampleSpec
 
 
@@ -66,7 +66,7 @@ def run(
 
 def image_path(folder: Path, index: int) -> Path:
     """The file of image `index`."""
-    return folder / png_name(index)
+    return folder / file_name(index)
 
 
 def written(out: Path) -> dict[str, bytes]:

@@ -28,8 +28,8 @@ from vdiff.sampling.outputs import FORMATS
 NUM, BATCH_SIZE = 11, 4
 POINTS: dict[str, tuple[Any, str]] = {
     "append": (record_log.RecordLog, "append"),
-    "file": (outputs.PngFolder, "encode"),
-    "batch": (outputs.PngFolder, "commit"),
+    "file": (outputs.FileFolder, "encode"),
+    "batch": (outputs.FileFolder, "commit"),
     "grid": (job, "save_png"),
     "path": (job.TrajectoryRecorder, "save"),
     "move": (shutil, "move"),

@@ -39,7 +39,7 @@ from vdiff.errors import OptionError
 from vdiff.files import parse
 from vdiff.models.checkpoint import read_config
 from vdiff.models.speed import DTYPES
-from vdiff.sampling.outputs import FORMATS
+from vdiff.sampling.outputs import FORMATS, SOUND_FORMATS
 from vdiff.settings import parameters
 from vdiff.training import config
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of
@@ -185,7 +185,7 @@ def test_choices_are_the_registries():
     assert conversion.RESAMPLES.keys() == set(prepare.RESAMPLES)
     assert tuple(sample.DEVICES) == config.DEVICES
     assert tuple(sample.PRECISIONS) == config.PRECISIONS == ("auto", *DTYPES)
-    assert tuple(sample.SUFFIXES) == FORMATS
+    assert tuple(sample.SUFFIXES) == (*FORMATS, *SOUND_FORMATS)
     assert MIXED.keys() | {"auto"} == set(config.PRECISIONS)
     assert {path.stem for path in (ROOT / "vdiff/presets").glob("*.toml")} == {*WRITTEN, *FINE_TUNING, *DISTILLING}
     for device in config.DEVICES:
@@ -221,7 +221,7 @@ def test_every_choice_offered_is_a_registry(name):
         "resample": conversion.RESAMPLES,
         "channels": ("1", "3"),
         "grid": GRIDS,
-        "image_store": FORMATS,
+        "image_store": (*FORMATS, *SOUND_FORMATS),
     }
     for option in options(name):
         if isinstance(option.type, click.Choice):

@@ -25,7 +25,7 @@ from vdiff.models.checkpoint import (
 )
 from vdiff.models.drawing import classes_in_turn, draw
 from vdiff.sampling.outputs import GRID, PICTURES
-from vdiff.sampling.packing import png_name
+from vdiff.sampling.packing import file_name
 from vdiff.sampling.spec import RECORD
 
 
@@ -346,4 +346,4 @@ def test_progress_counts_images_and_steps(model, tmp_path):
 
 
 def test_numbers_beyond_five_digits():
-    assert [png_name(k) for k in (7, 99_999, 123_456)] == ["00007.png", "99999.png", "123456.png"]
+    assert [file_name(k) for k in (7, 99_999, 123_456)] == ["00007.png", "99999.png", "123456.png"]

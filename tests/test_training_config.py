@@ -460,7 +460,7 @@ def test_the_last_stages_get_at_least_one_update():
 def test_the_preset_fits_image_size_number_of_images_and_device(sizes, name, num_images, networks):
     for device, network in zip(("cpu", "mps", "cuda"), networks, strict=True):
         fitting = name if name == "digits" else network + name
-        assert {preset_for(size, num_images, device) for size in sizes} == {fitting}
+        assert {preset_for((3, size, size), num_images, device) for size in sizes} == {fitting}
 
 
 @pytest.mark.parametrize("name", FITTED)

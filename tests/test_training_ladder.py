@@ -257,7 +257,7 @@ def test_the_preset_goes_down_the_ladder(whole, data):
 def test_without_a_record_the_preset_follows_from_the_images(data, teacher):
     (teacher / RUN_FILE).unlink()
     config, _ = resolve_distillation({"base": str(teacher), "data": str(data)}, None)
-    assert config.preset == preset_for(SIZE, 0, "cpu")
+    assert config.preset == preset_for((1, SIZE, SIZE), 0, "cpu")
 
 
 def test_batch_and_updates_of_a_fitted_preset_follow_the_number_of_images(data, teacher):

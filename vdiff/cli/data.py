@@ -89,9 +89,13 @@ def verify(dataset: str | None, project: Project, num_workers: int | None, json:
 def show(
     dataset: str | None, project: Project, out: Path | None, image_size: int | None, columns: int, rows: int
 ) -> None:
-    """Draw a contact sheet of DATASET, with a row for each class; print some of its captions."""
-    from vdiff.data.datasets import SHOWN_CAPTIONS, sheet, some_captions
+    """Draw a contact sheet of DATASET, with a row for each class; print some of its captions.
+
+    Of sounds, the sheet shows spectrograms, and a page beside it, DATASET.html, plays them.
+    """
+    from vdiff.data.datasets import SHOWN_CAPTIONS, sheet, some_captions, write_players
     from vdiff.data.images import PICTURE, save_png
+    from vdiff.data.sound_page import PAGE
     from vdiff.replacing import check_free, locked
 
     opened = _open(dataset, project)
@@ -102,6 +106,12 @@ def show(
     with locked(out):
         check_free(out, PICTURE, overwrite=True)
         save_png(sheet(opened, size=image_size, columns=columns, max_rows=rows), out)
+    if opened.meta.rate:
+        page = out.with_suffix(".html")
+        with locked(page):
+            check_free(page, PAGE, overwrite=True)
+            write_players(opened, page, columns=columns, max_rows=rows)
+        Console().result(f"{page}  plays them")
     captions = some_captions(opened, SHOWN_CAPTIONS)
     Console().result(str(out), *(f"{name:>9}  {printable(caption)}" for name, caption in captions))
 
@@ -238,6 +248,8 @@ def _rows(values: dict[str, Any]) -> list[str]:
     rows = {key: value for key, value in values.items() if value not in ("", None)}
     rows["images"] = f"{values['images']:,}"
     rows["sizes"] = ", ".join(map(str, values["sizes"]))
+    if rate := rows.pop("rate", 0):
+        rows["sizes"] += f" samples, {values['sizes'][0] / rate:.3g} s at {rate:,} Hz"
     rows["bytes"] = f"{megabytes(values['bytes'])}, {values['bytes'] / max(values['images'], 1):,.0f} bytes per image"
     if captions := counts.get("captions"):
         without = values["images"] - captions

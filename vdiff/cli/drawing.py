@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vdiff.sampling.job import SampleReport
     from vdiff.sampling.spec import SampleSpec
 
-SUFFIXES = {"png": "", "zip": ".zip", "npz": ".npz", "lmdb": ".lmdb"}
+SUFFIXES = {"png": "", "zip": ".zip", "npz": ".npz", "lmdb": ".lmdb", "wav": "", "flac": ""}
 
 
 def guidance_options(group: str) -> Callable[[Any], Any]:
@@ -165,16 +165,16 @@ def path_of(interpolate: tuple[int, int] | None, num: int) -> list[int]:
 
 
 def image_format(out: Path | None, asked: str | None) -> str:
-    """The format from --format or from the name of the output; `png` if neither gives one.
+    """The format from --format or from the name of the output; empty if neither gives one.
 
     Raises:
         OptionError: the two contradict each other.
     """
-    of_suffix = {suffix or ".png": form for form, suffix in SUFFIXES.items()}
+    of_suffix = {".png": "png"} | {suffix: form for form, suffix in SUFFIXES.items() if suffix}
     said = of_suffix.get(out.suffix.lower()) if out else None
     if asked and said and asked != said:
         raise OptionError(f"--out {out} and --format {asked} contradict each other", "give one of them")
-    return asked or said or "png"
+    return asked or said or ""
 
 
 def default_name(folder: Path, spec: SampleSpec, form: str) -> str:

@@ -246,7 +246,7 @@ def score_samples(folders: Sequence[Path], clip: Path | None, *, device: str, js
 
     from vdiff.distributed import pick_device
     from vdiff.evaluation.clip import ClipScore
-    from vdiff.sampling.packing import png_name, read_packed_record
+    from vdiff.sampling.packing import file_name, read_packed_record
     from vdiff.sampling.spec import spec_of
 
     work: list[tuple[Path, list[Path], list[str]]] = []
@@ -258,7 +258,7 @@ def score_samples(folders: Sequence[Path], clip: Path | None, *, device: str, js
         numbers = sorted(int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal())
         if not numbers:
             raise OptionError(f"{folder} holds no PNG files", "finish it with the same sample.py command")
-        work.append((folder, [folder / png_name(k) for k in numbers], texts(numbers)))
+        work.append((folder, [folder / file_name(k) for k in numbers], texts(numbers)))
     console, model = Console(), ClipScore(clip, pick_device(device))
     rows = []
     for folder, files, prompts in work:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from vdiff.cli.console import Console
 from vdiff.cli.options import Command, Names, Number, OneOf, option, project_option, switch, typed_command
@@ -24,6 +25,11 @@ FORMATS = ["jpeg", "png", "webp"]
 CROPS = ["center", "random_resized", "pad", "stretch", "none"]
 RESAMPLES = ["lanczos", "bicubic", "box"]
 MAX_SIZE = 4096
+OF_IMAGES = (
+    "size", "image_format", "quality", "buckets", "bucket_step", "bucket_sides", "condition", "image_column", "crop",
+    "crop_scale", "seed", "value_range", "resample", "min_size", "background",
+)  # fmt: skip
+OF_SOUNDS = ("rate", "length", "trim", "loudness")
 EXIT_SKIPPED = 3
 
 
@@ -61,11 +67,24 @@ class RangeType(click.ParamType):
         return low, high
 
 
+class LoudnessType(click.ParamType):
+    """`none`, or a level in dBFS."""
+
+    name = "DBFS|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a number; nan is none."""
+        level = math.nan if value == "none" else click.FLOAT.convert(value, param, ctx)
+        if not (math.isnan(level) or -70 <= level <= 0):
+            self.fail(f"need none or a level from -70 to 0, not {value!r}", param, ctx)
+        return level
+
+
 @click.command(
     cls=Command,
     theirs="prepare",
-    first="name size out format channels buckets root split label_column condition captions caption_column "
-    "only_captioned repeats crop resample min_size background num_workers shard overwrite strict json",
+    first="name kind size rate length out format channels buckets root split label_column condition captions "
+    "caption_column only_captioned repeats crop resample min_size background num_workers shard overwrite strict json",
     examples=[
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",
@@ -75,6 +94,7 @@ class RangeType(click.ParamType):
         "python prepare_data.py cifar10      # from torchvision: --root, or downloaded",
         "python prepare_data.py hf:huggan/flowers-102-categories --size 64",
         "python prepare_data.py photos --out data/photos.tar     # tar shards",
+        "python prepare_data.py speech --kind audio --rate 16000 --length 16384",
     ],
 )
 @click.argument("path", required=False)
@@ -86,6 +106,30 @@ class RangeType(click.ParamType):
     show_default="64; small sets keep theirs: digits 8, mnist 28, cifar10 32 …",
     help="Width and height of the images; one dataset can hold several sizes.",
 )
+@option(
+    "--kind",
+    group="Dataset",
+    type=OneOf(["image", "audio"]),
+    default="image",
+    help="What PATH holds. Sounds: WAV, FLAC, OGG, MP3, AIFF …, which become pieces of equal length.",
+)
+@option(
+    "--rate", group="Sounds", type=click.IntRange(1000, 192_000), metavar="HZ", show_default="16000",
+    help="Samples per second; sounds of other rates are resampled.",
+)  # fmt: skip
+@option(
+    "--length", group="Sounds", type=click.IntRange(1, 2**22), metavar="SAMPLES", show_default="16384",
+    help="Samples of a piece. Longer sounds are cut into pieces; after shorter ones zeros follow.",
+)  # fmt: skip
+@option(
+    "--trim", group="Sounds", type=Number(0, 120), metavar="DB", show_default="0: nothing",
+    help="Cut off both ends of a sound where it is more than DB decibels below its loudest 50 ms.",
+)  # fmt: skip
+@option(
+    "--loudness", group="Sounds", type=LoudnessType(), show_default="-20",
+    help="Level of every sound in dBFS: the RMS of its frames of 50 ms within 40 dB of the loudest; lower where its "
+    "peak would exceed -1 dBFS. none: as it is.",
+)  # fmt: skip
 @option(
     "--out",
     group="Dataset",
@@ -122,9 +166,9 @@ class RangeType(click.ParamType):
 @option(
     "--channels",
     group="Dataset",
-    type=OneOf(["1", "3"]),
-    show_default="3; 1 for grey sets",
-    help="Grey or colour.",
+    type=OneOf(["1", "2", "3"]),
+    show_default="3; 1 for grey sets and sounds",
+    help="Grey or colour, 1 or 3; of sounds mono or stereo, 1 or 2.",
 )
 @option(
     "--root",
@@ -259,6 +303,11 @@ def command(
     path: str | None,
     project: Project,
     size: tuple[int, ...] | None,
+    kind: str,
+    rate: int | None,
+    length: int | None,
+    trim: float | None,
+    loudness: float | None,
     out: Path | None,
     image_format: str | None,
     quality: int | None,
@@ -288,7 +337,7 @@ def command(
     strict: bool,
     json: bool,
 ) -> int:
-    """Turn the images of PATH (default: scikit-learn's digits) into an LMDB dataset.
+    """Turn the images of PATH (default: scikit-learn's digits), or its sounds, into an LMDB dataset.
 
     PATH is a folder, a zip, a tar, an npz of samples, a prepared dataset, the name of one of torchvision's sets
     (cifar10, mnist, svhn, celeba, flowers102, imagenet, lsun …) or hf:NAME for one of the Hugging Face hub.
@@ -300,6 +349,7 @@ def command(
     cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
     interruption the same command continues.
     """
+    from vdiff.data.audio import AudioConfig
     from vdiff.data.conversion import ConversionConfig
     from vdiff.data.preparation import Part, prepare
     from vdiff.data.source import SourceOptions
@@ -311,6 +361,7 @@ def command(
     )  # fmt: skip
     source = open_source(path, options)
     usual = source.defaults
+    check_kind(kind, channels)
     image_format = image_format or usual.image_format
     if quality is not None and image_format != "jpeg":
         raise OptionError(
@@ -325,9 +376,9 @@ def command(
     for name, given in (("bucket_step", bucket_step), ("bucket_sides", bucket_sides)):
         if given is not None and not buckets:
             raise OptionError(f"--{name} does not apply without --buckets", "give --buckets, or leave it out")
-    config = ConversionConfig(
+    config: ConversionConfig | AudioConfig = ConversionConfig(
         sizes=sizes,
-        channels=int(channels) if channels else usual.channels,
+        channels=int(channels) if channels and kind == "image" else usual.channels,
         crop=crop,
         crop_scale=0.25 if crop_scale is None else crop_scale,
         seed=seed or 0,
@@ -339,11 +390,18 @@ def command(
         quality=quality or 100,
         buckets=bucket_settings(sizes, crop, bucket_step or 64, bucket_sides) if buckets else None,
     )
+    if kind == "audio":
+        if source.path is None:
+            raise OptionError(f"--kind audio: {source.name} has images", "give a folder, zip or tar of sounds")
+        level = -20.0 if loudness is None else loudness
+        config = AudioConfig(
+            rate or 16_000, length or 16_384, int(channels or 1), trim or 0.0, None if math.isnan(level) else level
+        )
     share = Part(*part) if part else None
     console = Console()
     report = prepare(
         source,
-        out or default_output(source.name, sizes, share, project),
+        out or default_output(source.name, config.sizes, share, project),
         config,
         num_workers=cpu_cores() if num_workers is None else num_workers,
         overwrite=overwrite,
@@ -354,6 +412,23 @@ def command(
     )
     console.result(*([as_json(report)] if json else summary(report, share, project)), is_json=json)
     return EXIT_SKIPPED if report.rejected else 0
+
+
+def check_kind(kind: str, channels: str | None) -> None:
+    """Refuse options of the other kind of data.
+
+    Raises:
+        OptionError: names the flag.
+    """
+    context = click.get_current_context()
+    for param in context.command.params:
+        is_foreign = param.name in (OF_IMAGES if kind == "audio" else OF_SOUNDS)
+        if is_foreign and context.get_parameter_source(str(param.name)) is not ParameterSource.DEFAULT:
+            hint = "leave it out" if kind == "audio" else "give --kind audio, or leave it out"
+            raise OptionError(f"{param.opts[0]} does not apply to {kind} data", hint)
+    if channels == ("3" if kind == "audio" else "2"):
+        need = "1 or 2 for sounds" if kind == "audio" else "1 or 3 for images"
+        raise OptionError(f"--channels {channels} does not apply to {kind} data", f"give {need}")
 
 
 def default_output(source: str, sizes: tuple[int, ...], part: Part | None, project: Project) -> Path:
@@ -416,7 +491,9 @@ def summary(report: Report, part: Part | None = None, project: Project | None = 
     sizes = ", ".join(map(str, report.sizes))
     classes = f", {len(report.class_names)} classes" if report.class_names else ""
     pairs = ", each with a condition image" * report.has_conditions
-    rows = [("written", f"{report.images} images{pairs}{classes}, size {sizes}, to {report.path}")]
+    noun = "sound" if report.rate else "image"
+    form = f"{sizes} samples at {report.rate:,} Hz" if report.rate else f"size {sizes}"
+    rows = [("written", f"{report.images} {noun}s{pairs}{classes}, {form}, to {report.path}")]
     if report.class_names:
         rows.append(("classes", few(report.class_names)))
     if report.captions:
@@ -432,7 +509,7 @@ def summary(report: Report, part: Part | None = None, project: Project | None = 
     if report.converted:
         rows.append(("converted", counted(report.converted)))
     rows.append(
-        ("took", f"{report.seconds:.1f} s, {report.images_per_second:.0f} images/s, {megabytes(report.num_bytes)}")
+        ("took", f"{report.seconds:.1f} s, {report.images_per_second:.0f} {noun}s/s, {megabytes(report.num_bytes)}")
     )
     choice = f" --image_size {report.sizes[0]}" if len(report.sizes) > 1 else ""
     name = (project or Project()).name_beside(report.path)

@@ -162,8 +162,9 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     "image_store",
     group="Output",
     type=OneOf(list(SUFFIXES)),
-    show_default="from the ending of --out, else png",
-    help="A folder of PNG files, a zip of PNG files, arrays for evaluation suites, or a dataset for train.py.",
+    show_default="from the ending of --out, else png, or wav for sounds",
+    help="A folder of PNG files, a zip of PNG files, arrays for evaluation suites, or a dataset for train.py. Of "
+    "sounds, a folder of WAV or FLAC files.",
 )
 @switch("--trajectory", group="Output", help="Also write the steps of the first images: OUT.trajectory.png and .webp.")
 @switch("--overwrite", group="Output", help="Replace what is in --out.")
@@ -260,8 +261,8 @@ def command(
     from vdiff.models.speed import pick_precision
     from vdiff.replacing import check_free
     from vdiff.sampling.job import RunOptions, draw_images
-    from vdiff.sampling.outputs import ImageKind, open_output
-    from vdiff.sampling.packing import png_name
+    from vdiff.sampling.outputs import SOUND_FORMATS, ImageKind, open_output
+    from vdiff.sampling.packing import file_name
     from vdiff.sampling.spec import SampleSpec
 
     named, folder = folder, imported(folder, console.line)
@@ -278,7 +279,14 @@ def command(
     if conditions is not None and interpolate is not None:
         raise OptionError("--interpolate does not apply to --condition", "leave it out")
     num = num or (len(conditions) if conditions else count)
-    fits = texts or config.image_size or (len(config.shape) == 3 and form in ("png", "zip"))
+    is_sound = config.space.is_sound and bool(config.sample_rate)
+    form = form or ("wav" if is_sound else "png")
+    if is_sound != (form in SOUND_FORMATS):
+        raise OptionError(
+            f"--format {form}: {folder} draws {'sounds' if is_sound else 'images'}",
+            f"give {'wav or flac' if is_sound else 'png, zip, npz or lmdb'}, or leave it out",
+        )
+    fits = texts or config.image_size or is_sound or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # a network in Python is refused at loading
         shape = " × ".join(map(str, config.shape))
         raise VdiffError(f"{folder} draws samples of {shape}, not images for {form}", "vdiff.load draws tensors")
@@ -324,13 +332,13 @@ def command(
         names=conditions.names if conditions else [],
     )
     target = (None if picture else out) or project.samples / default_name(folder, spec, form)
-    side, channels = config.image_size, config.shape[0]
+    side, channels = config.shape[-1] if is_sound else config.image_size, config.shape[0]
     if is_surrounded:
         prompting = Prompting.read(config, components=components, vae=vae)
         channels, side = prompting.shape[0], prompting.shape[-1]
         for note in prompting.notes([*texts, negative_prompt]) if texts else ():
             console.line(note)
-    kind = ImageKind(side, channels, config.class_names)
+    kind = ImageKind(side, channels, config.class_names, config.sample_rate)
     progress = "" if config.is_finished else f", unfinished: {config.num_iters} of {config.target_iters} updates"
     console.line(f"drawing from {named}{progress}")
     if picture:
@@ -343,7 +351,7 @@ def command(
         reporter=console,
     )
     if picture and processes.is_main:
-        drawn = report.picture if num > 1 else report.out / (spec.names[0] if spec.names else png_name(0))
+        drawn = report.picture if num > 1 else report.out / (spec.names[0] if spec.names else file_name(0))
         with PIL.Image.open(drawn) as image:
             save_png(image, make_folder(picture.parent) / picture.name)
         report = replace(report, picture=picture)

@@ -178,8 +178,8 @@ def estimate(
     rows = {"parameters": quantity(parameters), "images seen": seen}
     smaller = (
         ""
-        if config.preset.startswith(("small", "digits", "toy"))
-        else preset_for(images.image_size, images.num_images, "cpu")
+        if config.preset.startswith(("small", "digits", "toy", "audio_tiny"))
+        else preset_for(images.shape, images.num_images, "cpu")
     )
     try:
         memory = check_memory(

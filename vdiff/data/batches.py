@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vdiff.data.audio import decode_sound
 from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore
 from vdiff.data.shards import ShardStore
 from vdiff.data.store import ImageStore, StoredImage
 from vdiff.distributed import free_memory
-from vdiff.errors import VdiffError
+from vdiff.errors import OptionError, VdiffError
 from vdiff.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class Batch:
     Move `images` to the device first and apply `from_uint8` there: bytes are a quarter of the traffic of float32.
 
     Attributes:
-        images: (B, C, H, W) uint8 on the CPU, some mirrored by the plan; on the device `meta`, which holds no pixels,
-            if `latents` are given.
+        images: (B, C, H, W) uint8 on the CPU, some mirrored by the plan, or sounds (B, C, L) int16; on the device
+            `meta`, which holds no pixels, if `latents` are given.
         classes: (B,) int64; None without classes.
         captions: B texts, after `CaptionSettings.apply`; None in a dataset without captions.
         sizes: (B, 6) float32, `buckets.Fit.sizes` (a mirrored image has the crop of the original), with a random crop
@@ -212,6 +213,18 @@ def decode(encoded: bytes, channels: int, size: int | tuple[int, int], where: st
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
+def decode_stored(store: AnyStore, encoded: bytes, sides: Sequence[int], where: str) -> np.ndarray:
+    """A sample of a dataset: an image as by `decode`, or a sound (C, L) int16.
+
+    Raises:
+        VdiffError: it cannot be decoded, or has another size than `sides`.
+    """
+    meta = store.meta
+    if meta.rate:
+        return decode_sound(encoded, meta.channels, sides[0], meta.rate, where)
+    return decode(encoded, meta.channels, (sides[0], sides[1]), where)
+
+
 def answers_of(
     dataset: Dataset[Any], requests: Iterable[Any], num_workers: int, pin_memory: bool = False
 ) -> Generator[Any, None, None]:
@@ -282,7 +295,9 @@ class PixelCache:
     """
 
     def __init__(self, store: ImageStore, image_shape: tuple[int, ...], limit_bytes: int) -> None:
-        self.pixels = _room((min(len(store), limit_bytes // math.prod(image_shape)), *image_shape))
+        dtype = dtype_of(store)
+        num_rows = min(len(store), limit_bytes // (math.prod(image_shape) * dtype.itemsize))
+        self.pixels = _room((num_rows, *image_shape), dtype)
         self.rows = np.full(len(store), -1)  # row of each image of the dataset in `pixels`; −1: none
         self.classes = np.zeros(len(store), np.int64) if store.meta.class_names else None
         self.used = 0
@@ -309,15 +324,20 @@ class PixelCache:
                 self.used += 1
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """A uint8 array with memory that is allocated on writing, in large pages if possible: far fewer page faults."""
-    num_bytes = math.prod(shape)
+def dtype_of(store: AnyStore) -> np.dtype[Any]:
+    """The type of decoded samples: bytes of images, 16 bits of sounds."""
+    return np.dtype(np.int16 if store.meta.rate else np.uint8)
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array with memory that is allocated on writing, in large pages if possible: far fewer page faults."""
+    num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.empty(shape, np.uint8)
+        return np.empty(shape, dtype)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8).reshape(shape)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class _StoredBatches:
@@ -358,7 +378,11 @@ class _StoredBatches:
         self.share = slice(rank * size, (rank + 1) * size)  # this process's part of each global batch
         self.channels = store.meta.channels
         # a condition image is stored as further channels of its image, so both are mirrored and cropped as one
-        self.shape = (size, self.channels * (1 + store.meta.has_conditions), image_size, image_size)
+        channels, *sides = store.meta.shape(image_size)
+        self.shape = (size, channels * (1 + store.meta.has_conditions), *sides)
+        self.dtype = dtype_of(store)
+        if flip and store.meta.rate:
+            raise OptionError(f"--flip True: {store.path} has sounds, which are not reversed", "give --flip False")
         self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory
         self.crop = crop
         self.captions = (captions or CaptionSettings()) if store.meta.num_captions else None
@@ -398,7 +422,7 @@ class _StoredBatches:
     def _keep_workers_with_room(self) -> None:
         """Use no workers, and say so, if shared memory has too little room for their images."""
         # a loader requests so many batches in advance, and one more before it returns the first
-        num_bytes = (PREFETCH * self.num_workers + 1) * math.prod(self.shape) * self.world_size
+        num_bytes = (PREFETCH * self.num_workers + 1) * math.prod(self.shape) * self.dtype.itemsize * self.world_size
         if self.num_workers and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < num_bytes:
             self.num_workers = 0
             self._reporter.line(
@@ -437,7 +461,8 @@ class ImageBatches(_StoredBatches):
 
     def _decoded(self, step: int) -> Generator[Batch, None, int]:
         """Batches until the cache has every image; images that it lacks are decoded. Returns the next step."""
-        ring = torch.empty((PREFETCH * self.num_workers + 1, *self.shape), dtype=torch.uint8)
+        room = np.empty((PREFETCH * self.num_workers + 1, *self.shape), self.dtype)
+        ring = torch.from_numpy(room)
         with shared_memory_named():
             decoder = _Decoder(self._store, ring.share_memory_() if self.num_workers else ring)
         under_way: deque[tuple[np.ndarray, np.ndarray]] = deque()  # (B,) images of a batch, which of them are decoded
@@ -470,7 +495,8 @@ class ImageBatches(_StoredBatches):
         missing = np.zeros(len(indices), bool) if missing is None else missing
         captions, sizes, stored = self._described(step, indices)
         shape = (*stored[:2], self.crop, self.crop) if self.crop else stored
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        dtype = torch.int16 if self._store.meta.rate else torch.uint8
+        pixels = torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory)
         # numpy copies: torch would wake its threads for each image, which wait for cores that workers use
         places = pixels.numpy()
         flips, corners = self.plan.flips(step)[self.share], []
@@ -514,14 +540,13 @@ class _Decoder(Dataset[np.ndarray | VdiffError]):
 
     def __getitem__(self, request: _Request) -> np.ndarray | VdiffError:
         store, size, channels = self.store, self.ring.shape[-1], self.store.meta.channels
+        whole = store.meta.shape(size)[1:]
         slot, indices = request
         pixels, classes = self.ring[slot].numpy(), np.zeros(len(indices), np.int64)
         try:
             for place, index in enumerate(indices.tolist()):
-                shape = store.shape(index)[-2:] or (size, size)
-                image = decode(
-                    store.encoded(size, index), channels, (shape[0], shape[1]), f"{store.path}: image {index}"
-                )
+                where = f"{store.path}: {store.meta.noun} {index}"
+                image = decode_stored(store, store.encoded(size, index), store.shape(index)[-2:] or whole, where)
                 if store.meta.has_conditions:
                     where = f"{store.path}: condition of image {index}"
                     image = np.concatenate([image, decode(store.condition(size, index), channels, size, where)])

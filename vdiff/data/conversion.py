@@ -44,7 +44,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -53,7 +53,11 @@ from PIL.Image import Image, Resampling, Transpose
 from vdiff.data.buckets import Fit, Shape, bucket_shapes, fit
 from vdiff.data.colour import NARROW, UnsupportedValuesError, extremes, to_8_bit_srgb
 from vdiff.data.image_files import UnreadableImageError, is_image, open_file
+from vdiff.data.store import PAGE_BYTES
 from vdiff.text import cause_of
+
+if TYPE_CHECKING:
+    from vdiff.data.source import Sample
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -137,6 +141,31 @@ class ConversionConfig:
     def shapes(self) -> tuple[Shape, ...]:
         """(height, width) of the largest buckets."""
         return () if self.buckets is None else bucket_shapes(self.sizes[-1], *self.buckets)
+
+    noun = "image"
+
+    @property
+    def most_bytes(self) -> int:
+        """More than the encoded files of an image take."""
+        return sum(self.channels * size**2 + PAGE_BYTES for size in self.sizes)
+
+    def meta_fields(self) -> dict[str, Any]:
+        """Its part of a dataset's description."""
+        return {
+            "sizes": self.sizes,
+            "channels": self.channels,
+            "image_format": self.image_format,
+            "quality": self.quality if self.image_format == "jpeg" else None,
+            "crop": self.crop,
+            "resample": self.resample,
+            "background": "#{:02x}{:02x}{:02x}".format(*self.background),
+            "value_range": "" if isinstance(self.value_range, str) else "{:g},{:g}".format(*self.value_range),
+            "buckets": self.buckets or (),
+        }
+
+    def convert(self, sample: Sample, key: str) -> list[Converted]:
+        """The image of a source; see the function `convert`."""
+        return [convert(sample.data, self, key=key, condition=sample.condition)]
 
     @property
     def mode(self) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from vdiff.data.audio import decode_sound
 from vdiff.data.shards import DATASET, ShardStore, fingerprint_of, write_index
 from vdiff.data.store import (
     FIRST_LINK,
@@ -151,9 +152,9 @@ def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], li
         try:
             for name, images, label, caption, shape, conditions in dataset.stretch(start + len(digests), stop):
                 digests.append(digest_of(images, label, caption, shape, conditions))
-                for what, files in (("image", images), ("condition", conditions)):
+                for what, files in ((dataset.meta.noun, images), ("condition", conditions)):
                     for size, encoded in files.items():
-                        if problem := _problem(encoded, shape[-2:] or (size, size)):
+                        if problem := _problem(dataset, encoded, shape[-2:] or dataset.meta.shape(size)[1:]):
                             problems.append(f"{what} {name}, size {size}: {problem}")
             break
         except VdiffError as error:
@@ -164,9 +165,13 @@ def _check(dataset: AnyStore, stretch: tuple[int, int]) -> tuple[list[bytes], li
     return digests, problems
 
 
-def _problem(encoded: bytes, shape: Sequence[int]) -> str:
-    """The problem of an encoded image; empty if it has none."""
+def _problem(dataset: AnyStore, encoded: bytes, shape: Sequence[int]) -> str:
+    """The problem of an encoded image or sound; empty if it has none."""
+    meta = dataset.meta
     try:
+        if meta.rate:
+            decode_sound(encoded, meta.channels, shape[0], meta.rate, "it")
+            return ""
         with PIL.Image.open(io.BytesIO(encoded)) as image:
             image.load()
             return "" if image.size == (shape[1], shape[0]) else f"it is {image.width}×{image.height}"
@@ -185,7 +190,6 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     """
     import torch
 
-    from vdiff.data.batches import decode
     from vdiff.data.images import captioned_grid, labelled_grid
     from vdiff.models.codec import from_uint8
 
@@ -194,11 +198,53 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
             with PIL.Image.open(io.BytesIO(encoded)) as image:
                 padded = PIL.ImageOps.pad(image.convert("RGB" if channels == 3 else "L"), (side, side), color="white")
             return from_uint8(torch.from_numpy(np.array(padded)).reshape(side, side, channels).permute(2, 0, 1))
-        return from_uint8(torch.from_numpy(np.array(decode(encoded, channels, side, f"an image of {dataset.path}"))))
+        return meta.codec.pictures(_decoded(dataset, encoded, side)[None])[0]
 
-    side = size or dataset.meta.sizes[-1]
+    meta, side = dataset.meta, size or dataset.meta.sizes[-1]
+    channels = meta.channels
+    titles, read = _shown(dataset, side, columns, max_rows)
+    found = [[(torch.cat([tensor(file) for file in files], -1), caption) for files, caption in row] for row in read]
+    blank = torch.ones_like(next(image for row in found for image, _ in row)), ""
+    cells = [row + [blank] * (columns - len(row)) for row in found]
+    title = printable(f"{meta.name}: {len(dataset):,} {meta.noun}s of {side} {'samples' if meta.rate else 'pixels'}")
+    if meta.num_captions:
+        images, captions = zip(*(cell for row in cells for cell in row), strict=True)
+        words = [printable(caption.partition("\n")[0]) for caption in captions]
+        return labelled_grid(torch.stack(images), words, columns, title=title)
+    return captioned_grid([[image for image, _ in row] for row in cells], [""] * columns, titles, title)
+
+
+def write_players(dataset: AnyStore, out: Path, *, columns: int = 10, max_rows: int = 20) -> None:
+    """Write a page on which the sounds of `sheet` are played."""
+    from vdiff.data.sound_page import write_page
+
+    meta, side = dataset.meta, dataset.meta.sizes[-1]
+    titles, read = _shown(dataset, side, columns, max_rows)
+    rows = [
+        (title, [(printable(caption), _decoded(dataset, files[0], side)) for files, caption in row])
+        for title, row in zip(titles or [""] * len(read), read, strict=True)
+    ]
+    title = printable(f"{meta.name}: {len(dataset):,} sounds of {side:,} samples")
+    write_page(out, title, [], rows, meta.rate)
+
+
+def _decoded(dataset: AnyStore, encoded: bytes, side: int) -> Tensor:
+    """A stored sample as x (C, …)."""
+    import torch
+
+    from vdiff.data.batches import decode_stored
+
+    sides = dataset.meta.shape(side)[1:]
+    found = decode_stored(dataset, encoded, sides, f"{dataset.meta.noun} of {dataset.path}")
+    return dataset.meta.codec.encode(torch.from_numpy(np.array(found)))
+
+
+def _shown(
+    dataset: AnyStore, side: int, columns: int, max_rows: int
+) -> tuple[list[str] | None, list[list[tuple[list[bytes], str]]]]:
+    """The titles of the rows of a contact sheet (None: no classes), and rows of files of a sample and its caption."""
     _check_images(dataset, side)
-    names, channels, titles = dataset.meta.class_names, dataset.meta.channels, None
+    names, titles = dataset.meta.class_names, None
     of_class: dict[int | None, list[Callable[[], tuple[list[bytes], str]]]] = {}
     if isinstance(dataset, ImageStore):
 
@@ -219,16 +265,7 @@ def sheet(dataset: AnyStore, *, size: int | None = None, columns: int = 10, max_
     else:
         chosen = _spread(of_class[None], columns * max_rows)
         rows = [chosen[start : start + columns] for start in range(0, len(chosen), columns)]
-    blank = torch.ones(channels, side, side * (1 + dataset.meta.has_conditions)), ""
-    read = [[get() for get in row] for row in rows]
-    found = [[(torch.cat([tensor(file) for file in files], -1), caption) for files, caption in row] for row in read]
-    cells = [row + [blank] * (columns - len(row)) for row in found]
-    title = printable(f"{dataset.meta.name}: {len(dataset):,} images of {side} pixels")
-    if dataset.meta.num_captions:
-        images, captions = zip(*(cell for row in cells for cell in row), strict=True)
-        words = [printable(caption.partition("\n")[0]) for caption in captions]
-        return labelled_grid(torch.stack(images), words, columns, title=title)
-    return captioned_grid([[image for image, _ in row] for row in cells], [""] * columns, titles, title)
+    return titles, [[get() for get in row] for row in rows]
 
 
 def some_captions(dataset: AnyStore, count: int) -> list[tuple[str, str]]:

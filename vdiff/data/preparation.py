@@ -18,15 +18,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vdiff import __version__
+from vdiff.data.audio import EXTENSIONS as SOUNDS
+from vdiff.data.audio import AudioConfig, EncodedSound
 from vdiff.data.buckets import name_of
 from vdiff.data.colour import NARROW, common_range
-from vdiff.data.conversion import ConversionConfig, Converted, convert, value_extremes
+from vdiff.data.conversion import ConversionConfig, Converted, value_extremes
 from vdiff.data.image_files import UnreadableImageError
 from vdiff.data.listing import Item, Listing, few, open_listing
 from vdiff.data.shards import DATASET, IMAGES_PER_SHARD, ShardStore, ShardWriter
 from vdiff.data.source import Source
 from vdiff.data.sources import build_listing
-from vdiff.data.store import BEGIN_ANEW, JOB_FILE, REJECTED_FILE, DatasetMeta, ImageStore, StoreWriter, partial_folder
+from vdiff.data.store import (
+    BEGIN_ANEW,
+    JOB_FILE,
+    PAGE_BYTES,
+    REJECTED_FILE,
+    DatasetMeta,
+    ImageStore,
+    StoreWriter,
+    partial_folder,
+)
 from vdiff.data.workers import ordered_map
 from vdiff.errors import OptionError, VdiffError, explained, printable, stop_explained
 from vdiff.files import make_folder, parse, read_json, write_text, writing
@@ -40,7 +51,6 @@ T = TypeVar("T")
 CHUNK_ITEMS = 8
 TAR_SUFFIX = ".tar"
 SAMPLED_ITEMS = 16
-PAGE_BYTES = 4096
 FILES = (
     r"lock|job\.json|(listing|journal)\.sqlite(-\w+)?|unpacked\.tar|arr_0\.npy|range\.json"
     r"|dataset/((data|lock)\.mdb|rejected\.jsonl|index\.json|[^/]+-\d{6,}\.tar)"
@@ -88,6 +98,7 @@ class Report:
     captions: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
     has_conditions: bool = False
+    rate: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -111,7 +122,10 @@ class Rejected:
         return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-Result = tuple[Converted, int | None, str] | Rejected
+Config = ConversionConfig | AudioConfig
+Encoded = Converted | EncodedSound
+Result = tuple[list[Encoded], int | None, str] | Rejected
+"""The samples of an item of the source, their class and captions."""
 
 
 @dataclass
@@ -195,9 +209,8 @@ class Journal:
         if self._rejected_file.exists():
             os.truncate(self._rejected_file, self.tally.rejected_bytes)
 
-    def add_image(self, converted: Converted, caption: str) -> None:
-        """Count a converted image."""
-        self.tally.position += 1
+    def add_image(self, converted: Encoded, caption: str) -> None:
+        """Count a converted sample."""
         self.tally.images += 1
         self.tally.captions += bool(caption)
         self.tally.converted.update(converted.kinds)
@@ -206,7 +219,6 @@ class Journal:
 
     def add_rejected(self, rejected: Rejected) -> None:
         """Record a skipped file."""
-        self.tally.position += 1
         self.tally.skipped[rejected.reason] += 1
         self._rejected.append(printable(json.dumps(asdict(rejected), ensure_ascii=False)) + "\n")
 
@@ -262,7 +274,7 @@ def _check_of(number: int, text: str) -> str:
 def prepare(
     source: Source,
     out: Path,
-    config: ConversionConfig,
+    config: Config,
     *,
     num_workers: int = 0,
     overwrite: bool = False,
@@ -303,15 +315,16 @@ def prepare(
             meta = (ShardStore(folder) if tars else ImageStore(folder)).meta
             return _report(meta, folder, meta.counts["images"], began)
         if source.path is not None and source.path.resolve().is_relative_to(folder.resolve()):
-            raise VdiffError(f"the images lie in the output folder {folder}", "choose another --out")
+            raise VdiffError(f"the {config.noun}s lie in the output folder {folder}", "choose another --out")
         check_free(folder, DATASET, overwrite=overwrite, flag="another --name or --out")
         try:
-            with stop_explained(lambda word: f"{word}; {journal.kept} images are done, the same command continues"):
+            done = f"{config.noun}s are done, the same command continues"
+            with stop_explained(lambda word: f"{word}; {journal.kept} {done}"):
                 journal.begin(job, command, overwrite=overwrite)
                 source.fetch(journal.folder)
                 file = journal.folder / "listing.sqlite"
                 # images added since an interruption are not included
-                found = open_listing(file) if file.exists() else build_listing(source, file, shuffled=tars)
+                found = open_listing(file) if file.exists() else build_listing(source, file, config.noun, shuffled=tars)
                 with closing(found):
                     meta, kept = _convert_all(source, found, config, part, tars, journal, reporter, num_workers, strict)
                 take_place(journal.dataset, folder)
@@ -324,14 +337,19 @@ def prepare(
 
 
 def _convert_all(
-    source: Source, listing: Listing, config: ConversionConfig, part: Part, tars: bool,
+    source: Source, listing: Listing, config: Config, part: Part, tars: bool,
     journal: Journal, reporter: Reporter, num_workers: int, strict: bool,
 ) -> tuple[DatasetMeta, int]:  # fmt: skip
-    """Convert the remaining images into `journal.dataset`; returns its description and its earlier number of images."""
+    """Convert the remaining items into `journal.dataset`; returns its description and its earlier number of items."""
+    noun = config.noun
     if not len(listing):
         ignored = ", ".join(f"{count} {extension}" for extension, count in listing.ignored.items())
-        what = f"no images in {source.path or source.name}{f'; it holds {ignored}' if ignored else ''}"
-        raise VdiffError(what, "give a folder or an archive with image files")
+        what = f"no {noun}s in {source.path or source.name}{f'; it holds {ignored}' if ignored else ''}"
+        is_other = noun == "image" and not SOUNDS.isdisjoint(listing.ignored)
+        hint = "give --kind audio for sounds" if is_other else f"give a folder or an archive with {noun} files"
+        raise VdiffError(what, hint)
+    if noun == "sound" and tars:
+        raise OptionError("tar shards hold no sounds", "give an --out without .tar")
     if config.buckets and tars:
         raise OptionError("--buckets: tar shards are read in their order", "give an --out without .tar")
     if source.has_conditions and tars:
@@ -342,7 +360,7 @@ def _convert_all(
         raise OptionError("--repeats: tar shards are read in their order", "give an --out without .tar")
     for remark in listing.remarks:
         reporter.line(remark)
-    if config.value_range == "auto":
+    if isinstance(config, ConversionConfig) and config.value_range == "auto":
         config = replace(config, value_range=_common_range(source, listing, journal, reporter, num_workers))
     meta = _describe(source, listing, config, part, tars)
     start, stop = part.bounds(len(listing), IMAGES_PER_SHARD if tars else 1)
@@ -356,7 +374,7 @@ def _convert_all(
     journal.restore(writer.num_committed)
     tally, kept = journal.tally, journal.tally.images
     if kept:
-        reporter.line(f"continuing after {tally.position} images of an earlier run")
+        reporter.line(f"continuing after {tally.position} {noun}s of an earlier run")
     work = partial(_convert, source, config)
 
     def num_bytes(result: Result) -> int:
@@ -365,20 +383,22 @@ def _convert_all(
     first = start + tally.position
     _check_space(work, listing, config, first, stop, journal, 1 + source.has_conditions)
     with (
-        reporter.progress("prepare", stop - start, "images", start=tally.position) as progress,
+        reporter.progress("prepare", stop - start, f"{noun}s", start=tally.position) as progress,
         closing(_map(work, listing, num_workers, first, stop, num_bytes)) as results,
     ):
         for result in results:
             if not isinstance(result, Rejected):
-                converted, label, caption = result
-                journal.add_image(converted, caption)
-                writer.add(converted.images, label, caption, converted.shape, converted.conditions)
+                samples, label, caption = result
+                for sample in samples:
+                    journal.add_image(sample, caption)
+                    writer.add(sample.images, label, caption, sample.shape, sample.conditions)
             elif strict:
                 hint = "fix it and run the same command again, or leave out --strict to skip it"
                 raise VdiffError(str(result), hint)
             else:
                 journal.add_rejected(result)
                 writer.skip()
+            tally.position += 1
             if writer.is_due:
                 journal.record(writer.num_committed + 1)
                 writer.commit()
@@ -392,7 +412,7 @@ def _convert_all(
                 said = str(next(journal.rejected()))
             except (OSError, ValueError, TypeError, StopIteration) as error:
                 said = f"{REJECTED_FILE} cannot be read: {error}"
-            raise VdiffError(f"none of {len(listing)} images could be read", f"the first: {said}")
+            raise VdiffError(f"none of {len(listing)} {noun}s could be read", f"the first: {said}")
         _say_empty_classes(listing, journal, reporter)
     if (narrow := tally.converted[NARROW]) * 2 > tally.converted["16-bit"] + tally.converted["float"]:
         what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
@@ -421,18 +441,17 @@ def _map(
     return ordered_map(work, items, num_workers, num_items=count, chunk_items=CHUNK_ITEMS, num_bytes=num_bytes)
 
 
-def _convert(source: Source, config: ConversionConfig, item: Item) -> Result:
+def _convert(source: Source, config: Config, item: Item) -> Result:
     try:
         sample = source.read(item)
-        converted = convert(sample.data, config, key=item.name, condition=sample.condition)
-        return converted, sample.label, item.caption
+        return list(config.convert(sample, item.name)), sample.label, item.caption
     except UnreadableImageError as error:
         return Rejected(item.name, error.reason, error.detail)
 
 
-def _encoded(converted: Converted) -> list[bytes]:
-    """All that is stored of an image."""
-    return [*converted.images.values(), *converted.conditions.values()]
+def _encoded(samples: list[Encoded]) -> list[bytes]:
+    """All that is stored of an item."""
+    return [data for each in samples for data in (*each.images.values(), *each.conditions.values())]
 
 
 def _extremes(source: Source, item: Item) -> tuple[float, float, bool] | None:
@@ -466,13 +485,13 @@ def _common_range(
 
 
 def _check_space(
-    work: Callable[[Item], Result], listing: Listing, config: ConversionConfig, start: int, stop: int, journal: Journal,
+    work: Callable[[Item], Result], listing: Listing, config: Config, start: int, stop: int, journal: Journal,
     files: int,
 ) -> None:  # fmt: skip
     """Raise VdiffError if the images, in `files` files each, need more than the free space, by converting a few."""
     count = stop - start
     free = shutil.disk_usage(journal.folder).free
-    if files * count * sum(config.channels * size**2 + PAGE_BYTES for size in config.sizes) < free / 2:
+    if files * count * config.most_bytes < free / 2:
         return
     tried = [work(next(listing.items(start + count * k // SAMPLED_ITEMS))) for k in range(min(SAMPLED_ITEMS, count))]
     encoded = [data for result in tried if not isinstance(result, Rejected) for data in _encoded(result[0])]
@@ -489,22 +508,14 @@ def _stored_bytes(num_bytes: int) -> float:
     return -(-(num_bytes + 16) // PAGE_BYTES) * PAGE_BYTES if num_bytes > PAGE_BYTES / 2 else 1.5 * (num_bytes + 64)
 
 
-def _describe(source: Source, listing: Listing, config: ConversionConfig, part: Part, tars: bool) -> DatasetMeta:
+def _describe(source: Source, listing: Listing, config: Config, part: Part, tars: bool) -> DatasetMeta:
     facts = [listing.fingerprint, config.to_dict(), tars, __version__, *(["conditions"] * source.has_conditions)]
     settings = json.dumps(facts, sort_keys=True)
     return DatasetMeta(
         name=source.name,
-        sizes=config.sizes,
-        channels=config.channels,
-        image_format=config.image_format,
-        quality=config.quality if config.image_format == "jpeg" else None,
-        crop=config.crop,
-        resample=config.resample,
-        background="#{:02x}{:02x}{:02x}".format(*config.background),
-        value_range="" if isinstance(config.value_range, str) else "{:g},{:g}".format(*config.value_range),
+        **config.meta_fields(),
         class_names=listing.class_names,
         repeats=listing.repeats,
-        buckets=config.buckets or (),
         has_conditions=source.has_conditions,
         origin=hashlib.sha256(settings.encode()).hexdigest(),
         shard=f"{part.number}/{part.count}" if part.count > 1 else "",
@@ -539,5 +550,6 @@ def _report(meta: DatasetMeta, out: Path, kept: int, began: float) -> Report:
         seconds=time.monotonic() - began,
         fingerprint=meta.fingerprint,
         has_conditions=meta.has_conditions,
+        rate=meta.rate,
         **meta.counts,
     )

@@ -9,6 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from vdiff.data.audio import EXTENSIONS as SOUNDS
 from vdiff.data.disk_sources import ON_DISK
 from vdiff.data.image_files import UnreadableImageError, extensions
 from vdiff.data.labels import CAPTION_COLUMNS, NO_CAPTIONS, caption_in
@@ -315,8 +316,8 @@ def _nearest(path: Path) -> str:
     return named or "give a folder of images, a zip or tar, or the name of a set (see --help)"
 
 
-def build_listing(source: Source, path: Path, *, shuffled: bool = False) -> Listing:
-    """All images of a source in order, listed in the file `path`."""
-    with ListingWriter(path, extensions(), shuffled=shuffled) as listing:
+def build_listing(source: Source, path: Path, noun: str = "image", *, shuffled: bool = False) -> Listing:
+    """All images, or sounds, of a source in order, listed in the file `path`."""
+    with ListingWriter(path, SOUNDS if noun == "sound" else extensions(), shuffled=shuffled) as listing:
         source.fill(listing)
         return listing.finish()

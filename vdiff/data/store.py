@@ -21,6 +21,7 @@ from vdiff.data.labels import clean_name
 from vdiff.data.lmdb_file import LmdbFile
 from vdiff.errors import VdiffError
 from vdiff.files import parse, read_text
+from vdiff.models.codec import PIXEL_CODEC, WAVEFORM, Codec
 from vdiff.records import record_of
 
 FORMAT_VERSION = 2
@@ -35,7 +36,9 @@ JOB_FILE, REJECTED_FILE = "job.json", "rejected.jsonl"
 FIRST_LINK = bytes(32)
 STRETCH = 256
 MAX_SIZE = 2**14
+MAX_LENGTH, MAX_RATE = 2**22, 192_000  # of sounds
 FIRST_MAP_BYTES = 16 * 2**20
+PAGE_BYTES = 4096  # of LMDB
 BATCH_BYTES = 16 * 2**20
 BATCH_IMAGES = 1024
 FULL_DISK_BYTES = 2**20
@@ -57,7 +60,10 @@ class StoredImage(NamedTuple):
 
 
 def record_key(kind: int | str, index: int) -> bytes:
-    """`64-00007`, `condition-64-00007`, `label-00007`, `check-00007`: of image 7 at 64 pixels … and their checksums."""
+    """`64-00007`, `condition-64-00007`, `label-00007`, `check-00007`: of image 7 at 64 pixels … and their checksums.
+
+    A sound of 16,000 samples per second has `audio-16000-00007`.
+    """
     return f"{kind}-{index:05d}".encode()
 
 
@@ -104,6 +110,7 @@ class DatasetMeta:
     `fingerprint` = a chain of SHA-256 (hex, `next_link`) over images and classes in index order: equal for equal
     content, empty when another program wrote the dataset. `origin` = SHA-256 (hex) over the settings and the names of
     the images. `repeats`: how often an epoch shows the images of each class; empty: once.
+    `rate`: samples per second of sounds, whose only size is the length of a piece; 0: images.
     `buckets`: step, least and most side of `data.buckets`; empty: squares. `shard` = `i/n` for a part,
     empty for a whole set. `has_conditions`: every image has a condition image, of the same sizes and channels.
     """
@@ -128,6 +135,25 @@ class DatasetMeta:
     repeats: tuple[int, ...] = ()
     buckets: tuple[int, ...] = ()
     has_conditions: bool = False
+    rate: int = 0
+
+    @property
+    def noun(self) -> str:
+        """What one of its samples is called."""
+        return "sound" if self.rate else "image"
+
+    @property
+    def codec(self) -> Codec:
+        """What its samples are."""
+        return WAVEFORM if self.rate else PIXEL_CODEC
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        """The shape of a sample of this size: (C, H, W) of a square, (C, L) of a sound."""
+        return (self.channels, size) if self.rate else (self.channels, size, size)
+
+    def key(self, size: int) -> int | str:
+        """The kind of the records of its samples: the size of images, `audio-RATE` of sounds."""
+        return f"audio-{self.rate}" if self.rate else size
 
     @property
     def num_captions(self) -> int:
@@ -137,7 +163,7 @@ class DatasetMeta:
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
         values = asdict(self)
-        added = ("repeats", "buckets", "has_conditions")  # left out if empty, as in earlier versions
+        added = ("repeats", "buckets", "has_conditions", "rate")  # left out if empty, as in earlier versions
         return json.dumps({k: v for k, v in values.items() if v or k not in added}, sort_keys=True)
 
     @classmethod
@@ -163,8 +189,10 @@ class DatasetMeta:
         if not (
             meta.sizes == tuple(sorted(set(meta.sizes)))
             and meta.sizes[:1] > (0,)
-            and meta.sizes[-1] <= MAX_SIZE
-            and meta.channels in (1, 3)
+            and meta.sizes[-1] <= (MAX_LENGTH if meta.rate else MAX_SIZE)
+            and meta.channels in ((1, 2) if meta.rate else (1, 3))
+            and 0 <= meta.rate <= MAX_RATE
+            and (not meta.rate or len(meta.sizes) == 1)
             and len(meta.repeats) in (0, len(meta.class_names))
             and len(meta.buckets) in (0, 3)
             and all(0 < repeats < 10_000 for repeats in meta.repeats)
@@ -191,7 +219,7 @@ class StoredImages:
         if size not in self.meta.sizes:
             sizes = ", ".join(map(str, self.meta.sizes))
             hint = f"it has {sizes}; choose one of them or prepare again with --size {size}"
-            raise VdiffError(f"{self.path} has no images of size {size}", hint)
+            raise VdiffError(f"{self.path} has no {self.meta.noun}s of size {size}", hint)
 
     def check_squares(self) -> None:
         """Raise VdiffError if the dataset has images of many shapes."""
@@ -240,8 +268,8 @@ class ImageStore(StoredImages):
             VdiffError: the dataset has no images of this size, or lacks this one.
         """
         self.check_size(size)
-        image = f"image {index} of size {size}"
-        return self._record(size, index, image, image)
+        what = f"{self.meta.noun} {index} of size {size}"
+        return self._record(self.meta.key(size), index, what, what)
 
     def condition(self, size: int, index: int) -> bytes:
         """The bytes of the condition image of image `index` at `size`.
@@ -379,7 +407,7 @@ class StoreWriter:
             its index.
         """
         index = self.length
-        records = {record_key(size, index): encoded for size, encoded in images.items()}
+        records = {record_key(self.meta.key(size), index): encoded for size, encoded in images.items()}
         if label is not None:
             records[record_key("label", index)] = str(label).encode()
         if caption:

@@ -78,6 +78,7 @@ class CheckpointConfig:
         image_size: pixels per side; 0 if samples are not square images.
         sample_shape: (C, H, W), (C, L), …; empty for square images of a UNet; see `shape`.
         codec: the conversion between samples and x, see `space`.
+        sample_rate: samples per second of a model of sounds; 0: unknown, or of something else.
         method: "base", or the distillation method.
         teacher: the description of the teacher, which contains that of its own teacher, and so on.
         weights: "ema" or "raw".
@@ -107,6 +108,7 @@ class CheckpointConfig:
     image_size: Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)] = 0
     sample_shape: list[Annotated[int, Meta(ge=1, le=2**24)]] = field(default_factory=list)
     codec: str = PIXEL_CODEC.name
+    sample_rate: Annotated[int, Meta(ge=0, le=2**20)] = 0
     method: str
     weights: str
     num_iters: Count
@@ -172,7 +174,7 @@ class CheckpointConfig:
 
     @property
     def space(self) -> Codec:
-        """What x is: pixels in [−1, 1], or numbers without bounds."""
+        """What x is: pixels or sounds in [−1, 1], or numbers without bounds."""
         return CODECS[self.codec]
 
     def network_id(self) -> str:
@@ -242,6 +244,8 @@ class CheckpointConfig:
         values = {**asdict(self), "adapter": self.adapter and self.adapter.to_dict()}
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
+        if not self.sample_rate:
+            del values["sample_rate"]
         for key in ("condition_images", "components", "adapter", "base", "parameterisation", "guidance_scale"):
             if values[key] is None:
                 del values[key]

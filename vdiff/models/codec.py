@@ -1,4 +1,4 @@
-"""Conversions between stored samples (uint8, pictures) and x, which a model learns ([−1, 1]).
+"""Conversions between stored samples (pictures, sounds) and x, which a model learns ([−1, 1]), and pictures of x.
 
 Functions import torch, so that a checkpoint is described without it.
 """
@@ -25,9 +25,11 @@ class Codec:
     limit: int | None
 
     def encode(self, samples: Tensor) -> Tensor:
-        """x from uint8; floating-point values are x already."""
+        """x from uint8 (pictures) or int16 (sounds, x = samples/32768); floating-point values are x already."""
         import torch
 
+        if samples.dtype == torch.int16:
+            return samples.float().div_(32768)
         return from_uint8(samples) if samples.dtype == torch.uint8 else samples
 
     def clip(self, x: Tensor) -> Tensor:
@@ -35,8 +37,17 @@ class Codec:
         return x if self.limit is None else x.clamp(-self.limit, self.limit)
 
     def are_pictures(self, shape: Sequence[int]) -> bool:
-        """Whether samples of this shape (C, …) are pictures: grey or in colour."""
-        return self.limit is not None and len(shape) == 3 and shape[0] in (1, 3)
+        """Whether samples of this shape (C, …) are pictures: grey or in colour; or have pictures, see `pictures`."""
+        return self.is_sound or (self.limit is not None and len(shape) == 3 and shape[0] in (1, 3))
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether samples are sounds."""
+        return self.name == WAVEFORM.name
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """What is shown of samples: pictures themselves, of sounds their spectrograms; (B, 1 or 3, H, W) in [−1, 1]."""
+        return spectrograms(x) if self.is_sound else x
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -64,6 +75,30 @@ def from_uint8(u: Tensor) -> Tensor:
     return u.float().div_(127.5).sub_(1)  # in place: one new tensor, not three
 
 
+def spectrograms(x: Tensor) -> Tensor:
+    """Colour pictures (B, 3, 128, 128) in [−1, 1] of sounds (B, C, L): time to the right, frequency upwards.
+
+    Colours are 10 log₁₀ of the power of a Hann window of up to 256 samples, from −80 to 0 dB, where 0 dB is a sine of
+    amplitude 1; channels are averaged.
+    """
+    import torch
+    from matplotlib import colormaps
+
+    x = x.detach().float().cpu().nan_to_num().clamp(-1, 1).mean(1)
+    size = min(2 * SPECTROGRAM_SIDE, x.shape[-1])
+    window = torch.hann_window(size)
+    hop = max(1, x.shape[-1] // SPECTROGRAM_SIDE)
+    spectrum = torch.stft(x, size, hop, window=window, pad_mode="constant", return_complex=True)
+    power = (spectrum.abs() / (window.sum() / 2)).square()[:, 1:].flip(1)
+    level = 1 + 10 * power.clamp(min=1e-12).log10() / SPECTROGRAM_DB
+    side = (SPECTROGRAM_SIDE, SPECTROGRAM_SIDE)
+    level = torch.nn.functional.interpolate(level[:, None], side, mode="nearest")[:, 0].clamp(0, 1)
+    table = torch.from_numpy(colormaps["magma"](range(256))[:, :3]).float()
+    return 2 * table[(level * (len(table) - 1)).round().long()].movedim(-1, 1) - 1
+
+
+SPECTROGRAM_SIDE, SPECTROGRAM_DB = 128, 80.0
 PIXEL_CODEC, UNBOUNDED, LATENTS = Codec("pixels", 1), Codec("unbounded", None), Codec("autoencoder", None)
-CODECS = {codec.name: codec for codec in (PIXEL_CODEC, UNBOUNDED, LATENTS)}
-"""The codecs: pixels, numbers without bounds, and latents of the autoencoder in the model's components."""
+WAVEFORM = Codec("waveform", 1)
+CODECS = {codec.name: codec for codec in (PIXEL_CODEC, UNBOUNDED, LATENTS, WAVEFORM)}
+"""The codecs: pixels, numbers without bounds, latents of the autoencoder in the model's components, and sounds."""

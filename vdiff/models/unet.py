@@ -17,6 +17,11 @@ from vdiff.models.backbone import Backbone, without_autocast
 from vdiff.models.unet_config import NORM_EPS, UNetConfig
 
 MAX_GROUPS = 32
+Convolution = nn.Conv1d | nn.Conv2d
+CONVOLUTIONS: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d}
+AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d}
+CONVOLVE, TRANSPOSED = {1: F.conv1d, 2: F.conv2d}, {1: F.conv_transpose1d, 2: F.conv_transpose2d}
+"""For each number of sides of a sample, without channels: the layer or function."""
 GUIDANCE_SCALE = 250.0
 """Guidance weights are multiplied by this before the embedding of times, which resolves 0 to 1000, so that it resolves
 0 to 4 as well."""
@@ -28,12 +33,12 @@ def group_norm(channels: int, config: UNetConfig | None = None) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups or math.gcd(channels, MAX_GROUPS), channels, eps=eps)
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3×3 convolution that keeps the size (or divides it by the stride)."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+def conv3(in_channels: int, out_channels: int, config: UNetConfig, stride: int = 1) -> Convolution:
+    """A convolution with a kernel of 3 on each side, which keeps the size (or divides it by the stride)."""
+    return CONVOLUTIONS[config.dims](in_channels, out_channels, 3, stride, padding=1)
 
 
-def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
+def zero_init(module: Convolution | nn.Linear) -> nn.Module:
     """Initialise with zeros, so that the residual branch starts at zero."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
@@ -53,20 +58,21 @@ def timestep_embedding(timestep: Tensor, channels: int, max_period: float = 10_0
     return F.pad(embedding, (0, channels % 2))
 
 
-def upsample_conv(h: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv(nearest-neighbour upsampling of h by 2), for a 3×3 convolution, in 16/36 of the multiplications.
+def upsample_conv(h: Tensor, conv: Convolution) -> Tensor:
+    """conv(nearest-neighbour upsampling of h by 2), for a `conv3`, in 16/36 of the multiplications (of sounds 4/6).
 
     Repeating each pixel is a transposed convolution with a 2×2 kernel of ones. Together with the 3×3 convolution it is
     a single transposed convolution; its 4×4 kernel is the flipped 3×3 kernel convolved with those ones. A convolution
     with a LoRA has further kernels, so it is called.
     """
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, Convolution):
         upsampled: Tensor = conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return upsampled
-    kernel = F.pad(conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
-    kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
-    kernel = kernel[:, :, :, 1:] + kernel[:, :, :, :-1]
-    return F.conv_transpose2d(h, kernel, conv.bias, stride=2, padding=1)
+    sides = list(range(2, h.ndim))  # torch.compile would pass a range as its two ends
+    kernel = F.pad(conv.weight.transpose(0, 1).flip(*sides), (1, 1) * len(sides))
+    for side in sides:
+        kernel = kernel.narrow(side, 1, 4) + kernel.narrow(side, 0, 4)
+    return TRANSPOSED[len(sides)](h, kernel, conv.bias, stride=2, padding=1)
 
 
 class ResBlock(nn.Module):
@@ -79,22 +85,24 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.time_affine = config.time_affine
         self.norm1 = group_norm(in_channels, config)
-        self.conv1 = conv3x3(in_channels, out_channels)
+        self.conv1 = conv3(in_channels, out_channels, config)
         self.time = nn.Linear(config.embedding_channels, out_channels * (2 if config.time_affine else 1))
         self.norm2 = group_norm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = zero_init(conv3x3(out_channels, out_channels))
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv2 = zero_init(conv3(out_channels, out_channels, config))
+        project = CONVOLUTIONS[config.dims]
+        self.skip = project(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = F.silu(self.norm1(x))
         if self.resample == "down":
-            h, x = self.conv1(F.avg_pool2d(h, 2)), F.avg_pool2d(x, 2)
+            average = AVERAGE[x.ndim - 2]
+            h, x = self.conv1(average(h, 2)), average(x, 2)
         elif self.resample == "up":
             h, x = upsample_conv(h, self.conv1), F.interpolate(x, scale_factor=2.0, mode="nearest")
         else:
             h = self.conv1(h)
-        time = self.time(embedding)[:, :, None, None]
+        time = self.time(embedding)[(...,) + (None,) * (x.ndim - 2)]
         if self.time_affine:
             scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
@@ -115,11 +123,10 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=2))
         h = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + h.transpose(1, 2).unflatten(2, (height, width)).reshape(b, c, height, width)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:]).reshape(x.shape)
 
 
 class UNetStage(nn.Module):
@@ -143,22 +150,23 @@ class Resample(nn.Module):
         self.direction = direction
         self.pads_end = direction == "down" and config.downsample_pad == "end"
         self.block = ResBlock(channels, channels, config, direction) if config.resample == "block" else None
-        self.conv = conv3x3(channels, channels, 2 if direction == "down" else 1) if self.block is None else None
+        self.conv = conv3(channels, channels, config, 2 if direction == "down" else 1) if self.block is None else None
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         if self.block is not None:
             return self.block(h, embedding)
         assert self.conv is not None
         if self.pads_end:  # one more row and column at the end; the padding before the first is cut off
-            if not isinstance(self.conv, nn.Conv2d):  # it has a LoRA
-                return self.conv(F.pad(h, (1, 1, 1, 1)))[:, :, 1:, 1:]
-            return F.conv2d(F.pad(h, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
+            dims = h.ndim - 2
+            if not isinstance(self.conv, Convolution):  # it has a LoRA
+                return self.conv(F.pad(h, (1, 1) * dims))[(slice(None), slice(None), *[slice(1, None)] * dims)]
+            return CONVOLVE[dims](F.pad(h, (0, 1) * dims), self.conv.weight, self.conv.bias, stride=2)
         return self.conv(h) if self.direction == "down" else upsample_conv(h, self.conv)
 
 
 class UNet(Backbone):
     """z (B, in_channels, H, W), timestep (B,) [, classes (B,) int64][, guidance (B,)][, second_time (B,)]
-    [, condition_image (B, in_channels, H, W)] → (B, out_channels, H, W).
+    [, condition_image (B, in_channels, H, W)] → (B, out_channels, H, W). With `config.dims` = 1, L replaces H, W.
 
     H and W must be multiples of `config.size_multiple`. With `config.null_class`, class number `num_classes` is "no
     class", and the default. With `config.guidance_input`, guidance is w, by default 0; a network that was not trained
@@ -183,7 +191,7 @@ class UNet(Backbone):
             for is_told in (config.guidance_input, config.second_time)
         )
 
-        self.conv_in = conv3x3(sum(config.input_parts), c)
+        self.conv_in = conv3(sum(config.input_parts), c, config)
         self.down = nn.ModuleList()
         widths = [c]
         last = len(config.multipliers) - 1
@@ -209,7 +217,7 @@ class UNet(Backbone):
                 self.up.append(Resample(c, config, "up"))
 
         self.norm_out = group_norm(c, config)
-        self.conv_out = zero_init(conv3x3(c, config.out_channels * config.fold**2))
+        self.conv_out = zero_init(conv3(c, config.out_channels * config.fold**config.dims, config))
 
     def forward(
         self,
@@ -297,10 +305,17 @@ def _stage(module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
 
 
 def _folded(z: Tensor, fold: int) -> Tensor:
-    """Space to depth: (B, C, H, W) → (B, C·fold², H/fold, W/fold), with the pixels of a square row by row."""
+    """Space to depth: (B, C, H, W) → (B, C·fold², H/fold, W/fold), with the pixels of a square row by row.
+
+    (B, C, L) → (B, C·fold, L/fold).
+    """
+    if z.ndim == 3:
+        return z.unflatten(2, (-1, fold)).transpose(2, 3).flatten(1, 2)
     return F.pixel_unshuffle(z, fold) if fold > 1 else z
 
 
 def _unfolded(h: Tensor, fold: int) -> Tensor:
     """The inverse of `_folded`."""
+    if h.ndim == 3:
+        return h.unflatten(1, (-1, fold)).transpose(2, 3).flatten(2)
     return F.pixel_shuffle(h, fold) if fold > 1 else h

@@ -71,13 +71,15 @@ class UNetConfig(NetworkConfig):
         image_input: the network receives a condition image, like z, as further channels of its first convolution
             (Saharia et al. 2022, *Palette*).
         fold: squares of fold × fold pixels become channels of one pixel (space to depth) before the first convolution,
-            and are unfolded after the last: the levels begin at 1/fold of the image size.
+            and are unfolded after the last: the levels begin at 1/fold of the image size. Of a sound, `fold` values in
+            a row become channels.
         num_groups: of every normalisation; 0: the largest divisor of the channels up to 32.
         norm_eps: ε that the normalisations add to the variance.
         freq_shift: the slowest frequency of the time embedding is max_period^(−(half − 1)/(half − freq_shift)).
         time_scale, time_offset: the network embeds time_scale · timestep + time_offset.
         downsample_pad: zero padding of the strided convolutions of `resample` "conv": on all "sides", or only at the
             "end", below and to the right.
+        dims: sides of a sample, apart from its channels: 2 of an image, 1 of a sound (C, L).
     """
 
     network: ClassVar[str] = "UNet"
@@ -105,6 +107,7 @@ class UNetConfig(NetworkConfig):
     time_offset: float = 0.0
     downsample_pad: Literal["sides", "end"] = "sides"
     image_input: bool = False
+    dims: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -122,6 +125,8 @@ class UNetConfig(NetworkConfig):
                 raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
         if len(self.multipliers) > MAX_LEVELS or max(self.multipliers, default=1) > MAX_MULTIPLIER:
             raise ValueError(f"multipliers must be at most {MAX_LEVELS} numbers up to {MAX_MULTIPLIER}")
+        if self.dims not in (1, 2):
+            raise ValueError(f"dims must be 1 or 2, got {self.dims!r}")
         if self.null_class and not self.num_classes:
             raise ValueError("null_class needs classes, but num_classes is 0")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -161,7 +166,7 @@ class UNetConfig(NetworkConfig):
     @property
     def input_parts(self) -> tuple[int, ...]:
         """The channels of the first convolution: those of z and those of a condition image, folded."""
-        return (self.in_channels * self.fold**2,) * (1 + self.image_input)
+        return (self.in_channels * self.fold**self.dims,) * (1 + self.image_input)
 
     @property
     def size_multiple(self) -> int:
@@ -182,6 +187,7 @@ class UNetConfig(NetworkConfig):
         return Signature(self.in_channels, self.out_channels, names, null, self.num_classes, self.size_multiple)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint's configuration; without `image_input`, those of earlier versions."""
-        values = super().to_dict()
-        return values if self.image_input else {key: value for key, value in values.items() if key != "image_input"}
+        """Plain values, for a checkpoint's configuration; without `image_input` and `dims`, if they are as usual, as in
+        earlier versions."""
+        usual = {"image_input": False, "dims": 2}
+        return {key: value for key, value in super().to_dict().items() if (key, value) not in usual.items()}

@@ -192,14 +192,19 @@ class _Job:
                 images = self._draw_batch(batch, bar, done, recorder)
                 if recorder is not None:
                     strip, animation = (self.output.picture_in_work(name) for name in PATH)
-                    recorder.save(images, strip, animation, self._class_names(batch) or self.spec.texts(batch))
+                    recorder.save(
+                        self.config.space.pictures(images),
+                        strip,
+                        animation,
+                        self._class_names(batch) or self.spec.texts(batch),
+                    )
                 new = [(k, image) for k, image in zip(batch, images, strict=True) if not held[k]]
                 writer.write(new)
                 done += len(new)
                 bar.update(done)
 
     def _recorder(self) -> TrajectoryRecorder:
-        decode = partial(self.prompting.decode, check=False) if self.prompting else None
+        decode = partial(self.prompting.decode, check=False) if self.prompting else self.config.space.pictures
         return TrajectoryRecorder(self.spec.num_steps, decode)
 
     def _condition(self, indices: Sequence[int]) -> Condition:
@@ -255,7 +260,7 @@ class _Job:
         """The grid of the first images, or of images along the whole path."""
         num, path, of_classes = self.options.num, self.spec.path, len(self.spec.classes)
         shown = spread(num, MAX_GRID) if path else range(num_shown(num, of_classes))
-        images = torch.stack(list(self.output.read(shown)))
+        images = self.config.space.pictures(torch.stack(list(self.output.read(shown))))
         if (given := self._condition_images(shown)) is not None:  # on the left of their images
             images = torch.cat([given, images], dim=-1)
         spec = self.spec

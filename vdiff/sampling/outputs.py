@@ -1,4 +1,4 @@
-"""Outputs of images: a folder of PNG files, or one archive that is packed at the end."""
+"""Outputs of images or sounds: a folder of files, or one archive of images that is packed at the end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from vdiff.data.audio import decode_sound, encode
 from vdiff.data.images import PICTURE, to_pil
 from vdiff.data.labels import LABELS_FILE
 from vdiff.errors import VdiffError
 from vdiff.files import fsync, make_folder, refusal, remove, write_text
-from vdiff.models.codec import from_uint8, to_uint8
+from vdiff.models.codec import WAVEFORM, from_uint8, to_uint8
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked, start_folder, sweep_inside, take_place
 from vdiff.sampling.packing import (
     CAPTIONS_FILE,
@@ -31,13 +32,14 @@ from vdiff.sampling.packing import (
     SAMPLES,
     Contents,
     captions_json,
+    file_name,
     labels_json,
-    png_name,
     read_packed_record,
 )
 from vdiff.sampling.record_log import RecordLog, RecordReader
 from vdiff.sampling.spec import RECORD, SampleSpec
 
+SOUND_FORMATS = ("wav", "flac")
 FORMATS = ("png", *PACKERS)
 GRID, STRIP, ANIMATION = PICTURES = ("grid.png", "trajectory.png", "trajectory.webp")
 State = Literal["anew", "going on", "finished"]
@@ -47,19 +49,21 @@ FSYNCS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class ImageKind:
-    """The common properties of an output's images.
+    """The common properties of an output's images, or sounds.
 
     Attributes:
-        size, channels: pixels per side; 1 or 3.
+        size, channels: pixels per side; 1 or 3. Of sounds: samples; 1 or 2.
         class_names: of the model's classes; empty if it has none.
+        rate: samples per second of sounds; 0: images.
     """
 
     size: int
     channels: int
     class_names: Sequence[str] = ()
+    rate: int = 0
 
     def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
+        if not self.rate and self.channels not in (1, 3):
             raise VdiffError(
                 f"the model's images have {self.channels} channels, but pictures need 1 or 3",
                 "latents need an autoencoder; vdiff.load draws them as tensors",
@@ -156,15 +160,15 @@ class Output(ABC):
         return locked(self.path, self.place, *map(self.picture, PICTURES), mine=mine)
 
 
-class PngFolder(Output):
-    """`00000.png`, …, the record, and `dataset.json` with the classes; the pictures are beside the folder.
+class FileFolder(Output):
+    """`00000.png`, … (sounds: `.wav`, `.flac`), the record, `dataset.json` with the classes; pictures are beside it.
 
     Args:
         names: the files of the images instead of `00000.png`, …, perhaps in subfolders.
     """
 
-    def __init__(self, path: Path, kind: ImageKind, names: Sequence[str] = ()) -> None:
-        super().__init__(path, path, kind, "png")
+    def __init__(self, path: Path, kind: ImageKind, form: str, names: Sequence[str] = ()) -> None:
+        super().__init__(path, path, kind, form)
         self.names = names
         self.labels_path, self.captions_path = path / LABELS_FILE, path / CAPTIONS_FILE
 
@@ -185,7 +189,7 @@ class PngFolder(Output):
         if state == "anew":
             for name in PICTURES:
                 remove(self.picture(name))
-            start_folder(self.path, RECORD, spec.to_json(format="png"))
+            start_folder(self.path, RECORD, spec.to_json(format=self.form))
         for name in PICTURES:
             if (self.path / name).exists():  # of an earlier version
                 os.replace(self.path / name, self.picture(name))
@@ -200,11 +204,11 @@ class PngFolder(Output):
         if self.names:
             return np.fromiter((self._file(k).is_file() for k in range(num)), bool, num)
         names = {entry.name for entry in os.scandir(self.path)} if self.path.is_dir() else set()
-        return np.fromiter((png_name(k) in names for k in range(num)), bool, num)
+        return np.fromiter((file_name(k, self.form) in names for k in range(num)), bool, num)
 
     def _file(self, index: int) -> Path:
         """The file of image `index`."""
-        return self.path / (self.names[index] if self.names else png_name(index))
+        return self.path / (self.names[index] if self.names else file_name(index, self.form))
 
     def _temporary(self, index: int) -> Path:
         """The temporary file of image `index`."""
@@ -215,7 +219,8 @@ class PngFolder(Output):
         """Write the image to its temporary file."""
         try:
             make_folder(self._file(index).parent)
-            self._temporary(index).write_bytes(to_png(image))
+            data = to_sound(image, self.kind.rate, self.form) if self.kind.rate else to_png(image)
+            self._temporary(index).write_bytes(data)
         except OSError as error:
             raise refusal(self._file(index), error) from None
         return b""
@@ -236,14 +241,16 @@ class PngFolder(Output):
         """Read the images from their files."""
         for path in map(self._file, indices):
             try:
-                yield from_png(path.read_bytes())
+                data = path.read_bytes()
+                yield from_sound(data, self.kind, str(path)) if self.kind.rate else from_png(data)
             except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
                 raise VdiffError(f"{path} is damaged", "delete it, then run the same command again") from None
 
     def finish(self, spec: SampleSpec, num: int) -> None:
         """Write the classes and the prompts; everything else is in place."""
         if (labels := spec.labels(range(num))) is not None:
-            write_text(self.labels_path, labels_json(labels.numpy(), self.kind.class_names, self.names))
+            names = self.names or [file_name(k, self.form) for k in range(num)]
+            write_text(self.labels_path, labels_json(labels.numpy(), self.kind.class_names, names))
         if prompts := spec.texts(range(num)):
             write_text(self.captions_path, captions_json(prompts))
 
@@ -336,9 +343,20 @@ def open_output(form: str, path: Path, kind: ImageKind, rank: int = 0, names: Se
     """The output of format `form` at `path`, for the process `rank`.
 
     Args:
-        names: the files in a folder of PNG files, by default their numbers.
+        names: the files in a folder, by default their numbers.
     """
-    return PngFolder(path, kind, names) if form == "png" else Archive(path, kind, form, rank)
+    is_folder = form in ("png", *SOUND_FORMATS)
+    return FileFolder(path, kind, form, names) if is_folder else Archive(path, kind, form, rank)
+
+
+def to_sound(sound: Tensor, rate: int, form: str) -> bytes:
+    """A sound (C, L) in [−1, 1] as a file of 16 bits; larger values are clipped."""
+    return encode(sound.detach().float().cpu().T.numpy(), rate, form.upper())
+
+
+def from_sound(data: bytes, kind: ImageKind, where: str) -> Tensor:
+    """The inverse of `to_sound`."""
+    return WAVEFORM.encode(torch.from_numpy(decode_sound(data, kind.channels, kind.size, kind.rate, where)))
 
 
 def to_png(image: Tensor) -> bytes:

@@ -23,7 +23,7 @@ from vdiff.sampling.spec import RECORD, is_record, read_record
 
 CAPTIONS_FILE = "metadata.jsonl"
 FILES = (
-    r"(samples|dataset)\.json|metadata\.jsonl|\d{5,}\.png|grid\.png|trajectory\.(png|webp)|(packed\.lmdb/)?(data|lock)\.mdb"
+    r"(samples|dataset)\.json|metadata\.jsonl|\d{5,}\.(png|wav|flac)|grid\.png|trajectory\.(png|webp)|(packed\.lmdb/)?(data|lock)\.mdb"
     r"|part-\d{5,}\.images|packed\.(zip|npz|lmdb/samples\.json)"
 )
 """A regular expression of the file names in a folder of samples, and of a partial folder."""
@@ -55,7 +55,7 @@ def pack_zip(contents: Contents, path: Path) -> None:
     """`00000.png`, …, the record, and `dataset.json`: the classes as StyleGAN's and EDM's readers expect them."""
     with zipfile.ZipFile(path, "w") as file:
         for k, data in enumerate(contents.images):
-            file.writestr(_entry(png_name(k)), data)
+            file.writestr(_entry(file_name(k)), data)
         if contents.labels is not None:
             file.writestr(_entry(LABELS_FILE), labels_json(contents.labels, contents.class_names))
         if contents.prompts:
@@ -65,13 +65,13 @@ def pack_zip(contents: Contents, path: Path) -> None:
 
 def captions_json(prompts: Sequence[str]) -> str:
     """`metadata.jsonl`, which `prepare_data.py` and the library datasets read: the file name and the text of each."""
-    rows = ({"file_name": png_name(k), "text": prompt} for k, prompt in enumerate(prompts))
+    rows = ({"file_name": file_name(k), "text": prompt} for k, prompt in enumerate(prompts))
     return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
-def png_name(index: int) -> str:
-    """`00007.png`: the file of image `index`."""
-    return f"{index:05d}.png"
+def file_name(index: int, suffix: str = "png") -> str:
+    """`00007.png`: the file of sample `index`."""
+    return f"{index:05d}.{suffix}"
 
 
 def labels_json(labels: np.ndarray, class_names: Sequence[str], names: Sequence[str] = ()) -> str:
@@ -80,7 +80,7 @@ def labels_json(labels: np.ndarray, class_names: Sequence[str], names: Sequence[
     Args:
         names: the files of the images, by default their numbers.
     """
-    pairs = [[names[k] if names else png_name(k), label] for k, label in enumerate(labels.tolist())]
+    pairs = [[names[k] if names else file_name(k), label] for k, label in enumerate(labels.tolist())]
     return json.dumps({"labels": pairs, "class_names": list(class_names)})
 
 

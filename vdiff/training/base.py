@@ -33,7 +33,7 @@ from vdiff.training.finetuning import (
 )
 from vdiff.training.presets import Settings, preset_for, read_preset, read_settings, recorded_layer
 
-DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "image_input", "dropout")
+DERIVED = ("in_channels", "out_channels", "num_classes", "null_class", "image_input", "dropout", "dims")
 
 
 def resolve_training(
@@ -83,8 +83,10 @@ def resolve_training(
             from vdiff.distributed import pick_device
 
             device = pick_device(str(chosen.get("device") or "auto")).type
-            preset = preset_for(images.image_size, images.num_images, device)
-            reason = f", chosen for {images.num_images:,} images of this size on {device}"
+            preset = preset_for(images.shape, images.num_images, device)
+            reason = (
+                f", chosen for {images.num_images:,} {'sounds' if images.rate else 'images'} of this size on {device}"
+            )
         check_preset(preset, base)
         layers[f"preset {preset}"] = read_preset(preset, images.num_images).train
     if config_file:
@@ -108,8 +110,7 @@ def resolve_training(
     elif config.class_conditional and not images.class_names:
         raise OptionError(f"--class_conditional: {images.name} has no classes", "give --class_conditional False")
     if reporter:
-        shape = f"{images.image_size}×{images.image_size}×{images.channels}"
-        reporter.line(f"preset {preset or config.preset}, {images.name}: {shape}{reason}")
+        reporter.line(f"preset {preset or config.preset}, {images}{reason}")
     if reporter and images.has_conditions and (found is None or IMAGE in found.signature.names):
         reporter.line("the dataset has condition images: the network gets them as further input channels")
     if reporter and config.zero_snr:
@@ -154,7 +155,8 @@ def _assumed(preset: str, image_size: int | None) -> TrainingData:
     """The images that a preset is made for, or others of its kind."""
     assumed = read_preset(preset).assumed
     names = [str(k) for k in range(assumed.get("num_classes", 0))]
-    return TrainingData(image_size or assumed["image_size"], assumed["image_channels"], names)
+    size = image_size or assumed["image_size"]
+    return TrainingData(size, assumed["image_channels"], names, rate=assumed.get("rate", 0))
 
 
 def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
@@ -177,22 +179,26 @@ def describe(config: TrainConfig, images: TrainingData) -> CheckpointConfig:
                 "null_class": config.class_dropout > 0,
                 "image_input": images.has_conditions,
                 "dropout": config.dropout,
+                "dims": len(images.shape) - 1,
             }
         )
     except (ValueError, TypeError) as error:
         raise OptionError(f"[unet] {error}", "fix the configuration") from None
     if images.image_size % unet.size_multiple:
+        what = f"sounds of {images.image_size} samples" if images.rate else f"images of {images.image_size} pixels"
         raise OptionError(
-            f"images of {images.image_size} pixels do not fit a network of {len(unet.multipliers)} levels: "
+            f"{what} do not fit a network of {len(unet.multipliers)} levels: "
             f"it needs a multiple of {unet.size_multiple}",
-            "prepare another --size, or choose another --preset",
+            f"prepare another --{'length' if images.rate else 'size'}, or choose another --preset",
         )
     return CheckpointConfig(
         unet=unet.to_dict(),
         schedule=schedule_of(config).to_dict(),
         **config.family.config_fields(),
         num_timesteps=config.num_timesteps,
-        image_size=images.image_size,
+        sample_shape=list(images.shape),
+        codec=images.codec.name,
+        sample_rate=images.rate,
         method="base",
         weights=config.weights,
         num_iters=0,
@@ -224,10 +230,10 @@ def check_unet(values: Mapping[str, Any], origin: str = "") -> None:
     """
     usual = UNetConfig().to_dict()
     for key, value in values.items():
-        if key not in usual:
-            raise OptionError(f"{origin}[unet] unknown UNet option {key}", suggestion(key, usual))
         if key in DERIVED:
             raise OptionError(f"{origin}[unet] {key} follows from data and other settings", "take it out of the file")
+        if key not in usual:
+            raise OptionError(f"{origin}[unet] unknown UNet option {key}", suggestion(key, usual))
         items = value if isinstance(value, list) else []
         if type(value) is not type(usual[key]) or any(type(item) is not int for item in items):
             raise OptionError(

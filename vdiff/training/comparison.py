@@ -141,7 +141,8 @@ def compare(
         )
         rows.append(row)
     folder = stages[-1].folder
-    shown = {k: prompts.decode(images[k][:PICTURE_ROWS]) if prompts else images[k][:PICTURE_ROWS] for k in wanted}
+    pictures = prompts.decode if prompts else last.space.pictures
+    shown = {k: pictures(images[k][:PICTURE_ROWS]) for k in wanted}
     subjects = (prompts and prompts.texts) or read_config(folder).class_names
     save_png(picture([(rows[k], shown[k]) for k in wanted], subjects), folder / LADDER_PICTURE)
     few = torch.cat([shown[k] for k in wanted])  # for the report: pixel for pixel, a row for each model

@@ -14,6 +14,7 @@ from vdiff.data.captions import CaptionSettings, fingerprint_of
 from vdiff.data.datasets import AnyStore, open_at_size
 from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.codec import PIXEL_CODEC, WAVEFORM, Codec
 from vdiff.models.condition import IMAGE, Signature
 from vdiff.projects import Project
 from vdiff.reporting import Reporter
@@ -34,7 +35,7 @@ class TrainingData:
 
     Without a `store`, images are only assumed, to estimate the cost of a preset, or the method needs none
     (`none_needed`), but perhaps `prompts`. Batches have what is `encoded` of the images instead of pixels, and random
-    squares of `crop` pixels a side (0: whole images).
+    squares of `crop` pixels a side (0: whole images). With a `rate`, samples per second, these are sounds.
     """
 
     image_size: int
@@ -47,10 +48,23 @@ class TrainingData:
     prompts: tuple[str, ...] = ()
     latents: tuple[int, ...] = ()
     crop: int = 0
+    rate: int = 0
 
     def __post_init__(self) -> None:
         if not self.shape:
-            object.__setattr__(self, "shape", (self.channels, self.image_size, self.image_size))
+            sides = 1 if self.rate else 2
+            object.__setattr__(self, "shape", (self.channels, *[self.image_size] * sides))
+
+    @property
+    def codec(self) -> Codec:
+        """What its samples are."""
+        return WAVEFORM if self.rate else PIXEL_CODEC
+
+    def __str__(self) -> str:
+        """Its name and the shape of its samples."""
+        channels, *sizes = self.shape
+        at = f" at {self.rate:,} Hz" if self.rate else ""
+        return f"{self.name}: {'×'.join(map(str, sizes))}×{channels}{at}"
 
     @property
     def name(self) -> str:
@@ -183,7 +197,8 @@ def no_conditions(what: str) -> VdiffError:
 def no_images(teacher: CheckpointConfig) -> TrainingData:
     """No images, but the teacher's shape and classes."""
     shape = teacher.shape
-    return TrainingData(shape[-1], shape[0], list(teacher.class_names), none_needed=True, shape=shape)
+    rate = teacher.sample_rate
+    return TrainingData(shape[-1], shape[0], list(teacher.class_names), none_needed=True, shape=shape, rate=rate)
 
 
 def open_images(
@@ -199,4 +214,4 @@ def open_images(
         OptionError: it lacks the chosen size, or has several sizes and none was chosen.
     """
     store, size = open_at_size(path or (project or Project()).dataset(), image_size, buckets=buckets)
-    return TrainingData(size, store.meta.channels, list(store.meta.class_names), store)
+    return TrainingData(size, store.meta.channels, list(store.meta.class_names), store, rate=store.meta.rate)

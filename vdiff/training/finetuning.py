@@ -141,11 +141,15 @@ def cropped(config: TrainConfig, images: TrainingData, chosen: Mapping[str, Any]
 
 
 def size_of(found: CheckpointConfig) -> int | None:
-    """Pixels of a side of the images of a base; None: they are not square, or latents of text, which have any size.
+    """The size of the samples of a base: pixels of a side, or the length of a sound.
+
+    None: images that are not square, or latents of text, which have any size.
 
     Raises:
         VdiffError: the autoencoder of the base cannot be read.
     """
+    if found.space.is_sound:
+        return found.shape[-1]
     if found.codec != LATENTS.name or not found.image_size:
         return found.image_size or None
     if TOKENS in found.signature.names:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -22,8 +22,9 @@ from vdiff.settings import check_values
 from vdiff.text import cause_of
 from vdiff.training.config import DistillConfig, LoopConfig, TrainConfig, settings_of, values_of
 
-WRITTEN = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256")
-"""Presets in files of the package: for trials, for the quickstart, and of the papers."""
+OF_SOUNDS = ("audio_tiny", "audio_16k")
+WRITTEN = ("toy", "digits", "cifar10", "imagenet64", "lsun128", "celebahq256", *OF_SOUNDS)
+"""Presets in files of the package: for trials, for the quickstart, of the papers, and for sounds."""
 CHANNELS = {"small": (32, 5e-4), "base": (64, 3e-4), "large": (128, 2e-4)}
 """Networks for ordinary machines, of about 2, 9 and 35 million parameters: channels, and the learning rate."""
 IMAGE_SIZES = (32, 64, 128, 256)
@@ -134,9 +135,12 @@ def fitted(network: str, image_size: int, amount: Amount) -> Settings:
     return Settings(train, distill, {"image_size": image_size, "image_channels": 3})
 
 
-def preset_for(image_size: int, num_images: int, device: str) -> str:
-    """The preset for a size and number of images (0: some thousands) and a device; never one of the papers'."""
-    if image_size <= LARGEST_OF_DIGITS:
+def preset_for(shape: Sequence[int], num_images: int, device: str) -> str:
+    """The preset for a number of samples (0: some thousands) of a shape (C, H, W) or (C, L) and a device; never one of
+    the papers'."""
+    if len(shape) == 2:
+        return OF_SOUNDS[device == "cuda" and (num_images or SOME_THOUSANDS) >= min(AMOUNTS)]
+    if (image_size := shape[-1]) <= LARGEST_OF_DIGITS:
         return "digits"
     order = list(CHANNELS)
     network = min(amount_of(num_images).network, DEVICE_LIMITS[device], key=order.index)

@@ -134,7 +134,7 @@ def preview(
             images = torch.cat([given, images], dim=-1)
         images = prompts.decode(images) if prompts else images
         shown = [names[k % len(names)] for k in range(num)] if names else []
-        return grid_picture(images, shown, len(names), title=title)
+        return grid_picture(description.space.pictures(images), shown, len(names), title=title)
     texts, prompting, takes = prompts.texts[:num], prompts.prompting, denoiser.network.signature.names
     guidance, pictures = default_guidance(description), []
     for first in range(0, len(texts), PROMPTS_AT_ONCE):
@@ -159,7 +159,7 @@ def preview_size(
     `FEWEST_STEPS`. A few-step student uses its own steps, every other model `preview_steps`. Prompts of a file all get
     a sample.
     """
-    num = usual = num_shown(64 if description.image_size <= 32 else 16, len(description.class_names))
+    num = usual = num_shown(64 if max(description.shape[1:]) <= 32 else 16, len(description.class_names))
     steps = usual_steps = preview_steps(description)
     pictures = config.num_iters // config.sample_interval + 2  # the first one and the last one, too
     budget = config.num_iters * config.batch_size * EVALUATIONS / PICTURE_SHARE / pictures

@@ -122,7 +122,7 @@ def resolve_distillation(
         from vdiff.distributed import pick_device
 
         device = pick_device(str(chosen.get("device") or "auto")).type
-        preset = preset_for(teacher.image_size, num_images, device)
+        preset = preset_for(teacher.shape, num_images, device)
     presets = read_preset(preset, num_images).distill
     if ways := {"phases", "to_steps", "stages"} & chosen.keys():  # instead of those of the preset
         without = {"phases", "to_steps", "stages", *(["teacher_steps"] if "phases" in ways else [])}
@@ -200,7 +200,7 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
         check_captioned(images, config.base)
         sample_shape_of(teacher, images)
         return images
-    if not teacher.image_size:
+    if not (teacher.image_size or teacher.space.is_sound):
         raise OptionError(
             f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, but datasets hold square images",
             "distil it in Python: vdiff.distill accepts tensors as data",
@@ -212,6 +212,12 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
     elif images.channels != teacher.shape[0]:
         raise OptionError(
             f"{images.name} has {images.channels} channels, the teacher {teacher.shape[0]}",
+            "give --data the dataset that it was trained on",
+        )
+    if (images.shape, images.rate) != (teacher.shape, teacher.sample_rate):
+        raise OptionError(
+            f"{images}, but the teacher has samples of {' × '.join(map(str, teacher.shape))}"
+            f"{f' at {teacher.sample_rate:,} Hz' if teacher.sample_rate else ''}",
             "give --data the dataset that it was trained on",
         )
     if teacher.class_names and images.class_names != teacher.class_names:
