@@ -18,13 +18,13 @@ from vdiff.cli.vdiffusion import home_of, imported
 from vdiff.diffusion.distillation import METHODS
 from vdiff.errors import shell
 from vdiff.projects import Project
-from vdiff.records import LADDER_PICTURE, LadderRow
+from vdiff.records import LADDER_PICTURE, LADDER_SOUNDS, LadderRow
 from vdiff.reporting import DOUBTFUL, DOUBTFUL_TIMES
 from vdiff.text import duration
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:
-    from vdiff.evaluation.features import PixelDistance
+    from vdiff.evaluation.features import PixelDistance, SoundDistance
     from vdiff.evaluation.results import Scale
     from vdiff.training.dataset import TrainingData
     from vdiff.training.engine import Engine
@@ -186,13 +186,15 @@ def command(
     if any(row.is_time_doubtful for row in table):
         console.line(DOUBTFUL_TIMES)
     found = read_verdict(last)
-    if distance and found and any(row.distance is not None for row in table):
+    if distance and not images.rate and found and any(row.distance is not None for row in table):
         scale = scale_for(distance, found.num_images, images.image_size)
         console.result(f"scale      {scale}")
         if found.scale != asdict(scale):  # for the report
             with locked(last, kind=RUN):
                 write_verdict(last, replace(found, scale=asdict(scale)))
     console.result(f"picture    {last / LADDER_PICTURE}")
+    if teacher.space.is_sound:
+        console.result(f"players    {last / LADDER_SOUNDS}")
     if report:
         data, device = images.name * (images.store is not None), engine.device
         report_at_the_end(
@@ -245,12 +247,11 @@ def planned(
     return rows, total, num_left
 
 
-def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> PixelDistance | None:
+def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> PixelDistance | SoundDistance | None:
     """A function for the distance of samples to the data, in the process that checks students; None without data."""
     import torch
 
-    from vdiff.evaluation.features import PixelDistance
-    from vdiff.models.codec import from_uint8
+    from vdiff.evaluation.features import PixelDistance, SoundDistance
 
     is_due = config.distance_every and config.check_images and engine.is_main
     if images.store is None or not is_due or len(images.store) < 4:
@@ -260,10 +261,11 @@ def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> 
     with closing(images.batches(config, engine).start_at(0)) as batches:
         while sum(map(len, reference)) < wanted:
             reference.append(next(batches).images)
-    return PixelDistance(from_uint8(torch.cat(reference)[:wanted]))
+    real = images.codec.encode(torch.cat(reference)[:wanted])
+    return SoundDistance(real, images.rate) if images.rate else PixelDistance(real)
 
 
-def scale_for(distance: PixelDistance, num_images: int, image_size: int) -> Scale:
+def scale_for(distance: PixelDistance | SoundDistance, num_images: int, image_size: int) -> Scale:
     """The scale for distances of `num_images` images."""
     import numpy as np
 

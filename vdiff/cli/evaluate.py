@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 SHORT = 12
 ORDER = (
     *("fd", "fid", "fd_inf", "fid_inf", "kd", "kid", "precision", "recall"),
-    *("isc", "clip", "rmse", "psnr", "psnr_truth", "nearest", "nearest_features", "closest"),
+    *("isc", "clip", "rmse", "psnr", "lsd", "psnr_truth", "nearest", "nearest_features", "closest"),
 )
 HEADINGS = {
     "clip": "CLIP score",
     "rmse": "RMSE",
     "psnr": "PSNR dB",
+    "lsd": "LSD dB",
     "psnr_truth": "PSNR to truth",
     "nearest_features": "nearest feat.",
 }
@@ -84,8 +85,8 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--features", group="Measuring", default="pixels", metavar="pixels|inception|FILE",
-    help="Features to compare: pixels (at most 8×8); a network in a torch.export file (see vdiff features) or a "
-    "TorchScript file, which is code; or torch-fidelity's Inception.",
+    help="Features to compare: pixels (at most 8×8; of sounds, mel spectrograms of 20 bands × 4 times); a network in a "
+    "torch.export file (see vdiff features) or a TorchScript file, which is code; or torch-fidelity's Inception.",
 )  # fmt: skip
 @option(
     "--weights", group="Measuring", type=click.Path(path_type=Path), metavar="FILE", show_default="downloaded",
@@ -93,8 +94,8 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--metrics", group="Measuring", type=Names(click.STRING, "METRIC[,METRIC…]"), show_default="all that apply",
-    help="fd and kd (fid and kid on Inception's features), precision, recall, isc, clip, rmse, psnr, psnr_truth, "
-    "nearest.",
+    help="fd and kd (fid and kid on Inception's features), precision, recall, isc, clip, rmse, psnr, lsd (sounds: "
+    "log-spectral distance), psnr_truth, nearest.",
 )  # fmt: skip
 @option(
     "--clip", group="Measuring", type=PATH, metavar="FOLDER",
@@ -102,7 +103,7 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--teacher", group="Measuring", type=Checkpoint(), metavar="CHECKPOINT",
-    help="Model with whose samples from the same noise the others are compared: rmse, psnr.",
+    help="Model with whose samples from the same noise the others are compared: rmse, psnr, lsd.",
 )  # fmt: skip
 @option(
     "--teacher_steps", group="Measuring", type=click.IntRange(1), metavar="STEPS", show_default="its own",
@@ -279,6 +280,7 @@ def head(found: Evaluation) -> list[str]:
     split = "" if reference.split == "all" else f", part {reference.split}"
     how = ", ".join(part for part in (reference.resize, reference.format) if part) or "made by another program"
     size = f"{reference.image_size}×{reference.image_size}×{reference.channels}"
+    size = f"{reference.image_size}×{reference.channels}" if reference.format == "flac" else size
     mark = reference.fingerprint[:SHORT] or "none"
     lines = [
         f"reference  {reference.name}{split}: {reference.num_images:,} images of {size}, {how}, fingerprint {mark}",

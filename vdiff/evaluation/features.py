@@ -21,13 +21,14 @@ from torch.nn import functional as F
 
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.metrics import frechet_distance
+from vdiff.evaluation.sounds import BANDS, PARTS, log_mel_vectors
 from vdiff.files import check_regular, sha256_of
-from vdiff.models.codec import PIXEL_CODEC, from_uint8, to_uint8
+from vdiff.models.codec import PIXEL_CODEC, to_uint8
 from vdiff.models.feature_network import parse_metadata
 from vdiff.models.program import METADATA
 from vdiff.text import plural
 
-PIXELS, INCEPTION = "pixels", "inception"
+PIXELS, INCEPTION, LOG_MEL = "pixels", "inception", "log_mel"
 SIDE = 8
 INCEPTION_NAME, INCEPTION_DIM = "inception-v3-compat", 2048
 MAX_BATCH = 32
@@ -59,8 +60,8 @@ class Features(ABC):
 
 
 def as_unit(images: Tensor) -> Tensor:
-    """Images as float32 in [−1, 1], from uint8 or floating-point numbers."""
-    return from_uint8(images) if images.dtype == torch.uint8 else PIXEL_CODEC.clip(images.float())
+    """Images or sounds as float32 in [−1, 1], from stored or floating-point numbers."""
+    return PIXEL_CODEC.clip(PIXEL_CODEC.encode(images).float())
 
 
 def mean_colours(images: Tensor, side: int) -> Tensor:
@@ -104,17 +105,49 @@ class Pixels(Features):
         return pixel_vectors(as_unit(images))
 
 
+class SoundDistance:
+    """The Fréchet distance of sounds to a reference, both as `log_mel_vectors`.
+
+    Args:
+        reference: real sounds (n, C, L), n at least 2.
+    """
+
+    def __init__(self, reference: Tensor, rate: int) -> None:
+        self.rate = rate
+        self.reference = log_mel_vectors(reference, rate)
+
+    def __call__(self, sounds: Tensor) -> float:
+        """The distance of `sounds` (n, C, L)."""
+        return frechet_distance(log_mel_vectors(sounds, self.rate), self.reference)
+
+
+class LogMel(Features):
+    """`log_mel_vectors` as features."""
+
+    name, dim = LOG_MEL, BANDS * PARTS
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self.fingerprint = f"{LOG_MEL} {rate} {BANDS} {PARTS}"
+
+    def __call__(self, images: Tensor) -> NDArray[np.floating]:
+        """(n, C, L), int16 or in [−1, 1] → (n, 80)."""
+        return log_mel_vectors(images, self.rate)
+
+
 class FileFeatures(Features):
     """A feature network in a file: a `torch.export` program, or TorchScript. Such a file is code: use trusted ones.
 
-    It is called with (n, C, H, W) float32 in [−1, 1] for any n and returns (n, d); more axes are flattened. Loading
-    runs it once.
+    It is called with (n, C, H, W), or sounds (n, C, L), float32 in [−1, 1] for any n and returns (n, d); more axes are
+    flattened. Loading runs it once.
 
     Raises:
         VdiffError: the file is missing, is not a network, or its network does not accept such images.
     """
 
-    def __init__(self, path: Path, *, image_size: int, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, path: Path, *, image_size: int, channels: int, rate: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         self.name, self.device = path.as_posix(), torch.device(device)
         try:
             self.fingerprint = sha256_of(path)
@@ -127,8 +160,10 @@ class FileFeatures(Features):
                 f"{path} takes images of {_kind(known.image_size, known.channels)}, not {_kind(image_size, channels)}",
                 "train one on images such as yours: vdiff features",
             )
-        noise = torch.rand((3, channels, image_size, image_size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        with _one_line_errors(path, f"it does not accept images of {_kind(image_size, channels)}"):
+        shape = (channels, image_size) if rate else (channels, image_size, image_size)
+        noise = torch.rand((3, *shape), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        what = f"sounds of shape {shape}" if rate else f"images of {_kind(image_size, channels)}"
+        with _one_line_errors(path, f"it does not accept {what}"):
             three, one = self(noise), self(noise[:1])
         if three.ndim != 2 or len(three) != 3 or one.shape != three[:1].shape or not three.shape[1]:
             raise VdiffError(f"{path} returns shape {three.shape} for 3 images; need (3, d)", MAKE_ONE)
@@ -147,9 +182,18 @@ class FileFeatures(Features):
 
 
 def load_features(
-    wanted: str, *, image_size: int, channels: int, device: torch.device | str = "cpu", weights: Path | None = None
+    wanted: str,
+    *,
+    image_size: int,
+    channels: int,
+    rate: int = 0,
+    device: torch.device | str = "cpu",
+    weights: Path | None = None,
 ) -> Features:
     """The features `pixels`, `inception` (with weights from a local file, if given) or those of a network's file.
+
+    Args:
+        image_size, rate: of sounds the samples, and those per second; their `pixels` are `sounds.LogMel`.
 
     Raises:
         OptionError: weights are given for features without weights.
@@ -157,11 +201,17 @@ def load_features(
     """
     if weights is not None and wanted != INCEPTION:
         raise OptionError(f"--weights {weights} is for Inception", "give --features inception, or leave it out")
+    if rate and wanted in (PIXELS, LOG_MEL):
+        return LogMel(rate)
+    if (wanted == INCEPTION and rate) or wanted == LOG_MEL:
+        raise OptionError(
+            f"--features {wanted} is for {'images' if rate else 'sounds'}", "leave it out, or give a FILE"
+        )
     if wanted == PIXELS:
         return Pixels(image_size, channels)
     if wanted == INCEPTION:
         return inception_features(weights, device)
-    return FileFeatures(Path(wanted), image_size=image_size, channels=channels, device=device)
+    return FileFeatures(Path(wanted), image_size=image_size, channels=channels, rate=rate, device=device)
 
 
 def _kind(image_size: int, channels: int) -> str:

@@ -166,12 +166,14 @@ def measure_quality(
         budget: how many network evaluations this may use.
 
     Returns:
-        the quality; None: the budget is too small.
+        the quality; None: the budget is too small, or the model draws sounds.
 
     Raises:
         Interrupted, VdiffError: as in `evaluate`.
     """
     config = read_config(folder)
+    if config.space.is_sound:
+        return None  # there is no scale of distances of sounds
     if found := read_quality(folder, weights_fingerprint(folder)):
         return found
     most = min(config.num_timesteps, QUALITY_STEPS)
@@ -217,7 +219,12 @@ class _Run:
         channels, size = common_shape(plan, self.configs)
         self.images = images = ReferenceImages(dataset, size, plan.most_images)
         self.features = features = load_features(
-            plan.features, image_size=size, channels=channels, device=device, weights=plan.weights
+            plan.features,
+            image_size=size,
+            channels=channels,
+            rate=images.store.meta.rate,
+            device=device,
+            weights=plan.weights,
         )
         metrics = check_plan(plan, self.configs, images, features, channels)
         self.plan = replace(plan, metrics=metrics, precision=pick_precision(plan.precision, device))
@@ -465,6 +472,8 @@ class MetricCalculator:
         if len(errors):
             squared = m.mean_metric(errors)
             found |= {name: f(squared) for name, f in (("rmse", rmse), ("psnr", psnr)) if name in wanted}
+        if "lsd" in wanted and len(spectral := np.concatenate([piece["spectral"] for piece in stats])):
+            found["lsd"] = m.mean_metric(spectral)
         if "psnr_truth" in wanted and len(to_truth := np.concatenate([piece["truth_errors"] for piece in stats])):
             found["psnr_truth"] = psnr(m.mean_metric(to_truth))
         if "nearest" in wanted and features.name != PIXELS:

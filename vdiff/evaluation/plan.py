@@ -18,7 +18,7 @@ from vdiff.models.condition import IMAGE, TOKENS
 from vdiff.models.prompting import drawn_shape, has_surroundings
 from vdiff.text import plural
 
-METRICS = ("fd", "kd", "precision", "recall", "isc", "clip", "rmse", "psnr", "psnr_truth", "nearest")
+METRICS = ("fd", "kd", "precision", "recall", "isc", "clip", "rmse", "psnr", "lsd", "psnr_truth", "nearest")
 OF_INCEPTION = {"fid": "fd", "kid": "kd"}
 MIN_IMAGES = 10
 UNBIASED_FROM = 10_000
@@ -134,7 +134,7 @@ def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
 
 
 def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tuple[int, int]:
-    """The channels and the size of the square images that all models draw.
+    """The channels and the size of the square images, or sounds, that all models draw.
 
     Raises:
         VdiffError: they draw different images, or others; components of a text-to-image model are missing.
@@ -145,7 +145,7 @@ def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tu
         if has_surroundings(config):
             components = Path(check_components(config.components, plan.components)["path"])
             shape = drawn_shape(config, plan.vae or components)
-        if len(shape) != 3 or shape[1] != shape[2]:
+        if not config.space.is_sound and (len(shape) != 3 or shape[1] != shape[2]):
             shown = " × ".join(map(str, shape))
             raise VdiffError(f"{folder} draws samples of {shown}, not square images", "evaluate a model of images")
         shapes[folder] = shape
@@ -153,6 +153,8 @@ def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tu
     for folder, other in shapes.items():
         if other != shape:
             kinds = f"{first} draws images of {_kind(*shape[:2])}, but {folder} of {_kind(*other[:2])}"
+            if len(shape) == len(other) == 2:
+                kinds = f"{first} draws sounds of {shape[1]} samples, but {folder} of {other[1]}"
             raise VdiffError(kinds, "evaluate them separately")
     return shape[0], shape[1]
 
@@ -200,6 +202,13 @@ def check_plan(
             f"the checkpoints draw images of {kind}, but {images.store.path} holds {data}",
             "give --data a dataset like the training data",
         )
+    for folder, config in configs.items():
+        if (ours := config.sample_rate) != (theirs := images.store.meta.rate):
+            rates = [f"sounds at {rate:,} Hz" if rate else "images" for rate in (ours, theirs)]
+            raise VdiffError(
+                f"{folder} draws {rates[0]}, but {images.store.path} holds {rates[1]}",
+                "give --data a dataset like the training data",
+            )
     has_pairs = any(takes_image(config) for config in configs.values())
     if has_pairs and not images.store.meta.has_conditions:
         raise VdiffError(
@@ -207,7 +216,12 @@ def check_plan(
             "give --data a dataset of pairs: prepare_data.py IMAGES --condition FOLDER",
         )
     metrics = choose_metrics(
-        plan.metrics, features, has_teacher=bool(plan.teacher), has_clip=bool(plan.clip), has_pairs=has_pairs
+        plan.metrics,
+        features,
+        has_teacher=bool(plan.teacher),
+        has_clip=bool(plan.clip),
+        has_pairs=has_pairs,
+        are_sounds=bool(images.store.meta.rate),
     )
     _check_numbers(plan.n, len(images), features, metrics, images.store.path)
     return metrics
@@ -228,7 +242,13 @@ def _kind(channels: int, size: int) -> str:
 
 
 def choose_metrics(
-    wanted: Sequence[str], features: Features, *, has_teacher: bool, has_clip: bool, has_pairs: bool = False
+    wanted: Sequence[str],
+    features: Features,
+    *,
+    has_teacher: bool,
+    has_clip: bool,
+    has_pairs: bool = False,
+    are_sounds: bool = False,
 ) -> tuple[str, ...]:
     """The chosen metrics, in the order of `METRICS`; by default all that are possible.
 
@@ -237,7 +257,7 @@ def choose_metrics(
     """
     is_inception = features.name == INCEPTION
     lacking = {"isc": not is_inception, "rmse": not has_teacher, "psnr": not has_teacher, "clip": not has_clip}
-    lacking["psnr_truth"] = not has_pairs
+    lacking |= {"psnr_truth": not has_pairs, "lsd": not (has_teacher and are_sounds), "nearest": are_sounds}
     found = set()
     for word in wanted:
         name = OF_INCEPTION.get(word, word)
@@ -250,6 +270,8 @@ def choose_metrics(
             raise OptionError("--metrics clip needs a CLIP model", "give --clip FOLDER")
         if name == "psnr_truth" and lacking[name]:
             raise OptionError("--metrics psnr_truth needs models that draw from condition images", "leave it out")
+        if name == ("nearest" if are_sounds else "lsd"):
+            raise OptionError(f"--metrics {word} is for {'images' if are_sounds else 'sounds'}", "leave it out")
         if lacking.get(name):
             raise OptionError(f"--metrics {word} needs a teacher", "give --teacher CHECKPOINT")
         found.add(name)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vdiff.data.batches import decode
+from vdiff.data.batches import decode, decode_stored
 from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.store import DATA_FILE, ImageStore, StoredImage
@@ -172,9 +173,9 @@ class ReferenceImages:
                 samples = enumerate(self.store.stretch(start, stop), start)
                 yield from (sample for index, sample in samples if index in wanted)
 
-    def _decoded(self, sample: StoredImage) -> NDArray[np.uint8]:
-        where = f"{self.store.path}: image {sample.name}"
-        return decode(sample.images[self.image_size], self.channels, self.image_size, where)
+    def _decoded(self, sample: StoredImage) -> NDArray[Any]:
+        where, meta = f"{self.store.path}: {self.store.meta.noun} {sample.name}", self.store.meta
+        return decode_stored(self.store, sample.images[self.image_size], meta.shape(self.image_size)[1:], where)
 
 
 def random_subset(count: int, most: int, stream: int = 0) -> NDArray[np.int64]:

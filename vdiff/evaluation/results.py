@@ -83,10 +83,10 @@ class EvalRow:
         metrics: by name: `fd` and `kd`, Fréchet and kernel distance on the chosen features (`fid` and `kid` on
             Inception's); `fd_inf` (`fid_inf`), the first without its bias; `precision`, `recall`; `isc`, the Inception
             score; `clip`, the mean CLIP score of samples and prompts; `clip_data`, that of images of the data and their
-            captions; `rmse`, `psnr` to the teacher from the same noise; `psnr_truth` to the images of the data whose
-            condition images the samples were drawn from; `nearest`, the median distance of a sample to
-            the nearest image of the data; `nearest_data`, the median distance of an image of the data to the nearest
-            other one; both also with `_features`; `closest`, the smallest distance of any sample.
+            captions; `rmse`, `psnr`, `lsd` (of sounds, in dB) to the teacher from the same noise; `psnr_truth` to the
+            images of the data whose condition images the samples were drawn from; `nearest`, the median distance of a
+            sample to the nearest image of the data; `nearest_data`, the median distance of an image of the data to the
+            nearest other one; both also with `_features`; `closest`, the smallest distance of any sample.
         guidance: the weight w of classifier-free guidance.
         closest: the samples nearest to an image of the data: sample number, image number, distance.
         is_time_doubtful: more evaluations of the same network took less time, even when measured again.

@@ -21,6 +21,7 @@ from vdiff.evaluation.metrics import Arrays, ClassStats, Moments, to_arrays
 from vdiff.evaluation.nearest import MAX_QUERIES, thumbnails
 from vdiff.evaluation.plan import EvalPlan, RowSpec, takes_image, takes_prompts
 from vdiff.evaluation.reference import MAX_KEPT, MOMENTS, ReferenceImages
+from vdiff.evaluation.sounds import log_spectral_distance
 from vdiff.models.checkpoint import (
     ADAPTER,
     WEIGHTS,
@@ -31,7 +32,7 @@ from vdiff.models.checkpoint import (
     weights_path,
 )
 from vdiff.models.checks import without_limits
-from vdiff.models.codec import LATENTS, PIXEL_CODEC, from_uint8, to_uint8
+from vdiff.models.codec import LATENTS, PIXEL_CODEC, from_uint8
 from vdiff.models.condition import CLASSES, IMAGE, Condition
 from vdiff.models.drawing import classes_in_turn, draw_from, squared_errors
 from vdiff.models.prompting import Prompting, has_surroundings
@@ -197,12 +198,13 @@ def sample_stats(
     moments = [Moments.none(features.dim) for _ in piece]
     classes: dict[int, list[ClassStats]] = {}
     kept, thumbs, errors = [np.empty((0, features.dim), np.float32)], [], [np.empty(0)]
-    scores, truth_errors = [np.empty(0)], [np.empty(0)]
+    scores, truth_errors, spectral = [np.empty(0)], [np.empty(0)], [np.empty(0)]
+    space = generator.config.space
     for batch in generator.batches(samples):
         start = time.monotonic()
         images = generator.draw(batch, bar, done + batch.start - samples.start)
         drawing += time.monotonic() - start
-        pixels = to_uint8(images).to(generator.device)
+        pixels = space.store(images).to(generator.device)
         vectors, logits = features.with_logits(pixels)
         for k, number in enumerate(piece):
             block = blocks.block(number)
@@ -213,11 +215,15 @@ def sample_stats(
                 if logits is not None:
                     classes.setdefault(k, []).append(ClassStats.of(logits[part]))
         kept.append(vectors[: max(0, MAX_KEPT - batch.start)].astype(np.float32))
-        thumbs.append(thumbnails(images[: max(0, MAX_QUERIES - batch.start)]))
+        thumbs.append(thumbnails(space.pictures(images[: max(0, MAX_QUERIES - batch.start)])))
         if of_teacher is not None:
             first = batch.start - samples.start
             theirs = of_teacher[first : first + len(batch)]
             errors.append(squared_errors(images, theirs, PIXEL_CODEC).numpy())
+            if space.is_sound:
+                spectral.append(
+                    log_spectral_distance(images[: len(theirs)], theirs, generator.config.sample_rate).numpy()
+                )
         if (truth := generator.truth(batch)) is not None:
             truth_errors.append(squared_errors(images, truth, PIXEL_CODEC).numpy())
         if clip is not None and takes_prompts(generator.config):
@@ -230,6 +236,7 @@ def sample_stats(
         "small": torch.cat(thumbs).numpy(),
         "errors": np.concatenate(errors),
         "truth_errors": np.concatenate(truth_errors),
+        "spectral": np.concatenate(spectral),
         "scores": np.concatenate(scores),
         "evaluations": np.array(generator.evaluations - before),
         "drawing": np.array(drawing),

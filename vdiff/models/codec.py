@@ -32,6 +32,12 @@ class Codec:
             return samples.float().div_(32768)
         return from_uint8(samples) if samples.dtype == torch.uint8 else samples
 
+    def store(self, x: Tensor) -> Tensor:
+        """Samples as they are stored: int16 of sounds, uint8 of pictures."""
+        import torch
+
+        return (x * 32768).round().clamp(-32768, 32767).to(torch.int16) if self.is_sound else to_uint8(x)
+
     def clip(self, x: Tensor) -> Tensor:
         """x within its bounds."""
         return x if self.limit is None else x.clamp(-self.limit, self.limit)

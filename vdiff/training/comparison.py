@@ -16,13 +16,14 @@ from torch import Tensor
 
 from vdiff.data.captions import fingerprint_of
 from vdiff.data.images import captioned_grid, make_grid, save_png
+from vdiff.data.sound_page import write_page
 from vdiff.diffusion.samplers import Ddim
 from vdiff.files import write_text
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.checks import default_guidance
 from vdiff.models.drawing import Conditions, classes_in_turn, draw_in_batches, images_at_once, rmse
 from vdiff.models.speed import impossible_times
-from vdiff.records import LADDER, LADDER_IMAGES, LADDER_PICTURE, LadderRow, read_ladder_rows
+from vdiff.records import LADDER, LADDER_IMAGES, LADDER_PICTURE, LADDER_SOUNDS, LadderRow, read_ladder_rows
 from vdiff.reporting import Reporter
 from vdiff.text import plural
 from vdiff.training.sample_prompts import SamplePrompts
@@ -147,6 +148,14 @@ def compare(
     save_png(picture([(rows[k], shown[k]) for k in wanted], subjects), folder / LADDER_PICTURE)
     few = torch.cat([shown[k] for k in wanted])  # for the report: pixel for pixel, a row for each model
     save_png(make_grid(few, columns=min(PICTURE_ROWS, count), padding=0), folder / LADDER_IMAGES)
+    if last.space.is_sound and last.sample_rate:
+        names = last.class_names or [""]
+        table = [
+            (f"noise {n} {names[n % len(names)]}", [("", images[k][n]) for k in wanted])
+            for n in range(min(PICTURE_ROWS, count))
+        ]
+        heads = [f"{Path(rows[k].checkpoint).name}, {plural(rows[k].num_steps, 'step')}" for k in wanted]
+        write_page(folder / LADDER_SOUNDS, f"The same noise of seed {seed}", heads, table, last.sample_rate)
     write_text(folder / LADDER, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
 

@@ -18,7 +18,7 @@ from vdiff.training.presets import run_text
 
 FILES_OF_RUN = "|".join(
     [
-        *(FILES, r"run\.toml", r"verdict\.json", r"ladder(_images)?\.(png|json)", r"state/state\.safetensors"),
+        *(FILES, r"run\.toml", r"verdict\.json", r"ladder(_images)?\.(png|json|html)", r"state/state\.safetensors"),
         *(r"samples/\d{7,}\.png", r"log/events\.out\.tfevents\.[^/]+", r"averages/\d{9,}\.safetensors"),
         r"history/\d{9,}/((model|adapter)\.safetensors|config\.json)",
         r"report\.html|evaluation\.json|evaluation-nearest\.png",  # written by vdiff report FOLDER
