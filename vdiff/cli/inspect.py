@@ -16,7 +16,7 @@ from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, OneOf, option, project_option, switch
 from vdiff.cli.vdiffusion import imported
 from vdiff.errors import OptionError
-from vdiff.models.kinds import EDM2, SONG, TEXT
+from vdiff.models.kinds import EDM2, SONG, TEXT, UNET
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
@@ -250,7 +250,7 @@ OWN = (
     *("dataset_fingerprint", "vdiff_version"),
 )
 """The keys that are shown as they are in the checkpoint's config."""
-NETWORK = ("backbone", "sample_shape", "codec", "components", "adapter", "base")
+NETWORK = ("backbone", "sample_shape", "codec", "sample_rate", "components", "adapter", "base")
 """The keys that only configs of other networks than a UNet on square images have."""
 
 
@@ -265,9 +265,11 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
         rows["classes"] = f"{len(names)}: {', '.join(names[:SHOWN_CLASSES])}{more}"
     parameters = ", ".join(f"{key} {value}" for key, value in values["schedule"].items() if key != "name")
     pixels = f"{' × '.join(map(str, shape[1:]))} pixels, channels: {shape[0]}"
-    is_latent = values.get("codec") == "autoencoder"
+    is_latent, rate = values.get("codec") == "autoencoder", values.get("sample_rate", 0)
+    if rate:
+        pixels = f"{shape[1]:,} samples, {shape[1] / rate:.3g} s at {rate:,} Hz, channels: {shape[0]}"
     rows |= {
-        **({"latents": " × ".join(map(str, shape))} if is_latent else {"images": pixels}),
+        **({"latents": " × ".join(map(str, shape))} if is_latent else {"sounds" if rate else "images": pixels}),
         "family": values["noise"]["family"],
         "schedule": f"{values['schedule']['name']} ({parameters})",
         "noise levels": _noise_levels(**values["noise"]),
@@ -327,7 +329,8 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
     """The network, in one or two rows."""
     from vdiff.models.unet_config import UNetConfig
 
-    if "unet" not in values:
+    unet = values.get("unet") or values["backbone"]["config"]
+    if (values.get("backbone") or {}).get("kind", UNET) != UNET:
         kind, config = values["backbone"]["kind"], values["backbone"]["config"]
         if kind == SONG:
             what = "NCSN++" if config["residual"] else "DDPM++"
@@ -350,7 +353,6 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
         if components := values.get("components"):
             rows["components"] = _folder(components)
         return rows
-    unet = values["unet"]
     config, usual = UNetConfig.from_dict(unet), UNetConfig()
     widths = ", ".join(str(config.channels * multiplier) for multiplier in config.multipliers)
     heads = f"{config.head_channels} channels a head" if config.head_channels else plural(config.num_heads, "head")

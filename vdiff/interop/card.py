@@ -25,7 +25,7 @@ from vdiff.errors import OptionError, VdiffError, printable
 from vdiff.files import parse, read_text, write_text
 from vdiff.models.backbone import parameter_count
 from vdiff.models.checkpoint import IMPORTED, CheckpointConfig, load_checkpoint, read_config, weights_fingerprint
-from vdiff.models.codec import LATENTS
+from vdiff.models.codec import LATENTS, WAVEFORM
 from vdiff.models.condition import IMAGE
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.drawing import draw
@@ -227,7 +227,8 @@ def _summary(config: CheckpointConfig) -> str:
     if config.kind == TEXT:
         lora = f" It was trained as a LoRA of rank {config.adapter.rank}." if config.adapter else ""
         return f"A diffusion model that draws images of a text, in {steps}: {how}.{lora}"
-    return f"A diffusion model that draws images{of}, {sizes_of(config)} pixels, in {steps}: {how}."
+    what, unit = ("sounds", "samples") if config.space.is_sound else ("images", "pixels")
+    return f"A diffusion model that draws {what}{of}, {sizes_of(config)} {unit}, in {steps}: {how}."
 
 
 def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> str:
@@ -242,7 +243,7 @@ def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> st
         "parameters": f"{parameter_count(denoiser):,}",
         "predicts": config.family.summary() if config.parameterisation else config.prediction,
         "noise schedule": _cell(f"{config.schedule['name']}" + (f" ({schedule})" if schedule else "")),
-        "latents" if config.codec == LATENTS.name else "images": (
+        {LATENTS.name: "latents", WAVEFORM.name: "sounds"}.get(config.codec, "images"): (
             f"{sizes_of(config)}, {plural(config.shape[0], 'channel')}"
         ),
         "classes": f"{len(names)}: {listed}" if names else "",

@@ -43,8 +43,8 @@ class Codec:
         return x if self.limit is None else x.clamp(-self.limit, self.limit)
 
     def are_pictures(self, shape: Sequence[int]) -> bool:
-        """Whether samples of this shape (C, …) are pictures: grey or in colour; or have pictures, see `pictures`."""
-        return self.is_sound or (self.limit is not None and len(shape) == 3 and shape[0] in (1, 3))
+        """Whether samples of this shape (C, …) are pictures: grey or in colour."""
+        return not self.is_sound and self.limit is not None and len(shape) == 3 and shape[0] in (1, 3)
 
     @property
     def is_sound(self) -> bool:

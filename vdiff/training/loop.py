@@ -145,7 +145,8 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
             log.picture(drawn, done)
 
     num_samples, num_steps, is_small = preview_size(config, run.description, run.prompts)
-    shows = run.prompts is not None or run.description.space.are_pictures(run.description.shape)
+    space = run.description.space
+    shows = run.prompts is not None or space.is_sound or space.are_pictures(run.description.shape)
     began, is_first = time.monotonic(), shows and not any((folder / SAMPLES_FOLDER).glob("*.png"))
     early = 0 if run.description.is_distilled else config.num_iters // EARLY_PART
     if start.step:

@@ -72,6 +72,8 @@ def write_unet_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
     Raises:
         VdiffError: UNet2DModel does not support an option; names it.
     """
+    if config.dims == 1:
+        raise _cannot_say("sounds, and its UNet1DModel has other layers")
     if config.fold > 1:
         raise _cannot_say(f"fold {config.fold}: it always reads single pixels")
     if config.guidance_input:
