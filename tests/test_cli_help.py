@@ -219,7 +219,8 @@ def test_every_choice_offered_is_a_registry(name):
         "image_format": conversion.FORMATS,
         "crop": conversion.CROPS,
         "resample": conversion.RESAMPLES,
-        "channels": ("1", "3"),
+        "channels": ("1", "2", "3"),
+        "kind": ("image", "audio"),
         "grid": GRIDS,
         "image_store": (*FORMATS, *SOUND_FORMATS),
     }

@@ -83,8 +83,8 @@ class LoudnessType(click.ParamType):
 @click.command(
     cls=Command,
     theirs="prepare",
-    first="name kind size rate length out format channels buckets root split label_column condition captions "
-    "caption_column only_captioned repeats crop resample min_size background num_workers shard overwrite strict json",
+    first="name kind size out format channels buckets root split label_column condition captions "
+    "caption_column only_captioned repeats crop resample background num_workers shard overwrite strict json",
     examples=[
         "python prepare_data.py              # the built-in digits",
         "python prepare_data.py photos --size 64,128",
@@ -111,7 +111,8 @@ class LoudnessType(click.ParamType):
     group="Dataset",
     type=OneOf(["image", "audio"]),
     default="image",
-    help="What PATH holds. Sounds: WAV, FLAC, OGG, MP3, AIFF …, which become pieces of equal length.",
+    help="What PATH holds. Sounds (WAV, FLAC, OGG, MP3, AIFF …) become pieces of equal length: see --rate, --length, "
+    "--trim and --loudness.",
 )
 @option(
     "--rate", group="Sounds", type=click.IntRange(1000, 192_000), metavar="HZ", show_default="16000",
