@@ -51,7 +51,8 @@ def verify(dataset: str | None, project: Project, num_workers: int | None, json:
 
     console = Console()
     workers = cpu_cores() if num_workers is None else num_workers
-    verdict = check(_open(dataset, project), num_workers=workers, reporter=console)
+    opened = _open(dataset, project)
+    verdict, nouns = check(opened, num_workers=workers, reporter=console), f"{opened.meta.noun}s"
     if json:
         console.result(jsonlib.dumps({**asdict(verdict), "is_good": verdict.is_good}, ensure_ascii=False), is_json=True)
         return 0 if verdict.is_good else 1
@@ -64,9 +65,9 @@ def verify(dataset: str | None, project: Project, num_workers: int | None, json:
         console.line(problem)
     if not verdict.is_good:
         count = verdict.num_problems
-        what = f"{plural(count, 'problem')} in {verdict.checked} images, {checksum}"
+        what = f"{plural(count, 'problem')} in {verdict.checked} {nouns}, {checksum}"
         raise VdiffError(f"{verdict.path}: {what}", "copy it again, or prepare it again with --overwrite")
-    console.result(f"{verdict.path}: {verdict.checked} images decoded in every size, {checksum}")
+    console.result(f"{verdict.path}: {verdict.checked} {nouns} decoded in every size, {checksum}")
     return 0
 
 
@@ -141,7 +142,7 @@ def merge(parts: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
         out = parts[0].with_name(name)
     console = Console()
     meta = join(parts, out, overwrite=overwrite, reporter=console)
-    console.result(f"{out}: {meta.counts['images']} images of {len(parts)} parts")
+    console.result(f"{out}: {meta.counts['images']} {meta.noun}s of {len(parts)} parts")
     console.result(f"next       python train.py {shell('--data', out)}")
 
 
@@ -246,11 +247,13 @@ def _rows(values: dict[str, Any]) -> list[str]:
     names, repeats, buckets = (values.pop(key) for key in ("class_names", "repeats", "buckets"))
     has_conditions = values.pop("has_conditions")
     rows = {key: value for key, value in values.items() if value not in ("", None)}
-    rows["images"] = f"{values['images']:,}"
+    noun = "sound" if values["rate"] else "image"
+    rows = {f"{noun}s" if key == "images" else key: value for key, value in rows.items()}
+    rows[f"{noun}s"] = f"{values['images']:,}"
     rows["sizes"] = ", ".join(map(str, values["sizes"]))
     if rate := rows.pop("rate", 0):
         rows["sizes"] += f" samples, {values['sizes'][0] / rate:.3g} s at {rate:,} Hz"
-    rows["bytes"] = f"{megabytes(values['bytes'])}, {values['bytes'] / max(values['images'], 1):,.0f} bytes per image"
+    rows["bytes"] = f"{megabytes(values['bytes'])}, {values['bytes'] / max(values['images'], 1):,.0f} bytes per {noun}"
     if captions := counts.get("captions"):
         without = values["images"] - captions
         rows["captions"] = f"{captions:,} images have one" + (f", {without:,} have none" if without else "")

@@ -280,10 +280,11 @@ def head(found: Evaluation) -> list[str]:
     split = "" if reference.split == "all" else f", part {reference.split}"
     how = ", ".join(part for part in (reference.resize, reference.format) if part) or "made by another program"
     size = f"{reference.image_size}×{reference.image_size}×{reference.channels}"
-    size = f"{reference.image_size}×{reference.channels}" if reference.format == "flac" else size
+    noun = "sound" if reference.format == "flac" else "image"
+    size = f"{reference.image_size}×{reference.channels}" if noun == "sound" else size
     mark = reference.fingerprint[:SHORT] or "none"
     lines = [
-        f"reference  {reference.name}{split}: {reference.num_images:,} images of {size}, {how}, fingerprint {mark}",
+        f"reference  {reference.name}{split}: {reference.num_images:,} {noun}s of {size}, {how}, fingerprint {mark}",
         f"features   {found.features}",
     ]
     models: dict[str, EvalRow] = {}

@@ -280,7 +280,7 @@ def command(
         raise OptionError("--interpolate does not apply to --condition", "leave it out")
     num = num or (len(conditions) if conditions else count)
     is_sound = config.space.is_sound and bool(config.sample_rate)
-    form = form or ("wav" if is_sound else "png")
+    form = "wav" if is_sound and picture and not image_store else form or ("wav" if is_sound else "png")
     if is_sound != (form in SOUND_FORMATS):
         raise OptionError(
             f"--format {form}: {folder} draws {'sounds' if is_sound else 'images'}",
@@ -351,7 +351,8 @@ def command(
         reporter=console,
     )
     if picture and processes.is_main:
-        drawn = report.picture if num > 1 else report.out / (spec.names[0] if spec.names else file_name(0))
+        has_grid = num > 1 or is_sound
+        drawn = report.picture if has_grid else report.out / (spec.names[0] if spec.names else file_name(0))
         with PIL.Image.open(drawn) as image:
             save_png(image, make_folder(picture.parent) / picture.name)
         report = replace(report, picture=picture)

@@ -70,7 +70,7 @@ class AudioConfig:
     trim: float = 0.0
     loudness: float | None = -20.0
 
-    noun = "sound"
+    noun, items = "sound", "files"
     buckets = None
     value_range = "full"
     most_bytes = math.inf  # a file has any number of pieces

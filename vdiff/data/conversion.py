@@ -142,7 +142,7 @@ class ConversionConfig:
         """(height, width) of the largest buckets."""
         return () if self.buckets is None else bucket_shapes(self.sizes[-1], *self.buckets)
 
-    noun = "image"
+    noun, items = "image", "images"
 
     @property
     def most_bytes(self) -> int:

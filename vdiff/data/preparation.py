@@ -318,7 +318,7 @@ def prepare(
             raise VdiffError(f"the {config.noun}s lie in the output folder {folder}", "choose another --out")
         check_free(folder, DATASET, overwrite=overwrite, flag="another --name or --out")
         try:
-            done = f"{config.noun}s are done, the same command continues"
+            done = f"{config.items} are done, the same command continues"
             with stop_explained(lambda word: f"{word}; {journal.kept} {done}"):
                 journal.begin(job, command, overwrite=overwrite)
                 source.fetch(journal.folder)
@@ -374,7 +374,7 @@ def _convert_all(
     journal.restore(writer.num_committed)
     tally, kept = journal.tally, journal.tally.images
     if kept:
-        reporter.line(f"continuing after {tally.position} {noun}s of an earlier run")
+        reporter.line(f"continuing after {tally.position} {config.items} of an earlier run")
     work = partial(_convert, source, config)
 
     def num_bytes(result: Result) -> int:
@@ -383,7 +383,7 @@ def _convert_all(
     first = start + tally.position
     _check_space(work, listing, config, first, stop, journal, 1 + source.has_conditions)
     with (
-        reporter.progress("prepare", stop - start, f"{noun}s", start=tally.position) as progress,
+        reporter.progress("prepare", stop - start, config.items, start=tally.position) as progress,
         closing(_map(work, listing, num_workers, first, stop, num_bytes)) as results,
     ):
         for result in results:
@@ -412,7 +412,7 @@ def _convert_all(
                 said = str(next(journal.rejected()))
             except (OSError, ValueError, TypeError, StopIteration) as error:
                 said = f"{REJECTED_FILE} cannot be read: {error}"
-            raise VdiffError(f"none of {len(listing)} {noun}s could be read", f"the first: {said}")
+            raise VdiffError(f"none of {len(listing)} {config.items} could be read", f"the first: {said}")
         _say_empty_classes(listing, journal, reporter)
     if (narrow := tally.converted[NARROW]) * 2 > tally.converted["16-bit"] + tally.converted["float"]:
         what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
