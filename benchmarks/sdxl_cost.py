@@ -1,10 +1,13 @@
-"""What LoRA training of Stable Diffusion XL at 1024² costs: memory and operations by counting, no GPU, no weights.
+"""What training and distilling a LoRA of Stable Diffusion XL at 1024² cost: memory and operations by counting.
 
-The published configuration is built without values (`training.estimate`), and one update of it is counted: bytes of
-weights, gradients, moments and activations, and floating-point operations by torch's counter. A multiply-add counts as
-two operations; checkpointing computes the forward pass twice, and a frozen weight has no gradient. Not counted are the
-CUDA context, workspaces of kernels, and the fragments of the allocator: add 1 to 3 GiB. The time is operations divided
-by an assumed share of the GPU's peak, which was not measured.
+No GPU and no weights are needed: the published configuration is built without values (`training.estimate`), and one
+update of it is counted: bytes of weights, gradients, moments and activations, and floating-point operations by torch's
+counter. A multiply-add counts as two operations; checkpointing computes the forward pass twice, and a frozen weight has
+no gradient. Not counted are the CUDA context, workspaces of kernels, and the fragments of the allocator: add 1 to
+3 GiB. The time is operations divided by an assumed share of the GPU's peak, which was not measured.
+
+Two settings are stages of a ladder. In the first one the teacher is the base, whose guidance takes two evaluations for
+each of its two steps. In a later one it is the base with the LoRA of the stage before.
 
 Numbers of the configuration: the public files of stabilityai/stable-diffusion-xl-base-1.0.
 """
@@ -12,8 +15,10 @@ Numbers of the configuration: the public files of stabilityai/stable-diffusion-x
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import torch
@@ -24,15 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.report import write_report
+from vdiff.files import write_json
 from vdiff.models.adapters import AdapterSettings
 from vdiff.models.backbone import parameter_count
-from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.checkpoint import CONFIG, CheckpointConfig
+from vdiff.models.codec import UNBOUNDED
 from vdiff.models.text import TextBackbone
 from vdiff.training.base_training import memory_of_base
-from vdiff.training.config import TrainConfig
+from vdiff.training.config import DistillConfig, TrainConfig
 from vdiff.training.dataset import TrainingData
 from vdiff.training.engine import build_engine
 from vdiff.training.estimate import LiveBytes, Memory, num_bytes
+from vdiff.training.stages import Stage
+from vdiff.training.student import memory_of_stage
 
 GIB, TERA = 2**30, 1e12
 PEAK = 989.0
@@ -65,23 +74,35 @@ VAE = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One row; `rank` 0: all weights of the UNet learn."""
+    """One row; `rank` 0: all weights of the UNet learn; `stage` is the number of a stage of a ladder, 0 a training."""
 
     rank: int
     batch_size: int
     checkpointing: bool
+    stage: int = 0
+
+    def __str__(self) -> str:
+        what = f"LoRA, rank {self.rank}" if self.rank else "whole UNet"
+        return what + ("", ", first stage, guided", ", a later stage")[self.stage]
+
+    @property
+    def evaluations(self) -> int:
+        """Passes through the UNet for one sample of an update; a gradient of all weights counts as two."""
+        teacher = (0, 4, 2)[self.stage]
+        return 1 + self.checkpointing + (1 if self.rank else 2) + teacher
 
 
 SETTINGS = [
     *(Setting(8, batch, checkpointing) for checkpointing in (True, False) for batch in (1, 2, 4)),
     Setting(64, 2, True),
     Setting(64, 2, False),
+    *(Setting(64, 2, True, stage) for stage in (1, 2)),
     Setting(0, 2, True),
 ]
 
 
 def description(rank: int) -> CheckpointConfig:
-    """Stable Diffusion XL that predicts v, with a LoRA on the projections of attention."""
+    """Stable Diffusion XL that predicts v, with a LoRA on the projections of attention; x is given as latents."""
     empty = [49406, *[49407] * 76, 49406, 49407, *[0] * 75]
     encoders = [
         {"class": "CLIPTextModel", "config": FIRST},
@@ -94,7 +115,7 @@ def description(rank: int) -> CheckpointConfig:
         "zero_empty": True,
     }
     return CheckpointConfig(
-        backbone={"kind": "text", "config": network}, sample_shape=[4, 128, 128], codec="autoencoder",
+        backbone={"kind": "text", "config": network}, sample_shape=[4, 128, 128], codec=UNBOUNDED.name,
         schedule={"name": "scaled_linear", "num_levels": 1000, "first_beta": 0.00085, "last_beta": 0.012},
         prediction="v", num_timesteps=50, method="base", weights="raw", num_iters=0, target_iters=1, num_images=0,
         dataset="", dataset_fingerprint="", adapter=AdapterSettings(rank, float(rank)) if rank else None,
@@ -104,11 +125,22 @@ def description(rank: int) -> CheckpointConfig:
 
 def memory(setting: Setting) -> Memory:
     """The bytes of one update in bf16, without an average of the weights."""
-    config = TrainConfig(
-        data="", batch_size=setting.batch_size, lr=1e-5, num_iters=1, num_timesteps=50, ema=0.0, device="cpu",
-        precision="bf16", checkpointing=setting.checkpointing, prediction="v",
-    )  # fmt: skip
-    return memory_of_base(config, TrainingData(1024, 3), description(setting.rank), build_engine(config))
+    values: dict[str, Any] = {"lr": 1e-5, "num_iters": 1, "ema": 0.0, "device": "cpu", "precision": "bf16"}
+    values |= {"batch_size": setting.batch_size, "checkpointing": setting.checkpointing}
+    images = TrainingData(1024, 3)
+    if not setting.stage:
+        config = TrainConfig(data="", num_timesteps=50, prediction="v", **values)
+        return memory_of_base(config, images, description(setting.rank), build_engine(config))
+    with TemporaryDirectory() as folder:
+        before, rank = Path(folder), 0 if setting.stage == 1 else setting.rank
+        steps, method = (32, "base") if setting.stage == 1 else (16, "progressive")
+        taught = replace(description(rank), num_timesteps=steps, method=method)
+        write_json(before / CONFIG, taught.to_dict())
+        student = DistillConfig(
+            data="", base=str(before), lora_rank=setting.rank, guidance_scale=6.0, check_images=0, **values
+        )
+        stage = Stage(before, steps, before, steps // 2, is_guided=setting.stage == 1)
+        return memory_of_stage(stage, student, images, build_engine(student))
 
 
 def encoding(batch_size: int) -> tuple[int, int]:
@@ -151,11 +183,10 @@ def main(utilisation: float) -> None:
         learns = found.weights + found.gradients + found.moments
         cached = learns + found.frozen + found.activations
         whole = cached + vae + max(0, encode - found.activations)
-        passes = 1 + setting.checkpointing + (1 if setting.rank else 2)
-        update = passes * flops * setting.batch_size / TERA
+        update = setting.evaluations * flops * setting.batch_size / TERA
         rows.append(
             [
-                f"LoRA, rank {setting.rank}" if setting.rank else "whole UNet",
+                str(setting),
                 str(setting.batch_size),
                 "yes" if setting.checkpointing else "no",
                 *(f"{value / GIB:.1f}" for value in (found.frozen, learns, found.activations, cached, whole)),
@@ -178,7 +209,7 @@ def main(utilisation: float) -> None:
         ),
         *("TFLOP", "seconds", "checkpoint"),
     ]
-    title = "LoRA training of Stable Diffusion XL at 1024², bf16, GiB of one process: counted, not measured"
+    title = "LoRAs of Stable Diffusion XL at 1024², bf16, GiB of one process: counted, not measured"
     where = (
         f"UNet {parameters / 1e9:.3f} B parameters, {flops / TERA:.2f} TFLOP an evaluation; text encoders "
         f"{encoders / 1e6:.0f} M; autoencoder {vae / GIB:.2f} GiB, {encode / GIB:.1f} GiB while it encodes a picture; "

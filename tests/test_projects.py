@@ -126,6 +126,9 @@ def test_what_is_no_checkpoint():
     write_checkpoint(Path("checkpoints/base_10"))
     aged("checkpoints/photos/base_7", 0)
     Path("inside").mkdir()
+    Path("inside/model.safetensors").touch()
+    Path("pipeline").mkdir()
+    Path("pipeline/model_index.json").touch()
     for path, words in (
         ("checkpoints/base_5", "checkpoints/base_5: no such checkpoint; checkpoints holds base_9, base_10"),
         ("runs/base_5", "runs/base_5: no such checkpoint; run `python train.py` first"),
@@ -134,6 +137,11 @@ def test_what_is_no_checkpoint():
         (
             "checkpoints/photos",
             "holds no config.json; give one of the checkpoints in it: base_7",
+        ),
+        ("pipeline", "is a pipeline of diffusers; import it: vdiff import diffusers pipeline --out checkpoints/NAME"),
+        (
+            "inside/model.safetensors",
+            "is a file of weights; import it: vdiff import diffusers inside/",
         ),
         ("inside", "inside holds no config.json; give a folder that train.py or distill.py wrote"),
     ):

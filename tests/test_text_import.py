@@ -268,6 +268,17 @@ def test_single_files_that_cannot_be_read_are_refused_in_one_line(tmp_path, monk
                             "tokenizers are taken")  # fmt: skip
     message = error(f"vdiff import diffusers xl.safetensors --pipeline {pipeline('sdxl')}", 1)
     assert "xl.safetensors does not fit the configurations in" in message
+    lora = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(2, 1024)}
+    save_file(lora, "lora.safetensors")
+    message = error(f"vdiff import diffusers lora.safetensors --pipeline {pipeline('sd2')}", 1)
+    assert "lora.safetensors is a LoRA of Stable Diffusion 2, named as by diffusers, which needs the model that it" in (
+        message
+    )
+    attends = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    inpainting = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3)}
+    save_file({**inpainting, attends: torch.zeros(2, 768)}, "nine.safetensors")
+    message = error(f"vdiff import diffusers nine.safetensors --pipeline {pipeline('sd15')}", 1)
+    assert "nine.safetensors is Stable Diffusion 1.5, inpainting; import the base model" in message
     Path("model.ckpt").write_bytes(b"")
     assert "model.ckpt is a pickle, and pickles are never read" in error("vdiff import diffusers model.ckpt", 1)
     assert not list(tmp_path.glob(".*.tmp"))

@@ -191,8 +191,12 @@ def check_checkpoint(folder: Path, project: Project | None = None) -> None:
     if not folder.is_dir():
         inside = folder.parent if (folder.parent / CONFIG).is_file() else None
         which = shell(inside) if inside else "the one that holds config.json"
+        if folder.suffix == ".safetensors" and inside is None:
+            raise VdiffError(f"{folder} is a file of weights", _how_to_import(folder))
         raise VdiffError(f"{folder} is a file", f"give the checkpoint's folder, {which}")
     if not (folder / CONFIG).is_file():
+        if (folder / "model_index.json").is_file():
+            raise VdiffError(f"{folder} is a pipeline of diffusers", _how_to_import(folder))
         if (folder / RUN_FILE).is_file():
             raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")
         found = models_in(folder) or _below(folder)
@@ -201,6 +205,11 @@ def check_checkpoint(folder: Path, project: Project | None = None) -> None:
         if found:
             hint = f"give one of the checkpoints in it: {listed}; the newest is {shell(max(found, key=_age))}"
         raise VdiffError(f"{folder} holds no {CONFIG}", hint)
+
+
+def _how_to_import(source: Path) -> str:
+    """The command that makes a checkpoint of a model of diffusers."""
+    return f"import it: {shell('vdiff', 'import', 'diffusers', source, '--out', 'checkpoints/NAME')}"
 
 
 def _age(model: Path) -> tuple[bool, int, str]:

@@ -35,7 +35,7 @@ from vdiff.interop.diffusers.folders import (
 from vdiff.interop.diffusers.scheduler import PREDICTIONS
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields
 from vdiff.interop.modelspec import FAMILIES
-from vdiff.interop.recognition import V_KEY, ZERO_SNR_KEY, statements
+from vdiff.interop.recognition import V_KEY, ZERO_SNR_KEY, recognise, statements
 from vdiff.models.autoencoder import Autoencoder, picture_shape
 from vdiff.models.checkpoint import COPIED, CheckpointConfig, save_checkpoint
 from vdiff.models.codec import LATENTS
@@ -286,8 +286,14 @@ def converted(file: Path, folder: Path, pipeline: str | None) -> Iterator[Path]:
         pipeline: a folder or a name of the hub with the configurations and tokenizers; None: those of the family.
 
     Raises:
-        VdiffError: no configurations can be had, or the file does not fit them.
+        VdiffError: the file holds something else, no configurations can be had, or the file does not fit them.
     """
+    found = recognise(file)
+    if found.kind == "LoRA":
+        hint = "import that model, and start from the LoRA with train.py --base MODEL --lora FILE"
+        raise VdiffError(f"{file} is {found.what}, which needs the model that it belongs to", hint)
+    if found.kind == "other" and found.family is not None:
+        raise VdiffError(f"{file} is {found.what}", "import the base model")
     like = _configurations(file, pipeline)
     index = JsonFile.read(like / INDEX, DAMAGED)
     kind = index.word("_class_name", "", [name for name in PIPELINES if name not in TRANSFORMERS])
