@@ -6,11 +6,13 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import vdiff
-from tests.commands import done
+from tests.commands import done, error
 from tests.oracles import randn
 from tests.pipelines import pipeline
+from tests.programs import ends, launch
 from tests.text_training import write_captioned, write_text_checkpoint
-from tests.toy import Watcher, assert_equal_bits, signal_at
+from tests.toy import Watcher, assert_equal_bits, scalars, signal_at
 from vdiff.api import wrap
 from vdiff.diffusion.noise import ImageNoise
 from vdiff.diffusion.samplers import Ddim
@@ -429,6 +432,18 @@ def test_a_student_is_no_teacher_to_be_guided(place, students, tmp_path):
         planned(place, students / "base_0", tmp_path, method="guided", teacher_steps=None)
 
 
+def test_a_negative_prompt_that_has_no_effect_is_refused(place, students):
+    words = "it has no effect, as this student has learned its guidance; leave it out"
+    line = f"sample.py --checkpoint {students / 'base_1'} --prompt fox --negative_prompt blurry --device cpu"
+    assert f"--negative_prompt: {words}" in error(line, 2)
+    student, base = (vdiff.load(folder, device="cpu") for folder in (students / "base_1", place / "sd2"))
+    with pytest.raises(VdiffError, match=words):
+        student.sample(prompts=PROMPTS, negative_prompt="blurry")
+    for draw in (base.sample, partial(base.denoise, torch.zeros(1, 4, 8, 8), 0.5)):
+        with pytest.raises(VdiffError, match="it has no effect without guidance; leave it out, or give --guidance"):
+            draw(prompts=PROMPTS[:1], negative_prompt="blurry", guidance=0.0)
+
+
 def test_pictures_of_a_student_need_no_guidance(students):
     denoiser, config = load_checkpoint(students / "base_1")
     prompting = Prompting.read(config)
@@ -478,6 +493,37 @@ def test_checks_comparison_and_samples_draw_the_prompts_of_a_file(place, tmp_pat
     assert shown[1][1] == ["a boat"]
     assert (student / ADAPTER).read_bytes() == before
     assert read_run(student).distill["sample_prompts"] == str(tmp_path / "prompts.txt")
+
+
+def distil_by_prompts(place: Path, students: Path, prompts: Path, cut_at: int = 0) -> None:
+    """A ladder with prompts for its checks and samples, interrupted after an update of its first stage."""
+    reporter = signal_at(cut_at, bar="base_0") if cut_at else Watcher()
+    flags = {**LORA, "batch_size": 4, "sample_prompts": str(prompts), "tracker": "tensorboard"}
+    with nullcontext() if not cut_at else suppress(Interrupted):
+        climb(place, place / "sd2", students, reporter, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="gloo")
+def test_two_processes_distil_by_prompts_as_one_and_resume(place, tmp_path):
+    """Only the first one draws; an interrupted ladder of two ends with the bits of two."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a green house\ntwo cars\nthe night\n")
+    for name, count, cut_at in (("one", 1, 0), ("two", 2, 0), ("cut", 2, 2), ("cut", 2, 0)):
+        act = partial(distil_by_prompts, place, tmp_path / name, prompts, cut_at)
+        codes, stdout, stderr = ends(launch(act, tmp_path, count))
+        assert codes == [0] * count, stdout + stderr
+        assert (tmp_path / name / "base_1").exists() == (cut_at == 0)
+    for student in ("base_0", "base_1"):
+        one, two, cut = (tmp_path / name / student for name in ("one", "two", "cut"))
+        assert_equal_bits(two / ADAPTER, cut / ADAPTER)
+        verdicts = [read_verdict(folder) for folder in (one, two, cut)]
+        assert verdicts[2] == verdicts[1]
+        assert [verdict.rmse for verdict in verdicts if verdict] == pytest.approx([verdicts[0].rmse] * 3, rel=0.05)
+        pictures = [sorted(path.name for path in (folder / "samples").iterdir()) for folder in (one, two, cut)]
+        assert pictures[0] == pictures[1] == pictures[2] != []
+        first, second = (scalars(folder)["loss"] for folder in (one, two))
+        assert list(second.values()) == pytest.approx(list(first.values()), rel=1e-2)
 
 
 # Other tools

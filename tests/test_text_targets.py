@@ -38,9 +38,10 @@ class GaussianUNet(nn.Module):
     def __init__(self, signature: Any, sign: float) -> None:
         super().__init__()
         self.signature, self.sign, self.full_precision = signature, sign, False
-        self.nothing = nn.Parameter(torch.zeros(()))
+        self.nothing, self.rows = nn.Parameter(torch.zeros(())), 0
 
     def forward(self, z: Tensor, timestep: Tensor, *, text: Tensor) -> Tensor:
+        self.rows += len(z)
         angle = ((timestep.double() + 1) / 1024 * math.pi / 2).reshape(-1, 1, 1, 1)
         alpha, sigma, words = angle.cos(), angle.sin(), text.double().mean(1)
         mean, spread = self.sign * words[:, :4, None, None], (0.5 + words[:, 5].sigmoid()).reshape(-1, 1, 1, 1)
@@ -81,19 +82,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-CASES: dict[str, tuple[str, dict[str, Any], float]] = {
-    "progressive": ("progressive", {}, 0.0),
-    "tract": ("tract", {}, 0.0),
-    "consistency, coarse": ("consistency", {"first_steps": 4}, 0.0),
-    "consistency, fine": ("consistency", {"first_steps": 4}, 1.0),
-    "trajectory": ("trajectory", {"path_sampler": "ddim", "path_steps": STEPS}, 0.0),
-}
+CASES: dict[str, tuple[str, dict[str, Any], float, tuple[float, float]]] = {
+    "progressive": ("progressive", {}, 0.0, (2 * STEPS / TO_STEPS, 0)),
+    "tract": ("tract", {}, 0.0, (2, 1)),
+    "consistency, coarse": ("consistency", {"first_steps": 4}, 0.0, (2, 1)),
+    "consistency, fine": ("consistency", {"first_steps": 4}, 1.0, (2, 1)),
+    "trajectory": (
+        "trajectory", {"path_sampler": "ddim", "path_steps": STEPS}, 0.0,
+        (2 * STEPS / TO_STEPS, (TO_STEPS - 1) / TO_STEPS),
+    ),
+}  # fmt: skip
+"""Method, settings, progress, and the evaluations of the guided teacher and of the student for one target."""
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_guided_target_is_the_closed_form(base, tmp_path, name):
     """x* of a teacher's guided steps; the student, which tract and consistency let jump, is not guided."""
-    method, settings, progress = CASES[name]
+    method, settings, progress, evaluations = CASES[name]
     schedule = CosineSchedule(math.inf)
     config = replace(read_config(base), schedule=schedule.to_dict())
     network = config.build().network.double()
@@ -120,9 +125,11 @@ def test_a_guided_target_is_the_closed_form(base, tmp_path, name):
     values |= {"teacher_steps": STEPS, "method": method, "guidance_scale": SCALE, **settings}
     given = resolve(DistillConfig, {"a test": values})
     stage = Stage(Path("x"), STEPS, tmp_path, TO_STEPS, method, is_guided=True)
-    task = stage_task(stage, stage.settings(given), build_engine(given), gaussian(1.0), config, gaussian(-1.0), config)
-    state = StudentState(gaussian(-1.0), gaussian(-1.0), progress)
-    found = task.objective(TrainBatch(x, noise, u, condition), state)
+    taught, learns = gaussian(1.0), gaussian(-1.0)
+    task = stage_task(stage, stage.settings(given), build_engine(given), taught, config, learns, config)
+    found = task.objective(TrainBatch(x, noise, u, condition), StudentState(learns, learns, progress))
+    rows_of: list[Any] = [denoiser.network.unet for denoiser in (taught, learns)]
+    assert tuple(unet.rows / count for unet in rows_of) == evaluations
 
     tokens = torch.cat([torch.as_tensor(condition.null["tokens"])[None], condition.tensors["tokens"]])
     with torch.no_grad():

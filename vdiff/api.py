@@ -350,6 +350,7 @@ class Model:
         checks.check_prompts(self.config, prompts, negative_prompt)
         guidance = checks.default_guidance(self.config) if guidance is None else guidance
         checks.check_guidance(self.config, guidance)
+        checks.check_negative_prompt(self.config, negative_prompt, guidance)
         checks.check_interval(self.config, guidance, guidance_interval)
         numbers = checks.class_numbers(self.config, classes)
         for note in self.prompting.notes([*prompts, negative_prompt]) if prompts else ():
@@ -438,6 +439,7 @@ class Model:
         checks.check_guidance(self.config, guidance)
         numbers = checks.class_numbers(self.config, classes)
         checks.check_prompts(self.config, prompts, negative_prompt)
+        checks.check_negative_prompt(self.config, negative_prompt, guidance)
         images = self._condition_images(condition)
         given = self._condition(range(len(z)), numbers, prompts, negative_prompt, images).to(self.device)
         takes_guidance = self.denoiser.network.signature.takes_guidance

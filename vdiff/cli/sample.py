@@ -305,6 +305,8 @@ def command(
         console.line(f"guidance {weight:g} as in diffusers' pipelines, scale {weight + 1:g}; {other}")
     with asked_by("--guidance"):
         checks.check_guidance(config, weight)
+    with asked_by("--negative_prompt"):
+        checks.check_negative_prompt(config, negative_prompt, weight)
     with asked_by("--guidance_interval"):
         checks.check_interval(config, weight, guidance_interval)
     with asked_by("--classes"):

@@ -106,6 +106,19 @@ def check_prompts(config: CheckpointConfig, prompts: Sequence[str], negative_pro
         raise VdiffError("this model takes no prompts", "leave it out, or import a text-to-image model")
 
 
+def check_negative_prompt(config: CheckpointConfig, negative_prompt: str, weight: float) -> None:
+    """Refuse a negative prompt where no guidance would move away from it.
+
+    Raises:
+        VdiffError: there is no guidance with weight w, or the network has it built in.
+    """
+    if not negative_prompt or (weight and not config.signature.takes_guidance):
+        return
+    if config.guidance_scale or config.signature.takes_guidance:
+        raise VdiffError("it has no effect, as this student has learned its guidance", "leave it out")
+    raise VdiffError("it has no effect without guidance", "leave it out, or give --guidance too")
+
+
 def check_condition(config: CheckpointConfig, *, is_given: bool) -> None:
     """Refuse condition images for a model that takes none, and a model that takes them without any.
 
