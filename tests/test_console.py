@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from tests.commands import ROOT
 from vdiff.cli.console import BarProgress, Console, aligned
 from vdiff.cli.distill import HEADINGS
+from vdiff.cli.main import COMMANDS
 from vdiff.cli.options import fail
 from vdiff.text import duration, folded
 
@@ -90,6 +91,12 @@ def test_commands_are_never_broken():
         f"  `{command}`",
         "  first",
     ]
+
+
+def test_every_command_of_vdiff_is_kept_whole():
+    for name in COMMANDS:
+        command = f"vdiff {name} {'FOLDER ' * 12}--option"
+        assert folded(f"next       {command}", 60) == [f"next       {command}"]
 
 
 def test_only_a_terminal_gets_folded_lines_and_json_never_is(monkeypatch, capsys):

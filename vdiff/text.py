@@ -6,9 +6,7 @@ import math
 import re
 import textwrap
 
-PROGRAMS = "data distill doctor ema evaluate export features import inspect prepare push report sample train".replace(
-    " ", "|"
-)
+PROGRAMS = "data|distill|doctor|ema|evaluate|export|features|import|inspect|prepare|push|report|sample|serve|train"
 COMMAND = re.compile(rf"`[^`]+`|\b(?:python \S+\.py|tensorboard|pip install|vdiff (?:{PROGRAMS}))\b[^;,`]*")
 KEY = re.compile(r"\S+(?: \S+)* {2,}")
 NO_BREAK = "\u00a0"
