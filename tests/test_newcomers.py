@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +167,23 @@ def test_a_server_that_does_not_answer_is_not_waited_for(silent):
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = f"http://127.0.0.1:{server.getsockname()[1]}"
     assert not answers(closed)
+
+
+@pytest.mark.parametrize("reply", [b"", b"no HTTP\r\n", b"HTTP/1.1 501 No HEAD\r\n\r\n"])
+def test_a_server_that_refuses_to_be_asked_is_there(reply, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reply_once() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=reply_once)
+        thread.start()
+        assert answers(f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
 
 
 def test_a_hub_that_cannot_be_reached_is_said_to_be(silent, monkeypatch):

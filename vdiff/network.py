@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import threading
 import urllib.error
@@ -35,7 +36,7 @@ def failure(url: str, seconds: float = 0.0) -> str:
             # not `urlopen`, which remembers the proxies of its first call
             opener = urllib.request.build_opener()
             opener.open(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError:
+        except (urllib.error.HTTPError, http.client.HTTPException):  # a server that refuses HEAD may end the connection
             found.append("")
         except (OSError, ValueError) as error:
             found.append(cause_of(getattr(error, "reason", error)))
