@@ -141,6 +141,7 @@ def test_the_codec_reads_16_bits_and_clips():
     assert torch.equal(WAVEFORM.store(WAVEFORM.encode(stored)), stored)
     assert WAVEFORM.store(torch.tensor([2.0, -2.0])).tolist() == [32767, -32768]
     assert not WAVEFORM.are_pictures((1, 8, 8))
+    assert WAVEFORM.pictures(torch.zeros(0, 1, 500)).shape == (0, 3, 128, 128)
     picture = torch.rand(2, 1, 8, 8)
     assert PIXEL_CODEC.pictures(picture) is picture
 
@@ -327,6 +328,17 @@ def test_evaluation_compares_with_teacher_and_data():
     shown = done(f"{line} --cache cache").stdout
     assert "256×1, flac" in shown
     assert "LSD dB" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_more_samples_than_are_paired_and_shown():
+    line = (
+        "vdiff evaluate models/base_1 --data data --teacher models/original --teacher_steps 4 --num 1100 --device cpu"
+    )
+    found = json.loads(done(f"{line} --cache cache --json").stdout)
+    assert found["rows"][0]["n"] == 1100
+    assert "lsd" in found["rows"][0]["metrics"]
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ def sample_stats(
             first = batch.start - samples.start
             theirs = of_teacher[first : first + len(batch)]
             errors.append(squared_errors(images, theirs, PIXEL_CODEC).numpy())
-            if space.is_sound:
+            if space.is_sound and len(theirs):
                 spectral.append(
                     log_spectral_distance(images[: len(theirs)], theirs, generator.config.sample_rate).numpy()
                 )

@@ -90,6 +90,8 @@ def spectrograms(x: Tensor) -> Tensor:
     import torch
     from matplotlib import colormaps
 
+    if not len(x):  # the Fourier transform refuses it
+        return torch.empty(0, 3, SPECTROGRAM_SIDE, SPECTROGRAM_SIDE)
     x = x.detach().float().cpu().nan_to_num().clamp(-1, 1).mean(1)
     size = min(2 * SPECTROGRAM_SIDE, x.shape[-1])
     window = torch.hann_window(size)
