@@ -359,6 +359,13 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
     assert message in " ".join(result.output.split())
 
 
+def test_a_dataset_of_sounds_is_not_prepared_as_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(Folder(words(tmp_path / "sounds")), tmp_path / "data", AudioConfig(RATE, LENGTH, trim=30))
+    assert "data holds sounds; give --kind audio" in run("prepare_data.py data").output
+    assert "trim" in run("vdiff data info data").output
+
+
 def test_sounds_are_not_reversed(tmp_path):
     path = prepare(Folder(words(tmp_path / "sounds")), tmp_path / "data", AudioConfig(RATE, LENGTH)).path
     with pytest.raises(OptionError, match="--flip True"):

@@ -258,6 +258,9 @@ def test_a_ladder_of_sounds_has_pictures_and_players(here):
     assert "base_1, 1 step" in page
     assert "http" not in page  # it works offline
     assert "report.html" in done("vdiff report models").stdout
+    report = (here / "models" / "report.html").read_text()
+    assert "sounds of 256 samples at 8,000 Hz" in report
+    assert "prepare_data.py speech --kind audio --rate 8000 --length 256 --channels 1 --loudness -20" in report
     assert list((here / "models" / "original" / "samples").glob("*.png"))
 
 

@@ -245,13 +245,14 @@ def _rows(values: dict[str, Any]) -> list[str]:
     counts = values.pop("counts")
     classes = values.pop("classes", None) or dict.fromkeys(values["class_names"])
     names, repeats, buckets = (values.pop(key) for key in ("class_names", "repeats", "buckets"))
-    has_conditions = values.pop("has_conditions")
+    has_conditions, trim = values.pop("has_conditions"), values.pop("trim")
     rows = {key: value for key, value in values.items() if value not in ("", None)}
     noun = "sound" if values["rate"] else "image"
     rows = {f"{noun}s" if key == "images" else key: value for key, value in rows.items()}
     rows[f"{noun}s"] = f"{values['images']:,}"
     rows["sizes"] = ", ".join(map(str, values["sizes"]))
     if rate := rows.pop("rate", 0):
+        rows |= {"trim": f"{trim:g} dB"} if trim else {}
         rows["sizes"] += f" samples, {values['sizes'][0] / rate:.3g} s at {rate:,} Hz"
     rows["bytes"] = f"{megabytes(values['bytes'])}, {values['bytes'] / max(values['images'], 1):,.0f} bytes per {noun}"
     if captions := counts.get("captions"):

@@ -363,6 +363,8 @@ def command(
     source = open_source(path, options)
     usual = source.defaults
     check_kind(kind, channels)
+    if kind == "image" and usual.image_format == "flac":
+        raise OptionError(f"{path} holds sounds", "give --kind audio")
     image_format = image_format or usual.image_format
     if quality is not None and image_format != "jpeg":
         raise OptionError(

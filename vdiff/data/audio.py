@@ -98,7 +98,9 @@ class AudioConfig:
 
     def meta_fields(self) -> dict[str, Any]:
         """Its part of a dataset's description."""
-        return {"sizes": self.sizes, "channels": self.channels, "image_format": "flac", "rate": self.rate}
+        loudness = "none" if self.loudness is None else f"{self.loudness:g}"
+        how = {"image_format": "flac", "rate": self.rate, "trim": self.trim, "loudness": loudness}
+        return {"sizes": self.sizes, "channels": self.channels, **how}
 
     def convert(self, sample: Sample, key: str) -> list[EncodedSound]:
         """The pieces of a sound file.

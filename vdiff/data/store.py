@@ -110,7 +110,8 @@ class DatasetMeta:
     `fingerprint` = a chain of SHA-256 (hex, `next_link`) over images and classes in index order: equal for equal
     content, empty when another program wrote the dataset. `origin` = SHA-256 (hex) over the settings and the names of
     the images. `repeats`: how often an epoch shows the images of each class; empty: once.
-    `rate`: samples per second of sounds, whose only size is the length of a piece; 0: images.
+    `rate`: samples per second of sounds, whose only size is the length of a piece; 0: images. `trim`, `loudness`: how
+    sounds were made, see `data.audio.AudioConfig`.
     `buckets`: step, least and most side of `data.buckets`; empty: squares. `shard` = `i/n` for a part,
     empty for a whole set. `has_conditions`: every image has a condition image, of the same sizes and channels.
     """
@@ -136,6 +137,8 @@ class DatasetMeta:
     buckets: tuple[int, ...] = ()
     has_conditions: bool = False
     rate: int = 0
+    trim: float = 0.0
+    loudness: str = ""
 
     @property
     def noun(self) -> str:
@@ -163,7 +166,14 @@ class DatasetMeta:
     def to_json(self) -> str:
         """One JSON object with sorted keys."""
         values = asdict(self)
-        added = ("repeats", "buckets", "has_conditions", "rate")  # left out if empty, as in earlier versions
+        added = (
+            "repeats",
+            "buckets",
+            "has_conditions",
+            "rate",
+            "trim",
+            "loudness",
+        )  # left out if empty, as in earlier versions
         return json.dumps({k: v for k, v in values.items() if v or k not in added}, sort_keys=True)
 
     @classmethod

@@ -426,6 +426,8 @@ def samples_of(description: Mapping[str, Any]) -> str:
     """What a model draws, from its description: `images of 64 × 64 pixels`."""
     if size := description.get("image_size"):
         return f"images of {size} × {size} pixels"
+    if rate := description.get("sample_rate"):
+        return f"sounds of {description['sample_shape'][-1]:,} samples at {rate:,} Hz"
     what = "latents" if description.get("codec") == LATENTS.name else "samples"
     return f"{what} of {' × '.join(map(str, description.get('sample_shape', [])))}"
 
@@ -480,6 +482,11 @@ def prepare_command(ladder: LadderRun) -> str:
     with contextlib.suppress(VdiffError, OSError, ValueError):
         meta = open_dataset(data).meta
         sizes, source = ",".join(map(str, meta.sizes)), meta.name
+        if meta.rate:
+            flags = {"--kind": "audio", "--rate": meta.rate, "--length": sizes, "--channels": meta.channels}
+            flags |= {"--trim": meta.trim, "--loudness": meta.loudness, "--out": f"{AGAIN}/data"}
+            words = [word for flag, value in flags.items() if value for word in (flag, value)]
+            return shell("python", "prepare_data.py", source, *words)
         flags = {"--format": meta.image_format, "--quality": meta.quality, "--crop": meta.crop}
         flags |= {"--resample": meta.resample, "--background": meta.background}
         how = [word for flag, value in flags.items() if value for word in (flag, value)]
