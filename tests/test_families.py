@@ -25,7 +25,14 @@ from tests.toy import (
 from vdiff import api
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.parameterisation import Edm, Flow, Vp, normal_angles
-from vdiff.diffusion.schedules import EdmSchedule, FlowSchedule
+from vdiff.diffusion.schedules import (
+    CosineSchedule,
+    DdpmCosineSchedule,
+    EdmSchedule,
+    FlowSchedule,
+    LinearSchedule,
+    VpSdeSchedule,
+)
 from vdiff.errors import OptionError, VdiffError
 from vdiff.interop.graphs import GraphOptions, export_torch
 from vdiff.interop.onnx import export_onnx
@@ -242,6 +249,33 @@ def test_a_wrapped_network_of_another_family_is_saved_and_loaded(tmp_path):
         assert trained.config.family == given.config.family
 
 
+def test_an_inner_model_of_k_diffusion_denoises_as_its_denoiser():
+    """Their formulas (`Denoiser.forward` of k-diffusion): the inner model gets c_in x and sigma itself."""
+
+    class Inner(torch.nn.Module):
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return x.flip(1) * sigma[:, None].log1p() + 0.3
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.inner(z, (4 * timestep).exp())
+            return output
+
+    sigma, data = torch.tensor([0.05, 1.0, 40.0], dtype=torch.float64), 0.6
+    x = randn(3, 2) * (1 + sigma[:, None] ** 2).sqrt()
+    model = api.wrap(Wrapper(), (2,), parameterisation=Edm(data), codec="unbounded")
+    z = x / (1 + sigma[:, None] ** 2).sqrt()
+    found = model.denoiser(z, model.denoiser.schedule.time(sigma.atan())).x
+    s = sigma[:, None]
+    norm = (s**2 + data**2).sqrt()
+    expected = Inner()(x / norm, sigma) * s * data / norm + x * data**2 / norm**2
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 # Files
 
 
@@ -260,3 +294,30 @@ def test_descriptions_of_no_family_are_refused(changes, words, tmp_path):
     (tmp_path / "model" / CONFIG).write_text(json.dumps(values))
     with pytest.raises(VdiffError, match=words):
         load_checkpoint(tmp_path / "model")
+
+
+# Ladders
+
+THOUSAND = {
+    **{name: {**family, "num_timesteps": 1024} for name, family in FAMILIES.items()},
+    "vp_sde": {"schedule": VpSdeSchedule().to_dict(), "prediction": "eps", "num_timesteps": 1024},
+    "linear": {"schedule": LinearSchedule(1000).to_dict(), "prediction": "eps", "num_timesteps": 1000},
+    "ddpm_cosine": {"schedule": DdpmCosineSchedule(4000).to_dict(), "prediction": "eps", "num_timesteps": 4000},
+    "cosine": {"schedule": CosineSchedule().to_dict(), "prediction": "v", "num_timesteps": 1024},
+}
+"""Teachers of each family with the levels of the published ones."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THOUSAND)
+def test_a_teacher_of_a_thousand_levels_goes_to_four_and_one_steps_as_typed(name, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("checkpoints/original"), **THOUSAND[name], dataset=str(data))
+    fast = "--num_iters 2 --batch_size 4 --lr 1e-6 --device cpu --check_images 2 --distance_every 0"
+    for steps in (4, 1):
+        done(f"distill.py --base checkpoints/original --to_steps {steps} {fast}")
+        students = {read_config(path).num_timesteps: path for path in Path("checkpoints").glob("base_*")}
+        assert min(students) == steps
+        assert max(students) >= 512
+        samples = api.load(students[steps]).sample(2)
+        assert samples.isfinite().all()

@@ -69,6 +69,8 @@ MODELS = (
         "song_unet",
         "edm2_config",
         "edm2_unet",
+        "lucid_config",
+        "lucid_unet",
         "wrapped",
         "components",
         "text",
@@ -207,10 +209,8 @@ def torch_at_import(path: Path) -> bool:
     return False
 
 
-DESCRIPTIONS = [
-    f"vdiff.models.{name}"
-    for name in ("checkpoint", "kinds", "reading", "codec", "condition", "unet_config", "song_config", "edm2_config")
-]
+CONFIGS = ("unet_config", "song_config", "edm2_config", "lucid_config")
+DESCRIPTIONS = [f"vdiff.models.{name}" for name in ("checkpoint", "kinds", "reading", "codec", "condition", *CONFIGS)]
 """What reads a checkpoint's description."""
 LIGHT = [
     *WITHOUT_TORCH,

@@ -718,7 +718,7 @@ def test_tables_of_seven_digits_are_recognised(place, tmp_path, name):
     values["trained_betas"] = torch.tensor(values["trained_betas"], dtype=torch.float32).tolist()
     path.write_text(json.dumps(values))
     if name == "sparse":  # a table of 8 levels, written as one of 1,024: none that has a name
-        with pytest.raises(VdiffError, match="only linear, scaled_linear and cosine ones can be read"):
+        with pytest.raises(VdiffError, match="only linear, scaled_linear, cosine and sigmoid ones can be read"):
             import_pipeline(str(tmp_path / "there"), tmp_path / "back")
         return
     found = build_schedule(import_pipeline(str(tmp_path / "there"), tmp_path / "back").config.schedule)
@@ -825,9 +825,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "sigmoid": (scheduler(beta_schedule="sigmoid", trained_betas=None), "beta_schedule is 'sigmoid'"),
     "rescaled": (scheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr is True"),
     "short table": (scheduler(trained_betas=[0.1, 0.2]), "trained_betas is [0.1, 0.2]; need 1024 numbers from 0 to 1"),
-    "strange table": (scheduler(trained_betas=[0.1] * 512 + [0.2] * 512), "only linear, scaled_linear and cosine"),
-    "table of one": (scheduler(trained_betas=[1.0] + [0.5] * 1023), "only linear, scaled_linear and cosine"),
-    "little noise": (scheduler(trained_betas=[1e-5, 2e-5] * 512), "only linear, scaled_linear and cosine"),
+    "strange table": (scheduler(trained_betas=[0.1] * 512 + [0.2] * 512), "only linear, scaled_linear, cosine"),
+    "table of one": (scheduler(trained_betas=[1.0] + [0.5] * 1023), "only linear, scaled_linear, cosine"),
+    "little noise": (scheduler(trained_betas=[1e-5, 2e-5] * 512), "only linear, scaled_linear, cosine"),
     "continuous": (
         scheduler(_class_name="EulerDiscreteScheduler", timestep_type="continuous"), "timestep_type is 'continuous'; on"
     ),

@@ -19,6 +19,7 @@ from vdiff.diffusion.schedules import (
     DdpmCosineSchedule,
     LinearSchedule,
     ScaledLinearSchedule,
+    SigmoidSchedule,
     alpha_sigma,
     build_schedule,
     coefficient,
@@ -110,6 +111,17 @@ def test_tables_are_those_of_diffusers(schedule, theirs):
     angle = schedule.angle(grid_times(1000)[1:])
     torch.testing.assert_close(angle.cos() ** 2, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)
     torch.testing.assert_close(tensor(*schedule.alphas_cumprod()), angle.cos() ** 2, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_sigmoid_is_the_curve_of_jabri_2023_until_beta_is_capped(count):
+    """By torch's logistic function: ᾱ falls from 1 to 0, and is ½ in the middle by symmetry."""
+    schedule = SigmoidSchedule(count)
+    t = grid_times(count)[1:-1]
+    falling = (torch.sigmoid(tensor(3.0)) - torch.sigmoid(6 * t - 3)) / (2 * torch.sigmoid(tensor(3.0)) - 1)
+    torch.testing.assert_close(tensor(*schedule.alphas_cumprod())[:-1], falling, rtol=1e-9, atol=1e-12)
+    assert schedule.alphas_cumprod()[count // 2 - 1] == pytest.approx(0.5)
+    assert schedule.betas()[-1] == 0.999
 
 
 @pytest.mark.parametrize(

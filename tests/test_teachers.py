@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from vdiff.interop.graphs import GraphOptions, export_torch
 from vdiff.interop.onnx import export_onnx
 from vdiff.interop.teachers.edm import import_edm
 from vdiff.interop.teachers.google import import_google
+from vdiff.interop.teachers.lucidrains import import_lucidrains
 from vdiff.interop.teachers.openai import KNOWN, _unet_config, _values, import_openai
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from vdiff.models.song_config import SongConfig
@@ -103,6 +105,47 @@ def test_networks_of_openai_denoise_as_their_own_code(name, tmp_path):
             found = denoiser(z, t, denoiser.condition(classes=classes)).x
         step = call.get("step", 1)
         assert_near(found[:, :, ::step, ::step], decoded(call))
+
+
+LUCIDRAINS = {
+    "lucidrains_v": ("v", "sigmoid"),
+    "lucidrains_eps": ("eps", "linear"),
+    "lucidrains_x": ("x", "ddpm_cosine"),
+}
+
+
+def write_lucidrains(path: Path, name: str, *, averaged: bool = True, **changes: Any) -> int:
+    """The file of a Trainer; returns the size of its images."""
+    values = recorded(name)
+    tables = {
+        key: torch.frombuffer(bytearray(base64.b64decode(x)), dtype=torch.float32)
+        for key, x in values["tables"].items()
+    }
+    weights = weights_of(values["shapes"])
+    state = {**{f"model.{key}": x for key, x in weights.items()}, **tables, **changes}
+    state = {key: x for key, x in state.items() if x is not None}
+    raw = {key: torch.zeros_like(x) if key.startswith("model.") and averaged else x for key, x in state.items()}
+    ema = {"initted": torch.tensor(True), **{f"ema_model.{key}": x for key, x in state.items()}}
+    whole = {"step": 7, "model": raw, "opt": {"state": {}, "param_groups": [{"betas": (0.9, 0.99), "foreach": None}]}}
+    torch.save({**whole, **({"ema": ema} if averaged else {}), "scaler": None, "version": "2.2.5"}, path)
+    return int(values["image_size"])
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("name", LUCIDRAINS)
+def test_networks_of_lucidrains_denoise_as_their_own_code(name, averaged, tmp_path):
+    """Its average, or the weights themselves of a file without one."""
+    size = write_lucidrains(tmp_path / "model-7.pt", name, averaged=averaged)
+    import_lucidrains(tmp_path / "model-7.pt", tmp_path / "out", image_size=size)
+    denoiser, config = load_checkpoint(tmp_path / "out")
+    assert (config.prediction, config.schedule["name"]) == LUCIDRAINS[name]
+    assert config.weights == ("ema" if averaged else "raw")
+    assert len(recorded(name)["calls"]) == 2
+    for call in recorded(name)["calls"]:
+        z = 2 * torch.from_numpy(numbers("input", call["shape"]))
+        t = (torch.tensor(call["timestep"]).double() + 1) / config.num_timesteps
+        with torch.no_grad():
+            assert_near(denoiser(z, t).x, decoded(call))
 
 
 def flax_state(values: dict[str, Any]) -> bytes:
@@ -232,6 +275,43 @@ def test_latents_of_edm2_are_no_pictures(tmp_path, monkeypatch):
     assert "have 4 channels, but pictures need 1 or 3" in said
 
 
+def test_a_network_of_lucidrains_is_inspected_drawn_and_distilled_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_lucidrains(tmp_path / "model-3.pt", "lucidrains_v")
+    assert "40 steps, 3 × 8 × 8" in done("vdiff import lucidrains model-3.pt --image_size 8").stdout
+    rows = done("vdiff inspect checkpoints/model-3").stdout
+    assert "lucidrains, widths 8, 8, 16" in rows
+    assert "sigmoid" in rows
+    done("sample.py --checkpoint checkpoints/model-3 --num 2 --num_timesteps 5 --out drawn")
+    write_dataset(Path("data/toy_8"), size=8, channels=3)
+    for more in ("", " --lora_rank 2 --overwrite"):
+        done(f"distill.py --base checkpoints/model-3 {FAST} --teacher_steps 4 --to_steps 1{more}")
+        last = project_models(Path("checkpoints"))
+        assert (last.kind, last.num_timesteps, last.prediction) == ("lucidrains", 1, "v")
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "code", "words"),
+    [
+        ({"betas": None}, 8, 1, "lacks betas"),
+        ({"model.init_conv.weight": None}, 8, 1, "lacks model.init_conv.weight"),
+        ({"betas": torch.full((40,), 0.5)}, 8, 1, "none of sigmoid, cosine and linear"),
+        ({"model.init_conv.weight": torch.zeros(8, 6, 7, 7)}, 8, 1, "self-conditioning or a learned variance"),
+        ({"model.time_mlp.0.weights": torch.zeros(8)}, 8, 1, "random Fourier features"),
+        ({"model.mid_attn.mem_kv": None}, 8, 1, "lacks mid_attn.mem_kv"),
+        ({"model.downs.0.2.mem_kv": torch.zeros(2)}, 8, 1, "is of another network"),
+        ({"loss_weight": torch.zeros(3)}, 8, 1, "different lengths"),
+        ({}, 9, 2, "--image_size 9: this network takes multiples of 2"),
+    ],
+)
+def test_files_of_lucidrains_that_cannot_be_read_are_refused(changes, size, code, words, tmp_path):
+    write_lucidrains(tmp_path / "model.pt", "lucidrains_v", **changes)
+    assert words in error(
+        f"vdiff import lucidrains {tmp_path / 'model.pt'} --image_size {size} --out {tmp_path / 'o'}", code
+    )
+    assert not (tmp_path / "o").exists()
+
+
 def project_models(folder: Path) -> CheckpointConfig:
     """The student of the fewest steps."""
     found = [read_config(path) for path in folder.glob("base_*")]
@@ -243,12 +323,21 @@ def write_classes(folder: Path, kind: str) -> Path:
     return write_edm(folder, "edm2") if kind == "edm2" else write_song(folder, classes=2, label_dropout=0.1)
 
 
-every_own_kind = pytest.mark.parametrize("kind", ["song", "edm2"])
+def import_kind(folder: Path, kind: str) -> None:
+    """A network of this kind as the checkpoint `folder/model`."""
+    if kind == "lucidrains":
+        size = write_lucidrains(folder / "model.pt", "lucidrains_v")
+        import_lucidrains(folder / "model.pt", folder / "model", image_size=size)
+    else:
+        import_edm(write_classes(folder, kind), folder / "model")
+
+
+every_own_kind = pytest.mark.parametrize("kind", ["song", "edm2", "lucidrains"])
 
 
 @every_own_kind
-def test_networks_of_edm_are_exported_as_graphs_and_refused_to_diffusers(kind, tmp_path):
-    import_edm(write_classes(tmp_path, kind), tmp_path / "model")
+def test_own_kinds_are_exported_as_graphs_and_refused_to_diffusers(kind, tmp_path):
+    import_kind(tmp_path, kind)
     denoiser, config = load_checkpoint(tmp_path / "model")
     options = GraphOptions(True, "x", num_steps=2)
     assert export_torch(denoiser, config, options, tmp_path / "model.pt2", fingerprint="") <= 1e-4
@@ -259,15 +348,16 @@ def test_networks_of_edm_are_exported_as_graphs_and_refused_to_diffusers(kind, t
 
 @every_own_kind
 def test_gradient_checkpointing_gives_the_same_gradients(kind, tmp_path):
-    import_edm(write_classes(tmp_path, kind), tmp_path / "model")
+    import_kind(tmp_path, kind)
     denoiser, config = load_checkpoint(tmp_path / "model")
     network = denoiser.network
     z, timestep = torch.from_numpy(numbers("z", (2, *config.shape))), torch.tensor([0.1, 0.3])
+    condition = {"classes": torch.tensor([0, 1])} if config.class_names else {}
     found = []
     for value in (False, True):
         network.checkpointing = value
         network.zero_grad()
-        network(z, timestep, classes=torch.tensor([0, 1])).square().sum().backward()
+        network(z, timestep, **condition).square().sum().backward()
         found.append([parameter.grad for parameter in network.parameters()])
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found[0])
     for one, other in zip(*found, strict=True):

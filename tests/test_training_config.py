@@ -240,7 +240,7 @@ CHOICES = {
     "precision": {"auto", "fp32", "bf16", "fp16"},
     "tracker": {"tensorboard", "wandb", "mlflow", "none"},
     "prediction": {"v", "x", "eps", "both"},
-    "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear", "vp_sde", "edm", "flow"},
+    "schedule": {"cosine", "ddpm_cosine", "linear", "scaled_linear", "sigmoid", "vp_sde", "edm", "flow"},
     "method": set(METHODS),
     "then": set(METHODS) - {"guided", "match"},
     "recipe": {"vdiff", "paper"},
@@ -345,7 +345,7 @@ def test_zero_snr_has_a_constant_weight_in_v_unless_told_otherwise(data):
     ("values", "message"),
     [
         ({"schedule": "linear", "prediction": "eps"}, "an eps-prediction carries no information about the image; give"),
-        ({}, "the cosine schedule has no betas; give --schedule ddpm_cosine or linear or scaled_linear"),
+        ({}, "the cosine schedule has no betas; give --schedule ddpm_cosine or linear or scaled_linear or sigmoid"),
         ({"schedule": "linear", "num_timesteps": 1}, "needs at least two levels"),
     ],
 )

@@ -210,6 +210,33 @@ def openai(file: Path, project: Project, out: Path | None, **options: Any) -> No
 @command.command(
     cls=Command,
     examples=[
+        "vdiff import lucidrains results/model-100.pt --image_size 64",
+        "vdiff import lucidrains model-10.pt --image_size 128 --out checkpoints/flowers",
+    ],
+)
+@FILE
+@project_option()
+@option(
+    "--image_size", group="Model", type=click.IntRange(1, 2**13), required=True, metavar="PIXELS",
+    help="Width and height of its images; the file does not record it.",
+)  # fmt: skip
+@out_option("checkpoints/NAME after the file")
+@OVERWRITE
+def lucidrains(file: Path, project: Project, out: Path | None, **options: Any) -> None:
+    """Import FILE, a model-N.pt of lucidrains' denoising-diffusion-pytorch; its average is taken.
+
+    The sizes of the network, its schedule and what it predicts follow from the file. Its images must be in [-1, 1] in
+    training, as auto_normalize does.
+    """
+    from vdiff.interop.teachers.lucidrains import import_lucidrains
+
+    target = out or project.checkpoints / file.stem
+    _report(target, import_lucidrains(file, target, **options))
+
+
+@command.command(
+    cls=Command,
+    examples=[
         "vdiff import google cifar_original",
         "vdiff import google checkpoint_7 --image_size 128 --out checkpoints/x",
     ],

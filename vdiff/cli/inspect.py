@@ -16,7 +16,7 @@ from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, OneOf, option, project_option, switch
 from vdiff.cli.vdiffusion import imported
 from vdiff.errors import OptionError
-from vdiff.models.kinds import EDM2, SONG, TEXT, UNET
+from vdiff.models.kinds import EDM2, LUCIDRAINS, SONG, TEXT, UNET
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
@@ -342,6 +342,8 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
         if kind == EDM2:
             levels = f"{config['model_channels']} channels × {config['channel_mult']}"
             return {"network": f"EDM2 ({kind}), {levels}, {plural(config['num_blocks'], 'block')} a level"}
+        if kind == LUCIDRAINS:
+            return {"network": f"{kind}, widths {', '.join(map(str, [config['init_dim'], *config['widths']]))}"}
         if kind != TEXT:
             return {"network": f"{kind}, {config.get('class')}"}
         rows = {

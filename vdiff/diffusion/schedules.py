@@ -375,6 +375,31 @@ class DdpmCosineSchedule(TableSchedule):
 
 
 @dataclass(frozen=True)
+class SigmoidSchedule(TableSchedule):
+    """Table of N levels with ᾱ_k ∝ s(3) − s(6 k/N − 3), s the logistic function, and β ≤ 0.999.
+
+    Source: Jabri et al. 2023, *Scalable Adaptive Computation for Iterative Generation*, figure 8; the default of
+    denoising-diffusion-pytorch.
+    """
+
+    name: ClassVar[str] = "sigmoid"
+    num_levels: int = 1000
+    max_beta: float = 0.999
+    zero_snr: bool = False
+
+    @property
+    def label_scale(self) -> int:  # type: ignore[override]
+        """L = N."""
+        return self.num_levels
+
+    def plain_betas(self) -> list[float]:
+        """β_k = min(1 − ᾱ_k/ᾱ_{k−1}, 0.999)."""
+        logistic = [1 / (1 + math.exp(3 - 6 * k / self.num_levels)) for k in range(self.num_levels + 1)]
+        left = [logistic[-1] - value for value in logistic]
+        return [min(1 - after / before, self.max_beta) for before, after in pairwise(left)]
+
+
+@dataclass(frozen=True)
 class LinearSchedule(TableSchedule):
     """Table of N levels with β rising linearly from 1e-4 to 0.02 (Ho et al. 2020, N = 1000)."""
 
@@ -486,6 +511,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
         DdpmCosineSchedule,
         LinearSchedule,
         ScaledLinearSchedule,
+        SigmoidSchedule,
         VpSdeSchedule,
         EdmSchedule,
         FlowSchedule,

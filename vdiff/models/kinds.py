@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.condition import Signature
 from vdiff.models.edm2_config import Edm2Config
+from vdiff.models.lucid_config import LucidConfig
 from vdiff.models.song_config import SongConfig
 from vdiff.models.unet_config import UNetConfig
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
     from vdiff.models.backbone import Backbone
 
-UNET, SONG, EDM2, DIFFUSERS, TEXT, PYTHON = "unet", "song", "edm2", "diffusers", "text", "python"
+UNET, SONG, EDM2, LUCIDRAINS = "unet", "song", "edm2", "lucidrains"
+DIFFUSERS, TEXT, PYTHON = "diffusers", "text", "python"
 
 
 def _needs_module(config: Mapping[str, Any]) -> Backbone:
@@ -66,6 +68,12 @@ def _build_edm2(config: Mapping[str, Any]) -> Backbone:
     return Edm2UNet(Edm2Config.from_dict(config))
 
 
+def _build_lucidrains(config: Mapping[str, Any]) -> Backbone:
+    from vdiff.models.lucid_unet import LucidUNet
+
+    return LucidUNet(LucidConfig.from_dict(config))
+
+
 def _build_diffusers(config: Mapping[str, Any]) -> Backbone:
     from vdiff.models.wrapped import build_diffusers
 
@@ -82,6 +90,7 @@ BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
     UNET: _build_unet,
     SONG: _build_song,
     EDM2: _build_edm2,
+    LUCIDRAINS: _build_lucidrains,
     DIFFUSERS: _build_diffusers,
     TEXT: _build_text,
     PYTHON: _needs_module,
@@ -90,6 +99,7 @@ SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
     UNET: lambda config: UNetConfig.from_dict(config).signature,
     SONG: lambda config: SongConfig.from_dict(config).signature,
     EDM2: lambda config: Edm2Config.from_dict(config).signature,
+    LUCIDRAINS: lambda config: LucidConfig.from_dict(config).signature,
     DIFFUSERS: _diffusers_signature,
     TEXT: _text_signature,
     PYTHON: python_signature,

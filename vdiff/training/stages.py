@@ -331,9 +331,11 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
         steps.append(("match", first, first))
     if config.method == "guided" and not teacher.guidance_range:
         if not teacher.signature.null:
+            why = "was trained only with classes and cannot predict without one"
+            if IMAGE in teacher.signature.names and not teacher.signature.num_classes:
+                why = "has no prediction without its condition image"
             raise OptionError(
-                f"--method guided: {config.base} was trained only with classes and cannot predict without one",
-                "train a class-conditional model with --class_dropout 0.1",
+                f"--method guided: {config.base} {why}", "train a class-conditional model with --class_dropout 0.1"
             )
         if teacher.guidance_scale:
             raise OptionError(

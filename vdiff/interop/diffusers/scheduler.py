@@ -19,6 +19,7 @@ from vdiff.diffusion.schedules import (
     LinearSchedule,
     ScaledLinearSchedule,
     Schedule,
+    SigmoidSchedule,
     TableSchedule,
     grid_times,
 )
@@ -224,7 +225,7 @@ def read_schedule(file: JsonFile) -> Schedule:
     if (betas := read_table(file)) is not None:
         known = next((schedule for schedule in _candidates(betas) if agree(schedule, betas)), None)
         if known is None:
-            raise file.refusal("trained_betas", "only linear, scaled_linear and cosine ones can be read")
+            raise file.refusal("trained_betas", "only linear, scaled_linear, cosine and sigmoid ones can be read")
         return known
     size = file.whole("num_train_timesteps", 1000, low=1, high=MAX_LEVELS)
     name = file.word("beta_schedule", "linear", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -293,7 +294,7 @@ def agree(schedule: Schedule, betas: Sequence[float]) -> bool:
 def _candidates(betas: Sequence[float]) -> list[Schedule]:
     """The named schedules with the first and the last β of the table."""
     size, first, last = len(betas), betas[0], betas[-1]
-    found: list[Schedule] = [DdpmCosineSchedule(size)]
+    found: list[Schedule] = [DdpmCosineSchedule(size), SigmoidSchedule(size)]
     if max(first, last) < 1:
         found += [LinearSchedule(size, first, last), ScaledLinearSchedule(size, first, last)]
     kept = math.fsum(math.log1p(-beta) for beta in betas) if max(betas) < 1 else -math.inf  # log ᾱ_L
