@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from vdiff.errors import OptionError, VdiffError
 from vdiff.evaluation.metrics import frechet_distance
-from vdiff.evaluation.sounds import BANDS, PARTS, log_mel_vectors
+from vdiff.evaluation.sounds import BANDS, FLOOR_DB, PARTS, log_mel_vectors
 from vdiff.files import check_regular, sha256_of
 from vdiff.models.codec import PIXEL_CODEC, to_uint8
 from vdiff.models.feature_network import parse_metadata
@@ -110,15 +110,16 @@ class SoundDistance:
 
     Args:
         reference: real sounds (n, C, L), n at least 2.
+        floor: see `log_mel_vectors`.
     """
 
-    def __init__(self, reference: Tensor, rate: int) -> None:
-        self.rate = rate
-        self.reference = log_mel_vectors(reference, rate)
+    def __init__(self, reference: Tensor, rate: int, floor: float = FLOOR_DB) -> None:
+        self.rate, self.floor = rate, floor
+        self.reference = log_mel_vectors(reference, rate, floor)
 
     def __call__(self, sounds: Tensor) -> float:
         """The distance of `sounds` (n, C, L)."""
-        return frechet_distance(log_mel_vectors(sounds, self.rate), self.reference)
+        return frechet_distance(log_mel_vectors(sounds, self.rate, self.floor), self.reference)
 
 
 class LogMel(Features):

@@ -48,9 +48,13 @@ def log_mel(sounds: Tensor, rate: int) -> Tensor:
     return decibels(mel_filters(power.shape[1], rate).to(power) @ power)
 
 
-def log_mel_vectors(sounds: Tensor, rate: int) -> NDArray[np.float64]:
-    """The mean of `log_mel`, in units of 20 dB, over each of 4 equal parts of the time: (n, C, L) → (n, 80)."""
-    parts = torch.nn.functional.adaptive_avg_pool1d(log_mel(sounds, rate), PARTS) / 20
+def log_mel_vectors(sounds: Tensor, rate: int, floor: float = FLOOR_DB) -> NDArray[np.float64]:
+    """The mean of `log_mel`, in units of 20 dB, over each of 4 equal parts of the time: (n, C, L) → (n, 80).
+
+    Args:
+        floor: lower levels are raised to this one, in dB.
+    """
+    parts = torch.nn.functional.adaptive_avg_pool1d(log_mel(sounds, rate).clamp(min=floor), PARTS) / 20
     vectors: NDArray[np.float64] = parts.flatten(1).cpu().numpy()
     return vectors
 
