@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -76,7 +77,8 @@ class DiffusersBackbone(PythonBackbone):
 
     def _description(self, model: nn.Module) -> dict[str, Any]:
         config: Any = model.config
-        values = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+        known = inspect.signature(type(model).__init__).parameters  # files of other versions have more
+        values = {key: value for key, value in dict(config).items() if key in known}
         described: dict[str, Any] = json.loads(json.dumps({"class": self.class_name, **self.options, "config": values}))
         return described
 

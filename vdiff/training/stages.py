@@ -214,7 +214,7 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
             f"{images.name} has {images.channels} channels, the teacher {teacher.shape[0]}",
             "give --data the dataset that it was trained on",
         )
-    if (images.shape, images.rate) != (teacher.shape, teacher.sample_rate):
+    elif (images.shape, images.rate) != (teacher.shape, teacher.sample_rate):
         raise OptionError(
             f"{images}, but the teacher has samples of {' × '.join(map(str, teacher.shape))}"
             f"{f' at {teacher.sample_rate:,} Hz' if teacher.sample_rate else ''}",
