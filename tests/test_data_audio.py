@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import sys
 import tarfile
 import wave
 import zipfile
@@ -364,6 +365,15 @@ def test_a_dataset_of_sounds_is_not_prepared_as_images(tmp_path, monkeypatch):
     prepare(Folder(words(tmp_path / "sounds")), tmp_path / "data", AudioConfig(RATE, LENGTH, trim=30))
     assert "data holds sounds; give --kind audio" in run("prepare_data.py data").output
     assert "trim" in run("vdiff data info data").output
+
+
+def test_missing_packages_are_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "soxr", None)
+    words(tmp_path / "speech", 2)
+    result = run("prepare_data.py speech --kind audio")
+    assert "sounds need the packages soundfile and soxr; pip install 'vdiff[audio]'" in " ".join(result.output.split())
+    assert not (tmp_path / "data").exists()
 
 
 def test_sounds_are_not_reversed(tmp_path):

@@ -350,7 +350,7 @@ def command(
     cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
     interruption the same command continues.
     """
-    from vdiff.data.audio import AudioConfig
+    from vdiff.data.audio import AudioConfig, soundfile
     from vdiff.data.conversion import ConversionConfig
     from vdiff.data.preparation import Part, prepare
     from vdiff.data.source import SourceOptions
@@ -396,6 +396,7 @@ def command(
     if kind == "audio":
         if source.path is None:
             raise OptionError(f"--kind audio: {source.name} has images", "give a folder, zip or tar of sounds")
+        soundfile()  # before anything is written
         level = -20.0 if loudness is None else loudness
         config = AudioConfig(
             rate or 16_000, length or 16_384, int(channels or 1), trim or 0.0, None if math.isnan(level) else level
