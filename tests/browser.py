@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from vdiff.errors import VdiffError
+from vdiff.web.export import npm_package
+
+AXE = "axe-core@4.14.1"
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PROGRAM = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
 TROUBLE = ("Runtime.exceptionThrown", "Log.entryAdded")
@@ -96,6 +103,28 @@ class Tab:
         """A picture of the window, or of the whole page."""
         told = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(told["data"]))
+
+
+@functools.cache
+def _axe() -> tuple[str, str]:
+    """The program of axe-core, of the file VDIFF_AXE or downloaded by npm; and why it cannot be had."""
+    if path := os.environ.get("VDIFF_AXE"):
+        return Path(path).read_text(encoding="utf-8"), ""
+    try:
+        with npm_package(AXE) as package:
+            return (package / "axe.min.js").read_text(encoding="utf-8"), ""
+    except VdiffError as error:
+        return "", error.cause
+
+
+def check_accessible(tab: Tab) -> None:
+    """Axe-core finds no serious violation in the page that is shown; skips the test if axe-core cannot be had."""
+    program, missing = _axe()
+    if missing:
+        pytest.skip(missing)
+    tab.run(program + "; true")
+    found = tab.run("axe.run().then(all => all.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html)]))")
+    assert [each for each in found if each[0] in ("serious", "critical")] == []
 
 
 @contextmanager

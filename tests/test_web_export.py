@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +13,17 @@ import numpy as np
 import pytest
 
 import vdiff
-from tests.browser import PROGRAM, Tab, browser
-from tests.commands import ROOT, done, error
+from tests.browser import PROGRAM, Tab, browser, check_accessible
+from tests.commands import done, error
 from tests.servers import request, running
 from tests.toy import write_checkpoint
+from vdiff.errors import VdiffError
+from vdiff.models.checkpoint import read_config, save_checkpoint
 from vdiff.web.export import RUNTIME_FILES, _runtime, export_web
 from vdiff.web.pages import MODELS
 from vdiff.web.server import folder_app
 
 pytest.importorskip("onnxscript")
-AXE = Path(os.environ.get("VDIFF_AXE", ROOT / "node_modules" / "axe-core" / "axe.min.js"))
 SEEDS = [0, 7, 2**32, 2**64 - 1]
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not here: apt-get install chromium")
 
@@ -104,7 +107,12 @@ def test_bad_input_is_refused_in_one_line(models, empty_runtime, tmp_path, monke
     ):
         assert said in error(line, code), line
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "npm" in error(f"{start} {end}", 1)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert "npm, which downloads onnxruntime-web, is not installed" in error(f"{start} {end}", 1)
+    (tmp_path / "npm").write_text("#!/bin/sh\necho the registry is away >&2\nexit 1\n")
+    (tmp_path / "npm").chmod(0o755)
+    assert "npm cannot download onnxruntime-web@" in (said := error(f"{start} {end}", 1))
+    assert "the registry is away; give --runtime" in said
     assert not (tmp_path / "page").exists()
 
 
@@ -117,7 +125,7 @@ def page(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
             export_web(
                 [models / "base_0", models / "base_1"], folder, teacher=models / "original", runtime=str(runtime)
             )
-    except vdiff.VdiffError as error:
+    except VdiffError as error:
         pytest.skip(f"{error}")
     with running(folder_app(folder)) as port:
         yield folder, f"http://127.0.0.1:{port}"
@@ -178,11 +186,88 @@ def test_everybody_can_use_the_page(page, tab, width, dark):
     tab.open(f"{page[1]}/", width=width, dark=dark)
     tab.run(DRAWN)
     assert tab.run("document.scrollingElement.scrollWidth") <= width
-    if not AXE.is_file():
-        pytest.skip("axe-core is not here: npm install axe-core, or VDIFF_AXE=…/axe.min.js")
-    tab.run(AXE.read_text(encoding="utf-8") + "; true")
-    found = tab.run("axe.run().then(all => all.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html)]))")
-    assert [each for each in found if each[0] in ("serious", "critical")] == []
+    check_accessible(tab)
+
+
+PROMPTS = [
+    "a red fox",
+    "",
+    "Don't  SHOUT,\tit's 42 o'clock!!",
+    "Straße, naïve café, ΟΔΟΣ, I\u0307stanbul, e\u0301",
+    "猫と犬 ❤️ 👩‍👩‍👧 \u00ad\u0000",
+    "<|endoftext|> in the middle, and <|startoftext|>",
+    "a long prompt about " + "many different things " * 40,
+]
+
+
+@pytest.fixture(scope="module")
+def text_students(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Students of two steps and of one of a tiny text-to-image model."""
+    pytest.importorskip("transformers")
+    from tests.text_training import write_text_checkpoint
+
+    root = tmp_path_factory.mktemp("text")
+    for name, steps in (("base_0", 2), ("base_1", 1)):
+        denoiser = write_text_checkpoint(root / name, "sd2")
+        config = dataclasses.replace(read_config(root / name), num_timesteps=steps, method="progressive")
+        save_checkpoint(root / name, denoiser.state_dict(), config)
+    write_text_checkpoint(root / "base", "sd2")
+    write_text_checkpoint(root / "xl", "sdxl")
+    return root
+
+
+@pytest.fixture(scope="module")
+def text_page(text_students: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """Their page with the real runtime, and its address."""
+    folder = tmp_path_factory.mktemp("text_web") / "page"
+    try:
+        with _runtime(os.environ.get("VDIFF_ORT")) as runtime:
+            export_web([text_students / "base_0", text_students / "base_1"], folder, runtime=str(runtime))
+    except VdiffError as error:
+        pytest.skip(f"{error}")
+    with running(folder_app(folder)) as port:
+        yield folder, f"http://127.0.0.1:{port}"
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_page_draws_our_images_of_a_prompt(text_page, text_students, tab):
+    tab.open(f"{text_page[1]}/", width=1280)
+    tab.run(DRAWN)
+    for prompt in PROMPTS[:2]:
+        tab.run(
+            f"self.vdiff.drawn = 0; document.getElementById('prompt').value = {json.dumps(prompt)};"
+            "document.getElementById('prompt').dispatchEvent(new Event('input', { bubbles: true })); " + DRAWN
+        )
+        for name in ("base_0", "base_1"):
+            found = np.array(tab.run(f"Array.from(self.vdiff.images['{name}'])"))
+            ours = vdiff.load(text_students / name).sample(4, prompts=[prompt]).numpy()
+            assert np.abs(found - ours.ravel()).max() < 2 / 127.5
+    check_accessible(tab)
+
+
+@needs_browser
+@pytest.mark.slow
+def test_its_tokens_are_those_of_transformers(text_page, text_students, tab):
+    due = vdiff.load(text_students / "base_0").prompting.tokenizers.tokens(PROMPTS).tolist()
+    tab.open(f"{text_page[1]}/tokens.js", width=1280)
+    found = tab.run(
+        "Promise.all([import('/tokens.js'), fetch('/tokenizer.json').then(a => a.json())])"
+        f".then(([m, words]) => {json.dumps(PROMPTS)}.map(m.tokenizer(words)))"
+    )
+    assert [each["tokens"] for each in found] == due
+    assert [each["isCut"] for each in found] == [False] * 6 + [True]
+
+
+@pytest.mark.usefixtures("quick")
+def test_text_models_that_do_not_fit_a_browser_are_served(text_students, empty_runtime, tmp_path, monkeypatch):
+    for name, said in (("base", "draws with guidance"), ("xl", "two text encoders")):
+        line = f"vdiff export web {text_students}/{name} {tmp_path}/page --num_timesteps 2 --runtime {empty_runtime}"
+        assert said in (message := error(line, 1))
+        assert "vdiff serve" in message
+    monkeypatch.setattr("vdiff.web.text.MAX_BYTES", 1000)
+    line = f"vdiff export web {text_students}/base_0 {tmp_path}/page --runtime {empty_runtime}"
+    assert "too much for a browser" in error(line, 1)
 
 
 @pytest.mark.parametrize("path", ["/../secret", "/%2e%2e/secret", "/..%2fsecret", "//secret", "/ort/", "/%00"])

@@ -213,6 +213,28 @@ def test_nothing_but_the_page_is_served(port, method, path, status):
         b"GET / HTTP/1.1\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
     ],
 )
+@pytest.mark.slow
+def test_prompts_draw_the_pictures_of_sample(tmp_path):
+    pytest.importorskip("transformers")
+    from tests.text_training import write_text_checkpoint
+
+    write_text_checkpoint(tmp_path / "base", "sd2")
+    server = load_server([tmp_path / "base"], num_timesteps=2, prompt="a cat", device="cpu")
+    with running(server.app()) as port:
+        page = json.loads(request(port, "GET", "/models.json")[1])
+        assert (page["prompt"], page["shape"]) == ("a cat", [3, 64, 64])
+        asked = {"prompts": ["a red fox " * 99, "a cat"], "count": 2, "guidance": 2.0}
+        answer, body = request(port, "POST", "/draw", json.dumps(asked).encode(), JSON)
+        assert answer.status == 200
+        assert "is cut off" in json.loads(answer.headers["X-Notes"])[0]
+        with pytest.warns(UserWarning, match="is cut off"):
+            due = vdiff.load(tmp_path / "base").sample(2, steps=2, prompts=asked["prompts"], guidance=2.0)
+        found = np.array(Image.open(io.BytesIO(body))).transpose(2, 0, 1)
+        assert np.abs(found - (torch.cat(list(due), dim=-1).numpy() + 1) * 127.5).max() <= 1
+        answer, body = request(port, "POST", "/draw", b"{}", JSON)
+        assert (answer.status, b"there is none" in body) == (400, True)
+
+
 def test_what_is_not_http_ends_only_its_own_connection(port, sent):
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         said = b""

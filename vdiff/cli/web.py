@@ -17,7 +17,6 @@ from vdiff.cli.options import PATH, Checkpoint, Command, OneOf, option, project_
 from vdiff.cli.sample import DEVICES, PRECISIONS
 from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import read_text
-from vdiff.text import plural
 
 CHECKPOINTS = click.argument("checkpoints", type=Checkpoint(), nargs=-1, required=True, metavar="CHECKPOINT...")
 MODEL_OPTIONS = [
@@ -90,10 +89,8 @@ def export_command(checkpoints: tuple[Path, ...], folder: Path, serve: bool, por
         require_server()
     console = Console()
     for made in export_web(checkpoints, folder, report=console.line, **options):
-        steps, size = plural(made.steps, "step"), f"{made.bytes / 2**20:.1f} MiB"
-        console.result(
-            f"{folder / made.file}: {steps}, {size}, images differ from vdiff's by at most {made.difference:.1e}"
-        )
+        size = f"{made.bytes / 2**20:.1f} MiB"
+        console.result(f"{folder / made.file}: {size}, results differ from vdiff's by at most {made.difference:.1e}")
     if not serve:
         console.result(f"next       {shell('python', '-m', 'http.server', '--directory', folder)}")
         return

@@ -7,7 +7,7 @@ and `draw`, not with the exported modules, which might be wrong themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +24,11 @@ from vdiff.diffusion.schedules import alpha_sigma, coefficient, grid_angles, gri
 from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import PIXEL_CODEC
-from vdiff.models.condition import CLASSES, GUIDANCE, Condition
+from vdiff.models.condition import CLASSES, GUIDANCE, TEXT, Condition
 from vdiff.models.denoiser import Denoiser
-from vdiff.models.drawing import draw
+from vdiff.models.drawing import classes_in_turn, draw
 from vdiff.models.program import write_program
+from vdiff.models.text import TextBackbone
 
 MAX_STEPS, MAX_GRID = 64, 1024
 """Most steps of a sampler's graph, where each is a copy of the network, and of a grid in the metadata."""
@@ -90,7 +91,7 @@ class NetworkCall(nn.Module):
 
 
 class Step(nn.Module):
-    """(z, label, φ_t, φ_s [, classes][, guidance]) → z_s, a DDIM step: label and angles (1,) for the whole batch.
+    """(z, label, φ_t, φ_s [, classes][, guidance][, text]) → z_s, a DDIM step: label, angles (1,) of the whole batch.
 
     With `guided`, v̂ = (1 + w) v̂_c − w v̂_∅ of one batch of twice the size, as in `GuidedDenoiser`.
     """
@@ -110,11 +111,12 @@ class Step(nn.Module):
         angle_s: Tensor,
         classes: Tensor | None = None,
         guidance: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         if self.guided:
             prediction = self._guided(z, label, angle_t, classes, guidance)
         else:
-            condition = Condition().with_tensors(classes=classes, guidance=guidance)
+            condition = Condition().with_tensors(classes=classes, guidance=guidance, text=text)
             output = self.network(self.parameterisation.state(z, angle_t), label, **condition.tensors)
             prediction = _read(self.parameterisation, z, output, angle_t)
         if self.clipping_value is not None:
@@ -220,13 +222,16 @@ def metadata(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
 # Checks
 
 
-def check_exportable(denoiser: Denoiser) -> None:
+def check_exportable(denoiser: Denoiser, takes: Collection[str] = (CLASSES, GUIDANCE)) -> None:
     """Refuse an ε-prediction with zero signal at t = 1, and a network with inputs that graphs lack.
+
+    Args:
+        takes: the conditions that graphs have as inputs.
 
     Raises:
         VdiffError: the model is one of these.
     """
-    if others := [name for name in denoiser.network.signature.names if name not in (CLASSES, GUIDANCE)]:
+    if others := [name for name in denoiser.network.signature.names if name not in takes]:
         raise VdiffError(
             f"graphs have no input for this network's {', '.join(others).replace('_', ' ')}",
             "draw with vdiff.load in Python",
@@ -254,7 +259,19 @@ def inputs(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig, 
         values["classes"] = torch.tensor([k % takes.num_classes for k in images])
     if takes.takes_guidance or options.guided:
         values["guidance"] = torch.full((count,), _test_guidance(config))
+    if isinstance(denoiser.network, TextBackbone):
+        values["text"] = _test_text(denoiser.network, images)
     return values
+
+
+def _test_text(network: TextBackbone, images: range) -> Tensor:
+    """Embeddings of some tokens for the check, other ones for each image."""
+    config: Any = network.text_encoders[0].config
+    length = len(network.empty_tokens)
+    with torch.no_grad():
+        return network.embed(torch.tensor([[(7 * k + i) % config.vocab_size for i in range(length)] for k in images]))[
+            TEXT
+        ]
 
 
 def _test_guidance(config: CheckpointConfig) -> float:
@@ -273,8 +290,9 @@ def expected(denoiser: Denoiser, options: GraphOptions, config: CheckpointConfig
             image_size=config.shape[1:],
             num_steps=options.num_steps,
             guidance=_test_guidance(config) if "guidance" in given else 0.0,
+            conditions=(lambda *_: denoiser.condition(text=given["text"])) if "text" in given else classes_in_turn,
         )
-        return PIXEL_CODEC.clip(drawn)
+        return config.space.clip(drawn)
     t = denoiser.schedule.time(denoiser.parameterisation.angle_of_timestep(denoiser.schedule, given["label"]))
     with torch.inference_mode():
         prediction = denoiser(given["z"], t, denoiser.condition(**given))
@@ -293,10 +311,23 @@ def check(
     Raises:
         VdiffError: it is above `TOLERANCE` (`ROUNDED` for weights of fewer bits).
     """
+    pairs = (
+        (inputs(denoiser, options, config, images), expected(denoiser, options, config, images)) for images in BATCHES
+    )
+    return largest_difference(answer, pairs, options.precision)
+
+
+def largest_difference(
+    answer: Callable[[dict[str, Tensor]], Tensor], pairs: Iterable[tuple[dict[str, Tensor], Tensor]], precision: str
+) -> float:
+    """The largest difference between results of a graph and those of `pairs` (inputs, results), as in `check`.
+
+    Raises:
+        VdiffError: it is above `TOLERANCE` (`ROUNDED` for weights of fewer bits).
+    """
     differences = []
-    for images in BATCHES:
-        due = expected(denoiser, options, config, images)
-        found = answer(inputs(denoiser, options, config, images))
+    for given, due in pairs:
+        found = answer(given)
         if found.shape != due.shape:
             raise VdiffError(
                 f"the exported graph returns shape {tuple(found.shape)}, not {tuple(due.shape)}",
@@ -305,7 +336,7 @@ def check(
         scale = due.abs().max().clamp(min=1).double()
         differences.append((found.double() - due.double()).abs().max() / scale)
     worst = float(torch.stack(differences).max())
-    limit = TOLERANCE if options.precision == "fp32" else ROUNDED
+    limit = TOLERANCE if precision == "fp32" else ROUNDED
     if not worst <= limit:  # also true for NaN
         raise VdiffError(
             f"the exported graph differs from vdiff by {worst:.1e}, more than {limit:g}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vdiff.errors import VdiffError
 from vdiff.files import write_whole
-from vdiff.interop.graphs import GraphOptions, NetworkCall, Step, check, grid, inputs, metadata
+from vdiff.interop.graphs import GraphOptions, NetworkCall, Step, check, grid, inputs, largest_difference, metadata
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.program import exported
@@ -32,6 +32,8 @@ OPSET = 18
 MAX_BYTES = 2**31 - 2**24
 """The largest ONNX file: protocol buffers are limited to 2 GiB."""
 BATCH = "batch"
+MAX_BATCH = 63
+"""The batch of the trace: layers of diffusers copy their input from 64 on. The graph has no limit."""
 SMALL = 256
 """Weights with fewer values are never rounded."""
 
@@ -82,7 +84,8 @@ def export_onnx(
         steps = grid(denoiser, options.num_steps)
         values = {**inputs(denoiser, options, config, range(2)), **steps[0]}
         step = _traced(Step(denoiser, options), {"z": values.pop("noise"), **values}, ["z_s"], fixed=list(steps[0]))
-        model = _repeated(step, [{name: value.numpy() for name, value in one.items()} for one in steps])
+        constants = [{name: value.numpy() for name, value in one.items()} for one in steps]
+        model = _repeated(step, constants, clip=config.space.limit is not None)
     else:
         model = _traced(
             NetworkCall(denoiser, options.output), inputs(denoiser, options, config, range(2)), [options.output]
@@ -92,16 +95,47 @@ def export_onnx(
         _store_rounded(model, options.precision)
     onnx.helper.set_model_props(model, metadata(denoiser, options, config, fingerprint))
 
+    return _write(model, path, lambda answer: check(answer, denoiser, options, config))
+
+
+def export_module(module: nn.Module, example: Mapping[str, Tensor], path: Path, precision: str) -> float:
+    """Write a module of named inputs and one output as a graph, for any batch size; returns the largest difference.
+
+    Args:
+        example: inputs of two batches or more; the graph is compared on them, and on the first of them alone.
+        precision: of the stored weights, as in `GraphOptions`.
+
+    Raises:
+        VdiffError: the results differ, or the file system refuses.
+    """
+    model = _traced(module, example, ["output"])
+    _clean(model)
+    if precision != "fp32":
+        _store_rounded(model, precision)
+    batches = [dict(example), {name: value[:1] for name, value in example.items()}]
+    with torch.no_grad():
+        pairs = [(values, module(**values)) for values in batches]
+    return _write(model, path, lambda answer: largest_difference(answer, pairs, precision))
+
+
+def _write(
+    model: onnx.ModelProto, path: Path, compare: Callable[[Callable[[dict[str, Tensor]], Tensor]], float]
+) -> float:
+    """Write a graph whole or not at all; returns the result of `compare`, called with a function that runs it.
+
+    If `compare` raises, no file is left.
+    """
+    import onnx
+
     def write(temporary: Path) -> float:
         onnx.save_model(model, temporary)
         onnx.checker.check_model(temporary, full_check=True)
         session = _session(str(temporary))
 
         def answer(named: dict[str, Tensor]) -> Tensor:
-            found = session.run([options.results], {name: value.numpy() for name, value in named.items()})[0]
-            return torch.from_numpy(found)
+            return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in named.items()})[0])
 
-        return check(answer, denoiser, options, config)
+        return compare(answer)
 
     return write_whole(path, write)
 
@@ -113,7 +147,7 @@ def _traced(
     module.eval().requires_grad_(False)
     with torch.no_grad(), _silenced(logging.getLogger("torch.onnx")):
         written = torch.onnx.export(
-            exported(module, example, fixed),
+            exported(module, example, fixed, MAX_BATCH),
             input_names=list(example),
             output_names=output_names,
             opset_version=OPSET,
@@ -124,7 +158,7 @@ def _traced(
     return written.model_proto
 
 
-def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx.ModelProto:
+def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]], *, clip: bool) -> onnx.ModelProto:
     """A model that applies `step` with each of `steps`; z_s of one is z of the next: noise → images in [−1, 1].
 
     Values that depend only on weights are computed once. Values that also depend on `steps` (the time embedding,
@@ -132,6 +166,7 @@ def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx
 
     Args:
         step: inputs z and the names in `steps`, which are the same for the whole batch, and others; output z_s.
+        clip: whether the last z_s is clipped to [−1, 1]; latents have no limits.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -186,7 +221,8 @@ def _repeated(step: onnx.ModelProto, steps: Sequence[Mapping[str, Any]]) -> onnx
         z = names["z_s"]
     for name, limit in (("lowest", -1.0), ("highest", 1.0)):
         constants.append(numpy_helper.from_array(torch.tensor(limit).numpy(), name))
-    nodes.append(helper.make_node("Clip", [z, "lowest", "highest"], ["images"]))
+    operation, limits = ("Clip", ["lowest", "highest"]) if clip else ("Identity", [])
+    nodes.append(helper.make_node(operation, [z, *limits], ["images"]))
     used = {name for node in nodes for name in node.input}
 
     def renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:

@@ -30,18 +30,22 @@ PROGRAM = Kind("program", _is_program)
 
 
 def exported(
-    module: nn.Module, example: tuple[Tensor, ...] | Mapping[str, Tensor], fixed: Sequence[str] = ()
+    module: nn.Module,
+    example: tuple[Tensor, ...] | Mapping[str, Tensor],
+    fixed: Sequence[str] = (),
+    max_batch: int | None = None,
 ) -> torch.export.ExportedProgram:
     """The program of a module, for any batch size.
 
     Args:
         example: inputs of any batch but 1, in order or by name.
         fixed: names of inputs that have no batch size.
+        max_batch: the largest batch whose computation is that of the example; None: any.
 
     Raises:
         VdiffError: the module's code depends on the batch size, or cannot be exported.
     """
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1, max=max_batch)
     try:
         with torch.no_grad():
             if isinstance(example, tuple):

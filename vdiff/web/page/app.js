@@ -92,7 +92,7 @@ async function main() {
   };
 
   let want = null, busy = false;
-  self.vdiff = { drawn: 0, images: {} };
+  self.vdiff = { drawn: 0, images: {}, milliseconds: {} };
   const drawAll = async () => {
     let notes = [];
     while (want) {
@@ -101,14 +101,16 @@ async function main() {
       if (teacher) showTeacher(now);
       for (const model of models) {
         const drawn = await backend.draw(model, now);
-        model.more.textContent = `: ${(drawn.milliseconds / now.count).toFixed(1)} ms per image`;
+        const each = drawn.milliseconds / now.count;
+        model.more.textContent = `: ${each.toFixed(1)} ms per image`;
         show(model.canvas, drawn, page.shape, now.count);
         model.canvas.setAttribute("aria-label", `Images by ${model.name}: ${described(page, now)}`);
-        self.vdiff.images[model.name] = drawn.values;
+        [self.vdiff.images[model.name], self.vdiff.milliseconds[model.name]] = [drawn.values, each];
         notes = drawn.notes;
         if (want) break;
       }
     }
+    performance.mark("drawn");
     self.vdiff.drawn++;
     say(["Drawn.", ...notes].join(" "));
   };

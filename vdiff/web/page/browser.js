@@ -1,6 +1,7 @@
 // Back end in the browser: the samplers as ONNX graphs, run by ONNX Runtime with WebGPU or WASM.
 
 import { between, noise } from "./noise.js";
+import { tokenizer } from "./tokens.js";
 
 const megabytes = (bytes) => (bytes / 2 ** 20).toFixed(1);
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11);
@@ -75,7 +76,8 @@ function noiseOf(shape, want) {
 
 /** Load all models; `say` and `progress` show how much has arrived. */
 export async function openBrowser(page, say, progress) {
-  const total = page.models.reduce((sum, model) => sum + model.bytes, 0);
+  const graphs = [page.text, page.decoder, ...page.models].filter(Boolean);
+  const total = graphs.reduce((sum, graph) => sum + graph.bytes, 0);
   let arrived = 0;
   const { ort, providers } = await startRuntime(page.runtime);
   const sessions = new Map();
@@ -87,23 +89,40 @@ export async function openBrowser(page, say, progress) {
     });
     return ort.InferenceSession.create(bytes, { executionProviders: providers });
   };
-  for (const model of page.models) sessions.set(model.name, await load(model.file));
+  for (const { file } of graphs) sessions.set(file, await load(file));
+  const tokensOf = page.text ? tokenizer(await (await fetch("tokenizer.json")).json()) : null;
+
+  /** The embedding of a prompt, repeated for each image; prompts are encoded once. */
+  let known = { prompt: null };
+  const encode = async (prompt, count) => {
+    if (known.prompt !== prompt) {
+      const { tokens, isCut } = tokensOf(prompt);
+      const numbers = new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]);
+      const { output } = await sessions.get(page.text.file).run({ tokens: numbers });
+      known = { prompt, isCut, values: await output.getData(), shape: output.dims.slice(1) };
+    }
+    const size = known.values.length, all = new Float32Array(count * size);
+    for (let k = 0; k < count; k++) all.set(known.values, k * size);
+    return new ort.Tensor("float32", all, [count, ...known.shape]);
+  };
 
   return {
     note: `ONNX Runtime, ${providers[0] === "webgpu" ? "WebGPU" : `WASM, threads: ${ort.env.wasm.numThreads}`}. Nothing leaves this device.`,
     async draw(model, want) {
       const { count } = want;
-      const inputs = { noise: new ort.Tensor("float32", noiseOf(page.shape, want), [count, ...page.shape]) };
+      const inputs = { noise: new ort.Tensor("float32", noiseOf(page.noise, want), [count, ...page.noise]) };
       if (page.classes.length) {
         const label = (k) => BigInt(want.label ?? k % page.classes.length);
         inputs.classes = new ort.Tensor("int64", BigInt64Array.from({ length: count }, (_, k) => label(k)), [count]);
       }
       if (model.guidance) inputs.guidance = new ort.Tensor("float32", new Float32Array(count).fill(want.guidance), [count]);
       const began = performance.now();
-      const { images } = await sessions.get(model.name).run(inputs);
+      if (page.text) inputs.text = await encode(want.prompt, count);
+      let { images } = await sessions.get(model.file).run(inputs);
+      if (page.decoder) images = (await sessions.get(page.decoder.file).run({ latents: images })).output;
       const values = await images.getData();
       const milliseconds = performance.now() - began;
-      return { ...sheetOf(values, page.shape, count), milliseconds, values, notes: [] };
+      return { ...sheetOf(values, page.shape, count), milliseconds, values, notes: known.isCut ? ["The end of the prompt is cut off."] : [] };
     },
   };
 }
