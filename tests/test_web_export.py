@@ -195,7 +195,8 @@ PROMPTS = [
     "Don't  SHOUT,\tit's 42 o'clock!!",
     "Straße, naïve café, ΟΔΟΣ, I\u0307stanbul, e\u0301",
     "猫と犬 ❤️ 👩‍👩‍👧 \u00ad\u0000",
-    "<|endoftext|> in the middle, and <|startoftext|>",
+    "<|endoftext|> in the middle, and <|startoftext|>, <|ENDOFTEXT|>",
+    "\ufeffx\u0085y\u2003z, ½ ٣ ⅷ 𝔘𝔫𝔦",
     "a long prompt about " + "many different things " * 40,
 ]
 
@@ -256,7 +257,7 @@ def test_its_tokens_are_those_of_transformers(text_page, text_students, tab):
         f".then(([m, words]) => {json.dumps(PROMPTS)}.map(m.tokenizer(words)))"
     )
     assert [each["tokens"] for each in found] == due
-    assert [each["isCut"] for each in found] == [False] * 6 + [True]
+    assert [each["isCut"] for each in found] == [False] * 7 + [True]
 
 
 @pytest.mark.usefixtures("quick")

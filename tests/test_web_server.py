@@ -213,6 +213,17 @@ def test_nothing_but_the_page_is_served(port, method, path, status):
         b"GET / HTTP/1.1\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
     ],
 )
+def test_what_is_not_http_ends_only_its_own_connection(port, sent):
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        said = b""
+        with suppress(OSError):  # the server has closed it
+            client.sendall(sent)
+            client.shutdown(socket.SHUT_WR)
+            said = client.recv(2**16)
+    assert not said or said.startswith(b"HTTP/1.1 4")
+    assert drawn(port, 1)
+
+
 @pytest.mark.slow
 def test_prompts_draw_the_pictures_of_sample(tmp_path):
     pytest.importorskip("transformers")
@@ -233,17 +244,6 @@ def test_prompts_draw_the_pictures_of_sample(tmp_path):
         assert np.abs(found - (torch.cat(list(due), dim=-1).numpy() + 1) * 127.5).max() <= 1
         answer, body = request(port, "POST", "/draw", b"{}", JSON)
         assert (answer.status, b"there is none" in body) == (400, True)
-
-
-def test_what_is_not_http_ends_only_its_own_connection(port, sent):
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
-        said = b""
-        with suppress(OSError):  # the server has closed it
-            client.sendall(sent)
-            client.shutdown(socket.SHUT_WR)
-            said = client.recv(2**16)
-    assert not said or said.startswith(b"HTTP/1.1 4")
-    assert drawn(port, 1)
 
 
 class Slow:

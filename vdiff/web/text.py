@@ -84,18 +84,20 @@ def write_text_parts(denoiser: Denoiser, prompting: Prompting, folder: Path, pre
 
 
 def tokenizer_of(prompting: Prompting) -> dict[str, Any]:
-    """The tokenizer of CLIP as JSON: `vocab` word → number, `merges` in their order, and its special tokens.
+    """The tokenizer of CLIP as JSON: `vocab` and `special` word → number, `merges` in their order, and further numbers.
 
     Raises:
         VdiffError: it is of another kind.
     """
     [part] = prompting.tokenizers.parts
-    model = json.loads(part.backend_tokenizer.to_str())["model"]
+    described = json.loads(part.backend_tokenizer.to_str())
+    model = described["model"]
     if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
         raise VdiffError(f"the tokenizer is a {model['type']}, not that of CLIP", "use `vdiff serve`")
     return {
         "vocab": model["vocab"],
         "merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]],
+        "special": {word["content"]: word["id"] for word in described["added_tokens"]},
         "start": part.bos_token_id,
         "end": part.eos_token_id,
         "unknown": part.unk_token_id,

@@ -1,6 +1,6 @@
 // Tokens of a prompt, as CLIP's tokenizer makes them: byte pairs of lower-case words (Radford et al. 2021).
 
-const WORDS = /<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+/gu;
+const WORDS = /'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+/gu;
 
 /** The letters that stand for bytes in the vocabulary: printable ones for themselves, others from U+0100 on. */
 function letters() {
@@ -13,13 +13,17 @@ function letters() {
   return found;
 }
 
-/** text → `length` numbers, of which the first is `start` and the last ones are `end` and padding; and what is cut. */
-export function tokenizer({ vocab, merges, start, end, unknown, padding, length }) {
+/**
+ * text → `length` numbers: `start`, the words, `end` and padding; and whether words are cut off.
+ * `special` words are found in the text as it is, before it becomes lower case.
+ */
+export function tokenizer({ vocab, merges, special, start, end, unknown, padding, length }) {
   const ranks = new Map(merges.map((pair, rank) => [pair, rank])), letter = letters();
-  const special = { "<|startoftext|>": start, "<|endoftext|>": end };
+  const own = new Map(Object.entries(special));
+  const escaped = (word) => word.replace(/[^\p{L}\p{N}]/gu, (one) => `\\u{${one.codePointAt(0).toString(16)}}`);
+  const between = new RegExp(`(${[...own.keys()].map(escaped).join("|")})`, "u");
 
   const numbers = (word) => {
-    if (word in special) return [special[word]];
     const parts = [...new TextEncoder().encode(word)].map((byte) => letter[byte]);
     parts[parts.length - 1] += "</w>";
     for (;;) {
@@ -36,9 +40,14 @@ export function tokenizer({ vocab, merges, start, end, unknown, padding, length 
     }
   };
 
-  return (text) => {
+  const plain = (text) => {
     const lower = [...text.normalize("NFC")].map((one) => one.toLowerCase()).join("");
-    const found = (lower.match(WORDS) ?? []).flatMap(numbers), kept = found.slice(0, length - 2);
+    return (lower.match(WORDS) ?? []).flatMap(numbers);
+  };
+
+  return (text) => {
+    const found = text.split(between).flatMap((part) => (own.has(part) ? [own.get(part)] : plain(part)));
+    const kept = found.slice(0, length - 2);
     const all = [start, ...kept, end];
     return { tokens: [...all, ...Array(length - all.length).fill(padding)], isCut: found.length > kept.length };
   };
