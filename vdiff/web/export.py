@@ -20,6 +20,7 @@ from vdiff.files import make_folder, read_json, write_json, write_text, writing
 from vdiff.interop.graphs import MAX_STEPS, GraphOptions, check_exportable
 from vdiff.interop.onnx import export_onnx, require_packages
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
+from vdiff.models.codec import LATENTS
 from vdiff.models.condition import CLASSES, GUIDANCE, TEXT, TEXT_MASK, TOKENS
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.prompting import Prompting
@@ -108,9 +109,11 @@ def export_web(
     for path in checkpoints:
         denoiser, config = load_checkpoint(path, components=components)
         takes_prompts = TOKENS in config.signature.names
-        check_exportable(denoiser, PROMPTED if takes_prompts else (CLASSES, GUIDANCE))
+        if config.codec == LATENTS.name and not takes_prompts:
+            raise VdiffError(f"{path} draws latents by classes, which a page does not", "use `vdiff serve`")
         if takes_prompts:
             check_text(path, denoiser, config)
+        check_exportable(denoiser, PROMPTED if takes_prompts else (CLASSES, GUIDANCE))
         models.append(page_model(path, config, num_timesteps))
         denoisers.append(denoiser)
         if models[-1].steps > MAX_STEPS:

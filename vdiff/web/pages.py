@@ -19,6 +19,7 @@ from vdiff.errors import OptionError, VdiffError
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import CODECS
 from vdiff.models.condition import IMAGE, TOKENS
+from vdiff.models.prompting import has_surroundings
 
 PAGE_FILES = {
     "index.html": "text/html",
@@ -77,7 +78,7 @@ def page_model(path: Path, config: CheckpointConfig, num_timesteps: int | None) 
     model = PageModel(path, config, num_timesteps or config.num_timesteps)
     if IMAGE in config.signature.names:
         raise VdiffError(f"{path} draws from condition images", "use sample.py --condition")
-    if not model.takes_prompts and not CODECS[config.codec].are_pictures(config.shape):
+    if not has_surroundings(config) and not CODECS[config.codec].are_pictures(config.shape):
         raise VdiffError(f"{path} draws no pictures of 1 or 3 channels", "use `vdiff export onnx`")
     try:
         config.check_num_steps(model.steps)

@@ -28,6 +28,7 @@ from vdiff.errors import VdiffError
 from vdiff.files import parse
 from vdiff.models.checkpoint import read_config
 from vdiff.models.drawing import images_at_once
+from vdiff.models.prompting import has_surroundings
 from vdiff.records import record_of
 from vdiff.text import plural
 from vdiff.web.pages import (
@@ -238,7 +239,7 @@ def load_server(
         loaded = vdiff.load(page.path, device=device, precision=precision, components=components)
         served[page.name] = Served(loaded, page.steps)
     first = served[pages[0].name].model
-    shape = first.prompting.shape if pages[0].takes_prompts else first.shape
+    shape = first.prompting.shape if has_surroundings(first.config) else first.shape
     described, picture = description(pages, shape, prompt), io.BytesIO()
     if teacher is not None:
         report(f"drawing with {teacher}")

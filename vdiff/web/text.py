@@ -18,6 +18,7 @@ from vdiff.models.condition import POOLED, TEXT, TOKENS
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.prompting import Prompting
 from vdiff.models.text import TextBackbone
+from vdiff.models.tokenizing import Tokenizers
 
 MAX_BYTES = 2**30
 """Weights that a browser loads."""
@@ -71,9 +72,10 @@ def write_text_parts(denoiser: Denoiser, prompting: Prompting, folder: Path, pre
     Raises:
         VdiffError: results differ, or the tokenizer is none of byte pairs.
     """
-    network = cast(TextBackbone, denoiser.network)
-    write_json(folder / TOKENIZER, tokenizer_of(prompting))
-    tokens = prompting.tokenizers.tokens(["a red fox", "two cats"])
+    network, tokenizers = cast(TextBackbone, denoiser.network), prompting.tokenizers
+    assert tokenizers is not None
+    write_json(folder / TOKENIZER, tokenizer_of(tokenizers))
+    tokens = tokenizers.tokens(["a red fox", "two cats"])
     differences = {"text.onnx": export_module(TextEncoder(network), {TOKENS: tokens}, folder / "text.onnx", precision)}
     if (autoencoder := prompting.autoencoder) is not None:
         sizes = (side // autoencoder.factor for side in prompting.shape[1:])
@@ -83,13 +85,13 @@ def write_text_parts(denoiser: Denoiser, prompting: Prompting, folder: Path, pre
     return differences
 
 
-def tokenizer_of(prompting: Prompting) -> dict[str, Any]:
+def tokenizer_of(tokenizers: Tokenizers) -> dict[str, Any]:
     """The tokenizer of CLIP as JSON: `vocab` and `special` word → number, `merges` in their order, and further numbers.
 
     Raises:
         VdiffError: it is of another kind.
     """
-    [part] = prompting.tokenizers.parts
+    [part] = tokenizers.parts
     described = json.loads(part.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE" or model["end_of_word_suffix"] != "</w>":
@@ -102,5 +104,5 @@ def tokenizer_of(prompting: Prompting) -> dict[str, Any]:
         "end": part.eos_token_id,
         "unknown": part.unk_token_id,
         "padding": part.pad_token_id,
-        "length": prompting.tokenizers.length,
+        "length": tokenizers.length,
     }
