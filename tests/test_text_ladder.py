@@ -35,7 +35,7 @@ from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.errors import Interrupted, OptionError, VdiffError
 from vdiff.files import CHECKSUM, write_json
 from vdiff.interop.diffusers.reading import import_pipeline
-from vdiff.interop.diffusers.text_writing import export_text_pipeline
+from vdiff.interop.diffusers.text_writing import export_single_file, export_text_pipeline
 from vdiff.interop.lora import export_lora
 from vdiff.models.adapters import AdapterSettings, add_adapter, copy_adapter, merge_adapter
 from vdiff.models.checkpoint import ADAPTER, WEIGHTS, load_checkpoint, read_config, read_tensors
@@ -378,6 +378,8 @@ def test_a_smaller_unet_is_trained_resumed_drawn_exported_and_imported(place, tm
         assert (unet["block_out_channels"], unet["mid_block_type"]) == ([8, 8, 16, 16], None)
     last, noise = whole[-1].folder, randn(2, 4, 8, 8, dtype=torch.float32)
     expected = torch.Tensor(vdiff.load(last, device="cpu").sample(prompts=PROMPTS, noise=noise))
+    with pytest.raises(VdiffError, match="has a UNet without a middle, which single files do not have; write a folder"):
+        export_single_file(last, tmp_path / "whole.safetensors")
     export_text_pipeline(last, tmp_path / "pipeline")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)

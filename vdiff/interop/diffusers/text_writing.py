@@ -136,11 +136,9 @@ def export_single_file(
     with locked(file), locked(beside):
         check_free(file, SINGLE_FILE, overwrite=overwrite, flag="another file")
         check_free(beside, CONFIGURATION, overwrite=overwrite, flag="another file")
-        if read_config(checkpoint).guidance_range:
-            raise VdiffError(
-                f"{checkpoint} takes the guidance as an input, which single files do not have",
-                f"write a folder: {shell('vdiff', 'export', 'diffusers', checkpoint, 'FOLDER')}",
-            )
+        if reason := why_no_single_file(read_config(checkpoint)):
+            command = shell("vdiff", "export", "diffusers", checkpoint, "FOLDER", *["--merge"] * merge)
+            raise VdiffError(f"{checkpoint} {reason}, which single files do not have", f"write a folder: {command}")
         model = load_text_model(checkpoint, merge=merge, components=components)
         config, vae, unet = model.config, model.autoencoder, model.network.unet
         encoders = [encoder.state_dict() for encoder in model.network.text_encoders]
@@ -158,6 +156,18 @@ def export_single_file(
         if made is not None:
             made.write(file.parent)
     return model
+
+
+def why_no_single_file(config: CheckpointConfig) -> str:
+    """What the original names cannot express; empty: nothing, or it is no text-to-image model of latents."""
+    if config.guidance_range:
+        return "takes the guidance as an input"
+    unet = config.network_config["unet"]["config"] if family_of(config) else {}
+    if "mid_block_type" in unet and unet["mid_block_type"] is None:
+        return "has a UNet without a middle"
+    depths = unet.get("transformer_layers_per_block")
+    counts = [unet.get("layers_per_block"), *(depths if isinstance(depths, list) else [])]
+    return "has a UNet whose levels differ in blocks" if any(isinstance(count, list) for count in counts) else ""
 
 
 def keys_of(config: CheckpointConfig) -> dict[str, Tensor]:
