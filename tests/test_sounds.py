@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.commands import done, error, run
+from vdiff.errors import VdiffError
 from vdiff.evaluation.features import LogMel, SoundDistance, load_features
 from vdiff.evaluation.sounds import (
     BANDS,
@@ -282,6 +283,27 @@ def test_samples_are_files_of_sound(here, form):
     assert files[1].read_bytes() == again
     assert files[2].exists()
     assert '["00001.' + form + '", 1]' in (here / f"drawn_{form}" / "dataset.json").read_text()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_network_of_a_user_learns_sounds():
+    import vdiff
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = torch.nn.Conv1d(1, 1, 9, padding=4)
+
+        def forward(self, z: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.last(z) + timestep[:, None, None] / 1000
+
+    data = vdiff.prepare("speech", out="own", kind="audio", rate=RATE, length=LENGTH, overwrite=True)
+    settings = {"num_iters": 2, "batch_size": 4, "flip": False, "device": "cpu", "num_workers": 0}
+    model = vdiff.wrap(Net(), shape=(1, LENGTH), codec="waveform", num_timesteps=4)
+    assert vdiff.train(model, data, **settings).finish().sample(num=2).shape == (2, 1, LENGTH)
+    other = vdiff.wrap(Net(), shape=(1, LENGTH // 2), codec="waveform", num_timesteps=4)
+    with pytest.raises(VdiffError, match="own: 256×1 at 8,000 Hz, the model takes 1 × 128"):
+        vdiff.train(other, data, **settings)
 
 
 def test_samples_are_those_of_the_library(here):

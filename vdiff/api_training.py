@@ -8,13 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from vdiff.api import Model, load_plain
+from vdiff.data.audio import AudioConfig
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.preparation import prepare as prepare_source
 from vdiff.data.source import SourceOptions
@@ -54,19 +55,21 @@ def prepare(
     source: str | Path | None = None,
     *,
     out: str | Path,
+    kind: Literal["image", "audio"] = "image",
     size: int | Iterable[int] | None = None,
     condition: str | Path | None = None,
     num_workers: int = 0,
     overwrite: bool = False,
     **conversion: Any,
 ) -> Path:
-    """Turn images into a dataset, as `prepare_data.py` does, and return its folder.
+    """Turn images, or sounds, into a dataset, as `prepare_data.py` does, and return its folder.
 
     Args:
         source: a folder, an archive or the name of a dataset; None: the built-in digits.
         size: side length in pixels, one or several; None: the source's default.
         condition: a folder with a condition image for each image, of the same name apart from the suffix.
-        conversion: other fields of `ConversionConfig`: `channels`, `crop`, `image_format`, ….
+        conversion: other fields of `ConversionConfig`: `channels`, `crop`, `image_format`, …; of sounds, fields of
+            `AudioConfig`: `rate`, `length`, `channels`, `trim`, `loudness`.
 
     Raises:
         VdiffError: see `vdiff.data.preparation.prepare`.
@@ -74,6 +77,9 @@ def prepare(
     """
     options = SourceOptions(condition="" if condition is None else str(condition))
     opened = open_source(None if source is None else str(source), options)
+    if kind == "audio":
+        sounds = AudioConfig(**conversion)
+        return prepare_source(opened, Path(out), sounds, num_workers=num_workers, overwrite=overwrite).path
     usual = opened.defaults
     size = usual.size if size is None else size
     sizes = (size,) if isinstance(size, int) else tuple(sorted(set(size)))
@@ -154,6 +160,8 @@ def train(
     if not isinstance(model, str | Model):
         raise OptionError(f"a {type(model).__name__} is neither a model nor a preset's name", WRAP)
     images = _data_of(data, None if isinstance(model, str) else model.shape, settings.get("image_size"))
+    if isinstance(model, Model) and images.rate and images.shape != model.shape:
+        raise OptionError(f"{images}, the model takes {' × '.join(map(str, model.shape))}", "give another --data")
     layers: dict[str, Mapping[str, Any]] = {"usual settings": USUAL, "vdiff.train": settings}
     base = str(settings.get("base") or "")
     found = read_config(Path(base)) if base else None

@@ -159,7 +159,7 @@ def preview_size(
     `FEWEST_STEPS`. A few-step student uses its own steps, every other model `preview_steps`. Prompts of a file all get
     a sample.
     """
-    num = usual = num_shown(64 if max(description.shape[1:]) <= 32 else 16, len(description.class_names))
+    num = usual = num_shown(64 if max(description.shape[1:], default=0) <= 32 else 16, len(description.class_names))
     steps = usual_steps = preview_steps(description)
     pictures = config.num_iters // config.sample_interval + 2  # the first one and the last one, too
     budget = config.num_iters * config.batch_size * EVALUATIONS / PICTURE_SHARE / pictures
