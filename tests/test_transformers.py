@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.commands import done
+from tests.commands import done, error
 from tests.oracles import randn
 from tests.pipelines import autoencoder
 from tests.toy import write_dataset
@@ -78,6 +78,8 @@ def test_a_dit_is_imported_drawn_distilled_evaluated_and_exported(monkeypatch):
     assert "guidance 3 as in diffusers' pipelines, scale 4" in said
     write_dataset(Path("data/pictures"), size=32, channels=3, classes=[str(k) for k in range(1000)])
     toy = "--num_iters 2 --batch_size 2 --lr 1e-3 --device cpu --check_images 2 --distance_every 0"
+    said = error(f"distill.py --base dit --data data/pictures --method guided --to_steps 1 {toy}", 2)
+    assert "cannot take a guidance weight as an input; give --guidance_scale" in said
     line = f"distill.py --base dit --data data/pictures --guidance_scale 3 --teacher_steps 4 --to_steps 1 {toy}"
     assert "picture" in done(line).output
     assert [read_config(path).num_timesteps for path in sorted(Path().glob("base_*"))] == [4, 2, 1]

@@ -98,7 +98,7 @@ def command(
 
     # torch is loaded here, when everything that needs no torch is known to be right
     from vdiff.distributed import pick_device
-    from vdiff.models.condition import IMAGE
+    from vdiff.models.condition import IMAGE, TOKENS
     from vdiff.training.base_training import base_task, train
     from vdiff.training.compilation import settled_compile
     from vdiff.training.engine import build_engine
@@ -139,7 +139,7 @@ def command(
     if verdict:
         console.result(f"verdict    {verdict.short}", f"scale      {verdict.scale}")
     draw = f"next       python sample.py {shell('--checkpoint', out)}"
-    if done.components:
+    if TOKENS in done.signature.names:
         console.result(f"{draw} --prompt 'a red fox, watercolour'")
         return
     condition = " --condition FOLDER" * (IMAGE in done.signature.names)

@@ -16,6 +16,7 @@ from vdiff.data.datasets import open_dataset
 from vdiff.errors import VdiffError, shell
 from vdiff.evaluation.results import NOT_TRAINED, EvalRow, Evaluation, Metric, Quality, Scale, read_quality
 from vdiff.models.codec import LATENTS
+from vdiff.models.kinds import TEXT
 from vdiff.projects import CHECKPOINTS
 from vdiff.records import RUN_FILE, WEB_PAGE
 from vdiff.report.formatting import bounded, figure, milliseconds_text, seconds_text, times_text, whole
@@ -440,7 +441,8 @@ def evaluate_command(ladder: LadderRun) -> str:
 def sample_command(ladder: LadderRun) -> str:
     """The command that draws images with the last model."""
     last = ladder.last.folder or Path(ladder.last.name)
-    prompt = ["--prompt", "a red fox"] if ladder.last.description.get("components") else []
+    network = ladder.last.description.get("backbone") or {}
+    prompt = ["--prompt", "a red fox"] if network.get("kind") == TEXT else []
     return shell("python", "sample.py", "--checkpoint", last.as_posix(), *prompt)
 
 

@@ -18,8 +18,8 @@ from vdiff.errors import OptionError, VdiffError, suggestion
 from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.codec import LATENTS
-from vdiff.models.condition import IMAGE, SECOND_TIME, TOKENS
-from vdiff.models.kinds import TEXT, UNET
+from vdiff.models.condition import GUIDANCE, IMAGE, SECOND_TIME, TOKENS
+from vdiff.models.kinds import PYTHON, TEXT, UNET
 from vdiff.projects import Project
 from vdiff.records import RUN_FILE
 from vdiff.reporting import Reporter
@@ -341,6 +341,11 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
             raise OptionError(
                 f"--method guided: {config.base} has learned the guidance scale {teacher.guidance_scale:g}",
                 "give --base the model that it was distilled from",
+            )
+        if teacher.kind not in (UNET, TEXT, PYTHON) and GUIDANCE not in teacher.signature.names:
+            raise OptionError(
+                f"--method guided: the network of {config.base} cannot take a guidance weight as an input",
+                "give --guidance_scale: the students learn one scale",
             )
         steps.append(("guided", first, first))
     is_shortened = phases or config.to_steps is not None or config.stages is not None
