@@ -47,7 +47,7 @@ from vdiff.interop.diffusers.writing import export_pipeline
 from vdiff.interop.foreign import JsonFile
 from vdiff.models.checkpoint import WEIGHTS, load_checkpoint, read_config
 from vdiff.models.unet_config import UNetConfig
-from vdiff.training.presets import DISTILLING, FINE_TUNING
+from vdiff.training.presets import DISTILLING, FINE_TUNING, OF_SOUNDS
 
 TOLERANCE = 1e-4
 COUNT = 3
@@ -467,7 +467,10 @@ def test_the_presets_that_can_be_exported():
         if path.stem in (*FINE_TUNING, *DISTILLING):
             continue
         config = UNetConfig.from_dict(tomllib.loads(path.read_text())["unet"])
-        if path.stem in ("celebahq256", "toy"):
+        if path.stem in OF_SOUNDS:
+            with pytest.raises(VdiffError, match="does not support sounds"):
+                write_unet_config(replace(config, dims=1), 8192)
+        elif path.stem in ("celebahq256", "toy"):
             with pytest.raises(VdiffError, match="different numbers of groups"):
                 write_unet_config(config, 64)
         else:
