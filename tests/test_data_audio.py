@@ -142,7 +142,7 @@ def test_mono_is_the_mean_and_stereo_keeps_both_sides():
 def test_loudness_is_the_rms_of_the_loud_frames():
     config = AudioConfig(RATE, LENGTH, loudness=-26.0)
     frame = RATE // 20
-    loud, pause = sine(10 * frame, frequency=400, amplitude=0.02), np.zeros(30 * frame)
+    loud, pause = sine(10 * frame, frequency=400, amplitude=0.02), np.full(30 * frame, 5e-5)  # 49 dB below
     x, kinds = levelled(np.concatenate([pause, loud, pause])[:, None].astype(np.float32), config)
     active = x[30 * frame : 40 * frame, 0].astype(np.float64)
     assert 20 * np.log10(np.sqrt(np.square(active).mean())) == pytest.approx(-26, abs=0.01)
