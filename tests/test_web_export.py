@@ -16,12 +16,12 @@ import vdiff
 from tests.browser import PROGRAM, Tab, browser, check_accessible
 from tests.commands import done, error
 from tests.servers import request, running
-from tests.toy import write_checkpoint
+from tests.toy import SIZE, write_checkpoint
 from vdiff.errors import VdiffError
 from vdiff.models.checkpoint import read_config, save_checkpoint
 from vdiff.web.export import RUNTIME_FILES, _runtime, export_web
 from vdiff.web.pages import MODELS
-from vdiff.web.server import folder_app
+from vdiff.web.server import folder_app, load_server
 
 pytest.importorskip("onnxscript")
 SEEDS = [0, 7, 2**32, 2**64 - 1]
@@ -283,3 +283,28 @@ def test_nothing_outside_the_folder_is_served(tmp_path, path):
             assert answer.status == status
             assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
             assert b"secret" not in body
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_same_page_shows_what_a_server_draws(models, tab):
+    token = "a-token-of-24-characters"
+    server = load_server([models / "base_0", models / "base_1"], teacher=models / "original", device="cpu", token=token)
+    with running(server.app()) as port:
+        address = f"http://127.0.0.1:{port}"
+        tab.requests.clear()
+        tab.open(f"{address}/#token={token}", width=1280)
+        tab.run(DRAWN)
+        assert tab.run("document.getElementById('status').textContent") == "Drawn."
+        pixels = "c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"
+        grids = tab.run(f"[...document.querySelectorAll('#grids canvas')].map({pixels})")
+        assert [each for each in tab.requests if not each.startswith((address, "data:", "blob:"))] == []
+        check_accessible(tab)
+    scale, gap = 96 // SIZE, 4
+    for grid, name in zip(grids, ("base_0", "base_1", "original"), strict=True):
+        shown = np.array(grid).reshape(2 * 96 + gap, 2 * 96 + gap, 4)[..., 0]
+        ours = (vdiff.load(models / name).sample(4).numpy() + 1) * 127.5
+        for k in range(4):
+            y, x = (96 + gap) * (k // 2), (96 + gap) * (k % 2)
+            image = shown[y : y + 96 : scale, x : x + 96 : scale]
+            assert np.abs(image - ours[k, 0]).max() <= 1
