@@ -155,6 +155,7 @@ LIMITS = {
     "max_bad_steps": (0, None, -1, None),
     "ema_images": (0, None, -1, None),
     "ema_interval": (1, None, 0, None),
+    "snr_gamma": (1e-3, 1e6, 1e-4, 1e7),
     "class_dropout": (0, 0.99, -1e-9, 0.991),
     "caption_dropout": (0, 0.99, -1e-9, 0.991),
     "caption_keep_tokens": (0, None, -1, None),
@@ -209,10 +210,11 @@ LIMITS = {
 @pytest.mark.parametrize(("kind", "field"), [pair for pair in FIELDS if pair[1].name in LIMITS])
 def test_ranges(kind, field):
     low, high, below, above = LIMITS[field.name]
-    lora = {"base": "a", "lora_rank": 1} if field.name.startswith("lora_") else {}
-    lora |= {"base": "a", "train_text_encoder": True} if field.name == "text_encoder_lr" else {}
+    more = {"base": "a", "lora_rank": 1} if field.name.startswith("lora_") else {}
+    more |= {"base": "a", "train_text_encoder": True} if field.name == "text_encoder_lr" else {}
+    more |= {"weighting": "min_snr"} if field.name == "snr_gamma" else {}
     for value in (low, 10**9 if high is None else high):
-        assert values_of(resolve(kind, {"my.toml": {**ENOUGH, **lora, field.name: value}}))[field.name] == value
+        assert values_of(resolve(kind, {"my.toml": {**ENOUGH, **more, field.name: value}}))[field.name] == value
     bound = f"above {below}" if field.metadata["open_low"] else f"at least {low}"
     message = refusal(kind, "my.toml", **{field.name: below})
     assert message.startswith(f"my.toml: {field.name} = ")
