@@ -24,6 +24,7 @@ from vdiff.evaluation.sounds import (
     mel_filters,
     power_spectra,
 )
+from vdiff.interop.card import new_card
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.codec import PIXEL_CODEC, WAVEFORM
 from vdiff.models.unet import UNet, upsample_conv
@@ -263,8 +264,12 @@ def test_a_ladder_of_sounds_has_pictures_and_players(here):
     assert "report.html" in done("vdiff report models").stdout
     report = (here / "models" / "report.html").read_text()
     assert "sounds of 256 samples at 8,000 Hz" in report
-    for words in ("prepare_data.py speech", "--kind audio", "--rate 8000", "--length 256", "--loudness -20"):
+    for words in ("prepare_data.py speech", "--kind audio", "--rate 8000", "--length 256", "--loudness -20",
+                  "Prepare the sounds", "Draw sounds", "one that draws a sound in 1 step", "sounds seen"):  # fmt: skip
         assert words in report
+    card = new_card(here / "models" / "base_1", usage={}).text
+    assert "- audio\n" in card
+    assert "pipeline_tag" not in card
     assert list((here / "models" / "original" / "samples").glob("*.png"))
 
 

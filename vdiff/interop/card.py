@@ -158,12 +158,13 @@ def new_card(
     licence = license_name
     if license_name.lower() == UNKNOWN:
         licence = "Unknown. Ask the author of these weights how you may use them."
+    is_sound = config.space.is_sound
     distilled = [] if config.method == "base" else ["distillation", f"{_plain(config.method)}-distillation"]
     data = ModelCardData(
         license=license_name.lower(),
         library_name=library,
-        pipeline_tag=TEXT_TASK if config.kind == TEXT else TASK,
-        tags=["diffusion", "v-diffusion", *distilled, *tags],
+        pipeline_tag=None if is_sound else TEXT_TASK if config.kind == TEXT else TASK,  # no task has sounds alone
+        tags=["diffusion", "v-diffusion", *distilled, *["audio"] * is_sound, *tags],
         **_eval_results(name, config, ladder),
     )
     front = data.to_yaml(original_order=["license", "library_name", "pipeline_tag", "tags"])

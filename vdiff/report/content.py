@@ -30,6 +30,7 @@ DISTANCES = {"fid": "FID", "fd": "Fréchet distance", "kid": "KID", "kd": "Kerne
 EFFORT = ("num_iters", "num_images", "train_seconds")
 AGAIN = "again"
 OF_TEACHER = f"teacher, {PLAIN}"
+AN = {"image": "an image", "sound": "a sound"}
 AS_SAID = {word: f"is {word}" for word in (NOT_TRAINED, "usable", "good")} | {"memorises": "memorises its images"}
 """The words of `Quality` in a sentence."""
 NO_CURVE = Curve("students", ())
@@ -254,7 +255,16 @@ def stage_table(ladder: LadderRun, found: Distances) -> Table:
         rows.append([each["name"], method, whole(each["steps"]), *effort, *shown])
     sums = [sum(model.number(key) for model in ladder.models) for key in EFFORT]
     foot = ("all", "", "", whole(sums[0]), whole(sums[1]), seconds_text(sums[2]), "", "", "")
-    heads = ("model", "method", "steps", "updates", "images seen", "time", "RMSE to teacher", "RMSE to first")
+    heads = (
+        "model",
+        "method",
+        "steps",
+        "updates",
+        f"{noun_of(ladder)}s seen",
+        "time",
+        "RMSE to teacher",
+        "RMSE to first",
+    )
     return Table((*heads, "distance"), rows, foot)
 
 
@@ -339,7 +349,8 @@ def outcome(ladder: LadderRun, found: Distances) -> str:
 def summary(ladder: LadderRun, found: Distances) -> list[str]:
     """A few sentences: whether it worked, what was trained, and its cost."""
     first, last = ladder.first, ladder.last
-    data = str(first.description.get("dataset", "") or "unknown images")
+    noun = noun_of(ladder)
+    data = str(first.description.get("dataset", "") or f"unknown {noun}s")
     base = f"A model of {plural(first.steps, 'step')} for {samples_of(first.description)}, trained on {data}"
     worked = [sentence] if (sentence := outcome(ladder, found)) else []
     if not ladder.students:
@@ -347,12 +358,12 @@ def summary(ladder: LadderRun, found: Distances) -> list[str]:
     stages, began = len(ladder.students), ladder.teacher_steps
     begin = "" if began == first.steps else f", starting at {plural(began, 'step')},"
     by = f"in {stages} stages" if stages > 1 else "in one stage"
-    end = f"into one that draws an image in {plural(last.steps, 'step')}."
+    end = f"into one that draws {AN[noun]} in {plural(last.steps, 'step')}."
     sentences = [*worked, f"{base}, was distilled {by}{begin} {end}"]
     if (gain := speed_up(ladder)) is not None:
         before, after, ratio = gain
         sentences.append(
-            f"An image takes {milliseconds_text(after)} instead of {milliseconds_text(before)}: "
+            f"{AN[noun].capitalize()} takes {milliseconds_text(after)} instead of {milliseconds_text(before)}: "
             f"it is {times_text(ratio)} as fast."
         )
     mine = found.students.get(last.key)
@@ -386,7 +397,7 @@ def facts(ladder: LadderRun, found: Distances) -> list[tuple[str, str, str]]:
     base = seconds_text(first.number("train_seconds"))
     result.append((own, "of distillation", f"teacher {base}") if ladder.students else (base, "of training", ""))
     images, updates = (sum(m.number(key) for m in ladder.models) for key in ("num_images", "num_iters"))
-    result.append((whole(images), "images seen", f"in {whole(updates)} updates"))
+    result.append((whole(images), f"{noun_of(ladder)}s seen", f"in {whole(updates)} updates"))
     return result
 
 
@@ -421,6 +432,11 @@ def notes(ladder: LadderRun, found: Distances) -> list[str]:
         rows = plural(found.left_out, "row")
         result.append(f"Not shown: {rows} of the evaluation, measured with other weights than the current ones.")
     return result
+
+
+def noun_of(ladder: LadderRun) -> str:
+    """`image` or `sound`: what the models of a ladder draw."""
+    return "sound" if ladder.first.description.get("sample_rate") else "image"
 
 
 def samples_of(description: Mapping[str, Any]) -> str:
@@ -461,7 +477,8 @@ def web_page(ladder: LadderRun, folder: Path) -> tuple[str, str] | None:
 def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
     """(purpose, command) of all commands that reproduce data, models, samples and this page, in a separate folder."""
     made = [(number, model) for number, model in enumerate(ladder.models) if model.folder and model.settings]
-    result = [("Prepare the images (if the source is a folder or a file, give its path)", prepare_command(ladder))]
+    noun = noun_of(ladder)
+    result = [(f"Prepare the {noun}s (if the source is a folder or a file, give its path)", prepare_command(ladder))]
     for number, model in made:
         config = ["--config", ((model.folder or Path()) / RUN_FILE).as_posix(), "--data", f"{AGAIN}/data"]
         command, what = ["python", "train.py", *config], "Train the teacher"
@@ -471,9 +488,9 @@ def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
         result.append((what, shell(*command, "--out", f"{AGAIN}/{model.name}")))
     measure = "Measure all models, and write this page"
     if not made:
-        return [("Draw images", sample_command(ladder)), (measure, evaluate_command(ladder))]
+        return [(f"Draw {noun}s", sample_command(ladder)), (measure, evaluate_command(ladder))]
     draw = shell("python", "sample.py", "--checkpoint", f"{AGAIN}/{ladder.last.name}", "--out", f"{AGAIN}/samples")
-    return [*result, ("Draw images", draw), (measure, shell("vdiff", "report", AGAIN, "--evaluate"))]
+    return [*result, (f"Draw {noun}s", draw), (measure, shell("vdiff", "report", AGAIN, "--evaluate"))]
 
 
 def prepare_command(ladder: LadderRun) -> str:
