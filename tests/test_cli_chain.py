@@ -488,7 +488,10 @@ def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     settings = read_preset(preset)
     count = int(rows["parameters"].split("(")[1].rstrip(")").replace(",", ""))
-    millions = {"toy": 0.2, "digits": 0.8, "cifar10": 60, "imagenet64": 296, "lsun128": 140, "celebahq256": 102}
+    millions = {
+        "toy": 0.2, "digits": 0.8, "cifar10": 60, "imagenet64": 296, "lsun128": 140, "celebahq256": 102,
+        "audio_tiny": 3, "audio_16k": 24,
+    }  # fmt: skip
     assert count / 1e6 == pytest.approx(millions[preset], rel=0.1)
     steps = settings.train.get("num_timesteps", 1024)
     assert f" an evaluation, {rows['FLOPs'].split('evaluation, ')[1]}" in rows["FLOPs"]
@@ -496,7 +499,9 @@ def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
     updates, batch = settings.train["num_iters"], settings.train["batch_size"]
     assert f"{updates:,} updates of {batch}" in rows["images"]
     size, channels = settings.assumed["image_size"], settings.assumed["image_channels"]
-    assert result.stderr == f"preset {preset}, assumed: {size}×{size}×{channels}\n"
+    rate = settings.assumed.get("rate")
+    shape = f"{size}×{channels} at {rate:,} Hz" if rate else f"{size}×{size}×{channels}"
+    assert result.stderr == f"preset {preset}, assumed: {shape}\n"
     assert list(tmp_path.iterdir()) == []
 
 

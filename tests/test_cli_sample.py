@@ -209,7 +209,8 @@ CASES = [
     ("plain --out x.zip --format npz", "--out x.zip and --format npz contradict each other; give one of them"),
     (
         "plain --format tar",
-        "Invalid value for '--format': 'tar' is unknown; choose from png, zip, npz, lmdb; see sample.",
+        "Invalid value for '--format': 'tar' is unknown; choose from png, zip, npz, lmdb, wav, flac; see "
+        "sample.py --help",
     ),
     ("plain --precision fp16 --device cpu", "--precision fp16 needs a GPU; give --precision bf16 or fp32"),
     (

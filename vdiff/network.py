@@ -39,7 +39,9 @@ def failure(url: str, seconds: float = 0.0) -> str:
         except (urllib.error.HTTPError, http.client.HTTPException):  # a server that refuses HEAD may end the connection
             found.append("")
         except (OSError, ValueError) as error:
-            found.append(cause_of(getattr(error, "reason", error)))
+            reason = getattr(error, "reason", error)
+            if not isinstance(reason, TimeoutError):
+                found.append(cause_of(reason))
         else:
             found.append("")
 

@@ -29,6 +29,7 @@ MODULES = {
 }  # fmt: skip
 """Packages with modules of another name, apart from dashes."""
 EXTRAS = {
+    "audio": (["soundfile", "soxr"], "sounds"),
     "diffusers": (["diffusers"], "networks of diffusers"),
     "fidelity": (["torch_fidelity"], "FID and KID on Inception"),
     "gs": (["gcsfs"], "tar shards on Google Cloud"),

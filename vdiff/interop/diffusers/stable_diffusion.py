@@ -292,7 +292,7 @@ def converted(file: Path, folder: Path, pipeline: str | None) -> Iterator[Path]:
     if found.kind == "LoRA":
         hint = "import that model, and start from the LoRA with train.py --base MODEL --lora FILE"
         raise VdiffError(f"{file} is {found.what}, which needs the model that it belongs to", hint)
-    if found.kind == "other" and found.family is not None:
+    if found.kind == "other" and "UNet" in found.parts:
         raise VdiffError(f"{file} is {found.what}", "import the base model")
     like = _configurations(file, pipeline)
     index = JsonFile.read(like / INDEX, DAMAGED)
