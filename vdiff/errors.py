@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 # control characters, writing direction marks, line and paragraph separators, lone surrogates
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -103,3 +104,17 @@ def suggestion(word: str, choices: Iterable[str], *, only_near: bool = False) ->
     if near:
         return f"did you mean {near[0]!r}?"
     return "" if only_near else f"choose from {', '.join(choices)}"
+
+
+def require(purpose: str, extra: str, *modules: str) -> None:
+    """Import the modules that an extra of vdiff brings, before work that needs them begins.
+
+    Raises:
+        VdiffError: one is not installed.
+    """
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            cause = f"{purpose}: {error.name or module} is not installed"
+            raise VdiffError(cause, f"pip install 'vdiff[{extra}]'") from None

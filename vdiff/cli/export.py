@@ -103,10 +103,10 @@ def onnx_command(checkpoint: Path, file: Path, **flags: Any) -> None:
     Nothing is written unless ONNX Runtime's results equal vdiff's, from the same noise, to 1e-4. Needs
     `pip install 'vdiff[onnx]'`.
     """
-    from vdiff.interop.onnx import GRAPH, export_onnx, require_packages
+    from vdiff.interop.onnx import GRAPH, export_onnx, require_onnx
     from vdiff.interop.usage import onnx_usage
 
-    require_packages()
+    require_onnx()
     _export(checkpoint, file, ".onnx", GRAPH, write=export_onnx, usage=onnx_usage, program="ONNX Runtime", **flags)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, require
 from vdiff.files import write_whole
 from vdiff.interop.graphs import GraphOptions, NetworkCall, Step, check, grid, inputs, largest_difference, metadata
 from vdiff.models.checkpoint import CheckpointConfig
@@ -47,18 +47,13 @@ def _is_graph(path: Path) -> str:
 GRAPH = Kind("ONNX file", _is_graph)
 
 
-def require_packages() -> None:
+def require_onnx() -> None:
     """Check that everything for the export is installed.
 
     Raises:
         VdiffError: a package is missing.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise VdiffError(f"export to ONNX: {error.name} is not installed", "pip install 'vdiff[onnx]'") from None
+    require("export to ONNX", "onnx", "onnx", "onnxruntime", "onnxscript")
 
 
 def export_onnx(
@@ -72,7 +67,7 @@ def export_onnx(
         VdiffError: packages are missing, the network is too large for the format, the results differ, or the file
             system refuses.
     """
-    require_packages()
+    require_onnx()
     import onnx
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vdiff.models.condition import CLASSES, IMAGE, TOKENS, Condition, Signature
 
@@ -50,6 +51,13 @@ class Backbone(nn.Module):
     def output_layer(self) -> nn.Module | None:
         """The layer that computes the network's output; None: unknown."""
         return None
+
+    def run(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """A part of the network, or a function of it, on its inputs; see `checkpointing`."""
+        if self.checkpointing and torch.is_grad_enabled():  # dropout repeats its random numbers
+            found: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=True)
+            return found
+        return function(*inputs)
 
     def own_precision(self, device: torch.device) -> AbstractContextManager[object]:
         """The context of a forward pass that implements `full_precision`."""

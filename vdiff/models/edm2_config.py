@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vdiff.models.condition import CLASSES, Signature
-from vdiff.models.song_config import LIMITS
-from vdiff.models.unet_config import NetworkConfig
+from vdiff.models.song_config import LIMITS, EdmConfig
 
 BALANCES = ("label_balance", "concat_balance", "res_balance", "attn_balance")
 
 
 @dataclass(frozen=True)
-class Edm2Config(NetworkConfig):
+class Edm2Config(EdmConfig):
     """The arguments of EDM2's network, with the names that EDM2 gives them.
 
     Attributes:
@@ -57,16 +56,11 @@ class Edm2Config(NetworkConfig):
             least = 0 if name in ("label_dim", "channel_mult_emb", "channel_mult_noise") else 1
             if type(value := getattr(self, name)) is not int or not least <= value <= limit:
                 raise ValueError(f"{name} must be a whole number from {least} to {limit}, got {value!r}")
-        if not 1 <= len(self.channel_mult) <= 16 or not all(
-            type(m) is int and 1 <= m <= 2**10 for m in self.channel_mult
-        ):
-            raise ValueError(f"channel_mult must be 1 to 16 whole numbers, got {list(self.channel_mult)}")
+        self.check_levels()
         if any(self.model_channels * m < self.channels_per_head for m in self.attending):
             raise ValueError(f"attention needs at least {self.channels_per_head} channels, as channels_per_head says")
         if any(self.model_channels * m % self.channels_per_head for m in self.attending):
             raise ValueError(f"channels with attention must be a multiple of {self.channels_per_head}")
-        if self.img_resolution % self.size_multiple:
-            raise ValueError(f"img_resolution must be a multiple of {self.size_multiple}, got {self.img_resolution}")
         for name in BALANCES:
             if type(value := getattr(self, name)) not in (int, float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
@@ -79,11 +73,6 @@ class Edm2Config(NetworkConfig):
         sizes = [self.img_resolution >> level for level in range(len(self.channel_mult))]
         pairs = zip(sizes, self.channel_mult, strict=True)
         return [self.channel_mult[-1], *(m for size, m in pairs if size in self.attn_resolutions)]
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width must be multiples of this."""
-        return int(2 ** (len(self.channel_mult) - 1))
 
     @property
     def signature(self) -> Signature:

@@ -9,16 +9,15 @@ Source: Karras et al. 2024, *Analyzing and Improving the Training Dynamics of Di
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from vdiff.models.backbone import Backbone, without_autocast
+from vdiff.models.backbone import without_autocast
 from vdiff.models.edm2_config import Edm2Config
-from vdiff.models.song_unet import FirFilter
+from vdiff.models.song_unet import EdmUNet, FirFilter
 
 SILU_SCALE = 1 / 0.596
 """1/√E[silu(x)²] of x ~ N(0, 1), eq. 81."""
@@ -122,12 +121,13 @@ class Edm2Block(nn.Module):
         return x.clip(-config.clip_act, config.clip_act) if config.clip_act else x
 
 
-class Edm2UNet(Backbone):
+class Edm2UNet(EdmUNet):
     """z (B, C, H, W), timestep (B,) [, classes (B,) int64] → (B, C, H, W).
 
     Class number `label_dim` is no class, as for a `SongUNet`.
     """
 
+    config: Edm2Config
     kind = "edm2"
 
     def __init__(self, config: Edm2Config) -> None:
@@ -177,12 +177,12 @@ class Edm2UNet(Backbone):
             embedding = self._embedding(timestep, classes)
             h, skips = torch.cat([z, torch.ones_like(z[:, :1])], dim=1), list[Tensor]()
             for module in self.enc.values():
-                h = self._run(module, h, embedding) if isinstance(module, Edm2Block) else module(h)
+                h = self.run(module, h, embedding) if isinstance(module, Edm2Block) else module(h)
                 skips.append(h)
             for name, module in self.dec.items():
                 if "_block" in name:
                     h = mp_cat(h, skips.pop(), self.config.concat_balance)
-                h = self._run(module, h, embedding)
+                h = self.run(module, h, embedding)
             output: Tensor = self.out_conv(h, gain=self.out_gain)
             return output
 
@@ -192,29 +192,9 @@ class Edm2UNet(Backbone):
         with without_autocast(timestep.device):
             embedding = self.emb_noise(self.emb_fourier(timestep).to(dtype))
             if self.emb_label is not None:
-                count = config.label_dim
-                rows = embedding.new_zeros(len(embedding), count)
-                if classes is not None:
-                    rows = F.one_hot(classes, count + 1)[:, :count].to(dtype)
-                given = self.emb_label(rows * math.sqrt(count))
+                given = self.emb_label(self.class_rows(embedding, classes))
                 embedding = mp_sum(embedding, given, config.label_balance)
             return mp_silu(embedding)
-
-    def _run(self, module: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-        """A block on the features; see `checkpointing`."""
-        if self.checkpointing and torch.is_grad_enabled():
-            found: Tensor = checkpoint(module, h, embedding, use_reentrant=False)
-            return found
-        result: Tensor = module(h, embedding)
-        return result
-
-    def describe(self) -> dict[str, Any]:
-        """`Edm2Config.to_dict`."""
-        return self.config.to_dict()
-
-    def blocks(self) -> list[nn.Module]:
-        """The members of encoder and decoder."""
-        return [*self.enc.values(), *self.dec.values()]
 
     @property
     def output_layer(self) -> nn.Module:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vdiff.models.backbone import Backbone, without_autocast
 from vdiff.models.lucid_config import LucidConfig
@@ -143,20 +142,20 @@ class LucidUNet(Backbone):
             h, skips = first, list[Tensor]()
             for level in self.downs:
                 one, two, attention, resample = _parts(level)
-                h = self._run(one, h, embedding)
+                h = self.run(one, h, embedding)
                 skips.append(h)
-                h = self._run(two, h, embedding)
-                h = self._run(attention, h) + h
+                h = self.run(two, h, embedding)
+                h = self.run(attention, h) + h
                 skips.append(h)
                 h = resample(h)
-            h = self._run(self.mid_block1, h, embedding)
-            h = self._run(self.mid_attn, h) + h
-            h = self._run(self.mid_block2, h, embedding)
+            h = self.run(self.mid_block1, h, embedding)
+            h = self.run(self.mid_attn, h) + h
+            h = self.run(self.mid_block2, h, embedding)
             for level in self.ups:
                 one, two, attention, resample = _parts(level)
-                h = self._run(one, torch.cat([h, skips.pop()], dim=1), embedding)
-                h = self._run(two, torch.cat([h, skips.pop()], dim=1), embedding)
-                h = resample(self._run(attention, h) + h)
+                h = self.run(one, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = self.run(two, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = resample(self.run(attention, h) + h)
             output: Tensor = self.final_conv(self.final_res_block(torch.cat([h, first], dim=1), embedding))
             return output
 
@@ -166,14 +165,6 @@ class LucidUNet(Backbone):
             waves = torch.cat([sines, cosines], dim=1).to(self.final_conv.weight.dtype)
             embedding: Tensor = self.time_mlp(waves)
             return embedding
-
-    def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        """A part of the network; see `checkpointing`."""
-        if self.checkpointing and torch.is_grad_enabled():
-            found: Tensor = checkpoint(module, *inputs, use_reentrant=False)
-            return found
-        result: Tensor = module(*inputs)
-        return result
 
     def describe(self) -> dict[str, Any]:
         """`LucidConfig.to_dict`."""

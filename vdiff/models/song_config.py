@@ -12,8 +12,33 @@ LIMITS = {"img_resolution": 2**13, "img_channels": 2**12, "model_channels": 2**1
 LIMITS |= {"channel_mult_emb": 2**6, "channel_mult_noise": 2**6}
 
 
+class EdmConfig(NetworkConfig):
+    """The levels of EDM's and EDM2's networks."""
+
+    img_resolution: int
+    channel_mult: tuple[int, ...]
+
+    def check_levels(self) -> None:
+        """Check the levels.
+
+        Raises:
+            ValueError: multipliers or resolution of no network.
+        """
+        if not 1 <= len(self.channel_mult) <= 16 or not all(
+            type(m) is int and 1 <= m <= 2**10 for m in self.channel_mult
+        ):
+            raise ValueError(f"channel_mult must be 1 to 16 whole numbers, got {list(self.channel_mult)}")
+        if self.img_resolution % self.size_multiple:
+            raise ValueError(f"img_resolution must be a multiple of {self.size_multiple}, got {self.img_resolution}")
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+
 @dataclass(frozen=True)
-class SongConfig(NetworkConfig):
+class SongConfig(EdmConfig):
     """The arguments of EDM's networks DDPM++ and NCSN++, with the names that EDM gives them.
 
     Attributes:
@@ -59,22 +84,12 @@ class SongConfig(NetworkConfig):
                 raise ValueError(f"{name} must be a whole number from 1 to {limit}, got {value!r}")
         if type(self.label_dim) is not int or not 0 <= self.label_dim <= 10**7:
             raise ValueError(f"label_dim must be a whole number up to 10,000,000, got {self.label_dim!r}")
-        if not 1 <= len(self.channel_mult) <= 16 or not all(
-            type(m) is int and 1 <= m <= 2**10 for m in self.channel_mult
-        ):
-            raise ValueError(f"channel_mult must be 1 to 16 whole numbers, got {list(self.channel_mult)}")
+        self.check_levels()
         if self.model_channels % 4:
             raise ValueError(f"model_channels must be a multiple of 4, got {self.model_channels}")
-        if self.img_resolution % self.size_multiple:
-            raise ValueError(f"img_resolution must be a multiple of {self.size_multiple}, got {self.img_resolution}")
         count = len(self.resample_filter)
         if not 2 <= count <= 16 or count % 2 or not sum(self.resample_filter) > 0:
             raise ValueError(f"resample_filter must be 2 to 16 numbers, evenly many, got {list(self.resample_filter)}")
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width must be multiples of this."""
-        return int(2 ** (len(self.channel_mult) - 1))
 
     @property
     def signature(self) -> Signature:

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vdiff.models.backbone import Backbone, without_autocast
-from vdiff.models.song_config import SongConfig
-from vdiff.models.unet import timestep_embedding, zero_init
+from vdiff.models.song_config import EdmConfig, SongConfig
+from vdiff.models.unet import on_features, timestep_embedding, zero_init
 
 EPS = 1e-6
 HALF = math.sqrt(0.5)
@@ -94,12 +93,45 @@ class SongBlock(nn.Module):
         return h
 
 
-class SongUNet(Backbone):
+class EdmUNet(Backbone):
+    """What EDM's and EDM2's networks share.
+
+    Attributes:
+        enc, dec: blocks of encoder and decoder, named by their resolution.
+    """
+
+    config: EdmConfig
+    enc: nn.ModuleDict
+    dec: nn.ModuleDict
+
+    def class_rows(self, embedded: Tensor, classes: Tensor | None) -> Tensor:
+        """√K · one-hot(classes), (B, K), of K classes; rows of zeros without a class.
+
+        Args:
+            embedded: (B, …), the embedded time, whose type and device the rows have.
+        """
+        count = self.signature.num_classes
+        rows = embedded.new_zeros(len(embedded), count)
+        if classes is not None:
+            rows = F.one_hot(classes, count + 1)[:, :count].to(embedded.dtype)
+        return rows * math.sqrt(count)
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration's `to_dict`."""
+        return self.config.to_dict()
+
+    def blocks(self) -> list[nn.Module]:
+        """The members of encoder and decoder."""
+        return [*self.enc.values(), *self.dec.values()]
+
+
+class SongUNet(EdmUNet):
     """z (B, C, H, W), timestep (B,) [, classes (B,) int64] → (B, C, H, W).
 
     Without `classes`, and for class number `label_dim`, the embedding of the class is that of no class.
     """
 
+    config: SongConfig
     kind = "song"
     attention_layers = ("qkv", "proj")
 
@@ -158,11 +190,11 @@ class SongUNet(Backbone):
                 from_image = (h + self.filter(module(from_image), "down", is_padded=True)) * HALF
                 h = skips[-1] = from_image
             else:
-                h = self._run(module, embedding, h) if isinstance(module, SongBlock) else module(h)
+                h = self.run(on_features, module, embedding, h) if isinstance(module, SongBlock) else module(h)
                 skips.append(h)
         *blocks, norm, conv = self.dec.items()
         for name, module in blocks:
-            h = self._run(module, embedding, *((h, skips.pop()) if "_block" in name else (h,)))
+            h = self.run(on_features, module, embedding, *((h, skips.pop()) if "_block" in name else (h,)))
         output: Tensor = conv[1](F.silu(norm[1](h)))
         return output
 
@@ -179,35 +211,10 @@ class SongUNet(Backbone):
                 cosines, sines = timestep_embedding(time, channels, freq_shift=1).to(dtype).chunk(2, dim=1)
                 embedded = torch.cat([sines, cosines], dim=1)
             if self.map_label is not None:
-                count = config.label_dim
-                rows = embedded.new_zeros(len(embedded), count)
-                if classes is not None:
-                    rows = F.one_hot(classes, count + 1)[:, :count].to(dtype)
-                embedded = embedded + self.map_label(rows * math.sqrt(count))
+                embedded = embedded + self.map_label(self.class_rows(embedded, classes))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(embedded))))
-
-    def _run(self, module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
-        """A block on the features, one or two concatenated tensors; see `checkpointing`."""
-        if self.checkpointing and torch.is_grad_enabled():
-            h: Tensor = checkpoint(_block, module, embedding, *features, use_reentrant=False)
-            return h
-        return _block(module, embedding, *features)
-
-    def describe(self) -> dict[str, Any]:
-        """`SongConfig.to_dict`."""
-        return self.config.to_dict()
-
-    def blocks(self) -> list[nn.Module]:
-        """The members of encoder and decoder."""
-        return [*self.enc.values(), *self.dec.values()]
 
     @property
     def output_layer(self) -> nn.Module:
         """The last convolution."""
         return list(self.dec.values())[-1]
-
-
-def _block(module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
-    """A block on its input, and the skip of the same level."""
-    h: Tensor = module(torch.cat(features, dim=1), embedding)
-    return h

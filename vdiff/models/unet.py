@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vdiff.models.backbone import Backbone, without_autocast
 from vdiff.models.unet_config import NORM_EPS, UNetConfig
@@ -239,13 +238,13 @@ class UNet(Backbone):
         h = self.conv_in(_folded(z, self.config.fold))
         skips = [h]
         for module in self.down:
-            h = self._run(module, embedding, h)
+            h = self.run(on_features, module, embedding, h)
             skips.append(h)
         for module in self.middle:
-            h = self._run(module, embedding, h)
+            h = self.run(on_features, module, embedding, h)
         for module in self.up:
             joined = (h,) if isinstance(module, Resample) else (h, skips.pop())
-            h = self._run(module, embedding, *joined)
+            h = self.run(on_features, module, embedding, *joined)
         return _unfolded(self.conv_out(F.silu(self.norm_out(h))), self.config.fold)
 
     def _embedding(
@@ -289,17 +288,12 @@ class UNet(Backbone):
         """The last convolution."""
         return self.conv_out
 
-    def _run(self, module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
-        """`module` on the features, one or two concatenated tensors; see `checkpointing`."""
-        if self.checkpointing and torch.is_grad_enabled():
-            # dropout repeats its random numbers; features are concatenated inside, so that the result is not stored
-            h: Tensor = checkpoint(_stage, module, embedding, *features, use_reentrant=False, preserve_rng_state=True)
-            return h
-        return _stage(module, embedding, *features)
 
+def on_features(module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
+    """A stage on its input; on the way up, the input is concatenated with the skip of the same level.
 
-def _stage(module: nn.Module, embedding: Tensor, *features: Tensor) -> Tensor:
-    """A stage on its input; on the way up, the input is concatenated with the skip of the same level."""
+    They are concatenated here, so that checkpointing does not store the result.
+    """
     h: Tensor = module(features[0] if len(features) == 1 else torch.cat(features, dim=1), embedding)
     return h
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder, read_json, write_json, write_text, writing
 from vdiff.interop.graphs import MAX_STEPS, GraphOptions, check_exportable
-from vdiff.interop.onnx import export_onnx, require_packages
+from vdiff.interop.onnx import export_onnx, require_onnx
 from vdiff.models.checkpoint import load_checkpoint, weights_fingerprint
 from vdiff.models.codec import LATENTS
 from vdiff.models.condition import CLASSES, GUIDANCE, TEXT, TEXT_MASK, TOKENS
@@ -104,7 +104,7 @@ def export_web(
             missing; the folder exists or cannot be written.
         OptionError: models do not belong on one page, or the number of steps does not fit.
     """
-    require_packages()
+    require_onnx()
     models, denoisers = [], []
     for path in checkpoints:
         denoiser, config = load_checkpoint(path, components=components)

@@ -24,7 +24,7 @@ import vdiff
 from vdiff.api import Model
 from vdiff.data.images import to_pil
 from vdiff.diffusion.noise import ImageNoise
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, require
 from vdiff.files import parse
 from vdiff.models.checkpoint import read_config
 from vdiff.models.drawing import images_at_once
@@ -75,11 +75,7 @@ def require_server() -> None:
     Raises:
         VdiffError: a package is missing.
     """
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise VdiffError(f"serving a page: {error.name} is not installed", "pip install 'vdiff[web]'") from None
+    require("serving a page", "web", "starlette", "uvicorn")
 
 
 @dataclass(frozen=True)
