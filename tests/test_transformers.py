@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tests.commands import done, error
 from tests.oracles import randn
 from tests.pipelines import autoencoder
+from tests.servers import request, running
 from tests.toy import write_dataset
 from vdiff import api
 from vdiff.models.checkpoint import load_checkpoint, read_config
+from vdiff.web.server import LOOPBACK, load_server
 
 LABELS = {0: "tench, Tinca tinca", 1: "goldfish"}
 BLOCKS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "norm_num_groups": 4}
@@ -97,3 +102,22 @@ def test_a_dit_is_imported_drawn_distilled_evaluated_and_exported(monkeypatch):
     assert (config.num_timesteps, config.method, config.prediction) == (2, "progressive", "v")
     before = load_checkpoint("base_1")[0].state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_page_of_a_dit_is_served_with_its_classes():
+    """The server draws the pictures of `Model.sample`; the browser alone cannot."""
+    pytest.importorskip("starlette", reason="the extra web is not installed")
+    write_dit(Path("theirs"))
+    done("vdiff import diffusers theirs --out dit")
+    server = load_server([Path("dit")], num_timesteps=2, device="cpu")
+    with running(server.app(LOOPBACK)) as port:
+        asked = {"seed": 3, "count": 1, "classes": [7]}
+        answer, body = request(port, "POST", "/draw", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        assert answer.status == 200, body
+    found = torch.from_numpy(np.array(Image.open(io.BytesIO(body)))).permute(2, 0, 1)
+    [due] = api.load("dit").sample(1, steps=2, seed=3, classes=[7])
+    assert due.std() > 0.01
+    assert (found - (due + 1) * 127.5).abs().max() <= 0.51
+    assert "dit draws latents by classes, which a page does not; use `vdiff serve`" in error(
+        "vdiff export web dit page --num_timesteps 2", 1
+    )
