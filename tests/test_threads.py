@@ -16,7 +16,7 @@ from vdiff.cli import options
 from vdiff.training import threads
 from vdiff.training.engine import build_engine
 from vdiff.training.presets import read_run
-from vdiff.training.threads import seconds_by_threads, settled_threads
+from vdiff.training.threads import seconds_by_threads, settled_threads, timed_batch
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +47,22 @@ def test_the_fastest_number_of_threads_is_taken_and_said(monkeypatch):
 
 
 @pytest.mark.parametrize(("most", "numbers"), [(2, [1, 2]), (5, [1, 3, 5]), (16, [1, 8, 16])])
-def test_one_half_and_all_threads_are_timed_with_few_images(monkeypatch, most, numbers):
+def test_one_half_and_all_threads_are_timed(monkeypatch, most, numbers):
     def seconds(_, z, timed):
-        assert tuple(z.shape) == (8, 1, 4, 4)
         assert timed == numbers
         return {number: 1 / number for number in timed}
 
     monkeypatch.setattr(threads, "seconds_by_threads", seconds)
+    monkeypatch.setattr(threads, "seconds_of_pass", lambda *_: 1.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: most)
     config = train_config(Path("none"), device="cpu", batch_size=32, precision="fp32")
     assert settled_threads(config, lambda: torch.nn.Identity(), (1, 4, 4), Watcher(), None) == most
+
+
+@pytest.mark.parametrize(("an_image", "images"), [(0.001, 48), (0.01, 16), (0.03, 4), (0.2, 1)])
+def test_a_timed_pass_takes_a_tenth_of_a_second_or_a_batch(monkeypatch, an_image, images):
+    monkeypatch.setattr(threads, "seconds_of_pass", lambda _, z, __: len(z) * an_image)
+    assert tuple(timed_batch(torch.nn.Identity(), (1, 4, 4), 48).shape) == (images, 1, 4, 4)
 
 
 @pytest.mark.parametrize(("slow", "rounds"), [(0.1, 3), (0.6, 2), (5.0, 1)])
@@ -70,7 +76,7 @@ def test_slow_passes_are_timed_in_fewer_rounds(monkeypatch, slow, rounds):
     monkeypatch.setattr(threads, "seconds_of_pass", seconds)
     found = seconds_by_threads(torch.nn.Identity(), torch.zeros(2, 1, 4, 4), [1, 2])
     assert found == pytest.approx({1: 0.05, 2: slow})
-    assert timed[1:] == [1, 2] * rounds
+    assert timed == [1, 2] * rounds
 
 
 def test_bf16_is_proposed_where_it_is_much_faster(monkeypatch):

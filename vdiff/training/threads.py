@@ -12,10 +12,11 @@ import torch
 from vdiff.models.backbone import example_condition
 from vdiff.models.denoiser import Denoiser
 from vdiff.reporting import Reporter
+from vdiff.text import plural
 from vdiff.training.config import LoopConfig
 
-IMAGES, ROUNDS, ENOUGH_SECONDS = 8, 3, 1.0
-"""Size of a timed pass, and the time for each number of threads: slower passes get fewer rounds."""
+PASS_SECONDS, ROUNDS, ENOUGH_SECONDS = 0.1, 3, 1.0
+"""Least time of a timed pass, and the time for each number of threads: slower passes get fewer rounds."""
 WORTH_WHILE = 1.2
 """bf16 is suggested if it is at least this many times as fast."""
 
@@ -39,11 +40,12 @@ def settled_threads(
     most = torch.get_num_threads()
     if most == 1:
         return None
-    denoiser, z = build().train(), torch.zeros(min(config.batch_size, IMAGES), *shape)
+    denoiser = build().train()
+    z = timed_batch(denoiser, shape, config.batch_size)
     times = seconds_by_threads(denoiser, z, sorted({1, (most + 1) // 2, most}))
     best = min(times, key=lambda number: times[number])
     others = ", ".join(f"{seconds:.2g} s with {number}" for number, seconds in times.items())
-    reporter.line(f"threads {best}: a pass of {len(z)} images takes {others}; --threads sets the number")
+    reporter.line(f"threads {best}: a pass of {plural(len(z), 'image')} takes {others}; --threads sets the number")
     if config.precision == "auto" and computes_bf16():
         torch.set_num_threads(best)
         faster = times[best] / seconds_of_pass(denoiser, z, torch.autocast("cpu", dtype=torch.bfloat16))
@@ -52,10 +54,18 @@ def settled_threads(
     return best
 
 
+def timed_batch(denoiser: Denoiser, shape: tuple[int, ...], batch_size: int) -> torch.Tensor:
+    """Zeros for a pass of `PASS_SECONDS`, at most a batch: in shorter passes, starting the threads costs the most."""
+    z = torch.zeros(1, *shape)
+    seconds_of_pass(denoiser, z, nullcontext())  # warm-up: kernels are chosen
+    while len(z) < batch_size and seconds_of_pass(denoiser, z, nullcontext()) < PASS_SECONDS:
+        z = torch.zeros(min(2 * len(z), batch_size), *shape)
+    return z
+
+
 def seconds_by_threads(denoiser: Denoiser, z: torch.Tensor, numbers: list[int]) -> dict[int, float]:
     """Threads → mean seconds of a forward and backward pass, in alternating rounds, as the load may change."""
     totals = dict.fromkeys(numbers, 0.0)
-    seconds_of_pass(denoiser, z[:1], nullcontext())  # warm-up: kernels are chosen
     rounds = 0
     while rounds < ROUNDS and max(totals.values()) < ENOUGH_SECONDS:
         rounds += 1
