@@ -48,7 +48,7 @@ def test_the_fastest_number_of_threads_is_taken_and_said(monkeypatch):
 
 @pytest.mark.parametrize(("most", "numbers"), [(2, [1, 2]), (5, [1, 3, 5]), (16, [1, 8, 16])])
 def test_one_half_and_all_threads_are_timed(monkeypatch, most, numbers):
-    def seconds(_, z, timed):
+    def seconds(_, __, timed):
         assert timed == numbers
         return {number: 1 / number for number in timed}
 
