@@ -54,7 +54,7 @@ def sentences(found: Distances) -> str:
     few = [steps for steps in (4, 1) if steps in students and steps in teacher]
     return "\n".join(
         [
-            "Fréchet distance of these digits to the data, lower is better:",
+            "Fréchet distance on pixels between the samples of these models and the data (lower is better):",
             f"{teacher[most]:.3f} for the teacher in {plural(most, 'step')};",
             *(
                 f"{students[steps]:.3f} for the student of {plural(steps, 'step')} "

@@ -67,9 +67,9 @@ def study(name: str, title: str, *, prepare: str, train: str, distill: str, num:
             f"{models} --features {place}/features.pt2 --out {place}/features.json",
         ),
         (
-            ("pixels.json", "On pixels, DDIM:"),
-            ("solver.json", "On pixels, the first model drawn with DPM-Solver++ (2M):"),
-            ("features.json", "On a network trained by `vdiff features` on the same images, DDIM:"),
+            ("pixels.json", "Features: pixels. Sampler: DDIM."),
+            ("solver.json", "Features: pixels. Sampler: DPM-Solver++ (2M), on the teacher."),
+            ("features.json", "Features: a network trained by `vdiff features` on the same images. Sampler: DDIM."),
         ),
     )
 
@@ -165,8 +165,9 @@ def main(names: tuple[str, ...], emoji: Path | None) -> None:
     lines = [
         "# Results",
         "",
-        f"Every figure of this page comes from `python docs/make_results.py{emoji_too}`. What the columns mean:",
-        "[evaluation.md](evaluation.md); ± is half of a 95 % interval for other samples of the same model.",
+        f"Every figure on this page comes from `python docs/make_results.py{emoji_too}`.",
+        "[evaluation.md](evaluation.md#the-metrics) defines the columns. ± is half of a 95 % confidence interval over",
+        "repeated sampling from the same model. `original` is the teacher; `base_0`, `base_1`, … are its students.",
         "",
         *(line for told in chapters.values() for line in told),
     ]
