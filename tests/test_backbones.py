@@ -306,7 +306,7 @@ def test_datasets_have_no_samples_that_are_not_square(tmp_path, monkeypatch):
     model_of("unet_2d").save(Path("oblong"))
     words = "distill.py --base oblong --phases 4,2 --preset toy --num_iters 2 --device cpu --num_workers 0"
     line = error(words, 2)
-    assert "oblong draws samples of 1 × 4 × 8, but datasets hold square images; distil it in Python" in line
+    assert "oblong generates samples of 1 × 4 × 8, but datasets hold square images; distil it in Python" in line
     done(f"{words} --method trajectory")
     assert vdiff.load("base_0").sample(2).shape == (2, 1, 4, 8)
 
@@ -316,7 +316,7 @@ def test_samples_that_fit_no_format_are_one_line(name, form, tmp_path):
     """A folder or a zip holds images of any sides; arrays and datasets hold squares."""
     model_of(name).save(tmp_path / name)
     line = error(f"sample.py --checkpoint {tmp_path / name} --num 2 --format {form} --out {tmp_path / 'out'}", 1)
-    assert f"not images for {form}; vdiff.load draws tensors" in line
+    assert f"not images for {form}; vdiff.load generates tensors" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -259,7 +259,7 @@ def test_classes_come_in_turn_and_unlike_models_are_refused(place, tmp_path):
     for shape in ((1, 8), (1, 4, 8)):
         vdiff.wrap(torch.nn.Identity(), shape).save(tmp_path / "waves")
         with pytest.raises(
-            VdiffError, match=f"waves draws samples of {' × '.join(map(str, shape))}, not square images"
+            VdiffError, match=f"waves generates samples of {' × '.join(map(str, shape))}, not square images"
         ):
             measured(place, checkpoints=[tmp_path / "waves"], teacher=None, out=tmp_path / "x.json")
 

@@ -155,13 +155,13 @@ def _truncated(bases: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], None], str, int, str]] = {
     "pixels": (_plain, "single_file plain a.safetensors", 1, "plain is not a text-to-image model of latents"),
-    "a LoRA": (_lora, "single_file lora a.safetensors", 1, "lora is a LoRA; add --merge to bake it into its base"),
+    "a LoRA": (_lora, "single_file lora a.safetensors", 1, "lora is a LoRA; add --merge to merge it into its base"),
     "a LoRA to a folder": (_lora, "diffusers lora folder", 1, "lora is a LoRA; add --merge"),
     "a guided student": (_guided, "single_file guided a.safetensors", 1, "takes the guidance as an input, which"),
     "truncated": (_truncated, "single_file cut a.safetensors", 1, "cut/model.safetensors cannot be read"),
     "a name": (_lora, "single_file lora a.ckpt", 2, "a.ckpt is not a name for a single file; give FILE.safetensors"),
-    "options of pixels": (_lora, "diffusers lora folder --clip False", 2, "--clip: lora is a model of latents"),
-    "options of text": (_plain, "diffusers plain folder --merge", 2, "--merge: plain is no model of latents"),
+    "options of pixels": (_lora, "diffusers lora folder --clip False", 2, "--clip: lora is a latent model"),
+    "options of text": (_plain, "diffusers plain folder --merge", 2, "--merge: plain is no latent model"),
 }  # fmt: skip
 
 

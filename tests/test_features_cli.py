@@ -127,7 +127,7 @@ def test_the_result_is_told_in_words_and_in_json(folder):
     first, second, third = (folder / "c.txt").read_text().splitlines()
     assert first == f"written    {folder / 'new/c.pt2'}: 6 features of 8 × 8 images"
     assert second == (
-        f"held out   accuracy {found.held_out:.1%} on 20 images (guessing the commonest class: {found.baseline:.1%})"
+        f"held out   accuracy {found.held_out:.1%} on 20 images (guessing the most common class: {found.baseline:.1%})"
     )
     assert third.startswith("next       vdiff evaluate ")
     told = json.loads((folder / "a.json").read_text())

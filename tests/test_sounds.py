@@ -325,8 +325,8 @@ def test_samples_are_those_of_the_library(here):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("sample.py --checkpoint models/base_1 --format png", "--format png: models/base_1 draws sounds"),
-        ("sample.py --checkpoint models/base_1 --out x.lmdb", "--format lmdb: models/base_1 draws sounds"),
+        ("sample.py --checkpoint models/base_1 --format png", "--format png: models/base_1 generates sounds"),
+        ("sample.py --checkpoint models/base_1 --out x.lmdb", "--format lmdb: models/base_1 generates sounds"),
         ("train.py --data data --config tiny.toml --flip True --out x --device cpu", "--flip True: data has sounds"),
         ("vdiff evaluate models/base_1 --data data --metrics nearest --num 100", "--metrics nearest is for images"),
         ("vdiff evaluate models/base_1 --data data --features inception --num 100", "inception is for images"),
@@ -347,7 +347,7 @@ def test_another_rate_is_not_the_teachers():
     line = "distill.py --base models/original --teacher_steps 4 --to_steps 2 --config tiny.toml --device cpu --out y"
     assert "at 4,000 Hz, but the teacher has samples of 1 × 256 at 8,000 Hz" in error(f"{line} --data slow", 2)
     message = error("vdiff evaluate models/base_1 --data slow --num 100 --device cpu", 1)
-    assert "draws sounds at 8,000 Hz, but slow holds sounds at 4,000 Hz" in message
+    assert "generates sounds at 8,000 Hz, but slow holds sounds at 4,000 Hz" in message
 
 
 @pytest.mark.usefixtures("here")

@@ -268,7 +268,7 @@ def test_a_network_of_edm2_is_inspected_drawn_and_distilled_as_typed(tmp_path, m
 def test_latents_of_edm2_are_no_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = done(f"vdiff import edm {write_edm(tmp_path, 'edm2_latents')}").output
-    assert "latents of 4 channels, which vdiff.load draws as tensors" in said
+    assert "latents of 4 channels, which vdiff.load generates as tensors" in said
     samples = api.load("checkpoints/edm2_latents").sample(2, steps=3)
     assert samples.shape == (2, 4, 8, 8)
     said = error("sample.py --checkpoint checkpoints/edm2_latents --num 2", 1)

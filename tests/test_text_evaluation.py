@@ -266,7 +266,7 @@ def test_samples_made_earlier_are_scored(place, clip, tmp_path, monkeypatch):
         ("sd15 --clip clip --metrics kd", 2, "--clip has no effect, as --metrics leaves clip out; add clip"),
         ("sd15 --components plain", 1, "plain holds no text encoder"),
         ("sd15 --vae plain", 1, "plain holds no autoencoder"),
-        ("sd15 toy", 1, "sd15 draws images of 64×64 with 3 channels, but toy of 4×4"),
+        ("sd15 toy", 1, "sd15 generates images of 64×64 with 3 channels, but toy of 4×4"),
         ("sd15 --data small", 1, "has no images of size 64"),
         ("toy --data small --negative_prompt rain", 2, "--negative_prompt: toy takes no prompts; leave it out"),
         ("toy --data small --prompts prompts.txt", 2, "--prompts: toy takes no prompts; leave it out"),

@@ -194,9 +194,9 @@ def encode(
 ) -> None:
     """Compute the latents and the text embeddings of DATASET once, into DATASET.encoded.
 
-    Mean and standard deviation of each latent are kept, so that training draws from the posterior as it would without.
-    Training uses them if images, captions, autoencoder and text encoders are still the same. After any interruption
-    the same command continues.
+    Mean and standard deviation of each latent are stored, so that training still samples from the posterior. Training
+    uses them if images, captions, autoencoder and text encoders are still the same. After any interruption the same
+    command continues.
     """
     import torch
 

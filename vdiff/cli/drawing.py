@@ -42,8 +42,8 @@ def guidance_options(group: str) -> Callable[[Any], Any]:
             type=float,
             metavar="W",
             show_default="0; Stable Diffusion 6.5, XL 4",
-            help="Weight W of classifier-free guidance: 0 = none, -1 = without the class. A network not distilled for "
-            "it is evaluated twice per step. The guidance scale of other tools is W + 1.",
+            help="Weight W of classifier-free guidance: 0 = none, -1 = without the class. It takes two evaluations "
+            "per step, unless the network was distilled for guidance. The guidance scale of other tools is W + 1.",
         )(function)
 
     return decorate
@@ -57,7 +57,7 @@ def text_options(function: Any) -> Any:
         type=PATH,
         metavar="FOLDER",
         show_default="the model's own",
-        help="Another autoencoder: a pipeline, or its folder vae.",
+        help="Another autoencoder: a pipeline folder, or its subfolder vae.",
     )(function)
     function = option(
         "--components",

@@ -60,11 +60,11 @@ def command(
     overwrite: bool,
     json: bool,
 ) -> None:
-    """Make checkpoints with other averages of the weights from the snapshots in RUN. Without options, list them.
+    """Make checkpoints with EMAs of other lengths from the snapshots in RUN. Without options, list the stored averages.
 
-    After the training, any length can be computed: snapshots of two power functions are combined into the best
-    approximation (Karras et al. 2024). Each average gets a folder that sample.py and distill.py use like any other
-    checkpoint. Its average.json records how it was made.
+    This is the post-hoc EMA of Karras et al. 2024: snapshots of two power-function averages are combined into an
+    approximation of any length. Each EMA gets a folder that sample.py and distill.py use like any other checkpoint. Its
+    average.json records how it was made.
     """
     from vdiff.models.checkpoint import AVERAGED, read_config
     from vdiff.replacing import check_free

@@ -99,11 +99,11 @@ OF_DATA = {
 )  # fmt: skip
 @option(
     "--clip", group="Measuring", type=PATH, metavar="FOLDER",
-    help="A CLIP model in transformers' format: the CLIP score says how well pictures show their prompts.",
+    help="A CLIP model in transformers' format: the CLIP score measures how well images match their prompts.",
 )  # fmt: skip
 @option(
     "--teacher", group="Measuring", type=Checkpoint(), metavar="CHECKPOINT",
-    help="Model with whose samples from the same noise the others are compared: rmse, psnr, lsd.",
+    help="Compare all samples with those of this model from the same noise: rmse, psnr, lsd.",
 )  # fmt: skip
 @option(
     "--teacher_steps", group="Measuring", type=click.IntRange(1), metavar="STEPS", show_default="its own",
@@ -126,19 +126,19 @@ OF_DATA = {
 @guidance_options("Samples")
 @option(
     "--prompts", "prompts_file", group="Text", type=PATH, metavar="FILE", show_default="captions of --data, at random",
-    help="What text-to-image models draw, in turn: a text file with one prompt on each line.",
+    help="A text file with one prompt per line, which the samples take in turn.",
 )  # fmt: skip
 @text_options
 @option(
     "--seed", group="Samples", type=click.IntRange(0, 2**64 - 1), default=0, metavar="INTEGER",
     help="Seed of the noise and of the order of captions, the same for all rows.",
 )  # fmt: skip
-@switch("--raw", group="Samples", help="Use the weights without average, which a training stores in state/.")
+@switch("--raw", group="Samples", help="Use the raw weights instead of the EMA; a training stores them in state/.")
 @switch("--ema", group="Samples", hidden=True, help="Use the checkpoint's own weights (the default).")
 @option(
     "--batch_size", group="Samples", type=click.IntRange(1), metavar="IMAGES",
-    show_default="64; 4 for models of latents",
-    help="Images that each process draws at once.",
+    show_default="64; 4 for latent models",
+    help="Images in a batch of each process.",
 )  # fmt: skip
 @option("--device", group="Samples", type=OneOf(DEVICES), default="auto", help="Auto takes a GPU if there is one.")
 @option("--precision", group="Samples", type=OneOf(PRECISIONS), default="auto", help="As in sample.py.")
@@ -167,10 +167,10 @@ def command(
     """Measure CHECKPOINTS (default: the newest) against a dataset.
 
     Prints a row for each checkpoint, number of steps and sampler, with 95 % intervals; all rows use the same noise. The
-    same command continues after an interruption. Under torchrun or accelerate each process draws a share.
+    same command continues after an interruption. Under torchrun or accelerate the processes share the work.
     docs/evaluation.md explains the metrics.
 
-    Folders that sample.py --prompt wrote are scored with --clip; nothing is drawn.
+    With --clip, CHECKPOINTS may also be folders of images that sample.py --prompt wrote.
     """
     if drawn := [folder for folder in checkpoints if (folder / SAMPLES_FILE).is_file()]:
         score_samples(drawn, options["clip"], device=device, json=json)

@@ -34,7 +34,7 @@ def license_option(**attributes: Any) -> Callable[[Any], Any]:
     return option("--license", "license_name", group="Output", metavar="NAME", help=LICENSE_HELP, **attributes)
 
 
-MERGE = switch("--merge", group="Model", help="CHECKPOINT is a LoRA: bake it into the weights of its base.")
+MERGE = switch("--merge", group="Model", help="CHECKPOINT is a LoRA: merge it into the weights of its base.")
 COMPONENTS = option(
     "--components", group="Model", type=click.Path(path_type=Path), metavar="FOLDER",
     show_default="the folder that CHECKPOINT names", help="The model's text encoders, tokenizers and autoencoder.",
@@ -173,7 +173,7 @@ def weights_command(checkpoint: Path, folder: Path, license_name: str, overwrite
 )  # fmt: skip
 @option(
     "--class", "class_name", group="Sampling", metavar="CLASS",
-    help="Fix the class (a name, a number, or none), as a call of the pipeline has no argument for a class.",
+    help="Fix the class (a name, a number, or none), because the pipeline has no argument for a class.",
 )  # fmt: skip
 @option(
     "--guidance", group="Sampling", type=click.FLOAT, metavar="W",
@@ -188,10 +188,10 @@ def diffusers_command(
 ) -> None:
     """Write CHECKPOINT to FOLDER as a pipeline of diffusers, with a model card; it does not need vdiff.
 
-    A model of latents becomes its own pipeline of Stable Diffusion, DiT or PixArt, with vdiff's timesteps and the
-    model's prediction in its scheduler. Other models become a DDIMPipeline with a UNet2DModel, which draws the same
-    images from the same noise, with every number of steps that divides the model's. Networks that UNet2DModel does not
-    support are refused.
+    A latent model becomes a pipeline of its family (Stable Diffusion, DiT or PixArt), whose scheduler has vdiff's
+    timesteps and the model's prediction type. Other models become a DDIMPipeline with a UNet2DModel. It generates the
+    same images from the same noise, in every number of steps that divides the model's. Networks that UNet2DModel does
+    not support are refused.
     """
     from vdiff.interop.diffusers.text_writing import export_text_pipeline
     from vdiff.interop.diffusers.transformer_writing import export_transformer_pipeline, pipeline_of
@@ -231,7 +231,7 @@ def diffusers_command(
 def _refuse_given(names: Iterable[str], checkpoint: Path, *, is_latent: bool) -> None:
     """Refuse options that were typed for a model of the other kind."""
     context = click.get_current_context()
-    kind = "a model of latents" if is_latent else "no model of latents"
+    kind = "a latent model" if is_latent else "no latent model"
     for param in context.command.params:
         if param.name in names and context.get_parameter_source(str(param.name)) != ParameterSource.DEFAULT:
             raise OptionError(f"{param.opts[0]}: {checkpoint} is {kind}", "leave it out")
@@ -260,7 +260,7 @@ def _said(config: CheckpointConfig) -> str:
 @MERGE
 @option(
     "--precision", group="Output", type=OneOf(["fp32", "fp16"]), default="fp32",
-    help="Numbers of the weights; fp16 has half the bytes and rounds.",
+    help="Precision of the weights; fp16 takes half the bytes.",
 )  # fmt: skip
 @COMPONENTS
 @license_option(show_default="that of the base's pipeline")
@@ -269,8 +269,8 @@ def _said(config: CheckpointConfig) -> str:
 def single_file_command(checkpoint: Path, file: Path, **options: Any) -> None:
     """Write CHECKPOINT, Stable Diffusion 1.5, 2 or XL, as one file for ComfyUI, A1111 and diffusers.
 
-    It holds UNet, text encoders and autoencoder by their original names, the keys v_pred and ztsnr where they apply,
-    and the metadata of modelspec. FILE.yaml beside it is for A1111. README.md says how each program draws with it.
+    It holds UNet, text encoders and autoencoder under their original names, the keys v_pred and ztsnr where they apply,
+    and modelspec metadata. FILE.yaml beside it is for A1111. README.md says how to use it in each program.
     """
     from vdiff.interop.diffusers.text_writing import export_single_file
 
@@ -304,9 +304,9 @@ def single_file_command(checkpoint: Path, file: Path, **options: Any) -> None:
 def lora_command(checkpoint: Path, target: Path, **options: Any) -> None:
     """Write the LoRA of CHECKPOINT, which train.py or distill.py --lora_rank trained, for other programs.
 
-    FILE may be a folder: the file is then called after the checkpoint and its number of steps. It holds the LoRA alone;
-    the base is needed beside it. `vdiff export single_file --merge` writes both in one. README.md says how diffusers,
-    ComfyUI and A1111 draw with it.
+    FILE may be a folder: the file is then called after the checkpoint and its number of steps. It holds only the LoRA;
+    to use it, the base is needed too. `vdiff export single_file --merge` writes both in one file. README.md says how to
+    use it in diffusers, ComfyUI and A1111.
     """
     from vdiff.interop.lora import export_lora
 

@@ -111,7 +111,7 @@ def command(
         write_features(network, metadata, out)
     if learned(metadata) < LITTLE:
         console.line(
-            f"warning: {held_out_text(metadata)}: distances on these features may mean little; give more --num_iters"
+            f"warning: {held_out_text(metadata)}: distances on these features are not reliable; give more --num_iters"
         )
     if json:
         console.result(jsonlib.dumps({"path": out.as_posix(), **asdict(metadata)}, ensure_ascii=False), is_json=True)
@@ -125,7 +125,7 @@ def held_out_text(metadata: FeatureMetadata) -> str:
     """The quality on held-out images, as text."""
     images = plural(metadata.num_held_out, "image")
     if metadata.metric == "accuracy":
-        return f"accuracy {metadata.held_out:.1%} on {images} (guessing the commonest class: {metadata.baseline:.1%})"
+        return f"accuracy {metadata.held_out:.1%} on {images} (guessing the most common class: {metadata.baseline:.1%})"
     return f"PSNR {metadata.held_out:.1f} dB on {images} (guessing the mean image: {metadata.baseline:.1f} dB)"
 
 

@@ -170,7 +170,7 @@ def edm(file: Path, project: Project, out: Path | None, config: Path | None, ove
 
     target = out or project.checkpoints / file.stem
     made = import_edm(file, target, config=config, overwrite=overwrite)
-    latents = f"its samples are latents of {made.shape[0]} channels, which vdiff.load draws as tensors"
+    latents = f"its samples are latents of {made.shape[0]} channels, which vdiff.load generates as tensors"
     _report(target, made, [] if made.space.limit else [latents])
 
 
@@ -197,8 +197,8 @@ def edm(file: Path, project: Project, out: Path | None, config: Path | None, ove
 def openai(file: Path, project: Project, out: Path | None, **options: Any) -> None:
     """Import FILE, a network of OpenAI's improved-diffusion, guided-diffusion (ADM) or consistency_models (EDM).
 
-    The file holds the weights alone; the flags of the repository's scripts give the rest. A learned variance is left
-    out.
+    The file holds the weights alone; the flags of the repository's scripts give the rest. A learned variance is
+    ignored.
     """
     from vdiff.interop.teachers.openai import import_openai
 
@@ -223,7 +223,7 @@ def openai(file: Path, project: Project, out: Path | None, **options: Any) -> No
 @out_option("checkpoints/NAME after the file")
 @OVERWRITE
 def lucidrains(file: Path, project: Project, out: Path | None, **options: Any) -> None:
-    """Import FILE, a model-N.pt of lucidrains' denoising-diffusion-pytorch; its average is taken.
+    """Import FILE, a model-N.pt of lucidrains' denoising-diffusion-pytorch; its EMA weights are used.
 
     The sizes of the network, its schedule and what it predicts follow from the file. Its images must be in [-1, 1] in
     training, as auto_normalize does.

@@ -77,12 +77,13 @@ def is_foreign(path: Path) -> bool:
 @switch("--overwrite", group="Output", help="Replace a file that --repair wrote.")
 @switch("--json", group="Output", help="Print one JSON object.")
 def command(checkpoint: Path | None, project: Project, json: bool, **options: Any) -> None:
-    """Describe CHECKPOINT (default: the newest) and its teachers, back to the original.
+    """Describe CHECKPOINT (default: the newest) and its teachers, back to the first.
 
-    It reads only descriptions, and the weights for their checksum. Unfinished runs and imported models work too.
+    It reads only config.json and the weights, for their checksum. Unfinished runs and imported models work too.
 
     CHECKPOINT may also be a .safetensors file or a pipeline folder of another program: a model of Stable Diffusion, or
-    a LoRA. Its header says what it is, what it predicts, and what ComfyUI, A1111 and diffusers take it for.
+    a LoRA. The command reads only its header, and prints what it is, what it predicts, and how ComfyUI, A1111 and
+    diffusers interpret it.
     """
     console = Console()
     if checkpoint is not None and is_foreign(checkpoint):
@@ -177,12 +178,12 @@ def foreign_rows(model: Foreign, verdict: str) -> dict[str, str]:
     sources = ", ".join(
         dict.fromkeys(each.source for each in model.said if each.prediction or each.zero_snr is not None)
     )
-    unknown = "nothing says what its base predicts" if model.kind == "LoRA" else "nothing says it: --test finds out"
+    unknown = "nothing says what its base predicts" if model.kind == "LoRA" else "not stated: --test determines it"
     rows["predicts"] = f"{model.prediction}{zero_snr} ({sources})" if model.prediction else f"{unknown}{zero_snr}"
     if model.contradiction:
         rows["predicts"] = f"CONTRADICTION: {model.contradiction}"
     if verdict:
-        rows["test"] = f"{verdict} (the UNet on noise, with zeros as the text)"
+        rows["test"] = f"{verdict} (the UNet on noise, with zero text embeddings)"
     return rows | {f"note {k}": note for k, note in enumerate(model.notes, 1)}
 
 

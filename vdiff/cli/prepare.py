@@ -120,7 +120,7 @@ class LoudnessType(click.ParamType):
 )  # fmt: skip
 @option(
     "--length", group="Sounds", type=click.IntRange(1, 2**22), metavar="SAMPLES", show_default="16384",
-    help="Samples of a piece. Longer sounds are cut into pieces; after shorter ones zeros follow.",
+    help="Samples per piece. Longer sounds are cut into pieces; shorter ones are padded with zeros.",
 )  # fmt: skip
 @option(
     "--trim", group="Sounds", type=Number(0, 120), metavar="DB", show_default="0: nothing",
@@ -128,8 +128,8 @@ class LoudnessType(click.ParamType):
 )  # fmt: skip
 @option(
     "--loudness", group="Sounds", type=LoudnessType(), show_default="-20",
-    help="Level of every sound in dBFS: the RMS of its frames of 50 ms within 40 dB of the loudest; lower where its "
-    "peak would exceed -1 dBFS. none: as it is.",
+    help="Level of every sound in dBFS: the RMS of its 50 ms frames that are within 40 dB of the loudest frame. It "
+    "is lower if the peak would exceed -1 dBFS. none = unchanged.",
 )  # fmt: skip
 @option(
     "--out",
@@ -151,11 +151,15 @@ class LoudnessType(click.ParamType):
 @switch(
     "--buckets",
     group="Dataset",
-    help="Images keep nearly their shape: sides in multiples of --bucket_step, an area of at most --size squared, the "
-    "rest cropped, nothing enlarged. For text-to-image models.",
+    help="Aspect-ratio buckets, for text-to-image models: sides are multiples of --bucket_step, the area is at most "
+    "--size squared. The rest is cropped, and nothing is enlarged.",
 )
 @option(
-    "--bucket_step", group="Dataset", type=click.IntRange(1, MAX_SIZE), show_default="64", help="For --buckets: pixels."
+    "--bucket_step",
+    group="Dataset",
+    type=click.IntRange(1, MAX_SIZE),
+    show_default="64",
+    help="For --buckets: sides are multiples of this.",
 )
 @option(
     "--bucket_sides",
@@ -169,7 +173,7 @@ class LoudnessType(click.ParamType):
     group="Dataset",
     type=OneOf(["1", "2", "3"]),
     show_default="3; 1 for grey sets and sounds",
-    help="Grey or colour, 1 or 3; of sounds mono or stereo, 1 or 2.",
+    help="1 = grey, 3 = colour; of sounds 1 = mono, 2 = stereo.",
 )
 @option(
     "--root",
@@ -177,14 +181,14 @@ class LoudnessType(click.ParamType):
     type=click.Path(path_type=Path),
     default=Path("downloads"),
     metavar="FOLDER",
-    help="Folder of torchvision's sets; missing ones are downloaded to it.",
+    help="Folder of torchvision's datasets; missing ones are downloaded to it.",
 )
 @option(
     "--split",
     group="Source",
     default="",
     show_default="train",
-    help="Which split of a named set, or of folders train, val and test above the classes; all: all splits.",
+    help="Split of a named set, or of folders train, val and test above the class folders; all = all splits.",
 )
 @option(
     "--image_column",
@@ -199,7 +203,7 @@ class LoudnessType(click.ParamType):
     group="Source",
     default="",
     metavar="NAME",
-    show_default="the one with classes; label",
+    show_default="the one with classes, or label",
     help="Column of the classes in an hf: set, metadata.csv or .jsonl; none = no classes.",
 )
 @option(
@@ -208,15 +212,16 @@ class LoudnessType(click.ParamType):
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     show_default="none",
-    help="A folder with a condition image for each image of PATH, of the same name apart from the suffix. It may have "
-    "another size: it is cropped like its image and resized to its size. Models learn to draw the image from it.",
+    help="A folder with a condition image for each image of PATH, with the same name apart from the suffix. It may "
+    "have another size: it is cropped like its image and resized to the same size. Models learn to generate the "
+    "image from it.",
 )
 @option(
     "--captions",
     group="Captions",
     default="",
     metavar="FILE|none",
-    show_default="what lies beside the images",
+    show_default="files beside the images",
     help="A .csv, .jsonl or .parquet with the columns file_name and text; names are relative to the top folder.",
 )
 @option(
@@ -225,7 +230,7 @@ class LoudnessType(click.ParamType):
     default="",
     metavar="NAME",
     show_default="text, else caption",
-    help="The column of captions, of an hf: set or in such a file.",
+    help="Column of the captions in an hf: set or a table.",
 )
 @switch("--only_captioned", group="Captions", help="Leave out images without a caption, and count them.")
 @switch(
@@ -262,8 +267,8 @@ class LoudnessType(click.ParamType):
     group="Conversion",
     type=RangeType(),
     default="full",
-    help="Grey values of more than 8 bits that become black and white: the full range, the range of all images (in "
-    "whole bits; reads all images first), or two numbers.",
+    help="Values of grey images with more than 8 bits that become 0 and 255: the full range, the range of all images"
+    " (in whole bits; reads all images first), or two numbers.",
 )
 @option("--resample", group="Conversion", type=OneOf(RESAMPLES), default="lanczos", help="How images are resized.")
 @option(
@@ -338,16 +343,16 @@ def command(
     strict: bool,
     json: bool,
 ) -> int:
-    """Turn the images of PATH (default: scikit-learn's digits), or its sounds, into an LMDB dataset.
+    """Turn the images or sounds of PATH (default: scikit-learn's digits) into an LMDB dataset.
 
-    PATH is a folder, a zip, a tar, an npz of samples, a prepared dataset, the name of one of torchvision's sets
-    (cifar10, mnist, svhn, celeba, flowers102, imagenet, lsun …) or hf:NAME for one of the Hugging Face hub.
+    PATH is a folder, a zip, a tar, an npz of samples, a prepared dataset, the name of a torchvision dataset (cifar10,
+    mnist, svhn, celeba, flowers102, imagenet, lsun …), or hf:OWNER/NAME for a dataset of the Hugging Face hub.
 
     Classes come from dataset.json (EDM, StyleGAN) or metadata.csv or .jsonl (Hugging Face) beside the images, else from
-    subfolders if every image is in one. Captions come from .txt or .caption files of the images' names, or the column
-    text of a metadata file. vdiff's own pictures and samples are skipped. EXIF orientation and colour profiles are
-    applied, transparent images are placed on the background, and the first frame of animations is used. Files that
-    cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
+    subfolders if every image is in a subfolder. Captions come from .txt or .caption files with the images' names, or
+    from the column text of a metadata file. vdiff's own pictures and samples are skipped. EXIF orientation and colour
+    profiles are applied, transparent images are placed on the background, and the first frame of animations is used.
+    Files that cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
     interruption the same command continues.
     """
     from vdiff.data.audio import AudioConfig, soundfile

@@ -80,7 +80,8 @@ def command(
 
     The page works offline. It shows samples of all models from the same noise, their distance to the data against the
     number of steps (from `vdiff evaluate` or --evaluate), times, losses, memorisation, settings, and the commands that
-    reproduce the ladder. RUN_DIR is a folder of checkpoints or, if it holds several ladders, one's last student.
+    reproduce the ladder. RUN_DIR is a folder of checkpoints, or the last student of a ladder if the folder has several
+    ladders.
     """
     if data is not None and not evaluate:
         raise OptionError("--data needs --evaluate", "give --evaluate too, or leave --data out")

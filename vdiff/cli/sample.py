@@ -74,7 +74,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
 @switch(
     "--compile",
     group="Model",
-    help="Compile the network first (about a minute); on CUDA also record it as a graph.",
+    help="Compile the network first (about a minute); on CUDA also record a CUDA graph.",
 )
 @option(
     *NUM,
@@ -82,7 +82,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Images",
     type=click.IntRange(1),
     metavar="IMAGES",
-    show_default="64; with a prompt 4; with several, or --condition, one for each",
+    show_default="64; 4 for one prompt; one for each of several prompts or condition images",
     help="Number of images; under torchrun use -n.",
 )
 @option(
@@ -91,7 +91,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.IntRange(1),
     metavar="IMAGES",
     show_default="64; with prompts 4",
-    help="Images that each process draws at once; the images do not depend on it.",
+    help="Images in a batch of each process; the images do not depend on it.",
 )
 @option(
     "--seed",
@@ -107,14 +107,14 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=PATH,
     metavar="FOLDER",
     show_default="none",
-    help="Condition images: one image is drawn from each, with its name. For models trained on pairs.",
+    help="Condition images: one sample for each, with its name. For models trained on pairs.",
 )
 @option(
     "--classes",
     group="Images",
     type=Names(click.STRING, "CLASS[,CLASS…]"),
     show_default="all in turn",
-    help="Names or numbers of the classes to draw, in turn.",
+    help="Names or numbers of classes, which the images take in turn.",
 )
 @guidance_options("Images")
 @option(
@@ -130,7 +130,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Text",
     multiple=True,
     metavar="TEXT",
-    help="What a text-to-image model draws. If it is given several times, the images take the prompts in turn.",
+    help="Prompt for a text-to-image model. If it is given several times, the images take the prompts in turn.",
 )
 @option(
     "--prompts",
@@ -138,7 +138,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Text",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A text file with one prompt on each line, instead of --prompt.",
+    help="A text file with one prompt per line, instead of --prompt.",
 )
 @text_options
 @option(
@@ -147,7 +147,7 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     type=click.IntRange(0),
     nargs=2,
     metavar="A B",
-    help="Draw --num images that interpolate from image A to image B of the seed.",
+    help="Interpolate from image A to image B of the seed, in --num images.",
 )
 @option(
     "--out",
@@ -163,10 +163,14 @@ PRECISIONS = ["auto", "fp32", "bf16", "fp16"]
     group="Output",
     type=OneOf(list(SUFFIXES)),
     show_default="from the ending of --out, else png, or wav for sounds",
-    help="A folder of PNG files, a zip of PNG files, arrays for evaluation suites, or a dataset for train.py. Of "
-    "sounds, a folder of WAV or FLAC files.",
+    help="A folder of PNG files, a zip of PNG files, an npz as in ADM's evaluation suite, or a dataset for train.py."
+    " Of sounds, a folder of WAV or FLAC files.",
 )
-@switch("--trajectory", group="Output", help="Also write the steps of the first images: OUT.trajectory.png and .webp.")
+@switch(
+    "--trajectory",
+    group="Output",
+    help="Also write x̂ after each step for the first images: OUT.trajectory.png and .webp.",
+)
 @switch("--overwrite", group="Output", help="Replace what is in --out.")
 @switch("--json", group="Output", help="Print the result as one JSON object.")
 @option("--sampler", group="Sampler", type=OneOf(list(SAMPLERS)), show_default="ddim", help="Sampler.")
@@ -228,10 +232,10 @@ def command(
     no_clip: bool,
     **flags: Any,
 ) -> None:
-    """Draw images from a checkpoint.
+    """Generate images from a checkpoint.
 
     The same command continues after an interruption, and does nothing if all images exist. Under torchrun or accelerate
-    each process draws a share.
+    the processes share the work.
     """
     if clipped_sampling and sampler not in (None, "clipped"):
         raise OptionError(f"--clipped_sampling and --sampler {sampler} exclude each other", "give one of them")
@@ -283,13 +287,15 @@ def command(
     form = "wav" if is_sound and picture and not image_store else form or ("wav" if is_sound else "png")
     if is_sound != (form in SOUND_FORMATS):
         raise OptionError(
-            f"--format {form}: {folder} draws {'sounds' if is_sound else 'images'}",
+            f"--format {form}: {folder} generates {'sounds' if is_sound else 'images'}",
             f"give {'wav or flac' if is_sound else 'png, zip, npz or lmdb'}, or leave it out",
         )
     fits = texts or config.image_size or is_sound or (len(config.shape) == 3 and form in ("png", "zip"))
     if config.kind != PYTHON and not fits:  # a network in Python is refused at loading
         shape = " × ".join(map(str, config.shape))
-        raise VdiffError(f"{folder} draws samples of {shape}, not images for {form}", "vdiff.load draws tensors")
+        raise VdiffError(
+            f"{folder} generates samples of {shape}, not images for {form}", "vdiff.load generates tensors"
+        )
     with asked_by(f"--sampler {name}"):
         options = checks.without_limits(config, name, options)
     with asked_by("--no_clip", "leave --no_clip out"):

@@ -110,7 +110,7 @@ def drawing(folder: Path) -> str:
     device = pick_device("auto")
     images = vdiff.load(folder, device=device.type).sample(num=IMAGES, steps=STEPS)
     if not torch.isfinite(images).all():
-        raise ValueError("the network drew images that are not finite")
+        raise ValueError("the network generated images that are not finite")
     return f"checkpoint written and read, {IMAGES} images drawn in {STEPS} steps on {device}"
 
 

@@ -25,7 +25,7 @@ config_option = option(
     group="Run",
     type=click.Path(path_type=Path),
     metavar="FILE.toml",
-    help="Settings by name: of train.py at the top, of its network in [unet], of distill.py in [distill].",
+    help="TOML file with settings: of train.py at the top level, of its network in [unet], of distill.py in [distill].",
 )
 
 

@@ -71,7 +71,7 @@ def command(
     """Train a diffusion UNet on a dataset that prepare_data.py wrote, or fine-tune a checkpoint (--base).
 
     Settings come from flags, then VDIFF_* environment variables, then --config, then the preset. The folder gets
-    model.safetensors (averaged weights), config.json, run.toml (all settings), samples/ and log/ (TensorBoard).
+    model.safetensors (EMA weights), config.json, run.toml (all settings), samples/ and log/ (TensorBoard).
     """
     if resume and overwrite:
         raise OptionError("--resume and --overwrite exclude each other", "give one of them")

@@ -31,7 +31,7 @@ MODEL_OPTIONS = [
     ),
     option(
         "--teacher", group="Page", type=Checkpoint(), metavar="CHECKPOINT", show_default="none",
-        help="Draw images of seed 0 with CHECKPOINT now, and show them beside.",
+        help="Generate images of seed 0 with CHECKPOINT now, and show them for comparison.",
     ),
     option(
         "--teacher_steps", group="Page", type=click.IntRange(1), metavar="STEPS", show_default="the teacher's own",
@@ -40,7 +40,7 @@ MODEL_OPTIONS = [
     option("--prompt", group="Page", metavar="TEXT", default="", help="First prompt of a text-to-image model."),
     option("--title", group="Page", metavar="TEXT", show_default="the dataset's name", help="Title of the page."),
 ]  # fmt: skip
-PORT = option("--port", group="Server", type=click.IntRange(0, 65535), default=8000, help="0 takes a free one.")
+PORT = option("--port", group="Server", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one.")
 MIN_TOKEN = 16
 """Letters of a token from a file; a new one has 32."""
 
@@ -62,19 +62,20 @@ def _with(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 @_with(MODEL_OPTIONS)
 @option(
     "--precision", group="Output", type=OneOf(["fp32", "fp16", "int8"]), default="fp32",
-    help="Numbers of the stored weights: fp16 has half the bytes, int8 a quarter; both round.",
+    help="Precision of the stored weights: fp16 takes half the bytes, int8 a quarter.",
 )  # fmt: skip
 @option(
     "--runtime", group="Output", metavar="FOLDER|URL", show_default="npm downloads it",
-    help="The npm package onnxruntime-web, or the address of its folder dist on a server that the page then asks.",
+    help="Folder of the npm package onnxruntime-web, or the URL of its folder dist, from which the page then loads "
+    "it.",
 )  # fmt: skip
 @switch("--overwrite", group="Output", help="Replace an earlier page in FOLDER.")
 @switch("--serve", group="Server", help="Serve FOLDER on this machine when it is written, until Ctrl-C.")
 @PORT
 def export_command(checkpoints: tuple[Path, ...], folder: Path, serve: bool, port: int, **options: Any) -> None:
-    """Write FOLDER, a static web page that draws in the browser with each CHECKPOINT, from the same noise.
+    """Write FOLDER, a static web page that runs each CHECKPOINT in the browser, from the same noise.
 
-    Any web server can offer the folder. Images equal those of sample.py at the same seed. With the server of --serve,
+    Any web server can serve the folder. Images equal those of sample.py at the same seed. With the server of --serve,
     WASM uses several threads. Needs `pip install 'vdiff[web]'`, and npm or --runtime.
     """
     _check_teacher(options)
@@ -116,7 +117,8 @@ def export_command(checkpoints: tuple[Path, ...], folder: Path, serve: bool, por
 )  # fmt: skip
 @option(
     "--host", group="Server", default="127.0.0.1", metavar="ADDRESS",
-    help="Address to listen at: by default only this machine can connect; for any other address clients need a token.",
+    help="Address to listen at. With the default only this machine can connect; with any other address clients need a "
+    "token.",
 )  # fmt: skip
 @PORT
 @option(
@@ -139,10 +141,10 @@ def command(
     max_waiting: int,
     **options: Any,
 ) -> None:
-    """Serve a page that draws with each CHECKPOINT on this machine's device, until Ctrl-C.
+    """Serve a web page that runs each CHECKPOINT on this machine, until Ctrl-C.
 
-    It is the page of `vdiff export web`, for models too large for a browser; programs use POST /draw. Images equal
-    those of sample.py at the same seed. Nothing is written. Needs `pip install 'vdiff[web]'`.
+    The page is that of `vdiff export web`, but the models may be too large for a browser. Programs use POST /draw.
+    Images equal those of sample.py at the same seed. Nothing is written to the disk. Needs `pip install 'vdiff[web]'`.
     """
     _check_teacher(options)
     token = "" if token_file is None else _token(token_file)

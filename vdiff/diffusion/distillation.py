@@ -68,7 +68,7 @@ class Tract(Method):
     """
 
     self_ema: float = setting(
-        "Decay of the average of the student that tract learns from.", default=0.5, low=0, high=0.9999
+        "Decay of the student's EMA from which tract computes targets.", default=0.5, low=0, high=0.9999
     )
     has_fine_times: ClassVar[bool] = True
 
@@ -118,7 +118,7 @@ class Consistency(Method):
         default=0, low=0, unit="STEPS", shown="an eighth of them, at most 64",
     )  # fmt: skip
     addim: float = setting(
-        "Variance correction of the teacher's steps in consistency; 0 = DDIM.", default=0.0, low=0, high=2
+        "Variance correction of the teacher's steps in consistency (aDDIM); 0 = DDIM.", default=0.0, low=0, high=2
     )
     is_annealed: ClassVar[bool] = True
     has_fine_times: ClassVar[bool] = True
@@ -214,7 +214,7 @@ class Guided(Match):
 
     network_options: ClassVar[Mapping[str, Any]] = {"guidance_input": True}
     then: str = setting(
-        "Method that follows --method guided, when the student takes guidance as an input.",
+        "Method that reduces the steps after the stage of --method guided.",
         default="progressive", choices=lambda: shortening(),
     )  # fmt: skip
     guidance_range: str = setting("Guidance weights that --method guided distils.", default="0,4", unit="LOW,HIGH")

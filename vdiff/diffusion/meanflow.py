@@ -36,9 +36,14 @@ class MeanFlow(TangentMethod):
 
     network_options: ClassVar[Mapping[str, Any]] = {"second_time": True}
     flow_share: float = setting(
-        "Fraction of a batch in which meanflow learns the flow itself.", default=0.5, low=0, high=1
+        "Fraction of a batch in which meanflow learns the flow at a single time.", default=0.5, low=0, high=1
     )
-    loss_power: float = setting("p of the weight 1/(‖g‖² + 0.001)^p in meanflow; 0 = none.", default=0.5, low=0, high=2)
+    loss_power: float = setting(
+        "p in the loss weight 1/(‖g‖² + 0.001)^p of meanflow, where g is the tangent; 0 = none.",
+        default=0.5,
+        low=0,
+        high=2,
+    )
 
     @classmethod
     def paper_settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:

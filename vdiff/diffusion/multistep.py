@@ -22,7 +22,7 @@ from vdiff.settings import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-ORDER = "Order of the rule: 1 to 3 for unipc, 1 to 4 for ipndm."
+ORDER = "Order of the sampler: 1 to 3 for unipc, 1 to 4 for ipndm."
 FEW_STEPS = 15
 """Below this number of steps, the second-to-last step has at most order 2, as in the code of Lu et al. 2022."""
 

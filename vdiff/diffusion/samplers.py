@@ -106,7 +106,7 @@ class Ddpm(Limits, Sampler):
     """
 
     large_variance: float = setting(
-        "Variance of ddpm: 0 = that of the posterior, 1 = the larger one of the forward step.",
+        "Variance of ddpm: 0 = of the posterior (fixed_small), 1 = of the forward step (fixed_large).",
         default=0.0, low=0, high=1,
     )  # fmt: skip
     solves_ode: ClassVar[bool] = False

@@ -166,7 +166,7 @@ def measure_quality(
         budget: how many network evaluations this may use.
 
     Returns:
-        the quality; None: the budget is too small, or the model draws sounds.
+        the quality; None: the budget is too small, or the model generates sounds.
 
     Raises:
         Interrupted, VdiffError: as in `evaluate`.

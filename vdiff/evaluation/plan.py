@@ -55,7 +55,7 @@ class EvalPlan:
         teacher, teacher_steps: samples are compared with this checkpoint's images from the same noise, drawn by ddim in
             this number of steps (None: its own).
         guidance: the weight w of classifier-free guidance; None: each model's default, as in sample.py.
-        batch_size: images that each process draws at once; None: 64, and 4 of a model of latents.
+        batch_size: images that each process draws at once; None: 64, and 4 of a latent model.
         prompts: text-to-image models draw them in turn; empty: the captions of the data, in random order.
         negative_prompt: guidance moves away from it.
         components, vae: see `Prompting.read`.
@@ -147,14 +147,14 @@ def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tu
             shape = drawn_shape(config, plan.vae or components)
         if not config.space.is_sound and (len(shape) != 3 or shape[1] != shape[2]):
             shown = " × ".join(map(str, shape))
-            raise VdiffError(f"{folder} draws samples of {shown}, not square images", "evaluate a model of images")
+            raise VdiffError(f"{folder} generates samples of {shown}, not square images", "evaluate a model of images")
         shapes[folder] = shape
     first, shape = next(iter(shapes.items()))
     for folder, other in shapes.items():
         if other != shape:
-            kinds = f"{first} draws images of {_kind(*shape[:2])}, but {folder} of {_kind(*other[:2])}"
+            kinds = f"{first} generates images of {_kind(*shape[:2])}, but {folder} of {_kind(*other[:2])}"
             if len(shape) == len(other) == 2:
-                kinds = f"{first} draws sounds of {shape[1]} samples, but {folder} of {other[1]}"
+                kinds = f"{first} generates sounds of {shape[1]} samples, but {folder} of {other[1]}"
             raise VdiffError(kinds, "evaluate them separately")
     return shape[0], shape[1]
 
@@ -206,7 +206,7 @@ def check_plan(
         if (ours := config.sample_rate) != (theirs := images.store.meta.rate):
             rates = [f"sounds at {rate:,} Hz" if rate else "images" for rate in (ours, theirs)]
             raise VdiffError(
-                f"{folder} draws {rates[0]}, but {images.store.path} holds {rates[1]}",
+                f"{folder} generates {rates[0]}, but {images.store.path} holds {rates[1]}",
                 "give --data a dataset like the training data",
             )
     has_pairs = any(takes_image(config) for config in configs.values())

@@ -41,9 +41,9 @@ from vdiff.records import STATE
 from vdiff.reporting import Progress
 
 PIECE_IMAGES, SLOW_IMAGES = 256, 32
-"""The fewest images of a piece, except the last, and of a model of latents; a kill loses at most one piece."""
+"""The fewest images of a piece, except the last, and of a latent model; a kill loses at most one piece."""
 BATCH_SIZE, SLOW_BATCH_SIZE = 64, 4
-"""Images drawn at once, and of a model of latents."""
+"""Images drawn at once, and of a latent model."""
 CLASS_STATS = ("answer_counts", "answer_sums", "answer_negentropies")
 RAW = "raw."
 

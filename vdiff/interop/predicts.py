@@ -98,7 +98,7 @@ class EpsOrV:
 
 @torch.no_grad()
 def measure(unet: Any, levels: int = 1000) -> EpsOrV:
-    """Evaluate a `UNet2DConditionModel` at its noisiest level, with zeros as the text, and at an earlier level."""
+    """Evaluate a `UNet2DConditionModel` at its noisiest level, with zero text embeddings, and at an earlier level."""
     config, dtype = unet.config, next(unet.parameters()).dtype
     size = config.sample_size if isinstance(config.sample_size, int) else LARGEST
     shape = (SAMPLES, config.in_channels, *[min(size, LARGEST)] * 2)

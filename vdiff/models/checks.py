@@ -148,7 +148,7 @@ def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, An
 
 
 def default_guidance(config: CheckpointConfig) -> float:
-    """The weight w where none is given: that of diffusers' pipelines for a model of latents, else 0.
+    """The weight w where none is given: that of diffusers' pipelines for a latent model, else 0.
 
     Theirs is the scale w + 1 = 7.5, 5 for Stable Diffusion XL, and 4 for a DiT of classes. A distilled model has
     learned its guidance; one that takes the weight as an input gets the nearest weight in its range.

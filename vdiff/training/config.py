@@ -57,8 +57,8 @@ FAMILY_SETTINGS = (
 )
 """Settings that have a meaning with one parameterisation or schedule alone, and their defaults."""
 AVERAGE = (
-    "Moving average of the weights, which is what is saved: its decay per update (0.9999), its half-life in images "
-    "(500000), or the weight of the first update at the end of the training (0.1%); 0 = no average."
+    "EMA (moving average) of the weights, which is saved instead of the raw weights: its decay per update (0.9999), "
+    "its half-life in images (500000), or the weight of the first update relative to the last one (0.1%); 0 = no EMA."
 )
 
 
@@ -70,7 +70,7 @@ class LoopConfig:
         "The dataset, a folder that prepare_data.py wrote.",
         group=DATA, default="", unit="FOLDER", shown="the only one under data/", free=True,
     )  # fmt: skip
-    preset: str = setting("Where the other settings come from.", group=DATA, default="", shown="what fits the data")
+    preset: str = setting("Preset that gives the other settings.", group=DATA, default="", shown="what fits the data")
     num_iters: int = setting("Optimiser updates.", group=OPTIMISATION, low=1, unit="UPDATES")
     batch_size: int = setting(
         "Images per update, over all processes and parts.", group=OPTIMISATION, low=1, unit="IMAGES"
@@ -80,8 +80,8 @@ class LoopConfig:
         group=OPTIMISATION, default=1, low=1, unit="PARTS",
     )  # fmt: skip
     optimizer: str = setting(
-        "AdamW; AdamW with moments of 8 bits (needs bitsandbytes); Adafactor, whose state is small (transformers); or "
-        "Prodigy, which finds its step itself: --lr is a factor, by default 1 (prodigyopt).",
+        "AdamW; AdamW with 8-bit moments (needs bitsandbytes); Adafactor, with a small state (needs transformers); or "
+        "Prodigy, which estimates the step size (needs prodigyopt): --lr is then a factor, by default 1.",
         group=OPTIMISATION, default=ADAMW, choices=FLOATS_PER_WEIGHT,
     )  # fmt: skip
     lr: float = setting("Learning rate.", group=OPTIMISATION, low=0, open_low=True)
@@ -96,7 +96,7 @@ class LoopConfig:
         "Clip the norm of the gradient to this.", group=OPTIMISATION, default=1.0, low=0, open_low=True
     )
     max_bad_steps: int = setting(
-        "Stop after this many updates in a row with a gradient that is not finite; they change nothing.",
+        "Stop after this many updates in a row with a gradient that is not finite; such updates are skipped.",
         group=OPTIMISATION, default=20, low=0, unit="UPDATES", free=True,
     )  # fmt: skip
     ema: float = setting(
@@ -113,19 +113,19 @@ class LoopConfig:
         group=OPTIMISATION, default=0.0, low=0, high=0.99, hidden=True,
     )  # fmt: skip
     ema_more: str = setting(
-        "Store more averages for vdiff ema: decays such as 0.999,0.9995, or profiles: power functions that give "
-        "averages of any length.",
+        "Store more EMAs for vdiff ema: decays such as 0.999,0.9995, or profiles, from which post-hoc EMA of any "
+        "length is computed (Karras et al. 2024).",
         group=OPTIMISATION, default="", shown="none",
     )  # fmt: skip
     ema_profiles: bool = setting(
         "The same as --ema_more profiles.", group=OPTIMISATION, default=False, hidden=True
     )  # fmt: skip
     ema_interval: int | None = setting(
-        "Updates between snapshots of the averages of --ema_more.",
+        "Updates between snapshots of the EMAs of --ema_more.",
         group=RECORDS, default=None, low=1, unit="UPDATES", shown="40 snapshots in all", free=True,
     )  # fmt: skip
     weighting: str = setting(
-        "Weight of the squared error of x̂ at each noise level; output: the error of what the network itself puts out.",
+        "Weight of the squared error of x̂ at each noise level; output = the plain error of the network's output.",
         group=OPTIMISATION, default="truncated_snr", choices=(*WEIGHTINGS, OUTPUT),
     )  # fmt: skip
     snr_gamma: float = setting(
@@ -136,7 +136,7 @@ class LoopConfig:
         group=OPTIMISATION, default="l2", choices=LOSSES,
     )  # fmt: skip
     times: str = setting(
-        "How noise levels are drawn: uniformly, or more often where losses are large (with smaller weights).",
+        "How noise levels are sampled: uniformly, or more often where losses are large (with smaller weights).",
         group=OPTIMISATION, default="uniform", choices=TIMES,
     )  # fmt: skip
     dropout: float = setting("Dropout rate in the residual blocks.", group=OPTIMISATION, default=0.0, low=0, high=0.99)
@@ -145,7 +145,7 @@ class LoopConfig:
         group=OPTIMISATION, default=0.0, low=0, high=0.99,
     )  # fmt: skip
     lora_rank: int = setting(
-        "Train a LoRA of this rank on the weights of --base, and store it alone; 0 = all weights.",
+        "Train a LoRA of this rank on --base, and store only the LoRA; 0 = train all weights.",
         group=MODEL, default=0, low=0, high=MAX_RANK, unit="RANK",
     )  # fmt: skip
     lora_alpha: float | None = setting(
@@ -154,7 +154,7 @@ class LoopConfig:
     )  # fmt: skip
     lora_dropout: float = setting("Dropout rate of the LoRA's input.", group=MODEL, default=0.0, low=0, high=0.99)
     lora_targets: str = setting(
-        "Layers with a LoRA: attention, linear, conv, or ends of their names, such as to_q,to_v.",
+        "Layers with a LoRA: attention, linear, conv, or suffixes of their names, such as to_q,to_v.",
         group=MODEL, default=ATTENTION, unit="LAYERS",
     )  # fmt: skip
     caption_dropout: float = setting(
@@ -169,7 +169,7 @@ class LoopConfig:
         group=OPTIMISATION, default=0, low=0, unit="TAGS",
     )  # fmt: skip
     caption_prefix: str = setting(
-        "Words before every caption that is not dropped.", group=OPTIMISATION, default="", unit="TEXT", shown="none"
+        "Text before every caption that is not dropped.", group=OPTIMISATION, default="", unit="TEXT", shown="none"
     )
     flip: bool = setting("Flip half of the images left to right.", group=OPTIMISATION, default=True)
     log_interval: int = setting(
@@ -180,7 +180,7 @@ class LoopConfig:
         group=RECORDS, default=5000, low=1, unit="UPDATES", free=True,
     )  # fmt: skip
     sample_prompts: str = setting(
-        "Prompts, one a line, of all samples in training; distill.py also checks and compares students with them.",
+        "Prompts of the samples during training, one per line; distill.py also compares students on them.",
         group=RECORDS, default="", unit="FILE", shown="captions of the dataset", free=True,
     )  # fmt: skip
     ckpt_interval: int = setting(
@@ -192,7 +192,7 @@ class LoopConfig:
         group=RECORDS, default=0, low=0, unit="CHECKPOINTS", free=True,
     )  # fmt: skip
     keep_every: int = setting(
-        "Keep one checkpoint per this many updates in history/ for good; 0 = none.",
+        "Keep a checkpoint in history/ once per this many updates; 0 = none.",
         group=RECORDS, default=0, low=0, unit="UPDATES", free=True,
     )  # fmt: skip
     tracker: str = setting(
@@ -203,23 +203,23 @@ class LoopConfig:
         "Auto takes a GPU if there is one.", group=MACHINE, default="auto", choices=DEVICES, free=True
     )
     precision: str = setting(
-        "Precision of the network; auto is bf16 on CUDA, else fp32; fp16 scales the loss.",
+        "Precision of the network; auto is bf16 on CUDA, else fp32; fp16 uses loss scaling.",
         group=MACHINE, default="auto", choices=PRECISIONS,
     )  # fmt: skip
     compile: bool | None = setting(
-        "Compile the network; the bits of the result depend on it, so a resumed run keeps it.",
+        "Compile the network. This changes rounding errors, so a resumed run keeps the choice.",
         group=MACHINE, default=None, shown="on CUDA; on CPUs if a long run gets faster", free=True,
     )  # fmt: skip
     threads: int | None = setting(
-        "CPU threads; the bits of the result depend on their number, so a resumed run keeps it.",
+        "CPU threads. Their number changes rounding errors, so a resumed run keeps it.",
         group=MACHINE, default=None, low=1, high=1024, unit="THREADS", shown="timed at the start", free=True,
     )  # fmt: skip
     fsdp: bool = setting(
-        "Shard weights, moments and averages over the processes, for networks too large for one device.",
+        "Shard weights, moments and EMA over the processes, for networks too large for one device.",
         group=MACHINE, default=False, free=True,
     )  # fmt: skip
     checkpointing: bool = setting(
-        "Recompute activations for the gradient instead of storing them: less memory, more time.",
+        "Gradient checkpointing: recompute activations instead of storing them. It takes less memory and more time.",
         group=MACHINE, default=False, free=True,
     )  # fmt: skip
     num_workers: int = setting(
@@ -287,20 +287,20 @@ class TrainConfig(LoopConfig):
         group=MODEL, default="", unit="FOLDER", shown="none", free=True,
     )  # fmt: skip
     lora: str = setting(
-        "Start from this LoRA of the base, with its rank, alpha and layers: a .safetensors file of diffusers or kohya, "
-        "a folder of peft, or a checkpoint.",
+        "Start from this LoRA of the base, with its rank, alpha and layers: a .safetensors file of diffusers or "
+        "kohya, a peft folder, or a checkpoint.",
         group=MODEL, default="", unit="FILE", shown="none", free=True,
     )  # fmt: skip
     train_text_encoder: bool = setting(
-        "Train the text encoders too: with a LoRA, the projections of their attention; else all their weights.",
+        "Train the text encoders too: with --lora_rank a LoRA on their attention projections, else all their weights.",
         group=MODEL, default=False,
     )  # fmt: skip
     text_encoder_lr: float | None = setting(
         "Learning rate of the text encoders.", group=OPTIMISATION, default=None, low=0, open_low=True, shown="--lr"
     )
     parameterisation: str = setting(
-        "How the network sees noisy images and what it puts out: variance preserving with --prediction, EDM, or "
-        "rectified flow. The last two bring a schedule, noise levels and a weighting of their own.",
+        "Input and output of the network: variance preserving with --prediction, EDM, or rectified flow. The last two "
+        "have their own schedule, noise levels and weighting.",
         group=MODEL, default=Vp.name, choices=PARAMETERISATIONS,
     )  # fmt: skip
     prediction: str = setting(
@@ -317,11 +317,11 @@ class TrainConfig(LoopConfig):
         shown="that of --parameterisation, or cosine",
     )
     flow_shift: float = setting(
-        "Time shift of the schedule flow: above 1, more of the steps are at much noise.",
+        "Time shift of the schedule flow: above 1, more of the steps are at high noise.",
         group=MODEL, default=1.0, low=0, open_low=True,
     )  # fmt: skip
     noise_mean: float | None = setting(
-        "Mean of ln(sigma/alpha), whose distribution in training is normal.",
+        "Mean of ln(sigma/alpha), which is normally distributed in training.",
         group=OPTIMISATION, default=None, shown="-1.2 with edm, 0 with flow; else times are uniform",
     )  # fmt: skip
     noise_std: float | None = setting(
@@ -329,7 +329,7 @@ class TrainConfig(LoopConfig):
         group=OPTIMISATION, default=None, low=0, open_low=True, shown="1.2 with edm, 1 with flow",
     )  # fmt: skip
     zero_snr: bool = setting(
-        "Rescale the betas of a table schedule so that its last level is pure noise; for v, x or both.",
+        "Rescale the betas of a table schedule to zero terminal SNR: its last level is pure noise. For v, x or both.",
         group=MODEL, default=False,
     )  # fmt: skip
     num_timesteps: int = setting(
@@ -343,19 +343,20 @@ class TrainConfig(LoopConfig):
         shown="if the data have classes, but not with the presets digits, cifar10, lsun128, celebahq256",
     )
     random_crop: int = setting(
-        "Train a text-to-image model on random squares of the images; 0 = on whole images.",
+        "Train a text-to-image model on random square crops of the images; 0 = on whole images.",
         group=DATA, default=0, low=0, high=2**13, unit="PIXELS",
     )  # fmt: skip
     vae: str = setting(
-        "Another autoencoder of the base: a pipeline, or its folder vae.",
+        "Another autoencoder for the base: a pipeline folder, or its subfolder vae.",
         group=MODEL, default="", unit="FOLDER", shown="the base's own",
     )  # fmt: skip
     offset_noise: float = setting(
-        "Add this much noise to each channel as a whole, so that it learns dark and bright images; 0.1 is usual.",
+        "Add noise of this strength that is equal in all pixels of a channel, so that the model learns dark and "
+        "bright images; 0.1 is usual.",
         group=OPTIMISATION, default=0.0, low=0, high=10,
     )  # fmt: skip
     input_perturbation: float = setting(
-        "Add this much noise to what the network sees and not to what it is to predict; 0.1 is usual.",
+        "Add noise of this strength to the network's input and not to its target; 0.1 is usual.",
         group=OPTIMISATION, default=0.0, low=0, high=10,
     )  # fmt: skip
     unet: dict[str, Any] = field(default_factory=dict)
@@ -414,7 +415,7 @@ class DistillConfig(LoopConfig):
         group=DATA, default="", unit="FOLDER", shown="the teacher's, else the only one under data/", free=True,
     )  # fmt: skip
     preset: str = setting(
-        "Where the other settings come from.",
+        "Preset that gives the other settings.",
         group=DATA,
         default="",
         shown="the teacher's, else what fits",
@@ -434,7 +435,7 @@ class DistillConfig(LoopConfig):
         "Number of stages, instead of --to_steps.", group=MODEL, default=None, low=1, hidden=True
     )
     prompts: str = setting(
-        "Learn from these prompts, one on each line, instead of a dataset; for methods that need no images.",
+        "Train on these prompts, one per line, instead of a dataset; for methods that need no images.",
         group=DATA, default="", unit="FILE", shown="none", free=True,
     )  # fmt: skip
     teacher_steps: int | None = setting(
@@ -447,12 +448,13 @@ class DistillConfig(LoopConfig):
     )  # fmt: skip
     method: str = setting("Distillation method.", group=MODEL, default="progressive", choices=METHODS)
     guidance_scale: float | None = setting(
-        "Scale of the teacher's classifier-free guidance, w + 1. The first student that takes fewer steps learns the "
-        "guided prediction, and needs no guidance any more.",
+        "Scale of the teacher's classifier-free guidance, w + 1. The first student with fewer steps learns the guided "
+        "prediction, so the students need no guidance.",
         group=MODEL, default=None, low=1, high=2**20, open_low=True, unit="SCALE", shown="none",
     )  # fmt: skip
     recipe: str = setting(
-        "Settings of the method: those that did best here, or those of its paper; other settings go over both.",
+        "Settings of the method: those that worked best in vdiff, or those of its paper. Other settings override "
+        "both.",
         group=MODEL, default="vdiff", choices=("vdiff", "paper"), free=True,
     )  # fmt: skip
     student_config: str = setting(
@@ -468,8 +470,8 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, default=0.0, low=0, high=1,
     )  # fmt: skip
     precision: str = setting(
-        "Precision of the network; auto is bf16 on CUDA if the teacher takes at most 64 steps, else fp32; fp16 scales "
-        "the loss.",
+        "Precision of the network; auto is bf16 on CUDA if the teacher takes at most 64 steps, else fp32; fp16 uses "
+        "loss scaling.",
         group=MACHINE, default="auto", choices=PRECISIONS,
     )  # fmt: skip
     class_dropout: float = setting(
@@ -477,7 +479,7 @@ class DistillConfig(LoopConfig):
         group=OPTIMISATION, default=0.1, low=0, high=0.99,
     )  # fmt: skip
     last_factor: float = setting(
-        "The students of 2 and 1 steps get this many times the updates.",
+        "Factor on the number of updates of the students of 2 and 1 steps.",
         group=OPTIMISATION, default=2.0, low=0, open_low=True,
     )  # fmt: skip
 

@@ -202,7 +202,8 @@ def teachers_images(config: DistillConfig, teacher: CheckpointConfig, project: P
         return images
     if not (teacher.image_size or teacher.space.is_sound):
         raise OptionError(
-            f"{config.base} draws samples of {' × '.join(map(str, teacher.shape))}, but datasets hold square images",
+            f"{config.base} generates samples of {' × '.join(map(str, teacher.shape))}, "
+            "but datasets hold square images",
             "distil it in Python: vdiff.distill accepts tensors as data",
         )
     images = open_images(config.data, size_of(teacher), project)

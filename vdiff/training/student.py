@@ -209,7 +209,7 @@ def stage_run(
 
 
 def shaped(description: CheckpointConfig, images: TrainingData) -> CheckpointConfig:
-    """The description of a model of latents, with samples of the shape of the latents of `images`."""
+    """The description of a latent model, with samples of the shape of the latents of `images`."""
     if description.codec != LATENTS.name or images.store is None:
         return description
     return replace(description, sample_shape=list(sample_shape_of(description, images)))

@@ -141,7 +141,9 @@ def teacher_picture(
     """
     model = vdiff.load(teacher, components=components)
     if _draws(model.config) != _draws(page.config):
-        raise OptionError(f"--teacher {teacher} draws images of other sizes or classes", "give the students' teacher")
+        raise OptionError(
+            f"--teacher {teacher} generates images of other sizes or classes", "give the students' teacher"
+        )
     steps = steps or model.config.num_timesteps
     try:
         images = model.sample(NUM_IMAGES, steps=steps, prompts=[prompt] if page.takes_prompts else [])

@@ -60,7 +60,7 @@ class Imported:
     """The checkpoint's description, and a sentence for each reason why the pipeline draws other images than vdiff.
 
     Attributes:
-        preflight: what a model of latents is, in one line; empty for others.
+        preflight: what a latent model is, in one line; empty for others.
     """
 
     config: CheckpointConfig

@@ -92,7 +92,7 @@ def load_text_model(checkpoint: Path, *, merge: bool, components: Path | None) -
         )
     if said.adapter is not None and not merge:
         raise VdiffError(
-            f"{checkpoint} is a LoRA", "add --merge to bake it into its base, or write it alone by vdiff export lora"
+            f"{checkpoint} is a LoRA", "add --merge to merge it into its base, or write it alone by vdiff export lora"
         )
     if said.adapter is None and merge:
         raise OptionError(f"--merge: {checkpoint} is not a LoRA: it has all weights", "leave it out")

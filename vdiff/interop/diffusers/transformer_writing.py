@@ -53,7 +53,7 @@ def export_transformer_pipeline(
     check_free(folder, PIPELINE, overwrite=overwrite, flag="another folder")
     is_lora = read_config(checkpoint).adapter is not None
     if is_lora and not merge:
-        raise VdiffError(f"{checkpoint} is a LoRA", "add --merge to bake it into its base")
+        raise VdiffError(f"{checkpoint} is a LoRA", "add --merge to merge it into its base")
     if merge and not is_lora:
         raise OptionError(f"--merge: {checkpoint} is not a LoRA: it has all weights", "leave it out")
     denoiser, config = load_checkpoint(checkpoint, components=components)
