@@ -16,15 +16,16 @@ OTHER_NAMES = {"prepare": "prepare_data"}
 
 INTRO = """# Commands
 
-What `--help_all` prints, by `python docs/make_commands.py`; `--help` shows at most 25 options of a command. Once
-installed, `vdiff prepare`, `vdiff train`, `vdiff distill` and `vdiff sample` are the same commands, and so are
-`python -m vdiff prepare` and the others.
+This page has the output of `--help_all` of all commands; `python docs/make_commands.py` writes it. `--help` shows at
+most 25 options of a command. `vdiff prepare`, `vdiff train`, `vdiff distill` and `vdiff sample` are the same commands
+as the scripts below, and so are `python -m vdiff prepare` and the others.
 
-- A name may be spelled with dashes too: `--batch-size`.
+- Option names may also be written with dashes: `--batch-size`.
 - `[True|False]`: the option takes True, False, or nothing after it, which means True.
-- Every option may come from the environment instead: `VDIFF_BATCH_SIZE=64`. Flags win over the environment, the
-  environment over `--config`, and that over the preset.
-- Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done with files skipped, 130 and 143 interrupted by Ctrl-C and SIGTERM.
+- An environment variable can set every option: `VDIFF_BATCH_SIZE=64`. Flags override environment variables, which
+  override `--config`, which overrides the preset.
+- Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some files were skipped, 130 and 143 interrupted by Ctrl-C and
+  SIGTERM.
 """
 
 

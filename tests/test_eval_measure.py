@@ -251,7 +251,7 @@ def test_classes_come_in_turn_and_unlike_models_are_refused(place, tmp_path):
     write_checkpoint(tmp_path / "colour", channels=3)
     with pytest.raises(VdiffError, match=r"4×4 with 1 channel, .*colour of 4×4 with 3 channels"):
         measured(place, checkpoints=[place / "model", tmp_path / "colour"], out=tmp_path / "x.json")
-    with pytest.raises(VdiffError, match=r"the checkpoints draw images of 4×4 with 3 channels, but .*data holds"):
+    with pytest.raises(VdiffError, match=r"the checkpoints generate images of 4×4 with 3 channels, but .*data holds"):
         measured(place, checkpoints=[tmp_path / "colour"], teacher=None, out=tmp_path / "x.json")
     write_checkpoint(tmp_path / "large", image_size=8)
     with pytest.raises(VdiffError, match="has no images of size 8"):

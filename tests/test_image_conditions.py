@@ -588,10 +588,10 @@ def test_models_without_conditions_have_no_truth(trained, tmp_path):
 
     plain = write_dataset(tmp_path / "plain", count=30)
     write_checkpoint(tmp_path / "free")
-    with pytest.raises(OptionError, match="psnr_truth needs models that draw from condition images"):
+    with pytest.raises(OptionError, match="psnr_truth needs image-conditioned models"):
         evaluate([tmp_path / "free"], plain, n=20, metrics=("psnr_truth",), device="cpu")
     assert "psnr_truth" not in evaluate([tmp_path / "free"], trained / "pairs", n=20, device="cpu").rows[0].metrics
-    with pytest.raises(VdiffError, match="has no condition images, from which the models draw"):
+    with pytest.raises(VdiffError, match="has no condition images, which the models need"):
         evaluate([trained / "checkpoints/original"], plain, n=20, device="cpu")
     result = run(f"sample.py --checkpoint {tmp_path / 'free'} --condition {trained / 'given'}")
     assert "--condition: this model takes no condition images; leave it out" in result.stderr

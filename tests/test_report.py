@@ -207,7 +207,7 @@ def test_a_teacher_that_was_trained_again_is_told_from_its_description(tmp_path)
 def test_the_page_says_the_figures(html):
     page = Page(html)
     text = " ".join(page.text.split())
-    assert "distilled in 3 stages into one that draws an image in 1 step" in text
+    assert "distilled in 3 stages into a model that generates an image in 1 step" in text
     assert "An image takes 0.5 ms instead of 4 ms: it is 8 times as fast" in text
     assert "distance to the data is 0.4, 2 times the teacher's 0.2 in 8 steps (Fréchet distance on pixels)" in text
     assert "In 1 step, the teacher itself reaches 4." in text
@@ -522,7 +522,7 @@ def test_a_base_model_alone_gets_a_page(tmp_path):
     write_checkpoint(tmp_path / "original")
     page = Page(render(read_ladder(tmp_path)))
     assert "Nothing has been distilled from it yet." in page.text
-    assert "There is no picture yet" in page.text
+    assert "There are no samples yet" in page.text
     assert f"python sample.py --checkpoint {tmp_path / 'original'}" in page.text
     assert page.all("svg") == []
 

@@ -265,7 +265,7 @@ def test_a_ladder_of_sounds_has_pictures_and_players(here):
     report = (here / "models" / "report.html").read_text()
     assert "sounds of 256 samples at 8,000 Hz" in report
     for words in ("prepare_data.py speech", "--kind audio", "--rate 8000", "--length 256", "--loudness -20",
-                  "Prepare the sounds", "Draw sounds", "one that draws a sound in 1 step", "sounds seen"):  # fmt: skip
+                  "Prepare the sounds", "Generate sounds", "generates a sound in 1 step", "sounds seen"):  # fmt: skip
         assert words in report
     card = new_card(here / "models" / "base_1", usage={}).text
     assert "- audio\n" in card

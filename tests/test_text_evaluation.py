@@ -255,7 +255,7 @@ def test_samples_made_earlier_are_scored(place, clip, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ("sd15 --data plain", 1, "plain has no captions to draw; give --prompts FILE"),
+        ("sd15 --data plain", 1, "plain has no captions to use as prompts; give --prompts FILE"),
         ("sd15 --prompts nowhere", 2, "--prompts nowhere cannot be read"),
         ("sd15 --prompts empty", 2, "--prompts empty has no prompt"),
         ("sd15 --samplers ddim,clipped", 2, "--samplers clipped: sd15: the sampler clipped is for pixels"),
@@ -313,7 +313,7 @@ def test_the_quality_of_a_text_model_is_that_of_captions(monkeypatch, tmp_path):
     with pytest.raises(VdiffError, match="few holds 10 images, fewer than the 192 dimensions"):
         measure_quality(tmp_path / "sd2", few, 192 * 64, processes=cpu, reporter=Watcher())
     plain = write_captioned(tmp_path / "plain", count=200, captions=False)
-    with pytest.raises(VdiffError, match="has no captions to draw"):
+    with pytest.raises(VdiffError, match="has no captions to use as prompts"):
         measure_quality(tmp_path / "sd2", plain, 192 * 64, processes=cpu, reporter=Watcher())
 
 

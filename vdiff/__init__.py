@@ -4,8 +4,8 @@
 >>> vdiff.__version__.count(".")
 2
 
-`vdiff.load(checkpoint)` returns a model, and its `sample` draws images. `wrap` makes a model from your own network.
-`prepare`, `train` and `distill` do the work of the commands. Importing vdiff alone does not load torch.
+`vdiff.load(checkpoint)` returns a model, and its `sample` generates images. `wrap` makes a model from your own network.
+`prepare`, `train` and `distill` do the same as the commands. Importing vdiff alone does not load torch.
 """
 
 from __future__ import annotations

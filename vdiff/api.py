@@ -96,8 +96,8 @@ def wrap(
     """A model from your own network(z, timestep, **condition) → output, with z (B, *shape), timestep (B,) = L·t − 1.
 
     A network of diffusers (UNet2DModel, UNet2DConditionModel, UNet1DModel, and the transformers of DiT, PixArt, Stable
-    Diffusion 3 and FLUX) is used as it is, and is rebuilt from a checkpoint. For any other module a checkpoint holds
-    only the weights: pass the module to `load`. The commands cannot use such a folder.
+    Diffusion 3 and FLUX) is used as it is, and `load` can rebuild it from a checkpoint. For any other module a
+    checkpoint holds only the weights: pass the module to `load`. The commands cannot use such a folder.
 
     Args:
         shape: of a sample: (C, H, W), (C, L), ….
@@ -277,7 +277,7 @@ class Model:
         save_checkpoint(Path(folder), self.plain().state_dict(), self.config)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the names and bits of the weights; it tells two models apart."""
+        """SHA-256 of the names and bits of the weights; different models have different ones."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.plain().state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -302,16 +302,16 @@ class Model:
         on_step: Callable[[int], object] | None = None,
         **options: Any,
     ) -> Samples:
-        """Draw samples: (num, *shape) float32 on the CPU, pixels within [−1, 1]; `to_pil()` turns them into PIL images.
+        """Generate samples: (num, *shape) float32 on the CPU, pixels in [−1, 1]; `to_pil()` turns them into PIL images.
 
-        Those of a model with an autoencoder are the pictures (num, 3, H, W), not the latents.
+        A model with an autoencoder returns decoded images (num, 3, H, W), not latents.
 
         Args:
             num: number of samples; by default as many as `noise`, `prompts` or `condition` has, else 16.
             steps: sampling steps; by default the model's own.
             seed: for equal seeds, image k is the same as that of `sample.py`.
             sampler: a name in `vdiff.diffusion.samplers.SAMPLERS`, or a sampler.
-            grid: a name in `vdiff.diffusion.grids.GRIDS`; a distilled model has learned only `uniform`.
+            grid: a name in `vdiff.diffusion.grids.GRIDS`; a distilled model supports only `uniform`.
             classes: names or numbers, assigned to the images in turn; by default all.
             prompts: of a text-to-image model, assigned to the images in turn.
             negative_prompt: what guidance moves away from.
@@ -321,8 +321,9 @@ class Model:
                 default that of diffusers' pipelines for a base model of text and latents, else 0.
             noise: (num, C, H, W), z at t = 1 instead of the seed's. The noise that a stochastic sampler adds still
             depends on the seed.
-            batch_size: images drawn at once; the images do not depend on it.
-            on_step: called after each step of a batch with the number of its finished steps; an exception ends drawing.
+            batch_size: images per batch; the images do not depend on it.
+            on_step: called after each step of a batch with the number of its finished steps; an exception stops the
+                sampling.
             options: settings of the named sampler: `clipping_value`, `threshold`, `eta`.
 
         Raises:

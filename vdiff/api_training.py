@@ -117,11 +117,11 @@ class Training:
 
     @property
     def model(self) -> Model:
-        """The model as trained so far, with averaged weights."""
+        """The model as trained so far, with EMA weights."""
         return self._learner.model
 
     def close(self) -> None:
-        """Stop here, and unlock the folder."""
+        """Stop the training, and unlock the folder."""
         self._metrics.close()
 
     def finish(self) -> Model:

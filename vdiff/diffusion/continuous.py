@@ -53,7 +53,7 @@ class ContinuousMethod(Method):
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """10/3 times the learning rate, an average of the weights, and errors of v."""
+        """10/3 times the learning rate, an EMA of the weights, and errors of v."""
         return {
             "lr": scaled(preset["lr"], 10 / 3), "ema_remainder": 1e-3, "last_factor": 1.0, "weighting": "snr_plus_one",
         }  # fmt: skip

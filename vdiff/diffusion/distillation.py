@@ -57,7 +57,7 @@ class Progressive(Method):
 
 @dataclass(frozen=True)
 class Tract(Method):
-    """Transitive closure: one step of the teacher, then a jump of the student's own average to the end of the segment.
+    """Transitive closure: one step of the teacher, then a jump of the student's own EMA to the end of the segment.
 
     t = k/n on the teacher's grid with k uniform in 1 … n, x* by `segment_target`. Few stages are enough, each with a
     large ratio of steps: the student learns the end of a segment first, and its beginning from its own jumps.
@@ -126,7 +126,7 @@ class Consistency(Method):
 
     @classmethod
     def settings(cls, preset: Mapping[str, Any]) -> dict[str, Any]:
-        """An average for inference, and 20/3 times the learning rate.
+        """An EMA for inference, and 20/3 times the learning rate.
 
         Three settings differ from the paper, whose values were no better on digits of 8×8: the learning rate falls to
         0, errors are squared, and the teacher takes DDIM steps.

@@ -116,7 +116,7 @@ class Method(ABC):
 
     @property
     def self_ema(self) -> float | None:
-        """Decay of the student's average that the method uses; None: it uses none."""
+        """Decay of the student's EMA that the method uses; None: it uses none."""
         return None
 
     @property
@@ -126,7 +126,7 @@ class Method(ABC):
 
     @property
     def asks_at_any_time(self) -> bool:
-        """Whether the teacher is asked at times that are on no grid of steps."""
+        """Whether the teacher is evaluated at times that are on no grid of steps."""
         return False
 
     @classmethod

@@ -194,7 +194,7 @@ def sample(
     on_state: Callable[[int, Tensor, Prediction], None] | None = None,
     check: bool = True,
 ) -> Tensor:
-    """Draw images: step along the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W).
+    """Sample images: step along the grid t = 1, (N−1)/N, …, 0 from the noise `z` (B, C, H, W).
 
     This takes `sampler.evaluations(num_steps)` network evaluations per image; a solver's state exists for one call.
 

@@ -185,7 +185,7 @@ def check_plan(
     if any(takes_prompts(config) for config in configs.values()):
         if not plan.prompts and not images.store.meta.num_captions:
             raise VdiffError(
-                f"{images.store.path} has no captions to draw",
+                f"{images.store.path} has no captions to use as prompts",
                 "give --prompts FILE, or prepare images with captions",
             )
     else:
@@ -199,7 +199,7 @@ def check_plan(
     if channels != images.channels:
         kind, data = (_kind(count, images.image_size) for count in (channels, images.channels))
         raise VdiffError(
-            f"the checkpoints draw images of {kind}, but {images.store.path} holds {data}",
+            f"the checkpoints generate images of {kind}, but {images.store.path} holds {data}",
             "give --data a dataset like the training data",
         )
     for folder, config in configs.items():
@@ -212,7 +212,7 @@ def check_plan(
     has_pairs = any(takes_image(config) for config in configs.values())
     if has_pairs and not images.store.meta.has_conditions:
         raise VdiffError(
-            f"{images.store.path} has no condition images, from which the models draw",
+            f"{images.store.path} has no condition images, which the models need",
             "give --data a dataset of pairs: prepare_data.py IMAGES --condition FOLDER",
         )
     metrics = choose_metrics(
@@ -269,7 +269,7 @@ def choose_metrics(
         if name == "clip" and lacking[name]:
             raise OptionError("--metrics clip needs a CLIP model", "give --clip FOLDER")
         if name == "psnr_truth" and lacking[name]:
-            raise OptionError("--metrics psnr_truth needs models that draw from condition images", "leave it out")
+            raise OptionError("--metrics psnr_truth needs image-conditioned models", "leave it out")
         if name == ("nearest" if are_sounds else "lsd"):
             raise OptionError(f"--metrics {word} is for {'images' if are_sounds else 'sounds'}", "leave it out")
         if lacking.get(name):
@@ -324,11 +324,13 @@ def notes_for(
     if "rmse" in metrics and n > MAX_PAIRED:
         notes.append(f"The teacher is compared on the first {MAX_PAIRED} samples.")
     if features.name == PIXELS and images.image_size > 32:
-        notes.append("Pixels say little about images of this size: give --features inception or a network's file.")
+        notes.append(
+            "Distances on pixels are not informative at this size: give --features inception or a network's file."
+        )
     if images.store.meta.shard:
         notes.append(f"The data are only part {images.store.meta.shard} of a dataset.")
     if any(takes_image(config) for config in configs.values()):
-        notes.append("Samples are drawn from condition images of the data, in random order.")
+        notes.append("Samples are generated from condition images of the data, in random order.")
     elif any(config.class_names for config in configs.values()):
         notes.append("Samples take the classes in turn, all equally often.")
     for folder, config in configs.items():

@@ -229,7 +229,7 @@ def _summary(config: CheckpointConfig) -> str:
         lora = f" It was trained as a LoRA of rank {config.adapter.rank}." if config.adapter else ""
         return f"A diffusion model that generates images of a text, in {steps}: {how}.{lora}"
     what, unit = ("sounds", "samples") if config.space.is_sound else ("images", "pixels")
-    return f"A diffusion model that draws {what}{of}, {sizes_of(config)} {unit}, in {steps}: {how}."
+    return f"A diffusion model that generates {what}{of}, {sizes_of(config)} {unit}, in {steps}: {how}."
 
 
 def _facts(denoiser: Denoiser, config: CheckpointConfig, fingerprint: str) -> str:

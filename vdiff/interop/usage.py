@@ -191,9 +191,9 @@ def text_usage(words: str, program: str, config: CheckpointConfig, *, needs_node
 def lora_usage(name: str, layout: str, config: CheckpointConfig) -> str:
     """For `name`, a LoRA in one of the layouts of `vdiff.interop.lora`."""
     words = {
-        DIFFUSERS: "A LoRA in the layout of diffusers. ComfyUI and A1111 need the layout of kohya (--format kohya).",
-        "kohya": "A LoRA in the layout of kohya's scripts, for ComfyUI, A1111 and diffusers.",
-        "peft": "A LoRA in the layout of peft.",
+        DIFFUSERS: "A LoRA with diffusers' tensor names. ComfyUI and A1111 need kohya's names (--format kohya).",
+        "kohya": "A LoRA with the tensor names of kohya's sd-scripts, for ComfyUI, A1111 and diffusers.",
+        "peft": "A LoRA as a peft folder.",
     }[layout]
     words += f" BASE is the model that it was trained on. Use it with {guidance_hint(config)}."
     changes_text = config.adapter is not None and config.adapter.changes_text_encoders
@@ -245,7 +245,7 @@ def weights_usage(name: str, config: CheckpointConfig) -> str:
         words += " FOLDER is a pipeline of diffusers with the text encoders, tokenizers and autoencoder of the model."
         flags = ' --prompt "a red fox" --components FOLDER'
     if IMAGE in config.signature.names:
-        words += " It draws an image from each condition image in FOLDER."
+        words += " It generates an image from each condition image in FOLDER."
         flags = " --condition FOLDER"
     return f"{words} With vdiff installed:\n\n    vdiff sample --checkpoint {shlex.quote(name)}{flags}\n"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vdiff.models.backbone import Backbone
 
 ATTENTION, LINEAR, CONV = "attention", "linear", "conv"
-"""Names of groups of layers: the projections of attention, all linear layers, all convolutions."""
+"""Names of groups of layers: the attention projections, all linear layers, all convolutions."""
 ENCODERS = "text_encoders."
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The prefix of text encoders in a network, and the ends of the names of their layers with a LoRA."""
@@ -37,8 +37,8 @@ class AdapterSettings:
     Attributes:
         rank, alpha: the layer adds (alpha/rank)·B A to its weight; B A has this rank.
         dropout: probability of dropping an input of A in training.
-        targets: ends of names of layers ("to_q", "to_out.0"), or `ATTENTION`, `LINEAR`, `CONV`.
-        text_encoder: whether the projections of attention in the text encoders have a LoRA, too.
+        targets: suffixes of names of layers ("to_q", "to_out.0"), or `ATTENTION`, `LINEAR`, `CONV`.
+        text_encoder: whether the attention projections of the text encoders have a LoRA, too.
     """
 
     rank: Annotated[int, Meta(ge=1, le=MAX_RANK)]
@@ -127,7 +127,7 @@ def add_adapter(network: Backbone, settings: AdapterSettings) -> None:
 
 
 def copy_adapter(network: Backbone, settings: AdapterSettings, source: Backbone, of: AdapterSettings) -> None:
-    """Give the LoRA of `network` the product of that of `source`, whose rank may be smaller.
+    """Give the LoRA of `network` the same product B A as that of `source`, whose rank may be smaller.
 
     The first rows of A and columns of B are those of `source`, B scaled by the quotient of the two alpha/rank; the
     other columns of B are zero.

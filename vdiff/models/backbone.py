@@ -23,7 +23,7 @@ class Backbone(nn.Module):
         kind: its name in `vdiff.models.kinds`.
         signature: its inputs and outputs.
         full_precision: compute in the precision of the weights, even under mixed precision.
-        attention_layers: the ends of the names of the projections of attention, see `vdiff.models.adapters`.
+        attention_layers: the suffixes of the names of the attention projections, see `vdiff.models.adapters`.
         unused_layers: names of layers whose weights have no effect on the output, so they get no gradient.
         checkpointing: store fewer activations for the gradient, and recompute them (Chen et al. 2016).
     """

@@ -1,4 +1,4 @@
-"""Checks of options for sampling from a checkpoint: each returns the options for drawing, or refuses them."""
+"""Checks of options for sampling from a checkpoint: each returns the options for sampling, or refuses them."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def check_condition(config: CheckpointConfig, *, is_given: bool) -> None:
 
 
 def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the sampler `name`, with x̂ unlimited where x has no bounds, as latents have none.
+    """The options of the sampler `name`; x̂ is not clipped if x has no bounds, as latents have none.
 
     Raises:
-        VdiffError: limits are asked for, or are what the sampler is.
+        VdiffError: clipping is requested, or the sampler always clips.
     """
     if config.space.limit is not None:
         return dict(options)
@@ -148,9 +148,9 @@ def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, An
 
 
 def default_guidance(config: CheckpointConfig) -> float:
-    """The weight w where none is given: that of diffusers' pipelines for a latent model, else 0.
+    """The default weight w: that of diffusers' pipelines for a latent model, else 0.
 
-    Theirs is the scale w + 1 = 7.5, 5 for Stable Diffusion XL, and 4 for a DiT of classes. A distilled model has
+    Their scale w + 1 is 7.5, for Stable Diffusion XL 5, and for a DiT of classes 4. A distilled model has
     learned its guidance; one that takes the weight as an input gets the nearest weight in its range.
     """
     names = config.signature.names

@@ -1,4 +1,4 @@
-"""Drawing numbered images from a denoiser."""
+"""Sampling of numbered images from a denoiser."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def draw(
 
 
 def images_at_once(takes: Signature, shape: Sequence[int]) -> int:
-    """How many images to draw at once: 64, or fewer by a large text-to-image model (4 × 128 × 128: four)."""
+    """How many images to sample at once: 64, or fewer for a large text-to-image model (4 × 128 × 128: four)."""
     return max(1, min(64, 2**18 // math.prod(shape))) if TOKENS in takes.names else 64
 
 

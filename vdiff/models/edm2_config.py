@@ -76,6 +76,6 @@ class Edm2Config(EdmConfig):
 
     @property
     def signature(self) -> Signature:
-        """The network's inputs and outputs; it computes without a class, but only an own network has learned that."""
+        """The network's inputs and outputs. It has no null class: EDM2 trains a separate network without classes."""
         names = (CLASSES,) if self.label_dim else ()
         return Signature(self.img_channels, self.img_channels, names, {}, self.label_dim, self.size_multiple)

@@ -50,7 +50,7 @@ class LucidBlock(nn.Module):
 
 
 class LucidResidual(nn.Module):
-    """Two blocks, the first of which knows the time, and their input."""
+    """Two blocks, the first of which receives the time, plus their input."""
 
     def __init__(self, in_channels: int, out_channels: int, embedding: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from vdiff.models.tokenizing import Tokenizers
 
 
 def drawn_shape(config: CheckpointConfig, folder: Path) -> tuple[int, ...]:
-    """(C, H, W) of the pictures that a model draws; the autoencoder in `folder` decodes its latents, if it has such.
+    """(C, H, W) of the images that a model generates; the autoencoder in `folder` decodes latents.
 
     Raises:
         VdiffError: there is no autoencoder for these latents.

@@ -1,4 +1,4 @@
-"""Preparing a denoiser for fast drawing: precision, memory layout, compilation."""
+"""Preparing a denoiser for fast sampling: precision, memory layout, compilation."""
 
 from __future__ import annotations
 

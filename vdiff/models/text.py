@@ -73,7 +73,7 @@ class TextBackbone(Backbone):
         )
 
     def train_text_encoders(self, value: bool = True) -> None:
-        """Let the weights of the text encoders learn, or freeze them; those of `unused_layers` are always frozen."""
+        """Train the weights of the text encoders, or freeze them; those of `unused_layers` are always frozen."""
         self.text_encoders.requires_grad_(value)
         for name in self.unused_layers:
             self.get_submodule(name).requires_grad_(False)

@@ -358,7 +358,7 @@ def summary(ladder: LadderRun, found: Distances) -> list[str]:
     stages, began = len(ladder.students), ladder.teacher_steps
     begin = "" if began == first.steps else f", starting at {plural(began, 'step')},"
     by = f"in {stages} stages" if stages > 1 else "in one stage"
-    end = f"into one that draws {AN[noun]} in {plural(last.steps, 'step')}."
+    end = f"into a model that generates {AN[noun]} in {plural(last.steps, 'step')}."
     sentences = [*worked, f"{base}, was distilled {by}{begin} {end}"]
     if (gain := speed_up(ladder)) is not None:
         before, after, ratio = gain
@@ -488,9 +488,9 @@ def recipes(ladder: LadderRun) -> list[tuple[str, str]]:
         result.append((what, shell(*command, "--out", f"{AGAIN}/{model.name}")))
     measure = "Measure all models, and write this page"
     if not made:
-        return [(f"Draw {noun}s", sample_command(ladder)), (measure, evaluate_command(ladder))]
+        return [(f"Generate {noun}s", sample_command(ladder)), (measure, evaluate_command(ladder))]
     draw = shell("python", "sample.py", "--checkpoint", f"{AGAIN}/{ladder.last.name}", "--out", f"{AGAIN}/samples")
-    return [*result, (f"Draw {noun}s", draw), (measure, shell("vdiff", "report", AGAIN, "--evaluate"))]
+    return [*result, (f"Generate {noun}s", draw), (measure, shell("vdiff", "report", AGAIN, "--evaluate"))]
 
 
 def prepare_command(ladder: LadderRun) -> str:

@@ -45,7 +45,7 @@ ADAMW = "adamw"
 FLOATS_PER_WEIGHT = {ADAMW: 2.0, "adamw8bit": 0.5, "adafactor": 0.0, "prodigy": 4.0}
 """Name of an optimiser → the size of its state in numbers of 32 bits for each weight."""
 UNCHOSEN = ("preset ", "usual settings")
-"""The beginnings of the names of layers of settings that nobody wrote for this run."""
+"""Prefixes of the names of setting layers that the user did not write for this run."""
 EVALUATIONS = 3
 """The cost of an update per image, in network evaluations: the backward pass costs as much as two."""
 EDM_NOISE_SCALE = 250.0
@@ -241,19 +241,19 @@ class LoopConfig:
 
     @property
     def captions(self) -> CaptionSettings:
-        """What training makes of captions."""
+        """How training changes captions."""
         return CaptionSettings(
             self.caption_dropout, self.caption_shuffle, self.caption_keep_tokens, self.caption_prefix
         )
 
     @property
     def weights(self) -> str:
-        """Which weights are the model: "ema" or "raw"."""
+        """Which weights are saved as the model: "ema" or "raw"."""
         return "ema" if self.average_decay else "raw"
 
     @property
     def average_decay(self) -> float:
-        """Decay in an update of the average that is the model; 0 where there is none."""
+        """Decay per update of the model's EMA; 0 if there is none."""
         if self.ema_remainder:
             return float(self.ema_remainder ** (1 / self.num_iters))
         return float(0.5 ** (self.batch_size / self.ema_images)) if self.ema_images else self.ema
@@ -262,7 +262,7 @@ class LoopConfig:
         """`ema_more` as numbers.
 
         Raises:
-            OptionError: one of them is no decay.
+            OptionError: one of them is not a decay.
         """
         words = [word.strip() for word in self.ema_more.split(",")] if self.ema_more else []
         try:
@@ -408,7 +408,7 @@ class TrainConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(LoopConfig):
-    """A student: `distill.py`. The learning rate falls to 0 in each stage, and there is no long average of weights."""
+    """A student: `distill.py`. By default the learning rate falls to 0 in each stage, and there is no EMA."""
 
     data: str = setting(
         "The dataset, a folder that prepare_data.py wrote.",
@@ -535,19 +535,19 @@ class DistillConfig(LoopConfig):
             )
 
     def build_method(self, name: str = "") -> Method:
-        """The method `name`, else the one that is asked for, with its parameters."""
+        """The method `name`, or else the selected one, with its parameters."""
         return build_method(name or self.method, self.method_settings)
 
     @property
     def shortening(self) -> str:
-        """The method that shortens: the one that is asked for, or what --method guided goes on with."""
+        """The method that reduces the steps: the selected one, or `then` with --method guided."""
         return str(self.method_settings["then"]) if self.method == "guided" else self.method
 
     def phase_steps(self) -> list[int]:
         """`phases` as numbers; empty where there are none.
 
         Raises:
-            OptionError: one of them is no number of steps.
+            OptionError: one of them is not a number of steps.
         """
         words = self.phases.split(",") if self.phases else []
         if not all(word.strip().isdecimal() and len(word) < 10 and int(word) > 0 for word in words) or len(words) == 1:

@@ -125,7 +125,7 @@ class WithoutValues(Engine):
 
 
 class ExampleInputs(Inputs):
-    """What is given is x already, and every condition is the same."""
+    """The given tensors are already x, and every condition is the same."""
 
     def condition(self, batch: Batch, takes: Signature) -> Condition:
         """`example_condition`."""

@@ -1,4 +1,4 @@
-"""The folder of a run: may it be written or resumed, or is it finished?"""
+"""The folder of a run: whether it may be written or resumed, or is finished."""
 
 from __future__ import annotations
 

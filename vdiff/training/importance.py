@@ -47,7 +47,7 @@ class ImportanceSampling:
         return (bins + within.clamp(EDGE, 1 - EDGE)) / len(ends), 1 / density[bins]
 
     def learn(self, u: Tensor, losses: Tensor, engine: Engine) -> None:
-        """Add this process's losses (b,), without the weights 1/f, at u (b,); those that are not finite are ignored."""
+        """Learn from this process's losses (b,) at u (b,), without the weights 1/f; skips non-finite values."""
         bins = (u * len(self.moments)).long()
         finite = losses.isfinite()
         squares = losses.square().clamp(max=LARGEST)  # an infinite moment would never decay

@@ -30,7 +30,7 @@ from vdiff.models.denoiser import NOTHING, Denoiser
 @dataclass(frozen=True)
 class TrainBatch:
     """The inputs of an update: images (B, C, H, W), noise N(0, I) like them, u (B,) uniform in [0, 1), the condition of
-    the trained network, and noise that it sees and the loss does not (None: no such noise)."""
+    the trained network, and noise of its input that the loss ignores (None: no such noise)."""
 
     images: Tensor
     noise: Tensor

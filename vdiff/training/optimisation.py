@@ -48,11 +48,11 @@ def check_optimizer(config: LoopConfig) -> None:
 
 
 def build_optimizer(network: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """The optimiser of the weights that learn, with β = (0.9, 0.999); text encoders are a group of their own.
+    """The optimiser of the trained weights, with β = (0.9, 0.999); text encoders are a separate group.
 
     AdamW is fused into one kernel where the device has one. The states of `adamw8bit` have 8 bits a number (Dettmers et
-    al. 2022). `adafactor` (Shazeer & Stern 2018) takes the learning rate as it is given, and no momentum. `prodigy`
-    (Mishchenko & Defazio 2023) finds its step itself, with the options of diffusers' scripts.
+    al. 2022). `adafactor` (Shazeer & Stern 2018) has no momentum, and `lr` is its absolute step size. `prodigy`
+    (Mishchenko & Defazio 2023) estimates the step size, with the options of diffusers' scripts.
 
     Raises:
         OptionError: its library is not installed.

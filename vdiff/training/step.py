@@ -117,14 +117,14 @@ class OptimizerStep(ABC):
 class TrainStep(OptimizerStep):
     """(n, batch) → `StepResult`: update n of a task, and everything that an update changes.
 
-    Update n takes its learning rate, noise, times and dropout from (seed, n) alone, so that a resumed run ends with the
-    same bits. Noise, time, dropped condition and guidance of a sample are functions of (seed, n, its row in the batch),
-    and a process draws those of its share: the batch is the same however many processes and parts compute it. An update
-    whose gradient is not finite changes nothing; the optimiser gets this as a flag on the device, so that the host does
-    not wait.
+    Learning rate, noise, times and dropout of update n depend only on (seed, n), so that a resumed run is
+    bit-identical. Noise, time, dropped condition and guidance of a sample are functions of (seed, n, its row in the
+    batch), and a process draws those of its share: the batch is the same however many processes and parts compute it.
+    An update whose gradient is not finite changes nothing; the optimiser gets this as a flag on the device, so that the
+    host does not wait.
 
     Attributes:
-        denoiser: in training mode on the engine's device, its weights shared out over processes with FSDP.
+        denoiser: in training mode on the engine's device, its weights sharded over processes with FSDP.
         averages, optimizer: of its weights.
         importance: which times are drawn; None: all are equally likely.
         draws_whole_batch: whether random numbers are those of earlier versions, for a run that one of them began.
@@ -268,7 +268,7 @@ def perturbed(
 
 
 def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema: float | None = None) -> Averages:
-    """The averages that a run keeps; the weights are shared out first, where that is asked for."""
+    """The averages that a run keeps; with FSDP the weights are sharded first."""
     profile, further = profiles_of(
         ema=config.average_decay, ema_more=config.further_decays(), ema_profiles=config.ema_profiles
     )

@@ -1,4 +1,4 @@
-"""The number of threads of a run: timed before it begins, and recorded, as the bits of the result depend on it."""
+"""The number of threads of a run: timed before it begins, and recorded, because it changes rounding errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORTH_WHILE = 1.2
 def settled_threads(
     config: LoopConfig, build: Callable[[], Denoiser], shape: tuple[int, ...], reporter: Reporter, recorded: int | None
 ) -> int | None:
-    """The number of threads: from the settings, else from the run's record, else the fastest; None: torch's default.
+    """The number of threads: of the settings, else of the run's record, else the fastest; None: torch's default.
 
     Nothing is timed if OMP_NUM_THREADS is set, under a launcher or on a GPU. On a busy machine one thread may be
     several times as fast as two, which wait for each other.

@@ -85,7 +85,7 @@ def write_verdict(folder: Path, verdict: Verdict) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Examiner:
-    """Draws teachers and students from the same noise; keeps a student's images, as it is the next stage's teacher.
+    """Samples teacher and student from the same noise; keeps a student's images, as it is the next stage's teacher.
 
     Attributes:
         conditions: (denoiser, numbers of images) → their condition.
@@ -235,7 +235,7 @@ def worsening(found: Verdict, max_regression: float) -> str:
 
 
 def why_failed(found: Verdict, max_regression: float) -> str:
-    """Why a student cannot be a teacher; empty if it can."""
+    """Why a student cannot be the next teacher; empty if it can."""
     return collapse(found, max_regression) or worsening(found, max_regression)
 
 
@@ -286,7 +286,7 @@ def set_aside(folder: Path) -> None:
 
 
 def keep_best(folder: Path, verdict: Verdict) -> None:
-    """Keep in `folder` only the attempt nearest to the teacher; its verdict records the number of attempts."""
+    """Keep only the attempt nearest to the teacher, in `folder`; its verdict records the number of attempts."""
     best = _nearest([*failed_attempts(folder), folder])
     write_verdict(best, replace(read_verdict(best) or verdict, attempts=verdict.attempts))
     if best != folder:

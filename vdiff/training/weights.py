@@ -1,6 +1,7 @@
-"""Which weights of a denoiser learn, and weights that are shared out over processes (FSDP).
+"""Which weights of a denoiser are trained, and weights that are sharded over processes (FSDP).
 
-A weight learns if it `requires_grad`. The others are frozen: optimiser, averages and saved state know nothing of them.
+A weight is trained if it has `requires_grad`. The others are frozen: optimiser, averages and saved state do not contain
+them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from vdiff.models.denoiser import Denoiser
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter, of those that learn."""
+    """Name → parameter, of those that are trained."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def frozen(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter, of those that do not learn; a parameter with two names has both."""
+    """Name → parameter, of those that are frozen; a parameter with two names appears twice."""
     everything = module.named_parameters(remove_duplicate=False)
     return {name: parameter for name, parameter in everything if not parameter.requires_grad}
 
@@ -53,7 +54,7 @@ def load_without(module: nn.Module, values: Mapping[str, Tensor], names: Set[str
 
 
 def shard(denoiser: Denoiser, device: torch.device, world_size: int, whole_ones: Set[nn.Parameter]) -> None:
-    """Share a denoiser's weights out in place, but for `whole_ones`; each block is put together when it computes."""
+    """Shard a denoiser's weights in place, except `whole_ones`; a block's weights are gathered when it computes."""
     mesh, ignored = init_device_mesh(device.type, (world_size,)), set(whole_ones)
     for module in denoiser.network.blocks():
         fully_shard(module, mesh=mesh, ignored_params=ignored)
@@ -61,14 +62,14 @@ def shard(denoiser: Denoiser, device: torch.device, world_size: int, whole_ones:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether its weights are shared out."""
+    """Whether its weights are sharded."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of tensors that may be shared out, all of one type; every process must ask for them.
+    """Tensors that may be sharded, as whole ones, all of one type; every process must call this.
 
-    They travel together, in one collective. `DTensor.full_tensor` sends each alone: hundreds in each checkpoint.
+    They are gathered together, in one collective. `DTensor.full_tensor` sends each alone: hundreds in each checkpoint.
     """
     shared = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     if not shared:
@@ -91,7 +92,7 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, the very memory of it; of what is not shared out the tensor itself, wherever it moves."""
+    """This process's shard, not a copy; of a tensor that is not sharded, the tensor itself."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
@@ -99,7 +100,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor that every process has, shared out as `reference` is: each keeps its part, nothing is sent."""
+    """A whole tensor that every process has, sharded like `reference`: each keeps its part, nothing is sent."""
     if not isinstance(reference, DTensor):
         return tensor
     mesh, placements = reference.device_mesh, reference.placements
