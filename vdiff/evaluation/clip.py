@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures show what their prompts say."""
+"""CLIP score: how well pictures match their prompts."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ MAX_PAIRED = 256
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row: a checkpoint, sampler, number of steps and grid; `raw`: weights without average."""
+    """One row: a checkpoint, sampler, number of steps and grid; `raw`: the raw weights instead of the EMA."""
 
     checkpoint: Path
     sampler: str = "ddim"
@@ -55,7 +55,7 @@ class EvalPlan:
         teacher, teacher_steps: samples are compared with this checkpoint's images from the same noise, drawn by ddim in
             this number of steps (None: its own).
         guidance: the weight w of classifier-free guidance; None: each model's default, as in sample.py.
-        batch_size: images that each process draws at once; None: 64, and 4 of a latent model.
+        batch_size: images in a batch of each process; None: 64, and 4 for a latent model.
         prompts: text-to-image models draw them in turn; empty: the captions of the data, in random order.
         negative_prompt: guidance moves away from it.
         components, vae: see `Prompting.read`.
@@ -134,7 +134,7 @@ def why_not(config: CheckpointConfig, grid: str, num_steps: int) -> str:
 
 
 def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tuple[int, int]:
-    """The channels and the size of the square images, or sounds, that all models draw.
+    """The channels and the size of the square images, or sounds, that all models generate.
 
     Raises:
         VdiffError: they draw different images, or others; components of a text-to-image model are missing.
@@ -228,12 +228,12 @@ def check_plan(
 
 
 def takes_prompts(config: CheckpointConfig) -> bool:
-    """Whether a model draws what prompts say."""
+    """Whether a model takes prompts."""
     return TOKENS in config.signature.names
 
 
 def takes_image(config: CheckpointConfig) -> bool:
-    """Whether a model draws from condition images."""
+    """Whether a model takes condition images."""
     return IMAGE in config.signature.names
 
 

@@ -81,7 +81,7 @@ class SampleBlocks:
 
 
 class Generator:
-    """Draws the samples of one row; loads the model at the first draw.
+    """Generates the samples of one row; loads the model at the first call.
 
     Args:
         reference: the data, for the condition images of models that draw from such.
@@ -164,7 +164,7 @@ class Generator:
 
 
 def weights_file(row: RowSpec) -> Path:
-    """The weights of a row; for `raw` those without average, from the training state.
+    """The weights of a row; for `raw` those without EMA, from the training state.
 
     Raises:
         VdiffError: there are no such weights.

@@ -56,7 +56,7 @@ class ExportedLora:
     Attributes:
         config: the checkpoint's description.
         files: the files, or the folder of peft.
-        notes: a sentence for each reason why a program needs a setting to draw the right pictures.
+        notes: a sentence for each reason why a program needs a setting to generate the right images.
     """
 
     config: CheckpointConfig
@@ -119,7 +119,7 @@ def read_lora(checkpoint: Path) -> tuple[CheckpointConfig, AdapterSettings, list
 
 
 def why_whole(config: CheckpointConfig) -> str:
-    """Why a model has all weights: a LoRA could not be such a student, or nobody asked for a LoRA."""
+    """Why a model has all weights: a LoRA could not be such a student, or no LoRA was requested."""
     if config.guidance_range:
         return "it takes the guidance as an input, which no LoRA can add to its base"
     first: dict[str, Any] = config.to_dict()
@@ -173,7 +173,7 @@ def check_student(checkpoint: Path, config: CheckpointConfig, base: CheckpointCo
 
 
 def notes_of(config: CheckpointConfig, base: CheckpointConfig | None) -> Iterator[str]:
-    """A sentence for each reason why a program needs a setting to draw the right pictures."""
+    """A sentence for each reason why a program needs a setting to generate the right images."""
     if base is not None and base.adapter is not None:
         yield f"its base {(config.base or {}).get('path')} is a LoRA itself: load both, or export both merged"
     mine = (config.prediction, bool(config.schedule.get("zero_snr")))

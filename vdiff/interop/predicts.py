@@ -1,8 +1,8 @@
 """Whether a UNet predicts ε or v, by evaluating it at its noisiest level.
 
-There z is almost only noise ε. So an ε-prediction F answers z itself, whatever the text is: the coefficient
-b = ⟨F, z⟩/⟨z, z⟩ is about 1. A prediction of v = α ε − σ x answers −x̂, which depends little on z: b is about α or less.
-The same holds for an untrained network and for a prediction of x. So b is measured at an earlier level too, where a
+There z is almost only noise ε. So an ε-prediction F returns z itself, whatever the text is: the coefficient b = ⟨F,
+z⟩/⟨z, z⟩ is about 1. A prediction of v = α ε − σ x returns −x̂, which depends little on z: b is about α or less. The
+same holds for an untrained network and for a prediction of x. So b is measured at an earlier level too, where a
 prediction of v has about α/σ of the finest noise.
 
 With α > 0 the mean of z tells a network something of the brightness of the image, x̂ ≈ z/α, so the answer's mean follows

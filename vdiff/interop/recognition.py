@@ -1,7 +1,7 @@
 """What a file or folder of another program is, by its header alone: no weights are read, and torch is not needed.
 
-A program knows what a model predicts by keys, by metadata, by a file beside it, or by a guess. `readings` says what
-each program takes a model for.
+A program knows what a model predicts by keys, by metadata, by a file beside it, or by a guess. `readings` says how each
+program interprets a model.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ A1111, `load_lora_weights` of diffusers."""
 
 @dataclass(frozen=True)
 class Said:
-    """What a source says about a model: None, nothing.
+    """What a source says about a model; None: it says nothing.
 
     Attributes:
         prediction: "v", "eps" or "x".
@@ -382,7 +382,7 @@ def read_numbers(path: Path, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a program takes a model for.
+    """How a program interprets a model.
 
     Attributes:
         says: in words.
@@ -397,7 +397,7 @@ class Reading:
 
 
 def readings(model: Foreign) -> Iterator[Reading]:
-    """What ComfyUI, A1111 and diffusers take a model for."""
+    """How ComfyUI, A1111 and diffusers interpret a model."""
     if model.kind == "LoRA" and model.layout is not None:
         for program in PROGRAMS:
             yield _lora_reading(program, model, model.layout)

@@ -435,12 +435,12 @@ def notes(ladder: LadderRun, found: Distances) -> list[str]:
 
 
 def noun_of(ladder: LadderRun) -> str:
-    """`image` or `sound`: what the models of a ladder draw."""
+    """`image` or `sound`: what the models of a ladder generate."""
     return "sound" if ladder.first.description.get("sample_rate") else "image"
 
 
 def samples_of(description: Mapping[str, Any]) -> str:
-    """What a model draws, from its description: `images of 64 × 64 pixels`."""
+    """What a model generates, from its description: `images of 64 × 64 pixels`."""
     if size := description.get("image_size"):
         return f"images of {size} × {size} pixels"
     if rate := description.get("sample_rate"):
@@ -455,7 +455,7 @@ def evaluate_command(ladder: LadderRun) -> str:
 
 
 def sample_command(ladder: LadderRun) -> str:
-    """The command that draws images with the last model."""
+    """The command that generates images with the last model."""
     last = ladder.last.folder or Path(ladder.last.name)
     network = ladder.last.description.get("backbone") or {}
     prompt = ["--prompt", "a red fox"] if network.get("kind") == TEXT else []
@@ -463,7 +463,7 @@ def sample_command(ladder: LadderRun) -> str:
 
 
 def web_page(ladder: LadderRun, folder: Path) -> tuple[str, str] | None:
-    """The address of the page that draws with these models, seen from `folder`, and the command that serves it.
+    """The address of the page that runs these models, seen from `folder`, and the command that serves it.
 
     None: there is none beside them.
     """

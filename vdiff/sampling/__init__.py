@@ -1,1 +1,1 @@
-"""Drawing any number of images into files, with one process or several, and resuming after interruptions."""
+"""Sampling any number of images into files, with one process or several, and resuming after interruptions."""

@@ -1,6 +1,6 @@
-"""Drawing the missing ones of images 0 … n − 1 into an output, in batches, by all processes.
+"""Sampling of those images 0 … n − 1 that an output lacks, in batches, by all processes.
 
-Batch j always holds the images j·B … j·B + B − 1, whichever exist already and whichever process draws it. So every
+Batch j always holds the images j·B … j·B + B − 1, no matter which exist already and which process computes it. So every
 image results from the same arithmetic after any interruption.
 """
 
@@ -45,11 +45,11 @@ MAX_ENCODERS = 8
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of drawing that do not affect the images.
+    """Options of sampling that do not affect the images.
 
     Attributes:
         num: number of images.
-        batch_size: images that each process draws at once.
+        batch_size: images in a batch of each process.
         precision: as given; the specification holds the resolved one.
         compiled: whether to compile the network.
         overwrite: whether to replace the output of an earlier call.

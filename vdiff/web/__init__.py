@@ -1,1 +1,1 @@
-"""Models in the browser: a static page that draws there, and a server that draws on this machine."""
+"""Web pages of models: a static page that runs them in the browser, and a server that runs them on this machine."""

@@ -1,4 +1,4 @@
-"""Export to a web page: few-step samplers as ONNX files, and a static page that draws with them in the browser."""
+"""Export to a web page: few-step samplers as ONNX files, and a static page that runs them in the browser."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def export_web(
     overwrite: bool = False,
     report: Callable[[str], object] = str,
 ) -> list[WebGraph]:
-    """Write a static page that draws in the browser with the samplers of checkpoints, whole or not at all.
+    """Write a static page that runs the samplers of checkpoints in the browser, whole or not at all.
 
     Args:
         num_timesteps: steps of every model; None: each model's own.
@@ -100,7 +100,7 @@ def export_web(
         report: receives a line before each slow part; by default nothing is shown.
 
     Raises:
-        VdiffError: a model cannot be drawn in a browser, or draws other images there than here; a package or npm is
+        VdiffError: a model cannot run in a browser, or gives other images in the exported graph; a package or npm is
             missing; the folder exists or cannot be written.
         OptionError: models do not belong on one page, or the number of steps does not fit.
     """

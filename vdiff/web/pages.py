@@ -1,4 +1,4 @@
-"""What both pages share: the files of the page, the description of its models, and pictures drawn beforehand."""
+"""What both pages share: the files of the page, the description of its models, and pictures made beforehand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PageModel:
     """A model of the page.
 
     Attributes:
-        steps: in which it draws.
+        steps: its sampling steps on the page.
     """
 
     path: Path

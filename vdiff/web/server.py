@@ -1,4 +1,4 @@
-"""Servers of pages: of an exported folder, and of models that draw on this machine's device."""
+"""Servers of pages: of an exported folder, and of models that run on this machine."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request and all together may ask for.
+    """Limits of one request, and of all requests together.
 
     Attributes:
         images: of a request.
@@ -132,14 +132,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Served:
-    """A model, and the steps in which it draws if a request does not say it; a request may ask for fewer."""
+    """A model and its default number of steps, which is also the largest number that a request may ask for."""
 
     model: Model
     steps: int
 
 
 class StoppedError(Exception):
-    """The client has gone, so its images are not finished."""
+    """The client has disconnected, so its images are not finished."""
 
 
 def draw_png(models: Mapping[str, Served], asked: DrawRequest, limits: RequestLimits, stop: threading.Event) -> Drawing:
@@ -248,7 +248,7 @@ def load_server(
 
 
 class ModelServer:
-    """The page with models of this machine; they draw one request after the other, in one thread.
+    """The page with models of this machine; they process one request after the other, in one thread.
 
     Args:
         models: by the names in `models.json`.

@@ -26,7 +26,7 @@ def is_flow(scheduler: JsonFile) -> bool:
 
 
 def read_flow(file: JsonFile) -> tuple[FlowSchedule, Flow, list[str]]:
-    """The schedule, the parameterisation, and a sentence for each reason why the pipeline draws other images.
+    """The schedule, the parameterisation, and a sentence for each reason why the pipeline gives other images.
 
     Raises:
         VdiffError: a value that vdiff does not support; the file and key are named.

@@ -62,7 +62,7 @@ class TextModel:
     Attributes:
         config: its description, without a LoRA, which is merged.
         components: the folder with its tokenizers and its autoencoder.
-        notes: a sentence for each reason why a program needs a setting to draw the right pictures.
+        notes: a sentence for each reason why a program needs a setting to generate the right images.
     """
 
     network: TextBackbone
