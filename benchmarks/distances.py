@@ -54,14 +54,14 @@ def density_coverage(samples: NDArray[np.floating], reference: Manifold) -> tupl
     return inside / (NEIGHBOURS * len(vectors)), float(reached.double().mean())
 
 
-def reference_of(data: str, image_size: int) -> tuple[PixelDistance, int]:
-    """The distance to all images of a dataset, and how many they are."""
+def images_of(data: str, image_size: int) -> Tensor:
+    """All images of a dataset, in [−1, 1]."""
     store = open_images(data, image_size).store
     assert store is not None
     size = store.meta.sizes[0]
     channels = store.meta.channels
     pixels = np.stack([decode(store.encoded(size, k), channels, size, f"image {k}") for k in range(len(store))])
-    return PixelDistance(from_uint8(torch.from_numpy(pixels))), len(store)
+    return from_uint8(torch.from_numpy(pixels))
 
 
 @dataclass

@@ -13,9 +13,11 @@ the student's three). The ladder of halvings spends a budget on its way to one s
 **Learning rates.** Every method tries each of `--rates` with the first budget, for one step, on a seed that is not
 reported, and keeps the rate with the least Fréchet distance.
 
-**Figures.** Of `--num` samples against all images, on pixels: Fréchet distance and its excess over the teacher's many
-steps, recall, density and coverage (lost diversity shows in recall and coverage), and RMSE to the teacher's images of
-the same noise. Mean ± standard deviation over seeds.
+**Figures.** Of `--num` samples against all images: Fréchet distance on pixels and on the features of an autoencoder,
+which is trained once, and their excess over the teacher's many steps; on pixels recall, density and coverage (lost
+diversity shows in recall and coverage); RMSE to the teacher's images of the same noise; seconds of training. Mean ±
+standard deviation over seeds. The picture beside the table has images of the students of the fewest steps, with the
+largest budget, of the same noise.
 
 Runs and figures that are finished are not done again: the same command continues.
 """
@@ -39,21 +41,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.distances import density_coverage, drawn, reference_of
+from benchmarks.distances import density_coverage, drawn, images_of
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
+from vdiff.data.images import captioned_grid, save_png
 from vdiff.diffusion.continuous import TangentMethod
 from vdiff.diffusion.distillation import METHODS
-from vdiff.evaluation.features import PixelDistance, pixel_vectors
-from vdiff.evaluation.metrics import Manifold, precision_recall
+from vdiff.evaluation.features import Features, FileFeatures, pixel_vectors
+from vdiff.evaluation.metrics import Manifold, frechet_distance, precision_recall
 from vdiff.files import read_json, write_json
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.condition import Condition
+from vdiff.models.feature_network import write_features
 from vdiff.text import duration
 from vdiff.training.base import resolve_training
 from vdiff.training.base_training import train
 from vdiff.training.dataset import TrainingData, open_images
 from vdiff.training.engine import build_engine
+from vdiff.training.feature_training import FeatureTraining, train_features
 from vdiff.training.ladder import run_stages
 from vdiff.training.objectives import TrainBatch, bind_derivative
 from vdiff.training.stages import plan_stages, resolve_distillation
@@ -63,7 +68,8 @@ from vdiff.training.student import stage_run
 SEARCH_SEED = 1000
 HALVING = 5
 COMPARED = "progressive,progressive4,tract,consistency,trajectory,scm,ect,meanflow"
-FIGURES = ("fd", "recall", "density", "coverage", "rmse")
+PICTURED = 12
+FIGURES = ("fd", "fd_features", "recall", "density", "coverage", "rmse", "seconds")
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,9 @@ class Bench:
     """What every run of the comparison shares.
 
     Attributes:
+        real: all images.
         known: figures by run, which a file remembers.
+        theirs: the teacher's images by seed.
     """
 
     teacher: Path
@@ -126,12 +134,15 @@ class Bench:
     count: int
     console: Console
     images: TrainingData
-    distance: PixelDistance
+    real: torch.Tensor
+    features: Features
     derivative: float
     known: dict[str, dict[str, float]] = field(default_factory=dict)
+    theirs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.manifold = Manifold(self.distance.reference)
+        self.pixels, self.real_features = pixel_vectors(self.real), self.features(self.real)
+        self.manifold = Manifold(self.pixels)
         if self.path.exists():
             self.known = read_json(self.path, "delete it: the figures are measured again")
 
@@ -193,22 +204,36 @@ class Bench:
             )  # fmt: skip
         return base.parent
 
-    def figures(self, key: str, folder: Path, steps: int, sampler: str, seed: int) -> dict[str, float]:
-        """The figures of a model, measured once."""
-        key = f"{key}, {steps} steps, {sampler}, seed {seed}, n {self.count}"
+    def figures(self, what: str, models: Sequence[Path], steps: int, sampler: str, seed: int) -> dict[str, float]:
+        """The figures of the last of `models`, measured once; the seconds are those that all of them were trained."""
+        key = f"{what}, {steps} steps, {sampler}, seed {seed}, n {self.count}"
         if key not in self.known:
-            images = drawn(folder, steps, sampler, self.count, seed)
+            if seed not in self.theirs:
+                self.theirs[seed] = drawn(self.teacher, self.teacher_steps, "ddim", self.count, seed)
+            images = drawn(models[-1], steps, sampler, self.count, seed)
             vectors = pixel_vectors(images)
-            density, coverage = density_coverage(vectors, self.manifold)
-            recall = precision_recall(vectors, self.manifold)[1].value
-            theirs = drawn(self.teacher, self.teacher_steps, "ddim", self.count, seed)
-            rmse = float((images - theirs).square().mean().sqrt())
-            values = (self.distance(images), recall, density, coverage, rmse)
+            values = (
+                frechet_distance(vectors, self.pixels),
+                frechet_distance(self.features(images), self.real_features),
+                precision_recall(vectors, self.manifold)[1].value,
+                *density_coverage(vectors, self.manifold),
+                float((images - self.theirs[seed]).square().mean().sqrt()),
+                sum(read_config(folder).train_seconds for folder in models),
+            )
             self.known[key] = dict(zip(FIGURES, values, strict=True))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.known)
         self.console.line(f"{key}: " + ", ".join(f"{name} {value:.4f}" for name, value in self.known[key].items()))
         return self.known[key]
+
+
+def feature_network(path: Path, images: TrainingData) -> Features:
+    """An autoencoder of the images, trained once: its features see blur, and a lack of variety within a class."""
+    if not path.exists():
+        assert images.store is not None
+        training = FeatureTraining(kind="autoencoder")
+        write_features(*train_features(images.store, images.image_size, training, reporter=Console()), path)
+    return FileFeatures(path, image_size=images.image_size, channels=images.channels)
 
 
 def derivative_cost(teacher: Path) -> tuple[float, float]:
@@ -231,14 +256,18 @@ def derivative_cost(teacher: Path) -> tuple[float, float]:
     return seconds(lambda: derive(z, t, z, t)) / forward, forward / 64
 
 
+def students(place: Path, journey: Journey) -> list[Path]:
+    """The students of a journey, from the first to the last."""
+    return [place / f"base_{k}" for k in range(len(journey.phases) - 1)]
+
+
 def best_rate(bench: Bench, method: str, budget: float, rates: Sequence[float]) -> float:
     """The learning rate that leads a method nearest to the data in one step, on a seed that is not reported."""
     found = {}
     for rate in rates:
         journey = Journey(method, phases_of(method, bench.teacher_steps, 1), budget, rate)
         place = bench.run(journey, SEARCH_SEED)
-        last = place / f"base_{len(journey.phases) - 2}"
-        found[rate] = bench.figures(journey.name, last, 1, "ddim", SEARCH_SEED)["fd"]
+        found[rate] = bench.figures(journey.name, students(place, journey), 1, "ddim", SEARCH_SEED)["fd"]
     return min(found, key=lambda rate: found[rate])
 
 
@@ -255,7 +284,7 @@ class Found:
 
 def table(found: list[Found], columns: list[int]) -> list[list[str]]:
     """A line for each method and budget, a cell for each number of steps."""
-    teachers = {each.seed: each.figures["fd"] for each in found if each.steps == 0}
+    teachers = {each.seed: each.figures for each in found if each.steps == 0}
     rows = []
     for what, budget in dict.fromkeys((each.what, each.budget) for each in found):
         row = [what, f"{budget:,}" if budget else ""]
@@ -266,15 +295,20 @@ def table(found: list[Found], columns: list[int]) -> list[list[str]]:
     return rows
 
 
-def cell(mine: list[Found], teachers: dict[int, float]) -> str:
-    """`0.240 ± 0.012 (+0.033), R 0.71, D 0.98, C 0.93, RMSE 0.112`."""
+def cell(mine: list[Found], teachers: dict[int, dict[str, float]]) -> str:
+    """`0.240 ± 0.012 (+0.033), F 1.31 (+0.20), R 0.71, D 0.98, C 0.93, RMSE 0.112, 45 s`."""
     if not mine:
         return ""
     mean = {name: fmean(each.figures[name] for each in mine) for name in FIGURES}
     spread = f" ± {stdev(each.figures['fd'] for each in mine):.3f}" if len(mine) > 1 else ""
-    excess = fmean(each.figures["fd"] - teachers[each.seed] for each in mine)
-    more = f"R {mean['recall']:.2f}, D {mean['density']:.2f}, C {mean['coverage']:.2f}, RMSE {mean['rmse']:.3f}"
-    return f"{mean['fd']:.3f}{spread} ({excess:+.3f}), {more}"
+    pixels, features = (
+        fmean(each.figures[name] - teachers[each.seed][name] for each in mine) for name in ("fd", "fd_features")
+    )
+    return (
+        f"{mean['fd']:.3f}{spread} ({pixels:+.3f}), F {mean['fd_features']:.2f} ({features:+.2f}), "
+        f"R {mean['recall']:.2f}, D {mean['density']:.2f}, C {mean['coverage']:.2f}, RMSE {mean['rmse']:.3f}, "
+        f"{mean['seconds']:.0f} s"
+    )
 
 
 @click.command()
@@ -325,20 +359,12 @@ def main(
         given, settings_file = ({}, None) if resume else (flags, file)
         config, images = resolve_training(given, settings_file, folder=teacher, resume=resume)
         train(config, images, folder=teacher, resume=resume, overwrite=False, reporter=console)
-    image_size = read_config(teacher).image_size
-    reference, num_images = reference_of(data, image_size)
+    given_images = open_images(data, read_config(teacher).image_size)
     measured = work / "derivative.json"  # measured once: the numbers of updates follow from it
     if not measured.exists():
         measured.parent.mkdir(parents=True, exist_ok=True)
         write_json(measured, dict(zip(("derivative", "seconds"), derivative_cost(teacher), strict=True)))
     derivative, seconds = (read_json(measured, "delete it")[key] for key in ("derivative", "seconds"))
-    count = num or num_images
-    options: dict[str, Any] = {"data": data, "preset": preset, "batch_size": batch_size}
-    options |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in more)}
-    bench = Bench(
-        teacher, teacher_steps, work, options, file, count, console, open_images(data, image_size), reference,
-        derivative,
-    )  # fmt: skip
     spent = {amount: spent_by_halvings(teacher_steps, amount) for amount in amounts}
     searches = len(names) * len(tried) * spent[amounts[0]][1]
     reported = sum(
@@ -353,15 +379,20 @@ def main(
     )
     if dry_run:
         return
+    options: dict[str, Any] = {"data": data, "preset": preset, "batch_size": batch_size}
+    options |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in more)}
+    real, features = images_of(data, given_images.image_size), feature_network(work / "features.pt2", given_images)
+    count = num or len(real)
+    bench = Bench(teacher, teacher_steps, work, options, file, count, console, given_images, real, features, derivative)
     found: list[Found] = []
+    shown = {f"teacher, {teacher_steps} steps": drawn(teacher, teacher_steps, "ddim", PICTURED, 0)}
     for seed in range(seeds):
-        many = bench.figures("teacher", teacher, teacher_steps, "ddim", seed)
+        many = bench.figures("teacher", [teacher], teacher_steps, "ddim", seed)
         found.append(Found("teacher, all steps", 0, 0, seed, many))
         for sampler in ("ddim", "dpmpp_2m"):
             for k in columns:
-                found.append(
-                    Found(f"teacher, {sampler}", 0, k, seed, bench.figures("teacher", teacher, k, sampler, seed))
-                )
+                few = bench.figures("teacher", [teacher], k, sampler, seed)
+                found.append(Found(f"teacher, {sampler}", 0, k, seed, few))
     chosen = {method: best_rate(bench, method, spent[amounts[0]][1], tried) for method in names}
     for amount in amounts:
         for seed in range(seeds):
@@ -370,20 +401,24 @@ def main(
                 for target in targets:
                     phases = phases_of(method, teacher_steps, target)
                     journey = Journey(method, phases, spent[amount][target], chosen[method])
-                    place = bench.run(journey, seed)
-                    for k, reached in enumerate(phases[1:]):
+                    models = students(bench.run(journey, seed), journey)
+                    for k, reached in enumerate(phases[1:], 1):
                         if reached == target or (method == "progressive" and reached in columns):
-                            figures = bench.figures(journey.name, place / f"base_{k}", reached, "ddim", seed)
+                            figures = bench.figures(journey.name, models[:k], reached, "ddim", seed)
                             found.append(Found(f"`{method}`, lr {chosen[method]:g}", amount, reached, seed, figures))
+                    if target == columns[-1] and seed == 0:  # of the last budget in the end
+                        shown[method] = drawn(models[-1], target, "ddim", PICTURED, 0)
     (work / "found.json").write_text(json.dumps([asdict(each) for each in found], indent=1))
-    write_report(
+    report = write_report(
         name,
-        f"Students of {data} at equal evaluations: Fréchet distance (excess over the teacher's {teacher_steps} steps), "
-        f"recall R, density D, coverage C, RMSE to the teacher; n = {count}, {seeds} seed(s)",
+        f"Students of {data} at equal evaluations: Fréchet distance on pixels and on features F (excess over the "
+        f"teacher's {teacher_steps} steps), recall R, density D, coverage C, RMSE to the teacher, training time; "
+        f"n = {count}, {seeds} seed(s)",
         ["", "updates of halvings", *(f"{k} step{'s' if k > 1 else ''}" for k in columns)],
         table(found, columns),
         machine(),
     )
+    save_png(captioned_grid([*map(list, shown.values())], [""] * PICTURED, [*shown]), report.with_suffix(".png"))
 
 
 if __name__ == "__main__":

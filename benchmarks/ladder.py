@@ -18,13 +18,13 @@ import sys
 from pathlib import Path
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.distances import SOLVERS, Distances, reference_of
-from benchmarks.report import RESULTS, machine, write_report
+from benchmarks.distances import SOLVERS, Distances, images_of
+from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
+from vdiff.evaluation.features import PixelDistance
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from vdiff.records import LADDER_PICTURE
 from vdiff.text import duration
@@ -75,7 +75,7 @@ def main(data: str, file: Path | None, teacher_steps: int, num: int, work: Path,
         budget = sum(stage.budget(config) for stage in stages)
         compare(stages, seed=config.seed, device=engine.device, reporter=console, budget=budget)
 
-    reference, _ = reference_of(data, described.image_size)
+    reference = PixelDistance(images_of(data, described.image_size))
     distances = Distances(work / "distances.json", reference, num, console)
     own = distances.of("teacher", teacher, teacher_steps)
     rows = [[*line(described, "teacher", teacher_steps), f"{own:.3f}", *("" for _ in SOLVERS)]]
@@ -91,7 +91,7 @@ def main(data: str, file: Path | None, teacher_steps: int, num: int, work: Path,
     updates, seconds = sum(each.num_iters for each in students), sum(each.train_seconds for each in students)
     rows.append(["all students", "", f"{updates:,}", duration(seconds), "", "", *("" for _ in SOLVERS)])
     size = sum(each.numel() for each in load_checkpoint(teacher)[0].parameters()) / 1e6
-    write_report(
+    report = write_report(
         name,
         f"The ladder from {teacher_steps} steps to 1 on {data}, {described.image_size} pixels: "
         f"{size:.1f}M parameters, batches of {training.batch_size} and {config.batch_size}, {engine.description}; "
@@ -100,8 +100,7 @@ def main(data: str, file: Path | None, teacher_steps: int, num: int, work: Path,
         rows,
         machine(),
     )
-    suffix = "-cuda" if torch.cuda.is_available() else ""
-    shutil.copyfile(stages[-1].folder / LADDER_PICTURE, RESULTS / f"{name}{suffix}.png")
+    shutil.copyfile(stages[-1].folder / LADDER_PICTURE, report.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -32,12 +32,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_report(name: str, title: str, columns: list[str], rows: list[list[str]], where: str) -> None:
-    """Print a Markdown table, and write it to `results/NAME.md` (`NAME-cuda.md` on a GPU)."""
+def write_report(name: str, title: str, columns: list[str], rows: list[list[str]], where: str) -> Path:
+    """Print a Markdown table, and write it to `results/NAME.md` (`NAME-cuda.md` on a GPU), which is returned."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     lines = [f"# {title}", "", f"`{command}`, {datetime.date.today()}, {where}", ""]
     lines += ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
     text = "\n".join(lines) + "\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}{'-cuda' if torch.cuda.is_available() else ''}.md").write_text(text, encoding="utf-8")
+    path = RESULTS / f"{name}{'-cuda' if torch.cuda.is_available() else ''}.md"
+    path.write_text(text, encoding="utf-8")
+    return path

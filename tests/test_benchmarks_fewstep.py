@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import report
-from benchmarks.distances import density_coverage
+from benchmarks import fewstep, report
+from benchmarks.distances import density_coverage, drawn, images_of
 from benchmarks.fewstep import Bench, Found, Journey, cell, main, phases_of, spent_by_halvings
 from tests.oracles import randn
 from tests.toy import write_checkpoint, write_dataset
-from vdiff.evaluation.metrics import NEIGHBOURS, Manifold
+from vdiff.evaluation.features import FileFeatures
+from vdiff.evaluation.metrics import NEIGHBOURS, Manifold, frechet_distance
+from vdiff.files import read_json
+from vdiff.training.feature_training import FeatureTraining
 
 FLAGS = (
     "--preset toy --teacher_steps 8 --budgets 6,24 --rates 1e-3,3e-3 --seeds 1 --steps 2,1 --batch_size 4 "
@@ -46,22 +50,24 @@ def test_density_and_coverage_are_those_of_the_paper():
 
 
 def test_a_cell_has_the_excess_of_each_seed():
-    figures = {"recall": 0.5, "density": 1.0, "coverage": 0.75, "rmse": 0.1}
+    figures = {"fd_features": 4.0, "recall": 0.5, "density": 1.0, "coverage": 0.75, "rmse": 0.1, "seconds": 9.0}
     mine = [Found("scm", 6, 1, seed, {"fd": fd, **figures}) for seed, fd in ((0, 1.0), (1, 2.0))]
-    text = cell(mine, {0: 0.5, 1: 0.5})
-    assert text == "1.500 ± 0.707 (+1.000), R 0.50, D 1.00, C 0.75, RMSE 0.100"
+    text = cell(mine, {0: {"fd": 0.5, "fd_features": 1.0}, 1: {"fd": 0.5, "fd_features": 3.0}})
+    assert text == "1.500 ± 0.707 (+1.000), F 4.00 (+2.00), R 0.50, D 1.00, C 0.75, RMSE 0.100, 9 s"
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    write_checkpoint(tmp_path / "teacher", dataset=str(write_dataset(tmp_path / "toy_4")))
+    monkeypatch.setattr(fewstep, "FeatureTraining", partial(FeatureTraining, num_iters=10))
+    data = write_dataset(tmp_path / "toy_8", size=8)  # feature networks need 8 pixels
+    write_checkpoint(tmp_path / "teacher", dataset=str(data), image_size=8)
     return tmp_path
 
 
 def run(*more: str) -> str:
-    words = [*FLAGS.split(), "--data", "toy_4", "--teacher", "teacher", "--work", "work", *more]
+    words = [*FLAGS.split(), "--data", "toy_8", "--teacher", "teacher", "--work", "work", *more]
     result = CliRunner().invoke(main, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output + result.stderr
@@ -89,11 +95,17 @@ def test_the_comparison_continues_and_ends_with_a_table(place, monkeypatch):
     for row in rows:
         cells = row.split("|")[3:5]
         assert all(" R " in each and " C " in each for each in cells), row
+    network = FileFeatures(place / "work/features.pt2", image_size=8, channels=1)
+    many = drawn(place / "teacher", 8, "ddim", len(real := images_of("toy_8", 8)), 0)
+    known = read_json(place / "work/figures.json", "")[f"teacher, 8 steps, ddim, seed 0, n {len(real)}"]
+    assert known["fd_features"] == pytest.approx(frechet_distance(network(many), network(real)))
+    assert known["rmse"] == 0
     assert costs["progressive"] == 5  # the teacher twice, the student, and its gradient
     assert costs["progressive4"] == pytest.approx(3 + 4)  # of the last stage, 4 → 1
     assert costs["scm"] > 4 + 1  # the teacher, a derivative, the student and its gradient
     assert costs["trajectory"] == pytest.approx(3 + 16)  # a path of 16 steps for one image
     assert (place / "work/seed_1000").exists()
+    assert (place / "results/fewstep.png").exists()
     students = {path: path.stat().st_mtime_ns for path in (place / "work").rglob("model.safetensors")}
     run()
     assert (place / "results/fewstep.md").read_text() == text

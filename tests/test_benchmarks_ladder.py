@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks import distances, ladder, report
-from benchmarks.distances import reference_of
+from benchmarks.distances import images_of
 from tests.toy import write_dataset
 from vdiff.diffusion.samplers import Ddim
+from vdiff.evaluation.features import PixelDistance
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw
 
@@ -50,7 +51,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The cells of the table."""
     monkeypatch.setattr(report, "RESULTS", root / "results")
-    monkeypatch.setattr(ladder, "RESULTS", root / "results")
     arguments = ["--data", str(root / "toy_4"), "--config", str(root / "tiny.toml"), "--teacher_steps", "4"]
     arguments += ["--num", "6", "--work", str(root / "work")]
     result = CliRunner().invoke(ladder.main, arguments, catch_exceptions=False)
@@ -67,7 +67,7 @@ def test_the_table_tells_of_every_model_and_the_same_command_does_nothing_twice(
     updates = [read_config(folder).num_iters for folder in folders]
     assert [row[2] for row in rows[2:]] == [*map(str, updates), str(sum(updates[1:]))]
     assert updates == [6, 4, 4]  # twice as many for 2 steps and for 1
-    reference, _ = reference_of(str(done / "toy_4"), 4)
+    reference = PixelDistance(images_of(str(done / "toy_4"), 4))
     for row, folder, steps in zip(rows[2:], folders, (4, 2, 1), strict=False):
         images = draw(load_checkpoint(folder)[0], Ddim(), indices=range(6), image_size=4, num_steps=steps, seed=1)
         assert row[5] == f"{reference(images):.3f}"
