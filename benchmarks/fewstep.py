@@ -325,6 +325,7 @@ def cell(mine: list[Found], teachers: dict[int, dict[str, float]]) -> str:
 @click.option("--methods", default=COMPARED, show_default=True)
 @click.option("--rates", default="3e-4,1e-3,3e-3", show_default=True, help="Learning rates that every method tries.")
 @click.option("--steps", default="8,4,2,1", show_default=True, help="Of the students that are looked at.")
+@click.option("--targets", default="", show_default="all of --steps", help="Those that not only halvings are led to.")
 @click.option("--set", "more", multiple=True, metavar="NAME=VALUE", help="A setting of distill.py, for all methods.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("fewstep"), show_default=True)
 @click.option("--name", default="fewstep", show_default=True, help="Of the file in benchmarks/results.")
@@ -343,6 +344,7 @@ def main(
     methods: str,
     rates: str,
     steps: str,
+    targets: str,
     more: tuple[str, ...],
     work: Path,
     name: str,
@@ -350,7 +352,7 @@ def main(
 ) -> None:
     """Print the table and write it to benchmarks/results/NAME.md."""
     console, names = Console(), methods.split(",")
-    columns = sorted(map(int, steps.split(",")), reverse=True)
+    columns, aims = (sorted(map(int, each.split(",")), reverse=True) for each in (steps, targets or steps))
     amounts, tried = [int(word) for word in budgets.split(",")], [float(word) for word in rates.split(",")]
     if teacher is None:
         teacher = work / "original"
@@ -368,7 +370,7 @@ def main(
     spent = {amount: spent_by_halvings(teacher_steps, amount) for amount in amounts}
     searches = len(names) * len(tried) * spent[amounts[0]][1]
     reported = sum(
-        seeds * (each[1] if method == "progressive" else sum(each[k] for k in columns))
+        seeds * (each[1] if method == "progressive" else sum(each[k] for k in aims))
         for each in spent.values()
         for method in names
     )
@@ -397,8 +399,7 @@ def main(
     for amount in amounts:
         for seed in range(seeds):
             for method in names:
-                targets = [1] if method == "progressive" else columns
-                for target in targets:
+                for target in [1] if method == "progressive" else aims:
                     phases = phases_of(method, teacher_steps, target)
                     journey = Journey(method, phases, spent[amount][target], chosen[method])
                     models = students(bench.run(journey, seed), journey)
