@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,21 +29,23 @@ from vdiff.models.checkpoint import read_config
 from vdiff.training.stages import SHORTEST_IN_HALF
 
 DISTILL = Path(__file__).parent.parent / "distill.py"
+UNCHECKED = {"check_images": 0, "distance_every": 0, "report": False, "sample_interval": 10**6, "tracker": "none"}
 PARTS = {"fp32": [("fp32", 1)], "bf16": [("bf16", 1)], "auto": [("fp32", SHORTEST_IN_HALF), ("bf16", 1)]}
 """Precision → the precisions of a ladder's parts, and the steps at which each part ends."""
 
 
-def distilled(teacher: Path, place: Path, first: int, precision: str, settings: list[str]) -> list[Path]:
+def distilled(teacher: Path, place: Path, first: int, precision: str, settings: dict[str, Any]) -> list[Path]:
     """The students of a ladder from `first` steps, trained where they are missing."""
-    if not (place / "original").exists():
-        shutil.copytree(teacher, place / "original", ignore=shutil.ignore_patterns("state", "log", "samples"))
-    students, base = [place / f"base_{k}" for k in range(first.bit_length() - 1)], place / "original"
+    base, steps = place / "original", first
+    if not base.exists():
+        shutil.copytree(teacher, base, ignore=shutil.ignore_patterns("state", "log", "samples"))
+    students = [place / f"base_{k}" for k in range(first.bit_length() - 1)]
     for part, end in PARTS[precision]:
-        before = first if base.name == "original" else SHORTEST_IN_HALF
-        if end < before:
-            words = ["--base", base, "--precision", part, "--phases", ",".join(map(str, halvings(before, end)))]
-            subprocess.run([sys.executable, DISTILL, *map(str, words), *settings], check=True)
-            base = students[halvings(first, 1).index(end) - 1]
+        if end < steps:
+            flags = {"base": base, "precision": part, "phases": ",".join(map(str, halvings(steps, end))), **settings}
+            words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+            subprocess.run([sys.executable, DISTILL, *words], check=True)
+            base, steps = students[len(halvings(first, end)) - 2], end
     return students
 
 
@@ -58,6 +61,7 @@ def halvings(first: int, last: int) -> list[int]:
 @click.option("--ladders", default="1024,8192", show_default=True, help="Steps of the teacher: powers of 2.")
 @click.option("--precisions", default="fp32,bf16,auto", show_default=True)
 @click.option("--updates", default=60, show_default=True, help="Of each stage; more for students of 2 steps and 1.")
+@click.option("--batch_size", default=64, show_default=True)
 @click.option("--num", default=500, show_default=True, help="Samples of each distance.")
 @click.option("--most", default=32, show_default=True, help="Steps in which a student is drawn that has more.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("long_ladders"), show_default=True)
@@ -69,6 +73,7 @@ def main(
     ladders: str,
     precisions: str,
     updates: int,
+    batch_size: int,
     num: int,
     most: int,
     work: Path,
@@ -78,10 +83,10 @@ def main(
     reference = PixelDistance(images_of(data, read_config(teacher).image_size))
     theirs, file = drawn(teacher, most, "ddim", num, 0), work / "figures.json"
     known = read_json(file, "delete it: the figures are measured again") if file.exists() else {}
-    settings = f"--data {data} --preset {preset} --num_iters {updates} --check_images 0 --report False --tracker none"
+    settings = {"data": data, "preset": preset, "num_iters": updates, "batch_size": batch_size, **UNCHECKED}
     kinds, rows = precisions.split(","), []
     for first in map(int, ladders.split(",")):
-        found = {kind: distilled(teacher, work / f"{first}_{kind}", first, kind, settings.split()) for kind in kinds}
+        found = {kind: distilled(teacher, work / f"{first}_{kind}", first, kind, settings) for kind in kinds}
         for k, steps in enumerate(halvings(first, 1)[1:]):
             row = [f"{2 * steps:,} → {steps:,}"]
             for students in found.values():
@@ -94,8 +99,8 @@ def main(
             rows.append(row)
     write_report(
         name,
-        f"Ladders on {data} by precision, {updates} updates a stage: Fréchet distance of {num} samples "
-        f"(teacher, {most} steps: {reference(theirs):.3f}), RMSE to the teacher's images",
+        f"Ladders on {data} by precision, {updates} updates of {batch_size} images a stage: Fréchet distance of {num} "
+        f"samples (teacher, {most} steps: {reference(theirs):.3f}), RMSE to the teacher's images",
         ["stage", *(f"{kind}, {what}" for kind in kinds for what in ("distance", "RMSE"))],
         rows,
         machine(),
