@@ -19,9 +19,10 @@ from vdiff.evaluation.metrics import NEIGHBOURS, Manifold, frechet_distance
 from vdiff.files import read_json
 from vdiff.training.feature_training import FeatureTraining
 
+METHODS_RUN = ("progressive", "progressive4", "trajectory", "scm")
 FLAGS = (
     "--preset toy --teacher_steps 8 --budgets 6,24 --rates 1e-3,3e-3 --seeds 1 --steps 2,1 --batch_size 4 "
-    "--methods progressive,progressive4,trajectory,scm"
+    f"--methods {','.join(METHODS_RUN)}"
 )
 
 
@@ -95,6 +96,10 @@ def test_the_comparison_continues_and_ends_with_a_table(place, monkeypatch):
     for row in rows:
         cells = row.split("|")[3:5]
         assert all(" R " in each and " C " in each for each in cells), row
+    rates = (place / "results/fewstep_rates.md").read_text()
+    assert [line.split("|")[1].strip() for line in rates.splitlines()[6:]] == [f"`{name}`" for name in METHODS_RUN]
+    tried = read_json(place / "work/figures.json", "")["scm-8-1-30-0.003, 1 steps, ddim, seed 1000, n 10"]
+    assert f"| {tried['fd']:.3f}, F {tried['fd_features']:.2f}, R " in rates
     network = FileFeatures(place / "work/features.pt2", image_size=8, channels=1)
     many = drawn(place / "teacher", 8, "ddim", len(real := images_of("toy_8", 8)), 0)
     known = read_json(place / "work/figures.json", "")[f"teacher, 8 steps, ddim, seed 0, n {len(real)}"]
