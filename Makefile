@@ -1,7 +1,8 @@
 # make quickstart    install vdiff, train and distil on digits: checkpoints/report.html and a page in checkpoints/web
 # make test          install vdiff and the developers' tools, run lint, format, types and all tests but the slow ones
 # make test_all      the slow tests too (kills at many points, launched processes, exports), and make rounding
-# make test_docs     every command of README and docs, as typed, in a fresh clone after the quickstart
+# make test_docs     every command of README and docs, as typed, in a fresh clone after the quickstart;
+#                    one document: make test_docs DOCS="training.md --place FOLDER"
 # make rounding      numeric tests with the rounding of a processor without vector instructions
 # make minimum       all tests with the lowest versions that pyproject.toml allows, in .venv-minimum
 # make check         lint, format and types only
@@ -37,7 +38,7 @@ test: check
 test_all: test slow rounding
 
 test_docs: .venv/ready_dev
-	$(RUN) -m tests.documents
+	$(RUN) -m tests.documents $(DOCS)
 
 slow: .venv/ready_dev
 	$(RUN) $(PYTEST) -m slow

@@ -1,10 +1,12 @@
 """The commands of README and docs, run as typed in a place where the quickstart has been: `make test_docs`.
 
-tests/docs_commands.toml says what runs instead of a command that needs GPUs, a hub or hours.
+tests/docs_commands.toml says what runs instead of a command that needs GPUs, a hub or hours. After a failure,
+`python -m tests.documents training.md --place FOLDER` runs one document; FOLDER keeps the quickstart for the next call.
 """
 
 from __future__ import annotations
 
+import argparse
 import glob
 import os
 import re
@@ -80,7 +82,7 @@ def failures(document: Path, quickstart: Path, work: Path, run: Run) -> list[str
     own.
     """
     rules = TABLE["document"].get(document.name, {})
-    base = shutil.copytree(quickstart, work / "base", symlinks=True)
+    base = shutil.copytree(quickstart, work / "base", symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git"))
     found = [f"before: {line}: {why}" for line in rules.get("before", []) if (why := run(line, base))]
     place = base
     for number, shown in enumerate(commands(document)):
@@ -112,20 +114,37 @@ def words_of(line: str, place: Path) -> list[str]:
     return words
 
 
+def prepare(clone: Path) -> list[str]:
+    """Clone the repository, run its quickstart, and add `own_files`; in an earlier clone, only its code is renewed."""
+    if (clone / "checkpoint.pt").exists():
+        for words in (["fetch", ROOT, "HEAD"], ["reset", "--hard", "FETCH_HEAD"]):
+            subprocess.run(["git", "-C", clone, words[0], "--quiet", *words[1:]], check=True)
+        return []
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    found = [f"make quickstart: {why}" for why in [typed("make quickstart", clone)] if why]
+    own_files(clone)
+    return found
+
+
 def main() -> int:
-    """Clone the repository, run its quickstart, then every command; the exit status is 1 if one failed."""
+    """Run the commands of all documents, or of those named, in a clone; the exit status is 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("documents", nargs="*", metavar="DOCUMENT", help="README.md, training.md, …; default: all")
+    parser.add_argument("--place", metavar="FOLDER", help="keep the clone and its quickstart there for the next call")
+    args = parser.parse_args()
+    if unknown := {*args.documents} - {path.name for path in DOCUMENTS}:
+        parser.error(f"no such document: {', '.join(sorted(unknown))}")
+    documents = [path for path in DOCUMENTS if not args.documents or path.name in args.documents]
     with tempfile.TemporaryDirectory() as folder:
-        clone, found = Path(folder, "clone"), []
-        subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-        found += [f"make quickstart: {why}" for why in [typed("make quickstart", clone)] if why]
-        own_files(clone)
-        for document in DOCUMENTS:
+        clone = Path(args.place or folder, "clone")
+        found = prepare(clone)
+        for document in documents:
             print(f"\n{document.relative_to(ROOT)}")
             work = Path(folder, document.stem)
             work.mkdir()
             found += [f"{document.name}: {each}" for each in failures(document, clone, work, typed)]
             shutil.rmtree(work)
-        for shown in (shown for document in DOCUMENTS for shown in commands(document) if shown.why):
+        for shown in (shown for document in documents for shown in commands(document) if shown.why):
             print(f"instead of  {shown.typed}\n   ran      {' && '.join(shown.runs) or 'nothing'}: {shown.why}")
         found += [f"tests/docs_commands.toml: no document shows {each}" for each in unused_rules()]
         print("\n".join(["", *found, f"{len(found)} failures"]))

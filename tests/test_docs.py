@@ -103,6 +103,30 @@ def test_a_command_that_is_typed_in_a_shell_tells_its_last_line(tmp_path, capfd)
     assert "documents" in (ROOT / "Makefile").read_text()
 
 
+def test_a_kept_clone_gets_new_code_and_no_second_quickstart(tmp_path, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr(documents, "typed", lambda line, _: ran.append(line) or "")
+    clone = tmp_path / "clone"
+    assert documents.prepare(clone) == []
+    (clone / "README.md").write_text("changed")
+    assert documents.prepare(clone) == []
+    assert ran == ["make quickstart"]
+    assert (clone / "photos.zip").exists()
+    assert (clone / "README.md").read_text(encoding="utf-8").startswith("# vdiff")
+
+
+def test_documents_are_chosen_by_name(tmp_path, monkeypatch, capsys):
+    ran: list[str] = []
+    monkeypatch.setattr(documents, "typed", lambda line, _: ran.append(line) or "")
+    monkeypatch.setattr("sys.argv", ["documents", "sampling.md", "--place", str(tmp_path)])
+    assert documents.main() == 0
+    assert ran == ["make quickstart", *[run for shown in commands(ROOT / "docs/sampling.md") for run in shown.runs]]
+    monkeypatch.setattr("sys.argv", ["documents", "nothing.md"])
+    with pytest.raises(SystemExit):
+        documents.main()
+    assert "no such document: nothing.md" in capsys.readouterr().err
+
+
 def test_file_names_are_expanded(tmp_path):
     for name in ("base_0", "base_1"):
         (tmp_path / name).mkdir()
