@@ -122,7 +122,7 @@ def test_errors_say_what_to_do() -> None:
     Path("text.zip").write_text("no zip")
     Path("file").write_text("")
     assert "photo: no such file or folder; did you mean photos?" in error("photo")
-    assert "text.zip is not a folder, zip, tar or dataset" in error("text.zip")
+    assert "text.zip is damaged: not a whole zip; copy or download it again" in error("text.zip")
     assert "no images in empty" in error("empty")
     assert "0 is not in the range" in error("photos", "--size", "0", code=2)
     assert "5000 is not in the range" in error("photos", "--size", "64,5000", code=2)

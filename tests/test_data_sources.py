@@ -239,7 +239,7 @@ def test_named_sets_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monke
         raise URLError("no network") if download else RuntimeError("Dataset not found")
 
     monkeypatch.setattr(Torchvision, "_build", offline)
-    with pytest.raises(VdiffError, match=r"CIFAR10 under .*: <urlopen error no network>; give its folder with --root"):
+    with pytest.raises(VdiffError, match=r"CIFAR10 cannot be downloaded: no network; check the network, or .* --root"):
         prepare(open_source("cifar10", SourceOptions(root=tmp_path / "r")), tmp_path / "out", CONFIG)
     assert not (tmp_path / "out.partial").exists()
 

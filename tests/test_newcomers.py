@@ -84,6 +84,8 @@ WITH_TORCH = [
     ("prepare_data.py empty", 1, "no images in empty; give a folder or an archive with image files"),
     ("prepare_data.py film.mp4", 1, "film.mp4 is not a folder, zip, tar or dataset; give a folder of images, or an ar"),
     ("prepare_data.py paper.pdf", 1, "paper.pdf is not a folder, zip, tar or dataset; give a folder of images, or an"),
+    ("prepare_data.py https://example.org/x.zip", 1, "https://example.org/x.zip is not downloaded by vdiff; download "),
+    ("prepare_data.py photos --captions no.csv", 1, "--captions no.csv cannot be read: No such file or directory; giv"),
     # twice, and in the wrong order
     ("prepare_data.py photos --size 4", 1, "data/photos_4 exists already; give another --name or --out to keep both,"),
 ]  # fmt: skip

@@ -93,7 +93,7 @@ def explained(cause: str, hint: str, *kinds: type[Exception]) -> Iterator[None]:
     except VdiffError:
         raise
     except kinds as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise VdiffError(f"{cause}: {said}", hint) from None
 
 

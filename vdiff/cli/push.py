@@ -12,7 +12,7 @@ from vdiff.cli.options import Command, option, project_option, switch
 from vdiff.errors import OptionError
 from vdiff.files import read_text
 from vdiff.projects import Project
-from vdiff.text import megabytes
+from vdiff.text import cause_of, megabytes
 
 
 @click.command(
@@ -97,7 +97,9 @@ def _token(path: Path | None) -> str | None:
     try:
         token = read_text(path).strip()
     except (OSError, ValueError) as error:
-        raise OptionError(f"--token_file {path} cannot be read: {error}", "give a file with one token") from None
+        raise OptionError(
+            f"--token_file {path} cannot be read: {cause_of(error)}", "give a file with one token"
+        ) from None
     if not token or len(token.split()) != 1:
         raise OptionError(f"--token_file {path} holds no token", "give a file with one token and nothing else")
     return token

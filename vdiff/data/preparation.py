@@ -412,7 +412,9 @@ def _convert_all(
                 said = str(next(journal.rejected()))
             except (OSError, ValueError, TypeError, StopIteration) as error:
                 said = f"{REJECTED_FILE} cannot be read: {error}"
-            raise VdiffError(f"none of {len(listing)} {config.items} could be read", f"the first: {said}")
+            raise VdiffError(
+                f"none of {len(listing)} {config.items} could be read, the first: {said}", "give other files"
+            )
         _say_empty_classes(listing, journal, reporter)
     if (narrow := tally.converted[NARROW]) * 2 > tally.converted["16-bit"] + tally.converted["float"]:
         what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from itertools import repeat
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 from vdiff.data.audio import EXTENSIONS as SOUNDS
 from vdiff.data.disk_sources import ON_DISK
@@ -149,6 +150,9 @@ class Torchvision(Source):
         return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
 
     def _failed(self, error: Exception) -> VdiffError:
+        if isinstance(error, URLError):
+            said = f"{self.set.kind} cannot be downloaded: {cause_of(error.reason)}"
+            return VdiffError(said, "check the network, or give its folder with --root")
         get = "" if self.set.downloads else "; torchvision cannot download this set: get it from its publisher"
         return VdiffError(f"{self.set.kind} under {self.root}: {cause_of(error)}{get}", "give its folder with --root")
 
@@ -296,6 +300,8 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
         if name in BUILT_IN:
             options.refuse(name, "split", "image_column", "label_column", *OPTIONS_OF_FILES)
             return BUILT_IN[name]()
+        if "://" in name:
+            raise VdiffError(f"{name} is not downloaded by vdiff", "download it, and give the file or folder")
         raise VdiffError(f"{name}: no such file or folder", _nearest(path))
     check_regular(path)
     if is_dataset(path) and not is_lmdb(path):
@@ -303,6 +309,8 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
     for accepts, make in ON_DISK:
         if accepts(path):
             return make(path, options)
+    if path.suffix.lower() in (".zip", ".tar", ".tgz"):
+        raise VdiffError(f"{path} is damaged: not a whole {path.suffix[1:].lower()}", "copy or download it again")
     raise VdiffError(f"{path} is not a folder, zip, tar or dataset", "give a folder of images, or an archive of them")
 
 
