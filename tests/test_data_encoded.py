@@ -100,7 +100,7 @@ def test_shuffled_captions_have_no_embeddings() -> None:
 
 def test_killed_at_any_file_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tree(Path("data/x.encoded"))
-    for number in (0, 1, 3, 5):
+    for number, images in ((0, 0), (1, 4), (3, 9), (5, 9)):
         shutil.rmtree("data/x.encoded")
         write, written = encoded_module.write_whole, []
 
@@ -115,7 +115,8 @@ def test_killed_at_any_file_it_continues(monkeypatch: pytest.MonkeyPatch) -> Non
         with monkeypatch.context() as patch:
             patch.setattr(encoded_module, "write_whole", stop_at)
             stopped = run(f"{ENCODE} --flip")
-        assert (stopped.exit_code, stopped.stderr.splitlines()[-1]) == (130, "interrupted; the same command continues")
+        said = f"interrupted; {images} of 9 images are encoded, the same command continues"
+        assert (stopped.exit_code, stopped.stderr.splitlines()[-1]) == (130, said)
         with pytest.raises(VdiffError, match=r"data/x\.encoded is incomplete: .*; complete it: vdiff data encode"):
             EncodedStore(ImageStore("data/x"))
         before = {path: path.stat().st_mtime_ns for path in Path("data/x.encoded").iterdir()}

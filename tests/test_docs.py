@@ -73,7 +73,7 @@ def test_commands_are_found_and_those_of_the_table_replaced(tmp_path):
     )
     assert [(shown.typed, shown.runs, bool(shown.why)) for shown in commands(page)] == [
         ("python train.py --resume", ["python train.py --resume"], False),
-        ("vdiff report a --open", ["vdiff report checkpoints --evaluate"], True),
+        ("vdiff report a --open", ["vdiff report checkpoints --evaluate --num 64"], True),
         ("torchrun --nproc_per_node 8 train.py", [], True),
     ]
     assert instead("vdiff push a b --private").runs == ["vdiff push a b --private --dry_run"]

@@ -51,6 +51,10 @@ MISTAKES = [
     ("train.py --config nowhere.toml", 2, "nowhere.toml cannot be read: No such file or directory; give --config a TO"),
     ("sample.py --interpolate 3 3", 2, "--interpolate 3 3: the ends are the same image; give two different numbers"),
     ("sample.py --clipped_sampling --sampler heun", 2, "--clipped_sampling and --sampler heun exclude each other; giv"),
+    ("distill.py --steps 4", 2, "unknown option --steps; did you mean '--to_steps'?"),
+    ("sample.py --out x.jpg", 2, "--out x.jpg: no such file is written; give a folder, or FILE.png, .zip, .npz or .l"),
+    ("vdiff data verfy", 2, "unknown command 'verfy'; did you mean 'verify'?; see vdiff data --help"),
+    ("vdiff import sd", 2, "unknown command 'sd'; choose from diffusers, edm, google, "),
     ("vdiff smaple", 2, "unknown command 'smaple'; did you mean 'sample'?"),
     # a model of another place
     ("sample.py --checkpoint checkpoints/photos", 1,
@@ -67,6 +71,7 @@ MISTAKES = [
     # datasets, and runs that exist
     ("train.py --out new", 1, "data/ holds several datasets; choose with --data: data/digits_4, data/photos_4"),
     ("train.py --data photos --out new", 1, "photos is not a dataset: it holds no data.mdb; make one of"),
+    ("train.py --data data/digits_4/data.mdb --out new", 1, "data/digits_4/data.mdb is not a dataset: it is a file o"),
     ("train.py --data data/digits_8 --out new", 1, "data/digits_8: no such dataset; give the folder that prepare_da"),
     ("train.py --name cats", 1, "data/ holds no dataset of the project cats; make one: python prepare_data.py FOLDER_"),
     ("train.py --data data/digits_4 --image_size 8 --out new", 1, "data/digits_4 has no images of size 8; it has 4; "),

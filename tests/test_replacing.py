@@ -8,6 +8,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from filelock import FileLock
 
 from tests.commands import TINY, done, error, tree
 from tests.toy import contents, write_dataset
@@ -115,6 +116,18 @@ def test_one_writer_at_a_time_and_no_lock_is_left(tmp_path):
     with locked(tmp_path / "a" / "b" / "out"):
         assert (tmp_path / "a" / "b").is_dir()
     assert names(tmp_path) == ["new"]
+
+
+def test_an_interruption_while_the_lock_is_taken_leaves_none(tmp_path, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        acquire(*_, **__)
+        raise KeyboardInterrupt
+
+    acquire = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "new" / "out"):
+        raise AssertionError("the block must not run")
+    assert names(tmp_path) == []
 
 
 def test_a_path_that_leads_elsewhere_has_the_lock_of_its_end(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import pytest
 
 from tests.commands import TINY, done
 from tests.programs import Forked, start
+from tests.text_training import write_captioned, write_text_checkpoint
 from tests.toy import write_checkpoint, write_dataset
 from vdiff.cli.options import Command
 from vdiff.signals import stop_requests
@@ -135,6 +136,7 @@ WORK = {
     "sample.py --checkpoint checkpoints/base_5 --num 5000 --batch_size 1 --out new": "new/00001.png",
     "vdiff evaluate checkpoints/base_5 --data data/toy_4 --metrics kd --num 99999 --cache c --out x.json": "*x.json*",
     "vdiff features --data data/digits_8 --num_iters 100000 --out new.pt2": "*new.pt2*",
+    "vdiff data encode data/captioned --base checkpoints/sd --batch_size 1": "data/captioned.encoded/encoded.json",
 }
 """Long work, and a file that is there when it has begun."""
 
@@ -151,6 +153,9 @@ def test_a_second_signal_ends_every_command_and_loses_nothing(tmp_path, monkeypa
         PIL.Image.new("RGB", (512, 512), (k % 256, 0, 0)).save(tmp_path / f"photos/{k}.png")
     if "digits" in line:
         done("prepare_data.py --num_workers 0")
+    if "encode" in line:
+        write_captioned(Path("data/captioned"), count=300)
+        write_text_checkpoint(Path("checkpoints/sd"), "sd15")
     program = start(line, tmp_path)
     wait_until(lambda: program.returncode is not None or list(tmp_path.glob(WORK[line])))
     assert program.returncode is None, program.communicate(1)
@@ -163,3 +168,6 @@ def test_a_second_signal_ends_every_command_and_loses_nothing(tmp_path, monkeypa
     assert "Traceback" not in stderr
     if line.startswith("prepare"):
         assert "300 images" in done(line).stdout
+    if "encode" in line:
+        assert "0 of 300 images are encoded, the same command continues" in stderr
+        assert "300 images encoded" in done(line).stdout

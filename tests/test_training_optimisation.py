@@ -24,10 +24,10 @@ from vdiff.errors import Interrupted, OptionError
 from vdiff.models.denoiser import Denoiser
 from vdiff.models.unet import UNet
 from vdiff.models.unet_config import UNetConfig
-from vdiff.training.config import LR_SCHEDULES, TrainConfig, resolve
+from vdiff.training.config import LR_SCHEDULES, PACKAGES, TrainConfig, resolve
 from vdiff.training.engine import build_engine
 from vdiff.training.loop import metrics_of
-from vdiff.training.optimisation import LIBRARIES, build_optimizer, learning_rate
+from vdiff.training.optimisation import build_optimizer, learning_rate
 from vdiff.training.presets import read_preset
 from vdiff.training.step import TrainStep
 
@@ -94,7 +94,7 @@ def test_the_optimiser_is_the_paper_s():
 @pytest.mark.parametrize("name", ["adafactor", "prodigy", "adamw8bit"])
 def test_other_optimisers_are_those_of_their_libraries_and_resume_with_the_same_bits(tmp_path, name):
     """The weights after each update are those of the library's optimiser, which gets the same gradients."""
-    pytest.importorskip(LIBRARIES[name][0])
+    pytest.importorskip(PACKAGES[name][0])
     config = train_config(
         write_dataset(tmp_path / "data"), optimizer=name, lr=0.5, weight_decay=0.1, ema=0.0, warmup_iters=0
     )
@@ -133,7 +133,7 @@ def test_other_optimisers_are_those_of_their_libraries_and_resume_with_the_same_
 
 def test_an_optimiser_without_its_library_or_with_fsdp_is_refused(tmp_path, monkeypatch):
     config = train_config(tmp_path, optimizer="prodigy")
-    monkeypatch.setattr("vdiff.training.optimisation.find_spec", lambda _: None)
+    monkeypatch.setattr("vdiff.training.config.find_spec", lambda _: None)
     with pytest.raises(OptionError, match=r"--optimizer prodigy needs prodigyopt, which is not installed; pip install"):
         build_engine(config)
     with pytest.raises(OptionError, match="--fsdp shards the moments of adamw alone"):

@@ -14,9 +14,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vdiff.errors import VdiffError
 from vdiff.files import fsync, make_folder, read_text, refusal, remove, write_text, writing
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MARK = r"(?:\d+|[0-9a-f]{32})"
 INNER = re.compile(rf"\.(.+?)(?:\.{MARK})?\.tmp")
@@ -66,7 +70,7 @@ def locked(path: Path, *beside: Path, kind: Kind | None = None, mine: bool = Tru
     if not mine:
         yield
         return
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     whole = path.resolve()
     if not whole.name:
@@ -77,9 +81,30 @@ def locked(path: Path, *beside: Path, kind: Kind | None = None, mine: bool = Tru
         place = Path(tempfile.gettempdir()) / f"vdiff-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}.lock"
     lock = FileLock(place)
     try:
+        _acquire(lock, path)
+        for each in (whole, *beside):
+            _sweep(each)
+        if kind is not None:
+            sweep_inside(whole, kind)
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                place.unlink()
+            lock.release()
+        for parent in made:
+            with contextlib.suppress(OSError):  # it is in use
+                parent.rmdir()
+
+
+def _acquire(lock: FileLock, path: Path) -> None:
+    """Take the lock of `path`, see `locked`."""
+    from filelock import Timeout
+
+    try:
         with contextlib.suppress(FileExistsError):
-            whole.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()  # fails at once if it cannot be written; a lock would wait
+            path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()  # fails at once if it cannot be written; a lock would wait
         while True:
             lock.acquire(blocking=False)
             descriptor = lock._context.lock_file_fd
@@ -90,19 +115,6 @@ def locked(path: Path, *beside: Path, kind: Kind | None = None, mine: bool = Tru
         raise VdiffError(f"another process is writing {path}", "wait for it, or choose another place") from None
     except OSError as error:
         raise refusal(path, error) from None
-    try:
-        for each in (whole, *beside):
-            _sweep(each)
-        if kind is not None:
-            sweep_inside(whole, kind)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            place.unlink()
-        lock.release()
-        for parent in made:
-            with contextlib.suppress(OSError):  # it is in use
-                parent.rmdir()
 
 
 def _sweep(path: Path) -> None:

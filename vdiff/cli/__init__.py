@@ -33,4 +33,5 @@ if missing := [name for name in ("click", "msgspec", "rich") if find_spec(name) 
 
 # messages of libraries in a terminal that no user of vdiff can act on
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing kernel for 4 bits, when peft imports it
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA compiler without a GPU, when compiling
 warnings.filterwarnings("ignore", r"Dynamo detected a call to a `functools\.lru_cache`", UserWarning)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vdiff.sampling.spec import SampleSpec
 
 SUFFIXES = {"png": "", "zip": ".zip", "npz": ".npz", "lmdb": ".lmdb", "wav": "", "flac": ""}
+NO_FOLDERS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp4")
+"""Suffixes with which nobody names a folder."""
 
 
 def guidance_options(group: str) -> Callable[[Any], Any]:
@@ -168,8 +170,10 @@ def image_format(out: Path | None, asked: str | None) -> str:
     """The format from --format or from the name of the output; empty if neither gives one.
 
     Raises:
-        OptionError: the two contradict each other.
+        OptionError: the two contradict each other, or the name is that of a file of another kind.
     """
+    if out and out.suffix.lower() in NO_FOLDERS and not out.is_dir():
+        raise OptionError(f"--out {out}: no such file is written", "give a folder, or FILE.png, .zip, .npz or .lmdb")
     of_suffix = {".png": "png"} | {suffix: form for form, suffix in SUFFIXES.items() if suffix}
     said = of_suffix.get(out.suffix.lower()) if out else None
     if asked and said and asked != said:

@@ -7,8 +7,7 @@ import importlib
 import click
 
 import vdiff
-from vdiff.cli.options import CONTEXT, Program
-from vdiff.errors import suggestion
+from vdiff.cli.options import CONTEXT, ProgramGroup
 
 COMMANDS = {
     "prepare": ("vdiff.cli.prepare", "Turn images into an LMDB dataset."),
@@ -29,7 +28,7 @@ COMMANDS = {
 }
 
 
-class LazyGroup(Program, click.Group):
+class LazyGroup(ProgramGroup):
     """A group that imports a subcommand only when it runs, so that `--help` is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -44,14 +43,6 @@ class LazyGroup(Program, click.Group):
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the subcommand; the error about an unknown name has a suggestion."""
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"unknown command {args[0]!r}; {suggestion(args[0], COMMANDS)}", ctx)
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands without importing them."""

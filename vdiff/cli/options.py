@@ -36,6 +36,7 @@ CONTEXT = {
 NUM, OLD_NUM = ("--num", "-n"), ["--num_images"]
 """torchrun rejects a word after the script that abbreviates two of its own options, such as --num."""
 ELSEWHERE = {
+    "to_steps": "steps num_steps",
     "num_iters": "epochs num_epochs num_train_epochs iterations steps max_train_steps",
     "num_timesteps": "num_inference_steps sampling_steps ddpm_num_steps steps",
     "num": "num_samples samples",
@@ -158,6 +159,15 @@ class Command(Program):
 
 class ProgramGroup(Program, click.Group):
     """A group of commands that report failures as one line and an exit code."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand; the error about an unknown name has a suggestion."""
+        names = self.list_commands(ctx)
+        if args[0] not in names and not args[0].startswith("-"):
+            raise click.UsageError(f"unknown command {args[0]!r}; {suggestion(args[0], names)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands, each with its whole first sentence."""

@@ -16,7 +16,7 @@ from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.errors import OptionError
 from vdiff.settings import COMMAND_LINE, DATA, MACHINE, MODEL, OPTIMISATION, RECORDS, choices_of, parameters, value_type
-from vdiff.training.config import Config, DistillConfig, LoopConfig, resolve, settings_of
+from vdiff.training.config import Config, DistillConfig, LoopConfig, check_packages, resolve, settings_of
 from vdiff.training.presets import DISTILLING, FINE_TUNING, PRESETS, Settings, read_preset, read_settings
 
 config_option = option(
@@ -135,7 +135,7 @@ def check_early(kind: type[Config], flags: Mapping[str, Any], file: Path | None)
     """Find mistakes in settings before torch is imported, which takes seconds.
 
     Raises:
-        OptionError: a preset, a file or a value cannot be used, or settings contradict each other.
+        OptionError: a preset, a file, a value or a package cannot be used, or settings contradict each other.
     """
     own, name = (
         read_settings(file) if file else Settings({}, {}),
@@ -143,7 +143,7 @@ def check_early(kind: type[Config], flags: Mapping[str, Any], file: Path | None)
     )
     settings = getattr(own, name)
     preset = read_preset(str(flags.get("preset") or settings.get("preset") or "toy"))  # toy, until a preset is chosen
-    resolve(kind, {"preset": getattr(preset, name), str(file): settings, COMMAND_LINE: flags})
+    check_packages(resolve(kind, {"preset": getattr(preset, name), str(file): settings, COMMAND_LINE: flags}))
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,12 @@ def encode_dataset(
     from safetensors.torch import save_file
 
     folder, texts = encoded_folder(store), texts_of(store)
-    with locked(folder, kind=ENCODED), stop_explained(lambda word: f"{word}; the same command continues"):
+
+    def explain(word: str) -> str:
+        done = min(len(list(folder.glob("latents-*"))) * IMAGES_PER_FILE, len(store))
+        return f"{word}; {done} of {len(store)} images are encoded, the same command continues"
+
+    with locked(folder, kind=ENCODED), stop_explained(explain):
         if (folder / RECORD).is_file() and not overwrite:
             before = asdict(read_record(folder / RECORD, EncodedKey, ENCODE_AGAIN))
             hint = "prepare the images under another --name to keep both, or give --overwrite"

@@ -367,6 +367,8 @@ class ImageStore(StoredImages):
                 raise VdiffError(f"{path}: no such dataset", "give the folder that prepare_data.py wrote (--data)")
             if not is_lmdb(path):
                 what, hint = f"it holds no {DATA_FILE}", "make one of your images: python prepare_data.py PATH"
+                if path.name == DATA_FILE:
+                    what, hint = "it is a file of one", f"give its folder, {path.parent}"
                 raise VdiffError(f"{path} is not a dataset: {what}", hint)
             self._file = LmdbFile(path / DATA_FILE, PREPARE_AGAIN)
         return self._file

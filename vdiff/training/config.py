@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from vdiff.data.captions import CaptionSettings
@@ -40,6 +41,14 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PACKAGES = {
+    "adamw8bit": ("bitsandbytes", "vdiff[optimizers]"),
+    "adafactor": ("transformers", "vdiff[text]"),
+    "prodigy": ("prodigyopt", "vdiff[optimizers]"),
+    "wandb": ("wandb", "vdiff[wandb]"),
+    "mlflow": ("mlflow", "vdiff[mlflow]"),
+}
+"""An optimiser or a tracker → the package that has it, and what installs that."""
 TIMES = ("uniform", "importance")
 ADAMW = "adamw"
 FLOATS_PER_WEIGHT = {ADAMW: 2.0, "adamw8bit": 0.5, "adafactor": 0.0, "prodigy": 4.0}
@@ -576,6 +585,18 @@ def values_of(config: LoopConfig) -> dict[str, Any]:
     """The settings by name, as `settings_of` has them."""
     values = asdict(config)
     return values | values.pop("method_settings", {})
+
+
+def check_packages(config: LoopConfig) -> None:
+    """Refuse an optimiser or a tracker whose package is not installed.
+
+    Raises:
+        OptionError: it names the command that installs it.
+    """
+    for flag, value in [("optimizer", config.optimizer), ("tracker", config.tracker)]:
+        package, extra = PACKAGES.get(value, ("", ""))
+        if package and find_spec(package) is None:
+            raise OptionError(f"--{flag} {value} needs {package}, which is not installed", f"pip install '{extra}'")
 
 
 def resolve(kind: type[Config], layers: Mapping[str, Mapping[str, Any]]) -> Config:

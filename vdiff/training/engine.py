@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from vdiff.distributed import Processes, leave_at_exit, pick_device
 from vdiff.errors import OptionError
 from vdiff.models.denoiser import Denoiser
-from vdiff.training.config import LoopConfig
-from vdiff.training.optimisation import check_optimizer
+from vdiff.training.config import LoopConfig, check_packages
 from vdiff.training.weights import is_sharded
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -116,7 +115,7 @@ def build_engine(config: LoopConfig) -> Engine:
     Raises:
         OptionError: device, precision or optimiser is not available, or the batch or the weights cannot be shared.
     """
-    check_optimizer(config)
+    check_packages(config)
     picked = pick_device(config.device).type
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -6,24 +6,16 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vdiff.errors import OptionError
 from vdiff.models.checkpoint import TEXT_ENCODERS
-from vdiff.training.config import LR_SCHEDULES, LoopConfig
+from vdiff.training.config import LR_SCHEDULES, LoopConfig, check_packages
 from vdiff.training.weights import like, trainable, whole
 
 BETAS = (0.9, 0.999)
-LIBRARIES = {
-    "adamw8bit": ("bitsandbytes", "vdiff[optimizers]"),
-    "adafactor": ("transformers", "vdiff[text]"),
-    "prodigy": ("prodigyopt", "vdiff[optimizers]"),
-}
-"""Name of an optimiser → the library that has it, and what installs that."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Tensors of AdamW for each weight."""
 
@@ -32,19 +24,6 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     """The learning rate of update `step` (from 0): warm-up × schedule × `lr`."""
     warmup = min(1.0, (step + 1) / config.warmup_iters) if config.warmup_iters else 1.0
     return config.lr * warmup * LR_SCHEDULES[config.lr_schedule](step / config.num_iters)
-
-
-def check_optimizer(config: LoopConfig) -> None:
-    """Refuse an optimiser whose library is not installed.
-
-    Raises:
-        OptionError: it names the command that installs it.
-    """
-    library, extra = LIBRARIES.get(config.optimizer, ("torch", ""))
-    if find_spec(library) is None:
-        raise OptionError(
-            f"--optimizer {config.optimizer} needs {library}, which is not installed", f"pip install '{extra}'"
-        )
 
 
 def build_optimizer(network: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
@@ -57,7 +36,7 @@ def build_optimizer(network: nn.Module, config: LoopConfig) -> torch.optim.Optim
     Raises:
         OptionError: its library is not installed.
     """
-    check_optimizer(config)
+    check_packages(config)
     learning = trainable(network)
     of_text = [weight for name, weight in learning.items() if name.startswith(f"{TEXT_ENCODERS}.")]
     others = [weight for name, weight in learning.items() if not name.startswith(f"{TEXT_ENCODERS}.")]

@@ -41,7 +41,7 @@ class RunLog:
         step: the first update. TensorBoard drops values after it; the other trackers continue the run of that name.
 
     Raises:
-        OptionError: the tracker's package is not installed, or the tracker does not start.
+        OptionError: the tracker does not start.
     """
 
     def __init__(self, folder: Path, tracker: str, *, step: int, reporter: Reporter) -> None:
@@ -91,9 +91,6 @@ def _tracker_of(tracker: str, folder: Path, step: int) -> Any:
         make_folder(folder / LOG_FOLDER)
         return tracking.TensorBoardTracker(LOG_FOLDER, logging_dir=folder, purge_step=step + 1)
     name = folder.resolve().name
-    available = {"wandb": tracking.is_wandb_available, "mlflow": tracking.is_mlflow_available}
-    if not available[tracker]():
-        raise OptionError(f"--tracker {tracker}: the package is not installed", f"pip install {tracker}")
     if tracker == "wandb":
         return tracking.WandBTracker("vdiff", name=name, id=name, resume="allow")
     return tracking.MLflowTracker("vdiff", run_name=name)
