@@ -347,7 +347,7 @@ def test_a_teacher_that_began_with_fewer_steps_has_two_lines(root, tmp_path):
         ("original", 4, True, 2.5, 0.07, 2.5),
         ("base_0", 4, False, 2.0, 0.031, 0.25),
     ]
-    assert "in 3 stages, starting at 4 steps, into one" in " ".join(summary(ladder, distances_of(ladder)))
+    assert "in 3 stages, starting at 4 steps, into a model" in " ".join(summary(ladder, distances_of(ladder)))
     assert "unknown" not in " ".join(summary(ladder, distances_of(ladder)))
     assert summary(ladder, Distances())[-1].startswith("Whether it worked is unknown")
     assert stage_table(ladder, distances_of(ladder)).rows[1][:3] == ["original", "in fewer steps", "4"]
