@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
+import signal
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.commands import ROOT, run
+from tests.programs import start
+from tests.test_signals import wait_until
 from vdiff.cli import doctor, self_test
 
 ERROR = "raise ImportError('libcudart.so.13: cannot open shared object file')"
@@ -74,6 +78,20 @@ def test_what_does_not_end_is_ended(tmp_path, monkeypatch):
     pretend(tmp_path, monkeypatch, torch="import time\ntime.sleep(600)")
     monkeypatch.setattr(doctor, "PATIENCE", 1)
     broken(1, "torch: did not end in 1 s", "python -m pip install --force-reinstall torch")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_signal_ends_the_self_test_too(tmp_path, monkeypatch):
+    extras(monkeypatch)
+    source = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)"
+    pretend(tmp_path, monkeypatch, torch=source)
+    program = start("vdiff doctor", tmp_path)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    program.send_signal(signal.SIGTERM)
+    _, stderr = program.communicate(timeout=60)
+    assert (program.returncode, stderr) == (143, "terminated\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.mark.slow

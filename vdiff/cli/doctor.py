@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -58,10 +59,10 @@ def command() -> int:
     """
     problems: list[str] = []
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        trying = start("machine", folder)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        trying = start(processes, "machine", folder)
         installed = {name: names for name, (names, _) in EXTRAS.items() if all(map(version_of, names))}
-        importing = start("libraries", *(name for names in installed.values() for name in names))
+        importing = start(processes, "libraries", *(name for names in installed.values() for name in names))
         show("vdiff", f"{vdiff.__version__}, {Path(vdiff.__file__).parent}")
         show("python", f"{platform.python_version()}, {sys.executable}")
         show("system", f"{platform.platform()}, {platform.machine()}, {cpu_cores()} CPU cores")
@@ -178,12 +179,15 @@ def numbers(version: str) -> list[int]:
     return [int(part) for part in re.match(r"[\d.]*", version)[0].strip(".").split(".") if part]  # type: ignore[index]
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    """Start the self-test's process, which a broken library may kill."""
-    return subprocess.Popen(
+def start(stack: ExitStack, *words: str) -> subprocess.Popen[str]:
+    """Start the self-test's process, which a broken library may kill, and which ends with `stack`."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "vdiff.cli.self_test", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path()},
     )  # fmt: skip
+    stack.enter_context(process)
+    stack.callback(process.kill)
+    return process
 
 
 def path() -> str:

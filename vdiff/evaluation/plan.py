@@ -305,7 +305,7 @@ def notes_for(
     enough = EXTRAPOLATED_FROM * features.dim
     if "fd" in metrics and n < UNBIASED_FROM:
         others = [f"{kd}, which has no bias" if "kd" in metrics else "", f"{fd}_inf" if n >= enough else ""]
-        instead = " or ".join(filter(None, others)) or f"--metrics {kd}"
+        instead = ", or ".join(filter(None, others)) or f"--metrics {kd}"
         notes.append(
             f"n = {n:,} is below {UNBIASED_FROM:,}: {fd}@{n} is biased upwards; compare it only at equal n, or use "
             f"{instead}."
