@@ -455,7 +455,11 @@ class DistillConfig(LoopConfig):
         "Steps of the teacher and of each student, such as 1024,32,1, instead of --to_steps.",
         group=MODEL, default="", unit="STEPS", shown="by method",
     )  # fmt: skip
-    method: str = setting("Distillation method.", group=MODEL, default="progressive", choices=METHODS)
+    method: str = setting(
+        "Distillation method. progressive gives a student of each number of steps. For one step alone, tract was better "
+        "after short trainings; trajectory needs no images.",
+        group=MODEL, default="progressive", choices=METHODS,
+    )  # fmt: skip
     guidance_scale: float | None = setting(
         "Scale of the teacher's classifier-free guidance, w + 1. The first student with fewer steps learns the guided "
         "prediction, so the students need no guidance.",
