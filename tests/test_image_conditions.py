@@ -529,7 +529,7 @@ def test_one_sample_is_drawn_from_each_condition_image(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        ("", "--condition: this model draws an image from a condition image, and there is none; give a folder of them"),
+        ("", "--condition: this model needs condition images, and none are given; give a folder of them"),
         ("--condition nowhere", "--condition nowhere is not a folder"),
         ("--condition checkpoints", "--condition checkpoints holds no images"),
         ("--condition twice", "twice holds two images whose samples would be called x.png; rename one of them"),
@@ -553,7 +553,7 @@ def test_conditions_that_cannot_be_drawn_from_are_refused(trained, monkeypatch, 
 
 def test_python_refuses_conditions_of_another_shape(trained):
     model = vdiff.load(trained / "checkpoints/original", device="cpu")
-    with pytest.raises(VdiffError, match="draws an image from a condition image, and there is none"):
+    with pytest.raises(VdiffError, match="needs condition images, and none are given"):
         model.sample(2)
     with pytest.raises(ValueError, match=r"condition images of shape \(2, 1, 8, 8\); need \(N, 1, 4, 4\)"):
         model.sample(condition=torch.zeros(2, 1, 8, 8))

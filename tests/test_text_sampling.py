@@ -193,7 +193,7 @@ def test_another_autoencoder_and_moved_parts_may_be_pointed_to(tmp_path, monkeyp
 
 
 BAD = [
-    ("--checkpoint sd15", 2, "--prompt: this model draws what a prompt says, and there is none"),
+    ("--checkpoint sd15", 2, "--prompt: this is a text-to-image model, and no prompt is given"),
     ("--checkpoint sd15 --prompt a --prompts file", 2, "--prompt and --prompts exclude each other"),
     ("--checkpoint sd15 --prompts nowhere", 2, "--prompts nowhere cannot be read"),
     ("--checkpoint sd15 --prompts binary", 2, "--prompts binary cannot be read: it is not UTF-8 text"),

@@ -118,6 +118,6 @@ def test_a_page_of_a_dit_is_served_with_its_classes():
     [due] = api.load("dit").sample(1, steps=2, seed=3, classes=[7])
     assert due.std() > 0.01
     assert (found - (due + 1) * 127.5).abs().max() <= 0.51
-    assert "dit draws latents by classes, which a page does not; use `vdiff serve`" in error(
+    assert "dit generates latents from classes, which a page does not support; use `vdiff serve`" in error(
         "vdiff export web dit page --num_timesteps 2", 1
     )

@@ -160,7 +160,7 @@ def measure_quality(
 ) -> Quality | None:
     """The quality of a model, from few samples in few steps; cached in its folder until its weights change.
 
-    A text-to-image model draws captions of the data.
+    A text-to-image model uses captions of the data as prompts.
 
     Args:
         budget: how many network evaluations this may use.

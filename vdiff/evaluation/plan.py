@@ -56,7 +56,7 @@ class EvalPlan:
             this number of steps (None: its own).
         guidance: the weight w of classifier-free guidance; None: each model's default, as in sample.py.
         batch_size: images in a batch of each process; None: 64, and 4 for a latent model.
-        prompts: text-to-image models draw them in turn; empty: the captions of the data, in random order.
+        prompts: text-to-image models take them in turn; empty: the captions of the data, in random order.
         negative_prompt: guidance moves away from it.
         components, vae: see `Prompting.read`.
         clip: the folder of a CLIP model, see `ClipScore`; it scores pictures and prompts.
@@ -169,7 +169,7 @@ def check_plan(
     """Check that a plan is possible with these models, data and features; returns its metrics.
 
     Args:
-        channels: of the images that the models draw.
+        channels: of the images that the models generate.
 
     Raises:
         VdiffError: the data are of other channels, have too few images, or have no captions for a text-to-image model.

@@ -101,7 +101,7 @@ def check_prompts(config: CheckpointConfig, prompts: Sequence[str], negative_pro
     """
     takes_text = TOKENS in config.signature.names
     if takes_text and not prompts:
-        raise VdiffError("this model draws what a prompt says, and there is none", 'give one, such as "a red fox"')
+        raise VdiffError("this is a text-to-image model, and no prompt is given", 'give one, such as "a red fox"')
     if not takes_text and (prompts or negative_prompt):
         raise VdiffError("this model takes no prompts", "leave it out, or import a text-to-image model")
 
@@ -127,7 +127,7 @@ def check_condition(config: CheckpointConfig, *, is_given: bool) -> None:
     """
     takes_image = IMAGE in config.signature.names
     if takes_image and not is_given:
-        raise VdiffError("this model draws an image from a condition image, and there is none", "give a folder of them")
+        raise VdiffError("this model needs condition images, and none are given", "give a folder of them")
     if is_given and not takes_image:
         raise VdiffError("this model takes no condition images", "leave it out")
 
@@ -143,7 +143,9 @@ def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, An
     limits = [key for key in ("clipping_value", "threshold") if options.get(key) is not None]
     if config.codec == LATENTS.name and (name == "clipped" or limits):
         what = limits[0] if limits else "the sampler clipped"
-        raise VdiffError(f"{what} is for pixels, and this model draws latents, which have no bounds", "leave it out")
+        raise VdiffError(
+            f"{what} is for pixels, and this model generates latents, which have no bounds", "leave it out"
+        )
     return {**({"clipping_value": None} if "clipping_value" in sampler_fields(name) else {}), **options}
 
 

@@ -62,7 +62,7 @@ def compare(
     prompts: SamplePrompts | None = None,
     conditions: Conditions = classes_in_turn,
 ) -> list[LadderRow]:
-    """Draw images 0, 1, 2, … of `seed` with every model of a ladder; save picture and table with the last student.
+    """Generate images 0, 1, 2, … of `seed` with every model of a ladder; save picture and table with the last student.
 
     If the ladder starts below the teacher's own number of steps, the teacher samples in both (`MOST_STEPS`).
 

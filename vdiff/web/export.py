@@ -110,7 +110,9 @@ def export_web(
         denoiser, config = load_checkpoint(path, components=components)
         takes_prompts = TOKENS in config.signature.names
         if config.codec == LATENTS.name and not takes_prompts:
-            raise VdiffError(f"{path} draws latents by classes, which a page does not", "use `vdiff serve`")
+            raise VdiffError(
+                f"{path} generates latents from classes, which a page does not support", "use `vdiff serve`"
+            )
         if takes_prompts:
             check_text(path, denoiser, config)
         check_exportable(denoiser, PROMPTED if takes_prompts else (CLASSES, GUIDANCE))

@@ -224,7 +224,7 @@ def load_server(
     """A server of checkpoints; its arguments are those of `vdiff serve`.
 
     Raises:
-        VdiffError: a model draws no pictures, or this machine cannot load it.
+        VdiffError: a model generates no pictures, or this machine cannot load it.
         OptionError: models do not belong on one page, or the number of steps does not fit.
     """
     pages = [page_model(path, read_config(path), num_timesteps) for path in checkpoints]

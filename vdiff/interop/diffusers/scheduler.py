@@ -246,7 +246,7 @@ def remarks(file: JsonFile, *, latents: bool = False) -> list[str]:
     """A sentence for each reason why a pipeline with this configuration draws other images than vdiff.
 
     Args:
-        latents: it draws latents, which vdiff never clips.
+        latents: it generates latents, which vdiff never clips.
 
     Raises:
         VdiffError: diffusers does not know a value, or vdiff does not support it; names the file and the key.
