@@ -1,7 +1,8 @@
 """Models of other repositories: outputs of their own code, for weights and inputs that a formula gives.
 
 `teachers/*.json` was written outside of this project, by the model code of the repository that each file names. A file
-holds the names and shapes of its weights and what its model answers, so no weights are stored.
+holds the names and shapes of its weights, as a tree by the parts of their names, and what its model answers, so no
+weights are stored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,18 @@ FOLDER = Path(__file__).parent / "teachers"
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """What `teachers/NAME.json` holds."""
+    """What `teachers/NAME.json` holds, with its `shapes` as name → shape."""
     values: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return values
+    return {**values, "shapes": dict(_leaves(values["shapes"], ""))}
+
+
+def _leaves(tree: dict[str, Any], before: str) -> Iterator[tuple[str, list[int]]]:
+    """{"enc.": {"conv.": {"weight": [8]}}} → ("enc.conv.weight", [8])."""
+    for part, below in tree.items():
+        if isinstance(below, dict):
+            yield from _leaves(below, before + part)
+        else:
+            yield before + part, below
 
 
 def numbers(name: str, shape: Sequence[int]) -> np.ndarray:

@@ -355,7 +355,7 @@ def test_a_missing_library_is_named_in_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(VdiffError, match="one of diffusers, which is not installed; pip install diffusers"):
         build_network("diffusers", config)
-    assert set(BUILD) == {"unet", "song", "edm2", "lucidrains", "diffusers", "text", "python"}
+    assert set(BUILD) == {"unet", "song", "edm2", "lucidrains", "image_v1", "diffusers", "text", "python"}
 
 
 def test_samples_that_are_no_pictures_have_no_bounds():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.toy import (
     write_dataset,
 )
 from vdiff import api
+from vdiff.cli.inspect import approximated, described, facts
 from vdiff.diffusion.distillation import METHODS
 from vdiff.diffusion.parameterisation import Edm, Flow, Vp, normal_angles
 from vdiff.diffusion.schedules import (
@@ -34,6 +36,7 @@ from vdiff.diffusion.schedules import (
     VpSdeSchedule,
 )
 from vdiff.errors import OptionError, VdiffError
+from vdiff.interop.foreign import NO_VARIANCE
 from vdiff.interop.graphs import GraphOptions, export_torch
 from vdiff.interop.onnx import export_onnx
 from vdiff.models.checkpoint import CONFIG, load_checkpoint, read_config
@@ -208,6 +211,34 @@ def test_commands_take_a_model_of_each_family(family, data, tmp_path):
         f"vdiff evaluate {folder} --data {data} --num_images 16 --num_timesteps 4 --metrics kd "
         f"--out {tmp_path / 'evaluation.json'}"
     )
+
+
+NOISE_ALONE = "samples start from noise alone, without the part alpha = {} of an image at t = 1"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (FAMILIES["edm"], [NOISE_ALONE.format(0.012)]),
+        (FAMILIES["ve"], [NOISE_ALONE.format(0.02)]),
+        (FAMILIES["flow"], []),
+        (
+            {"schedule": LinearSchedule(1000).to_dict(), "prediction": "eps"},
+            [NOISE_ALONE.format(0.0064), "between its 1,000 noise levels, angles are interpolated"],
+        ),
+        ({"schedule": LinearSchedule(1000, zero_snr=True).to_dict(), "prediction": "v", "method": "progressive"}, []),
+    ],
+)
+def test_inspect_says_what_is_approximated(model, words, tmp_path):
+    write_checkpoint(tmp_path, **model)
+    values = facts(tmp_path)
+    assert values["approximated"] == words
+    assert described(values)["approximated"] == ("; ".join(words) or "nothing")
+    config = read_config(tmp_path)
+    transformer = {"kind": "diffusers", "config": {"drops_variance": True}}
+    assert approximated(replace(config, unet={}, backbone=transformer)) == [NO_VARIANCE, *words]
+    student = replace(config, teacher={"teacher": {**config.to_dict(), "approximated": ["dropout"]}})
+    assert approximated(student) == ["dropout", *words]
 
 
 @pytest.mark.parametrize(

@@ -515,7 +515,9 @@ def test_what_an_imported_model_says_of_itself(place, tmp_path):
 
 def test_differences_in_sampling_are_told(place, tmp_path):
     def told(name: str) -> list[str]:
-        return import_pipeline(str(place / "theirs" / name), tmp_path / name).remarks
+        said = import_pipeline(str(place / "theirs" / name), tmp_path / name).remarks
+        assert read_config(tmp_path / name).approximated == said
+        return said
 
     leading = "its timesteps are leading, vdiff's are trailing: they agree only at {} steps"
     assert told("ddpm-celebahq-256") == [leading.format(1000)]

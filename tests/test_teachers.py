@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.commands import done, error
+from tests.commands import ROOT, done, error, run
 from tests.teacher_files import decoded, numbers, recorded, weight, weights_of
 from tests.toy import SIZE, write_dataset
 from vdiff import api
+from vdiff.interop.foreign import NO_AUGMENTATION, NO_DROPOUT, NO_VARIANCE
 from vdiff.interop.graphs import GraphOptions, export_torch
 from vdiff.interop.onnx import export_onnx
 from vdiff.interop.teachers.edm import import_edm
 from vdiff.interop.teachers.google import import_google
+from vdiff.interop.teachers.k_diffusion import import_k_diffusion
 from vdiff.interop.teachers.lucidrains import import_lucidrains
 from vdiff.interop.teachers.openai import KNOWN, _unet_config, _values, import_openai
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
@@ -72,6 +77,56 @@ def test_networks_of_edm_denoise_as_edms_own_code(name, suffix, tmp_path):
         with torch.no_grad():
             found = denoiser(z, denoiser.schedule.time(level.atan()), denoiser.condition(classes=classes)).x
         assert_near(found, decoded(call))
+
+
+K_DIFFUSION = ("k_diffusion_image_v1", "k_diffusion_patches")
+
+
+def k_diffusion_state(name: str) -> dict[str, Tensor]:
+    """The state dict, with the filters that it holds: (1, 3, 3, 1)/8 for each axis, four times that to enlarge."""
+    values, taps = recorded(name), torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    kernels = {key: taps[:, None] * taps * (4 if "u_blocks" in key else 1) for key in values["filters"]}
+    return weights_of(values["shapes"]) | kernels
+
+
+def write_k_diffusion(folder: Path, name: str, layout: str, **changes: Any) -> Path:
+    """A file of its train.py (pth) or convert_for_inference.py (safetensors), or a state dict and its JSON (pt)."""
+    state, config = k_diffusion_state(name), recorded(name)["config"]
+    config = {**config, "model": {**config["model"], **changes}}
+    path = folder / f"{name}.{layout}"
+    if layout == "safetensors":
+        save_file(state, path, metadata={"config": json.dumps(config)})
+        return path
+    if layout == "pt":
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        torch.save(state, path)
+        return path
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"betas": (0.9, 0.99), "foreach": None}]}
+    raw = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    whole = {"config": config, "model": raw, "model_ema": state, "opt": optimizer, "epoch": 1, "gns_stats": None}
+    torch.save(whole, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["pth", "safetensors", "pt"])
+@pytest.mark.parametrize("name", K_DIFFUSION)
+def test_networks_of_k_diffusion_denoise_as_their_own_code(name, layout, tmp_path):
+    made = import_k_diffusion(write_k_diffusion(tmp_path, name, layout), tmp_path / "out")
+    denoiser, config = load_checkpoint(tmp_path / "out")
+    model = recorded(name)["config"]["model"]
+    assert config.shape == (model["input_channels"], *model["input_size"])
+    assert [math.tan(end) for end in denoiser.schedule.ends] == pytest.approx([model["sigma_min"], model["sigma_max"]])
+    assert (NO_VARIANCE in made.approximated, NO_AUGMENTATION in made.approximated) == (
+        model["has_variance"],
+        model["augment_wrapper"],
+    )
+    calls = recorded(name)["calls"]
+    assert len(calls) >= 2
+    for call in calls:
+        level = torch.tensor(call["sigma"], dtype=torch.float64)
+        z = 2 * torch.from_numpy(numbers("input", call["shape"]))
+        with torch.no_grad():
+            assert_near(denoiser(z, denoiser.schedule.time(level.atan())).x, decoded(call))
 
 
 def flags_of(values: dict[str, Any]) -> str:
@@ -265,6 +320,59 @@ def test_a_network_of_edm2_is_inspected_drawn_and_distilled_as_typed(tmp_path, m
     assert "no layer of the network is called so" in said
 
 
+def test_a_network_of_k_diffusion_is_inspected_drawn_and_distilled_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_k_diffusion(tmp_path, "k_diffusion_image_v1", "pth")
+    said = done(f"vdiff import k-diffusion {path.name} --out checkpoints/k").output
+    assert NO_DROPOUT in said
+    assert NO_AUGMENTATION in said
+    rows = done("vdiff inspect checkpoints/k").stdout
+    for words in ("image_v1 of k-diffusion, widths 32, 64, 128", "sigma/alpha from 0.01 to 80", NO_AUGMENTATION):
+        assert words in rows
+    done("sample.py --checkpoint checkpoints/k --num 2 --num_timesteps 3 --out drawn")
+    write_dataset(Path("data/toy_8"), size=8, channels=3)
+    for more in ("", " --lora_rank 2 --overwrite"):
+        done(f"distill.py --base checkpoints/k {FAST} --teacher_steps 4 --to_steps 1{more}")
+        last = project_models(Path("checkpoints"))
+        assert (last.kind, last.num_timesteps, last.prediction) == ("image_v1", 1, "edm")
+    said = json.loads(
+        done(f"vdiff inspect checkpoints/{min(p.name for p in Path('checkpoints').glob('base_*'))} --json").stdout
+    )
+    assert NO_AUGMENTATION in said["approximated"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "words"),
+    [
+        ("pth", {"type": "image_transformer_v2"}, "type is 'image_transformer_v2'; only image_v1"),
+        ("pt", {"unet_cond_dim": 4}, "unet_cond_dim is 4; only image_v1 without conditions can be read"),
+        ("safetensors", {"skip_stages": 1}, "skip_stages is 1"),
+        ("pth", {"depths": [1, 2]}, "must be of one length"),
+        ("pth", {"depths": [1, 2, 2]}, "lacks u_net.d_blocks.2.3.main.0.mapper.bias"),
+        ("pth", {"channels": [32, 64, 100]}, "100 channels do not split"),
+        ("pth", {"channels": "many"}, "channels is 'many'"),
+        ("pth", {"mapping_out": 7}, "mapping_out even"),
+        ("pth", {"input_size": [8, 6]}, "need two multiples of 4 above it"),
+        ("pth", {"input_size": [4, 4]}, "need two multiples of 4 above it"),
+        ("pth", {"has_variance": True, "input_channels": 1}, "does not fit its configuration"),
+    ],
+)
+def test_files_of_k_diffusion_that_cannot_be_read_are_refused(layout, changes, words, tmp_path):
+    path = write_k_diffusion(tmp_path, "k_diffusion_image_v1", layout, **changes)
+    assert words in error(f"vdiff import k-diffusion {path} --out {tmp_path / 'out'}", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_k_diffusion_without_its_configuration_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert "give the JSON file" in error(f"vdiff import k-diffusion {tmp_path / 'model.safetensors'}", 1)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"config": "{"})
+    assert "its config: " in error(f"vdiff import k-diffusion {tmp_path / 'model.safetensors'}", 1)
+    (tmp_path / "config.json").write_text("{}")
+    line = f"vdiff import k-diffusion {tmp_path / 'model.safetensors'} --network_config {tmp_path / 'config.json'}"
+    assert "describes no model of k-diffusion" in error(line, 1)
+
+
 def test_latents_of_edm2_are_no_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = done(f"vdiff import edm {write_edm(tmp_path, 'edm2_latents')}").output
@@ -328,11 +436,13 @@ def import_kind(folder: Path, kind: str) -> None:
     if kind == "lucidrains":
         size = write_lucidrains(folder / "model.pt", "lucidrains_v")
         import_lucidrains(folder / "model.pt", folder / "model", image_size=size)
+    elif kind == "image_v1":
+        import_k_diffusion(write_k_diffusion(folder, "k_diffusion_patches", "pt"), folder / "model")
     else:
         import_edm(write_classes(folder, kind), folder / "model")
 
 
-every_own_kind = pytest.mark.parametrize("kind", ["song", "edm2", "lucidrains"])
+every_own_kind = pytest.mark.parametrize("kind", ["song", "edm2", "lucidrains", "image_v1"])
 
 
 @every_own_kind
@@ -390,15 +500,51 @@ def test_configurations_that_do_not_fit_are_refused(changes, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pickle_of_nvidia_is_refused_with_the_way_to_convert_it(tmp_path):
-    (tmp_path / "net.pkl").write_bytes(b"\x80\x04.")
-    said = error(f"vdiff import edm {tmp_path / 'net.pkl'}", 1)
-    assert 'docs/teachers.md, "EDM"' in said
-    text = (Path(__file__).parent.parent / "docs" / "teachers.md").read_text(encoding="utf-8")
-    block = text.split("## EDM\n")[1].split("```python\n")[1].split("```")[0]
-    lines = [line for line in block.splitlines() if line and not line.startswith("import")]
+STAND_IN = """
+import json, pickle, torch
+from vdiff.models.song_config import SongConfig
+from vdiff.models.song_unet import SongUNet
+
+class EDMPrecond(torch.nn.Module):
+    def __init__(self, model_type, **kwargs):
+        super().__init__()
+        self.init_kwargs = {"model_type": model_type, **kwargs}
+        self.model = SongUNet(SongConfig(**kwargs))
+
+def write(config, weights, out):
+    arguments = json.load(open(config))
+    arguments.pop("class_name")
+    net = EDMPrecond(**arguments)
+    net.load_state_dict(torch.load(weights))
+    pickle.dump({"ema": net}, open(out, "wb"))
+"""
+"""A class of a network as EDM pickles it, with the arguments of its constructor."""
+
+
+def test_a_pickle_of_nvidia_is_refused_with_lines_that_convert_it(tmp_path, monkeypatch):
+    """Its owner pastes them where the code of the pickle is."""
+    write_song(tmp_path)
+    repository = tmp_path / "edm"
+    repository.mkdir()
+    (repository / "networks.py").write_text(STAND_IN)
+
+    def python(program: str) -> None:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-"], input=program, text=True, cwd=repository, env=env, check=True)
+
+    python("import networks; networks.write('../song.json', '../song.pt', '../my net.pkl')")
+    monkeypatch.chdir(tmp_path)
+    cause, *lines = run("vdiff import edm 'my net.pkl'").stderr.splitlines()
+    assert cause.startswith("error: my net.pkl is a pickle")
+    assert cause.endswith("then vdiff import edm 'my net.pt'")
     assert len(lines) == 3
-    assert "pickle.load" in lines[0]
+    python("\n".join(lines))
+    done("vdiff import edm song.pt")
+    done("vdiff import edm 'my net.pt'")
+    due, found = (load_checkpoint(Path("checkpoints") / name)[0].state_dict() for name in ("song", "my net"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in due.items())
+    text = (ROOT / "docs" / "teachers.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line.replace(f'{tmp_path}/my net', 'edm')}\n" for line in lines) in text
 
 
 @pytest.mark.parametrize(

@@ -164,14 +164,40 @@ def edm(file: Path, project: Project, out: Path | None, config: Path | None, ove
     """Import FILE, a network of NVlabs/edm or NVlabs/edm2 as a .pt or .safetensors state dict.
 
     It is a SongUNet (DDPM++, NCSN++) or a DhariwalUNet (ADM) with EDMPrecond, VPPrecond or VEPrecond, or EDM2's UNet
-    with Precond. A .pkl of NVIDIA is code and is not read: docs/teachers.md, EDM, has three lines that convert it.
+    with Precond. A .pkl of NVIDIA is code and is not read: the refusal prints three lines that convert it.
     """
     from vdiff.interop.teachers.edm import import_edm
 
     target = out or project.checkpoints / file.stem
-    made = import_edm(file, target, config=config, overwrite=overwrite)
-    latents = f"its samples are latents of {made.shape[0]} channels, which vdiff.load generates as tensors"
-    _report(target, made, [] if made.space.limit else [latents])
+    _report(target, import_edm(file, target, config=config, overwrite=overwrite))
+
+
+@command.command(
+    "k-diffusion",
+    cls=Command,
+    examples=[
+        "vdiff import k-diffusion model_00100000.pth",
+        "vdiff import k-diffusion model.safetensors --network_config config.json",
+    ],
+)
+@FILE
+@project_option()
+@option(
+    "--network_config", "config", group="Model", type=click.Path(path_type=Path), metavar="JSON",
+    show_default="that in FILE, or FILE with .json", help="The configuration that it was trained with.",
+)  # fmt: skip
+@out_option("checkpoints/NAME after the file")
+@OVERWRITE
+def k_diffusion(file: Path, project: Project, out: Path | None, config: Path | None, overwrite: bool) -> None:
+    """Import FILE, a UNet image_v1 of k-diffusion, with its average if FILE has one.
+
+    FILE is a .pth of its train.py, a .safetensors of its convert_for_inference.py, or a state dict. Networks with
+    conditions, and transformers, are refused.
+    """
+    from vdiff.interop.teachers.k_diffusion import import_k_diffusion
+
+    target = out or project.checkpoints / file.stem
+    _report(target, import_k_diffusion(file, target, config=config, overwrite=overwrite))
 
 
 @command.command(
@@ -264,7 +290,12 @@ def google(file: Path, project: Project, out: Path | None, **options: Any) -> No
 def _report(target: Path, config: CheckpointConfig, remarks: Sequence[str] = ()) -> None:
     """What a teacher is, what was chosen, and the next command."""
     console = Console()
-    for remark in remarks:
+    if config.space.limit is None:
+        remarks = [
+            *remarks,
+            f"its samples are latents of {config.shape[0]} channels, which vdiff.load generates as tensors",
+        ]
+    for remark in (*remarks, *config.approximated):
         console.line(remark)
     size, family = " × ".join(map(str, config.shape)), config.family.summary()
     console.result(f"{target}: {plural(config.num_timesteps, 'step')}, {size}, {family}")

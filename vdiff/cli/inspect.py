@@ -16,7 +16,7 @@ from vdiff.cli.console import Console, aligned
 from vdiff.cli.options import Checkpoint, Command, OneOf, option, project_option, switch
 from vdiff.cli.vdiffusion import imported
 from vdiff.errors import OptionError
-from vdiff.models.kinds import EDM2, LUCIDRAINS, SONG, TEXT, UNET
+from vdiff.models.kinds import EDM2, IMAGE_V1, LUCIDRAINS, SONG, TEXT, UNET
 from vdiff.projects import Project
 from vdiff.records import STATE
 from vdiff.text import duration, megabytes, plural
@@ -207,6 +207,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "fingerprint": fingerprint,
         **own,
         "noise": noise_of(config),
+        "approximated": approximated(config),
         "is_imported": config.is_imported,
         "is_finished": config.is_finished,
         "takes_any_num_steps": config.takes_any_num_steps,
@@ -227,6 +228,26 @@ def noise_of(config: CheckpointConfig) -> dict[str, Any]:
     least, most = (math.tan(angle) for angle in schedule.ends)
     values = {"family": config.family.summary(), "least": least, "most": most if most < INFINITE else None}
     return {**values, "told": config.family.describe(schedule)}
+
+
+def approximated(config: CheckpointConfig) -> list[str]:
+    """A sentence for each thing in which the model, or the imported one that it began as, is not exact."""
+    from vdiff.diffusion.schedules import build_schedule
+    from vdiff.interop.foreign import NO_VARIANCE
+
+    found, teacher = list(config.approximated), config.teacher
+    while teacher is not None:
+        found += [each for each in teacher.get("approximated") or () if isinstance(each, str)]
+        teacher = teacher.get("teacher")
+    if config.network_config.get("drops_variance"):
+        found.append(NO_VARIANCE)
+    schedule = build_schedule(config.schedule)
+    if (most := math.tan(schedule.ends[1])) < INFINITE:
+        share = 1 / math.hypot(1, most)
+        found.append(f"samples start from noise alone, without the part alpha = {share:.2g} of an image at t = 1")
+    if schedule.num_levels and config.takes_any_num_steps:
+        found.append(f"between its {schedule.num_levels:,} noise levels, angles are interpolated")
+    return found
 
 
 def ancestors(teacher: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -274,6 +295,7 @@ def described(values: Mapping[str, Any]) -> dict[str, str]:
         "family": values["noise"]["family"],
         "schedule": f"{values['schedule']['name']} ({parameters})",
         "noise levels": _noise_levels(**values["noise"]),
+        "approximated": "; ".join(values["approximated"]) or "nothing",
         "steps": f"{values['num_timesteps']}, or {others}",
     }
     if base := values.get("base"):
@@ -343,6 +365,8 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
         if kind == EDM2:
             levels = f"{config['model_channels']} channels × {config['channel_mult']}"
             return {"network": f"EDM2 ({kind}), {levels}, {plural(config['num_blocks'], 'block')} a level"}
+        if kind == IMAGE_V1:
+            return {"network": f"{kind} of k-diffusion, widths {', '.join(map(str, config['channels']))}"}
         if kind == LUCIDRAINS:
             return {"network": f"{kind}, widths {', '.join(map(str, [config['init_dim'], *config['widths']]))}"}
         if kind != TEXT:

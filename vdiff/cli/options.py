@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -429,10 +429,12 @@ def print_folded(text: str, stream: TextIO) -> None:
     print(*lines, sep="\n", file=stream, flush=True)
 
 
-def fail(message: str, code: int) -> None:
-    """Print one error line to stderr and exit."""
+def fail(message: str, code: int, notes: Iterable[str] = ()) -> None:
+    """Print one error line to stderr, the lines of its notes to be copied from there, and exit."""
     if speaks():
         print_folded(f"error: {message}", sys.stderr)
+        for line in (line for note in notes for line in note.splitlines()):
+            print(printable(line), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -458,7 +460,7 @@ def run_as_program(run: Callable[[], Any]) -> None:
     except click.ClickException as error:
         fail(one_line_usage_error(error), error.exit_code)
     except VdiffError as error:
-        fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code, getattr(error, "__notes__", ()))
     except Interrupted as error:
         if speaks():
             print_folded(str(error), sys.stderr)

@@ -6,14 +6,15 @@ import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vdiff.errors import VdiffError
 from vdiff.files import read_json
 from vdiff.models.checkpoint import FILES, IMPORTED, CheckpointConfig, read_config, save_checkpoint
 from vdiff.replacing import Kind, new_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,17 @@ class JsonFile:
         return VdiffError(f"{self.where}: {key} is {reprlib.repr(self.get(key))}", why)
 
 
-def imported_fields(source: str, *, method: str = "base", weights: str = "raw") -> dict[str, Any]:
+NO_DROPOUT = "dropout, if it was trained with any, is left out"
+NO_VARIANCE = "its learned variance is left out: the samplers of vdiff have their own"
+NO_AUGMENTATION = "its inputs for augmented images are left out: every image counts as not augmented"
+
+
+def imported_fields(
+    source: str, *, method: str = "base", weights: str = "raw", approximated: Sequence[str] = ()
+) -> dict[str, Any]:
     """Fields of the description of a checkpoint that vdiff did not train; `source` names its origin."""
     return {
+        "approximated": list(approximated),
         "method": method, "weights": weights, "num_iters": 0, "target_iters": 0, "num_images": 0,
         "dataset": f"{IMPORTED}{source}", "dataset_fingerprint": "",
     }  # fmt: skip

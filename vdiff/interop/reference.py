@@ -27,7 +27,7 @@ from torch import Tensor
 from vdiff.diffusion.schedules import MAX_LEVELS, DdpmCosineSchedule
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import sha256_of
-from vdiff.interop.foreign import IMPORTED_MODEL, imported_fields, write_model
+from vdiff.interop.foreign import IMPORTED_MODEL, NO_DROPOUT, imported_fields, write_model
 from vdiff.interop.pickles import check_backed, read_pt
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.unet import Attention, UNet, UNetStage
@@ -78,6 +78,7 @@ def import_reference(
             f"reference/{path.name} sha256:{sha256_of(path)}",
             method="base" if time_scale == 1 else "progressive",
             weights="ema",
+            approximated=[NO_DROPOUT],
         ),
     )
     weights = translate(path, tensors, unet, time_scale)

@@ -91,6 +91,7 @@ class CheckpointConfig:
             takes none.
         guidance_scale: the scale w + 1 of the classifier-free guidance that a student has learned; None: none.
         dataset, dataset_fingerprint: the training data; "imported:…" is the source of an imported model.
+        approximated: a sentence for each thing that an import left out, or in which its source draws other samples.
         condition_images: how the condition images of the training data were made, {crop, resample, background}; None:
             the network takes none.
         components: {path, fingerprint} of the folder with the text encoders, tokenizers and autoencoder of a
@@ -121,6 +122,7 @@ class CheckpointConfig:
     class_names: list[str] = field(default_factory=list)
     guidance_range: list[float] = field(default_factory=list)
     guidance_scale: Annotated[float, Meta(gt=1, le=2**20)] | None = None
+    approximated: list[str] = field(default_factory=list)
     condition_images: dict[str, str] | None = None
     components: dict[str, Any] | None = None
     adapter: AdapterSettings | None = None
@@ -244,8 +246,9 @@ class CheckpointConfig:
         values = {**asdict(self), "adapter": self.adapter and self.adapter.to_dict()}
         if self.codec == PIXEL_CODEC.name:
             del values["codec"]
-        if not self.sample_rate:
-            del values["sample_rate"]
+        for key in ("sample_rate", "approximated"):
+            if not values[key]:
+                del values[key]
         for key in ("condition_images", "components", "adapter", "base", "parameterisation", "guidance_scale"):
             if values[key] is None:
                 del values[key]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.condition import Signature
 from vdiff.models.edm2_config import Edm2Config
+from vdiff.models.image_v1_config import ImageV1Config
 from vdiff.models.lucid_config import LucidConfig
 from vdiff.models.song_config import SongConfig
 from vdiff.models.unet_config import UNetConfig
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from vdiff.models.backbone import Backbone
 
-UNET, SONG, EDM2, LUCIDRAINS = "unet", "song", "edm2", "lucidrains"
+UNET, SONG, EDM2, LUCIDRAINS, IMAGE_V1 = "unet", "song", "edm2", "lucidrains", "image_v1"
 DIFFUSERS, TEXT, PYTHON = "diffusers", "text", "python"
 
 
@@ -74,6 +75,12 @@ def _build_lucidrains(config: Mapping[str, Any]) -> Backbone:
     return LucidUNet(LucidConfig.from_dict(config))
 
 
+def _build_image_v1(config: Mapping[str, Any]) -> Backbone:
+    from vdiff.models.image_v1_unet import ImageV1UNet
+
+    return ImageV1UNet(ImageV1Config.from_dict(config))
+
+
 def _build_diffusers(config: Mapping[str, Any]) -> Backbone:
     from vdiff.models.wrapped import build_diffusers
 
@@ -91,6 +98,7 @@ BUILD: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
     SONG: _build_song,
     EDM2: _build_edm2,
     LUCIDRAINS: _build_lucidrains,
+    IMAGE_V1: _build_image_v1,
     DIFFUSERS: _build_diffusers,
     TEXT: _build_text,
     PYTHON: _needs_module,
@@ -100,6 +108,7 @@ SIGNATURE: dict[str, Callable[[Mapping[str, Any]], Signature]] = {
     SONG: lambda config: SongConfig.from_dict(config).signature,
     EDM2: lambda config: Edm2Config.from_dict(config).signature,
     LUCIDRAINS: lambda config: LucidConfig.from_dict(config).signature,
+    IMAGE_V1: lambda config: ImageV1Config.from_dict(config).signature,
     DIFFUSERS: _diffusers_signature,
     TEXT: _text_signature,
     PYTHON: python_signature,

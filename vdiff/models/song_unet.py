@@ -42,13 +42,13 @@ class FirFilter(nn.Module):
         """The features of half or twice the size.
 
         Args:
-            is_padded: h is larger by the width of the filter.
+            is_padded: h is larger by `padding` on each side.
         """
-        c = h.shape[1]
+        c, p = h.shape[1], self.padding
         kernel = self.kernel.to(h.dtype).expand(c, -1, -1, -1)
         if direction == "up":
-            return F.conv_transpose2d(h, 4 * kernel, stride=2, padding=self.padding, groups=c)
-        return F.conv2d(h, kernel, stride=2, padding=0 if is_padded else self.padding, groups=c)
+            return F.conv_transpose2d(h, 4 * kernel, stride=2, padding=3 * p if is_padded else p, groups=c)
+        return F.conv2d(h, kernel, stride=2, padding=0 if is_padded else p, groups=c)
 
 
 class SongBlock(nn.Module):

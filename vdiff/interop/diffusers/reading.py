@@ -129,6 +129,7 @@ def import_pipeline(
     config = _with_steps(
         config or _base_model(*(flow[:2] if flow else _of_betas(scheduler)), unet, name), num_timesteps
     )
+    config = replace(config, approximated=list(notes))
     shape = UNetConfig.from_dict(config.unet)
     if "." in files[0].name.removesuffix(".safetensors"):
         notes.append(f"its weights are the variant {files[0].name}, which may be rounded")
@@ -186,7 +187,7 @@ def _latent_model(
             raise VdiffError(f"{root / NOTE} describes another schedule or prediction", "export the folder again")
         else:
             notes.append(f"{root / NOTE} is ignored: it describes another schedule or prediction")
-    config = _with_steps(config, num_timesteps)
+    config = replace(_with_steps(config, num_timesteps), approximated=list(notes))
     description.write(folder, config, copy=copy, overwrite=overwrite)
     return Imported(config, notes, preflight(config, spacing_of(scheduler)))
 

@@ -18,9 +18,16 @@ from torch import Tensor
 
 from vdiff.diffusion.parameterisation import Edm, Parameterisation, Vp
 from vdiff.diffusion.schedules import EdmSchedule, Schedule, VpSdeSchedule
-from vdiff.errors import VdiffError, explained
+from vdiff.errors import VdiffError, explained, shell
 from vdiff.files import sha256_of
-from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields, write_model
+from vdiff.interop.foreign import (
+    IMPORTED_MODEL,
+    NO_AUGMENTATION,
+    NO_DROPOUT,
+    JsonFile,
+    imported_fields,
+    write_model,
+)
 from vdiff.interop.teachers import edm2
 from vdiff.interop.teachers.weights import (
     Place,
@@ -74,10 +81,7 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
     """
     check_free(out, IMPORTED_MODEL, overwrite=overwrite)
     if path.suffix == ".pkl":
-        raise VdiffError(
-            f"{path} is a pickle: loading it runs code, which vdiff never does",
-            'three lines in EDM\'s own repository convert it: docs/teachers.md, "EDM"',
-        )
+        raise _pickle_refusal(path)
     file = JsonFile.read(config or path.with_suffix(".json"), ADVICE)
     kind = _class_of(file)
     known = edm2.READ | edm2.WITHOUT_EFFECT if kind == "Precond" else READ | WITHOUT_EFFECT
@@ -109,10 +113,28 @@ def import_edm(path: Path, out: Path, *, config: Path | None = None, overwrite: 
         **teacher.family.config_fields(),
         num_timesteps=teacher.schedule.label_scale,
         class_names=[str(k) for k in range(classes)],
-        **imported_fields(f"edm/{path.name} sha256:{sha256_of(path)}", weights="ema"),
+        **imported_fields(
+            f"edm/{path.name} sha256:{sha256_of(path)}", weights="ema", approximated=_approximated(file, kind)
+        ),
     )
     write_model(out, weights, description, overwrite=overwrite)
     return description
+
+
+def _pickle_refusal(path: Path) -> VdiffError:
+    """The error that a file is a pickle; its note has the lines by which its owner writes the two files of it."""
+    error = VdiffError(
+        f"{path} is a pickle: loading it runs code, which vdiff never does",
+        "if you trust it, run these lines of Python in the repository of EDM or EDM2 that it is from, then "
+        f"{shell('vdiff', 'import', 'edm', path.with_suffix('.pt'))}",
+    )
+    file, weights, config = (str(path.resolve().with_suffix(suffix)) for suffix in (".pkl", ".pt", ".json"))
+    error.add_note(
+        f"import json, pickle, torch; net = pickle.load(open({file!r}, 'rb'))['ema']\n"
+        f"torch.save(net.state_dict(), {weights!r})\n"
+        f"json.dump({{'class_name': type(net).__name__, **net.init_kwargs}}, open({config!r}, 'w'))"
+    )
+    return error
 
 
 def _class_of(file: JsonFile) -> str:
@@ -126,6 +148,17 @@ def _class_of(file: JsonFile) -> str:
         advice = "`vdiff import openai` reads the original weights" if kind == "iDDPMPrecond" else ""
         raise file.refusal("class_name", f"only {', '.join(PRECONDITIONINGS)} can be read{advice and f'; {advice}'}")
     return kind
+
+
+def _approximated(file: JsonFile, kind: str) -> list[str]:
+    """A sentence for each thing that is left out."""
+    is_edm2 = kind == "Precond"
+    said = {
+        NO_DROPOUT: file.number("dropout", 0.0 if is_edm2 else 0.1, low=-1, high=1) > 0,
+        NO_AUGMENTATION: file.whole("augment_dim", 0, low=0, high=10**7) > 0,
+        "its estimate of the uncertainty is left out": is_edm2,
+    }
+    return [sentence for sentence, is_true in said.items() if is_true]
 
 
 def _teacher(file: JsonFile, kind: str) -> Teacher:

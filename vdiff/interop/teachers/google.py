@@ -20,7 +20,7 @@ from vdiff.diffusion.parameterisation import Vp
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import check_regular, sha256_of
-from vdiff.interop.foreign import IMPORTED_MODEL, imported_fields, write_model
+from vdiff.interop.foreign import IMPORTED_MODEL, NO_DROPOUT, imported_fields, write_model
 from vdiff.interop.pickles import check_backed
 from vdiff.interop.teachers.weights import Place, translated
 from vdiff.models.checkpoint import CheckpointConfig
@@ -89,6 +89,7 @@ def import_google(
             f"diffusion_distillation/{path.name} sha256:{sha256_of(path)}",
             method="progressive" if num_steps else "base",
             weights="ema",
+            approximated=[NO_DROPOUT],
         ),
     )
     write_model(out, _weights(path, unet, tensors), description, overwrite=overwrite)

@@ -18,7 +18,7 @@ from vdiff.diffusion.parameterisation import Vp
 from vdiff.diffusion.schedules import DdpmCosineSchedule, LinearSchedule, SigmoidSchedule, TableSchedule
 from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import sha256_of
-from vdiff.interop.foreign import IMPORTED_MODEL, imported_fields, write_model
+from vdiff.interop.foreign import IMPORTED_MODEL, NO_DROPOUT, imported_fields, write_model
 from vdiff.interop.pickles import check_backed, read_pt
 from vdiff.interop.teachers.weights import same_weights
 from vdiff.models.checkpoint import CheckpointConfig, read_tensors
@@ -64,7 +64,9 @@ def import_lucidrains(path: Path, out: Path, *, image_size: int, overwrite: bool
         schedule=schedule.to_dict(),
         **Vp(prediction).config_fields(),
         num_timesteps=schedule.num_levels,
-        **imported_fields(f"lucidrains/{path.name} sha256:{sha256_of(path)}", weights=weights),
+        **imported_fields(
+            f"lucidrains/{path.name} sha256:{sha256_of(path)}", weights=weights, approximated=[NO_DROPOUT]
+        ),
     )
     write_model(out, same_weights(path, lambda: LucidUNet(config), network), description, overwrite=overwrite)
     return description

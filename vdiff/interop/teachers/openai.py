@@ -17,7 +17,7 @@ from vdiff.diffusion.parameterisation import Edm, Parameterisation, Vp
 from vdiff.diffusion.schedules import DdpmCosineSchedule, EdmSchedule, LinearSchedule, Schedule
 from vdiff.errors import OptionError, VdiffError, explained, suggestion
 from vdiff.files import sha256_of
-from vdiff.interop.foreign import IMPORTED_MODEL, imported_fields, write_model
+from vdiff.interop.foreign import IMPORTED_MODEL, NO_DROPOUT, NO_VARIANCE, imported_fields, write_model
 from vdiff.interop.teachers.weights import Place, read_state_dict, translated, without_variance
 from vdiff.models.checkpoint import MAX_IMAGE_SIZE, CheckpointConfig
 from vdiff.models.unet_config import UNetConfig
@@ -118,7 +118,7 @@ def import_openai(
             name, or guided-diffusion.
 
     Returns:
-        The description, and a sentence for each thing that was chosen or left out.
+        The description, and a sentence for each thing that was chosen.
 
     Raises:
         VdiffError: the file is not of this kind, or `out` exists.
@@ -138,10 +138,10 @@ def import_openai(
         remarks.append(f"{path.name} is a published file of {origin} by its name: its flags are those of the README")
     with explained("--flags", "give the flags of this network", ValueError):
         unet, (family, schedule) = _unet_config(values, origin), _noise(values, origin)
-    tensors = read_state_dict(path)
+    tensors, approximated = read_state_dict(path), [NO_DROPOUT]
     if values["learn_sigma"] and "out.2.weight" in tensors:
         tensors = without_variance(tensors, "out.2", unet.out_channels)
-        remarks.append("its learned variance is left out: the samplers of vdiff have their own")
+        approximated.append(NO_VARIANCE)
     weights = _weights(path, unet, tensors, is_sorted=values["use_new_attention_order"] or origin == CONSISTENCY)
     description = CheckpointConfig(
         unet=unet.to_dict(),
@@ -150,7 +150,7 @@ def import_openai(
         num_timesteps=schedule.num_levels or schedule.label_scale,
         image_size=values["image_size"],
         class_names=[str(k) for k in range(unet.num_classes)],
-        **imported_fields(f"{origin}/{path.name} sha256:{sha256_of(path)}", weights="ema"),
+        **imported_fields(f"{origin}/{path.name} sha256:{sha256_of(path)}", weights="ema", approximated=approximated),
     )
     write_model(out, weights, description, overwrite=overwrite)
     return description, remarks

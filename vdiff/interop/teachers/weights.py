@@ -16,7 +16,7 @@ from vdiff.models.checkpoint import read_tensors
 from vdiff.models.unet import Attention, Resample, UNet
 from vdiff.models.unet_config import UNetConfig
 
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|model\.)+")
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|model\.|inner_model\.)+")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -25,10 +25,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         VdiffError: the file is missing or damaged, or holds something else.
     """
-    if path.suffix == ".safetensors":
-        values: Mapping[str, object] = read_tensors(path)
-    else:
-        values = read_pt(path)
+    return tensors_of(path, read_tensors(path) if path.suffix == ".safetensors" else read_pt(path))
+
+
+def tensors_of(path: Path, values: Mapping[str, object]) -> dict[str, Tensor]:
+    """The weights among the `values` of a file, without the prefixes of wrappers.
+
+    Raises:
+        VdiffError: a value is no tensor, or claims more numbers than the file holds.
+    """
     tensors = {WRAPPERS.sub("", str(name)): value for name, value in values.items() if isinstance(value, Tensor)}
     if len(tensors) < len(values):
         other = next(name for name, value in values.items() if not isinstance(value, Tensor))
@@ -166,5 +171,4 @@ def same_weights(path: Path, build: Callable[[], nn.Module], tensors: Mapping[st
 
 def without_variance(tensors: Mapping[str, Tensor], output: str, channels: int) -> dict[str, Tensor]:
     """The weights without the second half of the outputs, a learned variance, of the last layer `output`."""
-    kept = {f"{output}.{kind}": tensors[f"{output}.{kind}"][:channels] for kind in ("weight", "bias")}
-    return {**tensors, **kept}
+    return {name: x[:channels] if name.rpartition(".")[0] == output else x for name, x in tensors.items()}
