@@ -71,6 +71,8 @@ MODELS = (
         "edm2_unet",
         "lucid_config",
         "lucid_unet",
+        "image_v1_config",
+        "image_v1_unet",
         "wrapped",
         "components",
         "text",
@@ -209,7 +211,7 @@ def torch_at_import(path: Path) -> bool:
     return False
 
 
-CONFIGS = ("unet_config", "song_config", "edm2_config", "lucid_config")
+CONFIGS = ("unet_config", "song_config", "edm2_config", "lucid_config", "image_v1_config")
 DESCRIPTIONS = [f"vdiff.models.{name}" for name in ("checkpoint", "kinds", "reading", "codec", "condition", *CONFIGS)]
 """What reads a checkpoint's description."""
 LIGHT = [
