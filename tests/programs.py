@@ -159,7 +159,7 @@ def launch(act: Callable[[], object], folder: Path, count: int = 2) -> list[Fork
     return [Forked(act, folder, env | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(count)]
 
 
-def ends(programs: list[Forked], timeout: float = 300) -> tuple[list[int | None], str, str]:
+def ends(programs: list[Forked], timeout: float = 900) -> tuple[list[int | None], str, str]:
     """The exit codes of processes, and the text of all of them on stdout and on stderr, in their order."""
     said = [program.communicate(timeout) for program in programs]
     return [program.returncode for program in programs], "".join(s[0] for s in said), "".join(s[1] for s in said)

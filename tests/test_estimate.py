@@ -123,6 +123,9 @@ def test_a_stage_of_every_method_tells_its_memory(tmp_path, method):
     assert own < 0 if method == "meanflow" else own == 0  # whose student takes a second time
     assert found.activations > 0
     assert found.images == 10 * 4 * 4
+    sharing = replace(config, fsdp=True)
+    shared = memory_of_stage(stage, sharing, images, replace(engine, world_size=2))
+    assert found.weights - shared.weights == found.gradients - shared.gradients == found.gradients // 2
 
 
 def test_a_check_of_many_images_may_take_more_than_an_update_of_few(tmp_path):
@@ -275,6 +278,12 @@ def test_the_disk_of_a_run_includes_weights_that_do_not_learn(tmp_path):
     sizes = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
     assert sizes == pytest.approx(disk_of(found, config, 1) / 2, rel=0.05)
     assert sizes > 1.5 * disk_of(replace(found, frozen=0), config, 1) / 2
+    assert disk_of(found, replace(config, lora_rank=2, base="base"), 1) == disk_of(replace(found, frozen=0), config, 1)
+    both = memory_of(build, (1, 4, 4), 0, replace(engine, world_size=2))
+    sharing = replace(config, fsdp=True)
+    shared = memory_of(lambda e: replace(build(e), config=sharing), (1, 4, 4), 0, replace(engine, world_size=2))
+    assert (shared.frozen, shared.weights) == (middle, both.weights // 2)
+    assert disk_of(shared, sharing, 2) == disk_of(both, config, 2)
 
 
 def test_a_dry_run_says_what_a_training_takes_and_a_training_says_it_first(tmp_path, monkeypatch):

@@ -497,22 +497,23 @@ def test_checks_comparison_and_samples_draw_the_prompts_of_a_file(place, tmp_pat
     assert read_run(student).distill["sample_prompts"] == str(tmp_path / "prompts.txt")
 
 
-def distil_by_prompts(place: Path, students: Path, prompts: Path, cut_at: int = 0) -> None:
+def distil_by_prompts(place: Path, students: Path, prompts: Path, cut_at: int = 0, fsdp: bool = False) -> None:
     """A ladder with prompts for its checks and samples, interrupted after an update of its first stage."""
     reporter = signal_at(cut_at, bar="base_0") if cut_at else Watcher()
-    flags = {**LORA, "batch_size": 4, "sample_prompts": str(prompts), "tracker": "tensorboard"}
+    flags = {**LORA, "batch_size": 4, "sample_prompts": str(prompts), "tracker": "tensorboard", "fsdp": fsdp}
     with nullcontext() if not cut_at else suppress(Interrupted):
         climb(place, place / "sd2", students, reporter, **flags)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
-def test_two_processes_distil_by_prompts_as_one_and_resume(place, tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_distil_by_prompts_as_one_and_resume(place, tmp_path, fsdp):
     """Only the first one draws; an interrupted ladder of two ends with the bits of two."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a green house\ntwo cars\nthe night\n")
     for name, count, cut_at in (("one", 1, 0), ("two", 2, 0), ("cut", 2, 2), ("cut", 2, 0)):
-        act = partial(distil_by_prompts, place, tmp_path / name, prompts, cut_at)
+        act = partial(distil_by_prompts, place, tmp_path / name, prompts, cut_at, fsdp and count > 1)
         codes, stdout, stderr = ends(launch(act, tmp_path, count))
         assert codes == [0] * count, stdout + stderr
         assert (tmp_path / name / "base_1").exists() == (cut_at == 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 import vdiff
 from tests.oracles import randn
 from tests.pipelines import pipeline
+from tests.programs import ends, launch
 from tests.text_training import CAPTIONS, PIXELS, write_captioned, write_text_checkpoint
 from tests.toy import Watcher, assert_equal_bits, logged_pictures, signal_at
 from vdiff.data.batches import Batch
@@ -221,6 +224,37 @@ def test_a_cut_run_ends_with_the_same_bits_and_holds_the_lora_alone(place, tmp_p
     changed = [name for name, tensor in base.state_dict().items() if not torch.equal(tensor, tuned[name])]
     assert changed
     assert all(name.endswith(tuple(f"{target}.weight" for target in TARGETS)) for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="gloo")
+@pytest.mark.parametrize(
+    ("rank", "learns_text", "fsdp"),
+    [(2, True, False), (2, False, True), (2, True, True), (0, False, True), (0, True, True)],
+)
+def test_two_processes_train_as_one(place, tmp_path, rank, learns_text, fsdp):
+    """DDP and FSDP: resumed to the same bits, with samples of prompts; a checkpoint holds what learns, nothing else."""
+    (tmp_path / "prompts.txt").write_text("a red fox\na sad cat\na car\n")
+    flags = {"lora_rank": rank, "train_text_encoder": learns_text, "sample_prompts": str(tmp_path / "prompts.txt")}
+    flags |= {"sample_interval": 2, "caption_dropout": 0.5, "ema": 0.5 if learns_text else 0.0}
+    run(place, "sdxl", tmp_path / "one", **flags)
+    for name, updates in (("two", 4), ("cut", 2), ("cut", 4)):
+        act = partial(run, place, "sdxl", tmp_path / name, **flags, num_iters=updates, fsdp=fsdp)
+        codes, stdout, stderr = ends(launch(act, tmp_path))
+        assert codes == [0, 0], stdout + stderr
+    file = ADAPTER if rank else WEIGHTS
+    assert_equal_bits(tmp_path / "two" / file, tmp_path / "cut" / file)
+    assert_equal_bits(state_path(tmp_path / "two"), state_path(tmp_path / "cut"))
+    one, two = (read_tensors(tmp_path / name / file) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(".lora_" in name for name in two) if rank else any(".lora_" not in name for name in two)
+    assert any("text_encoders" in name for name in two) == learns_text
+    began = {} if rank else dict(load_checkpoint(place / "sdxl")[0].state_dict())
+    learned = [torch.cat([(found[n] - began.get(n, 0)).flatten() for n in one]) for found in (one, two)]
+    assert learned[0].norm() > 0
+    assert (learned[0] - learned[1]).norm() < 0.01 * learned[0].norm()
+    pictures = [sorted((tmp_path / name / "samples").iterdir()) for name in ("one", "two")]
+    assert [path.name for path in pictures[0]] == [path.name for path in pictures[1]] != []
 
 
 def test_all_weights_of_the_unet_learn_and_text_encoders_stay(place, tmp_path):

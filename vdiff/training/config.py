@@ -224,7 +224,7 @@ class LoopConfig:
         group=MACHINE, default=None, low=1, high=1024, unit="THREADS", shown="timed at the start", free=True,
     )  # fmt: skip
     fsdp: bool = setting(
-        "Shard weights, moments and EMA over the processes, for networks too large for one device.",
+        "Shard trained weights, moments and EMA over the processes, for networks too large for one device.",
         group=MACHINE, default=False, free=True,
     )  # fmt: skip
     checkpointing: bool = setting(

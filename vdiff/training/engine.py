@@ -57,8 +57,9 @@ class Engine(Processes):
     @contextmanager
     def synchronised(self, model: nn.Module, now: bool) -> Iterator[None]:
         """In the block, a backward pass averages gradients over all processes only if `now` is true."""
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(now)
+        network = getattr(model, "network", None)
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(now)
             yield
         else:
             with nullcontext() if now else self.accelerator.no_sync(model):
@@ -66,11 +67,9 @@ class Engine(Processes):
 
     def clip(self, weights: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Clip the gradient of weights to `max_norm`; returns its norm before, over all processes."""
-        if any(isinstance(weight, DTensor) for weight in weights):
-            total = nn.utils.clip_grad_norm_(weights, max_norm)
-            return total.full_tensor() if isinstance(total, DTensor) else total
-        norm: Tensor = self.accelerator.clip_grad_norm_(weights, max_norm)
-        return norm
+        self.accelerator.unscale_gradients()
+        total = nn.utils.clip_grad_norm_(weights, max_norm)
+        return total.full_tensor() if isinstance(total, DTensor) else total
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""

@@ -59,7 +59,8 @@ class Memory:
 
     Attributes:
         weights: of the trained networks and their teachers, without `frozen`.
-        frozen: the model's weights that do not learn, which are part of every checkpoint.
+        frozen: the model's weights that do not learn; every process has all of them. Checkpoints hold them, unless
+            they are the base of a LoRA.
         activations: the peak of forward and backward pass, without the gradients, of the check of a student, or of
             decoding a batch.
         images: decoded images that are kept.
@@ -195,8 +196,8 @@ def memory_of(
     averages = num_averages(config) + (task.self_ema is not None)
     is_host = device.type != "cuda"
     return Memory(
-        weights=(num_bytes(kept) - fixed) // shared,
-        frozen=fixed // shared,
+        weights=learning // shared + num_bytes(kept) - learning - fixed,  # teachers are whole in every process
+        frozen=fixed,
         gradients=gradients // shared,
         moments=int(FLOATS_PER_WEIGHT[config.optimizer] * learning + 2 * (gradients - learning)) // shared,
         averages=averages * learning // shared,
@@ -244,11 +245,11 @@ def num_averages(config: LoopConfig) -> int:
 def disk_of(memory: Memory, config: LoopConfig, world_size: int) -> int:
     """The most bytes of a run's folder: a checkpoint and a state, twice while they are replaced, and kept checkpoints.
 
-    Files hold whole tensors, even if each process holds only a shard.
+    Files hold whole tensors, even if each process holds only a shard of those that learn.
     """
     parts = world_size if config.fsdp else 1
     weights = parts * memory.gradients
-    checkpoint = weights + parts * memory.frozen
+    checkpoint = weights + (0 if config.lora_rank else memory.frozen)
     state = weights + parts * (memory.moments + memory.averages)
     kept = config.keep_last + (config.num_iters // config.keep_every if config.keep_every else 0)
     further = max(0, num_averages(config) - 1) * weights

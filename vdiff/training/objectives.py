@@ -9,11 +9,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from vdiff.diffusion.method import DenoiseWith, DeriveWith, DistillContext, Method, TrainTarget
 from vdiff.diffusion.parameterisation import normal_angles
@@ -148,12 +146,10 @@ def bind_derivative(denoiser: Denoiser, condition: Condition) -> DeriveWith:
 
     def derive(z: Tensor, t: Tensor, dz: Tensor, dt: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         rows = condition[: len(z)].with_tensors(**inputs)
-        # without the autocast that Accelerate adds to `forward`; with FSDP its hooks are needed, as they gather weights
-        call = denoiser if isinstance(denoiser, FSDPModule) else partial(Denoiser.forward, denoiser)
 
         def v(z: Tensor, t: Tensor) -> Tensor:
-            prediction: Prediction = call(z, t, rows)
-            return prediction.v
+            # without the autocast that Accelerate adds to `denoiser.forward`
+            return Denoiser.forward(denoiser, z, t, rows).v
 
         # tensors made in inference mode have no derivative
         direction = tuple(each.clone() if each.is_inference() else each for each in (dz, dt))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vdiff.models.denoiser import Denoiser
@@ -56,9 +56,10 @@ def load_without(module: nn.Module, values: Mapping[str, Tensor], names: Set[str
 def shard(denoiser: Denoiser, device: torch.device, world_size: int, whole_ones: Set[nn.Parameter]) -> None:
     """Shard a denoiser's weights in place, except `whole_ones`; a block's weights are gathered when it computes."""
     mesh, ignored = init_device_mesh(device.type, (world_size,)), set(whole_ones)
-    for module in denoiser.network.blocks():
+    network = denoiser.network  # not the denoiser: guidance and text encoders call the network itself
+    for module in (*network.blocks(), network):
         fully_shard(module, mesh=mesh, ignored_params=ignored)
-    fully_shard(denoiser, mesh=mesh, ignored_params=ignored)
+    register_fsdp_forward_method(network, "encode")
 
 
 def is_sharded(module: nn.Module) -> bool:
