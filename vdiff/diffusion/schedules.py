@@ -16,6 +16,7 @@ from operator import mul
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -324,6 +325,13 @@ class TableSchedule(Schedule):
         """φ_k for k = 0 … N: tan² φ_k = (1 − ᾱ_k)/ᾱ_k, φ_0 = 0."""
         return [0.0, *(math.atan2(math.sqrt(1 - a), math.sqrt(a)) for a in self.alphas_cumprod())]
 
+    @cached_property
+    def _array(self) -> np.ndarray:
+        """`angles`, from which a tensor is made ten times as fast as from a list."""
+        import numpy as np
+
+        return np.array(self.angles)
+
     @property
     def ends(self) -> tuple[float, float]:
         """(φ_1, φ_N)."""
@@ -332,7 +340,7 @@ class TableSchedule(Schedule):
     def angle(self, t: Tensor) -> Tensor:
         """φ at t, linear between the levels of the table."""
         levels = t.double() * (len(self.angles) - 1)
-        table = levels.new_tensor(self.angles)
+        table = levels.new_tensor(self._array)
         below = levels.floor().clamp(0, len(self.angles) - 2).long()
         return table[below].lerp(table[below + 1], levels - below)
 
@@ -341,7 +349,7 @@ class TableSchedule(Schedule):
         import torch
 
         angle = angle.double()
-        table = angle.new_tensor(self.angles)
+        table = angle.new_tensor(self._array)
         below = (torch.searchsorted(table, angle.contiguous(), right=True) - 1).clamp(0, len(self.angles) - 2)
         return (below + (angle - table[below]) / (table[below + 1] - table[below])) / (len(self.angles) - 1)
 

@@ -40,6 +40,8 @@ from vdiff.training.random_numbers import (
 )
 from vdiff.training.weights import frozen, shard, trainable
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -89,7 +91,9 @@ class OptimizerStep(ABC):
         self.config, self.engine, self.optimizer = config, engine, optimizer
         groups = optimizer.param_groups
         self._rates = [group["lr"] / groups[0]["lr"] for group in groups]
-        self._prepared = engine.accelerator.prepare(optimizer)
+        # Accelerate's wrapper is needed to scale a loss; it looks for packages in each update
+        scales = engine.accelerator.scaler is not None
+        self._prepared = engine.accelerator.prepare(optimizer) if scales else optimizer
 
     @abstractmethod
     def __call__(self, step: int, batch: Batch) -> StepResult:
@@ -207,7 +211,7 @@ class TrainStep(OptimizerStep):
         own = UpdateRandom(seed, step, rows, device)
         random: UpdateRandom | WholeBatchRandom = own
         if self.draws_whole_batch:
-            seed_update(seed, step)
+            seed_update(seed, step, device=device)
             random = WholeBatchRandom(rows, size, device)
         images = self.task.inputs.x(batch, device, own)
         condition = self.task.inputs.condition(batch, takes).to(device)
@@ -228,7 +232,7 @@ class TrainStep(OptimizerStep):
             low, high = self.task.guidance_range or (0.0, 0.0)
             condition = condition.with_tensors(guidance=(low + (high - low) * random.uniform(GUIDANCE)).float())
         if self.engine.rank or not self.draws_whole_batch:
-            seed_update(seed, step, self.engine.rank)  # dropout, which differs from process to process
+            seed_update(seed, step, self.engine.rank, device=device)  # dropout, which differs from process to process
         return TrainBatch(images, noise, u, condition, perturbation)
 
 
@@ -278,7 +282,9 @@ def averages_of(config: LoopConfig, denoiser: Denoiser, engine: Engine, self_ema
     return Averages(denoiser, profile, further, prepare=prepare if config.fsdp else None, of_teacher=of_teacher)
 
 
-def seed_update(seed: int, step: int, rank: int = 0) -> None:
+def seed_update(seed: int, step: int, rank: int = 0, device: torch.device = CPU) -> None:
     """Make everything that update `step` draws (noise, times, dropout) a function of (seed, step[, rank])."""
     words = [seed, step, rank] if rank else [seed, step]
-    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+    # of a GPU that is not used, `torch.manual_seed` stores the call and its stack
+    set_seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+    set_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
