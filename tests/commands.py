@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
 import PIL.Image
+import pytest
 from click.testing import CliRunner, Result
 
 from vdiff.cli import distill, main, prepare, sample, train
@@ -70,6 +72,18 @@ def error(line: str, code: int, env: Mapping[str, str] | None = None) -> str:
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     return the_error(result.stdout, result.stderr)
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """In the block no file grows beyond `num_bytes`: a write fails as on a full disk, and pytest skips on Windows."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def the_error(stdout: str, stderr: str) -> str:

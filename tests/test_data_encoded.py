@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import closing
 from dataclasses import replace
@@ -13,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.commands import done, error, run, tree
+from tests.commands import done, error, full_disk, run, tree
 from tests.pipelines import pipeline
 from tests.test_text_models import backbone, saved
 from vdiff.data import encoded as encoded_module
@@ -123,6 +124,16 @@ def test_killed_at_any_file_it_continues(monkeypatch: pytest.MonkeyPatch) -> Non
         done(f"{ENCODE} --flip")
         assert tree(Path("data/x.encoded")) == whole
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_full_disk_is_one_line_and_it_continues() -> None:
+    whole = tree(Path("data/x.encoded"))
+    shutil.rmtree("data/x.encoded")
+    with full_disk(1000):
+        said = error(f"{ENCODE} --flip", 1)
+    assert re.match(r"cannot write data/x\.encoded/.*File too large.*; free space", said)
+    done(f"{ENCODE} --flip")
+    assert tree(Path("data/x.encoded")) == whole
 
 
 def test_what_does_not_fit_is_one_line() -> None:

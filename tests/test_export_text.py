@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vdiff
-from tests.commands import done, error
+from tests.commands import done, error, full_disk
 from tests.oracles import randn
 from tests.pipelines import UNETS, pipeline, single_file
 from tests.test_export_kohya import drawn_by_the_readme, student, write_lora
@@ -107,6 +107,18 @@ def test_a_folder_is_imported_as_the_student_that_it_was(bases):
     torch.testing.assert_close(drawn("again", noise, steps=2), drawn("sd_1", noise, steps=2), rtol=0, atol=1e-5)
 
 
+def test_a_single_file_is_imported_as_the_student_that_it_was(bases):
+    """By its metadata; a base model could be guided once more."""
+    student(Path("sd_1"), bases / "zero", num_timesteps=2, guidance_scale=6.0)
+    done("vdiff export single_file sd_1 one.safetensors --merge")
+    done(f"vdiff import diffusers one.safetensors --pipeline {pipeline('sdxl')} --out again")
+    config = read_config("again")
+    assert (config.num_timesteps, config.method, config.prediction) == (2, "progressive", "v")
+    assert config.guidance_scale == 6
+    noise = randn(2, 4, 8, 8, dtype=torch.float32)
+    torch.testing.assert_close(drawn("again", noise, steps=2), drawn("sd_1", noise, steps=2), rtol=0, atol=1e-5)
+
+
 @every_kind
 def test_the_configuration_for_a1111_describes_the_network(bases, kind):
     """Its sizes are those of the tensors that A1111 then loads; the first line says who wrote it."""
@@ -189,6 +201,13 @@ def test_what_is_in_the_way_is_left_alone_and_merging_needs_a_lora(bases):
     done(f"{folder} --overwrite")
     Path("folder/mine.txt").write_text("mine")
     assert "folder also holds mine.txt" in error(f"{folder} --overwrite", 1)
+
+
+@pytest.mark.parametrize("line", ["diffusers {base} out", "single_file {base} out/a.safetensors"])
+def test_a_full_disk_is_one_line(bases, tmp_path, line):
+    with full_disk(20_000):
+        assert "cannot write out" in error(f"vdiff export {line.format(base=bases / 'sd15')}", 1)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_moved_components_may_be_pointed_to(bases):

@@ -147,6 +147,7 @@ BAD: dict[str, tuple[str, Change, str]] = {
         "sd15", lambda f: edited(f / "model_index.json", _class_name="StableDiffusionInpaintPipeline"),
         "_class_name is 'StableDiffus",
     ),
+    "inpainting by its UNet": ("sd15", lambda f: edited(f / "unet/config.json", in_channels=9), "none for inpainting"),
     "other network": (
         "sd15", lambda f: edited(f / "model_index.json", unet=["diffusers", "UNet2DModel"]), "only UNet2DConditionModel"
     ),

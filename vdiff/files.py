@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from vdiff.errors import VdiffError, explained, shell
 
 T = TypeVar("T")
@@ -95,19 +97,18 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
         return values
 
 
-def refusal(path: Path, error: OSError) -> VdiffError:
+def refusal(path: Path, error: Exception) -> VdiffError:
     """The error of the file system, and what to do about it."""
-    return VdiffError(
-        f"cannot write {path}: {error.strerror or error}", "free space, fix the permissions or choose another --out"
-    )
+    cause = getattr(error, "strerror", None) or error
+    return VdiffError(f"cannot write {path}: {cause}", "free space, fix the permissions or choose another --out")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the file system in the block into the `refusal` of `path`."""
+    """Turn errors of the file system in the block into the `refusal` of `path`, also those of safetensors."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise refusal(path, error) from None
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from msgspec import Meta
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 import vdiff
 from vdiff.diffusion.distillation import METHODS
@@ -526,10 +526,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         memories.add(memory)
 
     def write(temporary: Path) -> None:
-        try:
-            save_file(on_cpu, temporary, {**metadata, CHECKSUM: NO_CHECKSUM})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        save_file(on_cpu, temporary, {**metadata, CHECKSUM: NO_CHECKSUM})
         add_checksum(temporary)
 
     write_whole(path, write)

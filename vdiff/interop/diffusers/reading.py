@@ -9,8 +9,10 @@ vdiff/config.json                           the checkpoint's description by vdif
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vdiff.diffusion.parameterisation import Parameterisation, Vp
 from vdiff.diffusion.schedules import Schedule, build_schedule
@@ -102,7 +104,9 @@ def import_pipeline(
         note = WeightsNote.read(root)
         with converted(root, folder, pipeline) as parts:
             scheduler = scheduler_of(_scheduler(parts), note, is_own=False, prediction=prediction, zero_snr=zero_snr)
-            return _latent_model(parts, name, folder, scheduler, num_timesteps, copy=True, overwrite=overwrite)
+            return _latent_model(
+                parts, name, folder, scheduler, num_timesteps, copy=True, overwrite=overwrite, student=note.student
+            )
     if pipeline is not None:
         raise OptionError("--pipeline is for a single file of weights", "leave it out: a folder has its own parts")
     index = _index(root)
@@ -111,12 +115,15 @@ def import_pipeline(
     files = weights_files(unet_folder)
     scheduler = _scheduler(root)
     flow = read_flow(scheduler) if is_flow(scheduler) else None
+    note = WeightsNote.read(files[0])
     if flow is None:
-        scheduler = scheduler_of(scheduler, WeightsNote.read(files[0]), prediction=prediction, zero_snr=zero_snr)
+        scheduler = scheduler_of(scheduler, note, prediction=prediction, zero_snr=zero_snr)
     elif prediction or zero_snr:
         raise OptionError(f"{scheduler.where} is a rectified flow, with one prediction", "leave the option out")
     if index.values["_class_name"] in PIPELINES:
-        return _latent_model(root, name, folder, scheduler, num_timesteps, copy=copy, overwrite=overwrite)
+        return _latent_model(
+            root, name, folder, scheduler, num_timesteps, copy=copy, overwrite=overwrite, student=note.student
+        )
     if copy:
         raise OptionError("--copy: this pipeline has no parts but its network", "leave it out")
     unet = JsonFile.read(unet_folder / CONFIG, DAMAGED)
@@ -171,14 +178,21 @@ def _latent_model(
     *,
     copy: bool,
     overwrite: bool,
+    student: Mapping[str, Any],
 ) -> Imported:
-    """A pipeline of latents."""
+    """A pipeline of latents.
+
+    Args:
+        student: what the metadata of a student that vdiff exported say, see `WeightsNote`.
+    """
     notes = remarks(scheduler, latents=True)
     own = read_config((root / NOTE).parent) if (root / NOTE).exists() else None
     schedule, prediction = read_schedule(scheduler), read_prediction(scheduler)
     takes_guidance = bool(own and own.guidance_range)
     description = import_folder(root, name, _index(root), schedule, prediction, takes_guidance=takes_guidance)
     config = description.config
+    if student and student["num_timesteps"] < schedule.label_scale:
+        config = replace(config, **student)
     if own is not None:
         if (own.prediction, own.schedule, own.shape) == (config.prediction, config.schedule, config.shape):
             dataset = own.dataset if own.is_imported else _trained_by_vdiff(own, name)

@@ -7,10 +7,11 @@ vae/ text_encoder/ tokenizer/ …       the checkpoint's components, see `vdiff.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from vdiff.interop.diffusers.folders import (
 )
 from vdiff.interop.diffusers.scheduler import PREDICTIONS
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields
-from vdiff.interop.modelspec import FAMILIES
+from vdiff.interop.modelspec import FAMILIES, LEARNED
+from vdiff.interop.modelspec import STEPS as STUDENT_STEPS
 from vdiff.interop.recognition import V_KEY, ZERO_SNR_KEY, recognise, statements
 from vdiff.models.autoencoder import Autoencoder, picture_shape
 from vdiff.models.checkpoint import COPIED, CheckpointConfig, save_checkpoint
@@ -80,11 +82,15 @@ class WeightsNote:
     """What a safetensors file says about its model; None or False: nothing.
 
     `v_pred` and `ztsnr` are empty tensors that some programs write; others write the metadata of `modelspec`.
+
+    Attributes:
+        student: of a student that vdiff exported, the fields of its checkpoint; empty for other models.
     """
 
     where: str
     prediction: str | None = None
     zero_snr: bool = False
+    student: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> WeightsNote:
@@ -97,7 +103,16 @@ class WeightsNote:
         with reading(path), safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
         said = {f"{path}, {source}": each for source, each in statements(names, metadata).items()}
-        return cls(str(path), agreed(said), KEYS[1] in names)
+        return cls(str(path), agreed(said), KEYS[1] in names, _student_of(metadata))
+
+
+def _student_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a student's checkpoint, from the metadata that an export wrote."""
+    steps, scale = metadata.get(STUDENT_STEPS, ""), metadata.get(LEARNED, "")
+    if not re.fullmatch("[1-9][0-9]{0,3}", steps):
+        return {}
+    guidance = float(scale) if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", scale) else None
+    return {"method": "progressive", "num_timesteps": int(steps), "guidance_scale": guidance}
 
 
 def agreed(said: Mapping[str, str]) -> str | None:
@@ -226,6 +241,8 @@ def read_backbone(root: Path, index: JsonFile, *, takes_guidance: bool) -> tuple
     for key in ("time_cond_proj_dim", "num_class_embeds", "class_embed_type", "encoder_hid_dim"):
         if file.get(key) is not None and not (takes_guidance and key == "time_cond_proj_dim"):
             raise file.refusal(key, "a UNet with other inputs than noise, time and text cannot be read")
+    if kind == TEXT_UNET and file.get("in_channels") != file.get("out_channels"):
+        raise file.refusal("in_channels", "only a UNet that takes latents alone can be read, and none for inpainting")
     values = {key: value for key, value in file.values.items() if not key.startswith("_")}
     doubled = values.get("out_channels") == 2 * values.get("in_channels", 0)
     with text_libraries(), explained(f"{file.where} describes no {kind}", DAMAGED, Exception), torch.device("meta"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import OptionError, VdiffError, shell
-from vdiff.files import make_folder, read_text, write_json, write_text
+from vdiff.files import make_folder, read_text, write_json, write_text, writing
 from vdiff.interop.card import CARD, FILES_OF_CARD, card_beside, is_card, license_of_base, new_card, public
 from vdiff.interop.diffusers.folders import INDEX, NOTE
 from vdiff.interop.diffusers.original import configuration, original_names
@@ -212,7 +212,8 @@ def export_text_pipeline(
                 parts |= {"force_zeros_for_empty_prompt": model.network.zero_empty, "add_watermarker": False}
             else:
                 parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            getattr(diffusers, model.family.pipeline)(**parts).save_pretrained(temporary)
+            with writing(folder):
+                getattr(diffusers, model.family.pipeline)(**parts).save_pretrained(temporary)
         make_folder((temporary / NOTE).parent)
         published = replace(config, components={**(config.components or {}), "path": ".."}, base=None, adapter=None)
         write_json(temporary / NOTE, public(published.to_dict()))

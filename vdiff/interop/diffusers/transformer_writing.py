@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vdiff.errors import OptionError, VdiffError
-from vdiff.files import make_folder, read_json, write_json, write_text
+from vdiff.files import make_folder, read_json, write_json, write_text, writing
 from vdiff.interop.card import license_of_base, new_card, public
 from vdiff.interop.diffusers.folders import DAMAGED, INDEX, NOTE
 from vdiff.interop.diffusers.stable_diffusion import TRANSFORMERS
@@ -66,8 +66,9 @@ def export_transformer_pipeline(
             import diffusers
 
             scheduler: Any = diffusers.DDIMScheduler(**scheduler_settings(config))
-            scheduler.save_pretrained(temporary / "scheduler")
-            model.save_pretrained(temporary / "transformer")
+            with writing(folder):
+                scheduler.save_pretrained(temporary / "scheduler")
+                model.save_pretrained(temporary / "transformer")
         copy_parts(root, temporary)
         index = {
             "_class_name": source.get("_class_name", pipeline_of(config)),
