@@ -96,7 +96,7 @@ SETTINGS = [
     *(Setting(8, batch, checkpointing) for checkpointing in (True, False) for batch in (1, 2, 4)),
     Setting(64, 2, True),
     Setting(64, 2, False),
-    *(Setting(64, 2, True, stage) for stage in (1, 2)),
+    *(Setting(64, 2, checkpointing, stage) for stage in (1, 2) for checkpointing in (True, False)),
     Setting(0, 2, True),
 ]
 

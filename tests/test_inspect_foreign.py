@@ -112,10 +112,11 @@ def test_a_file_of_seven_gigabytes_is_answered_from_its_header():
     assert Path("big.safetensors").stat().st_size > 7e9
     assert Path("big.safetensors").stat().st_blocks * 512 < 1e6
     code = (
-        "import sys; from vdiff.cli.main import main\n"
+        "import sys, time; from vdiff.cli.main import main\n"
         "try: main(['inspect', 'big.safetensors'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "assert 'torch' not in sys.modules; print(open('/proc/self/io').read())"
+        "assert 'torch' not in sys.modules; assert time.process_time() < 2  # 0.3 on a usual machine\n"
+        "print(open('/proc/self/io').read())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "what       Stable Diffusion XL" in result.stdout or "what      Stable Diffusion XL" in result.stdout

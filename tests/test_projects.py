@@ -129,6 +129,8 @@ def test_what_is_no_checkpoint():
     Path("inside/model.safetensors").touch()
     Path("pipeline").mkdir()
     Path("pipeline/model_index.json").touch()
+    Path("pipeline/unet").mkdir()
+    Path("pipeline/unet/config.json").touch()
     for path, words in (
         ("checkpoints/base_5", "checkpoints/base_5: no such checkpoint; checkpoints holds base_9, base_10"),
         ("runs/base_5", "runs/base_5: no such checkpoint; run `python train.py` first"),
@@ -139,6 +141,7 @@ def test_what_is_no_checkpoint():
             "holds no config.json; give one of the checkpoints in it: base_7",
         ),
         ("pipeline", "is a pipeline of diffusers; import it: vdiff import diffusers pipeline --out checkpoints/NAME"),
+        ("pipeline/unet", "is a part of a pipeline of diffusers; import it: vdiff import diffusers pipeline --out"),
         (
             "inside/model.safetensors",
             "is a file of weights; import it: vdiff import diffusers inside/",

@@ -20,6 +20,8 @@ DATA, CHECKPOINTS, SAMPLES, ORIGINAL = Path("data"), Path("checkpoints"), Path("
 OF_MODELS = re.compile(rf"{ORIGINAL}|base_\d+")
 SHOWN = 12
 """How many models a message lists at most."""
+PIPELINE = "model_index.json"
+"""The file in the folder of a pipeline of diffusers."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,10 @@ def check_checkpoint(folder: Path, project: Project | None = None) -> None:
         if folder.suffix == ".safetensors" and inside is None:
             raise VdiffError(f"{folder} is a file of weights", _how_to_import(folder))
         raise VdiffError(f"{folder} is a file", f"give the checkpoint's folder, {which}")
+    if (folder.parent / PIPELINE).is_file():
+        raise VdiffError(f"{folder} is a part of a pipeline of diffusers", _how_to_import(folder.parent))
     if not (folder / CONFIG).is_file():
-        if (folder / "model_index.json").is_file():
+        if (folder / PIPELINE).is_file():
             raise VdiffError(f"{folder} is a pipeline of diffusers", _how_to_import(folder))
         if (folder / RUN_FILE).is_file():
             raise VdiffError(f"{folder} is a run that has saved no checkpoint yet", "wait until it has, or resume it")

@@ -243,6 +243,8 @@ def with_lora(config: TrainConfig, found: CheckpointConfig, chosen: Mapping[str,
     """
     from vdiff.models.lora_files import read_lora
 
+    if not Path(config.lora).exists():
+        raise OptionError(f"--lora {config.lora}: no such file or folder", "give a LoRA, or a checkpoint of one")
     settings, _ = read_lora(Path(config.lora), found)
     given: dict[str, Any] = {
         "lora_rank": settings.rank,
