@@ -497,23 +497,22 @@ def test_checks_comparison_and_samples_draw_the_prompts_of_a_file(place, tmp_pat
     assert read_run(student).distill["sample_prompts"] == str(tmp_path / "prompts.txt")
 
 
-def distil_by_prompts(place: Path, students: Path, prompts: Path, cut_at: int = 0, fsdp: bool = False) -> None:
+def distil_by_prompts(place: Path, students: Path, prompts: Path, cut_at: int = 0) -> None:
     """A ladder with prompts for its checks and samples, interrupted after an update of its first stage."""
     reporter = signal_at(cut_at, bar="base_0") if cut_at else Watcher()
-    flags = {**LORA, "batch_size": 4, "sample_prompts": str(prompts), "tracker": "tensorboard", "fsdp": fsdp}
+    flags = {**LORA, "batch_size": 4, "sample_prompts": str(prompts), "tracker": "tensorboard"}
     with nullcontext() if not cut_at else suppress(Interrupted):
         climb(place, place / "sd2", students, reporter, **flags)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="gloo")
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_distil_by_prompts_as_one_and_resume(place, tmp_path, fsdp):
+def test_two_processes_distil_by_prompts_as_one_and_resume(place, tmp_path):
     """Only the first one draws; an interrupted ladder of two ends with the bits of two."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a green house\ntwo cars\nthe night\n")
     for name, count, cut_at in (("one", 1, 0), ("two", 2, 0), ("cut", 2, 2), ("cut", 2, 0)):
-        act = partial(distil_by_prompts, place, tmp_path / name, prompts, cut_at, fsdp and count > 1)
+        act = partial(distil_by_prompts, place, tmp_path / name, prompts, cut_at)
         codes, stdout, stderr = ends(launch(act, tmp_path, count))
         assert codes == [0] * count, stdout + stderr
         assert (tmp_path / name / "base_1").exists() == (cut_at == 0)
@@ -527,6 +526,25 @@ def test_two_processes_distil_by_prompts_as_one_and_resume(place, tmp_path, fsdp
         assert pictures[0] == pictures[1] == pictures[2] != []
         first, second = (scalars(folder)["loss"] for folder in (one, two))
         assert list(second.values()) == pytest.approx(list(first.values()), rel=1e-2)
+
+
+def one_stage(place: Path, students: Path, fsdp: bool) -> None:
+    """The first stage of a ladder of LoRAs, whose teacher is guided."""
+    flags = {"guidance_scale": 3.0, "to_steps": 4, "lora_rank": 3, "check_images": 2}
+    climb(place, place / "sd2", students, **flags, fsdp=fsdp)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="gloo")
+def test_two_processes_that_shard_the_lora_distil_as_one(place, tmp_path):
+    one_stage(place, tmp_path / "one", False)
+    codes, stdout, stderr = ends(launch(partial(one_stage, place, tmp_path / "two", True), tmp_path))
+    assert codes == [0, 0], stdout + stderr
+    one, two = (read_tensors(tmp_path / name / "base_0" / ADAPTER) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    weights = [torch.cat([found[name].flatten() for name in one]) for found in (one, two)]
+    assert (weights[0] - weights[1]).norm() < 1e-4 * weights[0].norm()
+    assert read_verdict(tmp_path / "two" / "base_0") is not None
 
 
 # Other tools
