@@ -196,7 +196,7 @@ def check_checkpoint(folder: Path, project: Project | None = None) -> None:
         if folder.suffix == ".safetensors" and inside is None:
             raise VdiffError(f"{folder} is a file of weights", _how_to_import(folder))
         raise VdiffError(f"{folder} is a file", f"give the checkpoint's folder, {which}")
-    if (folder.parent / PIPELINE).is_file():
+    if (folder.parent / PIPELINE).is_file() and folder.name != "vdiff":  # where an export leaves its description
         raise VdiffError(f"{folder} is a part of a pipeline of diffusers", _how_to_import(folder.parent))
     if not (folder / CONFIG).is_file():
         if (folder / PIPELINE).is_file():
