@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-
 from vdiff.errors import VdiffError, explained, shell
 
 T = TypeVar("T")
@@ -108,8 +106,10 @@ def writing(path: Path) -> Iterator[None]:
     """Turn errors of the file system in the block into the `refusal` of `path`, also those of safetensors."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise refusal(path, error) from None
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # --help imports no safetensors
+            raise refusal(path, error) from None
+        raise
 
 
 def fsync(path: Path) -> None:
