@@ -16,7 +16,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -131,6 +139,83 @@ def pipeline(kind: str) -> Path:
         if name.startswith("tokenizer"):
             write_tokenizer(folder / name, pad=part.pad_token)
             (folder / name / "tokenizer.json").unlink(missing_ok=True)
+    return folder
+
+
+BLOCKS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "patch_size": 2}
+PIXART: dict[str, Any] = {
+    **BLOCKS, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 24, "caption_channels": 48,
+    "norm_num_groups": 4,
+}  # fmt: skip
+TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sd3": ("StableDiffusion3Pipeline", "SD3Transformer2DModel", {
+        **BLOCKS, "sample_size": 8, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 12,
+        "caption_projection_dim": 24, "joint_attention_dim": 48, "pooled_projection_dim": 16 + 24,
+        "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }),
+    "flux": ("FluxPipeline", "FluxTransformer2DModel", {
+        **BLOCKS, "patch_size": 1, "in_channels": 16, "num_single_layers": 1, "joint_attention_dim": 48,
+        "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": (4, 4, 4),
+    }),
+    "alpha": ("PixArtAlphaPipeline", "PixArtTransformer2DModel", {**PIXART, "sample_size": 128}),
+    "sigma": ("PixArtSigmaPipeline", "PixArtTransformer2DModel", {**PIXART, "sample_size": 8}),
+}  # fmt: skip
+"""Tiny pipelines of transformers: their class, and class and configuration of the network."""
+
+
+def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A tokenizer of T5 that knows ASCII and `WORDS`, and a text encoder with random weights."""
+    pieces = [f"▁{word}" for word in WORDS.split()] + [chr(k) for k in range(33, 127)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    tokenizer = T5Tokenizer(vocab=[*vocabulary, *((piece, -4.0) for piece in dict.fromkeys(pieces))], extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=48,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return tokenizer, T5EncoderModel(config)
+
+
+@functools.cache
+def transformer_pipeline(kind: str, *, has_t5: bool = True, shards: bool = False) -> Path:
+    """The folder of a tiny pipeline of `TRANSFORMERS`; written once in a test session: change a copy.
+
+    Args:
+        has_t5: an SD3 may lack it.
+        shards: T5 is written in parts, as the published ones are.
+    """
+    place = tempfile.mkdtemp(prefix=f"vdiff-{kind}-")
+    atexit.register(shutil.rmtree, place)
+    folder = Path(place) / kind
+    pipeline_name, network_name, settings = TRANSFORMERS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = getattr(diffusers, network_name)(**settings)
+        for parameter in network.parameters():  # the output of new networks is nearly 0
+            torch.nn.init.normal_(parameter, std=0.1)
+        parts: dict[str, Any] = {"transformer": network}
+        clips = {"sd3": (16, 24), "flux": (16,)}.get(kind, ())
+        for name, size in zip(("", "_2"), clips, strict=False):
+            tokenizer = write_tokenizer(folder / f"tokenizer{name}", pad="!" if name else END)
+            parts |= {f"tokenizer{name}": tokenizer}
+            parts |= {f"text_encoder{name}": text_encoder(tokenizer, size=size, projected=kind == "sd3")}
+        last = {"sd3": "_3", "flux": "_2"}.get(kind, "")
+        parts[f"tokenizer{last}"], parts[f"text_encoder{last}"] = t5() if has_t5 else (None, None)
+        if kind in ("sd3", "flux"):
+            dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+            options = {"shift": 3.0} if kind == "sd3" else dynamic
+            parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+            parts["vae"] = autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False)
+        else:
+            options = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing", "clip_sample": False}
+            parts["scheduler"] = diffusers.DDIMScheduler(**options)
+            parts["vae"] = autoencoder()
+        whole = getattr(diffusers, pipeline_name)(**parts)
+    whole.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
     return folder
 
 

@@ -73,6 +73,7 @@ MODELS = (
         "lucid_unet",
         "image_v1_config",
         "image_v1_unet",
+        "diffusers_names",
         "wrapped",
         "components",
         "text",

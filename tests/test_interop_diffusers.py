@@ -786,7 +786,7 @@ def huge(folder: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "holds no model_index.json; give a folder"),
     "index": (written("model_index.json", b"[]"), "model_index.json cannot be read: it is not a JSON object"),
-    "pipeline": (with_values("model_index.json", _class_name="StableDiffusion3Pipeline"), "_class_name is 'StableDiff"),
+    "pipeline": (with_values("model_index.json", _class_name="KandinskyPipeline"), "_class_name is 'Kandinsky"),
     "network": (with_values("model_index.json", unet=["diffusers", "UNet2DConditionModel"]), "only UNet2DModel"),
     "no scheduler": (without("scheduler/scheduler_config.json"), "scheduler_config.json is missing"),
     "no unet": (without("unet/config.json"), "unet/config.json is missing"),

@@ -166,7 +166,7 @@ BAD: dict[str, tuple[str, Change, str]] = {
         edited(f / "text_encoder/config.json", vocab_size=20), "holds no text encoder of CLIP",
     ),
     "other encoder": (
-        "sd15", lambda f: edited(f / "text_encoder/config.json", architectures=["T5EncoderModel"]), "T5EncoderModel"
+        "sd15", lambda f: edited(f / "text_encoder/config.json", architectures=["BertModel"]), "it is a BertModel"
     ),
 }  # fmt: skip
 

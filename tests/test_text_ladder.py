@@ -435,7 +435,7 @@ def test_a_student_is_no_teacher_to_be_guided(place, students, tmp_path):
 
 
 def test_a_negative_prompt_that_has_no_effect_is_refused(place, students):
-    words = "it has no effect, as this student has learned its guidance; leave it out"
+    words = "it has no effect, as this student has its guidance inside; leave it out"
     line = f"sample.py --checkpoint {students / 'base_1'} --prompt fox --negative_prompt blurry --device cpu"
     assert f"--negative_prompt: {words}" in error(line, 2)
     student, base = (vdiff.load(folder, device="cpu") for folder in (students / "base_1", place / "sd2"))

@@ -247,7 +247,7 @@ def test_folders_without_the_parts_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"text_encoders": []}, "one or two"),
+        ({"text_encoders": []}, "one to three"),
         ({"text_encoders": [{"class": "BertModel", "config": {}}]}, "BertModel"),
         ({"text_encoders": [{"class": "CLIPTextModel", "config": {"num_hidden_layers": 10**9}}]}, "num_hidden_layers"),
         ({"text_encoders": [{"class": "CLIPTextModel", "config": {"auto_map": 1}}]}, "auto_map"),

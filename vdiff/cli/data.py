@@ -219,7 +219,7 @@ def encode(
     if not isinstance(backbone, TextBackbone) or description.components is None:
         raise VdiffError(f"{base} is not a text-to-image model", "give one of vdiff import diffusers")
     folder = Path(description.components["path"])
-    autoencoder, tokenizers = Autoencoder.read(folder, place), Tokenizers.read(folder)
+    autoencoder, tokenizers = Autoencoder.read(folder, place), Tokenizers.read(folder, backbone.describe())
     if size % autoencoder.factor:
         raise OptionError(f"--image_size {size}: the autoencoder needs multiples of {autoencoder.factor}", "choose one")
 

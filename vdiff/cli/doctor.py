@@ -40,7 +40,7 @@ EXTRAS = {
     "onnx": (["onnx", "onnxruntime", "onnxscript"], "export to ONNX"),
     "optimizers": (["bitsandbytes", "prodigyopt"], "--optimizer adamw8bit and prodigy"),
     "s3": (["s3fs"], "tar shards on S3"),
-    "text": (["peft", "transformers"], "text-to-image models and LoRA"),
+    "text": (["peft", "sentencepiece", "transformers"], "text-to-image models and LoRA"),
     "wandb": (["wandb"], "--tracker wandb"),
     "web": (["starlette", "uvicorn"], "pages in the browser"),
     "webdataset": (["webdataset", "fsspec"], "tar shards"),

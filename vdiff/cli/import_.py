@@ -103,13 +103,18 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
 @project_option()
 @option(
     "--num_timesteps", group="Model", type=click.IntRange(1), metavar="STEPS",
-    show_default="as in its training; Stable Diffusion 50", help="Sampling steps of the checkpoint.",
+    show_default="as in its training; latents: as in diffusers", help="Sampling steps of the checkpoint.",
 )  # fmt: skip
 @option(
     "--prediction", group="Model", type=OneOf(["v", "eps", "x"]), show_default="what its files say",
     help="What the network predicts; needed where its files do not say it.",
 )  # fmt: skip
 @switch("--zero_snr", group="Model", help="Its betas were rescaled to zero terminal SNR, which its files do not say.")
+@option(
+    "--image_size", group="Model", type=click.IntRange(1), metavar="PIXELS",
+    show_default="as in its training; FLUX 1024",
+    help="Size of the pictures that a model of latents draws; the time shift of a flow may depend on it.",
+)  # fmt: skip
 @option(
     "--pipeline", group="Model", metavar="FOLDER", show_default="that of its family, from the hub",
     help="For a .safetensors file: a pipeline whose configurations and tokenizers are those of the file.",
@@ -120,9 +125,9 @@ def reference(file: Path, project: Project, out: Path | None, **options: Any) ->
 def diffusers(source: str, project: Project, out: Path | None, **options: Any) -> None:
     """Import SOURCE, a pipeline of diffusers: a folder, OWNER/NAME of the Hugging Face hub, or a .safetensors file.
 
-    It is Stable Diffusion 1.5, 2 or XL (base), a DiTPipeline, or a DDPMPipeline, DDIMPipeline or PNDMPipeline with a
-    UNet2DModel. Only JSON, tokenizers and safetensors are read. A folder from `vdiff export diffusers` becomes the
-    original checkpoint again.
+    It is Stable Diffusion 1.5, 2, XL (base) or 3, FLUX, PixArt, a DiTPipeline, or a DDPMPipeline, DDIMPipeline or
+    PNDMPipeline with a UNet2DModel. Only JSON, tokenizers and safetensors are read. A folder from
+    `vdiff export diffusers` becomes the original checkpoint again.
     """
     from vdiff.interop.diffusers.reading import import_pipeline
     from vdiff.models.condition import TOKENS

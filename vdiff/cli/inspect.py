@@ -374,7 +374,8 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
         rows = {
             "network": f"{kind}, {config['unet']['class']}",
             "text": ", ".join(
-                f"{each['class']} of {each['config']['hidden_size']}" for each in config["text_encoders"]
+                f"{each['class']} of {each['config'].get('hidden_size') or each['config'].get('d_model')}"
+                for each in config["text_encoders"]
             ),
         }
         if components := values.get("components"):

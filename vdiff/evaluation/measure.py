@@ -277,7 +277,8 @@ class _Run:
         drawn = self.plan.prompts[: self.plan.n]
         kind = "prompts in turn" if own else "captions of the data, in random order"
         self.prompts = f"{len(drawn):,} {kind}"
-        tokenizers = Tokenizers.read(check_components(config.components, self.plan.components)["path"])
+        folder = check_components(config.components, self.plan.components)["path"]
+        tokenizers = Tokenizers.read(folder, config.network_config)
         if long := sum(map(bool, map(tokenizers.cut, drawn))):
             self.notes = (
                 f"{long:,} of {len(drawn):,} prompts are longer than {tokenizers.length} tokens and are cut.",

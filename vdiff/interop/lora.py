@@ -25,6 +25,7 @@ from vdiff.models.checkpoint import (
     read_tensors,
     write_tensors,
 )
+from vdiff.models.diffusers_names import DIT, PIXART, diffusers_class, diffusers_part
 from vdiff.models.kinds import DIFFUSERS, TEXT
 from vdiff.replacing import Kind, check_free, locked, new_folder
 
@@ -37,13 +38,13 @@ PREFIXES = {TEXT: "network.unet.model.", DIFFUSERS: "network.model."}
 ENCODERS = f"{TEXT_ENCODERS}."
 TEXT_MODEL = "text_model."
 CARD_OPTIONS: dict[str, Any] = {"anew": False, "tags": ["lora"]}
-UNET, PEFT_CONFIG, PEFT_WEIGHTS = "unet", "adapter_config.json", "adapter_model.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILE = Kind("LoRA", lambda path: path.name if MADE_BY.items() <= read_metadata(path).items() else "")
 FOLDER = Kind(
     "LoRA of peft",
     lambda path: (
-        f"({UNET}|text_encoder(_one|_two)?)/({PEFT_CONFIG}|{PEFT_WEIGHTS})|{FILES_OF_CARD}"
-        if (path / UNET / PEFT_WEIGHTS).is_file() and FILE.files(path / UNET / PEFT_WEIGHTS)
+        f"(unet|transformer|text_encoder(_one|_two)?)/({PEFT_CONFIG}|{PEFT_WEIGHTS})|{FILES_OF_CARD}"
+        if any((file := path / part / PEFT_WEIGHTS).is_file() and FILE.files(file) for part in ("unet", "transformer"))
         else ""
     ),
 )
@@ -66,7 +67,7 @@ class ExportedLora:
 
 @dataclass(frozen=True)
 class LoraPart:
-    """The LoRA of the UNet, or of a text encoder.
+    """The LoRA of the UNet or transformer, or of a text encoder.
 
     Attributes:
         name: that of the part in a pipeline of diffusers.
@@ -87,8 +88,9 @@ class LoraPart:
 
 def parts_of(config: CheckpointConfig, tensors: dict[str, Tensor]) -> Iterator[LoraPart]:
     """The parts of a LoRA by the names that other tools give to them."""
-    unet = {name: tensor for name, tensor in tensors.items() if not name.startswith(ENCODERS)}
-    yield LoraPart(UNET, UNET, "lora_unet", unet)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(ENCODERS)}
+    network = diffusers_part(config.network_config)
+    yield LoraPart(network, network, f"lora_{network}", own)
     encoders = config.network_config.get("text_encoders", [])
     for number, (described, (name, folder)) in enumerate(zip(encoders, encoder_names(config), strict=True)):
         prefix = f"{ENCODERS}{number}."
@@ -159,7 +161,7 @@ def check_student(checkpoint: Path, config: CheckpointConfig, base: CheckpointCo
         path = (config.base or {}).get("path")
         raise VdiffError(f"{path}, the base of {checkpoint}: no such checkpoint", "put the base back there")
     whole = _how_to_export_whole(checkpoint, config)
-    if config.guidance_range:
+    if config.guidance_range and not base.guidance_range:
         raise VdiffError(f"{checkpoint} takes the guidance as an input, which no LoRA can add to its base", whole)
     if base.prediction == "eps" and config.prediction != "eps":
         raise VdiffError(
@@ -265,8 +267,10 @@ def export_lora(
     if layout in (KOHYA, BOTH) and family_of(config) is None:
         raise VdiffError(
             f"{checkpoint} is not a LoRA of Stable Diffusion, and kohya's layout is only for those",
-            "give --format diffusers",
+            "give --format diffusers or peft",
         )
+    if layout == DIFFUSERS and (name_of := diffusers_class(config.network_config)) in (DIT, PIXART):
+        raise VdiffError(f"diffusers loads no LoRA file into a {name_of}", "give --format peft")
     licence = license_name or license_of_base(config)
     notes = list(notes_of(config, base))
     described = {part.name: peft_config(settings, part.tensors) for part in parts}
@@ -280,7 +284,7 @@ def export_lora(
                 # without a checksum: peft warns of keys that it does not know
                 write_text(temporary / part.folder / PEFT_CONFIG, json.dumps(described[part.name], indent=2) + "\n")
             if card:
-                pages = {UNET: lora_usage(target.name, PEFT, config)}
+                pages = {parts[0].folder: lora_usage(target.name, PEFT, config)}
                 card_beside(temporary, checkpoint, usage=pages, license_name=licence, **CARD_OPTIONS).write(temporary)
         return ExportedLora(config, [target], notes)
     files = files_of_export(target, layout, name, config)

@@ -12,6 +12,7 @@ from typing import Any
 
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import LATENTS
+from vdiff.models.diffusers_names import diffusers_part
 from vdiff.models.kinds import TEXT
 
 SPEC = "modelspec."
@@ -21,7 +22,8 @@ GUIDANCE, LEARNED = "vdiff.guidance_scale", "vdiff.learned_guidance_scale"
 MADE_BY = {"made_by": "vdiff"}
 WORDS = {"eps": "epsilon", "v": "v", "x": "sample"}
 """Our names of predictions and those of `modelspec.prediction_type`."""
-LATENT_FACTOR = 8
+LATENT_FACTOR, SIDE = 8, 128
+"""Pixels for each side of a latent, and the side of latents in FLUX's pipeline, whose network does not say it."""
 USUAL_SCHEDULE = {"name": "scaled_linear", "num_levels": 1000, "first_beta": 0.00085, "last_beta": 0.012}
 """The schedule that ComfyUI and A1111 assume for every model of these families."""
 
@@ -69,7 +71,7 @@ FAMILIES = (SD1, SD2, SDXL)
 
 def family_of(config: CheckpointConfig) -> Family | None:
     """The family of a text-to-image model of latents, by the structure of its UNet; None for other models."""
-    if config.kind != TEXT or config.codec != LATENTS.name:
+    if config.kind != TEXT or config.codec != LATENTS.name or diffusers_part(config.network_config) != "unet":
         return None
     unet = config.network_config["unet"]["config"]
     if unet.get("addition_embed_type") == "text_time":

@@ -289,6 +289,7 @@ def _pipeline(folder: Path) -> Foreign:
     kind = read_json(folder / INDEX, advice).get("_class_name")
     family = next((each for each in (SDXL, SD1) if each.pipeline == kind), None)
     usual, said, notes = False, list[Said](), list[str]()
+    flow = ""
     if family is not None and (folder / "unet/config.json").is_file():
         unet = read_json(folder / "unet/config.json", advice)
         family = SD2 if family is SD1 and unet.get("use_linear_projection") else family
@@ -298,13 +299,18 @@ def _pipeline(folder: Path) -> Foreign:
     if (folder / SCHEDULER).is_file():
         values = read_json(folder / SCHEDULER, advice)
         zero_snr = bool(values.get("rescale_betas_zero_snr", False))
-        said.append(Said("the scheduler", PREDICTIONS.get(values.get("prediction_type", "epsilon")), zero_snr))
+        if str(values.get("_class_name")).startswith("FlowMatch"):
+            is_dynamic = values.get("use_dynamic_shifting")
+            shift = "depends on the size of the picture" if is_dynamic else f"is {values.get('shift', 1)}"
+            flow = f", a rectified flow whose time shift {shift}"
+        else:
+            said.append(Said("the scheduler", PREDICTIONS.get(values.get("prediction_type", "epsilon")), zero_snr))
         spacing = values.get("timestep_spacing", "leading")
         if zero_snr and spacing != "trailing":
             notes.append(f"zero terminal SNR with {spacing} timesteps: sampling never begins at the last level")
     for weights in sorted((folder / "unet").glob("*.safetensors")):
         said += _said(weights, read_shapes(weights), {})
-    what = f"a pipeline folder of {family.name if family else kind}"
+    what = f"a pipeline folder of {family.name if family else kind}{flow}"
     kind = "pipeline" if family else "other"
     return Foreign(folder, what, family, kind, usual, steps=_steps(folder, {}), said=tuple(said), notes=tuple(notes))
 

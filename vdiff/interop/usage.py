@@ -9,10 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from vdiff.diffusion.parameterisation import Flow
 from vdiff.interop.graphs import MAX_GRID, GraphOptions
-from vdiff.interop.modelspec import SDXL, Family, guidance_hint, is_student
+from vdiff.interop.modelspec import LATENT_FACTOR, SDXL, SIDE, Family, family_of, guidance_hint, is_student
 from vdiff.models.checkpoint import CheckpointConfig
+from vdiff.models.components import ENCODERS
 from vdiff.models.condition import CLASSES, IMAGE
+from vdiff.models.diffusers_names import DIT, FLUX, PIXART, SD3, diffusers_class, diffusers_part
 from vdiff.models.kinds import DIFFUSERS, TEXT
 from vdiff.text import plural
 
@@ -105,10 +108,12 @@ LORA = """\
 {% if kind == "peft" %}
 from peft import PeftModel
 {% endif %}
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import {% if scheduler %}DDIMScheduler, {% endif %}DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("BASE")
+{% if scheduler %}
 {{ scheduler }}
+{% endif %}
 {% if kind == "peft" %}
 {% for part, folder in parts %}
 pipe.{{ part }} = PeftModel.from_pretrained(pipe.{{ part }}, "{{ name }}/{{ folder }}", adapter_name="default")
@@ -116,7 +121,7 @@ pipe.{{ part }} = PeftModel.from_pretrained(pipe.{{ part }}, "{{ name }}/{{ fold
 {% else %}
 pipe.load_lora_weights("{{ name }}")
 {% endif %}
-pipe("a red fox"{{ arguments }}).images[0].save("fox.png")
+pipe({{ subject }}{{ arguments }}).images[0].save("fox.png")
 """
 SINGLE_FILE = """\
 from diffusers import DDIMScheduler, {{ pipeline }}
@@ -134,7 +139,7 @@ pipe("a red fox"{{ arguments }}).images[0].save("fox.png")
 TRANSFORMER = """\
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{{ name }}")
+pipe = DiffusionPipeline.from_pretrained("{{ name }}"{{ absent }})
 pipe({{ subject }}{{ arguments }}).images[0].save("image.png")
 """
 SETTINGS = """\
@@ -170,6 +175,10 @@ def text_usage(words: str, program: str, config: CheckpointConfig, *, needs_node
     Args:
         needs_node: whether ComfyUI does not know what the model predicts.
     """
+    values["subject"] = "class_labels=[0]" if diffusers_class(config.network_config) == DIT else '"a red fox"'
+    if family_of(config) is None:
+        line = "" if isinstance(config.family, Flow) else scheduler_line(config)
+        return _fenced(words, program, {**values, "scheduler": line, "arguments": transformer_call(config)})
     zero_snr = bool(config.schedule.get("zero_snr"))
     call = f", num_inference_steps={config.num_timesteps}, guidance_scale=0" if is_student(config) else ""
     node = f"Node `ModelSamplingDiscrete` with `v_prediction` and zsnr {'on' if zero_snr else 'off'}"
@@ -195,17 +204,21 @@ def lora_usage(name: str, layout: str, config: CheckpointConfig) -> str:
         "kohya": "A LoRA with the tensor names of kohya's sd-scripts, for ComfyUI, A1111 and diffusers.",
         "peft": "A LoRA as a peft folder.",
     }[layout]
-    words += f" BASE is the model that it was trained on. Use it with {guidance_hint(config)}."
+    if family_of(config) is None:
+        words = f"A LoRA in the layout of {layout}. BASE is the model that it was trained on."
+    else:
+        words += f" BASE is the model that it was trained on. Use it with {guidance_hint(config)}."
     changes_text = config.adapter is not None and config.adapter.changes_text_encoders
-    parts = [("unet", "unet"), *(encoder_names(config) if changes_text else [])]
+    network = diffusers_part(config.network_config)
+    parts = [(network, network), *(encoder_names(config) if changes_text else [])]
     return text_usage(words, LORA, config, needs_node=True, name=name, kind=layout, parts=parts)
 
 
 def encoder_names(config: CheckpointConfig) -> list[tuple[str, str]]:
     """What a pipeline of diffusers calls each text encoder, and its folder in the layout of peft."""
-    if len(config.network_config.get("text_encoders", [])) == 2:
-        return [("text_encoder", "text_encoder_one"), ("text_encoder_2", "text_encoder_two")]
-    return [("text_encoder", "text_encoder")] if config.kind == TEXT else []
+    count = len(config.network_config.get("text_encoders", []))
+    folders = [f"text_encoder_{word}" for word in ("one", "two", "three")] if count > 1 else ["text_encoder"]
+    return list(zip(ENCODERS[:count], folders, strict=False))
 
 
 def single_file_usage(name: str, config: CheckpointConfig, family: Family) -> str:
@@ -230,12 +243,36 @@ def folder_usage(name: str, config: CheckpointConfig) -> str:
 
 def transformer_usage(name: str, config: CheckpointConfig) -> str:
     """For `name`, a pipeline folder of a transformer on latents, which draws classes or prompts."""
-    words, call = "With diffusers; vdiff is not needed.", ""
+    words = "With diffusers; vdiff is not needed."
     if is_student(config):
-        words += f" Use exactly {config.num_timesteps} steps and the guidance scale 1: none."
-        call = f", num_inference_steps={config.num_timesteps}, guidance_scale=1"
+        without = "" if config.guidance_range else " and the guidance scale 1: none"
+        words += f" Use exactly {plural(config.num_timesteps, 'step')}{without}."
     subject = '"a red fox"' if config.kind == TEXT else "class_labels=[0]"
-    return _fenced(words, TRANSFORMER, {"name": name, "subject": subject, "arguments": call})
+    lacks_t5 = diffusers_class(config.network_config) == SD3 and len(encoder_names(config)) == 2
+    absent = ", text_encoder_3=None, tokenizer_3=None" if lacks_t5 else ""
+    values = {"name": name, "absent": absent, "subject": subject, "arguments": transformer_call(config)}
+    return _fenced(words, TRANSFORMER, values)
+
+
+def transformer_call(config: CheckpointConfig) -> str:
+    """The further arguments with which the pipeline of a transformer draws vdiff's pictures; begins with a comma.
+
+    SD3's pipeline spaces its noise levels in another way unless it gets them, and some pipelines draw pictures of 1024
+    pixels unless they are told another size.
+    """
+    steps, name = config.num_timesteps, diffusers_class(config.network_config)
+    found = f", num_inference_steps={steps}" if is_student(config) or name == SD3 else ""
+    if name == SD3:
+        found += f", sigmas=[k / {steps} for k in range({steps}, 0, -1)]"
+    if is_student(config) and not config.guidance_range and name != FLUX:
+        found += ", guidance_scale=1"
+    usual = config.network_config.get("unet", {}).get("config", {}).get("sample_size", SIDE)
+    if config.kind == TEXT and list(config.shape[1:]) != [usual, usual]:
+        height, width = (LATENT_FACTOR * size for size in config.shape[1:])
+        found += f", height={height}, width={width}"
+    if name == PIXART:
+        found += ", clean_caption=False, use_resolution_binning=False"
+    return found
 
 
 def weights_usage(name: str, config: CheckpointConfig) -> str:

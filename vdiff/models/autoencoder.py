@@ -13,7 +13,7 @@ from vdiff.errors import VdiffError, explained
 from vdiff.files import read_json
 from vdiff.models.backbone import without_autocast
 from vdiff.models.codec import from_uint8
-from vdiff.models.components import VAE, text_libraries, weights_file
+from vdiff.models.components import VAE, text_libraries, weights_files
 
 NAME = "AutoencoderKL"
 PIXELS_AT_ONCE = 2**20
@@ -59,7 +59,7 @@ def vae_weights(folder: Path) -> Path:
     Raises:
         VdiffError: there are none.
     """
-    return weights_file(_place(folder))[0]
+    return weights_files(_place(folder))[0][0]
 
 
 class Autoencoder:
@@ -96,7 +96,7 @@ class Autoencoder:
             VdiffError: there is none, it cannot be read, or diffusers is not installed.
         """
         place = _place(Path(folder))
-        _, variant = weights_file(place)
+        _, variant = weights_files(place)
         with (
             text_libraries(),
             explained(f"{place} holds no {NAME}", "copy or download it again", Exception),

@@ -14,9 +14,12 @@ from vdiff.diffusion.schedules import build_schedule
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.checkpoint import CheckpointConfig
 from vdiff.models.codec import LATENTS
-from vdiff.models.condition import CLASSES, IMAGE, POOLED, TOKENS
+from vdiff.models.condition import IMAGE, POOLED, TOKENS
+from vdiff.models.diffusers_names import DIT, FLUX, PIXART, SD3, diffusers_class
 
 UNIFORM = "uniform"
+GUIDANCE_OF = {DIT: 3.0, PIXART: 3.5, SD3: 6.0, FLUX: 2.5}
+"""The weights w of guidance of diffusers' pipelines with these transformers."""
 MIN_SIGNAL = 1e-3
 """For a smaller α at t = 1, x̂ = (z − σ ε̂)/α magnifies the network's error too much."""
 
@@ -115,7 +118,8 @@ def check_negative_prompt(config: CheckpointConfig, negative_prompt: str, weight
     if not negative_prompt or (weight and not config.signature.takes_guidance):
         return
     if config.guidance_scale or config.signature.takes_guidance:
-        raise VdiffError("it has no effect, as this student has learned its guidance", "leave it out")
+        kind = "model" if config.method == "base" else "student"
+        raise VdiffError(f"it has no effect, as this {kind} has its guidance inside", "leave it out")
     raise VdiffError("it has no effect without guidance", "leave it out, or give --guidance too")
 
 
@@ -152,16 +156,18 @@ def without_limits(config: CheckpointConfig, name: str, options: Mapping[str, An
 def default_guidance(config: CheckpointConfig) -> float:
     """The default weight w: that of diffusers' pipelines for a latent model, else 0.
 
-    Their scale w + 1 is 7.5, for Stable Diffusion XL 5, and for a DiT of classes 4. A distilled model has
-    learned its guidance; one that takes the weight as an input gets the nearest weight in its range.
+    Their scale w + 1 is 7.5, for Stable Diffusion XL 5, and for transformers that of `GUIDANCE_OF`. A distilled model
+    has learned its guidance; one that takes the weight as an input gets the nearest weight in its range. A FLUX that
+    takes none has it inside.
     """
-    names = config.signature.names
+    names, name = config.signature.names, diffusers_class(config.network_config)
     if config.codec != LATENTS.name or config.components is None:
         return 0.0
-    if (config.method != "base" and not config.guidance_range) or not config.signature.null:
+    is_student = config.method != "base" or name == FLUX
+    if (is_student and not config.guidance_range) or not config.signature.null:
         return 0.0
     low, high = config.guidance_range or (-math.inf, math.inf)
-    return min(max(low, 3.0 if CLASSES in names else 4.0 if POOLED in names else 6.5), high)
+    return min(max(low, GUIDANCE_OF.get(name, 4.0 if POOLED in names else 6.5)), high)
 
 
 def build_sampler(name: str, options: Mapping[str, Any]) -> Sampler:

@@ -1,8 +1,8 @@
 """Components: the parts of a model that are not trained, in a folder like a pipeline of diffusers.
 
-    vae/                            the autoencoder; absent for a model of pixels
-    text_encoder/, text_encoder_2/  of a text-to-image model alone
-    tokenizer/, tokenizer_2/
+    vae/                                             the autoencoder; absent for a model of pixels
+    text_encoder/, text_encoder_2/, text_encoder_3/  of a text-to-image model alone
+    tokenizer/, tokenizer_2/, tokenizer_3/
 
 A checkpoint holds the path and fingerprint of the folder, so many models can share one.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,13 +25,16 @@ from vdiff.files import sha256_of, writing
 if TYPE_CHECKING:
     from torch import nn
 
-VAE, ENCODERS, TOKENIZERS = "vae", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+VAE = "vae"
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 PARTS = (VAE, *ENCODERS, *TOKENIZERS)
 TOKENIZER_FILES = (
-    *("vocab.json", "merges.txt", "tokenizer.json"),
+    *("vocab.json", "merges.txt", "tokenizer.json", "spiece.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+T5 = "T5EncoderModel"
+ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", T5)
 """The classes of transformers that are supported as text encoders."""
 RESTORE = "restore the folder, or point to it with --components FOLDER"
 
@@ -65,21 +69,28 @@ def text_libraries() -> Iterator[None]:
         ) from None
 
 
-def weights_file(folder: Path) -> tuple[Path, str | None]:
-    """The safetensors file of a text encoder or autoencoder, and its variant; a file without a variant is preferred.
+def weights_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The safetensors file of a text encoder or autoencoder, or its parts and their index; and the variant.
+
+    Files without a variant are preferred.
 
     Raises:
-        VdiffError: there is none.
+        VdiffError: there are none.
     """
     name = "model" if folder.name in ENCODERS else "diffusion_pytorch_model"
-    found = sorted(folder.glob(f"{name}*.safetensors"), key=lambda path: len(path.name))
-    found = [path for path in found if "-of-" not in path.name]
+    pattern = re.compile(rf"{name}\.?(.*?)(-\d+-of-\d+)?\.safetensors")
+    found = [match for path in sorted(folder.glob("*")) if (match := pattern.fullmatch(path.name))]
     if not found:
         raise VdiffError(
             f"{folder / name}.safetensors is missing",
             "weights in pickles (.bin) are never read: let diffusers save the pipeline again, as safetensors",
         )
-    return found[0], found[0].name.removeprefix(name).removesuffix(".safetensors").strip(".") or None
+    best = min(found, key=lambda match: (len(match[1]), bool(match[2])))
+    if not best[2]:
+        return [folder / best[0]], best[1] or None
+    index = ".".join(filter(None, [name, "safetensors.index", best[1], "json"]))
+    parts = [folder / match[0] for match in found if match[1] == best[1] and match[2]]
+    return [*parts, folder / index], best[1] or None
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -95,7 +106,7 @@ def files_of(folder: Path) -> list[Path]:
         names = TOKENIZER_FILES if part in TOKENIZERS else ("config.json",)
         files += [folder / part / name for name in names if (folder / part / name).is_file()]
         if part not in TOKENIZERS:
-            files.append(weights_file(folder / part)[0])
+            files += weights_files(folder / part)[0]
     if not files:
         raise VdiffError(f"{folder} holds no text encoder, tokenizer or autoencoder", RESTORE)
     return files
@@ -189,11 +200,11 @@ def read_encoder(folder: Path, part: str) -> nn.Module:
     Raises:
         VdiffError: its weights are missing or damaged, or its class is not supported.
     """
-    _, variant = weights_file(folder / part)
+    _, variant = weights_files(folder / part)
     where = folder / part
     with (
         text_libraries(),
-        explained(f"{where} holds no text encoder of CLIP", "copy or download it again", Exception),
+        explained(f"{where} holds no text encoder of CLIP or T5", "copy or download it again", Exception),
     ):
         import transformers
 

@@ -17,6 +17,7 @@ from vdiff.models.adapters import ATTENTION, ENCODERS, MAX_RANK, AdapterSettings
 from vdiff.models.checkpoint import ADAPTER, CheckpointConfig, read_config, read_metadata, read_tensors
 from vdiff.models.components import text_libraries
 from vdiff.models.condition import POOLED
+from vdiff.models.diffusers_names import TEXT_UNET, diffusers_class
 from vdiff.models.kinds import TEXT
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 UNET = "unet.model."
 PARTS = {
     "unet": UNET,
+    "transformer": UNET,
     "text_encoder": "text_encoders.0.",
     "text_encoder_one": "text_encoders.0.",
     "text_encoder_2": "text_encoders.1.",
@@ -41,8 +43,8 @@ def read_lora(path: Path, base: CheckpointConfig) -> tuple[AdapterSettings, dict
     """The settings of a LoRA, and its weights by the names of our network: `network.LAYER.lora_A.weight`.
 
     Args:
-        path: a `.safetensors` file of diffusers or of kohya's scripts, a folder of peft whose `unet/` holds its files,
-            or a checkpoint of a LoRA.
+        path: a `.safetensors` file of diffusers or (for Stable Diffusion up to XL) of kohya's scripts, a folder of peft
+            whose `unet/` or `transformer/` holds its files, or a checkpoint of a LoRA.
         base: of the model that the LoRA changes.
 
     Raises:
@@ -83,15 +85,21 @@ def _of_peft(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
             if isinstance(alpha, int | float):
                 alphas[_layer(plain)] = float(alpha)
     if not tensors:
-        raise ValueError(f"there is no unet/{WEIGHTS}")
+        raise ValueError(f"there is no unet/{WEIGHTS} or transformer/{WEIGHTS}")
     return tensors, alphas
 
 
 def _of_file(path: Path, network: Backbone) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The weights in one file, renamed by diffusers' converters, and the alpha of each layer."""
     found, metadata = read_tensors(path), read_metadata(path)
+    name = diffusers_class(network.describe())
+    if name != TEXT_UNET and any(key.endswith(".alpha") or not key.startswith("transformer.") for key in found):
+        raise VdiffError(
+            f"{path} is not in the layout of diffusers, the only one that is read for a {name}",
+            "convert it: pipe.load_lora_weights and pipe.save_lora_weights of diffusers, or give a folder of peft",
+        )
     with text_libraries():
-        from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+        from diffusers.loaders import lora_pipeline as loaders
         from diffusers.utils.state_dict_utils import (
             convert_state_dict_to_diffusers,
             convert_state_dict_to_peft,
@@ -100,18 +108,21 @@ def _of_file(path: Path, network: Backbone) -> tuple[dict[str, Tensor], dict[str
 
         unet: Any = network.unet
         is_xl = POOLED in unet.signature.names
-        loader = StableDiffusionXLLoraLoaderMixin if is_xl else StableDiffusionLoraLoaderMixin
         scales = sorted({float(tensor) for name, tensor in found.items() if name.endswith(".alpha")})
         if len(scales) > 1:
             raise VdiffError(f"{path} has layers of alphas {scales[0]:g} and {scales[1]:g}", ONE_OF_EACH)
-        values, _ = loader.lora_state_dict(found, unet_config=unet.model.config)
+        if name == TEXT_UNET:
+            kind = loaders.StableDiffusionXLLoraLoaderMixin if is_xl else loaders.StableDiffusionLoraLoaderMixin
+            values, _ = kind.lora_state_dict(found, unet_config=unet.model.config)
+        else:
+            values = found
         tensors: dict[str, Tensor] = {}
         for part, prefix in PARTS.items():
             own = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
             if not own:
                 continue
             if prefix == UNET:
-                own = convert_unet_state_dict_to_peft(own)
+                own = convert_unet_state_dict_to_peft(own) if name == TEXT_UNET else own
             else:
                 own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
             tensors |= {f"{prefix}{name.replace('text_model.', '')}": tensor for name, tensor in own.items()}

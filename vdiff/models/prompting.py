@@ -74,7 +74,8 @@ class Prompting:
         """
         folder = Path(check_components(config.components, components)["path"])
         decoder = Autoencoder.read(vae or folder, device) if config.codec == LATENTS.name else None
-        tokenizers = Tokenizers.read(folder) if TOKENS in config.signature.names else None
+        takes_prompts = TOKENS in config.signature.names
+        tokenizers = Tokenizers.read(folder, config.network_config) if takes_prompts else None
         return cls(tokenizers, drawn_shape(config, vae or folder), decoder)
 
     def condition(self, takes: Sequence[str], prompts: Sequence[str], negative_prompt: str = "") -> Condition:

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from vdiff.errors import VdiffError, suggestion
 from vdiff.models.backbone import Backbone
 from vdiff.models.condition import CLASSES, GUIDANCE, POOLED, TEXT, TEXT_MASK, TIME_IDS, Signature
+from vdiff.models.diffusers_names import DIT, FLUX, PIXART, SD3, TEXT_UNET
 
-DIT, TEXT_UNET, PIXART = "DiTTransformer2DModel", "UNet2DConditionModel", "PixArtTransformer2DModel"
-SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
 CLASSES_OF_DIFFUSERS = ("UNet2DModel", DIT, TEXT_UNET, PIXART, SD3, FLUX, "UNet1DModel")
 """The classes of diffusers that may be used."""
 MAX_NUMBER = 2**20
@@ -63,7 +62,10 @@ class DiffusersBackbone(PythonBackbone):
     """
 
     kind = "diffusers"
-    attention_layers = ("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn")
+    attention_layers = (
+        *("to_q", "to_k", "to_v", "to_out.0", "query", "key", "value", "proj_attn"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # of the text, in SD3 and FLUX
+    )
 
     def __init__(self, model: nn.Module, *, null_class: bool = False, drops_variance: bool = False) -> None:
         self.class_name = type(model).__name__
@@ -81,6 +83,12 @@ class DiffusersBackbone(PythonBackbone):
         values = {key: value for key, value in dict(config).items() if key in known}
         described: dict[str, Any] = json.loads(json.dumps({"class": self.class_name, **self.options, "config": values}))
         return described
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration of the network, by diffusers' names."""
+        config: Any = self.model.config
+        return dict(config)
 
     def describe(self) -> dict[str, Any]:
         """The class and its configuration."""
@@ -159,7 +167,10 @@ def _arguments(name: str, condition: Mapping[str, Tensor], config: Mapping[str, 
     added: dict[str, Any] = {"text_embeds": condition.get(POOLED), "time_ids": condition.get(TIME_IDS)}
     added = {key: value for key, value in added.items() if value is not None}
     if name == PIXART:
+        sizes = condition.get(TIME_IDS)
         added = {"resolution": None, "aspect_ratio": None}
+        if sizes is not None:  # height and width of the picture
+            added = {"resolution": sizes[:, 4:], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:]}
     return {
         "encoder_hidden_states": condition.get(TEXT),
         "encoder_attention_mask": condition.get(TEXT_MASK),
@@ -208,12 +219,19 @@ def diffusers_signature(config: Mapping[str, Any]) -> Signature:
         names += (TEXT, POOLED) + (GUIDANCE,) * bool(values.get("guidance_embeds"))
     if is_text:
         names += (TEXT, TEXT_MASK) + (POOLED, TIME_IDS) * (values.get("addition_embed_type") == "text_time")
+        names += (TIME_IDS,) * (name == PIXART and takes_sizes(values))
         names += (GUIDANCE,) * bool(values.get("time_cond_proj_dim"))
     halvings = len(values["block_out_channels"]) - (name != "UNet1DModel") if is_unet else 0
     multiple = 2**halvings if is_unet else int(values.get("patch_size") or 1)
     if name == FLUX:  # a token is a square of 2 × 2
         channels, out_channels, multiple = channels // 4, out_channels // 4, 2
     return Signature(channels, out_channels, names, null if classes else {}, classes, multiple)
+
+
+def takes_sizes(values: Mapping[str, Any]) -> bool:
+    """Whether a PixArt takes the height and the width of the picture; by default that of 1024 pixels does."""
+    said = values.get("use_additional_conditions")
+    return bool(values.get("sample_size", 128) == 128 if said is None else said)
 
 
 def _check_numbers(values: Any) -> None:

@@ -97,6 +97,8 @@ def check_base(config: TrainConfig, images: TrainingData, found: CheckpointConfi
         raise OptionError(f"--zero_snr: the {was['schedule']} schedule of {base} has no betas", "leave it out")
     if config.train_text_encoder and TOKENS not in takes.names:
         raise OptionError(f"--train_text_encoder: {base} has no text encoder", "leave it out")
+    if config.train_text_encoder and found.network_config.get("t5_length"):
+        raise OptionError(f"--train_text_encoder: {base} takes prompts by T5, which is not trained", "leave it out")
     sample_shape_of(found, images, config.vae)
     if TOKENS in takes.names:
         check_captioned(images, base)

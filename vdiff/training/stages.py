@@ -19,6 +19,7 @@ from vdiff.files import parse, read_text
 from vdiff.models.checkpoint import CheckpointConfig, read_config
 from vdiff.models.codec import LATENTS
 from vdiff.models.condition import GUIDANCE, IMAGE, SECOND_TIME, TOKENS
+from vdiff.models.diffusers_names import TEXT_UNET, diffusers_class, diffusers_part
 from vdiff.models.kinds import PYTHON, TEXT, UNET
 from vdiff.projects import Project
 from vdiff.records import RUN_FILE
@@ -313,6 +314,12 @@ def _check_guided(config: DistillConfig, teacher: CheckpointConfig) -> None:
             f"{flag}: {config.base} is a student of {teacher.num_timesteps} steps{learned}",
             "leave it out, or give --base the model that it was distilled from",
         )
+    if teacher.guidance_range:
+        low, high = (weight + 1 for weight in teacher.guidance_range)
+        raise OptionError(
+            f"{flag}: {config.base} takes the scale as an input, {low:g} to {high:g}, and so do its students",
+            "leave it out: sample.py --guidance_scale chooses it",
+        )
     if not teacher.signature.null:
         raise OptionError(
             f"{flag}: {config.base} cannot predict without its condition",
@@ -343,7 +350,8 @@ def _steps(config: DistillConfig, teacher: CheckpointConfig) -> list[tuple[str, 
                 f"--method guided: {config.base} has learned the guidance scale {teacher.guidance_scale:g}",
                 "give --base the model that it was distilled from",
             )
-        if teacher.kind not in (UNET, TEXT, PYTHON) and GUIDANCE not in teacher.signature.names:
+        is_fixed = teacher.kind not in (UNET, TEXT, PYTHON) or diffusers_part(teacher.network_config) == "transformer"
+        if is_fixed and GUIDANCE not in teacher.signature.names:
             raise OptionError(
                 f"--method guided: the network of {config.base} cannot take a guidance weight as an input",
                 "give --guidance_scale: the students learn one scale",
@@ -459,9 +467,11 @@ def student_network(config: DistillConfig, teacher: CheckpointConfig) -> dict[st
     """
     if not config.student_config:
         return teacher.network_config
-    if teacher.kind not in (UNET, TEXT):
+    name = diffusers_class(teacher.network_config)
+    if teacher.kind not in (UNET, TEXT) or name not in ("", TEXT_UNET):
         raise OptionError(
-            f"--student_config describes a UNet, but the teacher's network is of kind {teacher.kind}", "leave it out"
+            f"--student_config describes a UNet, but the teacher's network is {name or f'of kind {teacher.kind}'}",
+            "leave it out",
         )
     path = Path(config.student_config)
     try:

@@ -32,9 +32,9 @@ FILES = [INDEX, SCHEDULER, f"scheduler/{SCHEDULER}", NOTE, *TEXTS, f"{VAE}/{WEIG
 FILES += [
     f"{place}{name}" for place in ("", "unet/", "transformer/") for name in (CONFIG, WEIGHTS_PATTERN, PARTS_PATTERN)
 ]
-FILES += [f"{part}/model*.safetensors" for part in ENCODERS]
+FILES += [f"{part}/model*.{end}" for part in ENCODERS for end in ("safetensors", "safetensors.index*.json")]
 """All files that are read or downloaded: JSON, safetensors and tokenizers, no pickles."""
-VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*", "*.non_ema-*", "unet/*.fp16.json"]
+VARIANTS = ["*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*", "*.non_ema-*", "*.fp16.json"]
 """Weights that are fetched only where there are no others."""
 DESCRIPTIONS = [INDEX, f"scheduler/{SCHEDULER}", f"unet/{CONFIG}", *TEXTS]
 """What a single file of weights needs besides."""

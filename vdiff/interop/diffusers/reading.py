@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vdiff.diffusion.parameterisation import Parameterisation, Vp
+from vdiff.diffusion.parameterisation import Parameterisation
 from vdiff.diffusion.schedules import Schedule, build_schedule
 from vdiff.errors import OptionError, VdiffError
-from vdiff.interop.diffusers.flow import is_flow, read_flow
+from vdiff.interop.diffusers.flow import is_flow, read_family, read_flow
 from vdiff.interop.diffusers.folders import (
     CONFIG,
     DAMAGED,
@@ -29,14 +29,13 @@ from vdiff.interop.diffusers.folders import (
     read_weights,
     weights_files,
 )
-from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_schedule, read_table, remarks, spacing_of
+from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_table
 from vdiff.interop.diffusers.stable_diffusion import (
     PIPELINES,
     TRANSFORMERS,
     WeightsNote,
     converted,
     import_folder,
-    preflight,
     scheduler_of,
 )
 from vdiff.interop.diffusers.unet import (
@@ -78,6 +77,7 @@ def import_pipeline(
     prediction: str | None = None,
     zero_snr: bool = False,
     pipeline: str | None = None,
+    image_size: int | None = None,
     copy: bool = False,
     overwrite: bool = False,
 ) -> Imported:
@@ -87,9 +87,10 @@ def import_pipeline(
 
     Args:
         source: a folder, OWNER/NAME of the hub, or a safetensors file with all parts of Stable Diffusion.
-        num_timesteps: default number of sampling steps; None: as many as in training, 50 for Stable Diffusion.
+        num_timesteps: default number of sampling steps; None: as many as in training, for latents those of diffusers.
         prediction, zero_snr: what the model is known to predict ("v", "eps", "x"), and that its betas were rescaled.
         pipeline: for a file, a folder or a name of the hub whose configurations and tokenizers are its own.
+        image_size: pixels per side of pictures that a model of latents draws; None: as in training.
         copy: copy text encoders, tokenizers and autoencoder of Stable Diffusion; otherwise the checkpoint names their
             folder. Those of a file are always copied.
 
@@ -104,9 +105,8 @@ def import_pipeline(
         note = WeightsNote.read(root)
         with converted(root, folder, pipeline) as parts:
             scheduler = scheduler_of(_scheduler(parts), note, is_own=False, prediction=prediction, zero_snr=zero_snr)
-            return _latent_model(
-                parts, name, folder, scheduler, num_timesteps, copy=True, overwrite=overwrite, student=note.student
-            )
+            options: Any = {"copy": True, "overwrite": overwrite, "student": note.student}
+            return _latent_model(parts, name, folder, scheduler, num_timesteps, image_size, **options)
     if pipeline is not None:
         raise OptionError("--pipeline is for a single file of weights", "leave it out: a folder has its own parts")
     index = _index(root)
@@ -114,28 +114,27 @@ def import_pipeline(
     unet_folder = root / part if (root / part).is_dir() else root
     files = weights_files(unet_folder)
     scheduler = _scheduler(root)
-    flow = read_flow(scheduler) if is_flow(scheduler) else None
     note = WeightsNote.read(files[0])
-    if flow is None:
+    if not is_flow(scheduler):
         scheduler = scheduler_of(scheduler, note, prediction=prediction, zero_snr=zero_snr)
     elif prediction or zero_snr:
         raise OptionError(f"{scheduler.where} is a rectified flow, with one prediction", "leave the option out")
     if index.values["_class_name"] in PIPELINES:
-        return _latent_model(
-            root, name, folder, scheduler, num_timesteps, copy=copy, overwrite=overwrite, student=note.student
-        )
+        options = {"copy": copy, "overwrite": overwrite, "student": note.student}
+        return _latent_model(root, name, folder, scheduler, num_timesteps, image_size, **options)
     if copy:
         raise OptionError("--copy: this pipeline has no parts but its network", "leave it out")
+    if image_size:
+        raise OptionError(f"--image_size {image_size}: a UNet2DModel has its own size", "leave it out")
     unet = JsonFile.read(unet_folder / CONFIG, DAMAGED)
-    notes, config = (flow[2] if flow else remarks(scheduler)) + unet.unknown(ONLY.keys() | READ), None
+    schedule, family, notes = read_family(scheduler)
+    notes, config = notes + unet.unknown(ONLY.keys() | READ), None
     if (root / NOTE).exists():
         try:
             config = _own_description(root, scheduler, unet, name)
         except (VdiffError, ValueError) as error:
             notes.append(f"{root / NOTE} is ignored: {error}")
-    config = _with_steps(
-        config or _base_model(*(flow[:2] if flow else _of_betas(scheduler)), unet, name), num_timesteps
-    )
+    config = _with_steps(config or _base_model(schedule, family, unet, name), num_timesteps)
     config = replace(config, approximated=list(notes))
     shape = UNetConfig.from_dict(config.unet)
     if "." in files[0].name.removesuffix(".safetensors"):
@@ -175,6 +174,7 @@ def _latent_model(
     folder: Path,
     scheduler: JsonFile,
     num_timesteps: int | None,
+    image_size: int | None,
     *,
     copy: bool,
     overwrite: bool,
@@ -185,25 +185,22 @@ def _latent_model(
     Args:
         student: what the metadata of a student that vdiff exported say, see `WeightsNote`.
     """
-    notes = remarks(scheduler, latents=True)
     own = read_config((root / NOTE).parent) if (root / NOTE).exists() else None
-    schedule, prediction = read_schedule(scheduler), read_prediction(scheduler)
-    takes_guidance = bool(own and own.guidance_range)
-    description = import_folder(root, name, _index(root), schedule, prediction, takes_guidance=takes_guidance)
-    config = description.config
-    if student and student["num_timesteps"] < schedule.label_scale:
+    description = import_folder(root, name, _index(root), scheduler, own, image_size)
+    config, notes = description.config, description.notes
+    if student and student["num_timesteps"] < build_schedule(config.schedule).label_scale:
         config = replace(config, **student)
     if own is not None:
-        if (own.prediction, own.schedule, own.shape) == (config.prediction, config.schedule, config.shape):
+        if (own.family, own.schedule, own.shape) == (config.family, config.schedule, config.shape):
             dataset = own.dataset if own.is_imported else _trained_by_vdiff(own, name)
             config = replace(own, backbone=config.backbone, dataset=dataset)
-        elif takes_guidance:
+        elif own.guidance_range:
             raise VdiffError(f"{root / NOTE} describes another schedule or prediction", "export the folder again")
         else:
             notes.append(f"{root / NOTE} is ignored: it describes another schedule or prediction")
     config = replace(_with_steps(config, num_timesteps), approximated=list(notes))
     description.write(folder, config, copy=copy, overwrite=overwrite)
-    return Imported(config, notes, preflight(config, spacing_of(scheduler)))
+    return Imported(config, notes, description.preflight)
 
 
 def _with_steps(config: CheckpointConfig, num_timesteps: int | None) -> CheckpointConfig:
@@ -215,11 +212,6 @@ def _with_steps(config: CheckpointConfig, num_timesteps: int | None) -> Checkpoi
     except ValueError as error:
         raise OptionError(f"--num_timesteps {num_timesteps}: {error}", "give fewer") from None
     return replace(config, num_timesteps=num_timesteps)
-
-
-def _of_betas(scheduler: JsonFile) -> tuple[Schedule, Parameterisation]:
-    """The schedule and the parameterisation of a scheduler with betas."""
-    return read_schedule(scheduler), Vp(read_prediction(scheduler))
 
 
 def _base_model(schedule: Schedule, family: Parameterisation, unet: JsonFile, name: str) -> CheckpointConfig:

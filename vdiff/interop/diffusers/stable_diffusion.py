@@ -1,4 +1,4 @@
-"""Pipelines of latents as checkpoints: Stable Diffusion 1.5, 2, XL and DiT, folders of diffusers and single files.
+"""Pipelines of latents as checkpoints: Stable Diffusion, FLUX, PixArt and DiT, folders of diffusers and single files.
 
 unet/ or transformer/                 the network that the checkpoint holds
 scheduler/scheduler_config.json       its noise levels, and what it predicts
@@ -7,6 +7,7 @@ vae/ text_encoder/ tokenizer/ …       the checkpoint's components, see `vdiff.
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vdiff.diffusion.schedules import Schedule
-from vdiff.errors import VdiffError, explained
+from vdiff.diffusion.parameterisation import Flow
+from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import remove, writing
+from vdiff.interop.diffusers.flow import FLOW_SCHEDULER, is_flow, read_family
 from vdiff.interop.diffusers.folders import (
     CONFIG,
     DAMAGED,
@@ -33,9 +35,9 @@ from vdiff.interop.diffusers.folders import (
     read_weights,
     weights_files,
 )
-from vdiff.interop.diffusers.scheduler import PREDICTIONS
+from vdiff.interop.diffusers.scheduler import PREDICTIONS, spacing_of
 from vdiff.interop.foreign import IMPORTED_MODEL, JsonFile, imported_fields
-from vdiff.interop.modelspec import FAMILIES, LEARNED
+from vdiff.interop.modelspec import FAMILIES, LEARNED, SIDE
 from vdiff.interop.modelspec import STEPS as STUDENT_STEPS
 from vdiff.interop.recognition import V_KEY, ZERO_SNR_KEY, recognise, statements
 from vdiff.models.autoencoder import Autoencoder, picture_shape
@@ -43,6 +45,7 @@ from vdiff.models.checkpoint import COPIED, CheckpointConfig, save_checkpoint
 from vdiff.models.codec import LATENTS
 from vdiff.models.components import (
     ENCODERS,
+    T5,
     TOKENIZERS,
     VAE,
     components_fingerprint,
@@ -51,21 +54,39 @@ from vdiff.models.components import (
     text_libraries,
 )
 from vdiff.models.condition import POOLED
+from vdiff.models.diffusers_names import DIT, FLUX, PIXART, SD3, TEXT_UNET
 from vdiff.models.kinds import DIFFUSERS, TEXT
 from vdiff.models.reading import read_shapes, reading
 from vdiff.models.text import TextBackbone
 from vdiff.models.tokenizing import Tokenizers
-from vdiff.models.wrapped import DIT, TEXT_UNET, DiffusersBackbone, build_diffusers
+from vdiff.models.wrapped import DiffusersBackbone, build_diffusers
 from vdiff.replacing import locked, new_folder
 
-PIPELINES = {"StableDiffusionPipeline": ENCODERS[:1], "StableDiffusionXLPipeline": ENCODERS, "DiTPipeline": ()}
-"""Classes of pipelines that can be read, and their text encoders."""
-TRANSFORMERS = {"DiTPipeline": DIT}
+PIPELINES = {
+    "StableDiffusionPipeline": ENCODERS[:1], "StableDiffusionXLPipeline": ENCODERS[:2], "DiTPipeline": (),
+    "PixArtAlphaPipeline": ENCODERS[:1], "PixArtSigmaPipeline": ENCODERS[:1],
+    "StableDiffusion3Pipeline": ENCODERS, "FluxPipeline": ENCODERS[:2],
+}  # fmt: skip
+"""Classes of pipelines that can be read, and their text encoders; the third one of SD3 may be absent."""
+TRANSFORMERS = {
+    "DiTPipeline": DIT, "PixArtAlphaPipeline": PIXART, "PixArtSigmaPipeline": PIXART, "StableDiffusion3Pipeline": SD3,
+    "FluxPipeline": FLUX,
+}  # fmt: skip
 """Classes of pipelines whose network is a transformer, and the class of that."""
+T5_LENGTHS = {
+    "PixArtAlphaPipeline": 120,
+    "PixArtSigmaPipeline": 300,
+    "StableDiffusion3Pipeline": 256,
+    "FluxPipeline": 512,
+}
+"""Tokens of a prompt for T5, as pipelines of these classes give them by default."""
 FIRST_NAME = "Transformer2DModel"
 """The class of all transformers in the files of 2023."""
-STEPS = 50
+FLOWS = (SD3, FLUX)
+STEPS = {TEXT_UNET: 50, DIT: 50, PIXART: 20, SD3: 28, FLUX: 28}
 """Sampling steps of an imported checkpoint, as of diffusers' pipelines."""
+FLUX_WEIGHTS = [0.0, 9.0]
+"""The weights w of guidance that a FLUX may be given: its publishers name none; pipelines of diffusers use 2.5."""
 HUB_NAMES = {family.width: family.hub for family in FAMILIES}
 """Channels of the text that a UNet in a single file takes, and whose configurations and tokenizers the file needs."""
 TEXT_KEY = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
@@ -172,11 +193,15 @@ class LatentPipeline:
     Attributes:
         root: the pipeline's folder.
         weights: of its network by the names of a checkpoint, in the precision of the file.
+        notes: a sentence for each reason why the pipeline draws other pictures.
+        preflight: what it is, in one line.
     """
 
     root: Path
     weights: Mapping[str, Tensor]
     config: CheckpointConfig
+    notes: list[str]
+    preflight: str
 
     def write(self, folder: Path, config: CheckpointConfig, *, copy: bool, overwrite: bool) -> None:
         """Write the network as a checkpoint that names the folder of the other parts, or a folder with copies of them.
@@ -194,26 +219,47 @@ class LatentPipeline:
 
 
 def import_folder(
-    root: Path, name: str, index: JsonFile, schedule: Schedule, prediction: str, *, takes_guidance: bool = False
+    root: Path, name: str, index: JsonFile, scheduler: JsonFile, own: CheckpointConfig | None, image_size: int | None
 ) -> LatentPipeline:
     """Read a pipeline of latents.
 
     Args:
         name: of the source, for the description of the checkpoint.
         index: of a class of `PIPELINES`.
-        takes_guidance: whether the network may take the weight of guidance: it is known which ones it has learned.
+        own: the description of a folder that vdiff exported; its network may take the weight of guidance, as it is
+            known which ones it has learned, and it draws pictures of the same size.
+        image_size: pixels per side; None: as in training.
 
     Raises:
         VdiffError: a part is missing, damaged, or not supported.
+        OptionError: the network takes no pictures of this size.
     """
-    backbone, weights = read_backbone(root, index, takes_guidance=takes_guidance)
-    settings: Any = backbone.model.config
-    size, takes = settings.sample_size, backbone.signature
-    shape = [takes.channels, *((size, size) if isinstance(size, int) else size or ())]
-    if len(shape) != 3:
+    kind = TRANSFORMERS.get(str(index.values["_class_name"]), TEXT_UNET)
+    backbone, weights = read_backbone(root, index, takes_guidance=bool(own and own.guidance_range))
+    takes, settings = backbone.signature, backbone.settings
+    size = settings.get("sample_size") or (SIDE if kind == FLUX else None)
+    size = own.shape[1:] if own else (size, size) if isinstance(size, int) else size
+    if not size or len(size) != 2:
         raise VdiffError(f"the network of {root} has no sample_size", "add it: pixels of a side, divided by 8")
+    if image_size:
+        factor = picture_shape((takes.channels, 1, 1), root)[1]
+        step, most = factor * takes.size_multiple, settings.get("pos_embed_max_size")
+        if image_size % step or (most and image_size > most * step):
+            limit = f" up to {most * step}" if most else ""
+            raise OptionError(f"--image_size {image_size}: this model draws multiples of {step}{limit}", "give another")
+        size = (image_size // factor,) * 2
+    if is_flow(scheduler) != (kind in FLOWS):
+        due = FLOW_SCHEDULER if kind in FLOWS else "a scheduler with betas, such as DDIMScheduler"
+        raise scheduler.refusal("_class_name", f"{kind} needs {due}: put the scheduler of its training there")
+    tokens = math.prod(size) // takes.size_multiple**2
+    schedule, family, notes = read_family(scheduler, latents=True, tokens=tokens, is_even=kind == FLUX)
+    if kind == FLUX:
+        family = Flow(1.0)
+    if backbone.options["drops_variance"]:
+        notes.append("its learned variance is left out: vdiff's samplers have their own")
     is_text = bool(PIPELINES[str(index.values["_class_name"])])
     network = read_network(root, index, backbone) if is_text else backbone
+    shape = [takes.channels, *size]
     picture_shape((shape[0], shape[1], shape[2]), root)
     Autoencoder.read(root)
     config = CheckpointConfig(
@@ -221,13 +267,16 @@ def import_folder(
         sample_shape=shape,
         codec=LATENTS.name,
         schedule=schedule.to_dict(),
-        prediction=prediction,
-        num_timesteps=min(STEPS, schedule.label_scale),
+        **family.config_fields(),
+        num_timesteps=min(STEPS[kind], schedule.label_scale),
+        guidance_range=FLUX_WEIGHTS if kind == FLUX and takes.takes_guidance else [],
         class_names=[str(k) for k in range(takes.num_classes)],
         **imported_fields(f"diffusers/{name}"),
     )
     prefix = "network.unet.model" if is_text else "network.model"
-    return LatentPipeline(root, {f"{prefix}.{name}": tensor for name, tensor in weights.items()}, config)
+    said = f"time shift {schedule.to_dict()['shift']:.4g}" if isinstance(family, Flow) else spacing_of(scheduler)
+    named = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
+    return LatentPipeline(root, named, config, notes, preflight(config, said))
 
 
 def read_backbone(root: Path, index: JsonFile, *, takes_guidance: bool) -> tuple[DiffusersBackbone, dict[str, Tensor]]:
@@ -253,45 +302,76 @@ def read_backbone(root: Path, index: JsonFile, *, takes_guidance: bool) -> tuple
 
 
 def read_network(root: Path, index: JsonFile, unet: DiffusersBackbone) -> TextBackbone:
-    """The network of a pipeline, of its UNet and the text encoders and tokenizers in its folder."""
+    """The network of a pipeline: the one without text, and the text encoders and tokenizers in its folder."""
     kind = str(index.values["_class_name"])
     if index.get("requires_aesthetics_score", False):
         raise index.refusal("requires_aesthetics_score", "a refiner cannot be read: import the base model")
-    for part in (*PIPELINES[kind], VAE, *TOKENIZERS[: len(PIPELINES[kind])]):
+    places = [part for part in PIPELINES[kind] if part != ENCODERS[2] or index.get(part) not in (None, [None, None])]
+    for part in (*places, VAE, *TOKENIZERS[: len(places)]):
         if not (root / part).is_dir():
             raise VdiffError(f"{root / part} is missing", f"a {kind} needs it: copy or download the pipeline again")
-    encoders = [read_encoder(root, part) for part in PIPELINES[kind]]
-    tokenizers = Tokenizers.read(root)
+    encoders = [read_encoder(root, part) for part in places]
+    length = T5_LENGTHS.get(kind, 0)
+    described = {"unet": unet.describe(), "text_encoders": [{"class": type(each).__name__} for each in encoders]}
+    tokenizers = Tokenizers.read(root, {**described, "t5_length": length})
     known: Any = [encoder.config for encoder in encoders]
     for tokenizer, config in zip(tokenizers.parts, known, strict=True):
         if len(tokenizer) > config.vocab_size:
             raise VdiffError(
                 f"a tokenizer of {root} knows {len(tokenizer)} tokens, its text encoder {config.vocab_size}", DAMAGED
             )
-    settings: Any = unet.model.config
-    width, takes = sum(config.hidden_size for config in known), settings.cross_attention_dim
-    if width != takes:
-        raise VdiffError(f"the UNet of {root} takes text of {takes} channels, its text encoders give {width}", DAMAGED)
-    zero_empty = index.flag("force_zeros_for_empty_prompt", POOLED in unet.signature.names)
     empty = tokenizers.tokens([""])[0].tolist()
-    return TextBackbone(unet, encoders, empty_tokens=empty, zero_empty=zero_empty)
+    is_xl = unet.class_name == TEXT_UNET and POOLED in unet.signature.names
+    zero_empty = index.flag("force_zeros_for_empty_prompt", is_xl)
+    with explained(f"the text encoders of {root} do not fit its network", DAMAGED, ValueError):
+        network = TextBackbone(unet, encoders, empty_tokens=empty, zero_empty=zero_empty, t5_length=length)
+    check_widths(root, network)
+    return network
 
 
-def preflight(config: CheckpointConfig, spacing: str) -> str:
+def check_widths(root: Path, network: TextBackbone) -> None:
+    """Refuse text encoders whose embeddings have other channels than the network takes.
+
+    Raises:
+        VdiffError: as said.
+    """
+    settings, name = network.unet.settings, network.unet.class_name
+    known: Any = [encoder.config for encoder in network.text_encoders]
+    of_t5 = [config.d_model for config, kind in zip(known, network.classes, strict=True) if kind == T5]
+    of_clip = [config for config, kind in zip(known, network.classes, strict=True) if kind != T5]
+    due = settings[{TEXT_UNET: "cross_attention_dim", PIXART: "caption_channels"}.get(name, "joint_attention_dim")]
+    found, width = [(due, size) for size in of_t5], sum(config.hidden_size for config in of_clip)
+    if name == SD3:
+        found.append((due, max(due, width)))  # filled up with zeros
+    elif not of_t5:
+        found.append((due, width))
+    if (pooled := settings.get("pooled_projection_dim")) is not None:
+        sizes = [config.hidden_size if name == FLUX else config.projection_dim for config in of_clip]
+        found.append((pooled, sum(sizes)))
+    for takes, width in found:
+        if width != takes:
+            raise VdiffError(
+                f"the network of {root} takes text of {takes} channels, its text encoders give {width}", DAMAGED
+            )
+
+
+def preflight(config: CheckpointConfig, said: str) -> str:
     """`v-prediction, zero terminal SNR, trailing, 1000 levels, latents 4×128×128, two text encoders`.
 
     Args:
-        spacing: of the timesteps in the pipeline's own scheduler.
+        said: the spacing of the timesteps in the pipeline's own scheduler, or the time shift of a flow.
     """
     encoders = len(config.network_config.get("text_encoders", ()))
-    conditions = {0: f"{config.signature.num_classes} classes", 1: "one text encoder", 2: "two text encoders"}
+    words = (f"{config.signature.num_classes} classes", "one text encoder", "two text encoders", "three text encoders")
+    prediction = f"{'ε' if config.prediction == 'eps' else config.prediction}-prediction"
     return ", ".join([
-        f"{'ε' if config.prediction == 'eps' else config.prediction}-prediction",
+        "rectified flow" if isinstance(config.family, Flow) else prediction,
         *(["zero terminal SNR"] if config.schedule.get("zero_snr") else []),
-        spacing,
-        f"{config.levels} levels",
+        said,
+        *([f"{config.levels} levels"] if config.levels else []),
         f"latents {'×'.join(map(str, config.shape))}",
-        conditions[encoders],
+        words[encoders],
+        *(["guidance as an input"] if config.guidance_range else []),
     ])  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Export of a transformer on latents (DiT, PixArt) as its own pipeline folder of diffusers."""
+"""Export of a transformer on latents (SD3, FLUX, PixArt, DiT) as its own pipeline folder of diffusers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vdiff.diffusion.parameterisation import Flow
 from vdiff.errors import OptionError, VdiffError
 from vdiff.files import make_folder, read_json, write_json, write_text, writing
 from vdiff.interop.card import license_of_base, new_card, public
+from vdiff.interop.diffusers.flow import FLOW_SCHEDULER
 from vdiff.interop.diffusers.folders import DAMAGED, INDEX, NOTE
-from vdiff.interop.diffusers.stable_diffusion import TRANSFORMERS
+from vdiff.interop.diffusers.stable_diffusion import PIPELINES, T5_LENGTHS, TRANSFORMERS
 from vdiff.interop.diffusers.text_writing import PIPELINE, scheduler_settings
 from vdiff.interop.usage import transformer_usage
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from vdiff.models.codec import LATENTS
-from vdiff.models.components import copy_parts, text_libraries
+from vdiff.models.components import ENCODERS, T5, TOKENIZERS, copy_parts, text_libraries
+from vdiff.models.diffusers_names import diffusers_class
 from vdiff.models.text import TextBackbone
 from vdiff.replacing import check_free, new_folder
 
 
 def pipeline_of(config: CheckpointConfig) -> str:
     """The class of the pipeline of a transformer on latents; empty for other models."""
-    values = config.network_config.get("unet", config.network_config)
-    classes = [name for name, kind in TRANSFORMERS.items() if kind == values.get("class")]
+    network = config.network_config
+    length = network.get("t5_length", 0)
+    classes = [
+        name
+        for name, kind in TRANSFORMERS.items()
+        if kind == diffusers_class(network) and T5_LENGTHS.get(name, 0) == length
+    ]
     return classes[0] if classes and config.codec == LATENTS.name and config.components is not None else ""
+
+
+def text_parts(config: CheckpointConfig) -> dict[str, list[str | None]]:
+    """Library and class of each text encoder and tokenizer of a pipeline; None for the T5 that an SD3 lacks."""
+    found: dict[str, list[str | None]] = {}
+    encoders = config.network_config.get("text_encoders", ())
+    for k, (part, tokenizer) in enumerate(zip(PIPELINES[pipeline_of(config)], TOKENIZERS, strict=False)):
+        kind = encoders[k]["class"] if k < len(encoders) else None
+        found[part] = ["transformers" if kind else None, kind]
+        found[tokenizer] = [found[part][0], kind and ("T5Tokenizer" if kind == T5 else "CLIPTokenizer")]
+    return found
 
 
 def export_transformer_pipeline(
@@ -39,7 +58,8 @@ def export_transformer_pipeline(
 ) -> CheckpointConfig:
     """Write a model as a pipeline folder of diffusers, whole or not at all; returns its description.
 
-    The other parts are copies. The scheduler is a `DDIMScheduler` with vdiff's timesteps and prediction.
+    The other parts are copies. The scheduler is a `DDIMScheduler` with vdiff's timesteps and prediction, or of a flow a
+    `FlowMatchEulerDiscreteScheduler` with its time shift at the size of the pictures.
 
     Args:
         merge: it is a LoRA, which is merged with its base.
@@ -65,7 +85,10 @@ def export_transformer_pipeline(
         with text_libraries():
             import diffusers
 
-            scheduler: Any = diffusers.DDIMScheduler(**scheduler_settings(config))
+            is_flow = isinstance(config.family, Flow)
+            kind = FLOW_SCHEDULER if is_flow else "DDIMScheduler"
+            levels = {"num_train_timesteps": denoiser.schedule.label_scale, "shift": config.schedule.get("shift")}
+            scheduler: Any = getattr(diffusers, kind)(**(levels if is_flow else scheduler_settings(config)))
             with writing(folder):
                 scheduler.save_pretrained(temporary / "scheduler")
                 model.save_pretrained(temporary / "transformer")
@@ -73,8 +96,9 @@ def export_transformer_pipeline(
         index = {
             "_class_name": source.get("_class_name", pipeline_of(config)),
             "_diffusers_version": diffusers.__version__,
-            **{key: value for key, value in source.items() if key in ("id2label", "text_encoder", "tokenizer")},
-            "scheduler": ["diffusers", "DDIMScheduler"],
+            **text_parts(config),
+            **{key: value for key, value in source.items() if key in ("id2label", *ENCODERS, *TOKENIZERS)},
+            "scheduler": ["diffusers", kind],
             "transformer": ["diffusers", type(model).__name__],
             "vae": ["diffusers", "AutoencoderKL"],
         }
