@@ -1,6 +1,6 @@
 """Does the parameterisation matter for distillation? The same network and data under vp, edm and flow.
 
-    python benchmarks/parameterisations.py          # half an hour of one free core: results/parameterisations.md
+    python benchmarks/parameterisations.py          # twenty minutes of a free core: results/parameterisations.md
     python benchmarks/parameterisations.py --state rows.jsonl --updates 0.25   # continues where it was stopped
     python benchmarks/parameterisations.py --quick  # a minute, to see that it runs; writes nothing
 
