@@ -47,8 +47,8 @@ def a_command() -> None:
     compute()
 
 
-def wait_until(is_true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS / 2
+def wait_until(is_true: Callable[[], object], seconds: float = SECONDS / 2) -> None:
+    deadline = time.monotonic() + seconds
     while not is_true() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert is_true()
@@ -157,7 +157,7 @@ def test_a_second_signal_ends_every_command_and_loses_nothing(tmp_path, monkeypa
         write_captioned(Path("data/captioned"), count=300)
         write_text_checkpoint(Path("checkpoints/sd"), "sd15")
     program = start(line, tmp_path)
-    wait_until(lambda: program.returncode is not None or list(tmp_path.glob(WORK[line])))
+    wait_until(lambda: program.returncode is not None or list(tmp_path.glob(WORK[line])), 3 * SECONDS)
     assert program.returncode is None, program.communicate(1)
     for _ in range(2):
         with suppress(ProcessLookupError):  # the first one may have ended it
