@@ -230,7 +230,7 @@ def test_a_half_precise_network_that_overflows_says_so(folder):
     with pytest.raises(VdiffError) as caught:
         model.sample(1)
     assert str(caught.value) == (
-        "the model does not draw an image: step 1 of 8 produced non-finite values in torch.float32, "
+        "the model draws no sample: step 1 of 8 produced non-finite values in torch.float32, "
         "the network in torch.bfloat16; give --precision fp32"
     )
 

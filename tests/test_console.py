@@ -14,7 +14,7 @@ from rich.cells import cell_len
 
 from tests.commands import ROOT
 from vdiff.cli.console import BarProgress, Console, aligned
-from vdiff.cli.distill import HEADINGS
+from vdiff.cli.distill import headings
 from vdiff.cli.main import COMMANDS
 from vdiff.cli.options import fail
 from vdiff.text import duration, folded
@@ -24,6 +24,7 @@ LADDER = [
     ["checkpoints/base_0", "512", "80", "1:02", "66.10", "0.0178", "0.0178", "0.1234"],
     ["checkpoints/base_10", "1", "280", "1:02:33", "0.33", "0.1178", "0.2178", "12.34"],
 ]
+HEADINGS = headings("image")
 EVALUATION = ["model", "sampler", "steps", "evals", "fd@2000", "precision", "recall", "density", "ms/image", "seconds"]
 MEASURED = [["base_0", "dpmpp_2m", "8", "8", *["0.123 ± 0.012"] * 4, "1.23", "10.1"] for _ in range(2)]
 
@@ -68,7 +69,7 @@ def test_facts_fit_the_terminal(monkeypatch, width):
 MESSAGES = [
     "error: checkpoints/original exists already (850 of 850 updates); give another --name or --out to keep both, "
     "--resume to continue it, or --overwrite",
-    "threads 1: a pass of 8 images takes 0.0589 s with 1, 0.19 s with 2; --threads sets the number",
+    "threads 1: a pass of 8 samples takes 0.0589 s with 1, 0.19 s with 2; --threads sets the number",
     "samples are saved in checkpoints/original/samples; curves: tensorboard --logdir checkpoints",
     "memory       0.882 of 20 GiB: program 0.61, weights 0.003, gradients 0.003, moments 0.006, averages 0.003",
 ]

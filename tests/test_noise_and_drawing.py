@@ -248,7 +248,7 @@ def test_a_network_that_is_not_finite_draws_nothing(training, name, value, at):
     with pytest.raises(VdiffError) as caught:
         drawn(model, EVERY_SAMPLER[name], [0, 1])
     assert str(caught.value) == (
-        f"the model does not draw an image: step {at} of 4 produced non-finite values in torch.float32; "
+        f"the model draws no sample: step {at} of 4 produced non-finite values in torch.float32; "
         "use an earlier checkpoint, or train with a lower --lr"
     )
     assert model.training is training

@@ -15,7 +15,7 @@ import torch
 from tests.commands import done
 from tests.toy import Watcher, write_checkpoint, write_dataset
 from vdiff.distributed import Processes
-from vdiff.evaluation.features import pixel_vectors
+from vdiff.evaluation.features import Pixels, pixel_vectors
 from vdiff.evaluation.measure import measure_quality
 from vdiff.evaluation.metrics import Moments, frechet_distance, median_metric
 from vdiff.evaluation.nearest import NearestSearch
@@ -40,7 +40,7 @@ def test_the_scale_of_gaussian_data_is_that_of_gaussians():
     side, count = 4, 200_000
     generator = np.random.default_rng(0)
     mean, deviations = generator.uniform(-0.3, 0.3, side**2), generator.uniform(0.05, 0.3, side**2)
-    found = scale_of(stats(mean + deviations * generator.standard_normal((count, side**2))), 100_000, side)
+    found = scale_of(stats(mean + deviations * generator.standard_normal((count, side**2))), 100_000, Pixels(side, 1))
     smooth = np.zeros((side, side))  # (1 2 1)/4, the border repeated
     for i in range(side):
         for j, weight in ((i - 1, 0.25), (i, 0.5), (i + 1, 0.25)):
@@ -63,7 +63,7 @@ def test_noise_is_that_of_clipped_pixels(side, image_size):
     """Against noise that is drawn, clipped and compared as samples are."""
     data = 0.3 * np.random.default_rng(1).standard_normal((4000, side**2))
     noise = torch.randn((4000, 1, image_size, image_size), generator=torch.Generator().manual_seed(0))
-    found = scale_of(stats(data), 4000, image_size).noise
+    found = scale_of(stats(data), 4000, Pixels(image_size, 1)).noise
     assert found == pytest.approx(frechet_distance(pixel_vectors(noise), data), rel=0.03)
 
 
@@ -74,7 +74,7 @@ def test_other_images_are_as_far_as_n_new_ones(n):
     found, expected = [], []
     for _ in range(60):
         data = generator.standard_normal((count, 4))
-        found.append(scale_of(stats(data), n, 2).same)
+        found.append(scale_of(stats(data), n, Pixels(2, 1)).same)
         expected.append(frechet_distance(generator.standard_normal((n, 4)), data))
     assert np.mean(found) == pytest.approx(np.mean(expected), rel=0.25)
 

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from tests.commands import done, error, run
 from vdiff.errors import VdiffError
 from vdiff.evaluation.features import LogMel, SoundDistance, load_features
+from vdiff.evaluation.metrics import Moments, frechet_distance
+from vdiff.evaluation.reference import DataStats, scale_of
+from vdiff.evaluation.results import read_quality
 from vdiff.evaluation.sounds import (
     BANDS,
+    PARTS,
     decibels,
+    floor_of,
     log_mel,
     log_mel_vectors,
     log_spectral_distance,
@@ -25,7 +34,7 @@ from vdiff.evaluation.sounds import (
     power_spectra,
 )
 from vdiff.interop.card import new_card
-from vdiff.models.checkpoint import CheckpointConfig, read_config
+from vdiff.models.checkpoint import CheckpointConfig, read_config, weights_fingerprint
 from vdiff.models.codec import PIXEL_CODEC, WAVEFORM
 from vdiff.models.unet import UNet, upsample_conv
 from vdiff.models.unet_config import UNetConfig
@@ -194,8 +203,43 @@ def test_the_distance_of_sounds_grows_with_noise():
     assert others == sorted(others)
     assert others[0] < others[2] / 5
     vectors = log_mel_vectors(real, RATE)
-    assert vectors.shape == (400, LogMel(RATE).dim)
+    assert vectors.shape == (400, LogMel.dim)
     assert vectors.min() < -2 == log_mel_vectors(real, RATE, floor=-40).min()  # units of 20 dB
+
+
+def test_the_scale_of_sounds_blurs_bands_and_times():
+    """‖μ_a − μ_b‖² + tr(A + B − 2 (AB)^½), of covariances that are written down, with the blur as a matrix."""
+    generator, features = np.random.default_rng(0), LogMel(RATE, (1, LENGTH), -40)
+    mean, deviations = generator.uniform(-2, 0, features.dim), generator.uniform(0.05, 0.3, features.dim)
+    vectors = mean + deviations * generator.standard_normal((40_000, features.dim))
+    stats = DataStats(Moments.of(vectors), vectors.astype(np.float32), np.arange(len(vectors)))
+    found = scale_of(stats, 20_000, features)
+
+    def smooth(count: int) -> np.ndarray:
+        matrix = np.zeros((count, count))  # (1 2 1)/4, the border repeated
+        for i in range(count):
+            for j, weight in ((i - 1, 0.25), (i, 0.5), (i + 1, 0.25)):
+                matrix[i, min(max(j, 0), count - 1)] += weight
+        return matrix
+
+    blur, covariance = np.kron(smooth(BANDS), smooth(PARTS)), np.diag(deviations**2)
+    other, shift = blur @ covariance @ blur.T, blur @ mean - mean
+    root = scipy.linalg.sqrtm(covariance @ other).real
+    assert found.blurred == pytest.approx(float(shift @ shift + np.trace(covariance + other - 2 * root)), rel=0.02)
+    assert found.mean_image == pytest.approx((deviations**2).sum(), rel=0.02)
+    noise = torch.randn((2000, 1, LENGTH), generator=torch.Generator().manual_seed(5))
+    assert found.noise == pytest.approx(frechet_distance(log_mel_vectors(noise, RATE, -40), vectors), rel=0.05)
+    assert 0 < found.same < 0.01 * found.blurred
+    assert str(found).startswith("other sounds ")
+
+
+@pytest.mark.parametrize(("loudness", "floor"), [("-20", -40), ("-26", -46), ("-70", -80), ("none", -60), ("", -60)])
+def test_levels_far_below_the_loudness_do_not_count(loudness, floor):
+    assert floor_of(loudness) == floor
+    features = load_features("pixels", image_size=LENGTH, channels=1, rate=RATE, loudness=loudness)
+    x = 0.1 * torch.randn(4, 1, LENGTH, generator=torch.Generator().manual_seed(0))
+    assert features(1e-6 * x).max() == floor / 20
+    assert features.fingerprint.endswith(f" {floor}")
 
 
 def test_features_of_the_other_kind_are_refused(tmp_path):
@@ -284,7 +328,8 @@ def test_samples_are_files_of_sound(here, form):
     assert (here / f"drawn_{form}.grid.png").exists()
     files[2].unlink()
     again = files[1].read_bytes()
-    assert "1 image" in done(line).stdout  # the missing one alone
+    assert "1 sound in" in done(line).stdout  # the missing one alone
+    assert "already holds all 4 sounds" in done(line).stdout
     assert files[1].read_bytes() == again
     assert files[2].exists()
     assert '["00001.' + form + '", 1]' in (here / f"drawn_{form}" / "dataset.json").read_text()
@@ -306,6 +351,12 @@ def test_a_network_of_a_user_learns_sounds():
     settings = {"num_iters": 2, "batch_size": 4, "flip": False, "device": "cpu", "num_workers": 0}
     model = vdiff.wrap(Net(), shape=(1, LENGTH), codec="waveform", num_timesteps=4)
     assert vdiff.train(model, data, **settings).finish().sample(num=2).shape == (2, 1, LENGTH)
+    for wrong, message in (
+        ({"size": 64}, "size 64 does not apply to sounds"),
+        ({"condition": "models"}, "sounds have no"),
+    ):
+        with pytest.raises(VdiffError, match=message):
+            vdiff.prepare("speech", out="wrong", kind="audio", rate=RATE, length=LENGTH, **wrong)
     other = vdiff.wrap(Net(), shape=(1, LENGTH // 2), codec="waveform", num_timesteps=4)
     with pytest.raises(VdiffError, match="own: 256×1 at 8,000 Hz, the model takes 1 × 128"):
         vdiff.train(other, data, **settings)
@@ -328,10 +379,23 @@ def test_samples_are_those_of_the_library(here):
         ("sample.py --checkpoint models/base_1 --format png", "--format png: models/base_1 generates sounds"),
         ("sample.py --checkpoint models/base_1 --out x.lmdb", "--format lmdb: models/base_1 generates sounds"),
         ("train.py --data data --config tiny.toml --flip True --out x --device cpu", "--flip True: data has sounds"),
-        ("vdiff evaluate models/base_1 --data data --metrics nearest --num 100", "--metrics nearest is for images"),
+        (
+            "vdiff evaluate models/base_1 --data data --metrics isc --num 100",
+            "--metrics isc needs Inception's features",
+        ),
+        ("sample.py --checkpoint models/base_1 --condition speech", "this model takes no condition images"),
+        ("sample.py --checkpoint models/base_1 --classes high,loud", "loud"),
+        ("sample.py --checkpoint models/base_1 --prompt word", "this model takes no prompts"),
+        ("vdiff serve models/base_1", "models/base_1 generates sounds, which pages do not play"),
         ("vdiff evaluate models/base_1 --data data --features inception --num 100", "inception is for images"),
+        (
+            "train.py --data data --config tiny.toml --image_size 128 --out y",
+            "data has no sounds of length 128; it has 256",
+        ),
+        ("vdiff features --data data --out net.pt2", "data holds sounds, and feature networks are for images"),
+        ("vdiff data encode data --base models/original", "data cannot be encoded"),
         ("vdiff export diffusers models/base_1 pipe", "does not support sounds"),
-        ("vdiff export web models/base_1 page", "draws no pictures"),
+        ("vdiff export web models/base_1 page", "models/base_1 generates sounds, which pages do not play"),
     ],
 )
 def test_what_sounds_cannot_do_is_said_in_one_line(line, message):
@@ -339,6 +403,39 @@ def test_what_sounds_cannot_do_is_said_in_one_line(line, message):
     assert result.exit_code != 0
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_a_verdict_on_sounds(here, monkeypatch):
+    """`train.py` at its end, `distill.py` of a teacher of noise, `vdiff inspect`, and the report."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "caches"))
+    learn = "--config tiny.toml --device cpu --num_workers 0 --tracker none"
+    text = done(f"train.py --data data --out judged/original --num_iters 140 --batch_size 100 {learn}").stdout
+    found = read_quality(here / "judged/original", weights_fingerprint(here / "judged/original"))
+    assert found is not None
+    assert found.scale.noun == "sound"
+    assert f"verdict    {found.short}\nscale      {found.scale}\n" in text
+    assert found.nearest is not None
+    assert str(found) in done("vdiff inspect judged/original").stdout
+    (row,) = json.loads((here / "judged/original/quality.json").read_text())["rows"]
+    assert row["metrics"]["nearest_features"]["value"] == found.nearest
+    shutil.copytree("judged/original", "judged/noise")
+    tensors = load_file("judged/noise/model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, "judged/noise/model.safetensors")
+    monkeypatch.setattr("vdiff.training.stages.EVALUATIONS", 10**5)  # as after a long training
+    line = f"distill.py --base judged/noise --teacher_steps 2 --to_steps 1 {learn} --check_images 64"
+    result = done(f"{line} --out judged/base_0 --distance_every 1")
+    assert "judged/noise is not trained yet: distance to the data" in result.stderr
+    assert "a student cannot be better than its teacher" in result.stderr
+    scale = json.loads(Path("judged/base_0/verdict.json").read_text())["scale"]
+    assert f"\nscale      other sounds {scale['same']:.3g}, blurred {scale['blurred']:.3g}, " in result.stdout
+    assert "ms/sound" in result.stdout
+    done("vdiff report judged")
+    report = Path("judged/report.html").read_text()
+    for words in ("Fréchet distance on log_mel", "other sounds", "above blurred sounds", "Time per sound",
+                  "network evaluations per sound", "shows the same sound"):  # fmt: skip
+        assert words in report
+    body = re.sub(r"<style>.*?</style>|<script>.*?</script>|src=\S+|<pre.*?</pre>", "", report, flags=re.S)
+    assert not re.findall(r"[^<>]*\bimages?\b[^<>]*", body)
 
 
 @pytest.mark.usefixtures("here")
@@ -356,11 +453,16 @@ def test_evaluation_compares_with_teacher_and_data():
     found = json.loads(done(f"{line} --cache cache --json").stdout)
     assert found["features"] == "log_mel"
     metrics = found["rows"][0]["metrics"]
-    assert metrics.keys() == {"fd", "kd", "precision", "recall", "rmse", "psnr", "lsd"}
+    near = {"nearest_features", "nearest_data_features"}
+    assert metrics.keys() == {"fd", "kd", "precision", "recall", "rmse", "psnr", "lsd", *near}
+    assert found["scale"]["noun"] == "sound"
     assert 0 < metrics["lsd"]["value"] < 80
     shown = done(f"{line} --cache cache").stdout
     assert "256×1, flac" in shown
     assert "LSD dB" in shown
+    assert "ms/sound" in shown
+    assert "scale      other sounds " in shown
+    assert "was trained on other" not in shown
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def settle(monkeypatch, seconds: dict[int, float], bf16: float = 0.0, recorded: 
 
 
 def test_the_fastest_number_of_threads_is_taken_and_said(monkeypatch):
-    line = "threads 1: a pass of 4 images takes 0.25 s with 1, 0.5 s with 2; --threads sets the number"
+    line = "threads 1: a pass of 4 samples takes 0.25 s with 1, 0.5 s with 2; --threads sets the number"
     assert settle(monkeypatch, {1: 0.25, 2: 0.5}) == (1, [line])
     assert settle(monkeypatch, {1: 0.25, 2: 0.2})[0] == 2
 

@@ -57,8 +57,8 @@ def found(
         (found(0.4, 0.1), "training raised its RMSE to its teacher from 0.1000 to 0.4000"),
         (found(0.0713, 0.0712, rmse_limit=0.0714), ""),  # rounding, or the choice of noises
         (found(0.0715, 0.0712, rmse_limit=0.0714), "training raised its RMSE to its teacher from 0.0712 to 0.0715"),
-        (found(math.inf, 0.3), "its images are not finite"),
-        (found(math.nan, 0.3), "its images are not finite"),
+        (found(math.inf, 0.3), "its samples are not finite"),
+        (found(math.nan, 0.3), "its samples are not finite"),
         (found(far=1.0, teachers=0.5), ""),
         (found(far=1.5, teachers=0.5), ""),
         (found(far=1.51, teachers=0.5), "distance to the data is 1.51, its teacher's 0.5"),
@@ -379,7 +379,7 @@ def test_a_student_that_draws_no_image_has_failed(tmp_path):
     broken.network.conv_out.bias.data.fill_(math.nan)
     save_checkpoint(student, broken.state_dict(), described)
     verdict = examine(examiner(distance=mean_of), base, student, start=lambda: unchanged)
-    assert verdict.reason == "the model does not draw an image: step 1 of 4 produced non-finite values in torch.float32"
+    assert verdict.reason == "the model draws no sample: step 1 of 4 produced non-finite values in torch.float32"
     assert (verdict.rmse, verdict.distance, verdict.teacher_distance) == (math.inf, None, None)
     assert verdict.rmse_before < math.inf
     assert (verdict.num_images, verdict.attempts) == (7, 2)

@@ -65,7 +65,7 @@ def prepare(
     """Turn images, or sounds, into a dataset, as `prepare_data.py` does, and return its folder.
 
     Args:
-        source: a folder, an archive or the name of a dataset; None: the built-in digits.
+        source: a folder, an archive, a pattern of tars or the name of a dataset; None: the built-in digits.
         size: side length in pixels, one or several; None: the source's default.
         condition: a folder with a condition image for each image, of the same name apart from the suffix.
         conversion: other fields of `ConversionConfig`: `channels`, `crop`, `image_format`, …; of sounds, fields of
@@ -75,10 +75,12 @@ def prepare(
         VdiffError: see `vdiff.data.preparation.prepare`.
         ValueError: the size or another field of the conversion is invalid.
     """
-    options = SourceOptions(condition="" if condition is None else str(condition))
+    sounds = AudioConfig(**conversion) if kind == "audio" else None
+    options = SourceOptions(condition="" if condition is None else str(condition), kind="audio" if sounds else "")
     opened = open_source(None if source is None else str(source), options)
-    if kind == "audio":
-        sounds = AudioConfig(**conversion)
+    if sounds and size is not None:
+        raise OptionError(f"size {size} does not apply to sounds", "give length, the samples of a piece")
+    if sounds:
         return prepare_source(opened, Path(out), sounds, num_workers=num_workers, overwrite=overwrite).path
     usual = opened.defaults
     size = usual.size if size is None else size

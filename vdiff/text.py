@@ -45,6 +45,13 @@ def cause_of(error: object, length: int = 200) -> str:
     return " ".join(str(said).split())[:length] or type(error).__name__
 
 
+def root_of(error: BaseException) -> BaseException:
+    """The error that caused an error, through all errors between them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def folded(text: str, width: int) -> list[str]:
     """`text` in lines of at most `width` characters, broken between words.
 

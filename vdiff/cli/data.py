@@ -257,7 +257,7 @@ def _rows(values: dict[str, Any]) -> list[str]:
     rows["bytes"] = f"{megabytes(values['bytes'])}, {values['bytes'] / max(values['images'], 1):,.0f} bytes per {noun}"
     if captions := counts.get("captions"):
         without = values["images"] - captions
-        rows["captions"] = f"{captions:,} images have one" + (f", {without:,} have none" if without else "")
+        rows["captions"] = f"{captions:,} {noun}s have one" + (f", {without:,} have none" if without else "")
     if has_conditions:
         rows["conditions"] = "every image has a condition image"
     if buckets:

@@ -24,7 +24,7 @@ from vdiff.text import duration
 from vdiff.training.config import DistillConfig
 
 if TYPE_CHECKING:
-    from vdiff.evaluation.features import PixelDistance, SoundDistance
+    from vdiff.evaluation.features import FeatureDistance
     from vdiff.evaluation.results import Scale
     from vdiff.training.dataset import TrainingData
     from vdiff.training.engine import Engine
@@ -130,7 +130,9 @@ def command(
     if plan:
         rows, *_ = planned(stages, config, images, engine, console, overwrite=overwrite)
         if engine.is_main:
-            console.table("Stages", ["student", "teacher", "method", "steps", "updates", "images", "time"], rows)
+            console.table(
+                "Stages", ["student", "teacher", "method", "steps", "updates", f"{images.codec.noun}s", "time"], rows
+            )
             console.line("the time covers the remaining updates, but not the checks and comparisons of students")
         return
     seconds, left = 0.0, 0
@@ -180,14 +182,14 @@ def command(
                 guidance=config.guidance_scale - 1 if config.guidance_scale else 0.0,
                 prompts=prompts, conditions=sample_conditions(read_config(last), images, prompts),
             )  # fmt: skip
-    console.table("Ladder", HEADINGS, [cells(row) for row in table])
+    console.table("Ladder", headings(images.codec.noun), [cells(row) for row in table])
     if any(row.kept_start for row in table):
         console.result(f"{KEPT}    training made the student worse, so its weights before training are kept")
     if any(row.is_time_doubtful for row in table):
         console.line(DOUBTFUL_TIMES)
     found = read_verdict(last)
-    if distance and not images.rate and found and any(row.distance is not None for row in table):
-        scale = scale_for(distance, found.num_images, images.image_size)
+    if distance and found and any(row.distance is not None for row in table):
+        scale = scale_for(distance, found.num_images)
         console.result(f"scale      {scale}")
         if found.scale != asdict(scale):  # for the report
             with locked(last, kind=RUN):
@@ -247,11 +249,11 @@ def planned(
     return rows, total, num_left
 
 
-def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> PixelDistance | SoundDistance | None:
+def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> FeatureDistance | None:
     """A function for the distance of samples to the data, in the process that checks students; None without data."""
     import torch
 
-    from vdiff.evaluation.features import PixelDistance, SoundDistance
+    from vdiff.evaluation.features import PIXELS, FeatureDistance, load_features
 
     is_due = config.distance_every and config.check_images and engine.is_main
     if images.store is None or not is_due or len(images.store) < 4:
@@ -262,22 +264,31 @@ def distance_to(images: TrainingData, config: DistillConfig, engine: Engine) -> 
         while sum(map(len, reference)) < wanted:
             reference.append(next(batches).images)
     real = images.codec.encode(torch.cat(reference)[:wanted])
-    return SoundDistance(real, images.rate) if images.rate else PixelDistance(real)
+    meta = images.store.meta
+    features = load_features(
+        PIXELS, image_size=images.image_size, channels=images.channels, rate=meta.rate, loudness=meta.loudness
+    )
+    return FeatureDistance(features, real)
 
 
-def scale_for(distance: PixelDistance | SoundDistance, num_images: int, image_size: int) -> Scale:
-    """The scale for distances of `num_images` images."""
+def scale_for(distance: FeatureDistance, num_images: int) -> Scale:
+    """The scale for distances of `num_images` samples."""
     import numpy as np
 
     from vdiff.evaluation.metrics import Moments
     from vdiff.evaluation.reference import DataStats, scale_of
 
     moments, vectors = Moments.of(distance.reference), distance.reference.astype(np.float32)
-    return scale_of(DataStats(moments, vectors, np.arange(len(vectors))), num_images, image_size)
+    return scale_of(DataStats(moments, vectors, np.arange(len(vectors))), num_images, distance.features)
 
 
 KEPT = "kept start"
-HEADINGS = ["model", "steps", "updates", "training", "ms/image", "RMSE to teacher", "RMSE to first", "distance to data"]
+
+
+def headings(noun: str) -> list[str]:
+    """Those of `cells`, for models that draw images or sounds."""
+    errors = ["RMSE to teacher", "RMSE to first", "distance to data"]
+    return ["model", "steps", "updates", "training", f"ms/{noun}", *errors]
 
 
 def cells(row: LadderRow) -> list[str]:

@@ -200,14 +200,14 @@ def _short_name(prompts: Sequence[str]) -> str:
     return f"{words}-{zlib.crc32(chr(10).join(prompts).encode()):08x}"
 
 
-def report_line(spec: SampleSpec, report: SampleReport) -> str:
-    """The summary of a run, in one line."""
+def report_line(spec: SampleSpec, report: SampleReport, noun: str) -> str:
+    """The summary of a run, in one line; `noun`: what the model draws."""
     if not report.drawn:
-        return f"{report.out} already holds all {report.num} images"
+        return f"{report.out} already holds all {report.num} {noun}s"
     evaluations = report.evaluations or spec.num_steps
     each = f"{evaluations:.4g} evaluation{'s' if evaluations > 1 else ''} each"
     return (
-        f"{plural(report.drawn, 'image')} in {report.seconds:.1f} s ({report.images_per_second:.3g}/s), "
+        f"{plural(report.drawn, noun)} in {report.seconds:.1f} s ({report.images_per_second:.3g}/s), "
         f"{spec.sampler}, {each}, to {report.out}"
     )
 

@@ -54,7 +54,7 @@ HEADINGS = {
 OF_DATA = {
     "clip_data": "CLIP score of images and their captions",
     "nearest_data": "median distance of an image to its nearest other",
-    "nearest_data_features": "the same in features",
+    "nearest_data_features": "median distance to the nearest other in features",
 }
 
 
@@ -280,7 +280,7 @@ def head(found: Evaluation) -> list[str]:
     split = "" if reference.split == "all" else f", part {reference.split}"
     how = ", ".join(part for part in (reference.resize, reference.format) if part) or "made by another program"
     size = f"{reference.image_size}×{reference.image_size}×{reference.channels}"
-    noun = "sound" if reference.format == "flac" else "image"
+    noun = reference.noun
     size = f"{reference.image_size}×{reference.channels}" if noun == "sound" else size
     mark = reference.fingerprint[:SHORT] or "none"
     lines = [
@@ -315,7 +315,7 @@ def table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     names.sort(key=ORDER.index)
     n = found.rows[0].n
     headings = [f"{name}@{n}" if name in ("fd", "fid") else HEADINGS.get(name, name) for name in names]
-    columns = ["model", "sampler", "steps", "evals", *headings, "ms/image", "seconds"]
+    columns = ["model", "sampler", "steps", "evals", *headings, f"ms/{found.reference.noun}", "seconds"]
     columns += ["verdict"] if found.scale else []
     rows = []
     for row in found.rows:

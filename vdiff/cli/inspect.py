@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SHOWN_CLASSES = 8
 INFINITE = 1e12
 """σ/α at φ = π/2, as tan gives it, is above this."""
-HEADINGS = ["model", "method", "steps", "updates", "images", "training", "dataset", "weights"]
 
 
 class Inspected(Checkpoint):
@@ -98,7 +97,8 @@ def command(checkpoint: Path | None, project: Project, json: bool, **options: An
         return
     console.result(*aligned(described(values)))
     if values["lineage"]:
-        console.table("Lineage", HEADINGS, [_ancestor(entry) for entry in [values, *values["lineage"]]])
+        heads = ["model", "method", "steps", "updates", f"{_noun(values)}s", "training", "dataset", "weights"]
+        console.table("Lineage", heads, [_ancestor(entry) for entry in [values, *values["lineage"]]])
 
 
 def _foreign(
@@ -397,6 +397,13 @@ def _network(values: Mapping[str, Any]) -> dict[str, str]:
     return rows | ({"options": ", ".join(others)} if others else {})
 
 
+def _noun(values: Mapping[str, Any]) -> str:
+    """What a model draws."""
+    from vdiff.models.codec import CODECS, PIXEL_CODEC
+
+    return CODECS.get(values.get("codec", ""), PIXEL_CODEC).noun
+
+
 def _training(values: Mapping[str, Any]) -> str:
     """Updates, images and time."""
     if not values["num_iters"] and not values["target_iters"]:
@@ -404,7 +411,7 @@ def _training(values: Mapping[str, Any]) -> str:
     updates = plural(values["num_iters"], "update")
     if not values["is_finished"]:
         updates = f"unfinished: {values['num_iters']:,} of {plural(values['target_iters'], 'update')}"
-    return f"{updates}, {plural(values['num_images'], 'image')}, {duration(values['train_seconds'])} spent"
+    return f"{updates}, {plural(values['num_images'], _noun(values))}, {duration(values['train_seconds'])} spent"
 
 
 def _ancestor(entry: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ OF_IMAGES = (
     "size", "image_format", "quality", "buckets", "bucket_step", "bucket_sides", "condition", "image_column", "crop",
     "crop_scale", "seed", "value_range", "resample", "min_size", "background",
 )  # fmt: skip
-OF_SOUNDS = ("rate", "length", "trim", "loudness")
+OF_SOUNDS = ("rate", "length", "trim", "loudness", "audio_column")
 EXIT_SKIPPED = 3
 
 
@@ -94,10 +94,11 @@ class LoudnessType(click.ParamType):
         "python prepare_data.py cifar10      # from torchvision: --root, or downloaded",
         "python prepare_data.py hf:huggan/flowers-102-categories --size 64",
         "python prepare_data.py photos --out data/photos.tar     # tar shards",
+        "python prepare_data.py shards/x-*.tar                   # of WebDataset",
         "python prepare_data.py speech --kind audio --rate 16000 --length 16384",
     ],
 )
-@click.argument("path", required=False)
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
 @project_option()
 @option(
     "--size",
@@ -197,6 +198,14 @@ class LoudnessType(click.ParamType):
     metavar="NAME",
     show_default="the one with images",
     help="Column of the images in an hf: set.",
+)
+@option(
+    "--audio_column",
+    group="Source",
+    default="",
+    metavar="NAME",
+    show_default="the one with sounds",
+    help="Column of the sounds in an hf: set.",
 )
 @option(
     "--label_column",
@@ -306,7 +315,7 @@ class LoudnessType(click.ParamType):
 @switch("--strict", group="Work", help="Stop at the first file that cannot be read instead of skipping it.")
 @switch("--json", group="Work", help="Print the summary as one JSON object.")
 def command(
-    path: str | None,
+    paths: tuple[str, ...],
     project: Project,
     size: tuple[int, ...] | None,
     kind: str,
@@ -324,6 +333,7 @@ def command(
     root: Path,
     split: str,
     image_column: str,
+    audio_column: str,
     label_column: str,
     condition: Path | None,
     captions: str,
@@ -345,15 +355,16 @@ def command(
 ) -> int:
     """Turn the images or sounds of PATH (default: scikit-learn's digits) into an LMDB dataset.
 
-    PATH is a folder, a zip, a tar, an npz of samples, a prepared dataset, the name of a torchvision dataset (cifar10,
-    mnist, svhn, celeba, flowers102, imagenet, lsun …), or hf:OWNER/NAME for a dataset of the Hugging Face hub.
+    PATH is a folder, a zip, a tar or several tars, an npz of samples, a prepared dataset, the name of a torchvision
+    dataset (cifar10, mnist, svhn, celeba, flowers102, imagenet, lsun …), or hf:OWNER/NAME for a dataset of the Hugging
+    Face hub.
 
-    Classes come from dataset.json (EDM, StyleGAN) or metadata.csv or .jsonl (Hugging Face) beside the images, else from
-    subfolders if every image is in a subfolder. Captions come from .txt or .caption files with the images' names, or
-    from the column text of a metadata file. vdiff's own pictures and samples are skipped. EXIF orientation and colour
-    profiles are applied, transparent images are placed on the background, and the first frame of animations is used.
-    Files that cannot be read are skipped and listed in the dataset's rejected.jsonl; the exit code is then 3. After any
-    interruption the same command continues.
+    Classes come from dataset.json (EDM, StyleGAN) or metadata.csv or .jsonl (Hugging Face) beside the images, or from
+    .cls members (WebDataset) of a tar, else from subfolders if every image is in a subfolder. Captions come from .txt
+    or .caption files with the images' names, or from the column text of a metadata file. vdiff's own pictures and
+    samples are skipped. EXIF orientation and colour profiles are applied, transparent images are placed on the
+    background, and the first frame of animations is used. Files that cannot be read are skipped and listed in the
+    dataset's rejected.jsonl; the exit code is then 3. After any interruption the same command continues.
     """
     from vdiff.data.audio import AudioConfig, soundfile
     from vdiff.data.conversion import ConversionConfig
@@ -363,13 +374,13 @@ def command(
 
     options = SourceOptions(
         root, split, image_column, label_column, captions, caption_column, only_captioned, repeats,
-        "" if condition is None else str(condition),
+        "" if condition is None else str(condition), audio_column, kind if kind == "audio" else "",
     )  # fmt: skip
-    source = open_source(path, options)
-    usual = source.defaults
     check_kind(kind, channels)
+    source = open_source(paths or None, options)
+    usual = source.defaults
     if kind == "image" and usual.image_format == "flac":
-        raise OptionError(f"{path} holds sounds", "give --kind audio")
+        raise OptionError(f"{source.path} holds sounds", "give --kind audio")
     image_format = image_format or usual.image_format
     if quality is not None and image_format != "jpeg":
         raise OptionError(
@@ -399,8 +410,6 @@ def command(
         buckets=bucket_settings(sizes, crop, bucket_step or 64, bucket_sides) if buckets else None,
     )
     if kind == "audio":
-        if source.path is None:
-            raise OptionError(f"--kind audio: {source.name} has images", "give a folder, zip or tar of sounds")
         soundfile()  # before anything is written
         level = -20.0 if loudness is None else loudness
         config = AudioConfig(
@@ -506,7 +515,7 @@ def summary(report: Report, part: Part | None = None, project: Project | None = 
     if report.class_names:
         rows.append(("classes", few(report.class_names)))
     if report.captions:
-        rows.append(("captions", f"{report.captions} of {report.images} images have one"))
+        rows.append(("captions", f"{report.captions} of {report.images} {noun}s have one"))
     if report.buckets:
         rows.append(("buckets", counted(report.buckets)))
     if report.kept:

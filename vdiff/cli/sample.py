@@ -287,7 +287,7 @@ def command(
     form = "wav" if is_sound and picture and not image_store else form or ("wav" if is_sound else "png")
     if is_sound != (form in SOUND_FORMATS):
         raise OptionError(
-            f"--format {form}: {folder} generates {'sounds' if is_sound else 'images'}",
+            f"--format {form}: {folder} generates {config.space.noun}s",
             f"give {'wav or flac' if is_sound else 'png, zip, npz or lmdb'}, or leave it out",
         )
     fits = texts or config.image_size or is_sound or (len(config.shape) == 3 and form in ("png", "zip"))
@@ -370,7 +370,7 @@ def command(
         )
         console.result(jsonlib.dumps(values, ensure_ascii=False), is_json=True)
         return
-    console.result(report_line(spec, report))
+    console.result(report_line(spec, report, config.space.noun))
     console.result(f"picture    {report.picture}")
     for picture in report.trajectory:
         console.result(f"trajectory {picture}")

@@ -175,7 +175,7 @@ def estimate(
     engine = build_engine(config)
     parameters, _ = count_costs(description)
     seen = f"{quantity(config.num_iters * config.batch_size)}, {config.num_iters:,} updates of {config.batch_size}"
-    rows = {"parameters": quantity(parameters), "images seen": seen}
+    rows = {"parameters": quantity(parameters), f"{images.codec.noun}s seen": seen}
     smaller = (
         ""
         if config.preset.startswith(("small", "digits", "toy", "audio_tiny"))
@@ -216,7 +216,7 @@ def costs(config: TrainConfig, description: CheckpointConfig) -> dict[str, str]:
     rows = {
         "parameters": f"{quantity(parameters)} ({parameters:,})",
         "FLOPs": f"{quantity(flops)} an evaluation, {quantity(flops * steps)} a sample of {steps} steps",
-        "images seen": f"{quantity(config.num_iters * config.batch_size)}: "
+        f"{description.space.noun}s seen": f"{quantity(config.num_iters * config.batch_size)}: "
         f"{config.num_iters:,} updates of {config.batch_size}",
         "schedule": ", ".join(f"{key} {value}" for key, value in description.schedule.items()),
     }

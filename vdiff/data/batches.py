@@ -386,7 +386,7 @@ class _StoredBatches:
         self.num_workers, self.rank, self.world_size, self.pin_memory = num_workers, rank, world_size, pin_memory
         self.crop = crop
         self.captions = (captions or CaptionSettings()) if store.meta.num_captions else None
-        self._reporter = reporter or Silent()
+        self._reporter, self._noun = reporter or Silent(), store.meta.noun
 
     def start_at(self, step: int) -> Generator[Batch, None, None]:
         """The batches of optimiser steps `step`, `step` + 1, … without end; closing the generator ends the workers.
@@ -427,7 +427,7 @@ class _StoredBatches:
             self.num_workers = 0
             self._reporter.line(
                 f"shared memory: {free / 2**20:.0f} of {num_bytes / 2**20:.0f} MiB free, so this process decodes "
-                "images, as with --num_workers 0; docker: --shm-size"
+                f"{self._noun}s, as with --num_workers 0; docker: --shm-size"
             )
 
 
@@ -663,19 +663,20 @@ class _Lanes(Dataset[_Answer | VdiffError]):
         self._lanes: dict[int, tuple[int, Generator[StoredImage, None, None]]] = {}
 
     def __getitem__(self, step: int) -> _Answer | VdiffError:
-        batches, (share, channels, size, _) = self.batches, self.batches.shape
+        batches, (share, *shape), meta = self.batches, self.batches.shape, self.batches.store.meta
         turn, lane = divmod(step, NUM_LANES)
         expected, samples = self._lanes.pop(lane, (-1, None))
         if samples is None or expected != step:
             samples = batches.samples(lane, turn * share)
         plan = batches.plan
         flips = plan.flips(step)[batches.share].tolist()
-        side = batches.crop or size
-        pixels = np.empty((share, channels, side, side), np.uint8)
+        cropped = (shape[0], batches.crop, batches.crop) if batches.crop else shape
+        pixels = np.empty((share, *cropped), batches.dtype)
         classes, captions, corners = np.zeros(share, np.int64), [""] * share, []
         try:
             for place, (key, encoded, label, caption, *_) in enumerate(islice(samples, share)):
-                image = decode(encoded[size], channels, size, f"{batches.store.path}: image {key}")
+                where = f"{batches.store.path}: {meta.noun} {key}"
+                image = decode_stored(batches.store, encoded[shape[-1]], shape[1:], where)
                 pixels[place], corner = batches.changed(image, flips[place], step, place)
                 corners.append(corner)
                 classes[place] = label or 0
@@ -684,12 +685,11 @@ class _Lanes(Dataset[_Answer | VdiffError]):
         except VdiffError as error:
             return error
         self._lanes[lane] = (step + NUM_LANES, samples)
-        has_classes = bool(batches.store.meta.class_names)
         return (
             torch.from_numpy(pixels),
-            torch.from_numpy(classes) if has_classes else None,
+            torch.from_numpy(classes) if meta.class_names else None,
             None if batches.captions is None else captions,
-            batches.crop_sizes(None, corners, (size, size)),
+            batches.crop_sizes(None, corners, shape[1:]),
         )
 
 

@@ -83,7 +83,7 @@ def open_at_size(place: Path | str, image_size: int | None, *, buckets: bool = F
 def _check_images(store: AnyStore, size: int) -> None:
     store.check_size(size)
     if not len(store):
-        raise VdiffError(f"{store.path} holds no images", "prepare it again")
+        raise VdiffError(f"{store.path} holds no {store.meta.noun}s", "prepare it again")
 
 
 def facts(dataset: AnyStore) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None
     problems: list[str] = []
     stretches = list(dataset.stretches())
     count = len(stretches) if isinstance(dataset, ImageStore) else math.inf  # shards are few and large
-    with (reporter or Silent()).progress("verify", total, "images") as progress:
+    with (reporter or Silent()).progress("verify", total, f"{dataset.meta.noun}s") as progress:
         for digests, found in ordered_map(partial(_check, dataset), stretches, num_workers, num_items=count):
             for digest in digests:
                 link = next_link(link, digest)
@@ -136,7 +136,7 @@ def verify(dataset: AnyStore, *, num_workers: int = 0, reporter: Reporter | None
             progress.update(checked, f"{num_problems} problems" if num_problems else "")
     if checked != total:
         num_problems += 1
-        problems.append(f"{checked} images, not {total}")
+        problems.append(f"{checked} {dataset.meta.noun}s, not {total}")
     recorded = dataset.meta.fingerprint
     actual = link.hex() if isinstance(dataset, ImageStore) else dataset.fingerprint()
     state = "none" if not recorded else "equal" if recorded == actual else "unequal"
@@ -329,7 +329,7 @@ def in_order(parts: Sequence[AnyStore]) -> list[AnyStore]:
             raise VdiffError(f"{part.path} is not a part of a dataset", "give folders that --shard i/n prepared")
         if (part.meta.origin, type(part)) != (first.meta.origin, type(first)):
             raise VdiffError(
-                f"{part.path} and {first.path} come from different images or settings",
+                f"{part.path} and {first.path} come from different {part.meta.noun}s or settings",
                 "prepare all parts from the same source with the same options",
             )
         if of != count:
@@ -345,7 +345,7 @@ def _join_stores(
     parts: Sequence[ImageStore], folder: Path, meta: DatasetMeta, counts: dict[str, Any], reporter: Reporter
 ) -> DatasetMeta:
     writer = StoreWriter(folder, meta)
-    with reporter.progress("merge", sum(map(len, parts)), "images") as progress:
+    with reporter.progress("merge", sum(map(len, parts)), f"{meta.noun}s") as progress:
         for part in parts:
             for _, images, label, caption, shape, conditions in part.stretch(0, len(part)):
                 writer.add(images, label, caption, shape, conditions)

@@ -12,8 +12,9 @@ import tarfile
 import zipfile
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,8 @@ from numpy.lib import format as npy
 from vdiff.data.conditions import ConditionFolder
 from vdiff.data.image_files import MAX_FILE_BYTES, UnreadableImageError, check_bytes, unreadable_if_refused
 from vdiff.data.labels import (
+    CLASS_SUFFIX,
+    DO_WITHOUT,
     EDGE_BYTES,
     LABEL_FILES,
     LABELS_FILE,
@@ -38,7 +41,7 @@ from vdiff.data.labels import (
     suffix_of,
 )
 from vdiff.data.listing import OWN_PICTURES, SPLITS, Item, ListingWriter, key_of
-from vdiff.data.source import OPTIONS_OF_FILES, Defaults, Sample, Source, SourceOptions
+from vdiff.data.source import COLUMNS, OPTIONS_OF_FILES, Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import DATA_FILE, JOB_FILE, PARTIAL_SUFFIX, ImageStore, is_lmdb
 from vdiff.data.tar_files import is_tar, members
 from vdiff.errors import OptionError, VdiffError, explained
@@ -56,7 +59,7 @@ COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\x
 class _OnDisk(Source):
     """The common part of folders and archives."""
 
-    unknown_options: tuple[str, ...] = ("image_column",)
+    unknown_options: tuple[str, ...] = COLUMNS
     advice = ""
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
@@ -122,7 +125,7 @@ class _Files(_OnDisk):
             elif base == DATA_FILE:
                 listing.ignore("datasets")
                 sheets.append(f"{folder}.png")
-            elif base.lower().endswith((".txt", ".caption")) and not options.captions:
+            elif base.lower().endswith(self.text_suffixes()):
                 listing.add_text(name, place)
             else:
                 listing.add_file(name, place)
@@ -151,7 +154,7 @@ class _Files(_OnDisk):
                 has_captions = True
             if found is None and captions is None:
                 listing.add_file(item.name)
-        listing.read_texts(self._caption)
+        told |= listing.read_texts(self._decoded)
         if self.conditions is not None:
             self.conditions.check(listing)
         if options.caption_column and not has_captions:
@@ -214,15 +217,22 @@ class _Files(_OnDisk):
         captions = [(name.removeprefix(root), caption) for name, caption in captions]
         if not listing.add_captions("", captions, options.captions):
             shown = clean_name(captions[0][0])
-            raise OptionError(f"{flag} names none of the images: {shown}", "names are relative to the top folder")
+            raise OptionError(
+                f"{flag} names none of the {listing.noun}s: {shown}", "names are relative to the top folder"
+            )
         return True
 
-    def _caption(self, item: Item) -> str:
-        """The captions in a text beside an image."""
+    def text_suffixes(self) -> tuple[str, ...]:
+        """Of the files that hold the captions of an image, and in tars its class."""
+        return () if self.options.captions else (".txt", ".caption")
+
+    def _decoded(self, item: Item) -> str:
+        """The text beside an image."""
         try:
             return self._text(item).decode("utf-8-sig")
         except UnicodeDecodeError:
-            raise VdiffError(f"{self.root}: {item.name} is not UTF-8", NO_CAPTIONS) from None
+            hint = DO_WITHOUT if item.name.lower().endswith(CLASS_SUFFIX) else NO_CAPTIONS
+            raise VdiffError(f"{self.root}: {item.name} is not UTF-8", hint) from None
 
     def _text(self, item: Item) -> bytes:
         with explained(f"{self.root}: cannot read {item.name}", "fix it, or move it away", UnreadableImageError):
@@ -299,14 +309,22 @@ class Zip(_Files):
 
 
 class Tar(_Files):
-    """A tar of images, with the same rules as a folder; a compressed one is unpacked once, for random access."""
+    """A tar of images, with the same rules as a folder; a compressed one is unpacked once, for random access.
+
+    As in WebDataset, `7.cls` has the class of `7.png`, a number or a name.
+    """
 
     advice = "give an intact tar, or a folder"
+    unpacked = "unpacked.tar"
+
+    def text_suffixes(self) -> tuple[str, ...]:
+        """Also that of classes."""
+        return (*super().text_suffixes(), *(() if self.options.label_column == "none" else (CLASS_SUFFIX,)))
 
     def fetch(self, scratch: Path) -> None:
         """Unpack a compressed tar into `scratch`."""
         if (reader := reader_of(self.root)) is not open:
-            self.plain = scratch / "unpacked.tar"
+            self.plain = scratch / self.unpacked
             if not self.plain.exists():
                 with self._damage_explained(), reader(self.root, "rb") as packed:
                     self._unpack_to(self.plain, packed)
@@ -328,10 +346,56 @@ class Tar(_Files):
             yield file, num_bytes
 
 
+class Tars(Tar):
+    """Several tars, such as the shards of a set. `cat/7.png` of `x-003.tar` is called `cat/x-003.7.png`.
+
+    Raises:
+        OptionError: one of them is no tar, or two have one name.
+    """
+
+    def __init__(self, paths: Sequence[Path], options: SourceOptions | None = None) -> None:
+        super().__init__(paths[0], options)
+        self.parts = [Tar(path, options) for path in paths]
+        self.stems = [path.name.partition(".tar")[0] for path in paths]
+        for number, (path, stem) in enumerate(zip(paths, self.stems, strict=True)):
+            if not path.exists():
+                raise VdiffError(f"{path}: no such file", "give the tars that there are")
+            check_regular(path)
+            if path.is_dir() or not is_tar_file(path):
+                raise OptionError(f"{path} is not a tar", "give one folder or archive, or several tars")
+            if stem in self.stems[:number]:
+                raise OptionError(f"two tars are called {stem}", "rename one of them")
+            self.parts[number].unpacked = f"unpacked-{number}.tar"
+        self.name = clean_name(self.stems[0]).rstrip("-_.0123456789") or self.name
+
+    def identity(self) -> dict[str, Any]:
+        """Those of all tars."""
+        return {"tars": [part.identity() for part in self.parts]}
+
+    def fetch(self, scratch: Path) -> None:
+        """Unpack the compressed ones into `scratch`."""
+        for part in self.parts:
+            part.fetch(scratch)
+
+    def _files(self) -> Iterator[tuple[str, str]]:
+        for number, (part, stem) in enumerate(zip(self.parts, self.stems, strict=True)):
+            for name, place in part._files():
+                folder, slash, base = name.rpartition("/")
+                # a hidden file stays one, and a table stays one that names no files of other tars
+                shown = base if base.startswith(".") else f"{stem}.{base}"
+                yield f"{folder}{slash}{shown}", f"{number} {place}"
+
+    @contextmanager
+    def _open(self, item: Item) -> Iterator[tuple[IO[bytes], int]]:
+        number, _, place = item.place.partition(" ")
+        with self.parts[int(number)]._open(replace(item, place=place)) as opened:
+            yield opened
+
+
 class Dataset(_OnDisk):
     """A prepared dataset, by vdiff or a rosinality-style LMDB: its largest images."""
 
-    unknown_options = ("image_column", "split", "label_column", *OPTIONS_OF_FILES)
+    unknown_options = (*COLUMNS, "split", "label_column", *OPTIONS_OF_FILES)
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:
         super().__init__(path, options)
@@ -378,7 +442,7 @@ def is_tar_file(path: Path) -> bool:
 class Npz(_OnDisk):
     """`arr_0` (N, H, W, C) uint8 and, if there are classes, `arr_1` (N,), as sample.py and ADM write samples."""
 
-    unknown_options = ("image_column", "split", "label_column", *OPTIONS_OF_FILES)
+    unknown_options = ("kind", *COLUMNS, "split", "label_column", *OPTIONS_OF_FILES)
     advice = "give an npz of samples, or images in a folder"
 
     def __init__(self, path: Path, options: SourceOptions | None = None) -> None:

@@ -18,8 +18,10 @@ from vdiff.text import cause_of
 LABELS_FILE = "dataset.json"
 SAMPLES_FILE = "samples.json"
 DO_WITHOUT = "correct it, or give --label_column none to prepare without classes"
+CLASS_SUFFIX = ".cls"
 NO_CAPTIONS = "correct it, or give --captions none to prepare without captions"
 CAPTION_COLUMNS = ("text", "caption")
+MAX_CLASS_NAME = 1000
 # written by `save_png` and sample.py's animations as EXIF Software; within the first or last EDGE bytes of a file
 MARK = b"picture by vdiff\0"
 EDGE_BYTES = 512
@@ -63,7 +65,7 @@ def read_labels(place: str, data: bytes, column: str) -> FileLabels | None:
         rows = TABLES[suffix_of(place)](data, ("file_name", column))
         if not any(column in row for row in rows):
             return None
-        return FileLabels([(str(row["file_name"]), _class(row.get(column))) for row in rows])
+        return FileLabels([(str(row["file_name"]), class_in(row.get(column))) for row in rows])
 
 
 def read_captions(place: str, data: bytes, column: str) -> list[tuple[str, str]] | None:
@@ -113,7 +115,7 @@ def _edm(data: bytes) -> FileLabels | None:
     if not isinstance(values, dict) or "labels" not in values:
         return None
     names = tuple(clean_name(str(name)) for name in values.get("class_names", ()))
-    pairs = ((str(file), _class(label, names)) for file, label in dict(values["labels"] or {}).items())
+    pairs = ((str(file), class_in(label, names)) for file, label in dict(values["labels"] or {}).items())
     return FileLabels(list(pairs), names)
 
 
@@ -146,11 +148,13 @@ def _parquet(data: bytes, columns: Sequence[str]) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _class(label: Any, names: tuple[str, ...] = ()) -> str | None:
+def class_in(label: Any, names: tuple[str, ...] = ()) -> str | None:
     """The name of a class: the entry of `names` for its number, or the number, or the text itself."""
     if label is None or label == "":
         return None
     if isinstance(label, str):
+        if len(label) > MAX_CLASS_NAME:
+            raise ValueError(f"{clean_name(label[:40])}… is a text of {len(label):,} characters, not a class")
         return clean_name(label)
     if isinstance(label, list | dict) or label != int(label):
         raise ValueError(f"{str(label)[:40]} is a value, not a class")
@@ -158,6 +162,16 @@ def _class(label: Any, names: tuple[str, ...] = ()) -> str | None:
     if number < 0 or (names and number >= len(names)):
         raise ValueError(f"{number} is not the number of a class")
     return names[number] if names else str(number)
+
+
+def class_of(place: str, text: str) -> str | None:
+    """The class in the text of the file `place`, `7.cls` of WebDataset: a number or a name; None: it is empty.
+
+    Raises:
+        VdiffError: it is something else.
+    """
+    with _misreading_explained(place, DO_WITHOUT):
+        return class_in(" ".join(text.split()))
 
 
 def in_order(found: Iterable[str], order: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vdiff.data.captions import clean_caption, has_control_characters
-from vdiff.data.labels import FileLabels, clean_name, in_order
+from vdiff.data.labels import CLASS_SUFFIX, FileLabels, class_of, clean_name, in_order
 from vdiff.errors import OptionError, VdiffError, explained
 from vdiff.files import check_regular, parse
 from vdiff.text import plural
@@ -80,6 +80,7 @@ class ListingWriter:
     Args:
         path: the file to write; it appears when it is complete.
         extensions: of images, lower case with the dot.
+        noun: what one of them is called in messages.
         shuffled: order by a hash of the name instead of the name, so that neighbours are unrelated.
 
     Attributes:
@@ -89,8 +90,10 @@ class ListingWriter:
         has_repeats: folders called `N_name` hold a class `name`, whose images are shown N times in an epoch.
     """
 
-    def __init__(self, path: Path, extensions: Collection[str] = (), *, shuffled: bool = False) -> None:
-        self.path, self.extensions, self.shuffled = path, extensions, shuffled
+    def __init__(
+        self, path: Path, extensions: Collection[str] = (), *, noun: str = "image", shuffled: bool = False
+    ) -> None:
+        self.path, self.extensions, self.noun, self.shuffled = path, extensions, noun, shuffled
         self.class_names: tuple[str, ...] | None = None
         self.split = ""
         self.only_captioned = self.has_repeats = False
@@ -156,19 +159,34 @@ class ListingWriter:
         row = (_encode(key_of(stem)), suffix.lower(), _encode(name), place)
         self._database.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", row)
 
-    def read_texts(self, read: Callable[[Item], str]) -> None:
-        """Read the texts beside images that have no caption yet; `.txt` before `.caption`."""
+    def read_texts(self, read: Callable[[Item], str]) -> bool:
+        """Read the texts beside images: `.cls` has the class, `.txt`, else `.caption`, the captions if there are none.
+
+        Returns:
+            whether there are classes.
+
+        Raises:
+            VdiffError: a class cannot be read.
+        """
         self._function("stem", lambda key: os.path.splitext(key)[0])
         self._execute(
-            "CREATE TEMP TABLE beside AS SELECT found.key AS key, texts.name AS name, texts.place AS place FROM found "
-            "JOIN texts ON texts.stem = stem(found.key) WHERE found.key NOT IN (SELECT key FROM captions) "
+            "CREATE TEMP TABLE beside AS SELECT found.key AS key, suffix, texts.name AS name, texts.place AS place "
+            "FROM found JOIN texts ON texts.stem = stem(found.key) "
+            f"WHERE suffix = '{CLASS_SUFFIX}' OR found.key NOT IN (SELECT key FROM captions) "
             "ORDER BY suffix DESC, found.key"
         )
-        for key, name, place in self._database.execute("SELECT key, name, place FROM beside ORDER BY rowid"):
-            self._add_caption(key, read(Item(_decode(name), place=place)))
+        if has_classes := bool(self._execute("SELECT 1 FROM beside WHERE suffix = ? LIMIT 1", (CLASS_SUFFIX,))):
+            self._class_order()
+        for key, suffix, name, place in self._database.execute("SELECT * FROM beside ORDER BY rowid"):
+            text = read(Item(_decode(name), place=place))
+            if suffix != CLASS_SUFFIX:
+                self._add_caption(key, text)
+            elif label := class_of(_decode(name), text):
+                self._database.execute("INSERT OR IGNORE INTO labels VALUES (?, ?)", (key, label))
         unused = "SELECT suffix, count(*) FROM texts WHERE stem NOT IN (SELECT stem(key) FROM found) GROUP BY suffix"
         for suffix, count in self._execute(unused):
             self.ignore(suffix, count)
+        return has_classes
 
     def ignore_unmatched(self, names: Iterable[str], what: str) -> int:
         """Count those of some files that are not named like an image, without suffix; returns how many are."""
@@ -203,17 +221,21 @@ class ListingWriter:
                 break
         if missing:
             count = f"{len(missing)} of {len(captions)} names"
-            self._remarks.append(f"{what}: {count} are those of no image, such as {clean_name(missing[0][0])}")
+            self._remarks.append(f"{what}: {count} are those of no {self.noun}, such as {clean_name(missing[0][0])}")
         return len(missing) < len(captions)
 
     def add_labels(self, folder: str, labels: FileLabels) -> None:
         """Use the classes of a label file in `folder` for the images that it names; folders then are not classes."""
+        self._class_order().update(dict.fromkeys(labels.order))
+        rows = [(key, name) for file, name in labels.pairs if name is not None and (key := _key_below(folder, file))]
+        self._database.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?)", rows)
+
+    def _class_order(self) -> dict[str, None]:
+        """The names of classes in their known order; the table of labels exists from the first call on."""
         if self._order is None:
             self._order = {}
             self._execute("CREATE TABLE labels (key BLOB PRIMARY KEY, name TEXT) WITHOUT ROWID")
-        self._order |= dict.fromkeys(labels.order)
-        rows = [(key, name) for file, name in labels.pairs if name is not None and (key := _key_below(folder, file))]
-        self._database.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?)", rows)
+        return self._order
 
     def leave_out_own(self, folders: Sequence[str], files: Sequence[str]) -> bool:
         """Remove vdiff's files, and folders of samples unless nothing else is left; returns whether folders were."""
@@ -287,7 +309,7 @@ class ListingWriter:
         self._execute("DELETE FROM found WHERE key NOT IN (SELECT key FROM captions)")
         left = before - self._count()
         if left == before:
-            raise OptionError(f"--only_captioned: none of {before} images has a caption", "leave it out")
+            raise OptionError(f"--only_captioned: none of {before} {self.noun}s has a caption", "leave it out")
         if left:
             self.ignore("without a caption", left)
 
@@ -297,7 +319,9 @@ class ListingWriter:
         # a single folder is one that all images share: it is no class, and repeats change nothing
         shared = [] if folders else first.split(b"\0")[:-1][-1:]
         if self.class_names is not None or self._order is not None or loose * len(folders) or not (folders or shared):
-            raise OptionError("--repeats: the classes are not folders", "sort all images into folders such as 10_dog")
+            raise OptionError(
+                "--repeats: the classes are not folders", f"sort all {self.noun}s into folders such as 10_dog"
+            )
         names = {}
         for folder in folders or shared:
             shown = clean_name(_decode(folder))
@@ -353,7 +377,8 @@ class ListingWriter:
             self._execute(f"DELETE FROM found WHERE folder_of(key) NOT IN ({marks})", tuple(kept))
             taken = ", ".join(clean_name(_decode(folder)) for folder in kept)
             self._remarks.append(
-                f"split {taken}: {self._count()} of {before} images; there are {there}; --split chooses, all takes all"
+                f"split {taken}: {self._count()} of {before} {self.noun}s; there are {there}; --split chooses, all "
+                "takes all"
             )
         return self._folders(depth + 1)
 
@@ -364,7 +389,7 @@ class ListingWriter:
             return list(class_names)
         numbers = {label: number for number, label in enumerate(found)}
         empty = [name for label, name in enumerate(class_names) if label not in numbers]
-        self._remarks.append(f"{len(empty)} of {len(class_names)} classes have no images, dropped: {few(empty)}")
+        self._remarks.append(f"{len(empty)} of {len(class_names)} classes have no {self.noun}s, dropped: {few(empty)}")
         self._function("number_of", numbers.__getitem__)
         self._execute("UPDATE found SET label = number_of(label)")
         return [class_names[label] for label in found]
@@ -375,7 +400,7 @@ class ListingWriter:
         if not found:
             if named := self._value("SELECT min(key) FROM labels"):
                 shown = _decode(named.replace(b"\0", b"/"))
-                raise VdiffError(f"the label file names none of the images: {shown}", "give --label_column none")
+                raise VdiffError(f"the label file names none of the {self.noun}s: {shown}", "give --label_column none")
             return []
         names = in_order(found, order)
         self._function("number_of", {name: number for number, name in enumerate(names)}.__getitem__)
@@ -390,7 +415,7 @@ class ListingWriter:
     def _class_folders(self, depth: int, folders: list[bytes], loose: int) -> list[str]:
         """Classes from the folders at `depth`, if every image is in one."""
         if loose and folders:
-            self._remarks.append(f"no classes: {loose} of {self._count()} images are outside the class folders")
+            self._remarks.append(f"no classes: {loose} of {self._count()} {self.noun}s are outside the class folders")
         if loose or not folders:
             return []
         cleaned = {folder: clean_name(_decode(folder)) for folder in folders}

@@ -52,7 +52,7 @@ CHUNK_ITEMS = 8
 TAR_SUFFIX = ".tar"
 SAMPLED_ITEMS = 16
 FILES = (
-    r"lock|job\.json|(listing|journal)\.sqlite(-\w+)?|unpacked\.tar|arr_0\.npy|range\.json"
+    r"lock|job\.json|(listing|journal)\.sqlite(-\w+)?|unpacked(-\d+)?\.tar|arr_0\.npy|range\.json"
     r"|dataset/((data|lock)\.mdb|rejected\.jsonl|index\.json|[^/]+-\d{6,}\.tar)"
 )
 PREPARATION = Kind("preparation", lambda folder: FILES if holds_keys(folder / JOB_FILE, "job", "command") else "")
@@ -300,6 +300,8 @@ def prepare(
         VdiffError: there is no usable image; `out` exists (unless `overwrite`, and then it must be a dataset); with
             `strict`, the first unreadable file; the disk is full or refuses; or an unfinished run had other settings.
     """
+    if source.has_conditions and config.noun == "sound":
+        raise OptionError("sounds have no condition images", "leave the condition out")
     reporter, part = reporter or Silent(), part or Part()
     tars = out.suffix == TAR_SUFFIX
     folder = out.with_suffix("") if tars else out
@@ -348,8 +350,6 @@ def _convert_all(
         is_other = noun == "image" and not SOUNDS.isdisjoint(listing.ignored)
         hint = "give --kind audio for sounds" if is_other else f"give a folder or an archive with {noun} files"
         raise VdiffError(what, hint)
-    if noun == "sound" and tars:
-        raise OptionError("tar shards hold no sounds", "give an --out without .tar")
     if config.buckets and tars:
         raise OptionError("--buckets: tar shards are read in their order", "give an --out without .tar")
     if source.has_conditions and tars:
@@ -389,9 +389,9 @@ def _convert_all(
         for result in results:
             if not isinstance(result, Rejected):
                 samples, label, caption = result
-                for sample in samples:
+                for piece, sample in enumerate(samples):
                     journal.add_image(sample, caption)
-                    writer.add(sample.images, label, caption, sample.shape, sample.conditions)
+                    writer.add(sample.images, label, caption, sample.shape, sample.conditions, piece)
             elif strict:
                 hint = "fix it and run the same command again, or leave out --strict to skip it"
                 raise VdiffError(str(result), hint)
@@ -415,7 +415,7 @@ def _convert_all(
             raise VdiffError(
                 f"none of {len(listing)} {config.items} could be read, the first: {said}", "give other files"
             )
-        _say_empty_classes(listing, journal, reporter)
+        _say_empty_classes(listing, journal, noun, reporter)
     if (narrow := tally.converted[NARROW]) * 2 > tally.converted["16-bit"] + tally.converted["float"]:
         what = f"{plural(narrow, 'image')} fill less than a quarter of the range of values"
         reporter.line(
@@ -525,7 +525,7 @@ def _describe(source: Source, listing: Listing, config: Config, part: Part, tars
     )
 
 
-def _say_empty_classes(listing: Listing, journal: Journal, reporter: Reporter) -> None:
+def _say_empty_classes(listing: Listing, journal: Journal, noun: str, reporter: Reporter) -> None:
     """Report classes without a readable image: they keep their numbers, which other parts share."""
     if not journal.tally.skipped or not listing.class_names:
         return
@@ -538,7 +538,7 @@ def _say_empty_classes(listing: Listing, journal: Journal, reporter: Reporter) -
             empty.pop(item.label, None)
     if empty:
         names = few([listing.class_names[label] for label in empty])
-        reporter.line(f"no readable images in {names}; prepare again without these classes, or train with them empty")
+        reporter.line(f"no readable {noun}s in {names}; prepare again without these classes, or train with them empty")
 
 
 def _report(meta: DatasetMeta, out: Path, kept: int, began: float) -> Report:

@@ -33,14 +33,14 @@ from vdiff.data.store import (
     partial_folder,
 )
 from vdiff.data.tar_files import is_image, read_samples, require_webdataset
-from vdiff.errors import VdiffError
+from vdiff.errors import VdiffError, shell
 from vdiff.files import MAX_TEXT_BYTES, fsync, make_folder, parse, read_text, write_text, writing
 from vdiff.records import record_of
 from vdiff.replacing import Kind
 
 IMAGES_PER_SHARD = 10_000
 LABEL, CAPTION = "cls", "txt"
-EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "flac": "flac"}
 PREPARE = "make a dataset of the tar: python prepare_data.py TAR"
 MAX_CLASSES = 100_000
 OTHER_FILES = r"index\.json|rejected\.jsonl"
@@ -103,7 +103,7 @@ def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard
     except VdiffError as error:
         raise VdiffError(f"{place}: {error.cause}", error.hint) from None
     if meta.image_format not in EXTENSIONS:
-        raise VdiffError(f"{place}: no shards hold images in the format {meta.image_format!r}", PREPARE_AGAIN)
+        raise VdiffError(f"{place}: no shards hold {meta.noun}s in the format {meta.image_format!r}", PREPARE_AGAIN)
     if not meta.complete:
         raise VdiffError(f"{place} is of an incomplete dataset", PREPARE_AGAIN)
     if values.get("check", _check_of(values)) != _check_of(values):
@@ -111,11 +111,11 @@ def parse_index(text: str | bytes, place: str) -> tuple[DatasetMeta, tuple[Shard
     return meta, shards
 
 
-def describe(path: Path, images: int | None = None) -> Shard:
-    """A shard on disk with its SHA-256; its images are counted unless their number is given."""
+def describe(path: Path, noun: str, images: int | None = None) -> Shard:
+    """A shard on disk with its SHA-256; its images, or sounds, are counted unless their number is given."""
     with opened(path) as file:
         if images is None:
-            images = sum(1 for _ in read_samples(file, lambda _: False))
+            images = sum(1 for _ in read_samples(file, lambda _: False, noun=noun))
             file.seek(0)
         return Shard(path.name, images, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -179,14 +179,20 @@ class ShardWriter:
         caption: str = "",
         shape: Sequence[int] = (),
         conditions: Mapping[int, bytes] = NO_CONDITIONS,
+        piece: int = 0,
     ) -> int:
-        """Append one image in all its sizes (`{size: encoded}`), its class and its captions; returns its position."""
+        """Append one image in all its sizes (`{size: encoded}`), its class and its captions; returns its position.
+
+        Args:
+            piece: of a sound that was cut. All pieces have the position of the first one, and are in its shard.
+        """
         if set(images) != set(self.meta.sizes) or shape or conditions:
             raise ValueError(f"images of sizes {sorted(images)}; need {sorted(self.meta.sizes)}")
         if (label is not None) != bool(self.meta.class_names):
             raise ValueError(f"label {label} in a set with the classes {self.meta.class_names}")
-        position = self.position
-        self.skip()
+        if not piece:
+            self.skip()
+        position = self.position - 1
         sample: dict[str, Any] = {suffix_of(self.meta, size): encoded for size, encoded in images.items()}
         if label is not None:
             sample[LABEL] = str(label).encode()
@@ -200,7 +206,7 @@ class ShardWriter:
                 # time and user name would make equal images differ in bytes
                 options = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
                 self._tar = self._tar_writer(self._file, **options)
-            self._tar.write({"__key__": f"{position:09d}", **sample})
+            self._tar.write({"__key__": f"{position:09d}{f'-{piece:05d}' if piece else ''}", **sample})
         self._waiting += 1
         return position
 
@@ -220,7 +226,7 @@ class ShardWriter:
                 self._file.close()
                 os.replace(self._temporary, self._path)
                 fsync(self.folder)
-            self._shards.append(describe(self._path, self._waiting))
+            self._shards.append(describe(self._path, self.meta.noun, self._waiting))
             self.num_committed += 1
             self._tar = self._file = None
             self._waiting = 0
@@ -229,7 +235,7 @@ class ShardWriter:
     def finish(self, counts: Mapping[str, object]) -> DatasetMeta:
         """Commit waiting images and write the index; an earlier writer's shards are read once, for their SHA-256."""
         self.commit()
-        shards = [shard if isinstance(shard, Shard) else describe(shard) for shard in self._shards]
+        shards = [shard if isinstance(shard, Shard) else describe(shard, self.meta.noun) for shard in self._shards]
         fingerprint = fingerprint_of(shard.sha256 for shard in shards)
         self.meta = replace(self.meta, counts=counts, complete=True, fingerprint=fingerprint)
         write_index(self.folder, self.meta, shards)
@@ -305,19 +311,19 @@ class ShardStore(StoredImages):
         shard = self.shards[number]
         place = self.place(shard)
         wanted = {LABEL, CAPTION, *(suffix for size in sizes for suffix in self._suffixes[size])}
-        count = skip
+        count, noun = skip, self.meta.noun
         # a shard that is read completely is checked against its checksum
         is_whole = bool(shard.sha256) and not skip and set(sizes) == set(self.meta.sizes)
         mode = "r|" if scheme_of(place) or is_whole else "r:"
         with opened(place, shard.bytes) as stream:
             file: Any = _Hashed(stream) if is_whole else stream
-            for key, contents in read_samples(file, wanted.__contains__, mode=mode, skip=skip):
-                where = f"{shown(place)}: image {key}"
+            for key, contents in read_samples(file, wanted.__contains__, noun=noun, mode=mode, skip=skip):
+                where = f"{shown(place)}: {noun} {key}"
                 encoded = {size: self._image(contents, size, where) for size in sizes}
                 yield StoredImage(key, encoded, self._label(contents, where), self._caption(contents, where))
                 count += 1
             if count != shard.images:
-                raise damaged(shown(place), f"{count} images, not {shard.images}")
+                raise damaged(shown(place), f"{count} {noun}s, not {shard.images}")
             if is_whole and file.sha256() != shard.sha256:
                 raise damaged(shown(place), "its checksum does not match")
 
@@ -487,6 +493,9 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
         if width == height:
             suffixes[width] = (*suffixes.get(width, ()), suffix)
     if not suffixes:
+        if not sizes and any(map(_has_sounds, paths)):
+            make = shell("python", "prepare_data.py", pattern, "--kind", "audio")
+            raise VdiffError(f"{pattern} holds sounds of any rate and length", f"make a dataset of them: {make}")
         found = next((f"its first is {width}×{height}" for width, height in sizes.values()), "it has no images")
         raise VdiffError(f"{pattern} holds no square images: {found}", PREPARE)
     if len(labels) not in (0, num_images):
@@ -500,3 +509,8 @@ def scan_foreign(pattern: str) -> tuple[DatasetMeta, tuple[Shard, ...], dict[int
         complete=True,
     )
     return meta, tuple(shards), suffixes
+
+
+def _has_sounds(path: Path) -> bool:
+    with opened(path) as file:
+        return any(read_samples(file, lambda _: False, noun="sound"))

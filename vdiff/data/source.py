@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OPTIONS_OF_FILES = ("captions", "caption_column", "only_captioned", "repeats", "condition")
 """Those of `SourceOptions` that need further files or columns."""
+COLUMNS = ("image_column", "audio_column")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SourceOptions:
     """Options of a source; empty = its default.
 
     Attributes:
+        kind: `audio` for sounds.
         captions: a file that lists them, or `none`.
         only_captioned: leave out images without a caption.
         repeats: folders called `N_name` hold a class `name`, whose images are shown N times in an epoch.
@@ -56,6 +58,8 @@ class SourceOptions:
     only_captioned: bool = False
     repeats: bool = False
     condition: str = ""
+    audio_column: str = ""
+    kind: str = ""
 
     def refuse(self, source: object, *names: str) -> None:
         """Raise OptionError if one of the options `names` was given to a source that lacks it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import glob
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from itertools import repeat
@@ -11,16 +12,17 @@ from typing import Any
 from urllib.error import URLError
 
 from vdiff.data.audio import EXTENSIONS as SOUNDS
-from vdiff.data.disk_sources import ON_DISK
+from vdiff.data.disk_sources import ON_DISK, Tars
 from vdiff.data.image_files import UnreadableImageError, extensions
 from vdiff.data.labels import CAPTION_COLUMNS, NO_CAPTIONS, caption_in
 from vdiff.data.listing import Item, Listing, ListingWriter
-from vdiff.data.source import OPTIONS_OF_FILES, Defaults, Sample, Source, SourceOptions
+from vdiff.data.source import COLUMNS, OPTIONS_OF_FILES, Defaults, Sample, Source, SourceOptions
 from vdiff.data.store import is_dataset, is_lmdb
-from vdiff.errors import OptionError, VdiffError, shell, suggestion
+from vdiff.data.tar_files import require_webdataset
+from vdiff.errors import OptionError, VdiffError, explained, shell, suggestion
 from vdiff.files import check_regular, elsewhere
 from vdiff.network import hub_answers
-from vdiff.text import cause_of
+from vdiff.text import cause_of, root_of
 
 
 class Digits(Source):
@@ -77,7 +79,7 @@ class Torchvision(Source):
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         self.set = TORCHVISION[name]
-        options.refuse(name, "image_column", "label_column", *OPTIONS_OF_FILES)
+        options.refuse(name, "kind", *COLUMNS, "label_column", *OPTIONS_OF_FILES)
         self.split = options.split or self.set.splits[0]
         # the classes of LSUN are splits too: bedroom_train
         if self.split not in self.set.splits and not (name == "lsun" and "_" in self.split):
@@ -170,14 +172,14 @@ class HuggingFace(Source):
         options.refuse(name, "repeats", "condition")
         if options.captions != "none":
             options.refuse(name, "captions")
-        self.options = options
+        self.options, self.kind = options, options.kind or "image"
         self.split = options.split or "train"
 
     def identity(self) -> dict[str, Any]:
         """Name, configuration, split and columns."""
         options = asdict(self.options)
         chosen = {key: options[key] for key in ("image_column", "label_column")}
-        chosen |= {key: options[key] for key in OPTIONS_OF_FILES if options[key]}
+        chosen |= {key: options[key] for key in ("kind", "audio_column", *OPTIONS_OF_FILES) if options[key]}
         return {"name": self.repository, "config": self.config, "split": self.split, **chosen}
 
     def fetch(self, scratch: Path) -> None:
@@ -202,19 +204,19 @@ class HuggingFace(Source):
             listing.add(number, target, caption)
 
     def read(self, item: Item) -> Sample:
-        """The bytes of the image, undecoded."""
-        rows, image, *_ = self._get()
+        """The bytes of the image, or sound, undecoded."""
+        rows, column, *_ = self._get()
         try:
-            value = rows[int(item.name)][image]
+            value = rows[int(item.name)][column]
             if value is None:
-                raise UnreadableImageError("unreadable", "no image in this row")
+                raise UnreadableImageError("unreadable", f"no {self.kind} in this row")
             data = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
             return Sample(data, item.label)
         except OSError as error:
             raise UnreadableImageError("unreadable", str(error)) from None
 
     def _get(self) -> tuple[Any, str, str, str]:
-        """The rows, the names of the columns of images, classes and captions (empty: none)."""
+        """The rows, the names of the columns of images or sounds, classes and captions (empty: none)."""
         if self._opened is None:
             is_there = Path(self.repository).exists() or hub_answers()
             try:
@@ -224,12 +226,18 @@ class HuggingFace(Source):
             try:
                 data = datasets.load_dataset(self.repository, self.config or None, split=self.split)
             except Exception as error:  # the library raises its own, the hub's and the network's errors
-                cause = cause_of(error) if is_there else "the hub does not answer"
+                cause = cause_of(root_of(error)) if is_there else "the hub does not answer"
                 hint = "check the name, --split and the network"
+                if isinstance(lacking := root_of(error), ImportError):
+                    hint = f"pip install {lacking.name}, or give a folder's path without hf:"
                 raise VdiffError(f"hf:{self.repository}, split {self.split}: {cause}", hint) from None
-            image = self._column(data, self.options.image_column, datasets.Image, "image_column")
-            if not image:
-                raise VdiffError(f"hf:{self.repository} has no image column", "choose another dataset")
+            kinds = {"image": datasets.Image, "audio": datasets.Audio}
+            chosen = self.options.audio_column or self.options.image_column
+            column = self._column(data, chosen, kinds[self.kind], f"{self.kind}_column")
+            if not column:
+                has_sounds = any(isinstance(feature, datasets.Audio) for feature in data.features.values())
+                hint = "give --kind audio for sounds" if has_sounds else "choose another dataset"
+                raise VdiffError(f"hf:{self.repository} has no {self.kind} column", hint)
             label = self._column(data, self.options.label_column, datasets.ClassLabel, "label_column")
             wanted = (self.options.caption_column,) if self.options.caption_column else CAPTION_COLUMNS
             text = next((name for name in wanted if name in data.features), "")
@@ -237,7 +245,9 @@ class HuggingFace(Source):
                 what = f"--caption_column {self.options.caption_column}: hf:{self.repository} has no such column"
                 raise OptionError(what, f"choose from {', '.join(data.features)}")
             text = "" if self.options.captions == "none" else text
-            self._opened = data.cast_column(image, datasets.Image(decode=False)), image, label, text
+            # other columns of images or sounds would be decoded with each row
+            read = data.select_columns(list(dict.fromkeys(filter(None, (column, label, text)))))
+            self._opened = read.cast_column(column, kinds[self.kind](decode=False)), column, label, text
         opened: tuple[Any, str, str, str] = self._opened
         return opened
 
@@ -247,10 +257,12 @@ class HuggingFace(Source):
         if chosen == "none" and flag == "label_column":
             return ""
         if chosen and chosen not in fitting:
-            what = "images" if flag == "image_column" else "classes"
+            what = {"image_column": "images", "audio_column": "sounds"}.get(flag, "classes")
             hint = f"choose from {', '.join(fitting)}" if fitting else "leave it out"
             raise OptionError(f"--{flag} {chosen}: hf:{self.repository} has no such column of {what}", hint)
-        return chosen or next((name for name in ("image", "label") if name in fitting), fitting[0] if fitting else "")
+        return chosen or next(
+            (name for name in ("image", "audio", "label") if name in fitting), fitting[0] if fitting else ""
+        )
 
 
 BUILT_IN: dict[str, Callable[[], Source]] = {"digits": Digits}
@@ -283,22 +295,30 @@ TORCHVISION = {
 }
 
 
-def open_source(place: Path | str | None, options: SourceOptions | None = None) -> Source:
+def open_source(place: Path | str | Sequence[str] | None, options: SourceOptions | None = None) -> Source:
     """The source at a path or with a name; None: the digits. Paths take precedence over names.
+
+    Args:
+        place: several paths, or a pattern such as `x-{000..003}.tar` or `x-*.tar`, are the tars of one source.
 
     Raises:
         VdiffError: the path or name does not exist, or is not a source of images.
         OptionError: the source does not have an option.
     """
-    options, name = options or SourceOptions(), "digits" if place is None else str(place)
-    if name.startswith("hf:"):
+    options = options or SourceOptions()
+    places = [place or "digits"] if place is None or isinstance(place, Path | str) else list(place)
+    name = str(places[0])
+    if len(places) == 1 and name.startswith("hf:"):
         return HuggingFace(name, options)
     path = Path(name)
+    if len(found := [match for each in places for match in _matches(str(each))]) > 1:
+        return Tars([Path(each) for each in found], options)
+    path = Path(name := str(found[0]))
     if not path.exists():
         if name in TORCHVISION:
             return Torchvision(name, options)
         if name in BUILT_IN:
-            options.refuse(name, "split", "image_column", "label_column", *OPTIONS_OF_FILES)
+            options.refuse(name, "kind", "split", *COLUMNS, "label_column", *OPTIONS_OF_FILES)
             return BUILT_IN[name]()
         if "://" in name:
             raise VdiffError(f"{name} is not downloaded by vdiff", "download it, and give the file or folder")
@@ -314,6 +334,20 @@ def open_source(place: Path | str | None, options: SourceOptions | None = None) 
     raise VdiffError(f"{path} is not a folder, zip, tar or dataset", "give a folder of images, or an archive of them")
 
 
+def _matches(place: str) -> list[str]:
+    """The paths that a pattern names, in order; a path or another name alone."""
+    if not any(mark in place for mark in "{*?[") or Path(place).exists():
+        return [place]
+    parts = [place]
+    if "{" in place:
+        require_webdataset()
+        from braceexpand import braceexpand
+
+        with explained(f"{place} is not a pattern", "write it as x-{000..009}.tar", ValueError):
+            parts = list(braceexpand(place, escape=False))
+    return [found for part in parts for found in sorted(glob.glob(part)) or [part]]
+
+
 def _nearest(path: Path) -> str:
     if found := elsewhere(path):
         return found
@@ -326,6 +360,6 @@ def _nearest(path: Path) -> str:
 
 def build_listing(source: Source, path: Path, noun: str = "image", *, shuffled: bool = False) -> Listing:
     """All images, or sounds, of a source in order, listed in the file `path`."""
-    with ListingWriter(path, SOUNDS if noun == "sound" else extensions(), shuffled=shuffled) as listing:
+    with ListingWriter(path, SOUNDS if noun == "sound" else extensions(), noun=noun, shuffled=shuffled) as listing:
         source.fill(listing)
         return listing.finish()

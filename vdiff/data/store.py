@@ -143,7 +143,7 @@ class DatasetMeta:
     @property
     def noun(self) -> str:
         """What one of its samples is called."""
-        return "sound" if self.rate else "image"
+        return self.codec.noun
 
     @property
     def codec(self) -> Codec:
@@ -228,8 +228,9 @@ class StoredImages:
         """Raise VdiffError, which names the existing sizes, if the dataset has no images of `size`."""
         if size not in self.meta.sizes:
             sizes = ", ".join(map(str, self.meta.sizes))
-            hint = f"it has {sizes}; choose one of them or prepare again with --size {size}"
-            raise VdiffError(f"{self.path} has no {self.meta.noun}s of size {size}", hint)
+            flag, what = ("--length", "length") if self.meta.rate else ("--size", "size")
+            hint = f"it has {sizes}; choose one of them or prepare again with {flag} {size}"
+            raise VdiffError(f"{self.path} has no {self.meta.noun}s of {what} {size}", hint)
 
     def check_squares(self) -> None:
         """Raise VdiffError if the dataset has images of many shapes."""
@@ -255,7 +256,7 @@ class ImageStore(StoredImages):
         if length is None:
             raise incomplete(self.path)
         if not (length.isdigit() and len(length) < 20 and int(length) <= file.entries):
-            raise self._damaged("its length is not the number of its images")
+            raise self._damaged("its length is not the number of its samples")
         if check not in (None, check_of(length, meta or b"")):
             raise self._damaged("its description is not what was written")
         self._length = int(length)
@@ -295,16 +296,17 @@ class ImageStore(StoredImages):
         """The class of image `index`; None in a dataset without classes."""
         if not self.meta.class_names and 0 <= index < len(self):
             return None
-        value = self._record("label", index, f"class for image {index}", f"the class of image {index}")
+        what = f"{self.meta.noun} {index}"
+        value = self._record("label", index, f"class for {what}", f"the class of {what}")
         if not (value.isdigit() and len(value) < 10 and int(value) < len(self.meta.class_names)):
-            raise self._damaged(f"the class of image {index} is {value[:20]!r}, not one of its classes")
+            raise self._damaged(f"the class of {what} is {value[:20]!r}, not one of its classes")
         return int(value)
 
     def caption(self, index: int) -> str:
         """The captions of image `index`, one a line; "" if it has none."""
         if not self.meta.num_captions or self._opened().get(record_key("caption", index)) is None:
             return ""
-        what = f"the caption of image {index}"
+        what = f"the caption of {self.meta.noun} {index}"
         try:
             return self._record("caption", index, what, what).decode()
         except UnicodeDecodeError:
@@ -349,7 +351,7 @@ class ImageStore(StoredImages):
     def _record(self, kind: int | str, index: int, missing: str, what: str) -> bytes:
         """The value of a record of image `index`, checked against its checksum, if there is one."""
         if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
+            raise IndexError(f"{self.meta.noun} {index} of {len(self)}")
         file = self._file or self._opened()
         value, check = file.get(record_key(kind, index)), file.get(record_key("check", index))
         if value is None:
@@ -412,12 +414,17 @@ class StoreWriter:
         caption: str = "",
         shape: Sequence[int] = (),
         conditions: Mapping[int, bytes] = NO_CONDITIONS,
+        piece: int = 0,
     ) -> int:
         """Append one image in all its sizes (`{size: encoded}`), its class, captions, shape and condition images.
+
+        Args:
+            piece: of a sound that was cut; every piece has an index of its own.
 
         Returns:
             its index.
         """
+        del piece
         index = self.length
         records = {record_key(self.meta.key(size), index): encoded for size, encoded in images.items()}
         if label is not None:

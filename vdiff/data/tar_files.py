@@ -13,6 +13,7 @@ from itertools import groupby
 from types import ModuleType
 from typing import IO, Any, Self
 
+from vdiff.data.audio import EXTENSIONS as SOUNDS
 from vdiff.data.image_files import MAX_FILE_BYTES
 from vdiff.data.remote_files import BUFFER_BYTES
 from vdiff.errors import VdiffError
@@ -89,9 +90,14 @@ def _tar_errors(read: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def read_samples(
-    file: IO[bytes], wanted: Callable[[str], bool], *, mode: str = "r:", skip: int = 0
+    file: IO[bytes],
+    wanted: Callable[[str], bool],
+    *,
+    noun: str = "image",
+    mode: str = "r:",
+    skip: int = 0,
 ) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """(key, {suffix: content}) of the samples of a tar that have an image, from number `skip` on.
+    """(key, {suffix: content}) of the samples of a tar that have an image (`noun`: or a sound), from number `skip` on.
 
     As in WebDataset, a sample is a run of members with names that are equal up to the first dot of the base name. Only
     members with `wanted` suffixes are read, other contents are None; of skipped samples only headers are read.
@@ -109,7 +115,7 @@ def read_samples(
             suffix.lower(): _content(tar, member) if number >= skip and wanted(suffix.lower()) else None
             for _, suffix, tar, member in group
         }
-        if any(map(is_image, contents)):
+        if any(map(is_sound if noun == "sound" else is_image, contents)):
             if number >= skip:
                 yield key, contents
             number += 1
@@ -126,3 +132,8 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def is_image(suffix: str) -> bool:
     """Whether a member with this suffix is an image."""
     return suffix.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def is_sound(suffix: str) -> bool:
+    """Whether a member with this suffix is a sound."""
+    return f".{suffix.rpartition('.')[2]}" in SOUNDS

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vdiff.errors import OptionError, VdiffError
-from vdiff.evaluation.metrics import frechet_distance
-from vdiff.evaluation.sounds import BANDS, FLOOR_DB, PARTS, log_mel_vectors
+from vdiff.evaluation.metrics import Moments, frechet_distance
+from vdiff.evaluation.sounds import BANDS, FLOOR_DB, PARTS, floor_of, log_mel_vectors
 from vdiff.files import check_regular, sha256_of
 from vdiff.models.codec import PIXEL_CODEC, to_uint8
 from vdiff.models.feature_network import parse_metadata
@@ -31,6 +32,7 @@ from vdiff.text import plural
 PIXELS, INCEPTION, LOG_MEL = "pixels", "inception", "log_mel"
 SIDE = 8
 INCEPTION_NAME, INCEPTION_DIM = "inception-v3-compat", 2048
+NOISES = 256
 MAX_BATCH = 32
 """Images per forward pass of Inception; each needs 20 MB of activations."""
 DOWNLOAD = "leave --weights out to download them, or give torch-fidelity's weights-inception-….pth"
@@ -44,11 +46,16 @@ class Features(ABC):
         name: its name in results.
         dim: d.
         fingerprint: differs if the vectors differ; it is the key of cached results.
+        noun: what is compared.
+        grid: the shape (n, rows, columns) of a vector whose neighbours are alike, so that distances have a `Scale`;
+            empty: they have none.
     """
 
     name: str
     dim: int
     fingerprint: str
+    noun = "image"
+    grid: tuple[int, ...] = ()
 
     @abstractmethod
     def __call__(self, images: Tensor) -> NDArray[np.floating]:
@@ -57,6 +64,25 @@ class Features(ABC):
     def with_logits(self, images: Tensor) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
         """Vectors (n, d), and a classifier's logits (n, c), of the same images."""
         return self(images), None
+
+    def noise(self) -> Moments:
+        """The moments of vectors of pure noise, N(0, 1) clipped to ±1."""
+        raise NotImplementedError
+
+
+class FeatureDistance:
+    """The Fréchet distance of samples to a reference, both as vectors of `features`.
+
+    Args:
+        reference: real samples (n, C, …) in [−1, 1], n at least 2.
+    """
+
+    def __init__(self, features: Features, reference: Tensor) -> None:
+        self.features, self.reference = features, features(reference)
+
+    def __call__(self, samples: Tensor) -> float:
+        """The distance of `samples` (n, C, …)."""
+        return frechet_distance(self.features(samples), self.reference)
 
 
 def as_unit(images: Tensor) -> Tensor:
@@ -76,64 +102,63 @@ def pixel_vectors(images: Tensor) -> NDArray[np.float64]:
     return vectors
 
 
-class PixelDistance:
-    """The Fréchet distance of images to a reference, both as `pixel_vectors`.
-
-    Args:
-        reference: real images (n, C, H, W) in [−1, 1], n at least 2.
-    """
-
-    def __init__(self, reference: Tensor) -> None:
-        self.reference = pixel_vectors(reference)
-
-    def __call__(self, images: Tensor) -> float:
-        """The distance of `images` (n, C, H, W)."""
-        return frechet_distance(pixel_vectors(images), self.reference)
-
-
 class Pixels(Features):
     """`pixel_vectors` as features."""
 
     name = PIXELS
 
     def __init__(self, image_size: int, channels: int) -> None:
-        self.dim = channels * min(image_size, SIDE) ** 2
+        self.image_size, side = image_size, min(image_size, SIDE)
+        self.grid = channels, side, side
+        self.dim = math.prod(self.grid)
         self.fingerprint = f"pixels {SIDE}"
 
     def __call__(self, images: Tensor) -> NDArray[np.floating]:
         """(n, C, H, W) → (n, C·64), in [−1, 1]."""
-        return pixel_vectors(as_unit(images))
+        return pixel_vectors(PIXEL_CODEC.encode(images))
+
+    def noise(self) -> Moments:
+        """From the variance 1 − 2 φ(1) of clipped noise, φ the normal density; the mean of p pixels has 1/p of it."""
+        variance = (1 - math.sqrt(2 / (math.pi * math.e))) / max(self.image_size / SIDE, 1) ** 2
+        return Moments(2, np.zeros(self.dim), variance * np.eye(self.dim))
 
 
-class SoundDistance:
-    """The Fréchet distance of sounds to a reference, both as `log_mel_vectors`.
+class PixelDistance(FeatureDistance):
+    """The distance of images (n, C, H, W) as `pixel_vectors`."""
 
-    Args:
-        reference: real sounds (n, C, L), n at least 2.
-        floor: see `log_mel_vectors`.
-    """
-
-    def __init__(self, reference: Tensor, rate: int, floor: float = FLOOR_DB) -> None:
-        self.rate, self.floor = rate, floor
-        self.reference = log_mel_vectors(reference, rate, floor)
-
-    def __call__(self, sounds: Tensor) -> float:
-        """The distance of `sounds` (n, C, L)."""
-        return frechet_distance(log_mel_vectors(sounds, self.rate, self.floor), self.reference)
+    def __init__(self, reference: Tensor) -> None:
+        super().__init__(Pixels(reference.shape[-1], reference.shape[1]), reference)
 
 
 class LogMel(Features):
-    """`log_mel_vectors` as features."""
+    """`log_mel_vectors` as features.
 
-    name, dim = LOG_MEL, BANDS * PARTS
+    Args:
+        shape: (C, L) of the sounds.
+        floor: lower levels are raised to this one, in dB.
+    """
 
-    def __init__(self, rate: int) -> None:
-        self.rate = rate
-        self.fingerprint = f"{LOG_MEL} {rate} {BANDS} {PARTS}"
+    name, dim, noun, grid = LOG_MEL, BANDS * PARTS, "sound", (1, BANDS, PARTS)
+
+    def __init__(self, rate: int, shape: Sequence[int], floor: float = FLOOR_DB) -> None:
+        self.rate, self.shape, self.floor = rate, shape, floor
+        self.fingerprint = f"{LOG_MEL} {rate} {BANDS} {PARTS} {floor:g}"
 
     def __call__(self, images: Tensor) -> NDArray[np.floating]:
         """(n, C, L), int16 or in [−1, 1] → (n, 80)."""
-        return log_mel_vectors(images, self.rate)
+        return log_mel_vectors(images, self.rate, self.floor)
+
+    def noise(self) -> Moments:
+        """From sounds of noise that are drawn, the same in every call."""
+        generator = torch.Generator().manual_seed(0)
+        return Moments.of(self(torch.randn((NOISES, *self.shape), generator=generator)))
+
+
+class SoundDistance(FeatureDistance):
+    """The distance of sounds (n, C, L) as `log_mel_vectors`; see `LogMel`."""
+
+    def __init__(self, reference: Tensor, rate: int, floor: float = FLOOR_DB) -> None:
+        super().__init__(LogMel(rate, reference.shape[1:], floor), reference)
 
 
 class FileFeatures(Features):
@@ -188,13 +213,15 @@ def load_features(
     image_size: int,
     channels: int,
     rate: int = 0,
+    loudness: str = "",
     device: torch.device | str = "cpu",
     weights: Path | None = None,
 ) -> Features:
     """The features `pixels`, `inception` (with weights from a local file, if given) or those of a network's file.
 
     Args:
-        image_size, rate: of sounds the samples, and those per second; their `pixels` are `sounds.LogMel`.
+        image_size, rate: of sounds the samples, and those per second; their `pixels` are `LogMel`.
+        loudness: of sounds, as in `DatasetMeta`.
 
     Raises:
         OptionError: weights are given for features without weights.
@@ -203,7 +230,7 @@ def load_features(
     if weights is not None and wanted != INCEPTION:
         raise OptionError(f"--weights {weights} is for Inception", "give --features inception, or leave it out")
     if rate and wanted in (PIXELS, LOG_MEL):
-        return LogMel(rate)
+        return LogMel(rate, (channels, image_size), floor_of(loudness))
     if (wanted == INCEPTION and rate) or wanted == LOG_MEL:
         raise OptionError(
             f"--features {wanted} is for {'images' if rate else 'sounds'}", "leave it out, or give a FILE"

@@ -24,7 +24,7 @@ from vdiff.distributed import Processes, pick_device
 from vdiff.errors import OptionError, VdiffError, stop_explained
 from vdiff.evaluation import metrics as m
 from vdiff.evaluation.clip import ClipScore
-from vdiff.evaluation.features import INCEPTION, PIXELS, SIDE, Features, load_features
+from vdiff.evaluation.features import INCEPTION, PIXELS, Features, load_features
 from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, save_pairs
 from vdiff.evaluation.plan import (
     EXTRAPOLATED_FROM,
@@ -131,7 +131,7 @@ def evaluate(
         place = out.with_name(f".{out.name}.work") if out else Path(scratch, "work")
         with processes.together():
             run = _Run(rows, dataset, EvalPlan(**plan), processes.device)
-            pairs = out.with_name(f"{out.stem}-nearest.png") if out and "nearest" in run.plan.metrics else None
+            pairs = out.with_name(f"{out.stem}-nearest.png") if out and run.compares_pictures else None
             if out is not None:
                 stack.enter_context(locked(out, place, *([pairs] if pairs else []), mine=processes.is_main))
                 if pairs is not None and not place.exists() and not EVALUATION.files(out):
@@ -142,7 +142,7 @@ def evaluate(
                 discard(place)
         if finished is not None:
             return finished
-        work = WorkFolder(place, run.key, processes, reporter)
+        work = WorkFolder(place, run.key, processes, reporter, run.images.store.meta.noun)
         found, thumbs = run.measure(data_stats(run.images, run.features, cache, work), work)
         results = run.results(found, processes, pairs, command)
         with processes.together():
@@ -166,14 +166,12 @@ def measure_quality(
         budget: how many network evaluations this may use.
 
     Returns:
-        the quality; None: the budget is too small, or the model generates sounds.
+        the quality; None: the budget is too small.
 
     Raises:
         Interrupted, VdiffError: as in `evaluate`.
     """
     config = read_config(folder)
-    if config.space.is_sound:
-        return None  # there is no scale of distances of sounds
     if found := read_quality(folder, weights_fingerprint(folder)):
         return found
     most = min(config.num_timesteps, QUALITY_STEPS)
@@ -181,7 +179,7 @@ def measure_quality(
     is_guided = default_guidance(config) and not config.signature.takes_guidance
     n = min(QUALITY_IMAGES, budget // (2 * steps if is_guided else steps))
     channels, size = common_shape(EvalPlan(), {folder: config})
-    if n < channels * min(size, SIDE) ** 2:
+    if n < load_features(PIXELS, image_size=size, channels=channels, rate=config.sample_rate).dim:
         return None
     row = RowSpec(folder, "ddim" if config.is_distilled else "dpmpp_2m", steps)
     plan: dict[str, Any] = {"n": n, "metrics": ("fd", "nearest"), "most_images": QUALITY_DATA}
@@ -223,6 +221,7 @@ class _Run:
             image_size=size,
             channels=channels,
             rate=images.store.meta.rate,
+            loudness=images.store.meta.loudness,
             device=device,
             weights=plan.weights,
         )
@@ -248,6 +247,11 @@ class _Run:
         self.scale: Scale | None = None
         self.prompts, self.notes = "", tuple[str, ...]()
         self.captioned: list[int] = []
+
+    @property
+    def compares_pictures(self) -> bool:
+        """Whether samples are compared with the nearest images of the data as pictures; sounds only by features."""
+        return "nearest" in self.plan.metrics and not self.images.store.meta.rate
 
     def _text_settings(self) -> list[Any]:
         """What determines the samples of models of text or latents, besides their weights; empty without such."""
@@ -287,8 +291,8 @@ class _Run:
     def measure(self, data: DataStats, work: WorkFolder) -> tuple[list[EvalRow], list[NDArray[np.uint8]]]:
         """The rows, and thumbnails of the first samples of each; finished parts are in the work folder."""
         calculator = MetricCalculator(data, self.features, self.plan, work.processes.device)
-        if self.features.name == PIXELS and "fd" in self.plan.metrics:
-            self.scale = scale_of(data, self.plan.n, self.images.image_size)
+        if self.features.grid and "fd" in self.plan.metrics:
+            self.scale = scale_of(data, self.plan.n, self.features)
         self._find_prompts(work)
         if self.teacher is not None:
             self._draw_teacher(self.teacher, work)
@@ -300,7 +304,7 @@ class _Run:
         if self.clip is not None and self.captioned:
             score = self._score_data(self.clip, work)
             found = [replace(row, metrics={**row.metrics, "clip_data": score}) for row in found]
-        if "nearest" not in self.plan.metrics:
+        if not self.compares_pictures:
             return found, []
         thumbs = [work.read(THUMBS.format(number))["small"] for number in numbers]
         return add_nearest(found, thumbs, self.images, work), thumbs
@@ -387,7 +391,7 @@ class _Run:
             for k in doubtful() if work.processes.is_main else []:
                 generator = Generator(self.rows[k], self.plan, work.processes.device, self.images)
                 batch = generator.batches(range(self.plan.n))[0]
-                with work.reporter.progress("timing again", 2 * len(batch), "images") as bar:
+                with work.reporter.progress("timing again", 2 * len(batch), f"{work.noun}s") as bar:
                     generator.draw(batch, bar, 0)  # to warm up
                     began = time.monotonic()
                     generator.draw(batch, bar, len(batch))

@@ -147,7 +147,9 @@ def common_shape(plan: EvalPlan, configs: Mapping[Path, CheckpointConfig]) -> tu
             shape = drawn_shape(config, plan.vae or components)
         if not config.space.is_sound and (len(shape) != 3 or shape[1] != shape[2]):
             shown = " × ".join(map(str, shape))
-            raise VdiffError(f"{folder} generates samples of {shown}, not square images", "evaluate a model of images")
+            raise VdiffError(
+                f"{folder} generates samples of {shown}, not square images or sounds", "evaluate another model"
+            )
         shapes[folder] = shape
     first, shape = next(iter(shapes.items()))
     for folder, other in shapes.items():
@@ -223,7 +225,7 @@ def check_plan(
         has_pairs=has_pairs,
         are_sounds=bool(images.store.meta.rate),
     )
-    _check_numbers(plan.n, len(images), features, metrics, images.store.path)
+    _check_numbers(plan.n, images, features, metrics)
     return metrics
 
 
@@ -257,7 +259,7 @@ def choose_metrics(
     """
     is_inception = features.name == INCEPTION
     lacking = {"isc": not is_inception, "rmse": not has_teacher, "psnr": not has_teacher, "clip": not has_clip}
-    lacking |= {"psnr_truth": not has_pairs, "lsd": not (has_teacher and are_sounds), "nearest": are_sounds}
+    lacking |= {"psnr_truth": not has_pairs, "lsd": not (has_teacher and are_sounds)}
     found = set()
     for word in wanted:
         name = OF_INCEPTION.get(word, word)
@@ -270,8 +272,8 @@ def choose_metrics(
             raise OptionError("--metrics clip needs a CLIP model", "give --clip FOLDER")
         if name == "psnr_truth" and lacking[name]:
             raise OptionError("--metrics psnr_truth needs image-conditioned models", "leave it out")
-        if name == ("nearest" if are_sounds else "lsd"):
-            raise OptionError(f"--metrics {word} is for {'images' if are_sounds else 'sounds'}", "leave it out")
+        if name == "lsd" and not are_sounds:
+            raise OptionError("--metrics lsd is for sounds", "leave it out")
         if lacking.get(name):
             raise OptionError(f"--metrics {word} needs a teacher", "give --teacher CHECKPOINT")
         found.add(name)
@@ -280,7 +282,7 @@ def choose_metrics(
     return tuple(name for name in METRICS if (name in found if wanted else not lacking.get(name)))
 
 
-def _check_numbers(n: int, num_images: int, features: Features, metrics: Sequence[str], data: Path | str) -> None:
+def _check_numbers(n: int, images: ReferenceImages, features: Features, metrics: Sequence[str]) -> None:
     """Refuse fewer images than the metrics need."""
     least = max(MIN_IMAGES, features.dim if "fd" in metrics else 0)
     why = f"the {features.dim} dimensions of the features {features.name}" if least > MIN_IMAGES else f"{MIN_IMAGES}"
@@ -288,8 +290,9 @@ def _check_numbers(n: int, num_images: int, features: Features, metrics: Sequenc
     without = f", or vdiff evaluate --metrics {others}" if least > MIN_IMAGES else ""
     if n < least:
         raise OptionError(f"--num {n} is fewer than {why}", f"give --num {least} or more{without}")
-    if num_images < least:
-        raise VdiffError(f"{data} holds {num_images} images, fewer than {why}", f"give more data{without}")
+    if len(images) < least:
+        held = f"{images.store.path} holds {len(images)} {images.store.meta.noun}s"
+        raise VdiffError(f"{held}, fewer than {why}", f"give more data{without}")
 
 
 def notes_for(
@@ -301,6 +304,7 @@ def notes_for(
 ) -> tuple[str, ...]:
     """Notes for the reader of the metrics, one sentence each."""
     notes: list[str] = []
+    noun = images.store.meta.noun
     fd, kd = ("fid", "kid") if features.name == INCEPTION else ("fd", "kd")
     enough = EXTRAPOLATED_FROM * features.dim
     if "fd" in metrics and n < UNBIASED_FROM:
@@ -317,10 +321,10 @@ def notes_for(
         )
     pairs = [name for name in ("kd", "precision", "recall") if name in metrics]
     if pairs and max(n, len(images)) > MAX_KEPT:
-        sides = f"{min(n, MAX_KEPT):,} samples and {min(len(images), MAX_KEPT):,} images of the data"
+        sides = f"{min(n, MAX_KEPT):,} samples and {min(len(images), MAX_KEPT):,} {noun}s of the data"
         notes.append(f"{', '.join(pairs)} are computed from {sides}.")
     if "nearest" in metrics and n > MAX_QUERIES:
-        notes.append(f"Nearest images are those of the first {MAX_QUERIES:,} samples.")
+        notes.append(f"Nearest {noun}s are those of the first {MAX_QUERIES:,} samples.")
     if "rmse" in metrics and n > MAX_PAIRED:
         notes.append(f"The teacher is compared on the first {MAX_PAIRED} samples.")
     if features.name == PIXELS and images.image_size > 32:
@@ -336,7 +340,7 @@ def notes_for(
     for folder, config in configs.items():
         theirs, ours = config.dataset_fingerprint, images.store.meta.fingerprint
         if theirs and ours and theirs != ours:
-            notes.append(f"{folder} was trained on other images than these.")
+            notes.append(f"{folder} was trained on other {noun}s than these.")
         if not config.is_finished:
             notes.append(f"{folder} is unfinished: {config.num_iters} of {config.target_iters} updates.")
     return tuple(notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.store import DATA_FILE, ImageStore, StoredImage
 from vdiff.errors import VdiffError
-from vdiff.evaluation.features import SIDE, Features
+from vdiff.evaluation.features import Features
 from vdiff.evaluation.metrics import Arrays, FrechetDistance, Moments, from_arrays, to_arrays, total
 from vdiff.evaluation.results import Reference, Scale
 from vdiff.evaluation.work import WorkFolder, key_of, read_arrays, write_arrays
@@ -58,7 +57,7 @@ class ReferenceImages:
         self.store.check_size(image_size)
         self.image_size, self.channels = image_size, self.store.meta.channels
         if not len(self.store):
-            raise VdiffError(f"{self.store.path} holds no images", "prepare it again")
+            raise VdiffError(f"{self.store.path} holds no {self.store.meta.noun}s", "prepare it again")
         self.part = 1 if most is None else -(-len(self.store) // most)
         self.stretches = [(start, start - (start - stop) // self.part) for start, stop in self.store.stretches()]
         self.numbers = np.concatenate([np.arange(start, stop) for start, stop in self.stretches])
@@ -200,29 +199,29 @@ class DataStats:
     indices: NDArray[np.int64]
 
 
-def scale_of(data: DataStats, n: int, image_size: int) -> Scale:
-    """The scale of Fréchet distances of `n` samples as `pixel_vectors`, from the statistics of the data alone.
+def scale_of(data: DataStats, n: int, features: Features) -> Scale:
+    """The scale of Fréchet distances of `n` samples, from the statistics of the data alone.
 
-    The expected distance of k images to the remaining N − k is proportional to 1/k + 1/(N − k), as both have the same
-    distribution. This gives the distance of n samples to all N. Noise is N(0, 1) clipped to ±1; its variance is
-    1 − 2 φ(1), with φ the normal density, and the mean of p pixels has 1/p of it.
+    The expected distance of k samples of the data to the remaining N − k is proportional to 1/k + 1/(N − k), as both
+    have the same distribution. This gives the distance of n samples to all N.
+
+    Args:
+        features: those of the statistics, with a `grid`.
     """
-    total, dim = data.moments.count, len(data.moments.mean)
-    side = min(image_size, SIDE)
+    total = data.moments.count
     k = min(n, total // 2, len(data.kept))
-    images = data.kept[random_subset(len(data.kept), k, 2)].astype(np.float64)
-    others = Moments.of(images)
-    padded = np.pad(images.reshape(k, -1, side, side), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    vectors = data.kept[random_subset(len(data.kept), k, 2)].astype(np.float64)
+    others = Moments.of(vectors)
+    padded = np.pad(vectors.reshape(k, *features.grid), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
     rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
     blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
     rest = FrechetDistance(data.moments - others)
-    variance = (1 - math.sqrt(2 / (math.pi * math.e))) / max(image_size / SIDE, 1) ** 2
-    noise = Moments(2, np.zeros(dim), variance * np.eye(dim))
     return Scale(
         same=rest(others) * (1 / n + 1 / total) / (1 / k + 1 / (total - k)),
-        blurred=rest(Moments.of(blurred.reshape(k, dim))),
+        blurred=rest(Moments.of(blurred.reshape(k, -1))),
         mean_image=float(np.trace(data.moments.covariance)),
-        noise=rest(noise),
+        noise=rest(features.noise()),
+        noun=features.noun,
     )
 
 
@@ -264,7 +263,9 @@ def data_stats(images: ReferenceImages, features: Features, cache: Path | None, 
         with processes.together():
             found = _cached(path, features.dim)  # another evaluation may have written it by now
         if found is None:
-            _compute(path, images, features, WorkFolder(path.with_suffix(".partial"), key, processes, reporter))
+            _compute(
+                path, images, features, WorkFolder(path.with_suffix(".partial"), key, processes, reporter, work.noun)
+            )
             found = _cached(path, features.dim)
     finally:
         lock.release()

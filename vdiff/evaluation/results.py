@@ -22,6 +22,7 @@ FILE = "evaluation.json"
 QUALITY = "quality.json"
 """File name of a short evaluation of a single checkpoint, in its folder."""
 NOT_TRAINED = "not trained yet"
+ARTICLES = {"image": "an", "sound": "a"}
 AGAIN = "evaluate again: vdiff evaluate"
 
 
@@ -45,6 +46,11 @@ class Reference:
     split: str = "all"
     resize: str = ""
     format: str = ""
+
+    @property
+    def noun(self) -> str:
+        """What one of its samples is called; only sounds are kept as FLAC."""
+        return "sound" if self.format == "flac" else "image"
 
 
 @dataclass(frozen=True)
@@ -115,15 +121,18 @@ class Scale:
 
     Attributes:
         same: of other images of the data, as many as samples, so that of a perfect model.
-        blurred: of images of the data, blurred by (1 2 1)/4 along the rows and columns that are compared.
+        blurred: of images of the data, blurred by (1 2 1)/4 along the rows and columns that are compared; of sounds
+            along the bands and the parts of the time.
         mean_image: of the repeated mean image: the trace of the data's covariance.
         noise: of pure noise.
+        noun: what is compared: `image` or `sound`.
     """
 
     same: float
     blurred: float
     mean_image: float
     noise: float
+    noun: str = "image"
 
     @property
     def good(self) -> float:
@@ -133,7 +142,7 @@ class Scale:
     def __str__(self) -> str:
         """`other images 0.17, blurred 7.9, mean image 18.6, noise 45`."""
         shown = (self.same, self.blurred, self.mean_image, self.noise)
-        names = ("other images", "blurred", "mean image", "noise")
+        names = (f"other {self.noun}s", "blurred", f"mean {self.noun}", "noise")
         return ", ".join(f"{name} {value:.3g}" for name, value in zip(names, shown, strict=True))
 
 
@@ -166,8 +175,9 @@ class Quality:
         """`good: distance to the data 0.21`."""
         text = f"{self.word}: distance to the data {self.distance:.3g}"
         if self.word == "memorises":
-            text += f"; half of the samples are within {self.nearest:.3g} of an image of the data, "
-            text += f"but the distance between nearest images of the data is {self.nearest_data:.3g}"
+            noun = self.scale.noun
+            text += f"; half of the samples are within {self.nearest:.3g} of {ARTICLES[noun]} {noun} of the data, "
+            text += f"but the distance between nearest {noun}s of the data is {self.nearest_data:.3g}"
         return text
 
     def __str__(self) -> str:
@@ -209,10 +219,13 @@ class Evaluation:
     format: int = FORMAT
 
     def quality(self, row: EvalRow) -> Quality | None:
-        """The quality of a row's samples; None if no distance on pixels was measured."""
+        """The quality of a row's samples; None if their distance has no scale."""
         if self.scale is None or "fd" not in row.metrics:
             return None
-        near = (row.metrics[name].value if name in row.metrics else None for name in ("nearest", "nearest_data"))
+        names = (
+            ["nearest", "nearest_data"] if "nearest" in row.metrics else ["nearest_features", "nearest_data_features"]
+        )
+        near = (row.metrics[name].value if name in row.metrics else None for name in names)
         return Quality(row.metrics["fd"].value, self.scale, *near)
 
     def to_json(self) -> str:

@@ -14,6 +14,7 @@ from vdiff.models.codec import WAVEFORM
 WINDOW_SECONDS, BANDS, PARTS = 0.032, 20, 4
 FLOOR_DB = -80.0
 """Lower levels are raised to this one; a sine of amplitude 1 has 0 dB."""
+BELOW_LOUDNESS, UNKNOWN_FLOOR = 20.0, -60.0
 
 
 def power_spectra(sounds: Tensor, rate: int) -> Tensor:
@@ -57,6 +58,14 @@ def log_mel_vectors(sounds: Tensor, rate: int, floor: float = FLOOR_DB) -> NDArr
     parts = torch.nn.functional.adaptive_avg_pool1d(log_mel(sounds, rate).clamp(min=floor), PARTS) / 20
     vectors: NDArray[np.float64] = parts.flatten(1).cpu().numpy()
     return vectors
+
+
+def floor_of(loudness: str) -> float:
+    """The `floor` for sounds of a `DatasetMeta.loudness`: 20 dB below it, −60 dB if it is unknown.
+
+    Without it, distances measure the noise in pauses, which is hardly heard, more than the sounds.
+    """
+    return max(float(loudness) - BELOW_LOUDNESS, FLOOR_DB) if loudness not in ("", "none") else UNKNOWN_FLOOR
 
 
 def log_spectral_distance(sounds: Tensor, theirs: Tensor, rate: int) -> Tensor:

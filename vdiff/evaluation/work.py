@@ -37,10 +37,11 @@ class WorkFolder:
 
     Args:
         job: the key of everything that determines the results; results of another job are deleted.
+        noun: what a sample is called.
     """
 
-    def __init__(self, path: Path, job: str, processes: Processes, reporter: Reporter) -> None:
-        self.path, self.processes, self.reporter = path, processes, reporter
+    def __init__(self, path: Path, job: str, processes: Processes, reporter: Reporter, noun: str) -> None:
+        self.path, self.processes, self.reporter, self.noun = path, processes, reporter, noun
         with processes.together():
             if processes.is_main:
                 if path.exists() and self._job() != job:
@@ -81,7 +82,7 @@ class WorkFolder:
         is_alone = self.processes.world_size == 1
         done = sum(size for name, size in sizes.items() if name not in missing) if is_alone else 0
         total = done + sum(sizes[name] for name in mine)
-        with self.reporter.progress(title, total, "images", start=done) as bar, self.processes.together():
+        with self.reporter.progress(title, total, f"{self.noun}s", start=done) as bar, self.processes.together():
             for name in mine:
                 write_arrays(self.file(name), result(names.index(name), bar, done))
                 done += sizes[name]

@@ -51,6 +51,11 @@ class Codec:
         """Whether samples are sounds."""
         return self.name == WAVEFORM.name
 
+    @property
+    def noun(self) -> str:
+        """What one sample is called in messages."""
+        return "sound" if self.is_sound else "image"
+
     def pictures(self, x: Tensor) -> Tensor:
         """What is shown of samples: pictures themselves, of sounds their spectrograms; (B, 1 or 3, H, W) in [−1, 1]."""
         return spectrograms(x) if self.is_sound else x

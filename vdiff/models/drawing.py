@@ -185,7 +185,7 @@ def draw_from(
         remedy = "use an earlier checkpoint, or train with a lower --lr"
         if dtype.itemsize < 4:
             error, remedy = NonFiniteSampleError(f"{error}, the network in {dtype}"), "give --precision fp32"
-        raise VdiffError(f"the model does not draw an image: {error}", remedy) from None
+        raise VdiffError(f"the model draws no sample: {error}", remedy) from None
     finally:
         denoiser.train(was_training)
     # outside of inference mode, so that the caller may compute gradients with it

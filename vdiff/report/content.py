@@ -14,11 +14,11 @@ from urllib.parse import quote
 
 from vdiff.data.datasets import open_dataset
 from vdiff.errors import VdiffError, shell
-from vdiff.evaluation.results import NOT_TRAINED, EvalRow, Evaluation, Metric, Quality, Scale, read_quality
-from vdiff.models.codec import LATENTS
+from vdiff.evaluation.results import ARTICLES, NOT_TRAINED, EvalRow, Evaluation, Metric, Quality, Scale, read_quality
+from vdiff.models.codec import CODECS, LATENTS, PIXEL_CODEC
 from vdiff.models.kinds import TEXT
 from vdiff.projects import CHECKPOINTS
-from vdiff.records import RUN_FILE, WEB_PAGE
+from vdiff.records import RUN_FILE, WEB_PAGE, record_of
 from vdiff.report.formatting import bounded, figure, milliseconds_text, seconds_text, times_text, whole
 from vdiff.report.ladder import PLAIN, LadderModel, LadderRun
 from vdiff.report.plots import Curve, Point
@@ -30,8 +30,7 @@ DISTANCES = {"fid": "FID", "fd": "Fréchet distance", "kid": "KID", "kd": "Kerne
 EFFORT = ("num_iters", "num_images", "train_seconds")
 AGAIN = "again"
 OF_TEACHER = f"teacher, {PLAIN}"
-AN = {"image": "an image", "sound": "a sound"}
-AS_SAID = {word: f"is {word}" for word in (NOT_TRAINED, "usable", "good")} | {"memorises": "memorises its images"}
+AS_SAID = {word: f"is {word}" for word in (NOT_TRAINED, "usable", "good")} | {"memorises": "memorises its data"}
 """The words of `Quality` in a sentence."""
 NO_CURVE = Curve("students", ())
 
@@ -124,7 +123,9 @@ def _basis(rows: list[EvalRow], evaluation: Evaluation) -> str:
     intervals = "; bars are 95 % intervals" if bounds else ""
     reference = evaluation.reference
     part = "" if reference.split in ("", "all") else f", part {reference.split}"
-    return f"{number} samples each against {reference.num_images:,} images of {reference.name}{part}{intervals}"
+    return (
+        f"{number} samples each against {reference.num_images:,} {reference.noun}s of {reference.name}{part}{intervals}"
+    )
 
 
 def _from_verdicts(ladder: LadderRun) -> Distances:
@@ -143,7 +144,7 @@ def _from_verdicts(ladder: LadderRun) -> Distances:
     if not students and teacher is None:
         return Distances()
     return Distances(
-        name="Fréchet distance on pixels",
+        name=f"Fréchet distance on {'log_mel' if noun_of(ladder) == 'sound' else 'pixels'}",
         basis=f"{max(counts):,} samples each, from the checks of the students",
         students=students,
         student_curve=Curve("students", _ordered(students.values())),
@@ -154,8 +155,10 @@ def _from_verdicts(ladder: LadderRun) -> Distances:
 
 def _scale(values: object) -> Scale | None:
     """The scale in a verdict; None if the verdict has none."""
-    found = [finite(values.get(each.name)) for each in fields(Scale)] if isinstance(values, dict) else [None]
-    return Scale(*(value for value in found if value is not None)) if None not in found else None
+    with contextlib.suppress(VdiffError):
+        found = record_of(Scale, values, "", "")
+        return found if all(finite(getattr(found, each.name)) is not None for each in fields(Scale)[:4]) else None
+    return None
 
 
 def milliseconds(ladder: LadderRun) -> dict[tuple[str, int], float]:
@@ -174,7 +177,7 @@ def time_curve(ladder: LadderRun) -> Curve:
     """Milliseconds per image over the steps: each model of the ladder in its own steps."""
     own = {(model.name, model.steps) for model in ladder.models} | {(ladder.first.name, ladder.teacher_steps)}
     times = {steps: ms for (name, steps), ms in milliseconds(ladder).items() if (name, steps) in own and ms > 0}
-    return Curve("per image", tuple(Point(steps, times[steps]) for steps in sorted(times)))
+    return Curve(f"per {noun_of(ladder)}", tuple(Point(steps, times[steps]) for steps in sorted(times)))
 
 
 def finite(value: object) -> float | None:
@@ -255,17 +258,8 @@ def stage_table(ladder: LadderRun, found: Distances) -> Table:
         rows.append([each["name"], method, whole(each["steps"]), *effort, *shown])
     sums = [sum(model.number(key) for model in ladder.models) for key in EFFORT]
     foot = ("all", "", "", whole(sums[0]), whole(sums[1]), seconds_text(sums[2]), "", "", "")
-    heads = (
-        "model",
-        "method",
-        "steps",
-        "updates",
-        f"{noun_of(ladder)}s seen",
-        "time",
-        "RMSE to teacher",
-        "RMSE to first",
-    )
-    return Table((*heads, "distance"), rows, foot)
+    heads = ("model", "method", "steps", "updates", f"{noun_of(ladder)}s seen", "time")
+    return Table((*heads, "RMSE to teacher", "RMSE to first", "distance"), rows, foot)
 
 
 def distance_table(found: Distances) -> Table:
@@ -280,35 +274,36 @@ def distance_table(found: Distances) -> Table:
 def time_table(ladder: LadderRun) -> Table:
     """Milliseconds per image, by steps."""
     rows = [[whole(point.x), milliseconds_text(point.y)] for point in time_curve(ladder).points]
-    return Table(("steps", "per image"), rows)
+    return Table(("steps", f"per {noun_of(ladder)}"), rows)
 
 
 def evaluation_table(ladder: LadderRun) -> Table:
     """Every row of the evaluation."""
     rows = ladder.evaluation.rows if ladder.evaluation else ()
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    heads = ("model", "weights", "sampler", "grid", "steps", "evaluations", "n", "seed", "ms/image", *metrics)
+    heads = ("model", "weights", "sampler", "grid", "steps", "evaluations", "n", "seed")
     cells = []
     for row in rows:
         own = [Path(row.checkpoint).name, row.weights, row.sampler, row.grid, whole(row.num_steps)]
         own += [figure(row.evaluations), whole(row.n), str(row.seed)]
         own.append(figure(row.ms_per_image) + DOUBTFUL * row.is_time_doubtful)
         cells.append([*own, *(_cell(row.metrics.get(name)) for name in metrics)])
-    return Table(heads, cells)
+    return Table((*heads, f"ms/{noun_of(ladder)}", *metrics), cells)
 
 
 def nearest_table(ladder: LadderRun) -> Table:
     """Distances to the nearest image of the data: each model in its own steps, the teacher in the most measured."""
     students = {model.key for model in ladder.students}
     every = ladder.evaluation.rows if ladder.evaluation else ()
-    rows = [row for row in every if "nearest" in row.metrics and row.sampler == PLAIN]
+    end = "_features" * (noun_of(ladder) == "sound")
+    rows = [row for row in every if f"nearest{end}" in row.metrics and row.sampler == PLAIN]
     of_teacher = [row for row in rows if row.checkpoint_fingerprint == ladder.first.fingerprint]
     shown = sorted(of_teacher, key=lambda row: row.num_steps)[-1:]
     shown += [row for row in rows if (row.checkpoint_fingerprint, row.num_steps) in students]
     cells = [
         [
             f"{Path(row.checkpoint).name}, {plural(row.num_steps, 'step')}",
-            *(_cell(row.metrics.get(name)) for name in ("nearest", "nearest_data", "closest")),
+            *(_cell(row.metrics.get(name)) for name in (f"nearest{end}", f"nearest_data{end}", "closest")),
         ]
         for row in shown
     ]
@@ -358,14 +353,12 @@ def summary(ladder: LadderRun, found: Distances) -> list[str]:
     stages, began = len(ladder.students), ladder.teacher_steps
     begin = "" if began == first.steps else f", starting at {plural(began, 'step')},"
     by = f"in {stages} stages" if stages > 1 else "in one stage"
-    end = f"into a model that generates {AN[noun]} in {plural(last.steps, 'step')}."
+    end = f"into a model that generates {ARTICLES[noun]} {noun} in {plural(last.steps, 'step')}."
     sentences = [*worked, f"{base}, was distilled {by}{begin} {end}"]
     if (gain := speed_up(ladder)) is not None:
         before, after, ratio = gain
-        sentences.append(
-            f"{AN[noun].capitalize()} takes {milliseconds_text(after)} instead of {milliseconds_text(before)}: "
-            f"it is {times_text(ratio)} as fast."
-        )
+        takes = f"takes {milliseconds_text(after)} instead of {milliseconds_text(before)}"
+        sentences.append(f"{ARTICLES[noun].capitalize()} {noun} {takes}: it is {times_text(ratio)} as fast.")
     mine = found.students.get(last.key)
     if mine and found.teacher and found.teacher.y > 0:
         times = mine.y / found.teacher.y
@@ -385,12 +378,12 @@ def summary(ladder: LadderRun, found: Distances) -> list[str]:
 
 def facts(ladder: LadderRun, found: Distances) -> list[tuple[str, str, str]]:
     """The numbers at the top of the page: each with its meaning and a value to compare it with."""
-    first, last = ladder.first, ladder.last
-    result = [(plural(last.steps, "step"), "per image", f"teacher {first.steps:,}" if ladder.students else "")]
+    first, last, each = ladder.first, ladder.last, f"per {noun_of(ladder)}"
+    result = [(plural(last.steps, "step"), each, f"teacher {first.steps:,}" if ladder.students else "")]
     if (gain := speed_up(ladder)) is not None:
-        result.append((milliseconds_text(gain[1]), "per image", f"{times_text(gain[2])} as fast"))
+        result.append((milliseconds_text(gain[1]), each, f"{times_text(gain[2])} as fast"))
     if mine := found.students.get(last.key):
-        others = f", other images {figure(found.scale.same)}" if found.scale else ""
+        others = f", other {noun_of(ladder)}s {figure(found.scale.same)}" if found.scale else ""
         against = f"teacher {figure(found.teacher.y)}{others}" if found.teacher else others.removeprefix(", ")
         result.append((figure(mine.y), "distance to the data", against))
     own = seconds_text(sum(model.number("train_seconds") for model in ladder.students))
@@ -436,7 +429,7 @@ def notes(ladder: LadderRun, found: Distances) -> list[str]:
 
 def noun_of(ladder: LadderRun) -> str:
     """`image` or `sound`: what the models of a ladder generate."""
-    return "sound" if ladder.first.description.get("sample_rate") else "image"
+    return CODECS.get(ladder.first.description.get("codec", ""), PIXEL_CODEC).noun
 
 
 def samples_of(description: Mapping[str, Any]) -> str:
@@ -455,7 +448,7 @@ def evaluate_command(ladder: LadderRun) -> str:
 
 
 def sample_command(ladder: LadderRun) -> str:
-    """The command that generates images with the last model."""
+    """The command that generates samples with the last model."""
     last = ladder.last.folder or Path(ladder.last.name)
     network = ladder.last.description.get("backbone") or {}
     prompt = ["--prompt", "a red fox"] if network.get("kind") == TEXT else []

@@ -30,7 +30,6 @@ from vdiff.text import plural
 
 NAME = "report.html"
 GENERATOR = "vdiff"
-EVALUATIONS = "network evaluations per image"
 LOSSLESS_PIXELS = 2**19
 """Pictures up to this size stay lossless."""
 QUALITY = 88
@@ -117,13 +116,13 @@ def render(ladder: LadderRun, folder: Path | None = None) -> str:
 
 def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
     """The values of the template."""
-    strips = rungs(ladder)
+    strips, noun = rungs(ladder), content.noun_of(ladder)
     is_second = bool(strips)  # otherwise the file would contain pictures that are not shown
     times, levels = content.time_curve(ladder), {}
     if found.teacher and found.student_curve.points:
         levels[""] = found.teacher.y
     if found.scale:
-        levels |= {"other images": found.scale.same, "blurred": found.scale.blurred, "mean": found.scale.mean_image}
+        levels |= {f"other {noun}s": found.scale.same, "blurred": found.scale.blurred, "mean": found.scale.mean_image}
     return {
         "title": content.title(ladder),
         "is_ladder": bool(ladder.students),
@@ -135,13 +134,14 @@ def page_values(ladder: LadderRun, found: Distances) -> dict[str, Any]:
         "picture": _picture(None if is_second else ladder.picture),
         "samples": _picture(None if is_second or ladder.picture else ladder.samples),
         "found": found,
-        "distance_plot": _plot("distance", found.curves, EVALUATIONS, found.name, levels),
+        "noun": noun,
+        "distance_plot": _plot("distance", found.curves, f"network evaluations per {noun}", found.name, levels),
         "distance_table": content.distance_table(found),
         "evaluation": ladder.evaluation,
         "evaluation_table": content.evaluation_table(ladder),
         "evaluate_command": content.evaluate_command(ladder),
         "sample_command": content.sample_command(ladder),
-        "time_plot": _plot("time", [times], "steps", "milliseconds per image"),
+        "time_plot": _plot("time", [times], "steps", f"milliseconds per {noun}"),
         "progress": progress(ladder),
         "time_table": content.time_table(ladder),
         "losses": losses(ladder),

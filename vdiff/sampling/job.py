@@ -138,7 +138,9 @@ def draw_images(
 
         def explain(_: str) -> str:
             held = int(output.held(options.num).sum())
-            return f"stopped: {output.place} holds {held} of {options.num} images; the same command continues"
+            return (
+                f"stopped: {output.place} holds {held} of {options.num} {output.kind.noun}s; the same command continues"
+            )
 
         with stop_explained(explain):
             with processes.together():
@@ -184,7 +186,7 @@ class _Job:
         total = num if self.processes.world_size == 1 else sum(map(len, mine))
         done = total - sum(int((~held[batch.start : batch.stop]).sum()) for batch in mine)
         with (
-            reporter.progress(self.output.path.name, total, "images", start=done) as bar,
+            reporter.progress(self.output.path.name, total, f"{self.config.space.noun}s", start=done) as bar,
             AsyncWriter(self.output) as writer,
         ):
             for batch in mine:
@@ -250,7 +252,7 @@ class _Job:
         missing = int((~self.output.held(self.options.num)).sum())
         if missing:
             raise VdiffError(
-                f"{missing} of {self.options.num} images are missing in {self.output.place}",
+                f"{missing} of {self.options.num} {self.config.space.noun}s are missing in {self.output.place}",
                 "run the same command again",
             )
         save_png(self._grid(), self.output.picture_in_work(GRID))
@@ -270,7 +272,7 @@ class _Job:
             return prompt_picture(images, spec.prompts, title)
         if not path:
             return grid_picture(images, self._class_names(shown), of_classes, title=title)
-        ends = [f"image {end}" for end in path[:2]]
+        ends = [f"{self.config.space.noun} {end}" for end in path[:2]]
         if names := self._class_names([0, num - 1]) or spec.texts([0, num - 1]):
             ends = [f"{end} ({name})" for end, name in zip(ends, names, strict=True)]
         return path_picture(images, f"From {ends[0]} to {ends[1]}\n{title}")

@@ -24,7 +24,7 @@ from vdiff.data.images import PICTURE, to_pil
 from vdiff.data.labels import LABELS_FILE
 from vdiff.errors import VdiffError
 from vdiff.files import fsync, make_folder, refusal, remove, write_text
-from vdiff.models.codec import WAVEFORM, from_uint8, to_uint8
+from vdiff.models.codec import PIXEL_CODEC, WAVEFORM, from_uint8, to_uint8
 from vdiff.replacing import check_free, check_ours, discard, is_free, locked, start_folder, sweep_inside, take_place
 from vdiff.sampling.packing import (
     CAPTIONS_FILE,
@@ -61,6 +61,11 @@ class ImageKind:
     channels: int
     class_names: Sequence[str] = ()
     rate: int = 0
+
+    @property
+    def noun(self) -> str:
+        """What one of them is called in messages."""
+        return (WAVEFORM if self.rate else PIXEL_CODEC).noun
 
     def __post_init__(self) -> None:
         if not self.rate and self.channels not in (1, 3):
@@ -103,9 +108,10 @@ class Output(ABC):
         record = read_packed_record(place) or {}
         if (found := record.get("format", "png")) != self.form:
             raise VdiffError(
-                f"{place} holds images as {found}, not {self.form}", "give another --name or --out, or --overwrite"
+                f"{place} holds {self.kind.noun}s as {found}, not {self.form}",
+                "give another --name or --out, or --overwrite",
             )
-        spec.check_same(record, place)
+        spec.check_same(record, place, self.kind.noun)
         return record
 
     def check_pictures(self) -> None:

@@ -71,7 +71,7 @@ class TrajectoryRecorder:
         rows = [[frames[i][k] for i in shown] for k in range(count)]
         titles = [str(self.steps[i] + 1) for i in shown]
         short = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in names[:count]]
-        save_png(captioned_grid(rows, titles, short or None, title="The predicted image after each step"), strip)
+        save_png(captioned_grid(rows, titles, short or None, title="The prediction after each step"), strip)
         columns, scale = full_columns(count), cell_scale(images)
         pictures = [to_pil(make_grid(frame, columns=columns, scale=scale)).convert("RGB") for frame in frames]
         milliseconds = max(int(1000 * SECONDS / len(pictures)), MIN_MILLISECONDS)

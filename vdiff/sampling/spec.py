@@ -81,8 +81,8 @@ class SampleSpec:
         first, last, number = self.path
         return [nearer_end(k / (number - 1), first, last) for k in indices]
 
-    def check_same(self, before: dict[str, Any], place: Path) -> None:
-        """Refuse to continue images in `place` if their record differs from this specification.
+    def check_same(self, before: dict[str, Any], place: Path, noun: str) -> None:
+        """Refuse to continue images (`noun`) in `place` if their record differs from this specification.
 
         Raises:
             VdiffError: it differs.
@@ -92,10 +92,10 @@ class SampleSpec:
             said["options"] = {"clipping_value" if key == "clip" else key: value for key, value in options.items()}
         now, advice = asdict(self), "give another --name or --out, or --overwrite"
         if said["fingerprint"] != self.fingerprint:
-            raise VdiffError(f"{place} holds images drawn with other weights", advice)
+            raise VdiffError(f"{place} holds {noun}s drawn with other weights", advice)
         before = {key: said[key] for key in now}
         check_same_settings(
-            before, now, done=f"{place} holds images drawn", hint=lambda _: advice, but=("checkpoint", "condition")
+            before, now, done=f"{place} holds {noun}s drawn", hint=lambda _: advice, but=("checkpoint", "condition")
         )
 
     def to_json(self, **more: Any) -> str:

@@ -84,9 +84,7 @@ def resolve_training(
 
             device = pick_device(str(chosen.get("device") or "auto")).type
             preset = preset_for(images.shape, images.num_images, device)
-            reason = (
-                f", chosen for {images.num_images:,} {'sounds' if images.rate else 'images'} of this size on {device}"
-            )
+            reason = f", chosen for {images.num_images:,} {images.codec.noun}s of this size on {device}"
         check_preset(preset, base)
         layers[f"preset {preset}"] = read_preset(preset, images.num_images).train
     if config_file:

@@ -78,7 +78,7 @@ def compare(
     count, most = plan_comparison([steps for _, steps in entries], usual, budget)
     if count < usual or most < entries[0][1]:
         without = f", without models of more than {plural(most, 'step')}" if most < entries[0][1] else ""
-        reporter.line(f"comparing {count} images of each{without}, because the training was short")
+        reporter.line(f"comparing {count} {last.space.noun}s of each{without}, because the training was short")
     at_once = images_at_once(last.signature, last.shape)
     images: dict[int, Tensor] = {}
     times: dict[int, float] = {}

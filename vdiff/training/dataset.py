@@ -70,7 +70,7 @@ class TrainingData:
     def name(self) -> str:
         """The dataset's path, as the checkpoint records it."""
         if self.store is None:
-            return "no images" if self.none_needed else "assumed"
+            return f"no {self.codec.noun}s" if self.none_needed else "assumed"
         return self.store.path if isinstance(self.store.path, str) else self.store.path.as_posix()
 
     @property

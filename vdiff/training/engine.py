@@ -155,9 +155,9 @@ def build_engine(config: LoopConfig) -> Engine:
 
 
 def effective_batch(config: LoopConfig, engine: Engine) -> str:
-    """`batch 64`, or `batch 64 = 2 processes × 4 parts × 8 images`."""
+    """`batch 64`, or `batch 64 = 2 processes × 4 parts × 8 samples`."""
     processes, parts = engine.world_size, config.grad_accum
     if processes * parts == 1:
         return f"batch {config.batch_size}"
     factors = [f"{processes} processes"] * (processes > 1) + [f"{parts} parts"] * (parts > 1)
-    return f"batch {config.batch_size} = {' × '.join(factors)} × {config.batch_size // (processes * parts)} images"
+    return f"batch {config.batch_size} = {' × '.join(factors)} × {config.batch_size // (processes * parts)} samples"

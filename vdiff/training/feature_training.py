@@ -173,6 +173,8 @@ def network_config(store: AnyStore, image_size: int, training: FeatureTraining) 
         VdiffError: the images are too small or too large.
         OptionError: a classifier is asked for, and there are not two classes.
     """
+    if store.meta.rate:
+        raise VdiffError(f"{store.path} holds sounds, and feature networks are for images", "leave --features out")
     num_classes, kind = len(store.meta.class_names), training.kind
     if kind == "classifier" and num_classes < 2:
         raise OptionError(

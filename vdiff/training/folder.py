@@ -89,7 +89,7 @@ def check_resumable(folder: Path, images: TrainingData) -> None:
         return
     if found.dataset_fingerprint != images.fingerprint:
         was = "the same tensors" if found.dataset == TENSORS else f"{shell('--data', found.dataset)} as it was"
-        raise VdiffError(f"{folder} was begun with other images than {images.name} holds", f"give {was}")
+        raise VdiffError(f"{folder} was begun with other {found.space.noun}s than {images.name} holds", f"give {was}")
     if not (folder / STATE).is_file():
         raise VdiffError(
             f"{folder} cannot be resumed: {folder / STATE} is missing",

@@ -117,7 +117,7 @@ def metrics_of(run: Run, step: TrainStep, reporter: Reporter) -> Iterator[dict[s
             run.on_resumed()
         drop_later_snapshots(folder, start.step)
     report_long_average(config, reporter)
-    meter = Meter(start, config, engine, run.step_bins)
+    meter = Meter(start, config, engine, run.step_bins, run.description.space.noun)
     saved = start.step
 
     def save() -> None:

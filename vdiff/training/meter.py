@@ -55,10 +55,13 @@ class Meter:
 
     Args:
         step_bins: the number of steps of a few-step model, to log a loss for each step; None: no such losses.
+        noun: what a sample is called.
     """
 
-    def __init__(self, start: Position, config: LoopConfig, engine: Engine, step_bins: int | None = None) -> None:
-        self.position, self.config, self.engine = start, config, engine
+    def __init__(
+        self, start: Position, config: LoopConfig, engine: Engine, step_bins: int | None = None, noun: str = "image"
+    ) -> None:
+        self.position, self.config, self.engine, self.noun = start, config, engine, noun
         self.began = self.read_at = time.monotonic()
         self.start = start
         self.note = ""
@@ -152,7 +155,7 @@ class Meter:
         scalars |= {f"loss_by_step/{i}": total / count for i, (total, count) in enumerate(by_step, 1) if count}
         memory = memory_bytes(self.engine.device)
         scalars |= {"memory_gib": memory / 2**30} if memory else {}
-        self.note = f"loss {loss:.4g}, {rate:.3g} images/s, {100 * scalars['data_wait']:.0f} % waiting for data"
+        self.note = f"loss {loss:.4g}, {rate:.3g} {self.noun}s/s, {100 * scalars['data_wait']:.0f} % waiting for data"
         self.note += f", {memory / 2**30:.2g} GiB" if memory else ""
         self.note += f", {bad:.0f} bad" if bad else ""
         for sum_ in (self._sums, self._norms, self._bad):

@@ -45,7 +45,7 @@ def settled_threads(
     times = seconds_by_threads(denoiser, z, sorted({1, (most + 1) // 2, most}))
     best = min(times, key=lambda number: times[number])
     others = ", ".join(f"{seconds:.2g} s with {number}" for number, seconds in times.items())
-    reporter.line(f"threads {best}: a pass of {plural(len(z), 'image')} takes {others}; --threads sets the number")
+    reporter.line(f"threads {best}: a pass of {plural(len(z), 'sample')} takes {others}; --threads sets the number")
     if config.precision == "auto" and computes_bf16():
         torch.set_num_threads(best)
         faster = times[best] / seconds_of_pass(denoiser, z, torch.autocast("cpu", dtype=torch.bfloat16))

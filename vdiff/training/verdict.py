@@ -67,7 +67,7 @@ class Verdict:
     every: int = 1
     start_distance: float | None = None
     kept_start: str = ""
-    scale: dict[str, float] | None = None
+    scale: dict[str, float | str] | None = None
 
 
 def read_verdict(folder: Path) -> Verdict | None:
@@ -129,10 +129,10 @@ class Examiner:
         every, num_images, count = plan_check(stage.teacher_steps, stage.num_steps, self.num_images, wanted, budget)
         weight = sum(guidance) / 2 if guidance else 0.0
         steps, teacher_steps, name = stage.num_steps // every, stage.teacher_steps // every, stage.folder.name
-        if every > 1 or count < wanted:
-            few = f"{count} images in {steps} of {stage.num_steps} steps"
-            self.reporter.line(f"{name} is checked with {few}, as its training was short")
         model = read_config(stage.folder)
+        if every > 1 or count < wanted:
+            few = f"{count} {model.space.noun}s in {steps} of {stage.num_steps} steps"
+            self.reporter.line(f"{name} is checked with {few}, as its training was short")
         theirs = self._images(stage.base, model, teacher_steps, count, weight or teacher_guidance)
         # one model at a time, as each has all weights of the base of a LoRA
         before = self._draw(start().to(self.device), model, steps, num_images, weight, "before training")
@@ -222,7 +222,7 @@ def plan_check(
 def collapse(found: Verdict, max_regression: float) -> str:
     """Why a student collapsed; empty if it did not."""
     if not math.isfinite(found.rmse):
-        return found.reason or "its images are not finite"
+        return found.reason or "its samples are not finite"
     return _regression(found.distance, found.teacher_distance, max_regression)
 
 

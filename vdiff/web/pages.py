@@ -78,6 +78,8 @@ def page_model(path: Path, config: CheckpointConfig, num_timesteps: int | None) 
     model = PageModel(path, config, num_timesteps or config.num_timesteps)
     if IMAGE in config.signature.names:
         raise VdiffError(f"{path} draws from condition images", "use sample.py --condition")
+    if config.space.is_sound:
+        raise VdiffError(f"{path} generates sounds, which pages do not play", "use sample.py, or `vdiff export onnx`")
     if not has_surroundings(config) and not CODECS[config.codec].are_pictures(config.shape):
         raise VdiffError(f"{path} draws no pictures of 1 or 3 channels", "use `vdiff export onnx`")
     try:
