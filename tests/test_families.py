@@ -213,7 +213,7 @@ def test_commands_take_a_model_of_each_family(family, data, tmp_path):
     )
 
 
-NOISE_ALONE = "samples start from noise alone, without the part alpha = {} of an image at t = 1"
+NOISE_ALONE = "samples start from noise alone, without the part alpha = {} of the data at t = 1"
 
 
 @pytest.mark.parametrize(

@@ -484,3 +484,29 @@ def test_export_to_torch_and_onnx():
         for graph in ("", " --sampler_graph"):
             text = done(f"vdiff export {kind} models/base_1 {name}{graph} --overwrite").output
             assert float(text.rpartition("at most ")[2].split()[0]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_sounds_are_never_called_images():
+    lines = [
+        "prepare_data.py speech --kind audio --rate 8000 --length 256 --num_workers 0 --out called",
+        "vdiff data info called", "vdiff data verify called --num_workers 0", "vdiff data show called",
+        "train.py --data data --config tiny.toml --device cpu --out x --dry_run",
+        "train.py --data data --config tiny.toml --device cpu --out x --tracker none --num_workers 0",
+        "train.py --data data --config tiny.toml --device cpu --out x --tracker none --num_workers 0 --resume",
+        "distill.py --base models/original --config tiny.toml --device cpu --teacher_steps 4 --to_steps 1 --dry_run",
+        "distill.py --base models/original --config tiny.toml --device cpu --teacher_steps 2 --to_steps 1 --out one",
+        "vdiff inspect models/base_1", "vdiff data verify called --json",
+        "sample.py --checkpoint models/base_1 --num 3 --device cpu --out some",
+        "sample.py --checkpoint models/base_1 --num 3 --device cpu --out some --format flac",
+        "sample.py --checkpoint models/base_1 --num 3 --device cpu --out path --interpolate 0 1",
+        "sample.py --checkpoint models/base_1 --num 3 --device cpu --out some --seed 3",
+        "vdiff evaluate models/base_1 --data data --num 100 --device cpu --cache cache --out found.json",
+        "vdiff evaluate models/base_1 --data data --num 10 --device cpu --cache cache --out few.json",
+        "vdiff report models",
+    ]  # fmt: skip
+    for line in lines:
+        result = run(line)
+        said = re.sub(r"vdiff\S* .*|python .*|next .*", "", result.output + result.stderr)
+        assert not re.search(r"\bimages?\b", said), (line, said)

@@ -244,7 +244,7 @@ def approximated(config: CheckpointConfig) -> list[str]:
     schedule = build_schedule(config.schedule)
     if (most := math.tan(schedule.ends[1])) < INFINITE:
         share = 1 / math.hypot(1, most)
-        found.append(f"samples start from noise alone, without the part alpha = {share:.2g} of an image at t = 1")
+        found.append(f"samples start from noise alone, without the part alpha = {share:.2g} of the data at t = 1")
     if schedule.num_levels and config.takes_any_num_steps:
         found.append(f"between its {schedule.num_levels:,} noise levels, angles are interpolated")
     return found
