@@ -33,12 +33,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import vdiff
+from benchmarks.distances import SoundDistance
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.data.batches import decode_stored
 from vdiff.data.images import captioned_grid, save_png
 from vdiff.data.sound_page import write_page
 from vdiff.data.store import ImageStore
-from vdiff.evaluation.features import SoundDistance
 from vdiff.evaluation.sounds import log_mel, log_spectral_distance
 from vdiff.models.codec import WAVEFORM, spectrograms
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vdiff.data.batches import decode
 from vdiff.diffusion.samplers import SAMPLERS
-from vdiff.evaluation.features import PixelDistance
+from vdiff.evaluation.features import FeatureDistance, LogMel, Pixels
 from vdiff.evaluation.metrics import NEIGHBOURS, Manifold, on_device, squared_distances
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.codec import from_uint8
@@ -62,6 +62,20 @@ def images_of(data: str, image_size: int) -> Tensor:
     channels = store.meta.channels
     pixels = np.stack([decode(store.encoded(size, k), channels, size, f"image {k}") for k in range(len(store))])
     return from_uint8(torch.from_numpy(pixels))
+
+
+class PixelDistance(FeatureDistance):
+    """The distance of images (n, C, H, W) as `pixel_vectors`."""
+
+    def __init__(self, reference: Tensor) -> None:
+        super().__init__(Pixels(reference.shape[-1], reference.shape[1]), reference)
+
+
+class SoundDistance(FeatureDistance):
+    """The distance of sounds (n, C, L) as `log_mel_vectors`; see `LogMel`."""
+
+    def __init__(self, reference: Tensor, rate: int, **options: float) -> None:
+        super().__init__(LogMel(rate, reference.shape[1:], **options), reference)
 
 
 @dataclass

@@ -21,10 +21,9 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.distances import SOLVERS, Distances, images_of
+from benchmarks.distances import SOLVERS, Distances, PixelDistance, images_of
 from benchmarks.report import machine, write_report
 from vdiff.cli.console import Console
-from vdiff.evaluation.features import PixelDistance
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
 from vdiff.records import LADDER_PICTURE
 from vdiff.text import duration

@@ -21,9 +21,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.distances import drawn, images_of
+from benchmarks.distances import PixelDistance, drawn, images_of
 from benchmarks.report import machine, write_report
-from vdiff.evaluation.features import PixelDistance
 from vdiff.files import read_json, write_json
 from vdiff.models.checkpoint import read_config
 from vdiff.training.stages import SHORTEST_IN_HALF

@@ -26,13 +26,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import vdiff
+from benchmarks.distances import PixelDistance
 from benchmarks.report import RESULTS, machine, write_report
 from vdiff.data.conversion import ConversionConfig
 from vdiff.data.disk_sources import Folder
 from vdiff.data.images import captioned_grid, save_png
 from vdiff.data.preparation import prepare
 from vdiff.data.source import SourceOptions
-from vdiff.evaluation.features import PixelDistance
 from vdiff.evaluation.reference import ReferenceImages
 from vdiff.models.codec import from_uint8
 

@@ -11,10 +11,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks import distances, ladder, report
-from benchmarks.distances import images_of
+from benchmarks.distances import PixelDistance, images_of
 from tests.toy import write_dataset
 from vdiff.diffusion.samplers import Ddim
-from vdiff.evaluation.features import PixelDistance
 from vdiff.models.checkpoint import load_checkpoint, read_config
 from vdiff.models.drawing import draw
 

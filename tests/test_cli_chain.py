@@ -497,9 +497,9 @@ def test_what_a_preset_costs_without_a_dataset(preset, tmp_path, monkeypatch):
     assert f" an evaluation, {rows['FLOPs'].split('evaluation, ')[1]}" in rows["FLOPs"]
     assert rows["FLOPs"].endswith(f"a sample of {steps} steps")
     updates, batch = settings.train["num_iters"], settings.train["batch_size"]
-    assert f"{updates:,} updates of {batch}" in rows["images"]
     size, channels = settings.assumed["image_size"], settings.assumed["image_channels"]
     rate = settings.assumed.get("rate")
+    assert f"{updates:,} updates of {batch}" in rows["sounds" if rate else "images"]
     shape = f"{size}×{channels} at {rate:,} Hz" if rate else f"{size}×{size}×{channels}"
     assert result.stderr == f"preset {preset}, assumed: {shape}\n"
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ CALLED_BY_OTHERS = {
     *("list_commands", "get_command", "resolve_command", "format_commands", "format_options"),  # Click
     *("get_metavar", "get_error_hint", "get_invalid_choice_message", "parse_args", "invoke", "convert"),
     *("onnx_command", "torch_command", "weights_command", "diffusers_command", "lora_command"),
-    *("single_file_command", "web_command"),
+    *("single_file_command", "web_command", "k_diffusion"),
     *("end_headers", "send_head", "list_directory", "log_message", "handle_error"),  # http.server
     "_repr_png_",  # notebooks
 }

@@ -926,7 +926,7 @@ def test_commands_say_what_they_made_and_what_comes_next(place, tmp_path, monkey
 
 
 def test_a_name_of_the_hub_is_fetched(place, tmp_path, monkeypatch):
-    """JSON and safetensors alone; a folder of that name comes first."""
+    """Configurations, tokenizers and safetensors alone; a folder of that name comes first."""
     asked: list[tuple[str, list[str]]] = []
 
     def fake(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
@@ -939,7 +939,7 @@ def test_a_name_of_the_hub_is_fetched(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done("vdiff import diffusers google/ddpm-cifar10-32")
     assert asked == [("google/ddpm-cifar10-32", FILES)]
-    assert {Path(name).suffix for name in FILES} == {".json", ".safetensors", ".txt"}
+    assert {Path(name).suffix for name in FILES} == {".json", ".model", ".safetensors", ".txt"}
     config = read_config(Path("checkpoints/ddpm-cifar10-32"))
     assert config.dataset == "imported:diffusers/google/ddpm-cifar10-32"
     read = [path for path in tree(place / "theirs/ddpm-cifar10-32") if any(fnmatch(path, name) for name in FILES)]

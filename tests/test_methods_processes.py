@@ -35,7 +35,7 @@ def test_a_ladder_of_tract_in_two_processes(tmp_path, monkeypatch):
     line = f"distill.py --base two/original {WORDS}"
     codes, stdout, stderr = ends(launch(command(line), tmp_path))
     assert codes == [0, 0], stdout + stderr
-    assert "distilling on 2 processes, cpu, fp32, batch 8 = 2 processes × 4 images" in stderr
+    assert "distilling on 2 processes, cpu, fp32, batch 8 = 2 processes × 4 samples" in stderr
     assert stderr.count("base_1: RMSE to its teacher") == 1
     done(f"distill.py --base one/original {WORDS}")
     z = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))

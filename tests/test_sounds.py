@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from benchmarks.distances import SoundDistance
 from tests.commands import done, error, run
 from vdiff.errors import VdiffError
-from vdiff.evaluation.features import LogMel, SoundDistance, load_features
+from vdiff.evaluation.features import LogMel, load_features
 from vdiff.evaluation.metrics import Moments, frechet_distance
 from vdiff.evaluation.reference import DataStats, scale_of
 from vdiff.evaluation.results import read_quality

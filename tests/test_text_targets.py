@@ -20,6 +20,7 @@ from tests.text_training import write_text_checkpoint
 from vdiff.diffusion.schedules import CosineSchedule
 from vdiff.models.checkpoint import read_config
 from vdiff.models.denoiser import Denoiser
+from vdiff.models.diffusers_names import TEXT_UNET
 from vdiff.models.prompting import Prompting
 from vdiff.training.config import DistillConfig, resolve
 from vdiff.training.engine import build_engine
@@ -37,7 +38,7 @@ class GaussianUNet(nn.Module):
 
     def __init__(self, signature: Any, sign: float) -> None:
         super().__init__()
-        self.signature, self.sign, self.full_precision = signature, sign, False
+        self.signature, self.sign, self.full_precision, self.class_name = signature, sign, False, TEXT_UNET
         self.nothing, self.rows = nn.Parameter(torch.zeros(())), 0
 
     def forward(self, z: Tensor, timestep: Tensor, *, text: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def whole(place: Path) -> Path:
     """`one` and `two`: six updates, in one process and in two."""
     done("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out one", place, processes=1)
     stderr = done("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out two", place)
-    assert "2 processes, cpu, fp32, batch 4 = 2 processes × 2 images" in stderr
+    assert "2 processes, cpu, fp32, batch 4 = 2 processes × 2 samples" in stderr
     assert stderr.count("training two") == 1  # one of them speaks
     return place
 
@@ -93,7 +93,7 @@ def test_two_processes_train_as_one(whole):
 @pytest.mark.slow
 def test_torchrun_trains_the_same(whole):
     stderr = torchrun("train.py --config tiny.toml --num_iters 6 --log_interval 1 --out launched", whole)
-    assert "2 processes, cpu, fp32, batch 4 = 2 processes × 2 images" in stderr
+    assert "2 processes, cpu, fp32, batch 4 = 2 processes × 2 samples" in stderr
     assert_equal_bits(whole / "two" / WEIGHTS, whole / "launched" / WEIGHTS)
     assert_equal_bits(state_path(whole / "two"), state_path(whole / "launched"))
 

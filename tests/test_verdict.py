@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import vdiff
+from benchmarks.distances import PixelDistance
 from tests.by_hand import distance, drawn, drawn_by
 from tests.oracles import randn
 from tests.toy import COUNT, SIZE, UNET, Watcher, distill_config, write_checkpoint, write_dataset
 from vdiff.cli.distill import distance_to
 from vdiff.data.batches import Batch
-from vdiff.evaluation.features import PixelDistance, mean_colours, pixel_vectors
+from vdiff.evaluation.features import mean_colours, pixel_vectors
 from vdiff.files import parse
 from vdiff.models.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vdiff.models.codec import PIXEL_CODEC, UNBOUNDED, from_uint8

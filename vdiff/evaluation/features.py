@@ -123,13 +123,6 @@ class Pixels(Features):
         return Moments(2, np.zeros(self.dim), variance * np.eye(self.dim))
 
 
-class PixelDistance(FeatureDistance):
-    """The distance of images (n, C, H, W) as `pixel_vectors`."""
-
-    def __init__(self, reference: Tensor) -> None:
-        super().__init__(Pixels(reference.shape[-1], reference.shape[1]), reference)
-
-
 class LogMel(Features):
     """`log_mel_vectors` as features.
 
@@ -152,13 +145,6 @@ class LogMel(Features):
         """From sounds of noise that are drawn, the same in every call."""
         generator = torch.Generator().manual_seed(0)
         return Moments.of(self(torch.randn((NOISES, *self.shape), generator=generator)))
-
-
-class SoundDistance(FeatureDistance):
-    """The distance of sounds (n, C, L) as `log_mel_vectors`; see `LogMel`."""
-
-    def __init__(self, reference: Tensor, rate: int, floor: float = FLOOR_DB) -> None:
-        super().__init__(LogMel(rate, reference.shape[1:], floor), reference)
 
 
 class FileFeatures(Features):

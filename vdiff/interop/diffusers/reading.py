@@ -29,7 +29,7 @@ from vdiff.interop.diffusers.folders import (
     read_weights,
     weights_files,
 )
-from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_table
+from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_table, remarks
 from vdiff.interop.diffusers.stable_diffusion import (
     PIPELINES,
     TRANSFORMERS,
@@ -127,14 +127,14 @@ def import_pipeline(
     if image_size:
         raise OptionError(f"--image_size {image_size}: a UNet2DModel has its own size", "leave it out")
     unet = JsonFile.read(unet_folder / CONFIG, DAMAGED)
-    schedule, family, notes = read_family(scheduler)
+    notes = read_flow(scheduler)[2] if is_flow(scheduler) else remarks(scheduler)
     notes, config = notes + unet.unknown(ONLY.keys() | READ), None
     if (root / NOTE).exists():
         try:
             config = _own_description(root, scheduler, unet, name)
         except (VdiffError, ValueError) as error:
             notes.append(f"{root / NOTE} is ignored: {error}")
-    config = _with_steps(config or _base_model(schedule, family, unet, name), num_timesteps)
+    config = _with_steps(config or _base_model(*read_family(scheduler)[:2], unet, name), num_timesteps)
     config = replace(config, approximated=list(notes))
     shape = UNetConfig.from_dict(config.unet)
     if "." in files[0].name.removesuffix(".safetensors"):
