@@ -346,6 +346,7 @@ def test_students_know_where_they_come_from(data, whole):
                 "guidance_scale",
                 "condition_images",
                 "sample_rate",
+                "approximated",
             }  # absent where a UNet on pixels has nothing to say
             assert {key: found_teacher.get(key, own[key]) for key in own} == own
             found = dataclasses.replace(found, teacher=found_teacher["teacher"])
