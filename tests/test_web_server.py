@@ -243,7 +243,7 @@ def test_prompts_draw_the_pictures_of_sample(tmp_path):
         found = np.array(Image.open(io.BytesIO(body))).transpose(2, 0, 1)
         assert np.abs(found - (torch.cat(list(due), dim=-1).numpy() + 1) * 127.5).max() <= 1
         answer, body = request(port, "POST", "/draw", b"{}", JSON)
-        assert (answer.status, b"there is none" in body) == (400, True)
+        assert (answer.status, b"no prompt is given" in body) == (400, True)
 
 
 class Slow:
