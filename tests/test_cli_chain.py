@@ -328,7 +328,7 @@ def log_is_open(folder: str) -> bool:
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_training_is_stopped_and_resumed(tmp_path, monkeypatch):
-    line = "train.py --config tiny.toml --num_iters 100000 --ckpt_interval 100000"
+    line = "train.py --config tiny.toml --num_iters 100000 --ckpt_interval 100000 --compile False"
     ends = stopped(line, tmp_path, monkeypatch, lambda _: log_is_open("checkpoints/original"))
     for (number, _), said in zip(STOPS, ends, strict=True):
         monkeypatch.chdir(tmp_path / number.name)

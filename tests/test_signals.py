@@ -129,8 +129,8 @@ def test_a_block_that_is_left_in_time_ends_nothing():
 
 WORK = {
     "prepare_data.py photos --size 512 --format png --num_workers 1 --out new": "new.partial",
-    "train.py --config tiny.toml --num_iters 100000 --ckpt_interval 50 --out new": "new/state",
-    "distill.py --base checkpoints/base_5 --config tiny.toml --num_iters 100000 --ckpt_interval 50": (
+    "train.py --config tiny.toml --num_iters 100000 --ckpt_interval 50 --compile False --out new": "new/state",
+    "distill.py --base checkpoints/base_5 --config tiny.toml --num_iters 100000 --ckpt_interval 50 --compile False": (
         "checkpoints/base_6/state"
     ),
     "sample.py --checkpoint checkpoints/base_5 --num 5000 --batch_size 1 --out new": "new/00001.png",
