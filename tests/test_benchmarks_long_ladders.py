@@ -26,7 +26,7 @@ def test_every_stage_has_the_precision_of_its_column(tmp_path, monkeypatch):
     monkeypatch.setitem(long_ladders.PARTS, "auto", [("fp32", 4), ("bf16", 1)])
     write_checkpoint(tmp_path / "teacher", dataset=str(write_dataset(tmp_path / "toy_4")))
     words = ["--teacher", "teacher", "--data", "toy_4", "--preset", "toy", "--ladders", "8", "--updates", "2"]
-    words += ["--batch_size", "4", "--num", "6", "--most", "4", "--work", "work"]
+    words += ["--batch_size", "4", "--num", "6", "--most", "4", "--work", "work", "--precisions", "bf16,auto"]
 
     def run() -> str:
         result = CliRunner().invoke(long_ladders.main, words, catch_exceptions=False)
@@ -35,7 +35,7 @@ def test_every_stage_has_the_precision_of_its_column(tmp_path, monkeypatch):
 
     text = run()
     assert [line.split("|")[1].strip() for line in text.splitlines()[6:]] == ["8 → 4", "4 → 2", "2 → 1"]
-    for kind, precisions in {"fp32": ["fp32"] * 3, "bf16": ["bf16"] * 3, "auto": ["fp32", "bf16", "bf16"]}.items():
+    for kind, precisions in {"bf16": ["bf16"] * 3, "auto": ["fp32", "bf16", "bf16"]}.items():
         folders = [tmp_path / f"work/8_{kind}/base_{k}" for k in range(3)]
         assert [read_config(folder).num_timesteps for folder in folders] == [4, 2, 1]
         for folder, precision in zip(folders, precisions, strict=True):
