@@ -10,10 +10,12 @@ import sys
 import tarfile
 import wave
 import zipfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +66,26 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 
 class Killed(BaseException):
     """In the place of the end of a process."""
+
+
+@contextmanager
+def killed_after(monkeypatch: pytest.MonkeyPatch, writer: Any, commits: int) -> Iterator[None]:
+    """The preparation in the block ends, as by a kill, where `writer` would commit once more than `commits` times."""
+    commit, left = writer.commit, commits
+
+    def dying(self):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            for file in (getattr(self, name) for name in ("_tar", "_file") if hasattr(self, name)):
+                file.close()  # or it is reported as left open; the hidden file stays
+            raise Killed
+        commit(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "commit", dying)
+        with pytest.raises(Killed):
+            yield
 
 
 def words(root: Path, count: int = 12) -> Path:
@@ -295,20 +317,8 @@ def test_an_interrupted_preparation_ends_with_the_same_bytes(tmp_path, monkeypat
     write(source, {"a/bad.wav": b"x"})
     monkeypatch.setattr("vdiff.data.store.BATCH_IMAGES", 4)
     whole = prepare(Folder(source), tmp_path / "whole", AudioConfig(RATE, LENGTH)).path
-    commits = 0
-    commit = preparation.StoreWriter.commit
-
-    def dying(self):
-        nonlocal commits
-        commits += 1
-        if commits > after:
-            raise Killed
-        commit(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(preparation.StoreWriter, "commit", dying)
-        with pytest.raises(Killed):
-            prepare(Folder(source), tmp_path / "data", AudioConfig(RATE, LENGTH))
+    with killed_after(monkeypatch, preparation.StoreWriter, after):
+        prepare(Folder(source), tmp_path / "data", AudioConfig(RATE, LENGTH))
     report = prepare(Folder(source), tmp_path / "data", AudioConfig(RATE, LENGTH))
     assert report.kept > 0
     for name in ("data.mdb", "rejected.jsonl"):
@@ -323,21 +333,8 @@ def test_tar_shards_of_sounds_end_with_the_same_bytes_after_a_kill(tmp_path, mon
     write(source, {"a/bad.wav": b"x", "b/long.wav": file_of(noise(5 * LENGTH, 99))})
     monkeypatch.setattr("vdiff.data.preparation.IMAGES_PER_SHARD", 4)
     whole = prepare(Folder(source), tmp_path / "whole.tar", AudioConfig(RATE, LENGTH)).path
-    left, commit = after, preparation.ShardWriter.commit
-
-    def dying(self):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            for file in (self._tar, self._file):
-                file.close()  # or it is reported as left open; the hidden file stays
-            raise Killed
-        commit(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(preparation.ShardWriter, "commit", dying)
-        with pytest.raises(Killed):
-            prepare(Folder(source), tmp_path / "data.tar", AudioConfig(RATE, LENGTH))
+    with killed_after(monkeypatch, preparation.ShardWriter, after):
+        prepare(Folder(source), tmp_path / "data.tar", AudioConfig(RATE, LENGTH))
     assert (prepare(Folder(source), tmp_path / "data.tar", AudioConfig(RATE, LENGTH)).kept > 0) == bool(after)
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
@@ -448,19 +445,8 @@ def test_an_interrupted_preparation_of_shards_continues(tmp_path, monkeypatch):
     packed.write_bytes(gzip.compress(packed.read_bytes()))  # it is unpacked beside the journal
     monkeypatch.setattr("vdiff.data.store.BATCH_IMAGES", 2)
     whole = prepare(open_source(pattern), tmp_path / "whole", AudioConfig(RATE, LENGTH)).path
-    commit, left = preparation.StoreWriter.commit, 2
-
-    def dying(self):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        commit(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(preparation.StoreWriter, "commit", dying)
-        with pytest.raises(Killed):
-            prepare(open_source(pattern), tmp_path / "data", AudioConfig(RATE, LENGTH))
+    with killed_after(monkeypatch, preparation.StoreWriter, 2):
+        prepare(open_source(pattern), tmp_path / "data", AudioConfig(RATE, LENGTH))
     assert prepare(open_source(pattern), tmp_path / "data", AudioConfig(RATE, LENGTH)).kept == 4
     for name in ("data.mdb", "rejected.jsonl"):
         assert (tmp_path / "data" / name).read_bytes() == (whole / name).read_bytes()

@@ -329,12 +329,7 @@ def test_a_network_of_k_diffusion_is_inspected_drawn_and_distilled_as_typed(tmp_
     rows = done("vdiff inspect checkpoints/k").stdout
     for words in ("image_v1 of k-diffusion, widths 32, 64, 128", "sigma/alpha from 0.01 to 80", NO_AUGMENTATION):
         assert words in rows
-    done("sample.py --checkpoint checkpoints/k --num 2 --num_timesteps 3 --out drawn")
-    write_dataset(Path("data/toy_8"), size=8, channels=3)
-    for more in ("", " --lora_rank 2 --overwrite"):
-        done(f"distill.py --base checkpoints/k {FAST} --teacher_steps 4 --to_steps 1{more}")
-        last = project_models(Path("checkpoints"))
-        assert (last.kind, last.num_timesteps, last.prediction) == ("image_v1", 1, "edm")
+    goes_to_one_step("checkpoints/k", "image_v1", "edm")
     said = json.loads(
         done(f"vdiff inspect checkpoints/{min(p.name for p in Path('checkpoints').glob('base_*'))} --json").stdout
     )
@@ -390,12 +385,7 @@ def test_a_network_of_lucidrains_is_inspected_drawn_and_distilled_as_typed(tmp_p
     rows = done("vdiff inspect checkpoints/model-3").stdout
     assert "lucidrains, widths 8, 8, 16" in rows
     assert "sigmoid" in rows
-    done("sample.py --checkpoint checkpoints/model-3 --num 2 --num_timesteps 5 --out drawn")
-    write_dataset(Path("data/toy_8"), size=8, channels=3)
-    for more in ("", " --lora_rank 2 --overwrite"):
-        done(f"distill.py --base checkpoints/model-3 {FAST} --teacher_steps 4 --to_steps 1{more}")
-        last = project_models(Path("checkpoints"))
-        assert (last.kind, last.num_timesteps, last.prediction) == ("lucidrains", 1, "v")
+    goes_to_one_step("checkpoints/model-3", "lucidrains", "v")
 
 
 @pytest.mark.parametrize(
@@ -418,6 +408,16 @@ def test_files_of_lucidrains_that_cannot_be_read_are_refused(changes, size, code
         f"vdiff import lucidrains {tmp_path / 'model.pt'} --image_size {size} --out {tmp_path / 'o'}", code
     )
     assert not (tmp_path / "o").exists()
+
+
+def goes_to_one_step(model: str, kind: str, prediction: str) -> None:
+    """It is sampled, and distilled as typed, whole and with a LoRA; students keep its network and its prediction."""
+    done(f"sample.py --checkpoint {model} --num 2 --num_timesteps 3 --out drawn")
+    write_dataset(Path("data/toy_8"), size=8, channels=3)
+    for more in ("", " --lora_rank 2 --overwrite"):
+        done(f"distill.py --base {model} {FAST} --teacher_steps 4 --to_steps 1{more}")
+        last = project_models(Path("checkpoints"))
+        assert (last.kind, last.num_timesteps, last.prediction) == (kind, 1, prediction)
 
 
 def project_models(folder: Path) -> CheckpointConfig:

@@ -275,9 +275,11 @@ def scale_for(distance: FeatureDistance, num_images: int) -> Scale:
     """The scale for distances of `num_images` samples."""
     import numpy as np
 
+    from vdiff.evaluation.features import ScaledFeatures
     from vdiff.evaluation.metrics import Moments
     from vdiff.evaluation.reference import DataStats, scale_of
 
+    assert isinstance(distance.features, ScaledFeatures)  # of `distance_to`
     moments, vectors = Moments.of(distance.reference), distance.reference.astype(np.float32)
     return scale_of(DataStats(moments, vectors, np.arange(len(vectors))), num_images, distance.features)
 

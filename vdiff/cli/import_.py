@@ -31,6 +31,14 @@ FILE = click.argument("file", type=click.Path(path_type=Path))
 OVERWRITE = switch("--overwrite", group="Output", help="Replace an imported model.")
 
 
+def network_config(default: str, content: str) -> Callable[[Any], Any]:
+    """The option for the JSON file that describes a network, whose weights are in another file."""
+    return option(
+        "--network_config", "config", group="Model", type=click.Path(path_type=Path), metavar="JSON",
+        show_default=default, help=content,
+    )  # fmt: skip
+
+
 @click.group(cls=ProgramGroup, context_settings=CONTEXT)
 def command() -> None:
     """Import a model of another tool, for sample.py, distill.py and the exports.
@@ -159,10 +167,7 @@ def diffusers(source: str, project: Project, out: Path | None, **options: Any) -
 )
 @FILE
 @project_option()
-@option(
-    "--network_config", "config", group="Model", type=click.Path(path_type=Path), metavar="JSON",
-    show_default="FILE with .json", help="Class and arguments of its constructor.",
-)  # fmt: skip
+@network_config("FILE with .json", "Class and arguments of its constructor.")
 @out_option("checkpoints/NAME after the file")
 @OVERWRITE
 def edm(file: Path, project: Project, out: Path | None, config: Path | None, overwrite: bool) -> None:
@@ -187,10 +192,7 @@ def edm(file: Path, project: Project, out: Path | None, config: Path | None, ove
 )
 @FILE
 @project_option()
-@option(
-    "--network_config", "config", group="Model", type=click.Path(path_type=Path), metavar="JSON",
-    show_default="that in FILE, or FILE with .json", help="The configuration that it was trained with.",
-)  # fmt: skip
+@network_config("that in FILE, or FILE with .json", "The configuration that it was trained with.")
 @out_option("checkpoints/NAME after the file")
 @OVERWRITE
 def k_diffusion(file: Path, project: Project, out: Path | None, config: Path | None, overwrite: bool) -> None:

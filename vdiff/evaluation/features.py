@@ -47,15 +47,12 @@ class Features(ABC):
         dim: d.
         fingerprint: differs if the vectors differ; it is the key of cached results.
         noun: what is compared.
-        grid: the shape (n, rows, columns) of a vector whose neighbours are alike, so that distances have a `Scale`;
-            empty: they have none.
     """
 
     name: str
     dim: int
     fingerprint: str
     noun = "image"
-    grid: tuple[int, ...] = ()
 
     @abstractmethod
     def __call__(self, images: Tensor) -> NDArray[np.floating]:
@@ -65,9 +62,19 @@ class Features(ABC):
         """Vectors (n, d), and a classifier's logits (n, c), of the same images."""
         return self(images), None
 
+
+class ScaledFeatures(Features):
+    """Features whose distances have a `Scale`.
+
+    Attributes:
+        grid: the shape (n, rows, columns) of a vector, whose neighbours are alike.
+    """
+
+    grid: tuple[int, int, int]
+
+    @abstractmethod
     def noise(self) -> Moments:
         """The moments of vectors of pure noise, N(0, 1) clipped to ±1."""
-        raise NotImplementedError
 
 
 class FeatureDistance:
@@ -102,7 +109,7 @@ def pixel_vectors(images: Tensor) -> NDArray[np.float64]:
     return vectors
 
 
-class Pixels(Features):
+class Pixels(ScaledFeatures):
     """`pixel_vectors` as features."""
 
     name = PIXELS
@@ -123,7 +130,7 @@ class Pixels(Features):
         return Moments(2, np.zeros(self.dim), variance * np.eye(self.dim))
 
 
-class LogMel(Features):
+class LogMel(ScaledFeatures):
     """`log_mel_vectors` as features.
 
     Args:

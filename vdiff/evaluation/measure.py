@@ -24,7 +24,7 @@ from vdiff.distributed import Processes, pick_device
 from vdiff.errors import OptionError, VdiffError, stop_explained
 from vdiff.evaluation import metrics as m
 from vdiff.evaluation.clip import ClipScore
-from vdiff.evaluation.features import INCEPTION, PIXELS, Features, load_features
+from vdiff.evaluation.features import INCEPTION, PIXELS, Features, ScaledFeatures, load_features
 from vdiff.evaluation.nearest import MAX_QUERIES, NearestSearch, add_nearest, save_pairs
 from vdiff.evaluation.plan import (
     EXTRAPOLATED_FROM,
@@ -291,7 +291,7 @@ class _Run:
     def measure(self, data: DataStats, work: WorkFolder) -> tuple[list[EvalRow], list[NDArray[np.uint8]]]:
         """The rows, and thumbnails of the first samples of each; finished parts are in the work folder."""
         calculator = MetricCalculator(data, self.features, self.plan, work.processes.device)
-        if self.features.grid and "fd" in self.plan.metrics:
+        if isinstance(self.features, ScaledFeatures) and "fd" in self.plan.metrics:
             self.scale = scale_of(data, self.plan.n, self.features)
         self._find_prompts(work)
         if self.teacher is not None:

@@ -22,7 +22,7 @@ from vdiff.data.captions import CaptionSettings
 from vdiff.data.datasets import AnyStore, open_dataset
 from vdiff.data.store import DATA_FILE, ImageStore, StoredImage
 from vdiff.errors import VdiffError
-from vdiff.evaluation.features import Features
+from vdiff.evaluation.features import Features, ScaledFeatures
 from vdiff.evaluation.metrics import Arrays, FrechetDistance, Moments, from_arrays, to_arrays, total
 from vdiff.evaluation.results import Reference, Scale
 from vdiff.evaluation.work import WorkFolder, key_of, read_arrays, write_arrays
@@ -199,14 +199,14 @@ class DataStats:
     indices: NDArray[np.int64]
 
 
-def scale_of(data: DataStats, n: int, features: Features) -> Scale:
+def scale_of(data: DataStats, n: int, features: ScaledFeatures) -> Scale:
     """The scale of Fréchet distances of `n` samples, from the statistics of the data alone.
 
     The expected distance of k samples of the data to the remaining N − k is proportional to 1/k + 1/(N − k), as both
     have the same distribution. This gives the distance of n samples to all N.
 
     Args:
-        features: those of the statistics, with a `grid`.
+        features: those of the statistics.
     """
     total = data.moments.count
     k = min(n, total // 2, len(data.kept))

@@ -29,8 +29,7 @@ from vdiff.interop.diffusers.folders import (
     read_weights,
     weights_files,
 )
-from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_table, remarks
-from vdiff.interop.diffusers.stable_diffusion import (
+from vdiff.interop.diffusers.latent_pipelines import (
     PIPELINES,
     TRANSFORMERS,
     WeightsNote,
@@ -38,6 +37,7 @@ from vdiff.interop.diffusers.stable_diffusion import (
     import_folder,
     scheduler_of,
 )
+from vdiff.interop.diffusers.scheduler import agree, read_prediction, read_table, remarks
 from vdiff.interop.diffusers.unet import (
     ONLY,
     READ,

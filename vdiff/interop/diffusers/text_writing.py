@@ -15,9 +15,9 @@ from vdiff.errors import OptionError, VdiffError, shell
 from vdiff.files import make_folder, read_text, write_json, write_text, writing
 from vdiff.interop.card import CARD, FILES_OF_CARD, card_beside, is_card, license_of_base, new_card, public
 from vdiff.interop.diffusers.folders import INDEX, NOTE
+from vdiff.interop.diffusers.latent_pipelines import KEYS
 from vdiff.interop.diffusers.original import configuration, original_names
 from vdiff.interop.diffusers.scheduler import write_scheduler_config
-from vdiff.interop.diffusers.stable_diffusion import KEYS
 from vdiff.interop.modelspec import (
     MADE_BY,
     SDXL,

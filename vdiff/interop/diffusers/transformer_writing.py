@@ -13,7 +13,7 @@ from vdiff.files import make_folder, read_json, write_json, write_text, writing
 from vdiff.interop.card import license_of_base, new_card, public
 from vdiff.interop.diffusers.flow import FLOW_SCHEDULER
 from vdiff.interop.diffusers.folders import DAMAGED, INDEX, NOTE
-from vdiff.interop.diffusers.stable_diffusion import PIPELINES, T5_LENGTHS, TRANSFORMERS
+from vdiff.interop.diffusers.latent_pipelines import PIPELINES, T5_LENGTHS, TRANSFORMERS
 from vdiff.interop.diffusers.text_writing import PIPELINE, scheduler_settings
 from vdiff.interop.usage import transformer_usage
 from vdiff.models.checkpoint import CheckpointConfig, load_checkpoint, read_config
