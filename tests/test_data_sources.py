@@ -303,6 +303,23 @@ def test_columns_and_splits_of_the_hub(hub: Path, tmp_path: Path) -> None:
     assert ImageStore(tmp_path / "two").meta.class_names == ()
 
 
+@pytest.mark.parametrize(
+    ("lacking", "hint"),
+    [
+        (ImportError("No module named 'soundfile'", name="soundfile"), "pip install soundfile, or give a folder"),
+        (ImportError("To decode sounds, please install torchcodec"), "install what it asks for, or give a folder"),
+    ],
+)
+def test_what_the_library_of_the_hub_lacks(hub, tmp_path, monkeypatch, lacking, hint) -> None:
+    def load(*_, **__):
+        raise lacking
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(VdiffError, match=hint) as caught:
+        open_source(f"hf:{hub}").fetch(tmp_path)
+    assert str(lacking) in str(caught.value)
+
+
 def test_what_is_not_on_the_hub(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failure(name: str, **options: str) -> str:
         with pytest.raises(VdiffError) as caught:

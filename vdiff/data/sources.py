@@ -229,7 +229,8 @@ class HuggingFace(Source):
                 cause = cause_of(root_of(error)) if is_there else "the hub does not answer"
                 hint = "check the name, --split and the network"
                 if isinstance(lacking := root_of(error), ImportError):
-                    hint = f"pip install {lacking.name}, or give a folder's path without hf:"
+                    what = f"pip install {lacking.name}" if lacking.name else "install what it asks for"
+                    hint = f"{what}, or give a folder's path without hf:"
                 raise VdiffError(f"hf:{self.repository}, split {self.split}: {cause}", hint) from None
             kinds = {"image": datasets.Image, "audio": datasets.Audio}
             chosen = self.options.audio_column or self.options.image_column
