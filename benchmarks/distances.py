@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from vdiff.evaluation.features import FeatureDistance, LogMel, Pixels
 from vdiff.evaluation.metrics import NEIGHBOURS, Manifold, on_device, squared_distances
 from vdiff.models.checkpoint import load_checkpoint
 from vdiff.models.codec import from_uint8
-from vdiff.models.drawing import draw
+from vdiff.models.drawing import classes_in_turn, draw
 from vdiff.models.speed import ready_to_draw
 from vdiff.reporting import Reporter
 from vdiff.training.dataset import open_images
@@ -26,16 +28,23 @@ SOLVERS = ("ddim", "dpmpp_2m")
 BATCH = 128
 
 
-def drawn(folder: Path, steps: int, sampler: str, count: int, seed: int) -> Tensor:
-    """`count` samples of a model, of the same noise for every model: on the CPU."""
+def drawn(
+    folder: Path, steps: int, sampler: str, count: int, seed: int, classes: Sequence[int] | None = None
+) -> Tensor:
+    """`count` samples of a model, of the same noise for every model: on the CPU.
+
+    Args:
+        classes: those that the images of a class-conditional model have in turn; None: all.
+    """
     denoiser, config = load_checkpoint(folder, "cuda" if torch.cuda.is_available() else "cpu")
     denoiser = ready_to_draw(denoiser)
     parts = []
     for first in range(0, count, BATCH):
         indices = range(first, min(first + BATCH, count))
         images = draw(
-            denoiser, SAMPLERS[sampler](), indices=indices, image_size=config.image_size, num_steps=steps, seed=1 + seed
-        )
+            denoiser, SAMPLERS[sampler](), indices=indices, image_size=config.image_size, num_steps=steps,
+            seed=1 + seed, conditions=partial(classes_in_turn, choices=classes),
+        )  # fmt: skip
         parts.append(images.cpu())
     return torch.cat(parts)
 

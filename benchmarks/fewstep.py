@@ -122,6 +122,7 @@ class Bench:
 
     Attributes:
         real: all images.
+        classes: those that samples have in turn, as often as the images; None: the network takes none.
         known: figures by run, which a file remembers.
         theirs: the teacher's images by seed.
     """
@@ -135,6 +136,7 @@ class Bench:
     console: Console
     images: TrainingData
     real: torch.Tensor
+    classes: list[int] | None
     features: Features
     derivative: float
     known: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -204,13 +206,17 @@ class Bench:
             )  # fmt: skip
         return base.parent
 
+    def drawn(self, model: Path, steps: int, sampler: str = "ddim", seed: int = 0, count: int = 0) -> torch.Tensor:
+        """`count` samples (0: those of the figures)."""
+        return drawn(model, steps, sampler, count or self.count, seed, self.classes)
+
     def figures(self, what: str, models: Sequence[Path], steps: int, sampler: str, seed: int) -> dict[str, float]:
         """The figures of the last of `models`, measured once; the seconds are those that all of them were trained."""
         key = f"{what}, {steps} steps, {sampler}, seed {seed}, n {self.count}"
         if key not in self.known:
             if seed not in self.theirs:
-                self.theirs[seed] = drawn(self.teacher, self.teacher_steps, "ddim", self.count, seed)
-            images = drawn(models[-1], steps, sampler, self.count, seed)
+                self.theirs[seed] = self.drawn(self.teacher, self.teacher_steps, "ddim", seed)
+            images = self.drawn(models[-1], steps, sampler, seed)
             vectors = pixel_vectors(images)
             values = (
                 frechet_distance(vectors, self.pixels),
@@ -234,6 +240,13 @@ def feature_network(path: Path, images: TrainingData) -> Features:
         training = FeatureTraining(kind="autoencoder")
         write_features(*train_features(images.store, images.image_size, training, reporter=Console()), path)
     return FileFeatures(path, image_size=images.image_size, channels=images.channels)
+
+
+def classes_of(images: TrainingData) -> list[int]:
+    """The classes of all images, in a random order."""
+    store = images.store
+    assert store is not None
+    return [store.label(k) or 0 for k in np.random.default_rng(0).permutation(len(store)).tolist()]
 
 
 def derivative_cost(teacher: Path) -> tuple[float, float]:
@@ -410,9 +423,12 @@ def main(
     options |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in more)}
     real, features = images_of(data, given_images.image_size), feature_network(work / "features.pt2", given_images)
     count = num or len(real)
-    bench = Bench(teacher, teacher_steps, work, options, file, count, console, given_images, real, features, derivative)
+    classes = classes_of(given_images) if read_config(teacher).class_names else None
+    bench = Bench(
+        teacher, teacher_steps, work, options, file, count, console, given_images, real, classes, features, derivative
+    )
     found: list[Found] = []
-    shown = {f"teacher, {teacher_steps} steps": drawn(teacher, teacher_steps, "ddim", PICTURED, 0)}
+    shown = {f"teacher, {teacher_steps} steps": bench.drawn(teacher, teacher_steps, count=PICTURED)}
     for seed in range(seeds):
         many = bench.figures("teacher", [teacher], teacher_steps, "ddim", seed)
         found.append(Found("teacher, all steps", 0, 0, seed, many))
@@ -422,7 +438,7 @@ def main(
                 found.append(Found(f"teacher, {sampler}", 0, k, seed, few))
     searched = {method: tried_rates(bench, method, spent[amounts[0]][1], tried) for method in names}
     chosen = {method: results[0].rate for method, results in searched.items()}
-    shown |= {method: drawn(results[0].student, 1, "ddim", PICTURED, 0) for method, results in searched.items()}
+    shown |= {method: bench.drawn(results[0].student, 1, count=PICTURED) for method, results in searched.items()}
     measures = "recall R, density D, coverage C, RMSE to the teacher, training time"
     report = write_report(
         f"{name}_rates",
@@ -444,7 +460,7 @@ def main(
                             figures = bench.figures(journey.name, models[:k], reached, "ddim", seed)
                             found.append(Found(f"`{method}`, lr {chosen[method]:g}", amount, reached, seed, figures))
                     if target == columns[-1] and seed == 0:  # of the last budget in the end
-                        shown[method] = drawn(models[-1], target, "ddim", PICTURED, 0)
+                        shown[method] = bench.drawn(models[-1], target, count=PICTURED)
     if found:
         (work / "found.json").write_text(json.dumps([asdict(each) for each in found], indent=1))
         report = write_report(

@@ -7,16 +7,20 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks import fewstep, report
 from benchmarks.distances import density_coverage, drawn, images_of
-from benchmarks.fewstep import Bench, Found, Journey, cell, main, phases_of, spent_by_halvings
+from benchmarks.fewstep import Bench, Found, Journey, cell, classes_of, main, phases_of, spent_by_halvings
 from tests.oracles import randn
 from tests.toy import write_checkpoint, write_dataset
+from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.evaluation.features import FileFeatures
 from vdiff.evaluation.metrics import NEIGHBOURS, Manifold, frechet_distance
 from vdiff.files import read_json
+from vdiff.models.drawing import classes_in_turn, draw
+from vdiff.training.dataset import open_images
 from vdiff.training.feature_training import FeatureTraining
 
 METHODS_RUN = ("progressive", "progressive4", "trajectory", "scm")
@@ -55,6 +59,19 @@ def test_a_cell_has_the_excess_of_each_seed():
     mine = [Found("scm", 6, 1, seed, {"fd": fd, **figures}) for seed, fd in ((0, 1.0), (1, 2.0))]
     text = cell(mine, {0: {"fd": 0.5, "fd_features": 1.0}, 1: {"fd": 0.5, "fd_features": 3.0}})
     assert text == "1.500 ± 0.707 (+1.000), F 4.00 (+2.00), R 0.50, D 1.00, C 0.75, RMSE 0.100, 9 s"
+
+
+def test_samples_have_the_classes_of_the_images_as_often(tmp_path):
+    data = write_dataset(tmp_path / "toy_4", classes="abc", count=10)
+    classes = classes_of(open_images(str(data), 4))
+    assert sorted(classes) == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    denoiser = write_checkpoint(tmp_path / "teacher", classes=3)
+    images = drawn(tmp_path / "teacher", 2, "ddim", 14, 0, classes)
+    for k in (0, 3, 13):
+        alone = partial(classes_in_turn, choices=[classes[k % 10]])
+        how = {"indices": [k], "image_size": 4, "num_steps": 2, "seed": 1, "conditions": alone}
+        assert torch.allclose(images[k], draw(denoiser.eval(), SAMPLERS["ddim"](), **how)[0], atol=1e-5)
+    assert not torch.allclose(images, drawn(tmp_path / "teacher", 2, "ddim", 14, 0), atol=1e-2)
 
 
 @pytest.fixture
