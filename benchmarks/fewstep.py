@@ -13,6 +13,10 @@ the student's three). The ladder of halvings spends a budget on its way to one s
 **Learning rates.** Every method tries each of `--rates` with the first budget, for one step, on a seed that is not
 reported, and keeps the rate with the least Fréchet distance. NAME_rates.md has all of them; `--seeds 0` ends there.
 
+**Progressive.** `progressive4` has stages that divide the steps by 4, `+last3` gives the last stage three times the
+share of each other one, `+average` makes students of averaged weights; these can be combined. `--seeds 0 --methods
+progressive,progressive4,progressive+last3,…` finds the best of them.
+
 **Figures.** Of `--num` samples against all images: Fréchet distance on pixels and on the features of an autoencoder,
 which is trained once, and their excess over the teacher's many steps; on pixels recall, density and coverage (lost
 diversity shows in recall and coverage); RMSE to the teacher's images of the same noise; seconds of training. Mean ±
@@ -25,6 +29,7 @@ Runs and figures that are finished are not done again: the same command continue
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -68,8 +73,32 @@ from vdiff.training.student import stage_run
 SEARCH_SEED = 1000
 HALVING = 5
 COMPARED = "progressive,progressive4,tract,consistency,trajectory,scm,ect,meanflow"
+AVERAGE = 1e-3  # weight of a stage's first update in an average, relative to its last
 PICTURED = 12
 FIGURES = ("fd", "fd_features", "recall", "density", "coverage", "rmse", "seconds")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it is compared.
+
+    Attributes:
+        kind: as distill.py calls it.
+        ratio: how progressive stages divide the steps.
+        last: the share of the last stage, relative to that of each other stage.
+        average: whether progressive students are averages of their weights.
+    """
+
+    kind: str
+    ratio: int = 2
+    last: int = 1
+    average: bool = False
+
+
+def variant(name: str) -> Variant:
+    """`progressive4+last3+average`, or the name of a method."""
+    found = re.fullmatch(r"progressive(\d*)(?:\+last(\d+))?(\+average)?", name)
+    return Variant("progressive", int(found[1] or 2), int(found[2] or 1), bool(found[3])) if found else Variant(name)
 
 
 @dataclass(frozen=True)
@@ -91,20 +120,20 @@ class Journey:
         """`tract-32-4-1-4500-0.001`."""
         return "-".join([self.method, *map(str, self.phases), f"{self.budget:.0f}", f"{self.lr:g}"])
 
-    @property
-    def kind(self) -> str:
-        """The method as distill.py calls it: `progressive4` is `progressive` whose stages divide by 4."""
-        return "progressive" if self.method == "progressive4" else self.method
+    def budget_of(self, stage: int) -> float:
+        """The share of a stage, by its number from 0."""
+        stages, last = len(self.phases) - 1, variant(self.method).last
+        return self.budget * (last if stage == stages - 1 else 1) / (stages - 1 + last)
 
 
 def phases_of(method: str, teacher_steps: int, steps: int) -> tuple[int, ...]:
-    """The stages to `steps`: all halvings, quarters, two for tract, one for the others."""
-    if method == "progressive4":
-        way = [steps]
-        while way[0] < teacher_steps:
-            way.insert(0, min(4 * way[0], teacher_steps))
-        return tuple(way)
-    return (teacher_steps, *METHODS[method]().plan(teacher_steps, steps))
+    """The stages to `steps`: all divisions by the ratio, two for tract, one for the others."""
+    way, ratio = [steps], variant(method).ratio
+    if ratio == 2:
+        return (teacher_steps, *METHODS[variant(method).kind]().plan(teacher_steps, steps))
+    while way[0] < teacher_steps:
+        way.insert(0, min(ratio * way[0], teacher_steps))
+    return tuple(way)
 
 
 def spent_by_halvings(teacher_steps: int, updates: int) -> dict[int, float]:
@@ -180,13 +209,16 @@ class Bench:
         folder = place / journey.name / "original"
         k = journey.phases.index(before)
         base = folder if k == 0 else folder.with_name(f"base_{k - 1}")
+        way = variant(journey.method)
         flags: dict[str, Any] = {
-            "base": base.as_posix(), "method": journey.kind, "phases": f"{before},{after}", "last_factor": 1.0,
+            "base": base.as_posix(), "method": way.kind, "phases": f"{before},{after}", "last_factor": 1.0,
             "num_iters": max(1, round(updates / max(1.0, np.log2(before / after)))), "check_images": 0,
             "tracker": "none", "sample_interval": 10**6, "ckpt_interval": 10**6, **self.options,
         }  # fmt: skip
         if journey.lr:
             flags["lr"] = journey.lr
+        if way.average:
+            flags["ema_remainder"] = AVERAGE
         return resolve_distillation(flags, self.file)
 
     def run(self, journey: Journey, seed: int) -> Path:
@@ -195,9 +227,8 @@ class Bench:
         base = place / journey.name / "original"
         if not base.exists():
             shutil.copytree(self.teacher, base, ignore=shutil.ignore_patterns("state", "log", "samples"))
-        for before, after in pairwise(journey.phases):
-            share = journey.budget / (len(journey.phases) - 1)
-            updates = round(share / self.cost(journey, place, before, after))
+        for stage, (before, after) in enumerate(pairwise(journey.phases)):
+            updates = round(journey.budget_of(stage) / self.cost(journey, place, before, after))
             config, described = self.settings(journey, place, before, after, updates)
             config = type(config)(**{**vars(config), "seed": seed})
             run_stages(

@@ -19,11 +19,12 @@ from vdiff.diffusion.samplers import SAMPLERS
 from vdiff.evaluation.features import FileFeatures
 from vdiff.evaluation.metrics import NEIGHBOURS, Manifold, frechet_distance
 from vdiff.files import read_json
+from vdiff.models.checkpoint import read_config
 from vdiff.models.drawing import classes_in_turn, draw
 from vdiff.training.dataset import open_images
 from vdiff.training.feature_training import FeatureTraining
 
-METHODS_RUN = ("progressive", "progressive4", "trajectory", "scm")
+METHODS_RUN = ("progressive", "progressive4+last3+average", "trajectory", "scm")
 FLAGS = (
     "--preset toy --teacher_steps 8 --budgets 6,24 --rates 1e-3,3e-3 --seeds 1 --steps 2,1 --batch_size 4 "
     f"--methods {','.join(METHODS_RUN)}"
@@ -34,6 +35,12 @@ def test_phases_and_budgets_are_those_of_their_methods():
     assert phases_of("progressive", 32, 4) == (32, 16, 8, 4)
     assert phases_of("progressive4", 32, 1) == (32, 16, 4, 1)
     assert phases_of("progressive4", 32, 2) == (32, 8, 2)
+    assert phases_of("progressive8+last3+average", 32, 1) == (32, 8, 1)
+    assert phases_of("progressive+last3", 8, 1) == (8, 4, 2, 1)
+    last = Journey("progressive+last3", (8, 4, 2, 1), 50.0, 0.0)
+    assert [last.budget_of(stage) for stage in range(3)] == [10, 10, 30]
+    even = Journey("tract", (32, 8, 1), 50.0, 0.0)
+    assert [even.budget_of(stage) for stage in range(2)] == [25, 25]
     assert phases_of("tract", 32, 1) == (32, 8, 1)
     assert phases_of("scm", 32, 2) == (32, 2)
     assert spent_by_halvings(8, 6) == {4: 10.0, 2: 20.0, 1: 30.0}
@@ -123,9 +130,14 @@ def test_the_comparison_continues_and_ends_with_a_table(place, monkeypatch):
     assert known["fd_features"] == pytest.approx(frechet_distance(network(many), network(real)))
     assert known["rmse"] == 0
     assert costs["progressive"] == 5  # the teacher twice, the student, and its gradient
-    assert costs["progressive4"] == pytest.approx(3 + 4)  # of the last stage, 4 → 1
+    assert costs["progressive4+last3+average"] == pytest.approx(3 + 4)  # of the last stage, 4 → 1
     assert costs["scm"] > 4 + 1  # the teacher, a derivative, the student and its gradient
     assert costs["trajectory"] == pytest.approx(3 + 16)  # a path of 16 steps for one image
+    ways = {path.parent.name.split("-")[0]: read_config(path) for path in (place / "work/seed_0").glob("*-1-*/base_*")}
+    assert {name: config.weights for name, config in ways.items() if "progressive" in name} == {
+        "progressive": "raw",
+        "progressive4+last3+average": "ema",
+    }
     assert (place / "work/seed_1000").exists()
     assert (place / "results/fewstep.png").exists()
     students = {path: path.stat().st_mtime_ns for path in (place / "work").rglob("model.safetensors")}
