@@ -368,6 +368,12 @@ def others(figures: dict[str, float]) -> str:
     )
 
 
+def seeds_of(word: str, seeds: int) -> tuple[str, int]:
+    """`scm:1` → ("scm", 1); a method without a number has all `seeds`."""
+    name, _, limit = word.partition(":")
+    return name, min(int(limit or seeds), seeds)
+
+
 def rate_rows(searched: dict[str, list[Tried]], rates: Sequence[float]) -> list[list[str]]:
     """A line for each method, a cell for each learning rate: `1.263, F 3.35, R 0.37, …`."""
     rows = []
@@ -391,7 +397,7 @@ def rate_rows(searched: dict[str, list[Tried]], rates: Sequence[float]) -> list[
 @click.option("--batch_size", default=64, show_default=True)
 @click.option("--num", default=0, show_default="as many as there are images", help="Samples of each model.")
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--methods", default=COMPARED, show_default=True)
+@click.option("--methods", default=COMPARED, show_default=True, help="scm:1 reports one seed of it alone.")
 @click.option("--rates", default="3e-4,1e-3,3e-3", show_default=True, help="Learning rates that every method tries.")
 @click.option("--steps", default="8,4,2,1", show_default=True, help="Of the students that are looked at.")
 @click.option("--targets", default="", show_default="all of --steps", help="Those that not only halvings are led to.")
@@ -420,7 +426,7 @@ def main(
     dry_run: bool,
 ) -> None:
     """Print the table and write it to benchmarks/results/NAME.md."""
-    console, names = Console(), methods.split(",")
+    console, limits = Console(), dict(seeds_of(word, seeds) for word in methods.split(","))
     columns, aims = (sorted(map(int, each.split(",")), reverse=True) for each in (steps, targets or steps))
     amounts, tried = [int(word) for word in budgets.split(",")], [float(word) for word in rates.split(",")]
     if teacher is None:
@@ -437,11 +443,11 @@ def main(
         write_json(measured, dict(zip(("derivative", "seconds"), derivative_cost(teacher), strict=True)))
     derivative, seconds = (read_json(measured, "delete it")[key] for key in ("derivative", "seconds"))
     spent = {amount: spent_by_halvings(teacher_steps, amount) for amount in amounts}
-    searches = len(names) * len(tried) * spent[amounts[0]][1]
+    searches = len(limits) * len(tried) * spent[amounts[0]][1]
     reported = sum(
-        seeds * (each[1] if method == "progressive" else sum(each[k] for k in aims))
+        limit * (each[1] if method == "progressive" else sum(each[k] for k in aims))
         for each in spent.values()
-        for method in names
+        for method, limit in limits.items()
     )
     total = (searches + reported) * batch_size
     console.line(
@@ -467,7 +473,7 @@ def main(
             for k in columns:
                 few = bench.figures("teacher", [teacher], k, sampler, seed)
                 found.append(Found(f"teacher, {sampler}", 0, k, seed, few))
-    searched = {method: tried_rates(bench, method, spent[amounts[0]][1], tried) for method in names}
+    searched = {method: tried_rates(bench, method, spent[amounts[0]][1], tried) for method in limits}
     chosen = {method: results[0].rate for method, results in searched.items()}
     shown |= {method: bench.drawn(results[0].student, 1, count=PICTURED) for method, results in searched.items()}
     measures = "recall R, density D, coverage C, RMSE to the teacher, training time"
@@ -481,7 +487,8 @@ def main(
     )
     for amount in amounts:
         for seed in range(seeds):
-            for method in names:
+            for method in (name for name, limit in limits.items() if seed < limit):
+                title = f"`{method}`, lr {chosen[method]:g}" + f", {limits[method]} seed(s)" * (limits[method] < seeds)
                 for target in [1] if method == "progressive" else aims:
                     phases = phases_of(method, teacher_steps, target)
                     journey = Journey(method, phases, spent[amount][target], chosen[method])
@@ -489,7 +496,7 @@ def main(
                     for k, reached in enumerate(phases[1:], 1):
                         if reached == target or (method == "progressive" and reached in columns):
                             figures = bench.figures(journey.name, models[:k], reached, "ddim", seed)
-                            found.append(Found(f"`{method}`, lr {chosen[method]:g}", amount, reached, seed, figures))
+                            found.append(Found(title, amount, reached, seed, figures))
                     if target == columns[-1] and seed == 0:  # of the last budget in the end
                         shown[method] = bench.drawn(models[-1], target, count=PICTURED)
     if found:

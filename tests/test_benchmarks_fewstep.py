@@ -143,5 +143,14 @@ def test_the_comparison_continues_and_ends_with_a_table(place, monkeypatch):
     students = {path: path.stat().st_mtime_ns for path in (place / "work").rglob("model.safetensors")}
     run()
     assert (place / "results/fewstep.md").read_text() == text
+    known = read_json(place / "work/figures.json", "")
+    run("--seeds", "2", "--methods", "progressive:1,trajectory:0,scm:1")
+    assert read_json(place / "work/figures.json", "").keys() - known.keys() == {
+        f"teacher, {k} steps, {sampler}, seed 1, n {len(real)}"
+        for k, sampler in ((8, "ddim"), (2, "ddim"), (1, "ddim"), (2, "dpmpp_2m"), (1, "dpmpp_2m"))
+    }
+    text = (place / "results/fewstep.md").read_text()
+    assert "`trajectory`" not in text
+    assert text.count("`scm`, lr 0.0") == text.count(", 1 seed(s) |") / 2 == 2  # two budgets
     assert {path: path.stat().st_mtime_ns for path in students} == students
     assert math.isfinite(sum(students.values()))
