@@ -11,7 +11,8 @@ the student's three). The ladder of halvings spends a budget on its way to one s
 4 and 2 steps is what every other method may spend to get there.
 
 **Learning rates.** Every method tries each of `--rates` with the first budget, for one step, on a seed that is not
-reported, and keeps the rate with the least Fréchet distance. NAME_rates.md has all of them; `--seeds 0` ends there.
+reported, and keeps the rate with the least Fréchet distance. If this is the least or the greatest that was tried, the
+next one outside follows (… 1e-4, 3e-4, 1e-3, …). NAME_rates.md has all of them; `--seeds 0` ends there.
 
 **Progressive.** `progressive4` has stages that divide the steps by 4, `+last3` gives the last stage three times the
 share of each other one, `+average` makes students of averaged weights; these can be combined. `--seeds 0 --methods
@@ -315,13 +316,26 @@ class Tried:
 
 
 def tried_rates(bench: Bench, method: str, budget: float, rates: Sequence[float]) -> list[Tried]:
-    """A method with each learning rate, from the nearest to the data to the farthest."""
-    found = []
-    for rate in rates:
-        journey = Journey(method, phases_of(method, bench.teacher_steps, 1), budget, rate)
-        models = students(bench.run(journey, SEARCH_SEED), journey)
-        found.append(Tried(rate, models[-1], bench.figures(journey.name, models, 1, "ddim", SEARCH_SEED)))
-    return sorted(found, key=lambda each: each.figures["fd"])
+    """A method with each learning rate, and with others while the best is at an end: from the nearest to the data."""
+    found: list[Tried] = []
+    waiting = list(rates)
+    while waiting:
+        for rate in waiting:
+            journey = Journey(method, phases_of(method, bench.teacher_steps, 1), budget, rate)
+            models = students(bench.run(journey, SEARCH_SEED), journey)
+            found.append(Tried(rate, models[-1], bench.figures(journey.name, models, 1, "ddim", SEARCH_SEED)))
+        found.sort(key=lambda each: each.figures["fd"])
+        waiting = outside(found[0].rate, [each.rate for each in found])
+    return found
+
+
+def outside(best: float, tried: Sequence[float]) -> list[float]:
+    """The next rate of … 1e-4, 3e-4, 1e-3, … beyond the best one if that is the least or greatest of several."""
+    if len(tried) == 1:
+        return []
+    known = [float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 3)]
+    below, above = [rate for rate in known if rate < best], [rate for rate in known if rate > best]
+    return below[-1:] * (best == min(tried)) + above[:1] * (best == max(tried))
 
 
 @dataclass(frozen=True)
@@ -375,14 +389,14 @@ def seeds_of(word: str, seeds: int) -> tuple[str, int]:
 
 
 def rate_rows(searched: dict[str, list[Tried]], rates: Sequence[float]) -> list[list[str]]:
-    """A line for each method, a cell for each learning rate: `1.263, F 3.35, R 0.37, …`."""
+    """A line for each method, a cell for each learning rate that it tried: `1.263, F 3.35, R 0.37, …`."""
     rows = []
     for method, found in searched.items():
         texts = {
             each.rate: f"{each.figures['fd']:.3f}, F {each.figures['fd_features']:.2f}, {others(each.figures)}"
             for each in found
         }
-        rows.append([f"`{method}`", *(texts[rate] for rate in rates)])
+        rows.append([f"`{method}`", *(texts.get(rate, "") for rate in rates)])
     return rows
 
 
@@ -475,14 +489,15 @@ def main(
                 found.append(Found(f"teacher, {sampler}", 0, k, seed, few))
     searched = {method: tried_rates(bench, method, spent[amounts[0]][1], tried) for method in limits}
     chosen = {method: results[0].rate for method, results in searched.items()}
+    all_rates = sorted({each.rate for results in searched.values() for each in results})
     shown |= {method: bench.drawn(results[0].student, 1, count=PICTURED) for method, results in searched.items()}
     measures = "recall R, density D, coverage C, RMSE to the teacher, training time"
     report = write_report(
         f"{name}_rates",
         f"One-step students of {data} by learning rate, with the evaluations of {amounts[0]} updates of halvings: "
         f"Fréchet distance on pixels and on features F, {measures}; n = {count}",
-        ["", *(f"{rate:g}" for rate in tried)],
-        rate_rows(searched, tried),
+        ["", *(f"{rate:g}" for rate in all_rates)],
+        rate_rows(searched, all_rates),
         machine(),
     )
     for amount in amounts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks import fewstep, report
 from benchmarks.distances import density_coverage, drawn, images_of
-from benchmarks.fewstep import Bench, Found, Journey, cell, classes_of, main, phases_of, spent_by_halvings
+from benchmarks.fewstep import Bench, Found, Journey, cell, classes_of, main, phases_of, spent_by_halvings, tried_rates
 from tests.oracles import randn
 from tests.toy import write_checkpoint, write_dataset
 from vdiff.diffusion.samplers import SAMPLERS
@@ -79,6 +80,35 @@ def test_samples_have_the_classes_of_the_images_as_often(tmp_path):
         how = {"indices": [k], "image_size": 4, "num_steps": 2, "seed": 1, "conditions": alone}
         assert torch.allclose(images[k], draw(denoiser.eval(), SAMPLERS["ddim"](), **how)[0], atol=1e-5)
     assert not torch.allclose(images, drawn(tmp_path / "teacher", 2, "ddim", 14, 0), atol=1e-2)
+
+
+def test_the_search_of_rates_ends_between_two_that_are_worse():
+    """Of a bench whose distance is least at a rate that is not among the given ones."""
+
+    class Ideal:
+        teacher_steps = 32
+
+        def __init__(self, best: float) -> None:
+            self.best, self.tried = best, []
+
+        def run(self, journey: Journey, _: int) -> Path:
+            self.tried.append(journey.lr)
+            return Path()
+
+        def figures(self, *_) -> dict[str, float]:
+            return {"fd": abs(math.log(self.tried[-1] / self.best))}
+
+    for best, expected in (
+        (1e-3, [3e-4, 1e-3, 3e-3]),
+        (2.5e-2, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
+        (1e-4, [3e-4, 1e-3, 3e-3, 1e-4, 3e-5]),
+    ):
+        bench = Ideal(best)
+        found = tried_rates(bench, "tract", 6.0, (3e-4, 1e-3, 3e-3))
+        assert bench.tried == expected
+        assert found[0].rate == pytest.approx(best, rel=0.25)
+        assert [each.figures["fd"] for each in found] == sorted(each.figures["fd"] for each in found)
+    assert tried_rates(Ideal(1.0), "tract", 6.0, (3e-4,))[0].rate == 3e-4  # one rate is not a search
 
 
 @pytest.fixture
