@@ -14,8 +14,8 @@ the student's three). The ladder of halvings spends a budget on its way to one s
 reported, and keeps the rate with the least Fréchet distance. If this is the least or the greatest that was tried, the
 next one outside follows (… 1e-4, 3e-4, 1e-3, …). NAME_rates.md has all of them; `--seeds 0` ends there.
 
-**Progressive.** `progressive4` has stages that divide the steps by 4, `+last3` gives the last stage three times the
-share of each other one, `+average` makes students of averaged weights; these can be combined. `--seeds 0 --methods
+**Variants.** `progressive4` has stages that divide the steps by 4, `+last3` gives the last stage three times the share
+of each other one, `+average` makes students of averaged weights; these can be combined. `--seeds 0 --methods
 progressive,progressive4,progressive+last3,…` finds the best of them.
 
 **Figures.** Of `--num` samples against all images: Fréchet distance on pixels and on the features of an autoencoder,
@@ -87,7 +87,7 @@ class Variant:
         kind: as distill.py calls it.
         ratio: how progressive stages divide the steps.
         last: the share of the last stage, relative to that of each other stage.
-        average: whether progressive students are averages of their weights.
+        average: whether students are averages of their weights, whatever the method's own settings say.
     """
 
     kind: str
@@ -97,9 +97,11 @@ class Variant:
 
 
 def variant(name: str) -> Variant:
-    """`progressive4+last3+average`, or the name of a method."""
-    found = re.fullmatch(r"progressive(\d*)(?:\+last(\d+))?(\+average)?", name)
-    return Variant("progressive", int(found[1] or 2), int(found[2] or 1), bool(found[3])) if found else Variant(name)
+    """`scm`, `tract+last3`, `progressive4+last3+average`."""
+    found = re.fullmatch(r"([a-z_]+)(\d*)(?:\+last(\d+))?(\+average)?", name)
+    if not found:
+        raise click.BadParameter(f"{name}: give METHOD, or progressive4+last3+average", param_hint="--methods")
+    return Variant(found[1], int(found[2] or 2), int(found[3] or 1), bool(found[4]))
 
 
 @dataclass(frozen=True)
