@@ -456,8 +456,8 @@ class DistillConfig(LoopConfig):
         group=MODEL, default="", unit="STEPS", shown="by method",
     )  # fmt: skip
     method: str = setting(
-        "Distillation method. progressive gives a student of each number of steps. For one step alone, tract was "
-        "better after short trainings; trajectory needs no images.",
+        "Distillation method. progressive gives a student of each number of steps. For one step alone, trajectory was "
+        "the best in a comparison (docs/distillation.md), and it needs no images.",
         group=MODEL, default="progressive", choices=METHODS,
     )  # fmt: skip
     guidance_scale: float | None = setting(
