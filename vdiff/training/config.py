@@ -457,7 +457,7 @@ class DistillConfig(LoopConfig):
     )  # fmt: skip
     method: str = setting(
         "Distillation method. progressive gives a student of each number of steps. For one step alone, trajectory was "
-        "the best in a comparison (docs/distillation.md), and it needs no images.",
+        "nearest to the data in a comparison (docs/distillation.md), and it needs no images.",
         group=MODEL, default="progressive", choices=METHODS,
     )  # fmt: skip
     guidance_scale: float | None = setting(
