@@ -2,8 +2,10 @@
 
     python benchmarks/fewstep.py --dry_run                       # what would be done, and for how long
     python benchmarks/fewstep.py                                 # digits of 8×8 pixels: hours on two CPU cores
-    python benchmarks/fewstep.py --data data/emoji_32 --config benchmarks/emoji_32.toml --batch_size 32 --num 500 \
-        --budgets 200,800 --seeds 1 --name fewstep_emoji --work fewstep_emoji
+    python benchmarks/fewstep.py --config benchmarks/digits_16.toml --teacher_iters 10000 --batch_size 32 \
+        --targets 4,1 --budgets 600,2400 --name fewstep_digits       # a smaller network
+    python benchmarks/fewstep.py --data data/noto_32 --config benchmarks/emoji_classes_32.toml --batch_size 32 \
+        --num 500 --budgets 100,400 --seeds 1 --name fewstep_emoji --work fewstep_emoji
 
 **Budget.** A forward pass of one image is 1, forward and backward 3, a derivative along the flow (scm, meanflow) what
 it takes in time, measured here. `--budgets` counts in updates of halvings: of 5 evaluations each (the teacher's two,
@@ -87,7 +89,7 @@ class Variant:
         kind: as distill.py calls it.
         ratio: how progressive stages divide the steps.
         last: the share of the last stage, relative to that of each other stage.
-        average: whether students are averages of their weights, whatever the method's own settings say.
+        average: whether students are averages of their weights; if not, the method decides.
     """
 
     kind: str
@@ -98,9 +100,14 @@ class Variant:
 
 def variant(name: str) -> Variant:
     """`scm`, `tract+last3`, `progressive4+last3+average`."""
-    found = re.fullmatch(r"([a-z_]+)(\d*)(?:\+last(\d+))?(\+average)?", name)
-    if not found:
-        raise click.BadParameter(f"{name}: give METHOD, or progressive4+last3+average", param_hint="--methods")
+    found = re.fullmatch(r"([a-z_]+)([2-9]?)(?:\+last([1-9]))?(\+average)?", name)
+    kind = found[1] if found else ""
+    if not found or kind not in METHODS or (found[2] and kind != "progressive"):
+        raise click.BadParameter(
+            f"{name}: give a method, or such as progressive4+last3+average", param_hint="--methods"
+        )
+    if found[3] and len(METHODS[kind]().plan(8, 1)) == 1:
+        raise click.BadParameter(f"{name}: {kind} has one stage", param_hint="--methods")
     return Variant(found[1], int(found[2] or 2), int(found[3] or 1), bool(found[4]))
 
 
@@ -387,6 +394,9 @@ def others(figures: dict[str, float]) -> str:
 def seeds_of(word: str, seeds: int) -> tuple[str, int]:
     """`scm:1` → ("scm", 1); a method without a number has all `seeds`."""
     name, _, limit = word.partition(":")
+    variant(name)
+    if limit and not limit.isdecimal():
+        raise click.BadParameter(f"{word}: give METHOD:SEEDS, such as scm:1", param_hint="--methods")
     return name, min(int(limit or seeds), seeds)
 
 

@@ -47,6 +47,13 @@ def test_phases_and_budgets_are_those_of_their_methods():
     assert spent_by_halvings(8, 6) == {4: 10.0, 2: 20.0, 1: 30.0}
 
 
+@pytest.mark.parametrize("name", ["nothing", "scm4", "progressive1", "tract+last0", "scm+last3", "scm:x", "tract+mean"])
+def test_names_that_are_no_methods_are_refused(name):
+    result = CliRunner().invoke(main, ["--methods", name, "--teacher", "none"])
+    assert result.exit_code == 2
+    assert f"Invalid value for --methods: {name}: " in result.output + result.stderr
+
+
 def test_density_and_coverage_are_those_of_the_paper():
     """Written out over all pairs; a sample that repeats one image covers few, and is dense."""
     reference, samples = randn(40, 3, seed=1).numpy(), randn(30, 3, seed=2).numpy()
